@@ -1,0 +1,85 @@
+"""What flows through sampling: prompts in, groups of rollouts out. Knows nothing of rewards or learning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ImageSource = str | bytes
+"""One page image: a path, or its compressed bytes (png, jpeg, ...). Never a pixel tensor."""
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question over page images.
+
+    id: unique and stable in its data set; it seeds sampling.
+    text: the user message with one `<image>` where each image stands.
+    images: as many as `text` has `<image>`.
+    truth: gold columns of the row; carried untouched to the rewards.
+    question: the bare question, for judges and reports.
+    system: the system message; "" leaves it to the chat template.
+    """
+
+    id: str
+    text: str
+    images: tuple[ImageSource, ...] = ()
+    truth: Mapping[str, Any] = field(default_factory=dict)
+    question: str = ""
+    system: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a group is sampled.
+
+    group_size: rollouts per prompt.
+    temperature: 0 is greedy.
+    top_p, top_k: 1.0 and 0 are off.
+    max_tokens: response limit, end-of-text included.
+    seed: with the prompt's id and the rollout's index it fixes every random draw of the embedded engine.
+    """
+
+    group_size: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response of T tokens.
+
+    token_ids_T: sampled ids, the end-of-text token included when it was sampled.
+    logprobs_T: natural log-probabilities under log_softmax((logits + ban) / temperature); for greedy, temperature 1.
+    text: decoded characters, without end-of-text.
+    token_spans_T: (start, end) characters of `text` of which the token holds any byte; (n, n) at the end for end-of-text.
+    finish_reason: "stop" at end-of-text, "length" at the limit.
+    weights_version: version of the weights that sampled it.
+    """
+
+    token_ids_T: Sequence[int]
+    logprobs_T: Sequence[float]
+    text: str
+    token_spans_T: Sequence[tuple[int, int]]
+    finish_reason: FinishReason
+    weights_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G rollouts of one prompt.
+
+    num_prompt_tokens: length of the rendered prompt, every vision token counted.
+    error: why the prompt could not be sampled (then `rollouts` is empty); None when it was.
+    """
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    num_prompt_tokens: int = 0
+    error: str | None = None

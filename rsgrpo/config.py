@@ -1,0 +1,315 @@
+"""Every key of the configuration, with its default and its meaning. Plain dataclasses: hydra lives in `rsgrpo.cli`.
+
+Groups of `conf/` fill them; `validate` refuses combinations that cannot work, before anything starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rollout.config import InputsConfig, RolloutConfig
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the language model.
+
+    rank: 0 trains all weights.
+    targets: names of the linear layers that get an adapter.
+    """
+
+    rank: int = 0
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass
+class ModelConfig:
+    """The policy.
+
+    path: Hugging Face folder or hub id. revision: hub commit, "" for the newest.
+    freeze_vision: keep the vision tower and its merger as they are; features are then computed once per image.
+    trust_remote_code: run code that the model's folder brings along.
+    """
+
+    path: str = ""
+    revision: str = ""
+    freeze_vision: bool = True
+    trust_remote_code: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class DataConfig:
+    """Rows to train on and to validate on.
+
+    train, val: a .jsonl, .json or .parquet file, a folder, or a hub data set ("org/name" or "org/name:split").
+    image_dir: folder that relative image paths start from; "" means the data file's own folder.
+    prompt_key, answer_key, image_key, question_key, id_key: column names; question and id columns may be missing.
+    bad_rows: "error" lists them and stops, "drop" drops and counts them.
+    overlong: what happens to prompts over `inputs.max_prompt_tokens`: "error" or "drop".
+    shuffle: a new order every epoch, fixed by `seed`.
+    num_workers: threads that check and prepare rows.
+    """
+
+    train: str = ""
+    val: str = ""
+    image_dir: str = ""
+    prompt_key: str = "prompt"
+    answer_key: str = "answer"
+    image_key: str = "image"
+    question_key: str = "question"
+    id_key: str = "id"
+    bad_rows: str = "error"
+    overlong: str = "error"
+    shuffle: bool = True
+    num_workers: int = 4
+
+
+@dataclass
+class PromptConfig:
+    """How a row's text becomes the user message.
+
+    template: text with {question} and {images}; "" uses the row's own prompt as it stands.
+    file: a template file; takes the place of `template`.
+    system: the system message; "" leaves it to the model's chat template.
+    """
+
+    template: str = ""
+    file: str = ""
+    system: str = ""
+
+
+@dataclass
+class FilterConfig:
+    """Which groups are worth a training step (dynamic sampling).
+
+    enabled: drop groups outside (low, high) and refill the batch.
+    weights: reward name -> factor in the sum that is compared; a reward not named counts once.
+    drop_without_signal: also drop groups in which no reward has any spread.
+    max_tries: sampling rounds per step before the run stops with a histogram.
+    """
+
+    enabled: bool = False
+    low: float = 0.01
+    high: float = 6.9
+    weights: dict[str, float] = field(default_factory=dict)
+    drop_without_signal: bool = False
+    max_tries: int = 20
+
+
+@dataclass
+class AlgorithmConfig:
+    """RS-GRPO and its relatives (docs/algorithm.md).
+
+    advantage: "per_reward", "per_scope", "grpo", "dr_grpo" or "rloo".
+    missing_marker: "void" (teach nothing), "widen" (teach the whole response) or "error".
+    prompts_per_step: P. updates_per_step: optimiser steps that share one batch of rollouts.
+    ratio: "token", "gspo" or "cispo". clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high].
+    dual_clip: bound on the loss of negative advantages, in units of |A|; 0 is off.
+    kl_coef: weight of the KL term to the reference model; 0 loads no reference. kl_estimator: "k1", "k2" or "k3".
+    entropy_coef: weight of an entropy bonus.
+    importance_cap: cap of the detached weight exp(old - rollout logprob) per token; 0 is off.
+    on_policy_shortcut: take old logprobs from the training pass itself where that is exact.
+    """
+
+    advantage: str = "per_reward"
+    missing_marker: str = "void"
+    prompts_per_step: int = 32
+    updates_per_step: int = 1
+    ratio: str = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float = 0.0
+    on_policy_shortcut: bool = True
+    filter: FilterConfig = field(default_factory=FilterConfig)
+
+
+@dataclass
+class LearnerConfig:
+    """The optimiser and how the model is spread over ranks (FSDP2).
+
+    num_ranks: learner processes, one per device.
+    device: "auto", "cpu" or "cuda". precision: "float32" or "bfloat16" (master weights and reduction stay float32).
+    num_threads: CPU threads of each rank; 0 leaves it to torch.
+    lr_schedule: "constant", "linear" or "cosine", after `warmup_steps`. vision_lr_scale: factor on a trained tower's lr.
+    max_tokens_per_micro_batch: prompt once plus all responses of its groups.
+    logits_chunk_tokens: response tokens whose logits exist at once.
+    gradient_checkpointing: recompute layer activations in backward.
+    offload: keep parameters and optimiser state in CPU memory (accelerator only).
+    compile: torch.compile of each decoder layer.
+    attention: "auto", "sdpa" or "flash" (flash-attn varlen).
+    self_check: compare the shared-prefix forward with a plain one on the first group of a run.
+    max_bad_steps: non-finite steps in a row before the run stops.
+    """
+
+    num_ranks: int = 1
+    device: str = "auto"
+    precision: str = "bfloat16"
+    num_threads: int = 0
+    lr: float = 1e-6
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    vision_lr_scale: float = 1.0
+    max_tokens_per_micro_batch: int = 32_768
+    logits_chunk_tokens: int = 2048
+    gradient_checkpointing: bool = True
+    offload: bool = False
+    compile: bool = False
+    attention: str = "auto"
+    self_check: bool = True
+    max_bad_steps: int = 3
+
+
+@dataclass
+class ValidationConfig:
+    """Scoring on held-out rows with the run's own rewards and monitors.
+
+    every: steps between validations; 0 is never. at_start: also before the first step.
+    max_prompts: the first so many rows; 0 is all.
+    greedy: one greedy response per prompt (metrics `val/greedy/*`).
+    samples: sampled responses per prompt at `temperature`, `top_p` (metrics `val/sampled/*`); 0 is none.
+    """
+
+    every: int = 10
+    at_start: bool = True
+    max_prompts: int = 0
+    greedy: bool = False
+    samples: int = 1
+    temperature: float = 0.1
+    top_p: float = 0.95
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints and resuming.
+
+    every: steps between checkpoints; the last step always writes one. keep_last: newest ones to keep.
+    keep_best: best ones to keep as well, by `metric` (higher is better).
+    resume: "auto" continues from the run folder's newest checkpoint, "never" refuses to touch an existing run.
+    export: write a Hugging Face folder at the end.
+    """
+
+    every: int = 10
+    keep_last: int = 2
+    keep_best: int = 1
+    metric: str = "val/sampled/accuracy"
+    resume: str = "auto"
+    export: bool = True
+
+
+@dataclass
+class TrackingConfig:
+    """Where numbers go beside `metrics.jsonl`, which is always written.
+
+    wandb: "online", "offline" or "disabled". project, entity: of Weights & Biases.
+    tensorboard: also write event files.
+    rollout_table_rows: sampled rollouts in the Weights & Biases table of a step; 0 is none.
+    store_rollouts: write every step's rollouts as parquet (the report reads them).
+    """
+
+    wandb: str = "disabled"
+    project: str = "rsgrpo"
+    entity: str = ""
+    tensorboard: bool = False
+    rollout_table_rows: int = 8
+    store_rollouts: bool = True
+
+
+@dataclass
+class ClusterConfig:
+    """Ray.
+
+    address: "" starts a local cluster, "auto" joins the one this machine belongs to, else host:port.
+    num_cpus: CPUs of a local cluster; 0 counts the machine's.
+    placement: "colocated" (engines and learner share devices) or "disaggregated".
+    rollout_cpus, learner_cpus, reward_cpus: CPUs that each worker of a role reserves; fractions are fine.
+    rollout_gpus, learner_gpus: GPUs of each worker; -1 is one where the cluster has GPUs, else none.
+    reward_workers: processes that run reward functions.
+    startup_timeout_s: to place and start all workers.
+    """
+
+    address: str = ""
+    num_cpus: int = 0
+    placement: str = "colocated"
+    rollout_cpus: float = 0.5
+    learner_cpus: float = 0.5
+    reward_cpus: float = 0.1
+    rollout_gpus: float = -1.0
+    learner_gpus: float = -1.0
+    reward_workers: int = 1
+    startup_timeout_s: float = 600.0
+
+
+@dataclass
+class TrainConfig:
+    """One run of `python -m rsgrpo.train`.
+
+    name: of the run; its folder is `<output_dir>/<name>`. seed: the one source of every random draw.
+    total_steps: optimiser batches; 0 takes `epochs` passes over the training rows.
+    rewards: name -> "module:function". reward_weights: name -> loss weight > 0, 1 if not named.
+    reward_args: name -> keyword arguments. reward_timeouts_s: name -> seconds per response, 0 if not named.
+    on_reward_error: "stop", or "skip" (count it; the reward then does not apply to that response).
+    monitors: name -> "module:function", scored and reported like rewards, never trained on.
+    """
+
+    name: str = "rsgrpo"
+    output_dir: str = "runs"
+    seed: int = 0
+    total_steps: int = 0
+    epochs: int = 1
+    rewards: dict[str, str] = field(default_factory=dict)
+    reward_weights: dict[str, float] = field(default_factory=dict)
+    reward_args: dict[str, Any] = field(default_factory=dict)
+    reward_timeouts_s: dict[str, float] = field(default_factory=dict)
+    on_reward_error: str = "stop"
+    monitors: dict[str, str] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    inputs: InputsConfig = field(default_factory=InputsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class SftConfig:
+    """One run of `python -m recipes.sft`: the same model, data and learner, on gold responses.
+
+    batch_size: rows per optimiser step. max_response_tokens: longer gold responses are bad rows.
+    generate: validation rows to sample greedily and show after each validation.
+    """
+
+    name: str = "sft"
+    output_dir: str = "runs"
+    seed: int = 0
+    total_steps: int = 0
+    epochs: int = 1
+    batch_size: int = 64
+    max_response_tokens: int = 1536
+    generate: int = 4
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    inputs: InputsConfig = field(default_factory=InputsConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

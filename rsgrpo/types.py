@@ -1,0 +1,89 @@
+"""The typed stages between sampling and the optimiser step. One stage adds, none mutates.
+
+Axes: P prompts a step, G rollouts a group, K loss terms (one per reward in `per_reward`), T response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rewards.api import Credit
+from rollout.types import Prompt, RolloutGroup
+
+
+class RsgrpoError(Exception):
+    """Base of every error that a user can mend; its text names the value, the limit and the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group with what every reward said of every rollout.
+
+    reward_names_K: order of the K axis.
+    scores_GK: one number per rollout and reward (mean over keys if it gave several); None: did not apply.
+    credits_GK: the credits behind each score; empty where the reward did not apply. A plain score is one credit with
+        key "" on the reward's scope; its span is None where a marker is missing and the policy is `void`.
+    missed_GK: True where a scope marker was missing, whatever the policy made of it.
+    """
+
+    group: RolloutGroup
+    reward_names_K: tuple[str, ...]
+    scores_GK: Sequence[Sequence[float | None]]
+    credits_GK: Sequence[Sequence[tuple[Credit, ...]]]
+    missed_GK: Sequence[Sequence[bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response as the learner sees it.
+
+    token_ids_T: (T,) int64.
+    scope_KT: (K, T) bool, the tokens that loss term k may teach.
+    advantages_KT: (K, T) float32, 0 outside the scope.
+    rollout_logprobs_T: (T,) float32 as the engine computed them; None in supervised training.
+    ref_logprobs_T: (T,) float32 under the reference model; None without a KL term.
+    """
+
+    token_ids_T: np.ndarray
+    scope_KT: np.ndarray
+    advantages_KT: np.ndarray
+    rollout_logprobs_T: np.ndarray | None = None
+    ref_logprobs_T: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainGroup:
+    """One prompt and the responses that share it: the unit that packing never takes apart without need."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTotals:
+    """What the loss of one optimiser step is divided by: the same on every rank and in every micro-batch.
+
+    scope_tokens_K: (K,) float64, scope-k tokens in the whole step.
+    active_K: (K,) bool, whether some in-scope token of term k has a non-zero advantage.
+    response_tokens: all response tokens of the step.
+    """
+
+    scope_tokens_K: np.ndarray
+    active_K: np.ndarray
+    response_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """Loss of one micro-batch: a share of the step's loss, so that shares of micro-batches and ranks add up.
+
+    loss: scalar with gradient.
+    metrics: detached scalars, already divided by the step's totals where they are means, so that they add up too.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]

@@ -1,0 +1,49 @@
+"""Shared test material: a small random Qwen2.5-VL and a few page images, made once per session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+CORPUS = [
+    "<observe>page 1 shows a code 4 and an amount 7</observe>\n<evidence>\n[1]: code 4 amount 7\n"
+    "[2]: no relevant information\n</evidence>\n<think>The amount is on page 1</think>\n<answer>7</answer>",
+    "[1][2][3] what amount is on page 2? insufficient to answer 0 1 2 3 4 5 6 7 8 9",
+] * 20
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random two-layer Qwen2.5-VL (hidden 64, 400 tokens)."""
+    from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tokenizer = train_tokenizer(CORPUS, vocab_size=400)
+    model = build_model(tokenizer, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, vision_hidden_size=64)
+    save_model_folder(model, tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def page_images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Paths of five noise pages of different shapes."""
+    from PIL import Image
+
+    folder: Path = tmp_path_factory.mktemp("pages")
+    rng = np.random.default_rng(0)
+    paths = []
+    for index, (height, width) in enumerate([(56, 84), (112, 56), (84, 84), (28, 56), (60, 100)]):
+        path = folder / f"page{index}.png"
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        paths.append(str(path))
+    return paths
