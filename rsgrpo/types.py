@@ -13,10 +13,7 @@ import torch
 
 from rewards.api import Credit
 from rollout.types import Prompt, RolloutGroup
-
-
-class RsgrpoError(Exception):
-    """Base of every error that a user can mend; its text names the value, the limit and the fix."""
+from rsgrpo.errors import RsgrpoError as RsgrpoError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +25,8 @@ class ScoredGroup:
     credits_GK: the credits behind each score; empty where the reward did not apply. A plain score is one credit with
         key "" on the reward's scope; its span is None where a marker is missing and the policy is `void`.
     missed_GK: True where a scope marker was missing, whatever the policy made of it.
+    monitors_GM: one number (or None) per rollout and monitor, in the order of `monitor_names_M`.
+    num_errors_K: exceptions of each reward that were skipped on request.
     """
 
     group: RolloutGroup
@@ -35,6 +34,9 @@ class ScoredGroup:
     scores_GK: Sequence[Sequence[float | None]]
     credits_GK: Sequence[Sequence[tuple[Credit, ...]]]
     missed_GK: Sequence[Sequence[bool]]
+    monitor_names_M: tuple[str, ...] = ()
+    monitors_GM: Sequence[Sequence[float | None]] = ()
+    num_errors_K: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
