@@ -5,10 +5,18 @@ Owns what a reward sees and returns. Knows nothing of tokens, tensors, groups or
 
 from __future__ import annotations
 
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import os
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from numbers import Real
+from types import MappingProxyType, ModuleType
+from typing import Any, Protocol, cast, overload
 
 _NO_TRUTH: Mapping[str, Any] = MappingProxyType({})
 
@@ -57,3 +65,221 @@ class Credit:
 Score = float | None | Sequence[Credit]
 Scope = Callable[[Response], "Span | None"]
 RewardFunction = Callable[..., "Score | Awaitable[Score]"]
+
+
+class RewardError(ValueError):
+    """A reward cannot be loaded, configured or used; the text says what to change."""
+
+
+class Reward(Protocol):
+    """A function that `@reward` has marked: call it with a response, ask it for the characters it may teach."""
+
+    name: str
+    scope: Scope
+
+    def __call__(self, response: Response, /, **arguments: Any) -> Any:
+        """Return the score: a number, None (did not apply) or several credits; an awaitable of that if async."""
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The scope from the first `start` marker to the first `end` marker; None is the start or the end of the text."""
+
+    start: str | None
+    end: str | None
+
+    def __post_init__(self) -> None:
+        """Refuse markers that cannot bound anything."""
+        if "" in (self.start, self.end) or (self.start is not None and self.start == self.end):
+            raise RewardError(
+                f"between({self.start!r}, {self.end!r}): markers must be two different, non-empty strings; "
+                "None stands for the start or the end of the text"
+            )
+
+    def __call__(self, response: Response) -> Span | None:
+        """Return the span, the start marker inside and the end marker outside; None if a marker is missing."""
+        start = 0 if self.start is None else response.text.find(self.start)
+        end = len(response.text) if self.end is None else response.text.find(self.end)
+        return Span(start, end) if 0 <= start <= end else None
+
+
+def between(start: str | None, end: str | None) -> Between:
+    """Return the scope between two markers, found in characters: the first occurrence of each in the whole text.
+
+    The start marker is inside the scope, the end marker outside. A missing marker, or an end marker that comes before
+    the start marker, gives None: the reward missed, and `algorithm.missing_marker` decides what that means.
+
+    >>> between("<think>", None)(Response("<observe></observe><think>so"))
+    Span(start=19, end=28)
+    """
+    return Between(start, end)
+
+
+whole = between(None, None)
+"""The scope of a reward that teaches every token of the response."""
+
+
+@overload
+def reward(function: RewardFunction, /) -> Reward: ...
+@overload
+def reward(*, scope: Scope = whole) -> Callable[[RewardFunction], Reward]: ...
+def reward(
+    function: RewardFunction | None = None, /, *, scope: Scope = whole
+) -> Reward | Callable[[RewardFunction], Reward]:
+    """Mark a function of one response as a reward: it stays the same function and gains `.scope` and `.name`.
+
+    Args:
+        function: the function, where the decorator is written without parentheses.
+        scope: the characters the reward may teach; `between(...)`, `whole`, or any function Response -> Span | None.
+
+    Raises:
+        RewardError: what is decorated is not a function of one response, or `scope` cannot be called.
+    """
+
+    def mark(function: RewardFunction) -> Reward:
+        if not inspect.isfunction(function):
+            raise RewardError(f"@reward goes above a function, got {function!r}")
+        if _response_parameter(function) is None:
+            raise RewardError(f"@reward: '{function.__name__}' must take the response as its first argument")
+        marked = cast(Reward, function)
+        marked.name, marked.scope = function.__name__, scope
+        return marked
+
+    if not callable(scope):
+        raise RewardError(f"@reward(scope=...) takes a function of the response, such as between(...), got {scope!r}")
+    return mark if function is None else mark(function)
+
+
+def _response_parameter(function: Callable[..., Any]) -> str | None:
+    """Name of the parameter that takes the response; None if no positional argument can be given."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_POSITIONAL):
+            return parameter.name
+        return None
+    return None
+
+
+def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Reward:
+    """Import the reward that `module:function` names and bind its keyword arguments.
+
+    The module may be dotted; it is looked up on the Python path and in the current directory.
+
+    Raises:
+        RewardError: bad syntax, no such module or function, not decorated, or arguments it does not take.
+    """
+    module_name, colon, name = target.partition(":")
+    if not colon or not module_name or not name:
+        raise RewardError(f"a reward is named module:function, such as rewards.evisrag:accuracy, got {target!r}")
+    if "/" in module_name or module_name.endswith(".py"):
+        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        raise RewardError(f"{target!r} names a file; name the module instead: {dotted}:{name}")
+    module = _import(module_name, target)
+    shipped = sorted(key for key, value in vars(module).items() if _is_marked(value))
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, shipped or list(vars(module)), n=3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        rewards_there = f"its rewards are {', '.join(shipped)}" if shipped else "no function there is marked by @reward"
+        raise RewardError(f"'{module_name}' has no '{name}'; {hint}{rewards_there}")
+    function = getattr(module, name)
+    if not _is_marked(function):
+        raise RewardError(
+            f"'{target}' is not a reward; write @reward(scope=...) above it (from rewards.api import reward)"
+        )
+    return bind_reward(function, arguments or {})
+
+
+def _is_marked(value: object) -> bool:
+    return callable(value) and callable(getattr(value, "scope", None)) and isinstance(getattr(value, "name", None), str)
+
+
+def _import(module_name: str, target: str) -> ModuleType:
+    """Import a module, the current directory included; every failure is a RewardError that names the cause."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise RewardError(f"importing '{module_name}' failed: {error}; install what it imports") from error
+        raise RewardError(
+            f"no module '{error.name}' for the reward {target!r}; start from the folder that holds it "
+            f"(now {os.getcwd()}) or put that folder on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise RewardError(f"importing '{module_name}' failed: {type(error).__name__}: {error}") from error
+
+
+def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
+    """Return the reward with keyword arguments filled in (`reward_args` of a run); scope and name stay.
+
+    Raises:
+        RewardError: an argument that the function does not take, or one without default that is not given.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    response_name = _response_parameter(function)
+    for key in arguments:
+        if key == response_name or (key not in names and not takes_any):
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            has = f"it takes {', '.join(names)}" if names else "it takes none"
+            raise RewardError(f"reward '{function.name}' takes no argument '{key}'; {hint}{has}")
+    required = [p.name for p in parameters if p.name in names and p.default is p.empty and p.name not in arguments]
+    if required:
+        raise RewardError(
+            f"reward '{function.name}' needs the argument(s) {', '.join(required)}; set them in reward_args"
+        )
+    if not arguments:
+        return function
+    bound = cast(Reward, functools.partial(function, **arguments))
+    bound.name, bound.scope = function.name, function.scope
+    return bound
+
+
+def check_score(value: object, num_chars: int | None = None) -> float | tuple[Credit, ...] | None:
+    """Return what a reward returned as a float, None or a tuple of credits.
+
+    A bool counts as 0.0 or 1.0; no credits at all is None.
+
+    Args:
+        value: the (awaited) return value.
+        num_chars: length of the response's text, to also check that spans lie inside it.
+
+    Raises:
+        RewardError: a score is not a finite number, or a credit is malformed.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return tuple(_check_credit(credit, num_chars) for credit in value) or None
+    return _check_number(value)
+
+
+def _check_number(value: object) -> float:
+    if inspect.isawaitable(value):
+        raise RewardError("the reward returned an awaitable inside its result; await it")
+    if not isinstance(value, Real):
+        raise RewardError(
+            f"a score is a number, None or a list of Credit, got {type(value).__name__} {str(value)[:80]!r}; "
+            "return float(...)"
+        )
+    number = float(value)
+    if not math.isfinite(number):
+        raise RewardError(f"a score must be finite, got {number}; return None where the reward does not apply")
+    return number
+
+
+def _check_credit(credit: object, num_chars: int | None) -> Credit:
+    if not isinstance(credit, Credit):
+        raise RewardError(f"a reward with several scores returns Credit(key, score, span), got {credit!r:.80}")
+    if not isinstance(credit.key, str):
+        raise RewardError(f"Credit.key must be a string, got {credit.key!r}")
+    score, span = _check_number(credit.score), credit.span
+    if span is not None:
+        if not isinstance(span, Span):
+            raise RewardError(f"Credit.span must be Span(start, end) or None, got {span!r}")
+        if not 0 <= span.start <= span.end or (num_chars is not None and span.end > num_chars):
+            limit = "" if num_chars is None else f" <= {num_chars}"
+            raise RewardError(f"credit '{credit.key}': a span needs 0 <= start <= end{limit}, got {span}")
+    return Credit(credit.key, score, span)
