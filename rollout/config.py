@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+class ConfigError(ValueError):
+    """A setting of a room below the trainer that cannot work; names the key, the limit and the value."""
 
 
 @dataclass
@@ -10,7 +14,7 @@ class InputsConfig:
     """How a prompt becomes tokens and pixels: one setting for engine, learner, SFT and inference.
 
     min_pixels, max_pixels: limits of an image's area after the resize.
-    max_images: images a prompt may have.
+    max_images: images a prompt may have; 0 is text only.
     max_prompt_tokens: rendered prompt, vision tokens included.
     """
 
@@ -18,6 +22,57 @@ class InputsConfig:
     max_pixels: int = 1_568_000
     max_images: int = 5
     max_prompt_tokens: int = 15_000
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise ConfigError(
+                f"inputs.min_pixels must lie between 1 and inputs.max_pixels ({self.max_pixels}), got {self.min_pixels}"
+            )
+        if self.max_images < 0:
+            raise ConfigError(f"inputs.max_images must be >= 0, got {self.max_images}")
+        if self.max_prompt_tokens < 1:
+            raise ConfigError(f"inputs.max_prompt_tokens must be >= 1, got {self.max_prompt_tokens}")
+
+
+@dataclass
+class VllmConfig:
+    """How the vLLM engine runs; read only with engine "vllm".
+
+    tensor_parallel_size: devices of one engine; must divide the model's attention heads.
+    gpu_memory_utilization: share of a GPU's memory that the engine may take; leave room for the learner when colocated.
+    kv_cache_gib: size of the KV cache on each device; 0 takes what `gpu_memory_utilization` leaves (CPU: 1 GiB).
+    max_model_len: prompt and response tokens; 0 is inputs.max_prompt_tokens + rollout.max_response_tokens.
+    max_num_seqs: responses decoded at once.
+    max_num_batched_tokens: tokens of one engine step, prefill included; 0 is vLLM's default.
+    block_size: tokens of a KV block, the unit of prefix caching; 0 is 16 on GPUs and 32 on CPU.
+    enforce_eager: no CUDA graphs and no compilation (always so on CPU).
+    prefix_caching: compute the prompt of a group once.
+    mm_cache_gib: memory for preprocessed images, in the worker and again in the engine; 0 is none.
+    sleep_level: what the engine gives up while the learner works on the same GPUs: 0 nothing, 1 the KV cache (weights
+        move to CPU memory), 2 both (the next weight sync must follow). No effect on CPU.
+    sync: how weights travel: "nccl" (own GPUs), "ipc" (shared GPUs), "gloo" (CPU), or "auto".
+    sync_bucket_mib: bytes of weights that are in flight at once.
+    sync_timeout_s: the longest that one phase of a weight sync may take.
+    start_timeout_s: to load the model and profile memory.
+    stall_timeout_s: requests are running and no token came for so long: the engine counts as failed.
+    """
+
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.6
+    kv_cache_gib: float = 0.0
+    max_model_len: int = 0
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 0
+    block_size: int = 0
+    enforce_eager: bool = False
+    prefix_caching: bool = True
+    mm_cache_gib: float = 4.0
+    sleep_level: int = 0
+    sync: str = "auto"
+    sync_bucket_mib: int = 512
+    sync_timeout_s: float = 300.0
+    start_timeout_s: float = 900.0
+    stall_timeout_s: float = 300.0
 
 
 @dataclass
@@ -47,3 +102,4 @@ class RolloutConfig:
     script: str = ""
     timeout_s: float = 3600.0
     allow_biased_sampling: bool = False
+    vllm: VllmConfig = field(default_factory=VllmConfig)

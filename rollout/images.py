@@ -1,0 +1,153 @@
+"""From an image source to the pixels that a model sees: decoding, orientation, colour and the one resize.
+
+Knows no tokenizer and no model; every size rule is given as an argument.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from rollout.types import ImageSource
+
+MAX_ASPECT_RATIO = 200
+
+
+class PromptError(ValueError):
+    """This one prompt cannot be used: too long, an unreadable image, too many images, misplaced image marks."""
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+
+# What undoes each EXIF orientation; 1 is upright.
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Return the height and width that Qwen's image processors resize to.
+
+    Each side is rounded to a multiple of `factor`; if the area then lies outside [min_pixels, max_pixels], both sides
+    are scaled by the same ratio and rounded down (up) to multiples. Only a side of one `factor` may break the limit.
+
+    >>> smart_resize(100, 150, factor=28, min_pixels=784, max_pixels=10_000)
+    (56, 112)
+
+    Raises:
+        PromptError: a side is empty, or one is over 200 times the other.
+    """
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise PromptError(
+            f"an image of {width} x {height} pixels cannot be resized: the longer side may be at most "
+            f"{MAX_ASPECT_RATIO} times the shorter; crop or pad it"
+        )
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def read_size(source: ImageSource) -> tuple[int, int]:
+    """Return (height, width) of the upright image from its header; no pixel is decoded.
+
+    Raises:
+        PromptError: the file is missing, not an image, or a decompression bomb.
+    """
+    with _opened(source) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+def check_decodes(source: ImageSource) -> None:
+    """Decode the image as cheaply as its format allows and drop the pixels.
+
+    Raises:
+        PromptError: as `decode`.
+    """
+    with _opened(source) as image:
+        _require_supported(image, source)
+        image.draft("L", (1, 1))  # JPEG: skip most of the inverse transform; other formats ignore it
+        image.load()
+
+
+def decode(source: ImageSource) -> Image.Image:
+    """Return the upright RGB image: EXIF orientation applied, transparency on white, 16-bit grey scaled to 8.
+
+    Raises:
+        PromptError: the file is missing, not an image, truncated, a decompression bomb, or of floating-point pixels.
+    """
+    with _opened(source) as image:
+        _require_supported(image, source)
+        orientation = _orientation(image)
+        image.load()
+        upright = image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+        return _to_rgb(upright)
+
+
+@contextmanager
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Open an image lazily; whatever its bytes make Pillow raise, here or in the block, becomes a PromptError."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise PromptError(
+                    f"image {name_of(source)} has {image.width} x {image.height} pixels, more than the "
+                    f"{limit:,} that Pillow considers safe; scale it down"
+                )
+            yield image
+    except PromptError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PromptError(f"image {name_of(source)} is too large to decode safely: {error}; scale it down") from error
+    except FileNotFoundError as error:
+        raise PromptError(f"image {name_of(source)} does not exist") from error
+    except _UNREADABLE as error:
+        raise PromptError(f"image {name_of(source)} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def name_of(source: ImageSource) -> str:
+    """Name an image in a message."""
+    return f"<{len(source):,} bytes>" if isinstance(source, bytes) else source
+
+
+def _require_supported(image: Image.Image, source: ImageSource) -> None:
+    if image.mode == "F":
+        raise PromptError(f"image {name_of(source)} has floating-point pixels of unknown range; save it with 8 bits")
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation (1 to 8) that stands before the pixel data."""
+    # PngImageFile.getexif decodes the whole image to look behind it; the base method reads what open() has read.
+    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
