@@ -138,7 +138,9 @@ def _require_supported(image: Image.Image, source: ImageSource) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation (1 to 8) that stands before the pixel data."""
+    """Return the EXIF orientation (1 to 8) that is left to apply, from what stands before the pixel data."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns it upright by itself
     # PngImageFile.getexif decodes the whole image to look behind it; the base method reads what open() has read.
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 

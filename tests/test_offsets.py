@@ -10,8 +10,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.tiny_model import train_tokenizer
 from rollout.offsets import OffsetsError, token_spans
-from tests.conftest import CORPUS
 
+CORPUS = [
+    "<observe>page 1 shows a code</observe>\n<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n"
+    "<think>The amount is on page 1</think>\n<answer>7</answer>",
+] * 20
 # Rich in merges of ">" with what follows it, as Qwen's own vocabulary is.
 FUSING = [f"<evidence>{tail}</evidence>" for tail in ("The", "\n", "\n\n", "[1]", "><think>", " a", "。", "é")] * 50
 TOKENIZER = train_tokenizer(CORPUS + FUSING, vocab_size=700)
