@@ -1,0 +1,153 @@
+"""Own what the driver prints: one live line with nested bars on a terminal, one plain line per step elsewhere.
+
+Workers never print through this. It knows metric names only as far as `step_line` abbreviates them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, Protocol
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+SHORT_NAMES = {"accuracy": "acc", "evidence": "evid", "well_formed": "fmt", "perception": "perc"}
+STEP_REWARDS = 3
+PHASES = ("sample", "reward", "learn", "sync")
+PLAIN_WIDTH = 120
+
+
+class Bar(Protocol):
+    """Progress of one phase."""
+
+    def advance(self, count: int = 1) -> None: ...
+
+
+class Console:
+    """The driver's output. Use as a context manager, or call `close`, so that the terminal is left clean.
+
+    On a terminal the bars stay at the bottom and every message scrolls above them; elsewhere bars are not drawn.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, *, live: bool | None = None) -> None:
+        """Write to `stream` (stdout by default); `live` forces or forbids bars instead of asking the stream."""
+        stream = stream or sys.stdout
+        self.live = stream.isatty() if live is None else live
+        width = None if self.live else PLAIN_WIDTH
+        self._rich = RichConsole(file=stream, width=width, highlight=False, force_terminal=self.live or None)
+        self._progress: Progress | None = None
+        self._steps: TaskID | None = None
+        if self.live:
+            columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=32))
+            self._progress = Progress(
+                *columns, MofNCompleteColumn(), TimeElapsedColumn(), console=self._rich, transient=True
+            )
+            self._progress.start()
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bars away; messages still work afterwards. Calling it twice is allowed."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def info(self, message: str) -> None:
+        """Print one message."""
+        self._print(escape(message))
+
+    def warning(self, message: str) -> None:
+        """Print one message that stands out."""
+        self._print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+    def step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Print one step's result and move the outer bar to it."""
+        line = format_step(step, total, metrics)
+        self._print(escape(line))
+        if self._progress is not None:
+            if self._steps is None:
+                self._steps = self._progress.add_task("steps", total=total)
+            self._progress.update(self._steps, completed=step, total=total)
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
+        """Show a bar for one phase of a step (`total` None: how much there is to do is unknown)."""
+        if self._progress is None:
+            yield _NoBar()
+            return
+        task = self._progress.add_task(name, total=total)
+        try:
+            yield _RichBar(self._progress, task)
+        finally:
+            if self._progress is not None:
+                self._progress.remove_task(task)
+
+    def summary(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print a two-column table: what, and its value."""
+        if not self.live:
+            width = max((len(what) for what, _ in rows), default=0)
+            self._print("\n".join([escape(title), *(f"  {escape(what):<{width}}  {escape(v)}" for what, v in rows)]))
+            return
+        table = Table(title=escape(title), title_justify="left", title_style="bold", show_header=False)
+        for what, value in rows:
+            table.add_row(escape(what), escape(value))
+        self._rich.print(table)
+
+    def _print(self, markup: str) -> None:
+        self._rich.print(markup, soft_wrap=True)
+
+
+class _NoBar:
+    def advance(self, count: int = 1) -> None:
+        """Do nothing: not a terminal."""
+
+
+class _RichBar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, count: int = 1) -> None:
+        self._progress.advance(self._task, count)
+
+
+def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
+    """Return the one line of a step; what a step did not measure is left out.
+
+    Example: "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
+    """
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    rewards = [key.split("/")[1] for key in metrics if key.startswith("reward/") and key.endswith("/mean")]
+    leading = [name for name in SHORT_NAMES if name in rewards]
+    shown = (leading + [name for name in rewards if name not in leading])[:STEP_REWARDS]
+    parts += [f"{SHORT_NAMES.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
+    if "rollout/num_tokens_mean" in metrics:
+        parts.append(f"len {metrics['rollout/num_tokens_mean']:.0f}")
+    for label, key in (("kl", "actor/kl"), ("grad", "actor/grad_norm")):
+        if key in metrics:
+            parts.append(f"{label} {short(metrics[key])}")
+    phases = [f"{name} {short(metrics[f'time/{name}'], 1)}" for name in PHASES if f"time/{name}" in metrics]
+    if "time/step" in metrics:
+        parts.append(f"{metrics['time/step']:.1f} s" + (f" ({' '.join(phases)})" if phases else ""))
+    if metrics.get("actor/skipped"):
+        parts.append("no update")
+    return "  ".join(parts)
+
+
+def short(value: float, digits: int = 2) -> str:
+    """Return a number without its leading zero; small ones keep one significant digit.
+
+    Example: 0.634 -> ".63", -0.5 -> "-.50", 12.34 -> "12.34", 0.0021 -> ".002", 0.00003 -> "3e-05".
+    """
+    if value != 0 and abs(value) < 0.5 * 10**-digits:
+        text = f"{value:.3f}" if abs(value) >= 0.0005 else f"{value:.0e}"
+    else:
+        text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
