@@ -9,7 +9,7 @@ class ConfigError(ValueError):
     """A setting of a room below the trainer that cannot work; names the key, the limit and the value."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class InputsConfig:
     """How a prompt becomes tokens and pixels: one setting for engine, learner, SFT and inference.
 
@@ -34,7 +34,7 @@ class InputsConfig:
             raise ConfigError(f"inputs.max_prompt_tokens must be >= 1, got {self.max_prompt_tokens}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class VllmConfig:
     """How the vLLM engine runs; read only with engine "vllm".
 
@@ -75,7 +75,7 @@ class VllmConfig:
     stall_timeout_s: float = 300.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of training rollouts.
 
@@ -85,6 +85,7 @@ class RolloutConfig:
     max_response_tokens: end-of-text included.
     max_batch_sequences: sequences that the embedded engine decodes at once.
     dtype: of the embedded engine's weights, "float32" or "bfloat16".
+    num_threads: CPU threads of each engine; 0 leaves it to torch.
     script: for engine "fake": a jsonl of {"id", "responses"}; empty answers every prompt with its gold response.
     timeout_s: the longest that one worker may take for one batch.
     allow_biased_sampling: permit top_p < 1 or top_k > 0 in training, which importance ratios do not correct.
@@ -99,7 +100,27 @@ class RolloutConfig:
     max_response_tokens: int = 1536
     max_batch_sequences: int = 128
     dtype: str = "float32"
+    num_threads: int = 0
     script: str = ""
     timeout_s: float = 3600.0
     allow_biased_sampling: bool = False
     vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    def __post_init__(self) -> None:
+        for key, value, options in (
+            ("engine", self.engine, ("hf", "fake", "vllm")),
+            ("dtype", self.dtype, ("float32", "bfloat16")),
+        ):
+            if value not in options:
+                raise ConfigError(f"rollout.{key} must be one of {', '.join(options)}; got {value!r}")
+        for key in ("num_workers", "group_size", "max_response_tokens", "max_batch_sequences"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"rollout.{key} must be >= 1, got {getattr(self, key)}")
+        if self.temperature < 0:
+            raise ConfigError(f"rollout.temperature must be >= 0, got {self.temperature:g}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p must be in (0, 1], got {self.top_p:g}")
+        if self.top_k < 0:
+            raise ConfigError(f"rollout.top_k must be >= 0 (0 is off), got {self.top_k}")
+        if self.timeout_s <= 0:
+            raise ConfigError(f"rollout.timeout_s must be > 0, got {self.timeout_s:g}")

@@ -7,7 +7,6 @@ Knows nothing of what the program does.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -21,12 +20,14 @@ from typing import Any, NoReturn, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
+from yaml import YAMLError
 
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.checks import nearest
+from rsgrpo.errors import ConfigError, RsgrpoError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -38,46 +39,56 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     """Parse the command line into a `schema` object, call `main` with it and exit with its return value.
 
     Args:
-        main: the program. A returned int is the exit code; a raised `RsgrpoError` is printed, and the code is 1.
+        main: the program. A returned int is the exit code. A raised `RsgrpoError` is printed without a trace; the code
+            is then 1, or 2 for a `ConfigError`. HYDRA_FULL_ERROR=1 in the environment shows the trace.
         schema: dataclass with a default for every key.
         config_name: "config" reads `conf/config.yaml`, any other NAME `conf/NAME/config.yaml`.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(schema, config_name))
         sys.exit(0)
-    sys.argv[1:] = [_map_entry(argument, schema) for argument in sys.argv[1:]]
-    ConfigStore.instance().store(name="_schema_", node=schema)
-    exit_code = 0
+    sys.argv[1:] = [_entry(argument, schema) for argument in sys.argv[1:]]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    _store_schema(schema)
+    full_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach us instead of being printed and swallowed
+    started = False
+
+    def fail(error: Exception, code: int) -> NoReturn:
+        if full_trace:
+            raise error
+        print(f"error: {explain(error, schema, config_name)}", file=sys.stderr)
+        sys.exit(code)
 
     def task(node: DictConfig) -> None:
-        nonlocal exit_code
-        config = to_object(node)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+        nonlocal started
         try:
-            exit_code = main(config) or 0
+            config = _to_object(node)
+        except (RsgrpoError, OmegaConfBaseException, ValueError) as error:
+            fail(error, USER_ERROR)
+        started = True
+        try:
+            exit_code = main(config)
         except RsgrpoError as error:
-            _fail(str(error), RUN_ERROR)
+            fail(error, USER_ERROR if isinstance(error, ConfigError) else RUN_ERROR)
         if exit_code:
             sys.exit(exit_code)
 
-    package = "pkg://conf" if config_name == "config" else f"pkg://conf.{config_name}"
-    full_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors reach us instead of being printed and swallowed
     try:
-        hydra.main(version_base="1.3", config_path=package, config_name="config")(task)()
-    except (HydraException, OmegaConfBaseException, RsgrpoError, ValueError) as error:
-        if full_trace or not isinstance(error, HydraException | OmegaConfBaseException | RsgrpoError):
+        hydra.main(version_base="1.3", config_path=f"pkg://{_package(config_name)}", config_name="config")(task)()
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        if started:
             raise
-        _fail(explain(error, schema, config_name), USER_ERROR)
-    sys.exit(exit_code)
+        fail(error, USER_ERROR)
+    sys.exit(0)
 
 
-def to_object(node: DictConfig) -> Any:
+def _to_object(node: DictConfig) -> Any:
     """Turn a composed configuration into its dataclass; runs of a sweep get names of their own."""
     config: Any = OmegaConf.to_object(node)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
         swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
-        config = dataclasses.replace(config, name=f"{config.name}-{swept or HydraConfig.get().job.num}"[:120])
+        config = dataclasses.replace(config, name=f"{config.name}-{swept}"[:120])
     return config
 
 
@@ -88,34 +99,48 @@ def compose(schema: type[ConfigT], config_name: str = "config", overrides: typin
         RsgrpoError: a setting is wrong.
         HydraException: an override names no key or no option.
     """
-    ConfigStore.instance().store(name="_schema_", node=schema)
-    package = "conf" if config_name == "config" else f"conf.{config_name}"
-    with hydra.initialize_config_module(package, version_base="1.3"):
-        node = hydra.compose("config", [_map_entry(override, schema) for override in overrides])
+    _store_schema(schema)
+    with hydra.initialize_config_module(_package(config_name), version_base="1.3"):
+        node = hydra.compose("config", [_entry(override, schema) for override in overrides])
         return typing.cast(ConfigT, OmegaConf.to_object(node))
 
 
 def explain(error: Exception, schema: type, config_name: str = "config") -> str:
     """Return one message that names the key, the value and the nearest valid one."""
+    text = str(error).strip()
+    if isinstance(error, RsgrpoError):
+        return text
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        options = groups(schema, config_name).get(group) or sorted(set(error.options))
-        return f"{group}={option}: there is no such {group}; {_nearest(option, options)}{', '.join(options)}"
-    cause = _omegaconf_cause(error)
-    text = str(error).strip()
+        options = sorted({*groups(schema, config_name).get(group, []), *error.options})
+        return f"{group}={option}: there is no such {group}{nearest(option, options)} There are {', '.join(options)}"
+    if isinstance(error, OverrideParseException):
+        reason = text.splitlines()[0]
+        return f"cannot read {error.override!r}: {reason}; write key=value, with quotes around special characters"
     required = re.match(r"You must specify '([\w/]+)'", text)
     if required:
         group = required[1]
         options = groups(schema, config_name).get(group, [])
-        return f"{group} is missing: choose one, for example {group}={options[0]} (there are {', '.join(options)})"
-    if cause is None:
-        return text
+        return (
+            f"{group} is missing: choose one, for example {group}={_easiest(options)} (there are {', '.join(options)})"
+        )
+    cause = _omegaconf_cause(error)
+    return text if cause is None else _explain_key(cause, text, schema, config_name)
+
+
+def _explain_key(cause: OmegaConfBaseException, text: str, schema: type, config_name: str) -> str:
     key = str(cause.full_key or cause.key or "")
-    where = _source(text)
+    source = re.match(r"In '([^']+)'", text)
+    where = f" (in {source[1]}.yaml)" if source and "_schema_" not in source[1] else ""
     if isinstance(cause, ValidationError):
-        return f"{key}: {_first_line(cause)}{where}"
+        return f"{key}: {str(cause).strip().splitlines()[0]}{where}"
     known = [*keys(schema), *groups(schema, config_name)]
-    return f"{key}: there is no such key; {_nearest(key, known)}`--cfg job` shows all keys{where}"
+    if key in known:
+        return f"{key} cannot be removed with ~; set it to another value"
+    last = key.rpartition(".")[2]
+    same_end = [name for name in known if name.rpartition(".")[2] == last]
+    close = f"; did you mean {same_end[0]}?" if same_end else nearest(key, known)
+    return f"{key}: there is no such key{close} `--cfg job` shows all keys{where}"
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -129,8 +154,7 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 def groups(schema: type, config_name: str = "config") -> dict[str, list[str]]:
     """Return the groups of `conf/` that this program takes, each with its options; `recipe` comes first."""
-    own = resources.files("conf") if config_name == "config" else resources.files(f"conf.{config_name}")
-    found = {"recipe": _options(own / "recipe")}
+    found = {"recipe": _options(resources.files(_package(config_name)) / "recipe")}
     fields = {field.name for field in dataclasses.fields(schema)}
     for folder in sorted(resources.files("conf").iterdir(), key=lambda entry: entry.name):
         if folder.name in fields and folder.is_dir():
@@ -144,7 +168,7 @@ def help_text(schema: type, config_name: str = "config") -> str:
     program = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
     found = groups(schema, config_name)
     width = max(map(len, found))
-    recipe = found["recipe"][0]
+    recipe = _easiest(found["recipe"])
     lines = [f"  {group:<{width}}  {', '.join(options)}" for group, options in found.items()]
     return "\n".join(
         [
@@ -169,12 +193,35 @@ def _options(folder: Traversable) -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def _map_entry(argument: str, schema: type) -> str:
-    """Let `rewards.name=...` and `+rewards.name=...` both add to a flat map, or replace what is there."""
-    match = re.match(r"\+?(?P<key>[A-Za-z_][\w.]*)=", argument)
-    if match and any(match["key"].startswith(prefix + ".") for prefix in _flat_maps(schema)):
-        return "++" + argument.lstrip("+")
-    return argument
+def _easiest(options: list[str]) -> str:
+    return min(options, key=lambda option: "demo" not in option)
+
+
+def _package(config_name: str) -> str:
+    return "conf" if config_name == "config" else f"conf.{config_name}"
+
+
+def _store_schema(schema: type) -> None:
+    node = OmegaConf.structured(schema)
+    _thaw(node)
+    ConfigStore.instance().store(name="_schema_", node=node)
+
+
+def _thaw(node: DictConfig) -> None:
+    """Let yaml files and overrides fill a frozen dataclass; the object that comes out at the end is frozen again."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if OmegaConf.is_dict(node[key]):
+            _thaw(node[key])
+
+
+def _entry(argument: str, schema: type) -> str:
+    """Let `rewards.name=...` and `+rewards.name=...` both add to a flat map, and no `+` invent a key elsewhere."""
+    match = re.match(r"\+*(?P<key>[A-Za-z_][\w.]*)=", argument)
+    if not match or match["key"].startswith("hydra."):
+        return argument
+    in_map = any(match["key"].startswith(prefix + ".") for prefix in _flat_maps(schema))
+    return ("++" if in_map else "") + argument.lstrip("+")
 
 
 def _flat_maps(schema: type) -> list[str]:
@@ -194,27 +241,3 @@ def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | No
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _nearest(word: str, known: typing.Iterable[str]) -> str:
-    """Say which known key or option comes closest, also when only its last part was written."""
-    names = list(known)
-    best = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    if not best:
-        last = word.rpartition(".")[2]
-        best = [name for name in names if name.rpartition(".")[2] == last][:1]
-    return f"did you mean {best[0]}? " if best else ""
-
-
-def _source(message: str) -> str:
-    match = re.match(r"In '([^']+)'", message)
-    return f" (in conf/{match[1]}.yaml)" if match and not match[1].startswith("structured") else ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)

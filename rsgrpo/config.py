@@ -1,17 +1,22 @@
 """Every key of the configuration, with its default and its meaning. Plain dataclasses: hydra lives in `rsgrpo.cli`.
 
-Groups of `conf/` fill them; `validate` refuses combinations that cannot work, before anything starts.
+Groups of `conf/` fill them. Each class checks its own ranges; `validate` (home: `rsgrpo.checks`) refuses combinations
+that cannot work, before anything starts.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.config import InputsConfig, RolloutConfig
+from rsgrpo.checks import above, at_least, one_of, require
+from rsgrpo.checks import validate as validate
+from rsgrpo.checks import validate_sft as validate_sft
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on the language model.
 
@@ -26,8 +31,14 @@ class LoraConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
+    def __post_init__(self) -> None:
+        at_least(0, model__lora__rank=self.rank)
+        above(0, model__lora__alpha=self.alpha)
+        require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout:g}")
+        require(not self.rank or bool(self.targets), "model.lora.targets is empty: name the layers that get an adapter")
 
-@dataclass
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The policy.
 
@@ -43,7 +54,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Rows to train on and to validate on.
 
@@ -69,8 +80,13 @@ class DataConfig:
     shuffle: bool = True
     num_workers: int = 4
 
+    def __post_init__(self) -> None:
+        one_of("data.bad_rows", self.bad_rows, ("error", "drop"))
+        one_of("data.overlong", self.overlong, ("error", "drop"))
+        at_least(1, data__num_workers=self.num_workers)
 
-@dataclass
+
+@dataclass(frozen=True)
 class PromptConfig:
     """How a row's text becomes the user message.
 
@@ -84,7 +100,7 @@ class PromptConfig:
     system: str = ""
 
 
-@dataclass
+@dataclass(frozen=True)
 class FilterConfig:
     """Which groups are worth a training step (dynamic sampling).
 
@@ -101,8 +117,15 @@ class FilterConfig:
     drop_without_signal: bool = False
     max_tries: int = 20
 
+    def __post_init__(self) -> None:
+        require(
+            self.low < self.high,
+            f"algorithm.filter keeps sums in (low, high): low={self.low:g} must be < high={self.high:g}",
+        )
+        at_least(1, algorithm__filter__max_tries=self.max_tries)
 
-@dataclass
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """RS-GRPO and its relatives (docs/algorithm.md).
 
@@ -132,15 +155,36 @@ class AlgorithmConfig:
     on_policy_shortcut: bool = True
     filter: FilterConfig = field(default_factory=FilterConfig)
 
+    def __post_init__(self) -> None:
+        one_of("algorithm.advantage", self.advantage, ("per_reward", "per_scope", "grpo", "dr_grpo", "rloo"))
+        one_of("algorithm.missing_marker", self.missing_marker, ("void", "widen", "error"))
+        one_of("algorithm.ratio", self.ratio, ("token", "gspo", "cispo"))
+        one_of("algorithm.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        at_least(
+            1, algorithm__prompts_per_step=self.prompts_per_step, algorithm__updates_per_step=self.updates_per_step
+        )
+        at_least(0, algorithm__kl_coef=self.kl_coef, algorithm__entropy_coef=self.entropy_coef)
+        above(0, algorithm__clip_low=self.clip_low, algorithm__clip_high=self.clip_high)
+        require(self.clip_low < 1, f"algorithm.clip_low must be < 1 (the ratio stays > 0), got {self.clip_low:g}")
+        require(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"algorithm.dual_clip must be 0 (off) or > 1, got {self.dual_clip:g}",
+        )
+        require(
+            self.importance_cap == 0 or self.importance_cap >= 1,
+            f"algorithm.importance_cap must be 0 (off) or >= 1, got {self.importance_cap:g}",
+        )
 
-@dataclass
+
+@dataclass(frozen=True)
 class LearnerConfig:
     """The optimiser and how the model is spread over ranks (FSDP2).
 
     num_ranks: learner processes, one per device.
     device: "auto", "cpu" or "cuda". precision: "float32" or "bfloat16" (master weights and reduction stay float32).
     num_threads: CPU threads of each rank; 0 leaves it to torch.
-    lr_schedule: "constant", "linear" or "cosine", after `warmup_steps`. vision_lr_scale: factor on a trained tower's lr.
+    lr_schedule: "constant", "linear" or "cosine", after `warmup_steps`.
+    vision_lr_scale: factor on a trained tower's lr.
     max_tokens_per_micro_batch: prompt once plus all responses of its groups.
     logits_chunk_tokens: response tokens whose logits exist at once.
     gradient_checkpointing: recompute layer activations in backward.
@@ -172,8 +216,35 @@ class LearnerConfig:
     self_check: bool = True
     max_bad_steps: int = 3
 
+    def __post_init__(self) -> None:
+        one_of("learner.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("learner.precision", self.precision, ("float32", "bfloat16"))
+        one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
+        one_of("learner.attention", self.attention, ("auto", "sdpa", "flash"))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            f"learner.betas must be two numbers in [0, 1), got {list(self.betas)}",
+        )
+        above(
+            0,
+            learner__lr=self.lr,
+            learner__eps=self.eps,
+            learner__max_grad_norm=self.max_grad_norm,
+            learner__vision_lr_scale=self.vision_lr_scale,
+        )
+        at_least(0, learner__num_threads=self.num_threads, learner__warmup_steps=self.warmup_steps)
+        at_least(0, learner__weight_decay=self.weight_decay)
+        at_least(
+            1,
+            learner__num_ranks=self.num_ranks,
+            learner__max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            learner__logits_chunk_tokens=self.logits_chunk_tokens,
+            learner__max_bad_steps=self.max_bad_steps,
+        )
 
-@dataclass
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """Scoring on held-out rows with the run's own rewards and monitors.
 
@@ -191,8 +262,17 @@ class ValidationConfig:
     temperature: float = 0.1
     top_p: float = 0.95
 
+    def __post_init__(self) -> None:
+        at_least(0, validation__every=self.every, validation__max_prompts=self.max_prompts)
+        at_least(0, validation__samples=self.samples)
+        require(
+            self.temperature > 0 or not self.samples,
+            "validation.temperature=0 is greedy: set validation.greedy=true validation.samples=0",
+        )
+        require(0 < self.top_p <= 1, f"validation.top_p must be in (0, 1], got {self.top_p:g}")
 
-@dataclass
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints and resuming.
 
@@ -209,8 +289,13 @@ class CheckpointConfig:
     resume: str = "auto"
     export: bool = True
 
+    def __post_init__(self) -> None:
+        at_least(1, checkpoint__every=self.every, checkpoint__keep_last=self.keep_last)
+        at_least(0, checkpoint__keep_best=self.keep_best)
+        one_of("checkpoint.resume", self.resume, ("auto", "never"))
 
-@dataclass
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where numbers go beside `metrics.jsonl`, which is always written.
 
@@ -227,8 +312,12 @@ class TrackingConfig:
     rollout_table_rows: int = 8
     store_rollouts: bool = True
 
+    def __post_init__(self) -> None:
+        one_of("tracking.wandb", self.wandb, ("online", "offline", "disabled"))
+        at_least(0, tracking__rollout_table_rows=self.rollout_table_rows)
 
-@dataclass
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Ray.
 
@@ -236,9 +325,9 @@ class ClusterConfig:
     num_cpus: CPUs of a local cluster; 0 counts the machine's.
     placement: "colocated" (engines and learner share devices) or "disaggregated".
     rollout_cpus, learner_cpus, reward_cpus: CPUs that each worker of a role reserves; fractions are fine.
-    rollout_gpus, learner_gpus: GPUs of each worker; -1 is one where the cluster has GPUs, else none.
     reward_workers: processes that run reward functions.
     startup_timeout_s: to place and start all workers.
+    object_store_mb: Ray's shared memory on this machine (local clusters). sync_chunk_mb: weights in flight at once.
     """
 
     address: str = ""
@@ -247,13 +336,20 @@ class ClusterConfig:
     rollout_cpus: float = 0.5
     learner_cpus: float = 0.5
     reward_cpus: float = 0.1
-    rollout_gpus: float = -1.0
-    learner_gpus: float = -1.0
     reward_workers: int = 1
     startup_timeout_s: float = 600.0
+    object_store_mb: int = 512
+    sync_chunk_mb: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("cluster.placement", self.placement, ("colocated", "disaggregated"))
+        at_least(0, cluster__num_cpus=self.num_cpus, cluster__rollout_cpus=self.rollout_cpus)
+        at_least(0, cluster__learner_cpus=self.learner_cpus, cluster__reward_cpus=self.reward_cpus)
+        at_least(1, cluster__reward_workers=self.reward_workers)
+        above(0, cluster__startup_timeout_s=self.startup_timeout_s)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """One run of `python -m rsgrpo.train`.
 
@@ -288,8 +384,25 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
+    def __post_init__(self) -> None:
+        _check_run(self)
+        one_of("on_reward_error", self.on_reward_error, ("stop", "skip"))
+        for key, functions in (("rewards", self.rewards), ("monitors", self.monitors)):
+            for name, function in functions.items():
+                require(
+                    re.fullmatch(r"[\w.]+:\w+", function) is not None,
+                    f"{key}.{name} must be module:function, for example rewards.evisrag:accuracy; got {function!r}",
+                )
+        for name, weight in self.reward_weights.items():
+            require(
+                weight > 0,
+                f"reward_weights.{name} must be > 0, got {weight:g}; to leave the reward out, use ~rewards.{name}",
+            )
+        for name, timeout_s in self.reward_timeouts_s.items():
+            at_least(0, **{f"reward_timeouts_s__{name}": timeout_s})
 
-@dataclass
+
+@dataclass(frozen=True)
 class SftConfig:
     """One run of `python -m recipes.sft`: the same model, data and learner, on gold responses.
 
@@ -313,3 +426,17 @@ class SftConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _check_run(self)
+        at_least(1, batch_size=self.batch_size, max_response_tokens=self.max_response_tokens)
+        at_least(0, generate=self.generate)
+
+
+def _check_run(run: TrainConfig | SftConfig) -> None:
+    require(
+        re.fullmatch(r"[\w.=,+-]+", run.name) is not None,
+        f"name must be letters, digits and any of _.=,+- because it names the run folder; got {run.name!r}",
+    )
+    at_least(0, total_steps=run.total_steps, seed=run.seed)
+    at_least(1 if run.total_steps == 0 else 0, epochs=run.epochs)
