@@ -1,15 +1,18 @@
 """Let a CUDA build of torchvision be imported under a CPU build of torch.
 
 The CUDA build's compiled library cannot load there, and torchvision then fails on two operators that nobody declared.
-This module declares them just before the first `import torchvision`. The Makefile copies it into site-packages beside
-a `.pth` file, because every process needs it: Ray actors and engine children too. It does nothing on CUDA torch.
+This module declares them just before the first `import torchvision`. Run as a program it copies itself into
+site-packages beside a `.pth` file, because every process needs it: Ray actors and engine children too. It does nothing
+on CUDA torch, nor with a CPU build of torchvision (from PyTorch's own index).
 """
 
 import ctypes
 import importlib.abc
 import importlib.machinery
 import pathlib
+import shutil
 import sys
+import sysconfig
 
 _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -40,4 +43,13 @@ def _compiled_library_loads() -> bool:
     return True
 
 
-sys.meta_path.insert(0, _DeclareBeforeImport())
+def _install() -> None:
+    site_packages = pathlib.Path(sysconfig.get_path("purelib"))
+    shutil.copyfile(__file__, site_packages / "torchvision_cpu_shim.py")
+    (site_packages / "torchvision_cpu_shim.pth").write_text("import torchvision_cpu_shim\n")
+
+
+if __name__ == "__main__":
+    _install()
+else:
+    sys.meta_path.insert(0, _DeclareBeforeImport())

@@ -1,0 +1,56 @@
+# `make demo` and `make test` need nothing but Python 3.11+. PIP_* variables and pip's own configuration are respected.
+
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := rsgrpo recipes rewards rollout tests tools setup.py
+
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all test-gpu check format install clean
+.DELETE_ON_ERROR:
+
+demo: demo/sft/export/config.json
+	$(BIN)/python -m rsgrpo.train recipe=demo
+
+demo/data/train.jsonl: | $(INSTALLED)
+	$(BIN)/python -m recipes.prepare demo
+
+demo/sft/export/config.json: | demo/data/train.jsonl $(INSTALLED)
+	$(BIN)/python -m recipes.sft recipe=sft_demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu
+
+check: $(INSTALLED)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+	$(MAKE) test
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+install: $(INSTALLED)
+
+# torch first and alone: where pip finds a CPU build, the rest then resolves against it and brings no CUDA libraries.
+$(INSTALLED): setup.py tools/constraints.txt tools/torchvision_cpu_shim.py
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c tools/constraints.txt torch
+	$(BIN)/python -m pip install -c tools/constraints.txt -e ".[demo,dev]"
+	$(BIN)/python tools/torchvision_cpu_shim.py
+	@touch $@
+
+clean:
+	rm -rf demo runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

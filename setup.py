@@ -1,0 +1,54 @@
+"""Package and dependencies. The ranges resolve together; the version's one home is rsgrpo/__init__.py."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "rsgrpo" / "__init__.py").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+README = HERE / "README.md"
+
+setup(
+    name="rsgrpo",
+    version=VERSION,
+    description="Train vision-language models to answer with evidence: reward-scoped GRPO, from warm start to evaluation",
+    long_description=README.read_text() if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
+    package_data={"conf": ["**/*.yaml"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "torchvision>=0.26,<0.29",
+        "transformers>=5.16.1,<5.20",
+        "accelerate>=1.10,<2",
+        "peft>=0.19,<1",
+        "ray>=2.50,<3",
+        "datasets>=4,<6",
+        "hydra-core>=1.3.2,<1.4",
+        "qwen-vl-utils>=0.0.14,<0.1",
+        "wandb>=0.22,<1",
+        "tensorboard>=2.18,<3",
+        "rich>=13.7,<16",
+        "pyarrow>=17",
+        "pillow>=10.4",
+        "numpy>=2,<3",
+    ],
+    extras_require={
+        # vLLM pins its own torch (0.32: 2.13.0). It is the fast rollout engine; CPU development uses the embedded one.
+        "gpu": ["vllm>=0.32,<0.33"],
+        # Built against the installed torch: pip install --no-build-isolation -e ".[flash]". Optional; SDPA is the default.
+        "flash": ["flash-attn>=2.8,<3"],
+        "retrieval": [
+            "faiss-cpu>=1.11,<2",
+            "pypdfium2>=5,<6",
+            "sentence-transformers>=6.2,<7",
+            "pytrec-eval-terrier>=0.5.10,<0.6",
+        ],
+        "demo": ["scikit-learn>=1.5,<2"],
+        "dev": ["pytest>=8.3,<10", "hypothesis>=6.115,<7", "ruff>=0.15,<0.18", "mypy>=1.18,<3"],
+    },
+)
