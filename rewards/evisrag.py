@@ -67,20 +67,20 @@ def overlong(response: Response, *, min_tokens: int = 200, max_tokens: int = 153
         )
     if response.num_tokens < min_tokens:
         return -1.0
-    return -min(max(response.num_tokens - limit, 0) / buffer_tokens, 1.0)
+    return max(min(limit - response.num_tokens, 0) / buffer_tokens, -1.0)
 
 
 @reward(scope=between(None, "<evidence>"))
 def no_early_index(response: Response) -> float:
     """-1 when the observe block already cites a page index such as [2]; else 0."""
-    return -float(_INDEX.search(_block_text(response.text, "observe") or "") is not None)
+    return -1.0 if _INDEX.search(_block_text(response.text, "observe") or "") else 0.0
 
 
 @reward(scope=between("<think>", "<answer>"))
 def think_differs(response: Response) -> float:
     """-1 when the think block is, but for outer white space, the answer block: no derivation happened; else 0."""
     think, answer = _block_text(response.text, "think"), _block_text(response.text, "answer")
-    return -float(think is not None and answer is not None and think.strip() == answer.strip())
+    return -1.0 if think is not None and answer is not None and think.strip() == answer.strip() else 0.0
 
 
 @reward(scope=between(None, "<think>"))

@@ -1,0 +1,303 @@
+"""Try a reward on responses in a file: every score, the scope highlighted in the text, and a summary."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import inspect
+import json
+import os
+import statistics
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
+from rewards.evisrag import parse_gold
+
+POLICIES = {
+    "void": "there it teaches nothing",
+    "widen": "there it teaches the whole response",
+    "error": "each counts as an error",
+}
+TEXT_KEYS = ("text", "response")
+NUM_TOKENS_KEYS = ("num_tokens", "response_length")
+TRUTH_KEYS = ("truth", "ground_truth", "answer")
+HIGHLIGHTS = ("\x1b[30;42m", "\x1b[30;46m")
+RESET = "\x1b[0m"
+
+DESCRIPTION = """\
+Try a reward on responses in a file. Prints, per response, the score and the text with the reward's scope highlighted
+(in colour on a terminal, between [[ ]] elsewhere), then mean, spread, missed scope markers and errors."""
+
+EPILOG = """\
+FILE is a .jsonl with one response a line:
+  text (or response)                  the response
+  truth, or ground_truth or answer    an object with `answers` and `evidence`, such an object as a JSON string, a list
+                                      of answers, or gold text with <evidence> and <answer> blocks; without one of
+                                      them, the row's own columns are the truth
+  num_tokens, truncated, question, images, id   as far as the reward reads them
+or the stored rollouts of a run: a .parquet file, its folder, or the run's folder.
+
+examples:
+  python -m rewards rewards.evisrag:accuracy tests/data/rewards.jsonl --limit 3
+  python -m rewards rewards.evisrag:overlong runs/demo --args '{"max_tokens": 512, "buffer_tokens": 128}' --summary
+  python -m rewards my_rewards.pages:cites_page runs/demo/rollouts/step_000010.parquet
+
+exit status: 0 all scored, 1 the reward failed on some response, 2 it could not be tried."""
+
+
+class FileError(ValueError):
+    """The file of responses cannot be read; the text says where and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a reward did with one response.
+
+    value: None if it did not apply or failed. spans: the characters it teaches. missed: a scope marker is missing.
+    error: the exception and where it was raised; "" if there was none.
+    """
+
+    value: float | tuple[Credit, ...] | None = None
+    spans: tuple[Span, ...] = ()
+    missed: bool = False
+    error: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """The plain score, or the mean of the credits."""
+        if isinstance(self.value, tuple):
+            return statistics.fmean(credit.score for credit in self.value)
+        return self.value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rewards",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("reward", metavar="MODULE:FUNCTION", help="the reward, such as rewards.evisrag:accuracy")
+    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="responses (.jsonl) or stored rollouts")
+    parser.add_argument(
+        "--args", metavar="JSON", default="{}", help="keyword arguments of the reward, as a JSON object"
+    )
+    parser.add_argument("--limit", metavar="N", type=int, default=0, help="only the first N responses")
+    parser.add_argument("--policy", choices=POLICIES, default="void", help="meaning of a missing marker (%(default)s)")
+    parser.add_argument("--summary", action="store_true", help="print the summary and the errors only")
+    options = parser.parse_args(argv)
+    try:
+        function = load_reward(options.reward, parse_arguments(options.args))
+        status = asyncio.run(try_all(function, options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RewardError, FileError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """Return the keyword arguments in a JSON object."""
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RewardError(f"--args is not JSON: {error}; write it like '{{\"max_tokens\": 512}}'") from error
+    if not isinstance(arguments, dict):
+        raise RewardError(f"--args must be a JSON object of keyword arguments, got {text}")
+    return arguments
+
+
+async def try_all(function: Reward, options: argparse.Namespace) -> int:
+    """Score every response, print each and the summary; return the exit status."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    outcomes: list[Outcome] = []
+    any_tokens = False
+    for path in options.files:
+        for name, response in read_responses(path):
+            if 0 < options.limit <= len(outcomes):
+                break
+            outcome = await try_reward(function, response, options.policy)
+            outcomes.append(outcome)
+            any_tokens |= response.num_tokens > 0
+            if outcome.error or not options.summary:
+                print(describe(name, response, outcome, colour), end="\n\n")
+    if not outcomes:
+        raise FileError(f"no responses in {', '.join(map(str, options.files))}")
+    print(summarise(options.reward, outcomes, options.policy))
+    if not any_tokens:
+        print("note: no response says num_tokens, so rewards of length saw 0 tokens")
+    return 1 if any(outcome.error for outcome in outcomes) else 0
+
+
+async def try_reward(function: Reward, response: Response, policy: str) -> Outcome:
+    """Call the reward once and find what it teaches; an exception becomes the outcome's error."""
+    try:
+        value = function(response)
+        value = check_score(await value if inspect.isawaitable(value) else value, len(response.text))
+        if isinstance(value, tuple):
+            missed = any(credit.span is None for credit in value)
+            return Outcome(value, tuple(credit.span for credit in value if credit.span is not None), missed)
+        span = function.scope(response)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Outcome(error=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno} in {where.name})")
+    missed = span is None and value is not None
+    if missed and policy == "error":
+        return Outcome(missed=True, error="a scope marker is missing, and --policy is 'error'")
+    if missed and policy == "widen":
+        span = Span(0, len(response.text))
+    return Outcome(value, () if span is None or value is None else (span,), missed)
+
+
+def read_responses(path: Path) -> Iterator[tuple[str, Response]]:
+    """Yield (name, response) of a .jsonl file, or of a stored rollout file or folder.
+
+    Raises:
+        FileError: there is nothing to read, or a line is not a response.
+    """
+    if not path.exists():
+        raise FileError(f"no file or folder {path}")
+    if path.is_dir():
+        files = sorted([*path.glob("step_*.parquet"), *path.glob("rollouts/step_*.parquet")])
+        if not files:
+            raise FileError(f"no step_*.parquet in {path} or {path / 'rollouts'}")
+        for file in files:
+            yield from _read_parquet(file)
+    elif path.suffix == ".parquet":
+        yield from _read_parquet(path)
+    else:
+        yield from _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Response]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
+                yield str(row.get("id", f"line {number}")), _to_response(row)
+            except ValueError as error:
+                raise FileError(f"{path}, line {number}: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Response]]:
+    import pyarrow.parquet as pq
+
+    columns = {"prompt_id", "sample", "text", "num_tokens", "truncated", "question", "images", "truth"}
+    try:
+        file = pq.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise ValueError("there is no column 'text', so it does not hold rollouts")
+        for batch in file.iter_batches(batch_size=64, columns=[c for c in file.schema_arrow.names if c in columns]):
+            for row in batch.to_pylist():
+                run_folder = path.parent.parent  # images that were sampled from bytes are stored relative to it
+                row["images"] = [os.path.join(run_folder, image) for image in row.get("images") or ()]
+                yield f"{path.stem} {row.pop('prompt_id', '')}#{row.pop('sample', '')}", _to_response(row)
+    except ValueError as error:  # of pyarrow too: ArrowInvalid
+        raise FileError(f"{path}: {error}") from error
+
+
+def _to_response(row: Mapping[str, Any]) -> Response:
+    text = _first(row, TEXT_KEYS)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"a response needs its text under 'text' or 'response', got the keys {', '.join(row) or 'none'}"
+        )
+    num_tokens = _first(row, NUM_TOKENS_KEYS) or 0
+    if not isinstance(num_tokens, int):
+        raise ValueError(f"num_tokens must be an integer, got {num_tokens!r}")
+    return Response(
+        text=text,
+        truth=_truth(row),
+        num_tokens=num_tokens,
+        truncated=bool(row.get("truncated", False)),
+        question=row.get("question") or "",
+        images=tuple(row.get("images") or ()),
+    )
+
+
+def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _truth(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the gold columns of a row, in any of the forms that the help text lists."""
+    gold = _first(row, TRUTH_KEYS)
+    if isinstance(gold, str) and gold.lstrip().startswith("{"):
+        gold = json.loads(gold)
+    if isinstance(gold, dict):
+        return gold
+    columns = {key: value for key, value in row.items() if key not in TEXT_KEYS}
+    if isinstance(gold, list):
+        return {**columns, "answers": gold}
+    return columns if gold is None else {**columns, **parse_gold(str(gold))}
+
+
+def describe(name: str, response: Response, outcome: Outcome, colour: bool) -> str:
+    """Return a response as it is shown: its name and score, the credits if there are several, the text."""
+    if outcome.error:
+        heading = f"ERROR {outcome.error}"
+    else:
+        heading = "did not apply" if outcome.score is None else f"{outcome.score:.4f}"
+        heading += "  (scope marker missing)" if outcome.missed else ""
+    lines = [f"--- {name}: {heading}"]
+    if isinstance(outcome.value, tuple):
+        for credit in outcome.value:
+            place = f"characters {credit.span.start}-{credit.span.end}" if credit.span else "nothing to teach"
+            lines.append(f"    {credit.key}: {credit.score:.4f} on {place}")
+    return "\n".join([*lines, highlight(response.text, outcome.spans, colour)])
+
+
+def highlight(text: str, spans: Sequence[Span], colour: bool) -> str:
+    """Return the text with its spans marked, control characters made visible; a later span starts where one ended.
+
+    >>> highlight("abc", [Span(1, 2)], colour=False)
+    'a[[b]]c'
+    """
+    pieces, position = [], 0
+    for index, span in enumerate(sorted(spans, key=lambda span: (span.start, span.end))):
+        start, end = max(span.start, position), max(span.end, position)
+        opening, closing = (HIGHLIGHTS[index % 2], RESET) if colour else ("[[", "]]")
+        pieces += [_visible(text[position:start]), opening, _visible(text[start:end]), closing]
+        position = end
+    return "".join([*pieces, _visible(text[position:])])
+
+
+def _visible(text: str) -> str:
+    """Escape what a terminal would obey: model output is not to be trusted with it."""
+    return "".join(
+        char if char in "\n\t" or char.isprintable() or (char.isspace() and char > "\x7f") else repr(char)[1:-1]
+        for char in text
+    )
+
+
+def summarise(target: str, outcomes: Sequence[Outcome], policy: str) -> str:
+    """Return the closing lines: how often the reward applied, its mean and spread, missed markers, errors."""
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
+    num_missed = sum(outcome.missed for outcome in outcomes)
+    num_errors = sum(bool(outcome.error) for outcome in outcomes)
+    lines = [f"{target} on {len(outcomes)} responses", f"  applied         {len(scores)}"]
+    if scores:
+        spread = f"std {statistics.stdev(scores):.4f}, " if len(scores) > 1 else ""
+        lines.append(
+            f"  score           mean {statistics.fmean(scores):.4f}, {spread}{min(scores):g} to {max(scores):g}"
+        )
+    lines.append(f"  missed marker   {num_missed}" + (f" ({policy}: {POLICIES[policy]})" if num_missed else ""))
+    lines.append(f"  errors          {num_errors}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
