@@ -12,14 +12,14 @@ README = HERE / "README.md"
 setup(
     name="rsgrpo",
     version=VERSION,
-    description="Train vision-language models to answer with evidence: reward-scoped GRPO, from warm start to evaluation",
+    description="Train vision-language models to answer with evidence by reward-scoped GRPO",
     long_description=README.read_text() if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
-    package_data={"conf": ["**/*.yaml"]},
+    package_data={"conf": ["**/*.yaml"], "rsgrpo": ["report_assets/*"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "torchvision>=0.26,<0.29",
@@ -40,7 +40,7 @@ setup(
     extras_require={
         # vLLM pins its own torch (0.32: 2.13.0). It is the fast rollout engine; CPU development uses the embedded one.
         "gpu": ["vllm>=0.32,<0.33"],
-        # Built against the installed torch: pip install --no-build-isolation -e ".[flash]". Optional; SDPA is the default.
+        # Optional, built against the installed torch: pip install --no-build-isolation -e ".[flash]"
         "flash": ["flash-attn>=2.8,<3"],
         "retrieval": [
             "faiss-cpu>=1.11,<2",

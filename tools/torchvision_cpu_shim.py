@@ -13,12 +13,13 @@ import pathlib
 import shutil
 import sys
 import sysconfig
+from typing import Any
 
 _SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
-    library = None  # keeps the declarations alive
+    library: Any = None  # keeps the declarations alive
 
     def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
         if fullname == "torchvision":
@@ -35,7 +36,7 @@ class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
 def _compiled_library_loads() -> bool:
     spec = importlib.machinery.PathFinder.find_spec("torchvision")
     try:
-        for folder in spec.submodule_search_locations if spec else ():
+        for folder in (spec and spec.submodule_search_locations) or ():
             for library in pathlib.Path(folder).glob("_C*.so"):
                 ctypes.CDLL(str(library))
     except OSError:
