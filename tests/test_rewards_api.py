@@ -8,9 +8,11 @@ import importlib
 import inspect
 import math
 import pickle
+import re
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -263,6 +265,18 @@ def test_the_rewards_room_needs_only_the_standard_library():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+def test_the_examples_of_the_documentation_run():
+    text = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    names["test_cites_page"]()  # type: ignore[operator]
+    slots = Response("<evidence>\n[1]: 16\n[2]: a long line\n</evidence>")
+    credits = check_score(bind_reward(names["short_lines"], {"max_chars": 7})(slots))  # type: ignore[arg-type]
+    assert credits == (Credit("slot1", 1.0, Span(11, 18)), Credit("slot2", 0.0, Span(19, 35)))
+    assert asyncio.run(names["sound_reasoning"](slots)) == 1.0  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("module", ["rewards.api", "rewards.text", "rewards.evisrag", "rewards.__main__"])
