@@ -1,12 +1,14 @@
 """What makes a configuration impossible: ranges of single keys, and keys that contradict each other.
 
-Every message names the key, the value and what would work; sums are shown. Nothing here looks at files or devices.
+Every message names the key, the value and what would work; sums are shown. Only `require_found` looks at the disk.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
+import os
+import re
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from rsgrpo.config import SftConfig, TrainConfig
 
 log = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%]+)?")
 
 
 def require(holds: bool, message: str) -> None:
@@ -89,6 +93,12 @@ def how_to_get(key: str, path: str) -> str:
     else:
         fix = f"set {key} to a .jsonl, .json or .parquet file, a folder or a hub data set"
     return f"{key}={path}: there is no such file or folder; {fix}"
+
+
+def require_found(key: str, path: str) -> None:
+    """Refuse a model or data path that is neither on disk nor shaped like a hub id ("org/name", "org/name:split")."""
+    on_disk = os.path.exists(path)
+    require(on_disk or (bool(HUB_ID.fullmatch(path)) and not path.startswith("demo/")), how_to_get(key, path))
 
 
 def _check_inputs_exist(config: TrainConfig | SftConfig) -> None:

@@ -401,6 +401,11 @@ class TrainConfig:
         for name, timeout_s in self.reward_timeouts_s.items():
             at_least(0, **{f"reward_timeouts_s__{name}": timeout_s})
 
+    @property
+    def needs_reference_workers(self) -> bool:
+        """Whether a KL term needs a frozen copy of the model; LoRA runs switch their adapter off instead."""
+        return self.algorithm.kl_coef > 0 and self.model.lora.rank == 0
+
 
 @dataclass(frozen=True)
 class SftConfig:

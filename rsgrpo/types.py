@@ -66,6 +66,48 @@ class TrainGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixLayout:
+    """Where prompts and responses lie in a padding-free row: for each group its prompt, then its responses.
+
+    prompt_lengths: tokens of each group's prompt.
+    response_lengths: for each group, tokens of each response.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    response_lengths: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicroBatch:
+    """Whole groups in one padding-free row of T tokens, and what the loss needs of their N response tokens.
+
+    layout: where prompts and responses lie in the row.
+    token_ids_T: (T,) int64. position_ids_3T: (3, T) int64, time, height, width of M-RoPE.
+    features: (image tokens of the row, F) of a frozen tower; None without images or with a trained tower.
+    pixel_values, image_grid_thw: of all images in row order for a trained tower; None without images or with a frozen one.
+    head_index_N: (N,) int64, the row position whose hidden state predicts each response token.
+    targets_N: (N,) int64. sample_index_N: (N,) int64, which response of the micro-batch a token belongs to.
+    scope_KN: (K, N) bool. advantages_KN: (K, N) float32.
+    rollout_logprobs_N, ref_logprobs_N, old_logprobs_N: (N,) float32 or None.
+    """
+
+    layout: PrefixLayout
+    token_ids_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    features: torch.Tensor | None
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    head_index_N: torch.Tensor
+    targets_N: torch.Tensor
+    sample_index_N: torch.Tensor
+    scope_KN: torch.Tensor
+    advantages_KN: torch.Tensor
+    rollout_logprobs_N: torch.Tensor | None = None
+    ref_logprobs_N: torch.Tensor | None = None
+    old_logprobs_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepTotals:
     """What the loss of one optimiser step is divided by: the same on every rank and in every micro-batch.
 

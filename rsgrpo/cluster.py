@@ -1,0 +1,332 @@
+"""The roles of a run as Ray actors: placement, calls to all ranks of a role, failure, shutdown.
+
+Knows where things run, not what they compute: the learner, the rewards and the engines are called by their own names.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from rollout.worker import RolloutPool, start_rollout_worker
+
+from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rsgrpo.config import TrainConfig
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.placement import place
+from rsgrpo.types import ScoredGroup, TrainGroup
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""How often a wait looks up: for a request to stop, for a worker that died."""
+
+WORKER_ENV = {
+    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "passive",  # threads of a role that waits must not spin on the cores of the one that works
+}
+
+
+class WorkerFailed(RsgrpoError):
+    """A worker raised or died; names its role and rank, and the cause."""
+
+
+class LearnerWorker:
+    """One rank of the learner (or of the reference) as a Ray actor."""
+
+    def __init__(self, rank: int, num_threads: int) -> None:
+        import torch
+
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self.rank = rank
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a free port, for the process group of all ranks."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return host, probe.getsockname()[1]
+
+    def build(self, config: TrainConfig, host: str, port: int, total_steps: int, run_dir: str, trainable: bool) -> None:
+        """Join the process group and load this rank's shard of the model."""
+        from rsgrpo.learner import Learner, init_distributed
+
+        init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
+        self.learner = Learner(
+            config.model,
+            config.learner,
+            config.inputs,
+            algorithm=config.algorithm,
+            temperature=config.rollout.temperature,
+            total_steps=total_steps,
+            seed=config.seed,
+            rank=self.rank,
+            world_size=config.learner.num_ranks,
+            trainable=trainable,
+            debug_dir=run_dir,
+        )
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the learner; only rank 0 sends its result back."""
+        result = getattr(self.learner, method)(*args)
+        return result if self.rank == 0 else None
+
+    def weight_chunks(self, chunk_bytes: int) -> Iterator[list[tuple[str, Any]]]:
+        """Stream the full weights from rank 0; every rank must run this, since each holds a shard."""
+        chunk: list[tuple[str, Any]] = []
+        for name, tensor in self.learner.gather_weights():
+            if self.rank:
+                continue
+            chunk.append((name, tensor))
+            if sum(t.numel() * t.element_size() for _, t in chunk) >= chunk_bytes:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def rss_mb(self) -> float:
+        """Return this process's resident memory, in MiB."""
+        return _rss_mb()
+
+
+class RewardWorker:
+    """One process that runs the run's reward functions."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        from rsgrpo.credit import RewardSet
+
+        self.rewards = RewardSet.from_config(config)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score whole groups."""
+        return self.rewards.score(groups)
+
+    def rss_mb(self) -> float:
+        """Return this process's resident memory, in MiB."""
+        return _rss_mb()
+
+
+def _rss_mb() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20
+
+
+class Ranks:
+    """All ranks of the learner or of the reference, called together."""
+
+    def __init__(self, role: str, actors: Sequence[Any], check_stop: Callable[[], None]) -> None:
+        self.role = role
+        self.actors = actors
+        self.check_stop = check_stop
+
+    def call(self, method: str, *args: Any, stoppable: bool = False) -> Any:
+        """Run a learner method on every rank at once and return rank 0's result.
+
+        Raises:
+            WorkerFailed: as soon as any rank fails, without waiting for the others: they may wait for it forever.
+        """
+        shared = [ray.put(arg) for arg in args]
+        return self.wait([actor.call.remote(method, *shared) for actor in self.actors], method, stoppable)
+
+    def wait(self, refs: Sequence[Any], what: str, stoppable: bool = False) -> Any:
+        """Wait for one result per rank; return rank 0's."""
+        rank_of = {ref: rank for rank, ref in enumerate(refs)}
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, timeout=POLL_S)
+            for ref in done:
+                self._get(ref, rank_of[ref], what)
+            if stoppable:
+                self.check_stop()
+        return self._get(refs[0], 0, what)
+
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        """Run a generator method on every rank; yield references to what rank 0 produces."""
+        generators = [getattr(actor, method).options(num_returns="streaming").remote(*args) for actor in self.actors]
+        finished = {generator.completed(): rank for rank, generator in enumerate(generators)}
+        while True:
+            ready, _ = ray.wait([generators[0]], timeout=POLL_S)
+            for ref in ray.wait(list(finished), num_returns=len(finished), timeout=0)[0]:
+                self._get(ref, finished[ref], method)
+            if ready:
+                try:
+                    yield next(generators[0])
+                except StopIteration:
+                    break
+        self.wait(list(finished), method)
+
+    def _get(self, ref: Any, rank: int, what: str) -> Any:
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise WorkerFailed(describe_failure(self.role, rank, what, error)) from None
+
+
+def describe_failure(role: str, rank: int, what: str, error: BaseException) -> str:
+    """Return one message with role, rank and cause; the remote traceback only where the cause is not a user's error."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, RsgrpoError):
+        return f"{role} {rank} failed in {what}: {cause}"
+    return f"{role} {rank} failed in {what}: {type(cause).__name__}\n{str(error).strip()}"
+
+
+class Cluster:
+    """Everything that runs beside the driver: engines, learner ranks, reference ranks, reward workers."""
+
+    def __init__(self, config: TrainConfig, *, total_steps: int, run_dir: Path, check_stop: Callable[[], None]) -> None:
+        """Start Ray (or join it), place all workers and load the model in each.
+
+        check_stop: called while the driver waits for something that can be given up; raises to give it up.
+
+        Raises:
+            RsgrpoError: the cluster has too few CPUs or GPUs, with the arithmetic.
+            WorkerFailed: a worker could not start.
+        """
+        self.config = config
+        self.check_stop = check_stop
+        self._placement: PlacementGroup | None = None
+        self._connect()
+        try:
+            self._start(total_steps, run_dir)
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        cluster = self.config.cluster
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if cluster.address:
+            ray.init(address=cluster.address, namespace="rsgrpo", configure_logging=False)
+            return
+        # Nothing outside this machine connects to a cluster that lives as long as this process.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            num_cpus=cluster.num_cpus or os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=cluster.object_store_mb << 20,
+            configure_logging=False,
+        )
+
+    def _start(self, total_steps: int, run_dir: Path) -> None:
+        config, started = self.config, time.monotonic()
+        roles = self._place()
+        learners = self._ranks("learner", roles["learner"])
+        references = self._ranks("reference", roles["reference"]) if roles["reference"] else None
+        engines = [
+            start_rollout_worker(index, config.model.path, config.rollout, config.inputs, options=options)
+            for index, options in enumerate(roles["rollout"])
+        ]
+        self.reward_workers: list[Any] = [
+            ray.remote(RewardWorker).options(**options).remote(config) for options in roles["reward"]
+        ]
+        for ranks, trainable in ((learners, True), (references, False)):
+            if ranks is not None:
+                host, port = ray.get(ranks.actors[0].address.remote(), timeout=config.cluster.startup_timeout_s)
+                ranks.wait(
+                    [a.build.remote(config, host, port, total_steps, str(run_dir), trainable) for a in ranks.actors],
+                    "start-up",
+                )
+        self.learner, self.reference = learners, references
+        self.rollouts = RolloutPool(engines, timeout_s=config.rollout.timeout_s)
+        log.info("all workers are up after %.1f s", time.monotonic() - started)
+
+    def _ranks(self, role: str, options: Sequence[dict[str, Any]]) -> Ranks:
+        threads = self.config.learner.num_threads
+        actors = [ray.remote(LearnerWorker).options(**o).remote(rank, threads) for rank, o in enumerate(options)]
+        return Ranks(role, actors, self.check_stop)
+
+    def _place(self) -> dict[str, list[dict[str, Any]]]:
+        """Reserve resources for all workers at once; return the actor options of each role's workers."""
+        have = ray.cluster_resources()
+        cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
+        plan = place(self.config, has_gpus=gpus > 0)
+        if plan.total_cpus > cpus + 1e-6 or plan.total_gpus > gpus + 1e-6:
+            raise RsgrpoError(
+                f"{plan.describe()} (cluster.placement={self.config.cluster.placement}), the cluster has {cpus:g} and "
+                f"{gpus:g}. Lower learner.num_ranks, rollout.num_workers or cluster.*_cpus, or add nodes."
+            )
+        self._placement = placement_group(plan.bundles, strategy="PACK")
+        timeout_s = self.config.cluster.startup_timeout_s
+        if not self._placement.wait(timeout_s):
+            raise RsgrpoError(
+                f"{plan.describe()}, and they could not be placed within cluster.startup_timeout_s={timeout_s:g} s: "
+                f"other jobs hold the cluster, or no single node has room for each of {plan.bundles}"
+            )
+        return {
+            role: [
+                {
+                    "num_cpus": seat.cpus,
+                    "num_gpus": seat.gpus,
+                    "runtime_env": {"env_vars": WORKER_ENV},
+                    "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                        self._placement, placement_group_bundle_index=seat.bundle
+                    ),
+                }
+                for seat in seats
+            ]
+            for role, seats in plan.seats.items()
+        }
+
+    def sample_and_score(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> Iterator[ScoredGroup | RolloutGroup]:
+        """Sample prompts on the engines; score each group as soon as it is finished, while others still run."""
+        scoring: dict[Any, int] = {}
+        for index, group in enumerate(self.rollouts.generate(prompts, sampling, check=self.check_stop)):
+            if group.error is not None:
+                yield group
+                continue
+            worker = index % len(self.reward_workers)
+            scoring[self.reward_workers[worker].score.remote([group])] = worker
+            yield from self._scored(scoring, timeout_s=0)
+        while scoring:
+            self.check_stop()
+            yield from self._scored(scoring, timeout_s=POLL_S)
+
+    def _scored(self, scoring: dict[Any, int], timeout_s: float) -> Iterator[ScoredGroup]:
+        done = ray.wait(list(scoring), num_returns=len(scoring), timeout=timeout_s)[0]
+        for ref in done:
+            worker = scoring.pop(ref)
+            try:
+                yield from ray.get(ref)
+            except ray.exceptions.RayError as error:
+                raise WorkerFailed(describe_failure("reward worker", worker, "score", error)) from None
+
+    def sync_weights(self, version: int) -> None:
+        """Copy the learner's weights to every engine; they sample with `version` from here on."""
+        self.rollouts.sync(self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20), version)
+
+    def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
+        """Log-probabilities of every response under the reference; LoRA runs switch the adapter off instead."""
+        if self.reference is not None:
+            return self.reference.call("logprobs", groups, stoppable=True)
+        return self.learner.call("logprobs", groups, True, stoppable=True)
+
+    def memory_mb(self) -> dict[str, float]:
+        """Resident memory of each role, summed over its workers, in MiB."""
+        roles = {"learner": self.learner.actors, "reward": self.reward_workers}
+        if self.reference is not None:
+            roles["reference"] = self.reference.actors
+        memory = {role: sum(ray.get([actor.rss_mb.remote() for actor in actors])) for role, actors in roles.items()}
+        memory["rollout"] = sum(state["rss_mb"] for state in self.rollouts.ping())
+        return memory
+
+    def close(self) -> None:
+        """Stop all workers and leave (or end) the Ray cluster."""
+        if not ray.is_initialized():
+            return
+        if self._placement is not None:
+            remove_placement_group(self._placement)  # kills the workers that sit in it
+        ray.shutdown()

@@ -1,0 +1,302 @@
+"""One training run as a thing with a life: its folder, its workers, where it stands, how it stops and goes on.
+
+Owns start, resume, validation, checkpoints and the end. The algorithm itself is in `rsgrpo.train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import yaml
+
+from rollout.inputs import InputProcessor
+from rollout.types import SamplingParams
+from rsgrpo.checkpoint import Checkpoint, CheckpointFolder
+from rsgrpo.checks import require_found
+from rsgrpo.cluster import Cluster
+from rsgrpo.config import TrainConfig
+from rsgrpo.console import Console
+from rsgrpo.credit import RewardSet
+from rsgrpo.data import PromptDataset, PromptStream, load_prompts
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.report import write_report
+from rsgrpo.sampling import Collector
+from rsgrpo.tracking import Tracker, read_metrics
+from rsgrpo.types import ScoredGroup, TrainGroup
+from rsgrpo.validation import validate_policy, validation_modes
+
+log = logging.getLogger(__name__)
+
+
+class StopRequested(Exception):
+    """SIGTERM or SIGINT arrived; the run is to write a checkpoint and end."""
+
+
+class Run:
+    """Everything that `train` works with. Use as a context manager: leaving it stops the workers, whatever happened."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Load the data, start the workers and, where there is a checkpoint, go on from it.
+
+        Raises:
+            RsgrpoError: data, model, rewards or cluster cannot work; nothing has been written then.
+        """
+        self.config = config
+        self.folder = Path(config.output_dir) / config.name
+        self.started = time.monotonic()
+        self.console = Console()
+        self.times: dict[str, float] = {}
+        self.stop_signal: signal.Signals | None = None
+        self.tracker: Tracker
+        RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
+        train_set, self.val_prompts = self._load_data()
+        self.stream = PromptStream(train_set, seed=config.seed, shuffle=config.data.shuffle)
+        self.total_steps = config.total_steps or math.ceil(
+            config.epochs * len(train_set) / config.algorithm.prompts_per_step
+        )
+        self.checkpoints = CheckpointFolder(
+            self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
+        )
+        newest = self._checkpoint_to_resume()
+        self._install_signal_handlers()
+        with self.console.phase("starting workers"):
+            self.cluster = Cluster(
+                config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.check_stop
+            )
+        try:
+            self.collector = Collector(
+                self.cluster.sample_and_score, self.stream.next, self._train_sampling(), config.algorithm.filter
+            )
+            self._resume(newest)
+            self.cluster.sync_weights(self.step)
+        except BaseException:
+            self.cluster.close()
+            raise
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop the workers and close the trackers."""
+        for name, handler in self._old_handlers.items():
+            signal.signal(name, handler)
+        self.tracker.close()
+        self.console.close()
+        self.cluster.close()
+
+    @property
+    def steps_left(self) -> range:
+        """Steps still to do, numbered from 1."""
+        return range(self.step + 1, self.total_steps + 1)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Show a phase on the console and add its seconds to `time/<name>` of this step."""
+        start = time.monotonic()
+        with self.console.phase(name):
+            yield
+        self.times[f"time/{name}"] = time.monotonic() - start
+
+    def end_step(
+        self,
+        step: int,
+        scored: Sequence[ScoredGroup],
+        groups: Sequence[TrainGroup],
+        terms: Sequence[str],
+        metrics: dict[str, float],
+    ) -> None:
+        """Record a finished step; validate and write a checkpoint where they are due.
+
+        Raises:
+            StopRequested: a signal arrived; the step is recorded and can be saved.
+        """
+        seconds = sum(self.times.values())
+        num_tokens = sum(len(sample.token_ids_T) for group in groups for sample in group.samples)
+        metrics = {
+            **metrics,
+            **self.times,
+            "time/step": seconds,
+            "perf/response_tokens_per_s": num_tokens / seconds,
+            **{f"perf/rss_mb_{role}": megabytes for role, megabytes in self.cluster.memory_mb().items()},
+        }
+        self.times = {}
+        self.tracker.log(step, metrics)
+        self.tracker.store_rollouts(step, scored, groups, terms=terms)
+        self.console.step_line(step, self.total_steps, metrics)
+        self._mark_boundary(step, validated=False)
+        self.check_stop()
+        self.validate_if_due()
+        if step % self.config.checkpoint.every == 0 or step == self.total_steps:
+            self.save()
+
+    def validate_if_due(self) -> None:
+        """Validate the policy as it stands, if this step asks for it and it was not done yet."""
+        every, step = self.config.validation.every, self.step
+        is_due = self.config.validation.at_start if step == 0 else bool(every) and step % every == 0
+        if not self.val_prompts or self.validated or not (is_due or (every and step == self.total_steps)):
+            return
+        modes = validation_modes(self.config.validation, self.config.rollout.max_response_tokens, self.config.seed)
+        with self.timed("validate"):
+            metrics, scored_by_mode = validate_policy(self.val_prompts, modes, self.cluster.sample_and_score)
+        self.tracker.log(step, {**metrics, **self.times})
+        self.times = {}
+        for mode, scored in scored_by_mode.items():
+            self.tracker.store_rollouts(step, scored, split="val", mode=mode)
+        self.console.validation_line(step, self.total_steps, metrics)
+        self.score = metrics.get(self.config.checkpoint.metric)
+        self._mark_boundary(step, validated=True)
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished step, however far the driver has gone since."""
+        with self.console.phase("checkpoint"):
+            self.checkpoints.write(
+                self.step,
+                lambda folder: self.cluster.learner.call("save", str(folder)),
+                {**self._boundary, "tracker": self.tracker.state()},
+                self.score,
+            )
+
+    def finish(self) -> None:
+        """Export the model, write the report and show what came of the run."""
+        lines = {"run folder": str(self.folder), "steps": f"{self.step} of {self.total_steps}"}
+        lines |= _before_and_after(read_metrics(self.folder))
+        memory = self.cluster.memory_mb()
+        lines["time"] = f"{(time.monotonic() - self.started) / 60:.1f} minutes in this process"
+        lines["memory"] = ", ".join(f"{role} {megabytes:.0f} MB" for role, megabytes in memory.items())
+        if self.config.checkpoint.export:
+            export = self.folder / "export"
+            with self.console.phase("export"):
+                self.cluster.learner.call("export", str(export))
+            lines["model"] = str(export)
+        self.tracker.close()
+        with self.console.phase("report"):
+            lines["report"] = str(write_report(self.folder))
+        self.console.summary(f"{self.config.name}: done", list(lines.items()))
+
+    def check_stop(self) -> None:
+        """Raise StopRequested once a signal has arrived."""
+        if self.stop_signal is not None:
+            raise StopRequested(self.stop_signal.name)
+
+    def _load_data(self) -> tuple[PromptDataset, list]:
+        config = self.config
+        require_found("model.path", config.model.path)
+        require_found("data.train", config.data.train)
+        if config.data.val:
+            require_found("data.val", config.data.val)
+        processor = InputProcessor(
+            config.model.path,
+            config.inputs,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        with self.console.phase("checking training rows") as bar:
+            train_set = load_prompts(config.data.train, config.data, config.prompt, processor, progress=bar.update)
+        if not config.data.val or not (config.validation.every or config.validation.at_start):
+            return train_set, []
+        with self.console.phase("checking validation rows") as bar:
+            val_set = load_prompts(config.data.val, config.data, config.prompt, processor, progress=bar.update)
+        num_prompts = min(config.validation.max_prompts or len(val_set), len(val_set))
+        return train_set, [val_set[index] for index in range(num_prompts)]
+
+    def _train_sampling(self) -> SamplingParams:
+        rollout = self.config.rollout
+        return SamplingParams(
+            group_size=rollout.group_size,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_tokens=rollout.max_response_tokens,
+            seed=self.config.seed,
+        )
+
+    def _checkpoint_to_resume(self) -> Checkpoint | None:
+        newest = self.checkpoints.newest()
+        if self.config.checkpoint.resume == "never" and (self.folder / "config.yaml").exists():
+            raise RsgrpoError(
+                f"{self.folder} holds a run already and checkpoint.resume=never: choose another name=, remove the "
+                "folder, or set checkpoint.resume=auto to go on with it"
+            )
+        return newest
+
+    def _resume(self, checkpoint: Checkpoint | None) -> None:
+        """Put every part back where the checkpoint left it, or at the start."""
+        config = dataclasses.asdict(self.config)
+        state: dict[str, Any] = {}
+        if checkpoint is not None:
+            state = checkpoint.driver_state()
+            self.cluster.learner.call("load", str(checkpoint.learner_folder))
+            self.stream.load_state(state["stream"])
+            self.collector.surplus = list(state["surplus"])
+            self._warn_of_changes(config)
+            self.console.info(f"going on from step {checkpoint.step} of {self.total_steps} ({checkpoint.folder})")
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        self.score = checkpoint.score if checkpoint else None
+        self.tracker = Tracker(
+            self.folder,
+            self.config.tracking,
+            config,
+            name=self.config.name,
+            resume_step=checkpoint.step if checkpoint else None,
+            state=state.get("tracker"),
+        )
+        self._mark_boundary(checkpoint.step if checkpoint else 0, validated=state.get("validated", False))
+
+    def _mark_boundary(self, step: int, *, validated: bool) -> None:
+        """Remember what a checkpoint of this step must hold: from here on the driver moves on to the next one."""
+        self.step, self.validated = step, validated
+        self._boundary = {
+            "validated": validated,
+            "stream": self.stream.state(),
+            "surplus": list(self.collector.surplus),
+        }
+
+    def _warn_of_changes(self, config: dict[str, Any]) -> None:
+        before = yaml.safe_load((self.folder / "config.yaml").read_text())
+        for key, (old, new) in _differences(before, _plain(config)).items():
+            self.console.warning(f"{key} was {old!r} when this run began and is {new!r} now")
+
+    def _install_signal_handlers(self) -> None:
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None:  # asked twice: stop at once
+                raise KeyboardInterrupt
+            self.stop_signal = signal.Signals(number)
+
+        self._old_handlers = {name: signal.signal(name, request_stop) for name in (signal.SIGTERM, signal.SIGINT)}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, so that a configuration reads back from yaml as it was written."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in before.keys() | after.keys():
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found |= _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found[prefix + key] = (old, new)
+    return dict(sorted(found.items()))
+
+
+def _before_and_after(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return, per validation metric, its first and its last value."""
+    lines = {}
+    for key in sorted({key for row in rows for key in row if key.startswith("val/")}):
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values and not key.endswith(("/num_prompts", "/prompt_errors")):
+            lines[key] = f"{values[0]:.3f} → {values[-1]:.3f}"
+    return lines

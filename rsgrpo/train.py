@@ -1,0 +1,82 @@
+"""RS-GRPO, read as the algorithm: `python -m rsgrpo.train recipe=demo`.
+
+Owns the order of things within one step. Where they run, how a run starts, stops and resumes: `rsgrpo.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rsgrpo import cli
+from rsgrpo.advantages import credit_group, term_names, term_weights
+from rsgrpo.config import TrainConfig, validate
+from rsgrpo.metrics import rollout_metrics, scope_metrics, score_metrics
+from rsgrpo.run import Run, StopRequested
+from rsgrpo.types import TrainGroup
+
+
+def train(config: TrainConfig) -> None:
+    """Train one run to its last step, or until a signal asks it to stop; both leave a checkpoint."""
+    validate(config)
+    with Run(config) as run:
+        try:
+            run.validate_if_due()
+            for step in run.steps_left:
+                take_step(run, step)
+        except StopRequested as stop:
+            run.save()
+            run.console.warning(f"stopped by {stop} after step {run.step}; the same command goes on from there")
+            return
+        run.finish()
+
+
+def take_step(run: Run, step: int) -> None:
+    """Sample, score, credit, learn, sync."""
+    algorithm = run.config.algorithm
+    weights_K = [run.config.reward_weights.get(name, 1.0) for name in run.config.rewards]
+
+    # Every prompt is sampled into a group of G responses; every reward scores each of them and names its scope.
+    with run.timed("sample"):
+        scored, metrics = run.collector.collect(algorithm.prompts_per_step, step)
+
+    # Inside a group each reward becomes an advantage; inside a response each scope becomes a mask over its tokens.
+    groups = [credit_group(group, algorithm.advantage, weights_K) for group in scored]
+    terms = term_names(algorithm.advantage, list(run.config.rewards))
+
+    if algorithm.kl_coef > 0:
+        with run.timed("reference"):
+            groups = with_ref_logprobs(groups, run.cluster.ref_logprobs(groups))
+
+    # One clipped surrogate per reward, averaged over that reward's tokens in the whole step.
+    with run.timed("learn"):
+        learned = run.cluster.learner.call("update", groups, term_weights(algorithm.advantage, weights_K))
+
+    # The engines go on with the new weights.
+    with run.timed("sync"):
+        run.cluster.sync_weights(step)
+
+    metrics |= rollout_metrics(scored) | score_metrics(scored) | scope_metrics(scored, groups, terms) | learned
+    run.end_step(step, scored, groups, terms, metrics)
+
+
+def with_ref_logprobs(
+    groups: Sequence[TrainGroup], ref_logprobs_PG: Sequence[Sequence[np.ndarray]]
+) -> list[TrainGroup]:
+    """Return the groups with the reference's log-probabilities beside each response."""
+    return [
+        replace(
+            group,
+            samples=tuple(
+                replace(sample, ref_logprobs_T=logprobs_T)
+                for sample, logprobs_T in zip(group.samples, logprobs_G, strict=True)
+            ),
+        )
+        for group, logprobs_G in zip(groups, ref_logprobs_PG, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(train, TrainConfig)
