@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 
+from rollout.config import InputsConfig, RolloutConfig
 from rollout.types import Prompt, RolloutGroup, SamplingParams
+
+
+class EngineError(ValueError):
+    """An engine cannot start, sample as asked, or take the weights it is given."""
 
 
 class Engine(Protocol):
@@ -34,3 +40,63 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the engine; calling it twice is allowed."""
         ...
+
+
+def build_engine(
+    model_path: str,
+    rollout: RolloutConfig,
+    inputs: InputsConfig,
+    *,
+    num_threads: int = 0,
+    device: str = "auto",
+    revision: str = "",
+    trust_remote_code: bool = False,
+) -> Engine:
+    """Start the engine that `rollout.engine` names; only that one is imported.
+
+    Args:
+        num_threads: CPU threads of the embedded engine; 0 takes `rollout.num_threads`.
+        device: of the embedded engine: "cpu", "cuda", or "auto" for CUDA where there is any.
+
+    Raises:
+        EngineError: the engine is not installed, or cannot run this model.
+    """
+    if rollout.engine == "hf":
+        from rollout.hf_engine import HFEngine
+
+        return HFEngine(
+            model_path,
+            rollout,
+            inputs,
+            num_threads=num_threads,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    if rollout.engine == "fake":
+        from rollout.fake import FakeEngine
+
+        return FakeEngine(model_path, rollout, inputs, revision=revision, trust_remote_code=trust_remote_code)
+    assert rollout.engine == "vllm", rollout.engine
+    if importlib.util.find_spec("vllm") is None:
+        raise EngineError(
+            "rollout.engine=vllm needs vLLM, which is not installed here: `pip install -e .[gpu]` on a machine with "
+            "CUDA, or choose rollout=hf"
+        )
+    from rollout.vllm_engine import build_vllm_engine
+
+    return build_vllm_engine(model_path, rollout, inputs, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Refuse values that no engine can sample with."""
+    limits = {
+        "group_size must be >= 1": sampling.group_size >= 1,
+        "temperature must be >= 0 (0 is greedy)": sampling.temperature >= 0,
+        "top_p must be in (0, 1]": 0 < sampling.top_p <= 1,
+        "top_k must be >= 0 (0 is off)": sampling.top_k >= 0,
+        "max_tokens must be >= 1": sampling.max_tokens >= 1,
+    }
+    for rule, holds in limits.items():
+        if not holds:
+            raise EngineError(f"sampling.{rule}, got {getattr(sampling, rule.split()[0])}")

@@ -1,0 +1,139 @@
+"""The scripted engine: answers from a file, or the gold response. For tests and for dry runs of a whole training set-up.
+
+Tokenises with the model folder's tokenizer and refuses the prompts that a real engine refuses; loads no weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rollout.config import InputsConfig, RolloutConfig
+from rollout.engine import EngineError, check_sampling
+from rollout.images import PromptError
+from rollout.inputs import InputProcessor
+from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptEntry:
+    """What the script says of one prompt.
+
+    responses: taken in turn by the rollouts of its group. error: the prompt fails with it; None when it does not.
+    """
+
+    responses: tuple[str, ...]
+    error: str | None
+
+
+class FakeEngine:
+    """Answers prompts from a script; a prompt that the script does not name gets its gold response."""
+
+    def __init__(
+        self,
+        model_path: str,
+        rollout: RolloutConfig,
+        inputs: InputsConfig,
+        *,
+        revision: str = "",
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the tokenizer and the script.
+
+        Raises:
+            EngineError: the script cannot be read.
+        """
+        self.processor = InputProcessor(model_path, inputs, revision=revision, trust_remote_code=trust_remote_code)
+        self.weights_version = 0
+        self._script = read_script(rollout.script) if rollout.script else {}
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+        """Yield one group per prompt, in order; log-probabilities are 0."""
+        check_sampling(sampling)
+        for prompt in prompts:
+            try:
+                num_prompt_tokens = len(self.processor.encode(prompt).token_ids_T)
+                responses = self._responses(prompt)
+                token_ids = [self.processor.encode_response(response) for response in responses]
+            except PromptError as error:
+                yield RolloutGroup(prompt, (), error=str(error))
+                continue
+            rollouts = tuple(self._rollout(ids, sampling.max_tokens) for ids in token_ids)
+            yield RolloutGroup(prompt, tuple(islice(cycle(rollouts), sampling.group_size)), num_prompt_tokens)
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the tensors and drop them."""
+        for _ in named_tensors:
+            pass
+
+    def finish_weights(self, version: int) -> None:
+        """Count the version."""
+        self.weights_version = version
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _responses(self, prompt: Prompt) -> Sequence[str]:
+        entry = self._script.get(prompt.id)
+        if entry is None:
+            return (gold_text(prompt),)
+        if entry.error is not None:
+            raise PromptError(entry.error)
+        return entry.responses
+
+    def _rollout(self, token_ids_T: list[int], max_tokens: int) -> Rollout:
+        finish: FinishReason = "stop" if len(token_ids_T) <= max_tokens else "length"
+        kept_T = token_ids_T[:max_tokens]
+        text, spans_T = self.processor.decode(kept_T)
+        return Rollout(kept_T, [0.0] * len(kept_T), text, spans_T, finish, self.weights_version)
+
+
+def gold_text(prompt: Prompt) -> str:
+    """Return the row's own gold response (`truth["gold"]`), or the four blocks around its evidence and first answer.
+
+    Raises:
+        PromptError: the row has neither.
+    """
+    truth: Mapping[str, Any] = prompt.truth
+    if truth.get("gold"):
+        return str(truth["gold"])
+    if not truth.get("answers"):
+        raise PromptError(f"prompt {prompt.id!r} is not in rollout.script and its row has no gold answer")
+    slots = "".join(f"[{number}]: {slot}\n" for number, slot in enumerate(truth.get("evidence") or (), start=1))
+    return (
+        "<observe>The pages are read one by one.</observe>\n"
+        f"<evidence>\n{slots}</evidence>\n"
+        "<think>The evidence gives the answer.</think>\n"
+        f"<answer>{truth['answers'][0]}</answer>"
+    )
+
+
+def read_script(path: str) -> dict[str, ScriptEntry]:
+    """Read a jsonl of {"id": ..., "responses": [...]} or {"id": ..., "error": "..."}.
+
+    Raises:
+        EngineError: names the file and the line that is at fault.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise EngineError(f"rollout.script={path} cannot be read: {error}") from error
+    return dict(_entry(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _entry(where: str, line: str) -> tuple[str, ScriptEntry]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise EngineError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict) or "id" not in row or not (row.get("responses") or row.get("error")):
+        raise EngineError(
+            f'{where}: expected {{"id": ..., "responses": [...]}} or {{"id": ..., "error": ...}}, got {line}'
+        )
+    return str(row["id"]), ScriptEntry(tuple(row.get("responses") or ()), row.get("error"))
