@@ -206,6 +206,9 @@ class Cluster:
 
     def _connect(self) -> None:
         cluster = self.config.cluster
+        self._owns_ray = not ray.is_initialized()
+        if not self._owns_ray:  # a notebook, or a sweep, that has connected already
+            return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if cluster.address:
             ray.init(address=cluster.address, namespace="rsgrpo", configure_logging=False)
@@ -329,4 +332,6 @@ class Cluster:
             return
         if self._placement is not None:
             remove_placement_group(self._placement)  # kills the workers that sit in it
-        ray.shutdown()
+            self._placement = None
+        if self._owns_ray:
+            ray.shutdown()
