@@ -7,6 +7,7 @@ Knows nothing of what the program does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import re
@@ -224,7 +225,9 @@ def _entry(argument: str, schema: type) -> str:
     return ("++" if in_map else "") + argument.lstrip("+")
 
 
+@functools.cache
 def _flat_maps(schema: type) -> list[str]:
+    """Keys that hold a dict, such as `rewards`."""
     found = []
     for key in keys(schema):
         holder: Any = schema
