@@ -16,15 +16,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 SHORT_NAMES = {"accuracy": "acc", "evidence": "evid", "well_formed": "fmt", "perception": "perc"}
+WHOLE_NUMBERS = ("prompts", "prompt_errors", "response_tokens")
 STEP_REWARDS = 3
-PHASES = ("sample", "reward", "learn", "sync")
+PHASES = ("sample", "reference", "learn", "sync")
 PLAIN_WIDTH = 120
 
 
 class Bar(Protocol):
     """Progress of one phase."""
 
-    def advance(self, count: int = 1) -> None: ...
+    def advance(self, count: int = 1) -> None:
+        """Move on by `count`."""
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Set how much is done, and how much there is to do where that is known only now."""
 
 
 class Console:
@@ -77,6 +82,11 @@ class Console:
                 self._steps = self._progress.add_task("steps", total=total)
             self._progress.update(self._steps, completed=step, total=total)
 
+    def validation_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Print the scores of one validation, a line for each mode."""
+        for line in format_validation(step, total, metrics):
+            self._print(f"[bold]{escape(line)}[/bold]")
+
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
         """Show a bar for one phase of a step (`total` None: how much there is to do is unknown)."""
@@ -109,6 +119,9 @@ class _NoBar:
     def advance(self, count: int = 1) -> None:
         """Do nothing: not a terminal."""
 
+    def update(self, done: int, total: int | None = None) -> None:
+        """Do nothing: not a terminal."""
+
 
 class _RichBar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
@@ -116,6 +129,9 @@ class _RichBar:
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
+
+    def update(self, done: int, total: int | None = None) -> None:
+        self._progress.update(self._task, completed=done, total=total)
 
 
 def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
@@ -128,8 +144,8 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
     leading = [name for name in SHORT_NAMES if name in rewards]
     shown = (leading + [name for name in rewards if name not in leading])[:STEP_REWARDS]
     parts += [f"{SHORT_NAMES.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
-    if "rollout/num_tokens_mean" in metrics:
-        parts.append(f"len {metrics['rollout/num_tokens_mean']:.0f}")
+    if "rollout/response_tokens_mean" in metrics:
+        parts.append(f"len {metrics['rollout/response_tokens_mean']:.0f}")
     for label, key in (("kl", "actor/kl"), ("grad", "actor/grad_norm")):
         if key in metrics:
             parts.append(f"{label} {short(metrics[key])}")
@@ -139,6 +155,20 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
     if metrics.get("actor/skipped"):
         parts.append("no update")
     return "  ".join(parts)
+
+
+def format_validation(step: int, total: int, metrics: Mapping[str, float]) -> list[str]:
+    """Return one line per validation mode.
+
+    Example: "validation 12/60 sampled  acc .63  evid .78  fmt .99"
+    """
+    modes: dict[str, list[str]] = {}
+    for key, value in metrics.items():
+        if key.startswith("val/") and key.count("/") == 2:
+            _, mode, name = key.split("/")
+            text = f"{value:.0f}" if name in WHOLE_NUMBERS else short(value)
+            modes.setdefault(mode, []).append(f"{SHORT_NAMES.get(name, name)} {text}")
+    return [f"validation {step}/{total} {mode}  {'  '.join(parts)}" for mode, parts in modes.items()]
 
 
 def short(value: float, digits: int = 2) -> str:

@@ -25,10 +25,10 @@ from omegaconf import OmegaConf
 from PIL import Image, ImageOps
 
 from rsgrpo.config import SftConfig, TrainConfig
-from rsgrpo.report_charts import Curve, build_charts, collect_curves
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.report_charts import Curve, build_charts, collect_curves, split_validation
 from rsgrpo.rollout_store import StoredRollout, image_path, read_rollouts, rollout_files
 from rsgrpo.tracking import METRICS_FILE, read_metrics
-from rsgrpo.types import RsgrpoError
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.html"
@@ -44,6 +44,7 @@ class Change:
     label: str
     before: float
     after: float
+    lower_is_better: bool
 
 
 def write_report(
@@ -109,32 +110,28 @@ def headline(curves: dict[str, Curve], limit: int = 4) -> list[Change]:
 
     A training reward is noisy: its first and last tenth of the run are averaged.
     """
-    val_keys = [key for key in curves if key.startswith("val/") and key.count("/") >= 2]
-    val_keys = [key for key in val_keys if _rank(key.split("/", 2)[2]) < len(LEADING_METRICS)]
-    val_keys.sort(key=lambda key: (_rank(key.split("/", 2)[2]), key.split("/")[1] != "sampled"))
-    if val_keys:
-        changes = [Change(_label(key), curves[key][0][1], curves[key][-1][1]) for key in val_keys]
-        return changes[:limit]
-    keys = sorted((key for key in curves if key.startswith("reward/") and key.endswith("/mean")), key=_reward_rank)
+    found = {key: place for key in curves if (place := split_validation(key)) and place[1] in LEADING_METRICS}
     changes = []
-    for key in keys:
+    for key, (mode, name) in sorted(found.items(), key=lambda item: (_rank(item[1][1]), item[1][0] != "sampled")):
+        label = f"{name}, {mode}" if mode else f"{name}, validation"
+        changes.append(Change(label, curves[key][0][1], curves[key][-1][1], _lower_is_better(name)))
+    if changes:
+        return changes[:limit]
+    keys = [key for key in curves if key.startswith("reward/") and key.endswith("/mean")]
+    for key in sorted(keys, key=lambda key: _rank(key.split("/")[1])):
         values = [value for _, value in curves[key]]
         tenth = max(1, len(values) // 10)
         first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-        changes.append(Change(f"{key.split('/')[1]}, training", first, last))
+        changes.append(Change(f"{key.split('/')[1]}, training", first, last, lower_is_better=False))
     return changes[:limit]
 
 
 def validation_table(curves: dict[str, Curve]) -> dict[str, Any]:
-    """Return every validation score before and after: {"modes": [...], "rows": [{name, cells: [[before, after]|None]}]}."""
-    modes = sorted(
-        {key.split("/")[1] for key in curves if key.startswith("val/") and key.count("/") >= 2}, reverse=True
-    )
-    names = {key.split("/", 2)[2]: None for key in curves if key.startswith("val/") and key.count("/") >= 2}
-    rows = []
-    for name in sorted(names, key=lambda name: (_rank(name), name)):
-        found = [curves.get(f"val/{mode}/{name}") for mode in modes]
-        rows.append({"name": name, "cells": [[curve[0][1], curve[-1][1]] if curve else None for curve in found]})
+    """Return every validation score as {"modes", "rows": [{"name", "cells"}]}; a cell is [before, after] or None."""
+    ends = {place: [curve[0][1], curve[-1][1]] for key, curve in curves.items() if (place := split_validation(key))}
+    modes = sorted({mode for mode, _ in ends}, reverse=True)
+    names = sorted({name for _, name in ends}, key=lambda name: (_rank(name), name))
+    rows = [{"name": name, "cells": [ends.get((mode, name)) for mode in modes]} for name in names]
     return {"modes": modes, "rows": rows}
 
 
@@ -158,8 +155,8 @@ def _facts(lines: Sequence[dict[str, Any]], curves: dict[str, Curve]) -> list[li
     if "time/step" in curves:
         seconds = sorted(value for _, value in curves["time/step"])
         facts.append(["median step", f"{seconds[len(seconds) // 2]:.1f} s"])
-    if "rollout/num_tokens_mean" in curves:
-        facts.append(["tokens a response, last step", f"{curves['rollout/num_tokens_mean'][-1][1]:.0f}"])
+    if "rollout/response_tokens_mean" in curves:
+        facts.append(["tokens a response, last step", f"{curves['rollout/response_tokens_mean'][-1][1]:.0f}"])
     return facts
 
 
@@ -225,6 +222,7 @@ def _rollout(rollout: StoredRollout) -> dict[str, Any]:
         "truncated": rollout.truncated,
         "version": rollout.weights_version,
         "rewards": [{"name": r.name, "score": r.score, "missed": r.missed} for r in rollout.rewards],
+        "monitors": list(rollout.monitors.items()),
         "terms": [[[run.start, run.end, round(run.advantage, 4)] for run in term.runs] for term in rollout.terms],
     }
 
@@ -282,13 +280,8 @@ def _rank(name: str) -> int:
     return LEADING_METRICS.index(stem) if stem in LEADING_METRICS else len(LEADING_METRICS)
 
 
-def _reward_rank(key: str) -> int:
-    return _rank(key.split("/")[1])
-
-
-def _label(key: str) -> str:
-    _, mode, name = key.split("/", 2)
-    return f"{name}, {mode}"
+def _lower_is_better(name: str) -> bool:
+    return name in ("loss", "nll")
 
 
 def _duration(seconds: float) -> str:

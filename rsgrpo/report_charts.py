@@ -12,6 +12,9 @@ ACTOR_ORDER = (
     "actor/entropy", "actor/grad_norm", "actor/loss", "actor/kl", "actor/clip_frac", "actor/mismatch_mean",
     "actor/mismatch_k3", "actor/mismatch_max", "actor/lr",
 )  # fmt: skip
+VALIDATION_COUNTS = ("prompts", "prompt_errors")
+"""Names under `val/<mode>/` that are no scores."""
+
 TITLES = {
     "actor/entropy": "Entropy",
     "actor/grad_norm": "Gradient norm",
@@ -34,6 +37,17 @@ def collect_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Curve]:
             if key not in ("step", "time") and isinstance(value, int | float):
                 found.setdefault(key, {})[line["step"]] = float(value)
     return {key: sorted(points.items()) for key, points in found.items()}
+
+
+def split_validation(key: str) -> tuple[str, str] | None:
+    """Return (mode, name) of a validation score, or None for other metrics.
+
+    Example: "val/greedy/accuracy" -> ("greedy", "accuracy"), "val/loss" -> ("", "loss"), "val/greedy/prompts" -> None.
+    """
+    if not key.startswith("val/"):
+        return None
+    _, *mode, name = key.split("/", 2)
+    return None if name in VALIDATION_COUNTS else ("".join(mode), name)
 
 
 def build_charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
@@ -59,7 +73,13 @@ def build_charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
         take([key], "learning", TITLES[key], str)
     time_keys = sorted(key for key in left if key.startswith("time/"))
     take(time_keys, "speed", "Seconds a step", lambda key: key.removeprefix("time/"))
-    sections = {"rollout/": "responses", "actor/": "learning", "scope/": "scopes", "perf/": "speed"}
+    sections = {
+        "monitor/": "monitors",
+        "rollout/": "responses",
+        "actor/": "learning",
+        "scope/": "scopes",
+        "perf/": "speed",
+    }
     for key in sorted(left):
         section = next((name for prefix, name in sections.items() if key.startswith(prefix)), "other")
         take([key], section, TITLES.get(key, key), str)
@@ -72,10 +92,10 @@ def _chart(section: str, title: str, series: list[dict[str, Any]]) -> dict[str, 
 
 def _validation_charts(left: dict[str, Curve], take: Callable[..., None]) -> None:
     """One chart per score, with its greedy and sampled curves."""
-    val_keys = [key for key in left if key.startswith("val/") and key.count("/") >= 2]
-    for name in dict.fromkeys(key.split("/", 2)[2] for key in val_keys):
-        keys = [key for key in val_keys if key.split("/", 2)[2] == name]
-        take(keys, "validation", name, lambda key: key.split("/")[1])
+    found = {key: place for key in left if (place := split_validation(key))}
+    for wanted in dict.fromkeys(name for _, name in found.values()):
+        keys = [key for key, (_, name) in found.items() if name == wanted]
+        take(keys, "validation", wanted, lambda key: found[key][0] or "validation")
 
 
 def _reward_charts(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None:
@@ -91,11 +111,12 @@ def _reward_charts(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None
 
 
 def _length_chart(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None:
-    """Response lengths: the mean, with a band from the shortest to the longest."""
-    mean = left.pop("rollout/num_tokens_mean", None)
+    """Response lengths: the mean and the longest."""
+    mean = left.pop("rollout/response_tokens_mean", None)
     if mean is None:
         return
-    series: dict[str, Any] = {"name": "mean", "points": mean}
-    if "rollout/num_tokens_min" in left and "rollout/num_tokens_max" in left:
-        series["low"], series["high"] = left.pop("rollout/num_tokens_min"), left.pop("rollout/num_tokens_max")
-    charts.append(_chart("responses", "Response tokens (shortest to longest)", [series]))
+    series = [{"name": "mean", "points": mean}]
+    longest = left.pop("rollout/response_tokens_max", None)
+    if longest is not None:
+        series.append({"name": "longest", "points": longest})
+    charts.append(_chart("responses", "Response tokens", series))

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,10 @@ import pyarrow.parquet as pq
 
 from rewards.api import Credit, Span
 from rollout.types import ImageSource
-from rsgrpo.types import RsgrpoError, Sample, ScoredGroup, TrainGroup
+from rsgrpo.errors import RsgrpoError
+
+if TYPE_CHECKING:  # the reader needs no torch
+    from rsgrpo.types import Sample, ScoredGroup, TrainGroup
 
 Split = Literal["train", "val"]
 FOLDER = "rollouts"
@@ -35,6 +38,7 @@ _CREDIT = pa.struct([("key", pa.string()), ("score", pa.float64()), ("start", pa
 _REWARD = pa.struct(
     [("name", pa.string()), ("score", pa.float64()), ("missed", pa.bool_()), ("credits", pa.list_(_CREDIT))]
 )
+_MONITOR = pa.struct([("name", pa.string()), ("value", pa.float64())])
 _RUN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("advantage", pa.float32())])
 _TERM = pa.struct([("name", pa.string()), ("runs", pa.list_(_RUN))])
 SCHEMA = pa.schema(
@@ -59,6 +63,7 @@ SCHEMA = pa.schema(
         ("weights_version", pa.int64()),
         ("rollout_logprobs", pa.list_(pa.float32())),
         ("rewards", pa.list_(_REWARD)),
+        ("monitors", pa.list_(_MONITOR)),
         ("terms", pa.list_(_TERM)),
     ]
 )
@@ -100,7 +105,8 @@ class StoredRollout:
 
     mode: "" for training rollouts. group: position of its prompt in the step. sample: its index in the group.
     images: absolute paths, or paths relative to the run folder (images that were given as bytes).
-    truth: gold columns, parsed back from JSON. terms: empty where nothing was trained.
+    truth: gold columns, parsed back from JSON. monitors: name -> value, None where it did not apply.
+    terms: empty where nothing was trained.
     """
 
     step: int
@@ -122,6 +128,7 @@ class StoredRollout:
     weights_version: int
     rollout_logprobs_T: tuple[float, ...]
     rewards: tuple[StoredReward, ...]
+    monitors: dict[str, float | None]
     terms: tuple[StoredTerm, ...]
 
     def scope_KT(self) -> np.ndarray:
@@ -272,6 +279,7 @@ def _group_rows(
             "weights_version": rollout.weights_version,
             "rollout_logprobs": list(rollout.logprobs_T),
             "rewards": _reward_cells(scored, g),
+            "monitors": _monitor_cells(scored, g),
             "terms": _term_cells(samples[g], terms) if samples is not None else [],
         }
 
@@ -286,6 +294,13 @@ def _reward_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
         score, missed = scored.scores_GK[g][k], bool(scored.missed_GK[g][k])
         cells.append({"name": name, "score": score, "missed": missed, "credits": credits})
     return cells
+
+
+def _monitor_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
+    if not scored.monitor_names_M:
+        return []
+    values_M = zip(scored.monitor_names_M, scored.monitors_GM[g], strict=True)
+    return [{"name": name, "value": value} for name, value in values_M]
 
 
 def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
@@ -322,6 +337,7 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
         token_spans_T=tuple(zip(row["token_starts"], row["token_ends"], strict=True)),
         rollout_logprobs_T=tuple(row["rollout_logprobs"]),
         rewards=rewards,
+        monitors={cell["name"]: cell["value"] for cell in row["monitors"]},
         terms=terms,
     )
 

@@ -72,7 +72,7 @@ function drawChart(chart, smooth) {
   const y = (value) => HEIGHT - BOTTOM - ((value - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
   const line = (points) => points.map(([step, value], i) => `${i ? "L" : "M"}${x(step).toFixed(1)},${y(value).toFixed(1)}`).join("");
   const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${chart.title}, by step` });
-  for (const value of ticks(y0, y1, 4)) {
+  for (const value of ticks(y0, y1, 6)) {
     svg.append(make("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
     const label = Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-4) ? value.toExponential(0) : String(value);
     svg.append(make("text", { x: LEFT - 6, y: y(value) + 3.5, "text-anchor": "end" }, label));
@@ -119,7 +119,7 @@ function drawChart(chart, smooth) {
 
 const SECTIONS = {
   "charts-main": [["validation", "Validation"], ["rewards", "Training rewards (mean, band of one standard deviation)"]],
-  "charts-more": [["scopes", "Scopes"], ["responses", "Responses"], ["learning", "Learning"], ["speed", "Time and speed"], ["other", "Other"]],
+  "charts-more": [["monitors", "Monitors"], ["scopes", "Scopes"], ["responses", "Responses"], ["learning", "Learning"], ["speed", "Time and speed"], ["other", "Other"]],
 };
 
 function drawCharts(smooth) {
@@ -139,15 +139,15 @@ function drawHead() {
   document.getElementById("name").textContent = report.name;
   document.getElementById("facts").textContent = [report.generated, ...report.facts.map(([what, value]) => `${what}: ${value}`)].join("  ·  ");
   const tone = (change) => (Math.abs(change) < 0.0005 ? "" : change > 0 ? "good" : "bad");
-  document.getElementById("cards").append(...report.headline.map(({ label, before, after }) =>
+  document.getElementById("cards").append(...report.headline.map(({ label, before, after, lower_is_better }) =>
     make("div", { class: "card" }, make("div", { class: "label" }, label), make("div", { class: "value" }, fixed(after)),
-      make("div", { class: "change" }, `from ${fixed(before)}  `, make("span", { class: tone(after - before) }, signed(after - before))))));
+      make("div", { class: "change" }, `from ${fixed(before)}  `, make("span", { class: tone(lower_is_better ? before - after : after - before) }, signed(after - before))))));
   if (!report.headline.length) document.getElementById("cards").append(make("p", { class: "empty" }, "No scores yet: no step has been finished and no validation was run."));
   const { modes, rows } = report.table;
   if (!rows.length) return;
-  const head = make("tr", {}, make("th", {}, "validation score"), ...modes.flatMap((mode) => [`${mode}, before`, "after", "change"].map((text) => make("th", {}, text))));
+  const head = make("tr", {}, make("th", {}, "validation score"), ...modes.flatMap((mode) => [`${mode || "score"}, before`, "after", "change"].map((text) => make("th", {}, text))));
   const cells = (cell) => cell
-    ? [make("td", {}, fixed(cell[0])), make("td", {}, fixed(cell[1])), make("td", { class: tone(cell[1] - cell[0]) && "change" }, signed(cell[1] - cell[0]))]
+    ? [make("td", {}, fixed(cell[0])), make("td", {}, fixed(cell[1])), make("td", { class: "quiet" }, signed(cell[1] - cell[0]))]
     : [make("td", {}, "–"), make("td", {}, "–"), make("td", {}, "–")];
   const body = rows.map((row) => make("tr", {}, make("td", {}, row.name), ...row.cells.flatMap(cells)));
   document.getElementById("score-table").append(make("details", { open: "" }, make("summary", {}, "All validation scores, first and last"),

@@ -95,6 +95,7 @@ function rolloutPanel(view, rollout, index, limit) {
     const note = reward.missed ? "a scope marker is missing" : reward.score === null ? "did not apply" : "";
     return make("span", { class: `chip${reward.name === term ? " on" : ""}${reward.missed ? " miss" : ""}`, title: note }, reward.name, make("b", {}, fixed(reward.score, 2)));
   });
+  chips.push(...rollout.monitors.map(([name, value]) => make("span", { class: "chip quiet", title: "monitor: never trained on" }, name, make("b", {}, fixed(value, 2)))));
   const length = `${rollout.ids.length} tokens${rollout.truncated ? ", cut at the limit" : ""}`;
   return make("div", { class: "panel rollout" }, make("div", { class: "rollout-head" }, make("b", {}, `Rollout ${index + 1}`), ...chips, make("span", {}, length)), tokenSpans(view, rollout, limit));
 }
