@@ -1,4 +1,4 @@
-"""The scripted engine: answers from a file, or the gold response. For tests and for dry runs of a whole training set-up.
+"""The scripted engine: answers from a file, or the gold response. For tests and for dry runs of a training set-up.
 
 Tokenises with the model folder's tokenizer and refuses the prompts that a real engine refuses; loads no weights.
 """

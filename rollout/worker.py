@@ -71,7 +71,9 @@ class RolloutWorker:
 
     def load_weights(self, named_tensors: Sequence[tuple[str, torch.Tensor | np.ndarray]]) -> None:
         """Pass one chunk of weights on to the engine."""
-        self.engine.load_weights((name, torch.as_tensor(tensor)) for name, tensor in named_tensors)
+        self.engine.load_weights(
+            (name, torch.tensor(tensor) if isinstance(tensor, np.ndarray) else tensor) for name, tensor in named_tensors
+        )
 
     def finish_weights(self, version: int) -> None:
         """All weights of `version` have arrived."""
@@ -146,7 +148,7 @@ class _Running:
 
 
 class RolloutPool:
-    """Spreads groups over workers: all rollouts of a prompt come from one engine, and free workers take the next work."""
+    """Spreads whole groups over workers: a prompt stays on one engine, and whoever is free takes the next piece."""
 
     def __init__(self, workers: Sequence[WorkerHandle], *, timeout_s: float = 3600.0) -> None:
         """timeout_s: the longest that a worker may take for one piece of work, its start-up included."""

@@ -17,7 +17,7 @@ import numpy as np
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from rollout.worker import RolloutPool, start_rollout_worker
+from rollout.worker import RolloutPool, WorkerError, start_rollout_worker
 
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config import TrainConfig
@@ -243,6 +243,10 @@ class Cluster:
                 )
         self.learner, self.reference = learners, references
         self.rollouts = RolloutPool(engines, timeout_s=config.rollout.timeout_s)
+        try:
+            self.rollouts.ping()  # an engine that cannot load its model says so here
+        except WorkerError as error:
+            raise WorkerFailed(str(error)) from None
         log.info("all workers are up after %.1f s", time.monotonic() - started)
 
     def _ranks(self, role: str, options: Sequence[dict[str, Any]]) -> Ranks:
@@ -287,7 +291,7 @@ class Cluster:
     ) -> Iterator[ScoredGroup | RolloutGroup]:
         """Sample prompts on the engines; score each group as soon as it is finished, while others still run."""
         scoring: dict[Any, int] = {}
-        for index, group in enumerate(self.rollouts.generate(prompts, sampling, check=self.check_stop)):
+        for index, group in enumerate(self._rollouts_of(prompts, sampling)):
             if group.error is not None:
                 yield group
                 continue
@@ -297,6 +301,12 @@ class Cluster:
         while scoring:
             self.check_stop()
             yield from self._scored(scoring, timeout_s=POLL_S)
+
+    def _rollouts_of(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+        try:
+            yield from self.rollouts.generate(prompts, sampling, check=self.check_stop)
+        except WorkerError as error:
+            raise WorkerFailed(str(error)) from None
 
     def _scored(self, scoring: dict[Any, int], timeout_s: float) -> Iterator[ScoredGroup]:
         done = ray.wait(list(scoring), num_returns=len(scoring), timeout=timeout_s)[0]
@@ -309,7 +319,10 @@ class Cluster:
 
     def sync_weights(self, version: int) -> None:
         """Copy the learner's weights to every engine; they sample with `version` from here on."""
-        self.rollouts.sync(self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20), version)
+        try:
+            self.rollouts.sync(self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20), version)
+        except WorkerError as error:
+            raise WorkerFailed(str(error)) from None
 
     def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
         """Log-probabilities of every response under the reference; LoRA runs switch the adapter off instead."""

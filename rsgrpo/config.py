@@ -192,6 +192,7 @@ class LearnerConfig:
     compile: torch.compile of each decoder layer.
     attention: "auto", "sdpa" or "flash" (flash-attn varlen).
     self_check: compare the shared-prefix forward with a plain one on the first group of a run.
+    vision_cache_mb: CPU memory for image features of a frozen tower, which are kept across steps; 0 keeps none.
     max_bad_steps: non-finite steps in a row before the run stops.
     """
 
@@ -214,6 +215,7 @@ class LearnerConfig:
     compile: bool = False
     attention: str = "auto"
     self_check: bool = True
+    vision_cache_mb: int = 4096
     max_bad_steps: int = 3
 
     def __post_init__(self) -> None:
@@ -234,7 +236,7 @@ class LearnerConfig:
             learner__vision_lr_scale=self.vision_lr_scale,
         )
         at_least(0, learner__num_threads=self.num_threads, learner__warmup_steps=self.warmup_steps)
-        at_least(0, learner__weight_decay=self.weight_decay)
+        at_least(0, learner__weight_decay=self.weight_decay, learner__vision_cache_mb=self.vision_cache_mb)
         at_least(
             1,
             learner__num_ranks=self.num_ranks,

@@ -87,6 +87,14 @@ class Console:
         for line in format_validation(step, total, metrics):
             self._print(f"[bold]{escape(line)}[/bold]")
 
+    def validation_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Print what a validation found, one line per mode."""
+        for mode in sorted({key.split("/")[1] for key in metrics if key.startswith("val/")}):
+            prefix = f"val/{mode}/"
+            values = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+            shown = "  ".join(f"{SHORT_NAMES.get(name, name)} {short(value, 3)}" for name, value in values.items())
+            self._print(escape(f"step {step:>{len(str(total))}}/{total}  {mode:<8} {shown}"))
+
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
         """Show a bar for one phase of a step (`total` None: how much there is to do is unknown)."""
@@ -119,7 +127,13 @@ class _NoBar:
     def advance(self, count: int = 1) -> None:
         """Do nothing: not a terminal."""
 
+    def update(self, done: int, total: int) -> None:
+        """Do nothing: not a terminal."""
+
     def update(self, done: int, total: int | None = None) -> None:
+        """Do nothing: not a terminal."""
+
+    def update(self, done: int, total: int) -> None:
         """Do nothing: not a terminal."""
 
 
@@ -129,6 +143,9 @@ class _RichBar:
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
+
+    def update(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
 
     def update(self, done: int, total: int | None = None) -> None:
         self._progress.update(self._task, completed=done, total=total)

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from rollout.inputs import InputProcessor
+from rollout.inputs import InputProcessor, InputsError
 from rollout.types import SamplingParams
 from rsgrpo.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.checks import require_found
@@ -193,12 +193,15 @@ class Run:
         require_found("data.train", config.data.train)
         if config.data.val:
             require_found("data.val", config.data.val)
-        processor = InputProcessor(
-            config.model.path,
-            config.inputs,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        try:
+            processor = InputProcessor(
+                config.model.path,
+                config.inputs,
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        except InputsError as error:
+            raise RsgrpoError(str(error)) from error
         with self.console.phase("checking training rows") as bar:
             train_set = load_prompts(config.data.train, config.data, config.prompt, processor, progress=bar.update)
         if not config.data.val or not (config.validation.every or config.validation.at_start):
