@@ -100,9 +100,12 @@ def run_without(blocked: set[str], statement: str) -> subprocess.CompletedProces
     program = f"""
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
-PathFinder.find_spec = lambda name, path=None, target=None: (
-    None if name.partition(".")[0] in {sorted(blocked)} else find_spec(name, path, target)
-)
+
+@classmethod
+def find_unblocked(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {sorted(blocked)} else find_spec(name, path, target)
+
+PathFinder.find_spec = find_unblocked
 {statement}
 """
     return subprocess.run(
