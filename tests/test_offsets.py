@@ -12,8 +12,8 @@ from recipes.tiny_model import train_tokenizer
 from rollout.offsets import OffsetsError, token_spans
 
 CORPUS = [
-    "<observe>page 1 shows a code</observe>\n<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n"
-    "<think>The amount is on page 1</think>\n<answer>7</answer>",
+    "<observe>page 1 shows a code</observe>\n<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n"
+    "</evidence>\n<think>The amount is on page 1</think>\n<answer>7</answer>",
 ] * 20
 # Rich in merges of ">" with what follows it, as Qwen's own vocabulary is.
 FUSING = [f"<evidence>{tail}</evidence>" for tail in ("The", "\n", "\n\n", "[1]", "><think>", " a", "。", "é")] * 50
@@ -26,7 +26,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def decode(ids: list[int]) -> str:
-    return TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def byte_id(byte: int) -> int:
@@ -34,7 +34,7 @@ def byte_id(byte: int) -> int:
     alphabet = {chr(n): n for n in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]}
     rest = [n for n in range(256) if n not in alphabet.values()]
     character = {n: c for c, n in alphabet.items()} | {n: chr(256 + i) for i, n in enumerate(rest)}
-    return TOKENIZER.convert_tokens_to_ids(character[byte])
+    return TOKENIZER.get_vocab()[character[byte]]
 
 
 def test_a_plain_response_by_hand():

@@ -1,0 +1,249 @@
+"""From a data source to rows: files, folders and hub data sets, and where a row's images are.
+
+Knows formats and places; nothing of prompts, gold answers or models.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rollout.types import ImageSource
+from rsgrpo.errors import RsgrpoError
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+IMAGE_FILE = "images.parquet"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was written.
+
+    place: where it stands, for messages ("line 7 of train.jsonl").
+    number: from 1, in file order; it names a row without an id.
+    columns: name -> value.
+    """
+
+    place: str
+    number: int
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFolder:
+    """Where image entries of rows are looked up.
+
+    folder: start of relative paths.
+    packed: images that came in an `images.parquet`, by the path they are stored under.
+    """
+
+    folder: Path
+    packed: Mapping[str, bytes] = field(default_factory=dict)
+
+    def resolve(self, entry: Any) -> ImageSource:
+        """Return a path or compressed bytes for a path, bytes, {"bytes", "path"} or PIL image.
+
+        Raises:
+            ValueError: the entry is none of these.
+        """
+        if isinstance(entry, Mapping) and ("bytes" in entry or "path" in entry):
+            entry = entry.get("path") if entry.get("bytes") is None else entry["bytes"]
+        if isinstance(entry, bytes | bytearray | memoryview):
+            return bytes(entry)
+        if isinstance(entry, Path | str) and str(entry):
+            packed = self.packed.get(str(entry))
+            return str(self.folder / entry) if packed is None else packed
+        if hasattr(entry, "save") and hasattr(entry, "mode"):  # a PIL image
+            buffer = io.BytesIO()
+            entry.save(buffer, "PNG")
+            return buffer.getvalue()
+        raise ValueError(
+            f"an image must be a path, bytes, a mapping with bytes or path, or a PIL image, got {entry!r:.80}"
+        )
+
+
+def read_rows(source: str) -> tuple[list[Row], Path]:
+    """Read a data source whole.
+
+    source: a .jsonl, .json or .parquet file; a folder with one such file (or the shards of one), or written by
+        `datasets.save_to_disk`; a hub id. ":split" after a folder or hub id chooses a split.
+
+    Returns:
+        The rows, and the folder that relative image paths start from.
+
+    Raises:
+        RsgrpoError: nothing is there, it cannot be read (file and line are named), or it has no rows.
+    """
+    if not source:
+        raise RsgrpoError(
+            "no data source is given: set data.train (and data.val) to a file, a folder or a hub data set"
+        )
+    path = Path(source)
+    name, _, split = source.rpartition(":") if ":" in source else (source, "", "")
+    if path.is_file():
+        rows, folder = list(_read_file(path)), path.parent
+    elif path.is_dir():
+        rows, folder = _read_folder(path, "")
+    elif split and Path(name).is_dir():
+        rows, folder = _read_folder(Path(name), split)
+    elif path.suffix not in FILE_SUFFIXES and _HUB_ID.fullmatch(name):
+        rows, folder = _read_hub(name, split), Path(".")
+    else:
+        raise RsgrpoError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
+    if not rows:
+        raise RsgrpoError(f"data source {source} has no rows")
+    return rows, folder
+
+
+def find_images(folder: Path, image_dir: str, wanted: set[str]) -> ImageFolder:
+    """Return where images are: `image_dir`, else the data's folder; with those of its `images.parquet` in memory.
+
+    wanted: the path strings that rows use; packed images under other paths are not kept.
+
+    Raises:
+        RsgrpoError: `image_dir` is not a folder, or `images.parquet` lacks its columns.
+    """
+    start = Path(image_dir) if image_dir else folder
+    if not start.is_dir():
+        raise RsgrpoError(f"data.image_dir {image_dir} is not a folder")
+    packed_path = start / IMAGE_FILE
+    return ImageFolder(start, _read_packed(packed_path, wanted) if packed_path.is_file() else {})
+
+
+def image_entries(value: Any) -> list[Any]:
+    """Return the entries of an image column: a list, one image alone, or nothing."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def image_paths(value: Any) -> list[str]:
+    """Return the paths among the entries of an image column."""
+    entries = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in image_entries(value)]
+    return [entry for entry in entries if isinstance(entry, str)]
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    if path.suffix == ".json":
+        return _number(_read_json(path), path.name)
+    if path.suffix == ".parquet":
+        return _number(_read_parquet(path), path.name)
+    raise RsgrpoError(f"data file {path} must end in one of {', '.join(FILE_SUFFIXES)}")
+
+
+def _number(columns: list[dict[str, Any]], name: str) -> Iterator[Row]:
+    return (Row(f"row {number} of {name}", number, row) for number, row in enumerate(columns, start=1))
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        number = 0
+        for line_number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            columns = _parse(line.removeprefix(b"\xef\xbb\xbf"), f"line {line_number} of {path}")
+            if not isinstance(columns, dict):
+                raise RsgrpoError(f"line {line_number} of {path} must be a JSON object, got {type(columns).__name__}")
+            number += 1
+            yield Row(f"line {line_number} of {path.name}", number, columns)
+
+
+def _read_json(path: Path) -> list[dict[str, Any]]:
+    rows = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RsgrpoError(f"{path} must be a JSON list of objects; one object per line is a .jsonl file")
+    return rows
+
+
+def _parse(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # bad JSON and bad UTF-8
+        raise RsgrpoError(f"{place} is not valid JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RsgrpoError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _read_packed(path: Path, wanted: set[str]) -> dict[str, bytes]:
+    """Read an `images.parquet`: a column `path`, and `image` or `bytes` with bytes or {"bytes", "path"}."""
+    import pyarrow
+    import pyarrow.parquet
+
+    packed: dict[str, bytes] = {}
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            column = next((name for name in ("image", "bytes") if name in names), None)
+            if column is None:
+                raise RsgrpoError(f"{path} needs a column `image` (or `bytes`), it has {', '.join(names)}")
+            columns = [name for name in (column, "path") if name in names]
+            for batch in file.iter_batches(batch_size=64, columns=columns):
+                for row in batch.to_pylist():
+                    value = row[column]
+                    inner = value if isinstance(value, Mapping) else {"bytes": value, "path": row.get("path")}
+                    name = row.get("path") or inner.get("path")
+                    if name in wanted and inner.get("bytes") is not None:
+                        packed[name] = inner["bytes"]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RsgrpoError(f"{path} is not a readable parquet file: {error}") from error
+    return packed
+
+
+def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        import datasets
+
+        return _from_datasets(datasets.load_from_disk(str(folder)), str(folder), split), folder
+    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE)
+    if split:
+        files = [path for path in files if _SHARD.sub("", path.stem) == split]
+    names = {_SHARD.sub("", path.stem) + path.suffix for path in files}
+    if len(names) != 1:
+        listed, wanted = ", ".join(sorted(names)) or "none", f" named {split}" if split else ""
+        raise RsgrpoError(
+            f"folder {folder} must hold one data file{wanted} ({', '.join(FILE_SUFFIXES)}), "
+            f"found {listed}; name the file, or {folder}:NAME"
+        )
+    rows = [row for path in files for row in _read_file(path)]
+    return [Row(row.place, number, row.columns) for number, row in enumerate(rows, start=1)], folder
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name)
+    except (OSError, ValueError) as error:
+        raise RsgrpoError(
+            f"data source {name} is neither a file or folder here nor a hub data set that can be reached: {error}"
+        ) from error
+    return _from_datasets(loaded, name, split)
+
+
+def _from_datasets(loaded: Any, name: str, split: str) -> list[Row]:
+    """Take rows out of a Dataset, or out of one split of a DatasetDict; images stay compressed."""
+    if isinstance(loaded, Mapping):
+        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
+        if chosen not in loaded:
+            raise RsgrpoError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
+        loaded = loaded[chosen]
+    elif split:
+        raise RsgrpoError(f"data source {name} has no splits, got {name}:{split}")
+    return list(_number(loaded.with_format("arrow")[:].to_pylist(), name))
