@@ -1,0 +1,187 @@
+"""Attention over a padding-free row of groups, `[prompt | r_1 … r_G][prompt | r_1 …]…`, for transformers' layers.
+
+Each prompt attends causally to itself, each response to its prompt and causally to itself, and to nothing else. No
+mask over the whole row exists. Knows nothing of models, losses or images.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface
+
+from rsgrpo.types import PrefixLayout, RsgrpoError
+
+SDPA = "rsgrpo_prefix_sdpa"
+VARLEN = "rsgrpo_prefix_varlen"
+
+
+class PrefixRow:
+    """A layout made ready for one device: made once per forward and shared by all layers.
+
+    split_lengths: lengths of prompts and responses in row order.
+    """
+
+    def __init__(self, layout: PrefixLayout, device: torch.device, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.device = device
+        self.split_lengths = [
+            num_tokens
+            for prompt_length, lengths in zip(layout.prompt_lengths, layout.response_lengths, strict=True)
+            for num_tokens in (prompt_length, *lengths)
+        ]
+        self._longest_prompt = max(layout.prompt_lengths)
+        self._longest_response = max(max(lengths, default=0) for lengths in layout.response_lengths)
+        self._mask: torch.Tensor | None = None
+        self._dtype = dtype
+        self._varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
+
+    def response_mask(self, prompt_length: int, response_length: int) -> Any:
+        """Return what lets query i of a response see its prompt and its own first i + 1 tokens.
+
+        On an accelerator this is a description that the flash kernels take; on CPU a view of one additive mask, as
+        wide as the longest prompt and response.
+        """
+        if self.device.type != "cpu":
+            return causal_lower_right(response_length, prompt_length + response_length)
+        if self._mask is None:
+            shape = (self._longest_response, self._longest_prompt + self._longest_response)
+            blocked = torch.ones(shape, dtype=torch.bool).triu(self._longest_prompt + 1)
+            self._mask = torch.zeros(shape, dtype=self._dtype).masked_fill_(blocked, float("-inf"))
+        start = self._longest_prompt - prompt_length
+        return self._mask[:response_length, start : self._longest_prompt + response_length]
+
+    def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+        """Return what flash-attn's varlen kernel needs: query bounds, key bounds, key positions in the row, maxima.
+
+        The keys of a response are its prompt's and its own, so the row's keys are gathered G times per prompt.
+        """
+        if self._varlen is None:
+            positions: list[torch.Tensor] = []
+            start = 0
+            for prompt_length, lengths in zip(self.layout.prompt_lengths, self.layout.response_lengths, strict=True):
+                prompt = torch.arange(start, start + prompt_length)
+                positions.append(prompt)
+                start += prompt_length
+                for length in lengths:
+                    positions.append(torch.cat([prompt, torch.arange(start, start + length)]))
+                    start += length
+            key_lengths = [len(piece) for piece in positions]
+            self._varlen = (
+                _bounds(self.split_lengths, self.device),
+                _bounds(key_lengths, self.device),
+                torch.cat(positions).to(self.device),
+                max(self.split_lengths),
+                max(key_lengths),
+            )
+        return self._varlen
+
+
+def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+@torch.compiler.disable
+def prefix_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    prefix_row: PrefixRow,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend segment by segment with torch's own kernels (flash on CUDA).
+
+    Args:
+        query: (1, heads, T, head_dim). key, value: (1, kv_heads, T, head_dim).
+
+    Returns:
+        (1, T, heads, head_dim), as transformers expects it, and no attention weights.
+    """
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
+    queries, keys, values = (tensor.split(prefix_row.split_lengths, 2) for tensor in (query, key, value))
+    outputs: list[torch.Tensor] = []
+    layout = prefix_row.layout
+    for prompt_length, lengths in zip(layout.prompt_lengths, layout.response_lengths, strict=True):
+        prompt = len(outputs)
+        outputs.append(
+            F.scaled_dot_product_attention(queries[prompt], keys[prompt], values[prompt], is_causal=True, **options)
+        )
+        for length in lengths:
+            own = len(outputs)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    queries[own],
+                    torch.cat([keys[prompt], keys[own]], 2),
+                    torch.cat([values[prompt], values[own]], 2),
+                    attn_mask=prefix_row.response_mask(prompt_length, length),
+                    **options,
+                )
+            )
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+@torch.compiler.disable
+def prefix_varlen(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    prefix_row: PrefixRow,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As `prefix_sdpa`, in one call of flash-attn's varlen kernel (its causal mask is aligned to the last key)."""
+    from flash_attn import flash_attn_varlen_func
+
+    query_bounds, key_bounds, key_positions, longest_query, longest_key = prefix_row.varlen()
+    output = flash_attn_varlen_func(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1).index_select(0, key_positions),
+        value[0].transpose(0, 1).index_select(0, key_positions),
+        query_bounds,
+        key_bounds,
+        longest_query,
+        longest_key,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    return output[None], None
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the registered name for `learner.attention`: "auto", "sdpa" or "flash".
+
+    "auto" takes flash-attn where it is installed and can run (CUDA, 16-bit), else torch's own kernels.
+
+    Raises:
+        RsgrpoError: an unknown value, or "flash" where it cannot run.
+    """
+    installed = importlib.util.find_spec("flash_attn") is not None
+    can_run = installed and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if wanted == "flash" and not can_run:
+        raise RsgrpoError(
+            "learner.attention=flash needs flash-attn, CUDA and bfloat16; here flash-attn is "
+            f"{'installed' if installed else 'not installed'}, on {device.type}, {dtype}: use learner.attention=sdpa"
+        )
+    if wanted not in ("auto", "sdpa", "flash"):
+        raise RsgrpoError(f"learner.attention must be auto, sdpa or flash, got {wanted!r}")
+    return VARLEN if wanted != "sdpa" and can_run else SDPA
+
+
+AttentionInterface.register(SDPA, prefix_sdpa)
+AttentionInterface.register(VARLEN, prefix_varlen)

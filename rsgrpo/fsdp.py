@@ -1,0 +1,101 @@
+"""Spreading a policy over ranks with FSDP2. Knows the policy's parts, nothing of losses or data."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from rsgrpo.config import LearnerConfig
+from rsgrpo.model import Policy
+from rsgrpo.types import RsgrpoError
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init_distributed(rank: int, world_size: int, address: str, port: int, device: str) -> None:
+    """Join the process group of the learner's ranks: gloo on CPU, nccl on CUDA. Blocks until all ranks have come.
+
+    device: "auto", "cpu" or "cuda"; on CUDA the rank takes the device that torch shows as current.
+    """
+    backend = "cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    dist.init_process_group(
+        backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """Return the device for `learner.device`: "auto" takes CUDA where there is one."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise RsgrpoError(f"learner.device must be auto, cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RsgrpoError("learner.device=cuda, but torch sees no CUDA device; use learner.device=cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the dtype in which layers compute, for `learner.precision`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if precision not in dtypes:
+        raise RsgrpoError(f"learner.precision must be one of {sorted(dtypes)}, got {precision!r}")
+    return dtypes[precision]
+
+
+def shard(policy: Policy, learner: LearnerConfig, device: torch.device, *, frozen_tower: bool) -> None:
+    """Shard every decoder layer, then the rest, in place; a frozen tower is kept whole on every rank.
+
+    Ranks run a frozen tower on different images at different times, so it must need no collective.
+
+    Raises:
+        RsgrpoError: offload without an accelerator.
+    """
+    if learner.offload and device.type == "cpu":
+        raise RsgrpoError(
+            "learner.offload=true moves weights from an accelerator to CPU memory, and there is none here"
+        )
+    dtype = compute_dtype(learner.precision)
+    mixed = dtype != torch.float32
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
+    )
+    offload_policy = CPUOffloadPolicy() if learner.offload else OffloadPolicy()
+    family, model = policy.family, policy.hf
+    tower = family.vision_tower(model)
+    layers = list(family.decoder_layers(model))
+    if learner.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    if frozen_tower:
+        tower.to(device)
+    blocks = layers if frozen_tower else [*family.vision_blocks(model), *layers]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
+    fully_shard(
+        policy,
+        mesh=mesh,
+        mp_policy=mp_policy,
+        offload_policy=offload_policy,
+        ignored_params=set(tower.parameters()) if frozen_tower else None,
+    )
+    _prefetch(layers)
+    for buffer_owner in policy.modules():
+        for name, buffer in buffer_owner.named_buffers(recurse=False):
+            setattr(buffer_owner, name, buffer.to(device))
+
+
+def _prefetch(layers: list[torch.nn.Module]) -> None:
+    """Gather the next layer's weights while this one computes, in forward and in backward."""
+    for this, following in itertools.pairwise(layers):
+        if isinstance(this, FSDPModule) and isinstance(following, FSDPModule):
+            this.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([this])

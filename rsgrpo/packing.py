@@ -1,0 +1,224 @@
+"""Which groups go to which rank and into which micro-batch, and the row that a micro-batch becomes.
+
+The plan is a pure function of lengths, so that every rank makes the same one without asking the others. Knows nothing
+of models or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rsgrpo.types import MicroBatch, PrefixLayout, RsgrpoError, Sample
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Predicted work: `per_token` for each token of the row, `per_pair` for each query-key pair, `per_response_token`
+    for the head. Only ratios matter.
+    """
+
+    per_token: float = 1.0
+    per_pair: float = 0.0
+    per_response_token: float = 0.0
+
+    def cost(self, prompt_length: int, response_lengths: Sequence[int]) -> float:
+        """Return the work of one group: its prompt once, each response against the prompt and itself."""
+        responses = sum(response_lengths)
+        pairs = prompt_length**2 / 2 + sum(length * prompt_length + length**2 / 2 for length in response_lengths)
+        return (
+            self.per_token * (prompt_length + responses) + self.per_pair * pairs + self.per_response_token * responses
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A group, or a part of one that carries the prompt too.
+
+    group: index into the step's groups. samples: indices of its responses that this unit holds.
+    num_tokens: prompt once plus its responses.
+    """
+
+    group: int
+    samples: tuple[int, ...]
+    num_tokens: int
+    cost: float
+
+
+Plan = list[list[list[Unit]]]
+"""For each rank its micro-batches, each a list of units; the same number on every rank, empty ones at the end."""
+
+
+def plan(
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[Sequence[int]],
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    cost_model: CostModel | None = None,
+) -> Plan:
+    """Spread whole groups over ranks by predicted cost and pack them into micro-batches of at most `max_tokens`.
+
+    Raises:
+        RsgrpoError: a prompt with one of its responses is longer than `max_tokens`.
+    """
+    cost_model = cost_model or CostModel()
+    units = [
+        unit
+        for group, (prompt_length, lengths) in enumerate(zip(prompt_lengths, response_lengths, strict=True))
+        for unit in _split_group(group, prompt_length, lengths, max_tokens, cost_model)
+    ]
+    ranks: list[list[Unit]] = [[] for _ in range(num_ranks)]
+    loads = [0.0] * num_ranks
+    for unit in sorted(units, key=lambda unit: (-unit.cost, unit.group, unit.samples)):
+        rank = loads.index(min(loads))
+        ranks[rank].append(unit)
+        loads[rank] += unit.cost
+    packed = [_pack(rank_units, max_tokens) for rank_units in ranks]
+    return _level(packed)
+
+
+def _split_group(
+    group: int, prompt_length: int, response_lengths: Sequence[int], max_tokens: int, cost_model: CostModel
+) -> list[Unit]:
+    """Cut a group that is over the budget into parts, in order; each part carries the prompt."""
+    parts: list[list[int]] = []
+    num_tokens = max_tokens + 1
+    for index, length in enumerate(response_lengths):
+        if prompt_length + length > max_tokens:
+            raise RsgrpoError(
+                f"learner.max_tokens_per_micro_batch={max_tokens} cannot hold one response: prompt {prompt_length} + "
+                f"response {length} = {prompt_length + length} tokens; raise it to at least that"
+            )
+        if num_tokens + length > max_tokens:
+            parts.append([])
+            num_tokens = prompt_length
+        parts[-1].append(index)
+        num_tokens += length
+    units = []
+    for part in parts:
+        lengths = [response_lengths[index] for index in part]
+        cost = cost_model.cost(prompt_length, lengths)
+        units.append(Unit(group, tuple(part), prompt_length + sum(lengths), cost))
+    return units
+
+
+def _pack(units: Sequence[Unit], max_tokens: int) -> list[list[Unit]]:
+    """First fit, largest first."""
+    bins: list[list[Unit]] = []
+    loads: list[int] = []
+    for unit in sorted(units, key=lambda unit: (-unit.num_tokens, unit.group, unit.samples)):
+        fits = [index for index, load in enumerate(loads) if load + unit.num_tokens <= max_tokens]
+        if fits:
+            bins[fits[0]].append(unit)
+            loads[fits[0]] += unit.num_tokens
+        else:
+            bins.append([unit])
+            loads.append(unit.num_tokens)
+    return bins
+
+
+def _level(packed: list[list[list[Unit]]]) -> Plan:
+    """Give every rank as many micro-batches as the one that has most: split full ones first, then add empty ones.
+
+    A split costs nothing (units share no work); an empty one stands for a forward that only keeps collectives in step.
+    """
+    most = max(len(bins) for bins in packed)
+    levelled: Plan = []
+    for rank_bins in packed:
+        bins = [list(units) for units in rank_bins]
+        while len(bins) < most:
+            largest = max(bins, key=len, default=[])
+            if len(largest) < 2:
+                bins.append([])
+                continue
+            half = len(largest) // 2
+            bins.append(largest[half:])
+            del largest[half:]
+        levelled.append(bins)
+    return levelled
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedPrompt:
+    """One prompt as the policy takes it.
+
+    token_ids_T: (T,) int64. position_ids_3T: (3, T) int64.
+    features: (image tokens, F) of a frozen tower; None without images or with a trained tower.
+    pixel_values, image_grid_thw: for a trained tower; None without images or with a frozen one.
+    """
+
+    token_ids_T: torch.Tensor
+    position_ids_3T: torch.Tensor
+    features: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+
+
+def build_micro_batch(
+    groups: Sequence[tuple[EncodedPrompt, Sequence[Sample]]],
+    old_logprobs: Sequence[Sequence[np.ndarray]] | None = None,
+) -> MicroBatch:
+    """Lay groups out in one row.
+
+    Args:
+        groups: each prompt with the responses that follow it.
+        old_logprobs: for each group and response (T,) float32; None when no pass was needed.
+    """
+    tokens: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    head_index: list[torch.Tensor] = []
+    row = 0
+    for prompt, samples in groups:
+        tokens.append(prompt.token_ids_T)
+        positions.append(prompt.position_ids_3T)
+        last_of_prompt = row + len(prompt.token_ids_T) - 1
+        row = last_of_prompt + 1
+        first_position = int(prompt.position_ids_3T.max()) + 1
+        for sample in samples:
+            length = len(sample.token_ids_T)
+            tokens.append(torch.from_numpy(np.asarray(sample.token_ids_T, dtype=np.int64)))
+            positions.append(torch.arange(first_position, first_position + length).expand(3, -1))
+            # The prompt's last token predicts the first response token, each response token the next one.
+            head_index.append(torch.cat([torch.tensor([last_of_prompt]), torch.arange(row, row + length - 1)]))
+            row += length
+    samples_in_order = [sample for _, samples in groups for sample in samples]
+    lengths = [len(sample.token_ids_T) for sample in samples_in_order]
+    token_ids_T = torch.cat(tokens)
+    prompts = [prompt for prompt, _ in groups]
+    return MicroBatch(
+        layout=PrefixLayout(
+            tuple(len(prompt.token_ids_T) for prompt in prompts),
+            tuple(tuple(len(sample.token_ids_T) for sample in samples) for _, samples in groups),
+        ),
+        token_ids_T=token_ids_T,
+        position_ids_3T=torch.cat(positions, 1),
+        features=_cat([prompt.features for prompt in prompts]),
+        pixel_values=_cat([prompt.pixel_values for prompt in prompts]),
+        image_grid_thw=_cat([prompt.image_grid_thw for prompt in prompts]),
+        head_index_N=torch.cat(head_index),
+        targets_N=torch.cat(
+            [torch.from_numpy(np.asarray(sample.token_ids_T, np.int64)) for sample in samples_in_order]
+        ),
+        sample_index_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        scope_KN=torch.from_numpy(np.concatenate([sample.scope_KT for sample in samples_in_order], 1)),
+        advantages_KN=torch.from_numpy(
+            np.concatenate([sample.advantages_KT for sample in samples_in_order], 1).astype(np.float32)
+        ),
+        rollout_logprobs_N=_cat_optional([sample.rollout_logprobs_T for sample in samples_in_order]),
+        ref_logprobs_N=_cat_optional([sample.ref_logprobs_T for sample in samples_in_order]),
+        old_logprobs_N=None if old_logprobs is None else _cat_optional([x for group in old_logprobs for x in group]),
+    )
+
+
+def _cat(pieces: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    present = [piece for piece in pieces if piece is not None]
+    return torch.cat(present) if present else None
+
+
+def _cat_optional(pieces: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+    present = [np.asarray(piece, dtype=np.float32) for piece in pieces if piece is not None]
+    return torch.from_numpy(np.concatenate(present)) if len(present) == len(pieces) else None
