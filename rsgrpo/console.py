@@ -83,17 +83,9 @@ class Console:
             self._progress.update(self._steps, completed=step, total=total)
 
     def validation_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Print the scores of one validation, a line for each mode."""
+        """Print what a validation found, a line for each mode."""
         for line in format_validation(step, total, metrics):
-            self._print(f"[bold]{escape(line)}[/bold]")
-
-    def validation_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Print what a validation found, one line per mode."""
-        for mode in sorted({key.split("/")[1] for key in metrics if key.startswith("val/")}):
-            prefix = f"val/{mode}/"
-            values = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
-            shown = "  ".join(f"{SHORT_NAMES.get(name, name)} {short(value, 3)}" for name, value in values.items())
-            self._print(escape(f"step {step:>{len(str(total))}}/{total}  {mode:<8} {shown}"))
+            self._print(escape(line))
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
@@ -127,13 +119,7 @@ class _NoBar:
     def advance(self, count: int = 1) -> None:
         """Do nothing: not a terminal."""
 
-    def update(self, done: int, total: int) -> None:
-        """Do nothing: not a terminal."""
-
     def update(self, done: int, total: int | None = None) -> None:
-        """Do nothing: not a terminal."""
-
-    def update(self, done: int, total: int) -> None:
         """Do nothing: not a terminal."""
 
 
@@ -143,9 +129,6 @@ class _RichBar:
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
-
-    def update(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
 
     def update(self, done: int, total: int | None = None) -> None:
         self._progress.update(self._task, completed=done, total=total)
@@ -177,15 +160,16 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
 def format_validation(step: int, total: int, metrics: Mapping[str, float]) -> list[str]:
     """Return one line per validation mode.
 
-    Example: "validation 12/60 sampled  acc .63  evid .78  fmt .99"
+    Example: "step 12/60  val sampled  acc .630  evid .781  fmt .990"
     """
     modes: dict[str, list[str]] = {}
     for key, value in metrics.items():
         if key.startswith("val/") and key.count("/") == 2:
             _, mode, name = key.split("/")
-            text = f"{value:.0f}" if name in WHOLE_NUMBERS else short(value)
+            text = f"{value:.0f}" if name in WHOLE_NUMBERS else short(value, 3)
             modes.setdefault(mode, []).append(f"{SHORT_NAMES.get(name, name)} {text}")
-    return [f"validation {step}/{total} {mode}  {'  '.join(parts)}" for mode, parts in modes.items()]
+    prefix = f"step {step:>{len(str(total))}}/{total}"
+    return [f"{prefix}  val {mode:<7}  {'  '.join(parts)}" for mode, parts in modes.items()]
 
 
 def short(value: float, digits: int = 2) -> str:

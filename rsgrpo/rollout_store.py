@@ -244,7 +244,7 @@ def _matching_samples(scored: ScoredGroup, train_group: TrainGroup, terms: Seque
     wrong = [len(sample.scope_KT) for sample in samples if len(sample.scope_KT) != len(terms)]
     if wrong:
         raise RsgrpoError(
-            f"samples of prompt {prompt.id!r} have {wrong[0]} loss terms, but {len(terms)} names: {terms}"
+            f"samples of {prompt.id!r} have {wrong[0]} loss terms but `terms` names {len(terms)}: {terms}"
         )
     return samples
 

@@ -242,8 +242,10 @@ class _WandbSink:
 
         self._wandb = wandb
         self._num_rows = tracking.rollout_table_rows
-        self._environment = {key: os.environ.get(key) for key in ("WANDB_DIR", "WANDB_DATA_DIR")}
-        os.environ.update(dict.fromkeys(self._environment, str(run_dir.absolute())))
+        folder = str(run_dir.absolute())
+        places = {"WANDB_DIR": folder, "WANDB_DATA_DIR": f"{folder}/wandb"}
+        self._environment = {key: os.environ.get(key) for key in places}
+        os.environ.update(places)
         self.run_id = run_id or secrets.token_hex(4)
         self.fallback_reason = ""
 
@@ -254,7 +256,7 @@ class _WandbSink:
                 name=name,
                 id=run_id,
                 resume="allow" if mode == "online" else None,
-                dir=str(run_dir.absolute()),
+                dir=folder,
                 config=dict(config),
                 mode=mode,  # type: ignore[arg-type]
                 settings=wandb.Settings(

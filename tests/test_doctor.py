@@ -1,0 +1,75 @@
+"""The doctor names what is wrong, how to mend it, and never falls over itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rsgrpo import doctor
+from rsgrpo.doctor import Finding
+
+
+def test_a_requirement_is_compared_with_what_is_installed() -> None:
+    version = importlib.metadata.version("numpy")
+    assert list(doctor.check_requirement("numpy>=1")) == [Finding("numpy", "ok", version)]
+    (old,) = doctor.check_requirement("numpy>=99")
+    assert (old.status, old.found) == ("warn", version)
+    assert 'pip install "numpy>=99"' in old.fix
+    (missing,) = doctor.check_requirement("no-such-package-of-ours>=1")
+    assert (missing.status, missing.found) == ("fail", "missing")
+    assert list(doctor.check_requirement('vllm>=0.32; extra == "gpu"')) == []
+
+
+def test_a_package_that_does_not_import_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_library.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    finding = doctor.check_import("broken_library", "nothing")
+    assert finding.status == "fail"
+    assert "OSError: libcudart.so.13" in finding.found
+    assert "pip install" in finding.fix
+    assert doctor.check_import("json", "nothing").status == "ok"
+
+
+def test_every_bad_finding_says_how_to_mend_it() -> None:
+    findings = doctor.examine(with_ray=False)
+    assert {"python", "import torch", "devices", "memory", "cpu", "disk, runs", "conf"} <= {f.what for f in findings}
+    assert all(finding.fix for finding in findings if finding.status != "ok")
+
+
+def test_a_machine_without_the_package_is_told_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    (finding,) = doctor._requirements()
+    assert (finding.status, "pip install -e ." in finding.fix) == ("fail", True)
+
+
+def test_ray_that_does_not_start_shows_its_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "RAY_PROBE", "raise RuntimeError('ports are taken')")
+    finding = doctor._ray()
+    assert (finding.status, finding.found) == ("fail", "RuntimeError: ports are taken")
+    assert finding.fix
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_the_exit_code_is_1_when_something_fails(
+    status: doctor.Status, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda with_ray: [Finding("thing [x]", status, "found", "mend")])
+    assert doctor.main(["--no-ray"]) == code
+    assert "thing [x]" in capsys.readouterr().out
+    assert doctor.main(["--json"]) == code
+    assert json.loads(capsys.readouterr().out) == [
+        {"what": "thing [x]", "status": status, "found": "found", "fix": "mend"}
+    ]
+
+
+def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
+    assert doctor._python().status == "fail"
+    assert sys.version_info >= (3, 11)
