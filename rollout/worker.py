@@ -7,6 +7,7 @@ learning, and nothing of how an engine samples.
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket
 import sys
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from transformers.utils.logging import disable_progress_bar
 
-from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import build_engine
+from rollout.config import ConfigError, InputsConfig, RolloutConfig
+from rollout.engine import EngineError, build_engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 POLL_S = 0.5
@@ -29,6 +31,8 @@ POLL_S = 0.5
 
 SYNCS_IN_FLIGHT = 2
 """Chunks of weights that are on their way at once: one is copied while the next travels."""
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class WorkerError(RuntimeError):
@@ -38,7 +42,7 @@ class WorkerError(RuntimeError):
     """
 
     def __init__(self, worker_index: int, message: str, cause: BaseException | None = None) -> None:
-        super().__init__(f"rollout worker {worker_index} {message}")
+        super().__init__(f"rollout worker {worker_index} {_COLOURS.sub('', message)}")
         self.worker_index = worker_index
         self.cause = cause
 
@@ -62,6 +66,7 @@ class RolloutWorker:
         engine_options: further keywords of `build_engine`.
         """
         os.environ.update(env or {})
+        disable_progress_bar()  # whoever drives the workers draws the bars
         self.index = index
         self.engine = build_engine(model_path, rollout, inputs, num_threads=num_threads, **(engine_options or {}))
 
@@ -131,8 +136,8 @@ def start_rollout_worker(
     given = options.pop("runtime_env", {})
     env_vars = {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **given.get("env_vars", {}), **(env or {})}
     actor = (
-        ray.remote(RolloutWorker)
-        .options(concurrency_groups={"control": 1}, runtime_env={**given, "env_vars": env_vars}, **options)
+        ray.remote(concurrency_groups={"control": 1})(RolloutWorker)
+        .options(runtime_env={**given, "env_vars": env_vars}, **options)
         .remote(index, model_path, rollout, inputs, num_threads, None, engine_options)
     )
     return WorkerHandle(index, actor, rollout.max_batch_sequences)
@@ -245,7 +250,9 @@ class RolloutPool:
             raise self._late(worker, what) from None
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
-            raise WorkerError(worker.index, f"failed in {what}: {error}", cause) from None
+            # An error that a user can mend says all in its message; any other needs the remote traceback.
+            said = cause if isinstance(cause, (EngineError, ConfigError)) else error
+            raise WorkerError(worker.index, f"failed in {what}: {said}", cause) from None
         except ray.exceptions.RayActorError as error:
             raise WorkerError(worker.index, f"died in {what}: {error}", error) from None
 

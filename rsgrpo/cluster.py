@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ class LearnerWorker:
     def __init__(self, rank: int, num_threads: int) -> None:
         import torch
 
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # the driver alone draws bars
         if num_threads:
             torch.set_num_threads(num_threads)
         self.rank = rank
@@ -103,9 +107,11 @@ class LearnerWorker:
 class RewardWorker:
     """One process that runs the run's reward functions."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def build(self, config: TrainConfig, module_path: Sequence[str]) -> None:
+        """Load the reward functions; `module_path` is where the driver finds the user's own modules."""
         from rsgrpo.credit import RewardSet
 
+        sys.path += [folder for folder in module_path if folder not in sys.path]
         self.rewards = RewardSet.from_config(config)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
@@ -232,7 +238,7 @@ class Cluster:
             for index, options in enumerate(roles["rollout"])
         ]
         self.reward_workers: list[Any] = [
-            ray.remote(RewardWorker).options(**options).remote(config) for options in roles["reward"]
+            ray.remote(RewardWorker).options(**options).remote() for options in roles["reward"]
         ]
         for ranks, trainable in ((learners, True), (references, False)):
             if ranks is not None:
@@ -241,6 +247,8 @@ class Cluster:
                     [a.build.remote(config, host, port, total_steps, str(run_dir), trainable) for a in ranks.actors],
                     "start-up",
                 )
+        rewards = Ranks("reward worker", self.reward_workers, self.check_stop)
+        rewards.wait([actor.build.remote(config, sys.path) for actor in self.reward_workers], "start-up")
         self.learner, self.reference = learners, references
         self.rollouts = RolloutPool(engines, timeout_s=config.rollout.timeout_s)
         try:
