@@ -51,7 +51,9 @@ def rows(tmp_path_factory, page_images) -> Path:
     with open(folder / "rows.jsonl", "w") as file:
         for index in range(6):
             pages = page_images[: 2 + index % 2]
-            evidence = "\n".join(f"[{i + 1}]: {'7' if i == 0 else 'no relevant information'}" for i in range(len(pages)))
+            evidence = "\n".join(
+                f"[{i + 1}]: {'7' if i == 0 else 'no relevant information'}" for i in range(len(pages))
+            )
             row = {
                 "id": f"row{index}",
                 "prompt": "<image>" * len(pages) + "what amount is on page 1?",
@@ -135,7 +137,13 @@ def test_a_run_leaves_metrics_rollouts_checkpoints_export_and_report(ray_cluster
     assert steps == [0, 1, 2, 2]
     rows = metrics_of(config)
     assert {"val/greedy/accuracy", "val/sampled/vowels", "val/sampled/marked"} - set(rows[0]) <= {"val/sampled/marked"}
-    for key in ("actor/loss", "actor/grad_norm", "reward/vowels/mean", "scope/accuracy/hit_rate", "scope/vowels/token_frac"):
+    for key in (
+        "actor/loss",
+        "actor/grad_norm",
+        "reward/vowels/mean",
+        "scope/accuracy/hit_rate",
+        "scope/vowels/token_frac",
+    ):
         assert key in rows[1], key
     assert rows[1]["actor/mismatch_max"] < 1e-4
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_000001", "step_000002"]
@@ -242,7 +250,9 @@ def test_a_run_that_is_stopped_from_outside_goes_on_bit_for_bit(config, tmp_path
     config = variant(config, total_steps=5, checkpoint=dataclasses.replace(config.checkpoint, every=2))
     stopped, whole = variant(config, name="stopped"), variant(config, name="whole")
     command = as_command(stopped, tmp_path / "a")
-    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         wait_for_step(tmp_path / "stopped", 3, process)
         process.send_signal(how)
         output = process.communicate(timeout=120)[0]
