@@ -88,7 +88,9 @@ def export_folder(policy: Policy, model: ModelConfig, folder: Path, *, dtype: to
 
 
 def _write_shard(shard: dict[str, torch.Tensor], folder: Path, index: int) -> list[str]:
-    save_file(shard, folder / f"shard-{index}.safetensors", metadata={"format": "pt"})
+    path = folder / f"shard-{index}.safetensors"
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
     return list(shard)
 
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from rsgrpo.model import Policy
 from rsgrpo.optimizer import Optimizer
+from rsgrpo.types import RsgrpoError
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,17 @@ _COUNTERS = ("step", "updates", "bad_steps")
 
 
 def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
-    """Write trained weights, optimiser, counters and every rank's random state into `folder`. Collective."""
+    """Write trained weights, optimiser, counters and every rank's random state into `folder`. Collective.
+
+    Raises:
+        RsgrpoError: the folder holds a learner's state already.
+    """
+    if (folder / ".metadata").exists():
+        raise RsgrpoError(f"{folder} holds a learner's state already; save into a new folder")
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     state[f"random_{dist.get_rank()}"] = _random_state()
-    dcp.save(state, checkpoint_id=folder)
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=False))
 
 
 def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int) -> None:
