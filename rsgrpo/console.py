@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 SHORT_NAMES = {"accuracy": "acc", "evidence": "evid", "well_formed": "fmt", "perception": "perc"}
-WHOLE_NUMBERS = ("prompts", "prompt_errors", "response_tokens")
+WHOLE_NUMBERS = ("num_prompts", "prompt_errors", "num_tokens")
 STEP_REWARDS = 3
 PHASES = ("sample", "reference", "learn", "sync")
 PLAIN_WIDTH = 120
@@ -144,8 +144,8 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
     leading = [name for name in SHORT_NAMES if name in rewards]
     shown = (leading + [name for name in rewards if name not in leading])[:STEP_REWARDS]
     parts += [f"{SHORT_NAMES.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
-    if "rollout/response_tokens_mean" in metrics:
-        parts.append(f"len {metrics['rollout/response_tokens_mean']:.0f}")
+    if "rollout/num_tokens_mean" in metrics:
+        parts.append(f"len {metrics['rollout/num_tokens_mean']:.0f}")
     for label, key in (("kl", "actor/kl"), ("grad", "actor/grad_norm")):
         if key in metrics:
             parts.append(f"{label} {short(metrics[key])}")

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -155,8 +156,8 @@ def _facts(lines: Sequence[dict[str, Any]], curves: dict[str, Curve]) -> list[li
     if "time/step" in curves:
         seconds = sorted(value for _, value in curves["time/step"])
         facts.append(["median step", f"{seconds[len(seconds) // 2]:.1f} s"])
-    if "rollout/response_tokens_mean" in curves:
-        facts.append(["tokens a response, last step", f"{curves['rollout/response_tokens_mean'][-1][1]:.0f}"])
+    if "rollout/num_tokens_mean" in curves:
+        facts.append(["tokens a response, last step", f"{curves['rollout/num_tokens_mean'][-1][1]:.0f}"])
     return facts
 
 
@@ -304,8 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = write_report(options.run, options.out, step=options.step, max_groups=options.max_groups)
     except RsgrpoError as error:
         parser.exit(1, f"error: {error}\n")
-    parser.exit(0, f"{path}\n")
+    sys.stdout.write(f"{path}\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ ACTOR_ORDER = (
     "actor/entropy", "actor/grad_norm", "actor/loss", "actor/kl", "actor/clip_frac", "actor/mismatch_mean",
     "actor/mismatch_k3", "actor/mismatch_max", "actor/lr",
 )  # fmt: skip
-VALIDATION_COUNTS = ("prompts", "prompt_errors")
+VALIDATION_COUNTS = ("num_prompts", "prompt_errors")
 """Names under `val/<mode>/` that are no scores."""
 
 TITLES = {
@@ -42,7 +42,7 @@ def collect_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Curve]:
 def split_validation(key: str) -> tuple[str, str] | None:
     """Return (mode, name) of a validation score, or None for other metrics.
 
-    Example: "val/greedy/accuracy" -> ("greedy", "accuracy"), "val/loss" -> ("", "loss"), "val/greedy/prompts" -> None.
+    Example: "val/greedy/accuracy" -> ("greedy", "accuracy"), "val/loss" -> ("", "loss"), "val/greedy/num_prompts" -> None.
     """
     if not key.startswith("val/"):
         return None
@@ -112,11 +112,11 @@ def _reward_charts(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None
 
 def _length_chart(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None:
     """Response lengths: the mean and the longest."""
-    mean = left.pop("rollout/response_tokens_mean", None)
+    mean = left.pop("rollout/num_tokens_mean", None)
     if mean is None:
         return
     series = [{"name": "mean", "points": mean}]
-    longest = left.pop("rollout/response_tokens_max", None)
+    longest = left.pop("rollout/num_tokens_max", None)
     if longest is not None:
         series.append({"name": "longest", "points": longest})
     charts.append(_chart("responses", "Response tokens", series))

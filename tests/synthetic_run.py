@@ -131,8 +131,8 @@ def make_metrics(step: int, rng: np.random.Generator) -> dict[str, float]:
         metrics[f"scope/{name}/hit_rate"] = 0.98 + 0.02 * rise
         metrics[f"scope/{name}/token_frac"] = token_frac
     return metrics | {
-        "rollout/response_tokens_mean": 70 + 2 * rng.standard_normal(),
-        "rollout/response_tokens_max": 90.0,
+        "rollout/num_tokens_mean": 70 + 2 * rng.standard_normal(),
+        "rollout/num_tokens_max": 90.0,
         "rollout/truncated_frac": 0.01 * rng.random(),
         "actor/loss": 0.01 * rng.standard_normal(),
         "actor/entropy": 0.5 - 0.3 * rise + 0.01 * rng.standard_normal(),

@@ -14,7 +14,7 @@ METRICS = {
     "reward/evidence/mean": 0.78,
     "reward/overlong/mean": -1.0,
     "reward/accuracy/mean": 0.634,
-    "rollout/response_tokens_mean": 70.6,
+    "rollout/num_tokens_mean": 70.6,
     "actor/kl": 0.0021,
     "time/step": 12.34,
     "time/sample": 5.1,
@@ -34,9 +34,9 @@ def test_what_a_step_did_not_measure_is_left_out() -> None:
 
 
 def test_validation_has_a_line_for_each_mode() -> None:
-    metrics = {"val/greedy/accuracy": 0.975, "val/greedy/prompts": 40.0, "val/sampled/accuracy": 0.5}
+    metrics = {"val/greedy/accuracy": 0.975, "val/greedy/num_prompts": 40.0, "val/sampled/accuracy": 0.5}
     assert format_validation(10, 60, metrics) == [
-        "step 10/60  val greedy   acc .975  prompts 40",
+        "step 10/60  val greedy   acc .975  num_prompts 40",
         "step 10/60  val sampled  acc .500",
     ]
 
