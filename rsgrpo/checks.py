@@ -66,6 +66,7 @@ def validate(config: TrainConfig) -> None:
     _check_budget(config, config.rollout.max_response_tokens, "rollout.max_response_tokens")
     _check_devices(config)
     _check_checkpoint_metric(config)
+    _check_adapters(config)
     if config.algorithm.kl_coef > 0 and config.algorithm.kl_estimator == "k1":
         log.warning(
             "algorithm.kl_estimator=k1 as a loss has zero expected gradient: it is reported but holds nothing back; "
@@ -82,6 +83,7 @@ def validate_sft(config: SftConfig) -> None:
     _check_inputs_exist(config)
     _check_budget(config, config.max_response_tokens, "max_response_tokens")
     _check_learner_device(config)
+    _check_adapters(config)
 
 
 def how_to_get(key: str, path: str) -> str:
@@ -208,6 +210,15 @@ def _check_learner_device(config: TrainConfig | SftConfig) -> None:
     require(
         not (learner.attention == "flash" and learner.device == "cpu"),
         "learner.attention=flash needs a GPU, but learner.device=cpu: use sdpa",
+    )
+
+
+def _check_adapters(config: TrainConfig | SftConfig) -> None:
+    model = config.model
+    require(
+        not model.lora.rank or model.freeze_vision,
+        f"model.lora.rank={model.lora.rank} puts adapters on the language model and trains nothing else, but "
+        "model.freeze_vision=false asks for a trained vision tower: set it to true, or model.lora.rank=0",
     )
 
 

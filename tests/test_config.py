@@ -237,6 +237,7 @@ def test_a_mistake_is_named_with_what_would_work(overrides, said):
         (["learner.offload=true"], "learner.offload=true"),
         (["learner.attention=flash"], "learner.attention=flash needs a GPU"),
         (["cluster.num_cpus=1", "rollout.num_workers=3"], "3 rollout x 0.5 + 1 learner x 0.5 + 1 reward x 0.1 = 2.1"),
+        (["model.lora.rank=8", "model.freeze_vision=false"], "model.lora.rank=8 puts adapters on the language model"),
         (["algorithm.filter.low=7"], "low=7 must be < high=6.9"),
     ],
 )  # fmt: skip
