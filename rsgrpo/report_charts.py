@@ -42,7 +42,7 @@ def collect_curves(lines: Iterable[dict[str, Any]]) -> dict[str, Curve]:
 def split_validation(key: str) -> tuple[str, str] | None:
     """Return (mode, name) of a validation score, or None for other metrics.
 
-    Example: "val/greedy/accuracy" -> ("greedy", "accuracy"), "val/loss" -> ("", "loss"), "val/greedy/num_prompts" -> None.
+    Example: "val/greedy/accuracy" -> ("greedy", "accuracy"), "val/loss" -> ("", "loss"), "val/x/num_prompts" -> None.
     """
     if not key.startswith("val/"):
         return None

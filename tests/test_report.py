@@ -76,7 +76,7 @@ def test_headline_compares_first_and_last_validation() -> None:
         "val/sampled/accuracy": [(0, 0.5), (5, 0.7), (10, 0.8)],
         "val/sampled/overlong": [(0, -1.0), (10, 0.0)],
         "val/loss": [(0, 2.0), (10, 1.0)],
-        "val/sampled/prompts": [(0, 40.0), (10, 40.0)],
+        "val/sampled/num_prompts": [(0, 40.0), (10, 40.0)],
         "reward/accuracy/mean": [(1, 0.1)],
     }
     assert headline(curves) == [
@@ -95,12 +95,12 @@ def test_without_validation_the_headline_is_the_training_rewards_by_tenths() -> 
 def test_a_validation_key_is_taken_apart() -> None:
     assert split_validation("val/greedy/accuracy") == ("greedy", "accuracy")
     assert split_validation("val/loss") == ("", "loss")
-    assert split_validation("val/greedy/prompts") is None
+    assert split_validation("val/greedy/num_prompts") is None
     assert split_validation("actor/loss") is None
 
 
 def test_curves_merge_lines_of_a_step_and_leave_nulls_out() -> None:
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"step": 2, "time": 1.0, "a": 5},
         {"step": 1, "time": 0.0, "a": 1.0, "b": None},
         {"step": 2, "time": 2.0, "a": 6.0, "c": 3.0},
@@ -144,9 +144,8 @@ def test_tokens_carry_the_advantages_of_training(run_dir: Path) -> None:
     group = next(group for group in report["views"][0]["groups"] if group["id"] == "form-1-1")
     rollout = group["rollouts"][0]
     ((start, end, _),) = rollout["terms"][0]  # accuracy: from <think> to the end
-    assert rollout["text"][rollout["starts"][start] :].startswith("<think>") or rollout["ends"][start] > rollout[
-        "text"
-    ].index("<think>")
+    tag = rollout["text"].index("<think>")
+    assert rollout["starts"][start] <= tag < rollout["ends"][start]
     assert end == len(rollout["ids"])
     assert all(report["images"][image].startswith("data:image/") for image in group["images"])
 
@@ -197,7 +196,7 @@ def test_an_image_that_is_gone_is_said_to_be_gone(tmp_path: Path) -> None:
 def test_wrong_folders_and_steps_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RsgrpoError, match="is no run folder"):
         write_report(tmp_path)
-    with pytest.raises(RsgrpoError, match="no rollouts of step 99.*stored steps: 1, 2, 3, 4, 5"):
+    with pytest.raises(RsgrpoError, match=r"no rollouts of step 99.*stored steps: 1, 2, 3, 4, 5"):
         write_report(run_dir, step=99)
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path)])
@@ -214,9 +213,7 @@ def test_the_command_line_writes_where_it_is_told(run_dir: Path, tmp_path: Path)
 
 
 def test_a_browser_draws_it_and_runs_nothing_hostile(tmp_path: Path, run_dir: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here")
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or pytest.skip("no Chromium here")
 
     def dom(path: Path) -> str:
         profile = f"--user-data-dir={tmp_path}/profile"
