@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 
+import numpy as np
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
@@ -86,21 +87,22 @@ def _token_bytes(token: str) -> bytes:
 
 def _decode(encoded: bytes) -> tuple[str, list[int]]:
     """Decode UTF-8 with one U+FFFD per invalid sequence; also return the character that each byte is part of."""
-    text: list[str] = []
+    text = ""
     character_of_byte: list[int] = []
     start = 0
     while start < len(encoded):
         bad_length = 0
+        valid = encoded[start:]
         try:
-            valid = encoded[start:].decode()
+            piece = valid.decode()
         except UnicodeDecodeError as error:
-            valid = encoded[start : start + error.start].decode()
-            bad_length = error.end - error.start
-        for character in valid:
-            character_of_byte.extend([len(text)] * len(character.encode()))
-            text.append(character)
+            valid, bad_length = valid[: error.start], error.end - error.start
+            piece = valid.decode()
+        opens_character = (np.frombuffer(valid, np.uint8) & 0xC0) != 0x80  # all but UTF-8's continuation bytes
+        character_of_byte += (np.cumsum(opens_character) - 1 + len(text)).tolist()
+        text += piece
         if bad_length:
-            character_of_byte.extend([len(text)] * bad_length)
-            text.append("\N{REPLACEMENT CHARACTER}")
-        start = len(character_of_byte)
-    return "".join(text), character_of_byte
+            character_of_byte += [len(text)] * bad_length
+            text += "\N{REPLACEMENT CHARACTER}"
+        start += len(valid) + bad_length
+    return text, character_of_byte
