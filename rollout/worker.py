@@ -136,7 +136,7 @@ def start_rollout_worker(
     given = options.pop("runtime_env", {})
     env_vars = {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **given.get("env_vars", {}), **(env or {})}
     actor = (
-        ray.remote(concurrency_groups={"control": 1})(RolloutWorker)
+        ray.remote(concurrency_groups={"control": 1})(RolloutWorker)  # type: ignore[call-overload]
         .options(runtime_env={**given, "env_vars": env_vars}, **options)
         .remote(index, model_path, rollout, inputs, num_threads, None, engine_options)
     )

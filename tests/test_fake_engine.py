@@ -1,0 +1,104 @@
+"""The scripted engine: scripts, gold answers, limits and errors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rollout.config import InputsConfig, RolloutConfig
+from rollout.engine import EngineError, build_engine
+from rollout.fake import FakeEngine
+from rollout.types import Prompt, SamplingParams
+
+INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.jsonl"
+    rows = [
+        {"id": "a", "responses": ["<answer>7</answer>", "é 漢"]},
+        {"id": "b", "error": "the scripted engine was told to fail"},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return str(path)
+
+
+def start(model_path: str, script: str = "") -> FakeEngine:
+    engine = build_engine(model_path, RolloutConfig(engine="fake", script=script), INPUTS)
+    assert isinstance(engine, FakeEngine)
+    return engine
+
+
+def test_responses_are_taken_in_turn(tiny_model_path, script):
+    engine = start(tiny_model_path, script)
+    (group,) = engine.generate([Prompt("a", "?")], SamplingParams(group_size=5, max_tokens=100))
+    assert [rollout.text for rollout in group.rollouts] == ["<answer>7</answer>", "é 漢"] * 2 + ["<answer>7</answer>"]
+    assert group.num_prompt_tokens == engine.processor.count_tokens(Prompt("a", "?"))
+    for rollout in group.rollouts:
+        assert rollout.finish_reason == "stop"
+        assert rollout.token_ids_T[-1] == engine.processor.eos_token_id
+        assert list(rollout.logprobs_T) == [0.0] * len(rollout.token_ids_T)
+        assert (rollout.text, rollout.token_spans_T) == engine.processor.decode(rollout.token_ids_T)
+
+
+def test_a_long_response_stops_at_the_limit(tiny_model_path, script):
+    engine = start(tiny_model_path, script)
+    (whole,) = engine.generate([Prompt("a", "?")], SamplingParams(max_tokens=100))
+    num_tokens = len(whole.rollouts[0].token_ids_T)
+    (fits,) = engine.generate([Prompt("a", "?")], SamplingParams(max_tokens=num_tokens))
+    (cut,) = engine.generate([Prompt("a", "?")], SamplingParams(max_tokens=num_tokens - 1))
+    assert fits.rollouts[0].finish_reason == "stop"
+    assert cut.rollouts[0].finish_reason == "length"
+    assert cut.rollouts[0].token_ids_T == whole.rollouts[0].token_ids_T[:-1]
+    assert engine.processor.eos_token_id not in cut.rollouts[0].token_ids_T
+
+
+def test_a_prompt_outside_the_script_gets_its_gold_response(tiny_model_path, script, page_images):
+    engine = start(tiny_model_path, script)
+    truth = {"answers": ["7", "seven"], "evidence": ["code 4 amount 7", "no relevant information"]}
+    built = Prompt("c", "<image><image>?", tuple(page_images[:2]), truth=truth)
+    given = Prompt("d", "?", truth={**truth, "gold": "<think>as it stands</think>"})
+    groups = list(engine.generate([built, given], SamplingParams(group_size=2, max_tokens=200)))
+    assert groups[0].rollouts[0].text == (
+        "<observe>The pages are read one by one.</observe>\n"
+        "<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n"
+        "<think>The evidence gives the answer.</think>\n"
+        "<answer>7</answer>"
+    )
+    assert [rollout.text for rollout in groups[1].rollouts] == ["<think>as it stands</think>"] * 2
+
+
+def test_errors_stay_with_their_prompt(tiny_model_path, script):
+    engine = start(tiny_model_path, script)
+    prompts = [Prompt("b", "?"), Prompt("nobody", "?"), Prompt("a", "<image>?"), Prompt("a", "?")]
+    groups = list(engine.generate(prompts, SamplingParams(max_tokens=100)))
+    assert groups[0].error == "the scripted engine was told to fail"
+    assert "'nobody' is not in rollout.script" in groups[1].error
+    assert "0 images" in groups[2].error
+    assert [len(group.rollouts) for group in groups] == [0, 0, 0, 1]
+
+
+def test_versions_count_and_weights_are_dropped(tiny_model_path, script):
+    engine = start(tiny_model_path, script)
+    engine.load_weights(iter([("anything", torch.zeros(2))]))
+    engine.finish_weights(9)
+    (group,) = engine.generate([Prompt("a", "?")], SamplingParams(max_tokens=100))
+    assert group.rollouts[0].weights_version == engine.weights_version == 9
+    engine.close()
+    engine.close()
+
+
+@pytest.mark.parametrize("line", ["{", '{"id": "a"}', "[1]", '{"responses": ["x"]}'])
+def test_a_bad_script_names_file_and_line(tiny_model_path, tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"id": "a", "responses": ["x"]}\n' + line + "\n")
+    with pytest.raises(EngineError, match=r"bad\.jsonl:2"):
+        start(tiny_model_path, str(path))
+
+
+def test_a_missing_script_is_named(tiny_model_path):
+    with pytest.raises(EngineError, match=r"rollout\.script=nowhere\.jsonl"):
+        start(tiny_model_path, "nowhere.jsonl")
