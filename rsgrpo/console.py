@@ -144,6 +144,8 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
     leading = [name for name in SHORT_NAMES if name in rewards]
     shown = (leading + [name for name in rewards if name not in leading])[:STEP_REWARDS]
     parts += [f"{SHORT_NAMES.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
+    if not shown and "actor/loss" in metrics:
+        parts.append(f"loss {short(metrics['actor/loss'], 3)}")
     if "rollout/num_tokens_mean" in metrics:
         parts.append(f"len {metrics['rollout/num_tokens_mean']:.0f}")
     for label, key in (("kl", "actor/kl"), ("grad", "actor/grad_norm")):

@@ -33,6 +33,10 @@ def test_what_a_step_did_not_measure_is_left_out() -> None:
     assert format_step(3, 100, {"actor/skipped": 1.0}) == "step   3/100  no update"
 
 
+def test_a_supervised_step_shows_its_loss() -> None:
+    assert format_step(3, 100, {"actor/loss": 1.2345, "time/step": 2.0}) == "step   3/100  loss 1.234  2.0 s"
+
+
 def test_validation_has_a_line_for_each_mode() -> None:
     metrics = {"val/greedy/accuracy": 0.975, "val/greedy/num_prompts": 40.0, "val/sampled/accuracy": 0.5}
     assert format_validation(10, 60, metrics) == [

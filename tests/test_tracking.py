@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -292,3 +293,21 @@ def test_readers_of_a_run_load_neither_torch_nor_trackers() -> None:
     code = "import sys, rsgrpo.report; print(sorted({'torch', 'wandb', 'tensorboard', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_metric_that_the_code_names_is_documented() -> None:
+    root = Path(__file__).parent.parent
+    quoted = re.findall(r"`([\w/<>]+)`", (root / "docs" / "metrics.md").read_text())
+    documented = re.compile("|".join(re.sub(r"<\w+>", r"\\w+", name) for name in quoted))
+    key = re.compile(r'f?"((?:actor|data|monitor|perf|reward|rollout|scope|time|tracking|val)/[\w{}/]*[\w}])"')
+    readers = {"report.py", "report_charts.py", "console.py"}
+    found = {
+        name
+        for folder in ("rsgrpo", "recipes")
+        for path in (root / folder).glob("*.py")
+        if path.name not in readers
+        for name in key.findall(path.read_text())
+    }
+    assert "actor/entropy" in found
+    missing = [name for name in sorted(found) if not documented.fullmatch(re.sub(r"{[^}]*}", "x", name))]
+    assert not missing, f"add these to docs/metrics.md: {missing}"
