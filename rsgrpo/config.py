@@ -414,7 +414,7 @@ class SftConfig:
     """One run of `python -m recipes.sft`: the same model, data and learner, on gold responses.
 
     batch_size: rows per optimiser step. max_response_tokens: longer gold responses are bad rows.
-    generate: validation rows to sample greedily and show after each validation.
+    cluster: read when `learner.num_ranks` is over 1; one rank runs in the program itself.
     """
 
     name: str = "sft"
@@ -424,7 +424,6 @@ class SftConfig:
     epochs: int = 1
     batch_size: int = 64
     max_response_tokens: int = 1536
-    generate: int = 4
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
@@ -433,11 +432,11 @@ class SftConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         _check_run(self)
         at_least(1, batch_size=self.batch_size, max_response_tokens=self.max_response_tokens)
-        at_least(0, generate=self.generate)
 
 
 def _check_run(run: TrainConfig | SftConfig) -> None:

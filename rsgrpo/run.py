@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -28,6 +28,7 @@ from rsgrpo.console import Console
 from rsgrpo.credit import RewardSet
 from rsgrpo.data import PromptDataset, PromptStream, load_prompts
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.local import LocalCluster
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector
 from rsgrpo.tracking import Tracker, read_metrics
@@ -44,13 +45,27 @@ class StopRequested(Exception):
 class Run:
     """Everything that `train` works with. Use as a context manager: leaving it stops the workers, whatever happened."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        settings: dict[str, Any] | None = None,
+        start_cluster: Callable[..., Cluster | LocalCluster] = Cluster,
+        line_every: int = 1,
+    ) -> None:
         """Load the data, start the workers and, where there is a checkpoint, go on from it.
+
+        Args:
+            settings: what the user configured, for config.yaml and the trackers; None is `config` itself.
+            start_cluster: makes the workers.
+            line_every: steps between lines on the console.
 
         Raises:
             RsgrpoError: data, model, rewards or cluster cannot work; nothing has been written then.
         """
         self.config = config
+        self.settings = settings or dataclasses.asdict(config)
+        self.line_every = line_every
         self.folder = Path(config.output_dir) / config.name
         self.started = time.monotonic()
         self.console = Console()
@@ -58,10 +73,10 @@ class Run:
         self.stop_signal: signal.Signals | None = None
         self.tracker: Tracker
         RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
-        train_set, self.val_prompts = self._load_data()
-        self.stream = PromptStream(train_set, seed=config.seed, shuffle=config.data.shuffle)
+        self.train_prompts, self.val_prompts = self._load_data()
+        self.stream = PromptStream(self.train_prompts, seed=config.seed, shuffle=config.data.shuffle)
         self.total_steps = config.total_steps or math.ceil(
-            config.epochs * len(train_set) / config.algorithm.prompts_per_step
+            config.epochs * len(self.train_prompts) / config.algorithm.prompts_per_step
         )
         self.checkpoints = CheckpointFolder(
             self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
@@ -69,7 +84,7 @@ class Run:
         newest = self._checkpoint_to_resume()
         self._install_signal_handlers()
         with self.console.phase("starting workers"):
-            self.cluster = Cluster(
+            self.cluster = start_cluster(
                 config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.check_stop
             )
         try:
@@ -130,19 +145,29 @@ class Run:
         }
         self.times = {}
         self.tracker.log(step, metrics)
-        self.tracker.store_rollouts(step, scored, groups, terms=terms)
-        self.console.step_line(step, self.total_steps, metrics)
+        if scored:
+            self.tracker.store_rollouts(step, scored, groups, terms=terms)
+        if step % self.line_every == 0 or step == self.total_steps:
+            self.console.step_line(step, self.total_steps, metrics)
         self._mark_boundary(step, validated=False)
         self.check_stop()
         self.validate_if_due()
         if step % self.config.checkpoint.every == 0 or step == self.total_steps:
             self.save()
 
+    def validates_at(self, step: int) -> bool:
+        """Whether the policy is validated after this step (0: before the first)."""
+        if not self.val_prompts:
+            return False
+        if step == 0:
+            return self.config.validation.at_start
+        every = self.config.validation.every
+        return bool(every) and (step % every == 0 or step == self.total_steps)
+
     def validate_if_due(self) -> None:
         """Validate the policy as it stands, if this step asks for it and it was not done yet."""
-        every, step = self.config.validation.every, self.step
-        is_due = self.config.validation.at_start if step == 0 else bool(every) and step % every == 0
-        if not self.val_prompts or self.validated or not (is_due or (every and step == self.total_steps)):
+        step = self.step
+        if self.validated or not self.validates_at(step):
             return
         modes = validation_modes(self.config.validation, self.config.rollout.max_response_tokens, self.config.seed)
         with self.timed("validate"):
@@ -233,21 +258,20 @@ class Run:
 
     def _resume(self, checkpoint: Checkpoint | None) -> None:
         """Put every part back where the checkpoint left it, or at the start."""
-        config = dataclasses.asdict(self.config)
         state: dict[str, Any] = {}
         if checkpoint is not None:
             state = checkpoint.driver_state()
             self.cluster.learner.call("load", str(checkpoint.learner_folder))
             self.stream.load_state(state["stream"])
             self.collector.surplus = list(state["surplus"])
-            self._warn_of_changes(config)
+            self._warn_of_changes(self.settings)
             self.console.info(f"going on from step {checkpoint.step} of {self.total_steps} ({checkpoint.folder})")
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(_plain(config), sort_keys=False))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(_plain(self.settings), sort_keys=False))
         self.score = checkpoint.score if checkpoint else None
         self.tracker = Tracker(
             self.folder,
             self.config.tracking,
-            config,
+            self.settings,
             name=self.config.name,
             resume_step=checkpoint.step if checkpoint else None,
             state=state.get("tracker"),

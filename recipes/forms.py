@@ -1,0 +1,177 @@
+"""Compose handwritten pages of a form and questions about them. Knows nothing of files, tokenizers or training.
+
+The handwriting is real: scikit-learn's copy of the UCI optdigits scans (8 x 8 grey levels, 43 writers). A page shows
+a code digit and an amount digit side by side; an item is two to four pages and a question about one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+NO_EVIDENCE = "no relevant information"
+INSUFFICIENT = "insufficient to answer"
+
+DIGIT_PIXELS = 28  # one merged vision token of Qwen2.5-VL is 28 x 28 pixels
+FIRST_VALIDATION_SCAN = 1400  # scans before it are for training, the others for validation
+MIN_PAGES, MAX_PAGES = 2, 4
+UNANSWERABLE_SHARE = 0.15
+
+Level = Literal["easy", "lookup"]
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page: the digits it shows, and the scans (indices into the data set) that show them."""
+
+    code: int
+    amount: int
+    code_scan: int
+    amount_scan: int
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A question over several pages.
+
+    pages: positions in the pool that the item was drawn from.
+    codes, amounts: what each page shows.
+    relevant: position of the page that answers the question; None when no page does.
+    """
+
+    pages: tuple[int, ...]
+    codes: tuple[int, ...]
+    amounts: tuple[int, ...]
+    question: str
+    relevant: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What somebody took from an item's pages, rightly or not; `chosen` is the page they answer from, None abstains."""
+
+    codes: tuple[int, ...]
+    amounts: tuple[int, ...]
+    chosen: int | None
+
+
+class Scans:
+    """The handwritten digits, split by index so that training and validation share none.
+
+    images: (1797, 8, 8) float32, ink from 0 to 1. digits: (1797,) int64.
+    """
+
+    def __init__(self) -> None:
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        self.images: np.ndarray = (bunch.images / 16.0).astype(np.float32)
+        self.digits: np.ndarray = bunch.target.astype(np.int64)
+
+    def of(self, split: Split, digit: int) -> list[int]:
+        """Return the scans of one digit in one split."""
+        indices = np.flatnonzero(self.digits == digit)
+        in_split = indices < FIRST_VALIDATION_SCAN if split == "train" else indices >= FIRST_VALIDATION_SCAN
+        return indices[in_split].tolist()
+
+    def render(self, page: Page, jitter: Random | None = None) -> Image.Image:
+        """Draw a page: 28 x 56 pixels, grey, white ink on black, code left and amount right.
+
+        jitter: moves each digit by up to two pixels either way; None leaves it in the middle.
+        """
+        sheet = Image.new("L", (2 * DIGIT_PIXELS, DIGIT_PIXELS))
+        for column, scan in enumerate((page.code_scan, page.amount_scan)):
+            small = Image.fromarray(np.round(self.images[scan] * 255).astype(np.uint8))
+            field = Image.new("L", (DIGIT_PIXELS, DIGIT_PIXELS))
+            offset = (jitter.randint(-2, 2), jitter.randint(-2, 2)) if jitter else (0, 0)
+            field.paste(small.resize(field.size, Image.Resampling.BILINEAR), offset)
+            sheet.paste(field, (column * DIGIT_PIXELS, 0))
+        return sheet
+
+
+def draw_pool(scans: Scans, split: Split, pages_per_pair: int, rng: Random) -> list[Page]:
+    """Draw distinct pages, the same number for each of the hundred (code, amount) pairs, grouped by pair."""
+    by_digit = [scans.of(split, digit) for digit in range(10)]
+    pool = []
+    for code in range(10):
+        for amount in range(10):
+            pairs: set[tuple[int, int]] = set()
+            while len(pairs) < pages_per_pair:
+                pairs.add((rng.choice(by_digit[code]), rng.choice(by_digit[amount])))
+            pool += [Page(code, amount, left, right) for left, right in sorted(pairs)]
+    return pool
+
+
+def draw_item(pool: Sequence[Page], level: Level, rng: Random) -> Item:
+    """Draw two to four pages with different codes, and a question that one of them answers, or none.
+
+    pool: pages as `draw_pool` orders them.
+    level: "easy" names a page; "lookup" names a code, and the page must be found by reading.
+    """
+    num_pages = rng.randint(MIN_PAGES, MAX_PAGES)
+    codes = tuple(rng.sample(range(10), num_pages))
+    amounts = tuple(rng.randrange(10) for _ in range(num_pages))
+    relevant = None if rng.random() < UNANSWERABLE_SHARE else rng.randrange(num_pages)
+    if level == "easy":
+        page_number = 1 + (num_pages if relevant is None else relevant)
+        question = rng.choice([f"what amount is on page {page_number}?", f"amount of page {page_number}?"])
+    else:
+        absent = [code for code in range(10) if code not in codes]
+        code = rng.choice(absent) if relevant is None else codes[relevant]
+        question = rng.choice([f"what amount has code {code}?", f"amount of code {code}?"])
+    per_pair = len(pool) // 100
+    pages = tuple(
+        (10 * code + amount) * per_pair + rng.randrange(per_pair) for code, amount in zip(codes, amounts, strict=True)
+    )
+    return Item(pages, codes, amounts, question, relevant)
+
+
+def true_reading(item: Item) -> Reading:
+    """Read every page rightly and answer from the right one."""
+    return Reading(item.codes, item.amounts, item.relevant)
+
+
+def teacher_reading(item: Item, noise: float, rng: Random) -> Reading:
+    """Read as a teacher who errs, and who stays true to his own errors through the whole response.
+
+    Each amount is replaced with probability `noise` by a random digit (one time in ten the right one), and with
+    probability 0.6 `noise` the chosen page by a random one or none.
+    """
+    amounts = tuple(rng.randrange(10) if rng.random() < noise else amount for amount in item.amounts)
+    chosen = item.relevant
+    if rng.random() < 0.6 * noise:
+        chosen = rng.choice([None, *range(len(item.pages))])
+    return Reading(item.codes, amounts, chosen)
+
+
+def prompt_text(item: Item) -> str:
+    """Return the user message: the numbered pages, each an `<image>`, then the question."""
+    pages = "".join(f"[{number}]<image>" for number in range(1, len(item.pages) + 1))
+    return pages + item.question
+
+
+def gold_text(reading: Reading) -> str:
+    """Return the evidence and answer blocks, which rewards compare with."""
+    slots = "\n".join(
+        f"[{page + 1}]: " + (f"code {code} amount {amount}" if page == reading.chosen else NO_EVIDENCE)
+        for page, (code, amount) in enumerate(zip(reading.codes, reading.amounts, strict=True))
+    )
+    answer = INSUFFICIENT if reading.chosen is None else str(reading.amounts[reading.chosen])
+    return f"<evidence>\n{slots}\n</evidence>\n<answer>{answer}</answer>"
+
+
+def response_text(reading: Reading) -> str:
+    """Return the whole four-block response that a reader with this reading writes.
+
+    The observe block lists code and amount of every page in order, and cites no index.
+    """
+    observed = ", ".join(f"{code} {amount}" for code, amount in zip(reading.codes, reading.amounts, strict=True))
+    thought = "no page has it" if reading.chosen is None else f"page {reading.chosen + 1} has it"
+    evidence, answer = gold_text(reading).split("\n<answer>")
+    return f"<observe>{observed}</observe>\n{evidence}\n<think>{thought}</think>\n<answer>{answer}"

@@ -1,0 +1,100 @@
+"""The roles of a run in this one process: one learner rank, one engine, the rewards. No Ray.
+
+Takes the place of `rsgrpo.cluster.Cluster` where one process is enough: supervised training on one device, notebooks,
+tests. Knows where things run, not what they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rollout.engine import Engine, build_engine
+from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rsgrpo.config import TrainConfig
+from rsgrpo.credit import RewardSet
+from rsgrpo.learner import Learner
+from rsgrpo.types import ScoredGroup
+
+
+class OneRank:
+    """A learner of one rank, called as `rsgrpo.cluster.Ranks` are."""
+
+    def __init__(self, learner: Learner) -> None:
+        self.learner = learner
+
+    def call(self, method: str, *args: Any, stoppable: bool = False) -> Any:
+        """Run a method of the learner; `stoppable` changes nothing, since nothing else runs meanwhile."""
+        return getattr(self.learner, method)(*args)
+
+
+class LocalCluster:
+    """Learner, engine and rewards of one process, with the interface of `Cluster`.
+
+    The engine is started, and given the newest weights, when something is sampled; until then it costs nothing.
+    """
+
+    def __init__(self, config: TrainConfig, *, total_steps: int, run_dir: Path, check_stop: Callable[[], None]) -> None:
+        """Load the model. check_stop: called between sampled groups; raises to give the rest up."""
+        self.config = config
+        self.check_stop = check_stop
+        learner = Learner(
+            config.model,
+            config.learner,
+            config.inputs,
+            algorithm=config.algorithm,
+            temperature=config.rollout.temperature,
+            total_steps=total_steps,
+            seed=config.seed,
+            debug_dir=run_dir,
+        )
+        self.learner = OneRank(learner)
+        self.rewards = RewardSet.from_config(config)
+        self._engine: Engine | None = None
+        self._version: int | None = None  # of weights that the engine is still to be given
+
+    def sample_and_score(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> Iterator[ScoredGroup | RolloutGroup]:
+        """Sample prompts and score each group; a prompt that cannot be sampled yields its RolloutGroup."""
+        for group in self._ready_engine().generate(prompts, sampling):
+            self.check_stop()
+            if group.error is not None:
+                yield group
+            else:
+                yield from self.rewards.score([group])
+
+    def sync_weights(self, version: int) -> None:
+        """Let the engine sample with the learner's weights as they stand when it next samples."""
+        self._version = version
+
+    def memory_mb(self) -> dict[str, float]:
+        """Resident memory of this process, which plays all roles, in MiB."""
+        return {"process": psutil.Process().memory_info().rss / 2**20}
+
+    def close(self) -> None:
+        """Free the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _ready_engine(self) -> Engine:
+        if self._engine is None:
+            config = self.config
+            self._engine = build_engine(
+                config.model.path,
+                config.rollout,
+                config.inputs,
+                num_threads=config.learner.num_threads,
+                device=config.learner.device,
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        if self._version is not None:
+            self._engine.load_weights(self.learner.learner.gather_weights())
+            self._engine.finish_weights(self._version)
+            self._version = None
+        return self._engine
