@@ -39,6 +39,7 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/python tools/config_reference.py
 
 install: $(INSTALLED)
 

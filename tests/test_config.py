@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 import typing
@@ -322,6 +323,12 @@ def test_cfg_job_shows_every_key(tmp_path):
     assert result.returncode == 0
     missing = [key for key in cli.keys(TrainConfig) if f"{key.rpartition('.')[2]}:" not in result.stdout]
     assert missing == []
+
+
+def test_the_reference_of_keys_is_up_to_date():
+    document = runpy.run_path(str(ROOT / "tools/config_reference.py"))["document"]
+    text = (ROOT / "docs/configuration.md").read_text()
+    assert text == document(text), "run: python tools/config_reference.py"
 
 
 # Law 8
