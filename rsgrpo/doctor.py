@@ -24,11 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import SpecifierSet
-
 Status = Literal["ok", "warn", "fail"]
-SUPPORTED_PYTHON = ">=3.11"
+MIN_PYTHON = (3, 11)
 MIN_DISK_GB = 5.0
 MIN_MEMORY_GB = 4.0
 RAY_TIMEOUT_S = 120
@@ -75,9 +72,9 @@ def examine(*, with_ray: bool = True) -> list[Finding]:
 
 
 def _python() -> Finding:
-    version, wanted = platform.python_version(), SUPPORTED_PYTHON
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        return Finding("python", "fail", version, f"supported: {wanted}; make the environment with such a Python")
+    version, wanted = platform.python_version(), ".".join(map(str, MIN_PYTHON))
+    if tuple(map(int, version.split(".")[:2])) < MIN_PYTHON:
+        return Finding("python", "fail", version, f"make the environment with Python {wanted} or newer")
     return Finding("python", "ok", f"{version} on {platform.system()} {platform.machine()}")
 
 
@@ -89,12 +86,17 @@ def _requirements() -> Iterator[Finding]:
         yield Finding("rsgrpo", "fail", "not installed", "pip install -e . in the repository's folder")
         return
     yield Finding("rsgrpo", "ok", importlib.metadata.version("rsgrpo"))
+    if importlib.util.find_spec("packaging") is None:
+        yield Finding("versions", "fail", "cannot be compared: packaging is missing", "pip install packaging")
+        return
     for line in declared:
         yield from check_requirement(line)
 
 
 def check_requirement(line: str) -> Iterator[Finding]:
     """Yield one finding for a requirement such as "torch>=2.11,<2.14"; nothing where its marker does not hold."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
     try:
         requirement = Requirement(line)
     except InvalidRequirement as error:
@@ -126,6 +128,9 @@ def _imports() -> Iterator[Finding]:
 
 def check_import(name: str, purpose: str) -> Finding:
     """Import a module and report what it says; any error at all is a finding."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # without origin it is a mere folder of that name in the current one
+        return Finding(f"import {name}", "fail", f"missing ({purpose})", "pip install -e . in the repository's folder")
     try:
         module = importlib.import_module(name)
     except Exception as error:  # whatever a broken package raises is what the user has to see
@@ -226,7 +231,13 @@ def _ray() -> Finding:
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """Print the findings as a table, and what to do about the bad ones below it."""
+    """Print the findings as a table; as plain lines where rich is missing too."""
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
+    total = f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend\n"
+    if importlib.util.find_spec("rich") is None:
+        lines = [f"{f.status:<4}  {f.what:<20}  {f.found}" + (f"  -> {f.fix}" if f.fix else "") for f in findings]
+        sys.stdout.write("\n".join(lines) + "\n" + total)
+        return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -240,8 +251,7 @@ def show(findings: Sequence[Finding]) -> None:
         mark = f"[{colours[finding.status]}]{finding.status}[/]"
         table.add_row(mark, escape(finding.what), escape(finding.found), escape(finding.fix))
     console.print(table)
-    counts = {status: sum(finding.status == status for finding in findings) for status in colours}
-    console.print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend")
+    console.print(total, end="")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

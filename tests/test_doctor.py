@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,12 @@ def test_a_package_that_does_not_import_is_a_finding(tmp_path: Path, monkeypatch
     assert "OSError: libcudart.so.13" in finding.found
     assert "pip install" in finding.fix
     assert doctor.check_import("json", "nothing").status == "ok"
+
+
+def test_a_folder_that_has_a_packages_name_is_not_that_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_a_folder").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor.check_import("only_a_folder", "x").found == "missing (x)"
 
 
 def test_every_bad_finding_says_how_to_mend_it() -> None:
@@ -67,6 +76,17 @@ def test_the_exit_code_is_1_when_something_fails(
     assert json.loads(capsys.readouterr().out) == [
         {"what": "thing [x]", "status": status, "found": "found", "fix": "mend"}
     ]
+
+
+def test_it_runs_in_an_environment_that_has_nothing(tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parent.parent)}
+    command = [str(tmp_path / "bin" / "python"), "-m", "rsgrpo.doctor", "--no-ray"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert "fail  import torch" in done.stdout
+    assert "missing (everything)" in done.stdout
+    assert "to mend" in done.stdout
 
 
 def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
