@@ -185,19 +185,15 @@ def _check_budget(config: TrainConfig | SftConfig, response_tokens: int, respons
 
 
 def _check_devices(config: TrainConfig) -> None:
+    from rsgrpo.placement import place  # it reads the configuration, which imports this module
+
     _check_learner_device(config)
-    cluster, learner = config.cluster, config.learner
+    cluster = config.cluster
     if cluster.num_cpus and not cluster.address:
-        parts = [
-            (config.rollout.num_workers, cluster.rollout_cpus, "rollout"),
-            (learner.num_ranks, cluster.learner_cpus, "learner"),
-            (cluster.reward_workers, cluster.reward_cpus, "reward"),
-        ]
-        needed = sum(count * cpus for count, cpus, _ in parts)
-        shown = " + ".join(f"{count} {role} x {cpus:g}" for count, cpus, role in parts)
+        placement = place(config, has_gpus=False)
         require(
-            needed <= cluster.num_cpus,
-            f"cluster.num_cpus {cluster.num_cpus} < {shown} = {needed:g}: the workers would wait for ever",
+            placement.total_cpus <= cluster.num_cpus + 1e-6,
+            f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}: the workers would wait for ever",
         )
 
 

@@ -89,7 +89,7 @@ def _to_object(node: DictConfig) -> Any:
     config: Any = OmegaConf.to_object(node)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
-        config = dataclasses.replace(config, name=f"{config.name}-{swept}"[:120])
+        config = dataclasses.replace(config, name=f"{config.name}-{swept}"[:120].rstrip("-"))
     return config
 
 

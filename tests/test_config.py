@@ -237,7 +237,7 @@ def test_a_mistake_is_named_with_what_would_work(overrides, said):
         (["data.val="], "validation.every=0 validation.at_start=false"),
         (["learner.offload=true"], "learner.offload=true"),
         (["learner.attention=flash"], "learner.attention=flash needs a GPU"),
-        (["cluster.num_cpus=1", "rollout.num_workers=3"], "3 rollout x 0.5 + 1 learner x 0.5 + 1 reward x 0.1 = 2.1"),
+        (["cluster.num_cpus=1", "rollout.num_workers=3"], "workers need 2.1 CPUs"),
         (["model.lora.rank=8", "model.freeze_vision=false"], "model.lora.rank=8 puts adapters on the language model"),
         (["algorithm.filter.low=7"], "low=7 must be < high=6.9"),
     ],
