@@ -5,6 +5,7 @@ Workers never print through this. It knows metric names only as far as `step_lin
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,12 +47,15 @@ class Console:
         self._rich = RichConsole(file=stream, width=width, highlight=False, force_terminal=self.live or None)
         self._progress: Progress | None = None
         self._steps: TaskID | None = None
+        self._moved_handlers: list[logging.StreamHandler] = []
         if self.live:
             columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=32))
             self._progress = Progress(
                 *columns, MofNCompleteColumn(), TimeElapsedColumn(), console=self._rich, transient=True
             )
-            self._progress.start()
+            before = sys.stderr
+            self._progress.start()  # puts a stream in stderr's place that prints above the bars; log lines go there too
+            self._moved_handlers = _move_log_handlers(before, sys.stderr)
 
     def __enter__(self) -> Console:
         return self
@@ -64,6 +68,8 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+            for handler in self._moved_handlers:
+                handler.setStream(sys.stderr)
 
     def info(self, message: str) -> None:
         """Print one message."""
@@ -132,6 +138,18 @@ class _RichBar:
 
     def update(self, done: int, total: int | None = None) -> None:
         self._progress.update(self._task, completed=done, total=total)
+
+
+def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler]:
+    """Point the root logger's handlers from one stream to another and return those that were moved."""
+    moved = [
+        handler
+        for handler in logging.getLogger().handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is old
+    ]
+    for handler in moved:
+        handler.setStream(new)
+    return moved
 
 
 def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:

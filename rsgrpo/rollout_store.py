@@ -153,15 +153,12 @@ def advantage_runs(scope_T: np.ndarray, advantages_T: np.ndarray) -> list[Run]:
 
     Example: scope [0, 1, 1, 1, 0, 1], advantages [0, .5, .5, -1, 0, -1] -> (1, 3, .5), (3, 4, -1), (5, 6, -1).
     """
-    runs: list[Run] = []
-    for token, (inside, advantage) in enumerate(zip(scope_T.tolist(), advantages_T.tolist(), strict=True)):
-        if not inside:
-            continue
-        if runs and runs[-1].end == token and runs[-1].advantage == advantage:
-            runs[-1] = Run(runs[-1].start, token + 1, advantage)
-        else:
-            runs.append(Run(token, token + 1, advantage))
-    return runs
+    if not len(scope_T):
+        return []
+    differs_T = (scope_T[1:] != scope_T[:-1]) | (advantages_T[1:] != advantages_T[:-1])
+    starts = [0, *(np.flatnonzero(differs_T) + 1).tolist()]
+    ends = [*starts[1:], len(scope_T)]
+    return [Run(s, e, float(advantages_T[s])) for s, e in zip(starts, ends, strict=True) if scope_T[s]]
 
 
 def write_rollouts(
@@ -266,18 +263,19 @@ def _group_rows(
         "truth": json.dumps(dict(prompt.truth), ensure_ascii=False, default=str),
     }
     for g, rollout in enumerate(scored.group.rollouts):
+        spans_T2 = np.asarray(rollout.token_spans_T, dtype=np.int32).reshape(-1, 2)
         yield {
             **shared,
             "sample": g,
             "text": rollout.text,
-            "token_ids": list(rollout.token_ids_T),
-            "token_starts": [start for start, _ in rollout.token_spans_T],
-            "token_ends": [end for _, end in rollout.token_spans_T],
+            "token_ids": np.asarray(rollout.token_ids_T, dtype=np.int32),
+            "token_starts": spans_T2[:, 0],
+            "token_ends": spans_T2[:, 1],
             "num_tokens": len(rollout.token_ids_T),
             "truncated": rollout.finish_reason == "length",
             "finish_reason": rollout.finish_reason,
             "weights_version": rollout.weights_version,
-            "rollout_logprobs": list(rollout.logprobs_T),
+            "rollout_logprobs": np.asarray(rollout.logprobs_T, dtype=np.float32),
             "rewards": _reward_cells(scored, g),
             "monitors": _monitor_cells(scored, g),
             "terms": _term_cells(samples[g], terms) if samples is not None else [],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import sys
 import time
 
 import pytest
@@ -81,6 +83,20 @@ def test_output_that_is_no_terminal_is_plain_lines() -> None:
         "  steps   60",
         "  report  runs/a/report.html",
     ]
+
+
+def test_log_lines_are_printed_above_the_bars_and_go_back_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    stream, root = io.StringIO(), logging.getLogger()
+    handler = logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    try:
+        with Console(stream, live=True) as console, console.phase("sample"):
+            root.warning("while it samples")
+        root.warning("afterwards")
+    finally:
+        root.removeHandler(handler)
+    assert "while it samples" in stream.getvalue()
+    assert capsys.readouterr().err == "afterwards\n"
 
 
 def test_a_terminal_shows_bars_and_keeps_the_lines() -> None:

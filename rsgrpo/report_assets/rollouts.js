@@ -59,16 +59,18 @@ function tokenSpans(view, rollout, limit) {
   return make("div", { class: "tokens" }, ...nodes);
 }
 
-function thumbnail(image, index) {
-  const uri = report.images[image];
-  if (!uri) return make("div", { class: "thumb", title: image }, make("span", {}, `page ${index + 1}: file is gone`));
+function thumbnail(source, index) {
+  const uri = report.images[source];
+  if (!uri) return make("div", { class: "thumb", title: source }, make("span", {}, `page ${index + 1}: file is gone`));
   const zoom = () => {
     const dialog = document.getElementById("zoom");
-    dialog.querySelector("img").src = uri;
-    dialog.querySelector("p").textContent = `page ${index + 1}  ·  ${image}`;
+    const image = dialog.querySelector("img");
+    image.onload = () => image.classList.toggle("tiny", image.naturalWidth < 200);
+    image.src = uri;
+    dialog.querySelector("p").textContent = `page ${index + 1}  ·  ${source}`;
     dialog.showModal();
   };
-  return make("button", { type: "button", class: "thumb", title: image, onclick: zoom }, make("img", { src: uri, alt: `page ${index + 1}` }), make("span", {}, `page ${index + 1}`));
+  return make("button", { type: "button", class: "thumb", title: source, onclick: zoom }, make("img", { src: uri, alt: `page ${index + 1}` }), make("span", {}, `page ${index + 1}`));
 }
 document.getElementById("zoom").addEventListener("click", (event) => event.currentTarget.close());
 
