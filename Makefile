@@ -12,13 +12,17 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-all test-gpu check format install clean
 .DELETE_ON_ERROR:
 
-demo: demo/sft/export/config.json
+# Each step names the file that its program writes last, so that a step that was stopped is taken up again.
+DATA_AND_MODEL := demo/model/preprocessor_config.json
+WARM_START := demo/sft/export/preprocessor_config.json
+
+demo: $(WARM_START)
 	$(BIN)/python -m rsgrpo.train recipe=demo
 
-demo/data/train.jsonl: | $(INSTALLED)
+$(DATA_AND_MODEL): | $(INSTALLED)
 	$(BIN)/python -m recipes.prepare demo
 
-demo/sft/export/config.json: | demo/data/train.jsonl $(INSTALLED)
+$(WARM_START): | $(DATA_AND_MODEL)
 	$(BIN)/python -m recipes.sft recipe=sft_demo
 
 test: $(INSTALLED)
