@@ -76,7 +76,9 @@ class Tracker:
         self._tracking = tracking
         self._warned: set[str] = set()
         self._run_id: str = (state or {}).get("wandb_run_id", "")
-        cut_metrics_after(self.run_dir / METRICS_FILE, resume_step)
+        self._num_lines = cut_metrics_after(
+            self.run_dir / METRICS_FILE, resume_step, max_lines=(state or {}).get("metrics_lines")
+        )
         remove_rollouts_after(self.run_dir, resume_step)
         self._file = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._sinks: list[Sink] = []
@@ -98,6 +100,7 @@ class Tracker:
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **clean}) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._num_lines += 1
         for sink in self._sinks:
             self._guard(sink, lambda sink=sink: sink.log(step, clean))  # type: ignore[misc]
 
@@ -122,8 +125,8 @@ class Tracker:
             self._guard(sink, lambda sink=sink: sink.log_rollouts(step, groups, split, mode))  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps so that the same Weights & Biases run goes on after a resume."""
-        return {"wandb_run_id": self._run_id} if self._run_id else {}
+        """Return what a checkpoint keeps: how far `metrics.jsonl` was, and the Weights & Biases run that goes on."""
+        return {"metrics_lines": self._num_lines, **({"wandb_run_id": self._run_id} if self._run_id else {})}
 
     def close(self) -> None:
         """Finish the trackers; calling it twice is allowed."""
@@ -174,14 +177,16 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _whole_lines(path)]
 
 
-def cut_metrics_after(path: Path, step: int | None) -> int:
-    """Drop the lines of later steps (all for None) and a torn last line, atomically; return how many lines went."""
+def cut_metrics_after(path: Path, step: int | None, *, max_lines: int | None = None) -> int:
+    """Drop the lines of later steps (all for None) and a torn last line, atomically; return how many lines stay.
+
+    max_lines: lines that the file had when the checkpoint was written: a step may have got one more line since then.
+    """
     if not path.exists():
         return 0
     num_lines = len(path.read_bytes().splitlines())
-    kept = [line for line in _whole_lines(path) if step is not None and json.loads(line)["step"] <= step]
-    num_dropped = num_lines - len(kept)
-    if num_dropped:
+    kept = [line for line in _whole_lines(path) if step is not None and json.loads(line)["step"] <= step][:max_lines]
+    if len(kept) < num_lines:
         temporary = path.with_suffix(".jsonl.tmp")
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in kept)
@@ -189,8 +194,8 @@ def cut_metrics_after(path: Path, step: int | None) -> int:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         where = "for a fresh run" if step is None else f"back to step {step}"
-        log.warning("%s cut %s: %d of %d lines dropped", path, where, num_dropped, num_lines)
-    return num_dropped
+        log.warning("%s cut %s: %d of %d lines dropped", path, where, num_lines - len(kept), num_lines)
+    return len(kept)
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -249,7 +249,7 @@ def test_wandb_without_network_goes_on_offline_and_says_so(
     tracker.close()
     assert [options["mode"] for options in asked] == ["online", "offline"]
     assert asked[0]["id"] != asked[1]["id"]
-    assert tracker.state() == {"wandb_run_id": asked[1]["id"]}
+    assert tracker.state()["wandb_run_id"] == asked[1]["id"]
     assert read_metrics(tmp_path)[0][FAILURES_KEY] == 1
     assert "no route" in caplog.text
     assert "wandb sync" in caplog.text
@@ -259,7 +259,7 @@ def test_an_online_run_keeps_its_id_through_an_offline_spell(tmp_path: Path, mon
     asked = fake_wandb(monkeypatch, online=TimeoutError("no route"))
     tracker = start(tmp_path, wandb="online", resume_step=0, state={"wandb_run_id": "abcd1234"})
     assert (asked[0]["id"], asked[0]["resume"]) == ("abcd1234", "allow")
-    assert tracker.state() == {"wandb_run_id": "abcd1234"}
+    assert tracker.state()["wandb_run_id"] == "abcd1234"
     tracker.close()
 
 
@@ -311,3 +311,14 @@ def test_every_metric_that_the_code_names_is_documented() -> None:
     assert "actor/entropy" in found
     missing = [name for name in sorted(found) if not documented.fullmatch(re.sub(r"{[^}]*}", "x", name))]
     assert not missing, f"add these to docs/metrics.md: {missing}"
+
+
+def test_a_line_written_after_the_checkpoint_goes_even_when_its_step_stays(tmp_path):
+    tracker = Tracker(tmp_path, TrackingConfig(), {}, name="run", resume_step=None)
+    tracker.log(1, {"actor/loss": 0.5})
+    state = tracker.state()  # a signal stopped the run here, before step 1 was validated
+    tracker.log(1, {"val/sampled/accuracy": 0.25})
+    tracker.close()
+    resumed = Tracker(tmp_path, TrackingConfig(), {}, name="run", resume_step=1, state=state)
+    resumed.close()
+    assert [row.get("actor/loss") for row in read_metrics(tmp_path)] == [0.5]
