@@ -76,8 +76,8 @@ def test_errors_stay_with_their_prompt(tiny_model_path, script):
     prompts = [Prompt("b", "?"), Prompt("nobody", "?"), Prompt("a", "<image>?"), Prompt("a", "?")]
     groups = list(engine.generate(prompts, SamplingParams(max_tokens=100)))
     assert groups[0].error == "the scripted engine was told to fail"
-    assert "'nobody' is not in rollout.script" in groups[1].error
-    assert "0 images" in groups[2].error
+    assert "'nobody' is not in rollout.script" in str(groups[1].error)
+    assert "0 images" in str(groups[2].error)
     assert [len(group.rollouts) for group in groups] == [0, 0, 0, 1]
 
 

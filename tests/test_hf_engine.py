@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,10 +114,11 @@ def test_a_model_of_another_family_samples_right(tmp_path, tiny_model_path, page
     levels = {"patch_size": 16, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
     tokens = ("image", "video", "vision_start", "vision_end")
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    special: dict[str, Any] = {f"{k}_token_id": token_id(name) for k, name in zip(tokens, names, strict=True)}
     config = Qwen3VLConfig(
         text_config={**text, **heads, "initializer_range": 0.2},
         vision_config={**vision, **levels, "initializer_range": 0.2},
-        **{f"{kind}_token_id": token_id(name) for kind, name in zip(tokens, names, strict=True)},
+        **special,
     )
     qwen3 = Qwen3VLForConditionalGeneration(config).eval()
     qwen3.save_pretrained(tmp_path)
@@ -241,19 +243,21 @@ def test_finished_rows_leave_the_batch_without_touching_the_others(monkeypatch, 
     eos = engine.processor.eos_token_id
     head = model.lm_head.weight.detach().clone()
     head[eos] *= 6 / head[eos].norm()
-    selected = []
+    selected: list[int] = []
     select = decoding.SpareRoomLayer.batch_select_indices
-    monkeypatch.setattr(
-        decoding.SpareRoomLayer,
-        "batch_select_indices",
-        lambda self, rows: (selected.append(len(rows)), select(self, rows))[1],
-    )
+
+    def spy(layer, rows):
+        selected.append(len(rows))
+        select(layer, rows)
+
+    monkeypatch.setattr(decoding.SpareRoomLayer, "batch_select_indices", spy)
     weights = {**model.state_dict(), "lm_head.weight": head}
     engine.load_weights(weights.items())
     engine.finish_weights(1)
     rigged = AutoModelForImageTextToText.from_config(model.config).eval()
     rigged.load_state_dict(weights)
-    groups = list(engine.generate(prompts, SamplingParams(group_size=8, max_tokens=100, temperature=0.8)))
+    sampling = SamplingParams(group_size=8, max_tokens=100, temperature=0.8)
+    groups = list(engine.generate(prompts, sampling))
     lengths = {len(rollout.token_ids_T) for group in groups for rollout in group.rollouts}
     assert len(lengths) > 5
     assert len(set(selected)) > 1, "rows were meant to be taken out more than once"
@@ -265,13 +269,37 @@ def test_finished_rows_leave_the_batch_without_touching_the_others(monkeypatch, 
             assert eos not in rollout.token_ids_T[:-1]
             assert len(rollout.token_spans_T) == len(rollout.logprobs_T) == len(rollout.token_ids_T)
         assert_teacher_forced(rigged, engine, group, 0.8)
+        (alone,) = engine.generate([group.prompt], sampling)
+        assert [r.token_ids_T for r in alone.rollouts] == [r.token_ids_T for r in group.rollouts]
+
+
+def test_bfloat16_stays_close_to_float32(tiny_model_path, model, prompts):
+    engine = HFEngine(tiny_model_path, RolloutConfig(dtype="bfloat16"), INPUTS)
+    for group in engine.generate(prompts, SamplingParams(group_size=2, max_tokens=20)):
+        for rollout in group.rollouts:
+            logits = plain_logits(model, engine.processor, group.prompt, list(rollout.token_ids_T))
+            expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(rollout.token_ids_T)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_greedy_on_cuda_equals_a_plain_forward(tiny_model_path, model, prompts):
+    engine = HFEngine(tiny_model_path, RolloutConfig(), INPUTS, device="cuda")
+    for group in engine.generate(prompts, SamplingParams(temperature=0, max_tokens=24)):
+        assert_greedy(model, engine, group)
 
 
 def test_several_prefill_passes_join_into_one_batch(monkeypatch, model, engine, prompts):
     monkeypatch.setattr(hf_engine, "PREFILL_TOKENS", 60)
-    passes = []
+    passes: list[Any] = []
     plain = decoding.prefill
-    monkeypatch.setattr(hf_engine, "prefill", lambda *args: passes.append(args) or plain(*args))
+
+    def spy(*args):
+        passes.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(hf_engine, "prefill", spy)
     for group in engine.generate(prompts, SamplingParams(temperature=0, max_tokens=12)):
         assert_greedy(model, engine, group)
     assert len(passes) > 2
@@ -311,17 +339,22 @@ def test_a_bad_prompt_fails_alone(engine, prompts, page_images, tmp_path):
     for prompt in bad:
         assert groups[prompt.id].rollouts == ()
         assert groups[prompt.id].error
-    assert "broken.png" in groups["unreadable"].error
+    assert "broken.png" in str(groups["unreadable"].error)
     for prompt in prompts[:2]:
         assert groups[prompt.id].error is None
         assert [rollout.finish_reason for rollout in groups[prompt.id].rollouts] == ["length", "length"]
 
 
-def test_groups_come_out_as_their_batch_is_finished(tiny_model_path, prompts):
+def test_groups_come_out_as_their_batch_is_finished(monkeypatch, tiny_model_path, prompts):
     engine = HFEngine(tiny_model_path, RolloutConfig(max_batch_sequences=4), INPUTS)
-    sampled = []
+    sampled: list[list[str]] = []
     sample = engine._sample
-    engine._sample = lambda batch, *rest: (sampled.append([p.id for p, _ in batch]), sample(batch, *rest))[1]
+
+    def spy(batch, siblings, sampling):
+        sampled.append([prompt.id for prompt, _ in batch])
+        return sample(batch, siblings, sampling)
+
+    monkeypatch.setattr(engine, "_sample", spy)
     stream = engine.generate(prompts, SamplingParams(group_size=2, max_tokens=2))
     assert next(stream).prompt.id == "five"
     assert sampled == [["five", "two"]], "the longest first"
@@ -339,9 +372,10 @@ def test_the_text_and_its_spans_belong_to_the_tokens(engine, prompts):
 
 
 def test_impossible_sampling_is_refused(engine, prompts):
-    for bad, message in [({"top_p": 0.0}, "top_p must be in"), ({"max_tokens": 0}, "max_tokens must be >= 1, got 0")]:
-        with pytest.raises(EngineError, match=message):
-            next(engine.generate(prompts, SamplingParams(**bad)))
+    with pytest.raises(EngineError, match="top_p must be in"):
+        next(engine.generate(prompts, SamplingParams(top_p=0.0)))
+    with pytest.raises(EngineError, match="max_tokens must be >= 1, got 0"):
+        next(engine.generate(prompts, SamplingParams(max_tokens=0)))
 
 
 def test_vllm_without_its_package_says_what_to_install(tiny_model_path, monkeypatch):
@@ -385,9 +419,9 @@ def test_top_p_and_top_k_cut_the_choice_but_not_the_logprob():
     probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     draws = torch.from_numpy(rollout_uniforms(0, "p", 0, 2_000))
     logits = probabilities.log().expand(2_000, -1)
-    for cut, kept in [({"top_p": 0.6}, {1, 3}), ({"top_k": 3}, {1, 3, 4}), ({"top_p": 0.39}, {1}), ({"top_k": 1}, {1})]:
-        tokens, logprobs = sample_tokens(logits, draws, temperature=1.0, **cut)
-        assert set(tokens.tolist()) == kept, cut
+    for top_p, top_k, kept in [(0.6, 0, {1, 3}), (1.0, 3, {1, 3, 4}), (0.39, 0, {1}), (1.0, 1, {1})]:
+        tokens, logprobs = sample_tokens(logits, draws, temperature=1.0, top_p=top_p, top_k=top_k)
+        assert set(tokens.tolist()) == kept, (top_p, top_k)
         torch.testing.assert_close(logprobs, probabilities.log()[tokens])
     # The nucleus is taken of what top-k left: .4 / .7 already reaches .5.
     tokens, _ = sample_tokens(logits, draws, temperature=1.0, top_k=2, top_p=0.5)
