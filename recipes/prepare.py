@@ -39,15 +39,16 @@ MANIFEST = "manifest.json"
 FORMAT = 1  # of what `demo` writes; raised when the same settings give other files
 
 PAGES_PER_PAIR: dict[Split, int] = {"train": 30, "val": 4}  # distinct pages for each (code, amount)
-VISION_STEPS = 200
+TEACHING_COPIES = 2  # of each training page, each with its digits moved about, when the tower learns to read
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """What decides every byte of the demo's data.
+    """What decides every byte of the demo's data and model.
 
     sft_items, train_items, val_items: rows of sft.jsonl, train.jsonl and val.jsonl.
     noise: how often the teacher of sft.jsonl misreads an amount; see `recipes.forms.teacher_reading`.
+    vision_steps: optimiser steps in which the vision tower learns to read digits.
     """
 
     sft_items: int = 8000
@@ -56,9 +57,10 @@ class DemoSettings:
     seed: int = 0
     noise: float = 0.3
     level: Level = "easy"
+    vision_steps: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("sft_items", "train_items", "val_items"):
+        for name in ("sft_items", "train_items", "val_items", "vision_steps"):
             if getattr(self, name) < 1:
                 raise RsgrpoError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.noise <= 1:
@@ -163,11 +165,13 @@ def image_path(split: Split, position: int) -> str:
 def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: Console) -> dict[str, Any]:
     """Make the tokenizer from the training rows and the model from random weights, teach its tower to read digits."""
     import torch
+    import transformers
     from transformers import Qwen2VLImageProcessor
 
     from recipes.teach_vision import digit_accuracy, page_pixels, teach_digits
     from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
 
+    transformers.utils.logging.disable_progress_bar()  # it would tear the console's own bars
     with console.phase("tokenizer"):
         tokenizer = train_tokenizer(corpus(data))
         model = build_model(tokenizer, seed=settings.seed)
@@ -179,10 +183,16 @@ def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: 
         pixels, grid = page_pixels(processor, [scans.render(page, jitter) for page in pool])
         return pixels, torch.tensor([[page.code, page.amount] for page in pool]), grid
 
-    with console.phase("vision tower", total=VISION_STEPS) as bar:
-        pixels, digits, grid = shown("train", 2, Random(f"{settings.seed}/jitter"))
+    with console.phase("vision tower", total=settings.vision_steps) as bar:
+        pixels, digits, grid = shown("train", TEACHING_COPIES, Random(f"{settings.seed}/jitter"))
         head = teach_digits(
-            model, pixels, digits, grid, num_steps=VISION_STEPS, seed=settings.seed, on_step=lambda _: bar.advance()
+            model,
+            pixels,
+            digits,
+            grid,
+            num_steps=settings.vision_steps,
+            seed=settings.seed,
+            on_step=lambda _: bar.advance(),
         )
         accuracy = digit_accuracy(model, head, *shown("val", 1, None))
     save_model_folder(model, tokenizer, folder)
@@ -271,6 +281,9 @@ def parser() -> argparse.ArgumentParser:
         choices=["easy", "lookup"],
         default=default.level,
         help="easy: questions name a page; lookup: they name a code that must be found (not learnt in minutes)",
+    )
+    demo.add_argument(
+        "--vision-steps", type=int, default=default.vision_steps, help="steps that teach the vision tower to read"
     )
     demo.add_argument("--force", action="store_true", help="replace what is there")
     return top

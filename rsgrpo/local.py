@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from transformers.utils.logging import disable_progress_bar
 
 from rollout.engine import Engine, build_engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
@@ -39,6 +40,7 @@ class LocalCluster:
 
     def __init__(self, config: TrainConfig, *, total_steps: int, run_dir: Path, check_stop: Callable[[], None]) -> None:
         """Load the model. check_stop: called between sampled groups; raises to give the rest up."""
+        disable_progress_bar()  # the driver alone draws bars
         self.config = config
         self.check_stop = check_stop
         learner = Learner(
