@@ -22,7 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 from PIL import Image, ImageOps
 
 from rsgrpo.config import SftConfig, TrainConfig
@@ -85,7 +85,7 @@ def collect_report(run_dir: Path, *, step: int | None = None, max_groups: int = 
         "charts": build_charts(curves),
         "weights": config.get("reward_weights") or {},
         "config": config_changes(config),
-        "config_text": OmegaConf.to_yaml(OmegaConf.create(config)) if config else "",
+        "config_text": yaml.safe_dump(config, sort_keys=False) if config else "",
         "views": [_view(run_dir, path, images, max_groups) for path in _chosen_files(run_dir, step)],
         "images": images,
     }
@@ -165,7 +165,7 @@ def _load_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG_FILE
     if not path.exists():
         return {}
-    return dict(OmegaConf.to_container(OmegaConf.load(path), resolve=False))  # type: ignore[arg-type]
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def _chosen_files(run_dir: Path, step: int | None) -> list[Path]:
