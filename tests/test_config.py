@@ -82,7 +82,7 @@ def test_every_supervised_recipe_composes_and_is_possible(recipe):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_group_option_composes_with_a_recipe(choice):
-    overrides = ["recipe=evisrag_3b_lora", choice, "data.train=a.jsonl", "data.val=b.jsonl"]
+    overrides = ["recipe=evisrag_7b_lora", choice, "data.train=a.jsonl", "data.val=b.jsonl"]
     validate(cli.compose(TrainConfig, "config", overrides))
 
 
