@@ -51,7 +51,7 @@ class VllmConfig:
     sleep_level: what the engine gives up while the learner works on the same GPUs: 0 nothing, 1 the KV cache (weights
         move to CPU memory), 2 both (the next weight sync must follow). No effect on CPU.
     sync: how weights travel: "nccl" (own GPUs), "ipc" (shared GPUs), "gloo" (CPU), or "auto".
-    sync_bucket_mib: bytes of weights that are in flight at once.
+    sync_bucket_mib: weights that are in flight at once; with ipc at least the largest tensor.
     sync_timeout_s: the longest that one phase of a weight sync may take.
     start_timeout_s: to load the model and profile memory.
     stall_timeout_s: requests are running and no token came for so long: the engine counts as failed.
@@ -69,10 +69,29 @@ class VllmConfig:
     mm_cache_gib: float = 4.0
     sleep_level: int = 0
     sync: str = "auto"
-    sync_bucket_mib: int = 512
+    sync_bucket_mib: int = 1536
     sync_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
     stall_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for key in ("tensor_parallel_size", "max_num_seqs", "sync_bucket_mib"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"rollout.vllm.{key} must be >= 1, got {getattr(self, key)}")
+        for key in ("kv_cache_gib", "max_model_len", "max_num_batched_tokens", "block_size", "mm_cache_gib"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"rollout.vllm.{key} must be >= 0, got {getattr(self, key)}")
+        for key in ("sync_timeout_s", "start_timeout_s", "stall_timeout_s"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"rollout.vllm.{key} must be > 0, got {getattr(self, key):g}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"rollout.vllm.gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization:g}"
+            )
+        if self.sleep_level not in (0, 1, 2):
+            raise ConfigError(f"rollout.vllm.sleep_level must be 0, 1 or 2, got {self.sleep_level}")
+        if self.sync not in ("auto", "gloo", "nccl", "ipc"):
+            raise ConfigError(f"rollout.vllm.sync must be one of auto, gloo, nccl, ipc; got {self.sync!r}")
 
 
 @dataclass(frozen=True)
