@@ -189,3 +189,14 @@ def test_the_run_folder_keeps_the_settings_of_the_recipe(configure, tmp_path):
     assert written["batch_size"] == 4
     assert "algorithm" not in written
     assert (tmp_path / "sft/report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns(configure, tmp_path):
+    checks = ["total_steps=2", "validation.every=2", "validation.samples=1"]
+    sft(configure(*checks, "name=one"))
+    sft(configure(*checks, "name=two", "learner.num_ranks=2"))
+    for one, two in zip(exact_metrics(tmp_path / "one"), exact_metrics(tmp_path / "two"), strict=True):
+        assert one.keys() == two.keys()
+        for key in ("actor/loss", "actor/grad_norm", "val/loss"):
+            assert two.get(key) == (pytest.approx(one[key], rel=1e-4) if key in one else None)
