@@ -107,6 +107,7 @@ def prefix_sdpa(
     Returns:
         (1, T, heads, head_dim), as transformers expects it, and no attention weights.
     """
+    assert attention_mask is None, "a mask over the whole row was built"
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
     queries, keys, values = (tensor.split(prefix_row.split_lengths, 2) for tensor in (query, key, value))
@@ -147,6 +148,7 @@ def prefix_varlen(
     """As `prefix_sdpa`, in one call of flash-attn's varlen kernel (its causal mask is aligned to the last key)."""
     from flash_attn import flash_attn_varlen_func
 
+    assert attention_mask is None, "a mask over the whole row was built"
     query_bounds, key_bounds, key_positions, longest_query, longest_key = prefix_row.varlen()
     output = flash_attn_varlen_func(
         query[0].transpose(0, 1),

@@ -118,7 +118,6 @@ class Policy(nn.Module):
         hidden_TH = language_model(
             **inputs,
             position_ids=batch.position_ids_3T[:, None],
-            attention_mask={"full_attention": None},
             use_cache=False,
             prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
         ).last_hidden_state[0]

@@ -1,0 +1,96 @@
+"""Qwen3-VL through the same adapter: its shared-prefix forward and gradients equal the plain ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from learner_material import make_groups, make_learner
+from test_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
+from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+from rollout.config import InputsConfig
+from rollout.inputs import InputProcessor
+from rsgrpo.packing import build_micro_batch
+
+
+@pytest.fixture(scope="module")
+def qwen3_path(tiny_model_path, tmp_path_factory) -> str:
+    """Folder of a random Qwen3-VL with the tiny model's tokenizer: four decoder layers, two of them with DeepStack."""
+    folder = tmp_path_factory.mktemp("tiny-qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
+    token_id: Any = tokenizer.convert_tokens_to_ids
+    text_config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10_000.0},
+        "initializer_range": 0.05,
+        "pad_token_id": token_id("<|endoftext|>"),
+    }
+    vision_config = {
+        "depth": 3,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 4,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1],
+        "initializer_range": 0.05,
+    }
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def processor(qwen3_path) -> InputProcessor:
+    return InputProcessor(qwen3_path, InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16))
+
+
+@pytest.mark.parametrize("train_tower", [False, True])
+@pytest.mark.parametrize("counts", [[2, 0, 5], [0]], ids=str)
+def test_shared_equals_plain(counts, train_tower, qwen3_path, processor, page_images):
+    policy = make_policy(qwen3_path, processor, train_tower=train_tower)
+    groups = groups_of(processor, page_images, counts)
+    row = build_micro_batch([(encoded(policy, inputs), group) for inputs, group in groups])
+    plain, shared = backward(policy, plain_rows(groups)), backward(policy, [row])
+    if train_tower and not any(counts):  # the plain forward of text never runs the tower; here its gradient is zero
+        shared = (shared[0], {name: g for name, g in shared[1].items() if "visual" not in name})
+    assert_same(plain, shared)
+
+
+def test_deeper_features_matter(qwen3_path, processor, page_images):
+    policy = make_policy(qwen3_path, processor).eval()
+    [(inputs, group)] = groups_of(processor, page_images, [2])
+    prompt = encoded(policy, inputs)
+    assert prompt.features is not None
+    assert prompt.features.shape[1] == 3 * 64
+    with torch.no_grad():
+        before, _ = policy(build_micro_batch([(prompt, group)]), 1.0, False)
+        prompt.features[:, 64:] = 0
+        after, _ = policy(build_micro_batch([(prompt, group)]), 1.0, False)
+    assert not torch.allclose(before, after)
+
+
+def test_the_learner_trains_it(qwen3_path, page_images):
+    learner = make_learner(qwen3_path)
+    metrics = learner.update(make_groups(page_images, [1, 0, 2]), [1.0, 1.0])
+    assert metrics["actor/skipped"] == 0
