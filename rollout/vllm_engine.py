@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import queue
 import shutil
 import tempfile
@@ -39,7 +38,6 @@ from rollout.vllm_launch import (
 from rollout.vllm_requests import build_request, sampling_params, to_group
 from rollout.vllm_wire import buckets
 
-log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -79,13 +77,10 @@ def build_vllm_engine(
         EngineFailed: the engine did not start.
     """
     cpu = on_cpu(device)
-    if trust_remote_code:
-        log.warning("vLLM runs its own model code; model.trust_remote_code reaches only the tokenizer and processor")
-    check_model(model_path, rollout, inputs)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+    check_model(model_path, rollout, inputs, **options)
     backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=colocated)
-    arguments = engine_arguments(model_path, rollout, inputs, cpu=cpu, backend=backend, lora_rank=lora_rank)
-    if revision:
-        arguments |= {"revision": revision, "tokenizer_revision": revision}
+    arguments = engine_arguments(model_path, rollout, inputs, cpu=cpu, backend=backend, lora_rank=lora_rank) | options
     variables = child_environment(
         rollout.vllm, cpu=cpu, backend=backend, num_threads=num_threads or rollout.num_threads
     )
@@ -332,10 +327,13 @@ class VllmEngine:
         if self._config.sleep_level and self.backend != "gloo":
             self._run(self._llm.sleep(self._config.sleep_level, mode="wait"))
 
-    def wake(self) -> None:
-        """Take the memory back; after level 2 the weights must be sent before sampling."""
+    def wake(self, parts: list[str] | None = None) -> None:
+        """Take the memory back; after level 2 the weights must be sent before sampling.
+
+        parts: "weights" or "kv_cache" alone, so that a sync can come before the cache takes its room; None is both.
+        """
         if self._config.sleep_level and self.backend != "gloo":
-            self._run(self._llm.wake_up())
+            self._run(self._llm.wake_up(parts))
 
     def close(self) -> None:
         """Stop the engine's processes."""

@@ -5,6 +5,7 @@ Knows the model folder's config and the settings; nothing of prompts, sampling o
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -69,15 +70,18 @@ def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
     return rollout.vllm.max_model_len or inputs.max_prompt_tokens + rollout.max_response_tokens
 
 
-def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig) -> None:
+def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> None:
     """Refuse a model or a size that vLLM cannot run, before it is started.
+
+    Args:
+        options: of `from_pretrained`: revision, trust_remote_code.
 
     Raises:
         ConfigError: names the setting and what to change.
     """
     from vllm.model_executor.models import ModelRegistry
 
-    config = AutoConfig.from_pretrained(model_path)
+    config = AutoConfig.from_pretrained(model_path, **options)
     architectures = config.architectures or []
     if not set(architectures) & set(ModelRegistry.get_supported_archs()):
         raise ConfigError(
@@ -150,7 +154,9 @@ def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads:
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit locks of the parent's threads
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(vllm.start_timeout_s)),
+        # On CPU a start warns ten times of what cannot be helped there.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING"),
     }
     if cpu:
         # Dynamo would compile for half a minute at the first request; several OpenMP threads stall unless they are

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 NamedTensor = tuple[str, torch.Tensor]
 
+CHECKSUM_CHUNK = 1 << 24
+
 
 class GlooGroup:
     """Rank 0 broadcasts byte buffers to the others, apart from any other process group of the process."""
@@ -62,9 +64,11 @@ def unpack(
 def checksum(tensor: torch.Tensor) -> tuple[float, float, int]:
     """Return (sum, sum of squares, elements) in float64: numbers that add up over the shards of a tensor."""
     flat = tensor.detach().reshape(-1)
-    if not flat.numel():
-        return 0.0, 0.0, 0
-    return flat.sum(dtype=torch.float64).item(), flat.double().square().sum().item(), flat.numel()
+    total = squares = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for part in flat.split(CHECKSUM_CHUNK):  # float64 copies of an embedding would not fit beside it
+        exact = part.double()
+        total, squares = total + exact.sum(), squares + exact.square().sum()
+    return total.item(), squares.item(), flat.numel()
 
 
 def buckets(named_tensors: Iterable[NamedTensor], max_bytes: int) -> Iterator[list[NamedTensor]]:
