@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import itertools
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -50,7 +53,7 @@ def compute_dtype(precision: str) -> torch.dtype:
     return dtypes[precision]
 
 
-def shard(policy: Policy, learner: LearnerConfig, device: torch.device, *, frozen_tower: bool) -> None:
+def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
     """Shard every decoder layer, then the rest, in place; a frozen tower is kept whole on every rank.
 
     Ranks run a frozen tower on different images at different times, so it must need no collective.
@@ -75,9 +78,9 @@ def shard(policy: Policy, learner: LearnerConfig, device: torch.device, *, froze
     if learner.compile:
         for layer in layers:
             layer.compile(dynamic=True)
-    if frozen_tower:
+    if policy.frozen_tower and not policy.is_empty:
         tower.to(device)
-    blocks = layers if frozen_tower else [*family.vision_blocks(model), *layers]
+    blocks = layers if policy.frozen_tower else [*family.vision_blocks(model), *layers]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
     fully_shard(
@@ -85,15 +88,42 @@ def shard(policy: Policy, learner: LearnerConfig, device: torch.device, *, froze
         mesh=mesh,
         mp_policy=mp_policy,
         offload_policy=offload_policy,
-        ignored_params=set(tower.parameters()) if frozen_tower else None,
+        ignored_params=set(tower.parameters()) if policy.frozen_tower else None,
     )
     _prefetch(layers)
-    for buffer_owner in policy.modules():
-        for name, buffer in buffer_owner.named_buffers(recurse=False):
-            setattr(buffer_owner, name, buffer.to(device))
+    if not policy.is_empty:
+        _set_buffers(policy, dict(policy.named_buffers()), device)
 
 
-def _prefetch(layers: list[torch.nn.Module]) -> None:
+def fill(policy: Policy, source: Any, learner: LearnerConfig, device: torch.device) -> None:
+    """Give a policy that was sharded empty its weights and buffers. Collective.
+
+    source: the loaded model on rank 0, None elsewhere; its tensors travel one at a time.
+    """
+    banned_V = policy.banned_V.clone()
+    policy.to_empty(device="cpu" if learner.offload else device)
+    policy.family.vision_tower(policy.hf).to(device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy.hf, {} if source is None else source.state_dict(), options=options)
+    buffers = {name: buffer.to(device) for name, buffer in policy.hf.named_buffers()}
+    for name, buffer in buffers.items():
+        # Rotary frequencies are in no state dict.
+        if source is not None:
+            buffer.copy_(source.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    _set_buffers(policy.hf, buffers, device)
+    policy.banned_V = banned_V.to(device)
+    if source is not None:
+        policy.hf.generation_config = source.generation_config
+
+
+def _set_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, buffer.to(device))
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
     """Gather the next layer's weights while this one computes, in forward and in backward."""
     for this, following in itertools.pairwise(layers):
         if isinstance(this, FSDPModule) and isinstance(following, FSDPModule):

@@ -19,10 +19,10 @@ from rollout.inputs import InputProcessor
 from rsgrpo.attention import choose_attention
 from rsgrpo.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.export import export_folder, full_weights
-from rsgrpo.fsdp import compute_dtype, init_distributed, resolve_device, shard
+from rsgrpo.fsdp import compute_dtype, fill, init_distributed, resolve_device, shard
 from rsgrpo.learner_state import load_state, save_state
 from rsgrpo.loss import mismatch, policy_loss, step_totals, supervised_loss
-from rsgrpo.model import Policy, add_lora, freeze_vision, load_model, scale_adapters
+from rsgrpo.model import Policy, add_lora, empty_model, load_model, scale_adapters, shrink_frozen_tower
 from rsgrpo.optimizer import NonFiniteSteps, Optimizer
 from rsgrpo.packing import Plan
 from rsgrpo.passes import Logprobs, Passes
@@ -79,7 +79,7 @@ class Learner:
             model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         frozen_tower = model.freeze_vision or model.lora.rank > 0 or not trainable
-        self.policy = self._build_policy(load_model(model) if hf_model is None else hf_model, trainable, frozen_tower)
+        self.policy = self._build_policy(hf_model, trainable, frozen_tower)
         family, hf = self.policy.family, self.policy.hf
         prompts = PromptStore(
             self.encoder,
@@ -107,10 +107,16 @@ class Learner:
         return 0 if self._optimizer is None else self._optimizer.updates
 
     def _build_policy(self, hf: Any, trainable: bool, frozen_tower: bool) -> Policy:
+        """Load, adapt and shard. With several ranks only rank 0 reads the weights; the others start empty."""
         model, learner = self.model_config, self.config
+        source = None
+        if hf is None:
+            source = load_model(model) if self.rank == 0 else None
+            hf = source if dist.get_world_size() == 1 else empty_model(model)
+        for unadapted in {id(one): one for one in (hf, source) if one is not None}.values():
+            if model.lora.rank:
+                add_lora(unadapted, model.lora, seed=self.seed)
         dtype = compute_dtype(learner.precision)
-        if model.lora.rank:
-            add_lora(hf, model.lora, seed=self.seed)
         if not trainable:
             hf.requires_grad_(False)
         policy = Policy(
@@ -121,11 +127,13 @@ class Learner:
             frozen_tower=frozen_tower,
             compute_dtype=dtype,
         )
-        if frozen_tower:
-            freeze_vision(policy)
         if learner.gradient_checkpointing and trainable:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
-        shard(policy, learner, self.device, frozen_tower=frozen_tower)
+        shard(policy, learner, self.device)
+        if next(hf.parameters()).is_meta:
+            fill(policy, source, learner, self.device)
+        if frozen_tower:
+            shrink_frozen_tower(policy)
         return policy
 
     def _encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rsgrpo.attention import PrefixRow
 from rsgrpo.config import LoraConfig, ModelConfig
@@ -34,6 +34,18 @@ def load_model(config: ModelConfig) -> Any:
     return AutoModelForImageTextToText.from_pretrained(
         config.path, dtype=torch.float32, attn_implementation="sdpa", **options
     )
+
+
+def empty_model(config: ModelConfig) -> Any:
+    """Return the model of `model.path` without storage: shapes only, to be sharded and filled afterwards."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision:
+        options["revision"] = config.revision
+    hf_config = AutoConfig.from_pretrained(config.path, **options)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            hf_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=config.trust_remote_code
+        )
 
 
 def add_lora(model: Any, config: LoraConfig, *, seed: int) -> None:
@@ -97,10 +109,13 @@ class Policy(nn.Module):
         self.logits_chunk_tokens = logits_chunk_tokens
         self.frozen_tower = frozen_tower
         self.compute_dtype = compute_dtype
+        self.is_empty = next(model.parameters()).is_meta
         banned_V = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
         banned_V[list(banned_token_ids)] = True
         self.register_buffer("banned_V", banned_V, persistent=False)
         self.family.language_model(model).config._attn_implementation = attention
+        if frozen_tower:
+            self.family.vision_tower(model).requires_grad_(False)
 
     def forward(
         self, batch: MicroBatch | PlainRow, temperature: float, entropy_gradient: bool
@@ -189,13 +204,12 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
 
 
-def freeze_vision(policy: Policy) -> None:
-    """Freeze the tower, and keep it in the dtype of computation where that loses nothing.
+def shrink_frozen_tower(policy: Policy) -> None:
+    """Keep a frozen tower in the dtype of computation where that loses nothing.
 
     Weights published in bfloat16 lose nothing; others stay float32, so that an export returns them as they came.
     """
     tower = policy.family.vision_tower(policy.hf)
-    tower.requires_grad_(False)
     if all(torch.equal(weight, weight.to(policy.compute_dtype).to(weight.dtype)) for weight in tower.parameters()):
         tower.to(policy.compute_dtype)
 

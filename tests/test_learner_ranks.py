@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import shutil
 import socket
 import traceback
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from learner_material import make_groups, make_learner
+from safetensors.torch import load_file, save_file
 
 from rsgrpo.config import AlgorithmConfig, LoraConfig
 
@@ -20,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen tower, parts of groups": {"counts": [2, 0, 5, 1], "max_tokens_per_micro_batch": 76},
     "trained tower": {"counts": [2, 0, 0], "freeze_vision": False},
     "fewer groups than ranks, trained tower": {"counts": [1], "freeze_vision": False},
+    "tied head": {"counts": [1, 2, 0], "tied": True},
     "LoRA": {"counts": [1, 2, 0], "lora": LoraConfig(rank=2)},
     "GSPO, two updates": {
         "counts": [1, 2, 3],
@@ -32,6 +36,7 @@ def run_case(case: dict[str, Any], path: str, images: list[str], folder: Path, r
     """Return what a learner of this case reports and ends with, its state saved after the first update."""
     options = dict(case)
     groups = make_groups(images, options.pop("counts"))
+    path = tied_folder(path, folder.parent) if options.pop("tied", False) else path
     learner = make_learner(path, rank=rank, world_size=world_size, num_ranks=world_size, **options)
     before = {name: tensor.clone() for name, tensor in learner.gather_weights()}
     first = learner.update(groups, WEIGHTS)
@@ -40,6 +45,20 @@ def run_case(case: dict[str, Any], path: str, images: list[str], folder: Path, r
     logprobs = learner.logprobs(groups)
     after = {name: tensor.clone() for name, tensor in learner.gather_weights()}
     return {"before": before, "after": after, "metrics": [first, second], "logprobs": logprobs}
+
+
+def tied_folder(path: str, parent: Path) -> str:
+    """Return a copy of the model folder whose head is its embedding, made once."""
+    folder = parent / "tied"
+    if not folder.exists():
+        shutil.copytree(path, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 def rank_main(rank: int, world_size: int, port: int, path: str, images: list[str], folder: Path) -> None:
@@ -64,6 +83,7 @@ def rank_main(rank: int, world_size: int, port: int, path: str, images: list[str
 def outcome(tiny_model_path, page_images, tmp_path_factory) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
     """Run every case on two ranks and then on one; return the folder, each rank's results, and the one's."""
     folder = tmp_path_factory.mktemp("ranks")
+    tied_folder(tiny_model_path, folder)
     one = make_learner(tiny_model_path)
     one.update(make_groups(page_images, [1, 2]), WEIGHTS)
     one.save(folder / "of one rank")

@@ -15,7 +15,7 @@ from rollout.inputs import InputProcessor, PromptInputs
 from rollout.types import Prompt
 from rsgrpo.attention import SDPA, PrefixRow, choose_attention
 from rsgrpo.config import LoraConfig, ModelConfig
-from rsgrpo.model import PlainRow, Policy, add_lora, freeze_vision, load_model, scale_adapters
+from rsgrpo.model import PlainRow, Policy, add_lora, load_model, scale_adapters
 from rsgrpo.packing import EncodedPrompt, build_micro_batch
 from rsgrpo.types import PrefixLayout, RsgrpoError, Sample
 
@@ -44,8 +44,6 @@ def make_policy(
         frozen_tower=not train_tower,
         compute_dtype=torch.float32,
     )
-    if not train_tower:
-        freeze_vision(policy)
     return policy.train()
 
 
