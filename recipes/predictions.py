@@ -1,0 +1,109 @@
+"""Prediction files: one model output per question id, as this project or others write them. Knows no scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rsgrpo.errors import RsgrpoError
+
+ID_KEYS = ("id", "qid", "query_id", "question_id", "uid")
+TEXT_KEYS = ("raw", "pred", "prediction", "predict", "response", "output", "generated_text", "completion", "answer")
+FAILED = "error"  # as finish_reason: the question could not be asked
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model wrote for one question.
+
+    finish_reason: "stop", "length", or "" where the file does not say.
+    error: why there is no output; "" where there is one.
+    """
+
+    id: str
+    text: str
+    finish_reason: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """A prediction file. Of several lines with one id the last counts; num_repeated says how many did not."""
+
+    by_id: Mapping[str, Prediction]
+    num_repeated: int = 0
+
+
+def load_predictions(path: str | Path) -> Predictions:
+    """Read a prediction file: .jsonl, or .json with a list of rows or a map from id to output.
+
+    A row names its question as `id`, `qid` or the like (ID_KEYS), and the model's whole output as `raw`, `pred`,
+    `response` or the like (TEXT_KEYS, the first that is there).
+
+    Raises:
+        RsgrpoError: the file or a row cannot be read; file and line are named.
+    """
+    path = Path(path)
+    by_id: dict[str, Prediction] = {}
+    num_rows = 0
+    for place, row in _rows(path):
+        prediction = _prediction(place, row)
+        by_id[prediction.id] = prediction
+        num_rows += 1
+    if not by_id:
+        raise RsgrpoError(f"predictions={path} has no rows")
+    return Predictions(by_id, num_rows - len(by_id))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RsgrpoError(f"predictions={path} cannot be read: {error}") from error
+    if path.suffix == ".json":
+        content = _parse(text, str(path))
+        if isinstance(content, dict):
+            content = [
+                {"id": key} | (value if isinstance(value, dict) else {"raw": value}) for key, value in content.items()
+            ]
+        if not isinstance(content, list):
+            raise RsgrpoError(f"{path} must hold a list of rows or a map from id to output")
+        yield from ((f"row {number} of {path}", row) for number, row in enumerate(content, start=1))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"line {number} of {path}"
+            yield place, _parse(line, place)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RsgrpoError(f"{place} is not valid JSON: {error}") from error
+
+
+def _prediction(place: str, row: Any) -> Prediction:
+    if not isinstance(row, dict):
+        raise RsgrpoError(f"{place} must be a JSON object, got {type(row).__name__}")
+    row_id = next((row[key] for key in ID_KEYS if row.get(key) is not None), None)
+    if row_id is None:
+        raise RsgrpoError(f"{place} names no question: it needs one of {', '.join(ID_KEYS)}; it has {', '.join(row)}")
+    if row.get("finish_reason") == FAILED:
+        errors = row.get("errors") or ["unknown error"]
+        return Prediction(str(row_id), "", FAILED, "; ".join(map(str, errors)))
+    key = next((key for key in TEXT_KEYS if _is_output(row.get(key), key)), None)
+    if key is None:
+        raise RsgrpoError(f"{place} has no output: it needs one of {', '.join(TEXT_KEYS)}; it has {', '.join(row)}")
+    text = row[key][0] if isinstance(row[key], list) else row[key]
+    return Prediction(str(row_id), str(text), str(row.get("finish_reason") or ""))
+
+
+def _is_output(value: Any, key: str) -> bool:
+    """Whether a column holds an output: a text or number, or a list of one; a list of `answer` is the gold."""
+    if isinstance(value, list):
+        return key != "answer" and len(value) == 1 and isinstance(value[0], str)
+    return isinstance(value, str | int | float)
