@@ -102,7 +102,7 @@ def decode(source: ImageSource) -> Image.Image:
         orientation = _orientation(image)
         image.load()
         upright = image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
-        return _to_rgb(upright)
+        return to_rgb(upright)
 
 
 @contextmanager
@@ -145,7 +145,8 @@ def _orientation(image: Image.Image) -> int:
     return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return decoded pixels as 8-bit RGB: transparency on white, 16-bit grey scaled to 8."""
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,1 @@
+"""Visual retrieval: documents become page images, pages become vectors, a question finds its pages."""

@@ -1,0 +1,339 @@
+"""A store of pages on disk: page images by content hash, and the catalogue of documents and pages.
+
+    STORE/store.json           format and the settings that decide a page's pixels
+    STORE/pages/ab/abcd.../    one document's content: 00001.png, ..., pages.json; whole or absent
+    STORE/documents.parquet    one row per file, with its error if it has one
+    STORE/pages.parquet        one row per page; what readers read
+
+A content folder is renamed into place when it is complete, and both tables are replaced in one step, so a process that
+dies at any point leaves a store that the next command goes on from. Knows nothing of how a document becomes pages.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipes.retrieval.documents import RenderedPage
+from rsgrpo.errors import RsgrpoError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+ID_CHARACTERS = 16  # of the content's sha256, in a page id
+_HASH_BLOCK = 1 << 20
+_ROW_GROUP = 4096
+
+
+class StoreError(RsgrpoError):
+    """The store cannot be opened or written; what was finished before is intact."""
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRow:
+    """One file of the catalogue.
+
+    root, document: the ingested folder and the file's path in it, as text (bytes that are not UTF-8 escaped).
+    path: the file's own path, as bytes. content: sha256 of its bytes, "" while unknown.
+    num_bytes, modified_ns: what tells that a file is unchanged without reading it.
+    error: why it has no pages, or which pages it lacks; "" when all is well.
+    """
+
+    root: str
+    document: str
+    path: bytes
+    content: str
+    num_bytes: int
+    modified_ns: int
+    num_pages: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """One page of the catalogue.
+
+    page_id: from the content's hash and the page's number, so that it survives renames. document: the first of the
+    files with this content. number: from 1. image: absolute path. text: the text layer of a PDF, "" elsewhere.
+    """
+
+    page_id: str
+    document: str
+    number: int
+    image: str
+    width: int
+    height: int
+    text: str
+
+
+_DOCUMENT_SCHEMA = pa.schema(
+    [("root", pa.string()), ("document", pa.string()), ("path", pa.binary()), ("content", pa.string()),
+     ("num_bytes", pa.int64()), ("modified_ns", pa.int64()), ("num_pages", pa.int32()), ("error", pa.string())]
+)  # fmt: skip
+_PAGE_SCHEMA = pa.schema(
+    [("page_id", pa.string()), ("document", pa.string()), ("number", pa.int32()), ("image", pa.string()),
+     ("width", pa.int32()), ("height", pa.int32()), ("text", pa.string()), ("root", pa.string()),
+     ("copies", pa.list_(pa.string())), ("content", pa.string())]
+)  # fmt: skip
+
+
+def page_id(content: str, number: int) -> str:
+    """Return the id of a page: stable as long as the document's bytes are."""
+    return f"{content[:ID_CHARACTERS]}-{number:05d}"
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path as valid text; bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class PageStore:
+    """One store. Reading needs nothing; writing goes through `locked`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path) -> PageStore:
+        """Open a store that is there.
+
+        Raises:
+            StoreError: there is none.
+        """
+        store = cls(folder)
+        if not store._pages_file.exists():
+            raise StoreError(
+                f"{folder} is not a page store; make it with: python -m recipes.retrieve ingest DOCS --out {folder}"
+            )
+        store._settings()
+        return store
+
+    @classmethod
+    def create(cls, folder: Path, settings: Mapping[str, Any]) -> PageStore:
+        """Open a store for writing, or make it.
+
+        Args:
+            settings: what decides a page's pixels; a store keeps to those it was made with.
+
+        Raises:
+            StoreError: the folder is something else, or was made with other settings.
+        """
+        store = cls(folder)
+        if folder.exists() and not folder.is_dir():
+            raise StoreError(f"{folder} is a file; --out names a folder")
+        file = folder / "store.json"
+        if file.exists():
+            before = store._settings()
+            if before != dict(settings):
+                changed = [
+                    f"{name} {before.get(name)} -> {value}"
+                    for name, value in settings.items()
+                    if before.get(name) != value
+                ]
+                raise StoreError(
+                    f"{folder} was made with other settings ({', '.join(changed)}); pages of both kinds in one store "
+                    "would not compare. Use the old settings, or another --out"
+                )
+            return store
+        if folder.exists() and any(folder.iterdir()):
+            raise StoreError(f"{folder} is not empty and not a page store; choose another --out")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(file, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=1).encode())
+        return store
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only writer; the lock goes with the process, however that ends.
+
+        Raises:
+            StoreError: another process writes.
+        """
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(f"another process is writing to {self.folder}; wait for it") from error
+            yield
+
+    def documents(self) -> list[DocumentRow]:
+        """Return the catalogue of files, in order of root and document."""
+        file = self.folder / "documents.parquet"
+        if not file.exists():
+            return []
+        return [DocumentRow(**row) for row in pq.read_table(file).to_pylist()]
+
+    def pages(self) -> Iterator[Page]:
+        """Yield all pages, in order of document and number; memory stays bounded."""
+        names = [field.name for field in fields(Page)]
+        with pq.ParquetFile(self._pages_file) as file:
+            for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=names):
+                for row in batch.to_pylist():
+                    row["image"] = str((self.folder / row["image"]).absolute())
+                    yield Page(**row)
+
+    def page_ids(self) -> list[str]:
+        """Return the ids of all pages, in the order of `pages`."""
+        return pq.read_table(self._pages_file, columns=["page_id"])["page_id"].to_pylist()
+
+    def find(self, page_ids: Iterable[str]) -> dict[str, Page]:
+        """Return those of the wanted pages that are there."""
+        names = [field.name for field in fields(Page)]
+        table = pq.read_table(self._pages_file, columns=names, filters=[("page_id", "in", sorted(set(page_ids)))])
+        found = {}
+        for row in table.to_pylist():
+            row["image"] = str((self.folder / row["image"]).absolute())
+            found[row["page_id"]] = Page(**row)
+        return found
+
+    def has_content(self, content: str) -> bool:
+        """Say whether the pages of these bytes are there."""
+        return (self.content_folder(content) / "pages.json").exists()
+
+    def content_folder(self, content: str) -> Path:
+        """Where the pages of these bytes are, or would be."""
+        return self.folder / "pages" / content[:2] / content
+
+    def num_pages(self, content: str) -> tuple[int, str]:
+        """Return how many pages these bytes have, and which they lack ("" for none)."""
+        record = self._record(content)
+        return len(record["pages"]), record["error"]
+
+    def commit(self, rows: Iterable[DocumentRow]) -> None:
+        """Replace both tables.
+
+        Raises:
+            StoreError: the disk is full; the tables before are intact.
+        """
+        ordered = sorted(rows, key=lambda row: (row.root, row.document, row.path))
+        with writing(self.folder):
+            replace_table(self.folder / "documents.parquet", (asdict(row) for row in ordered), _DOCUMENT_SCHEMA)
+            replace_table(self._pages_file, self._page_rows(ordered), _PAGE_SCHEMA)
+
+    def collect_garbage(self) -> int:
+        """Remove contents that no document has, and leftovers of processes that died; return how many."""
+        used = {row.content for row in self.documents()}
+        num_removed = 0
+        for folder in self.folder.glob("pages/*/*"):
+            if folder.name not in used:
+                num_removed += not folder.name.startswith(".")
+                shutil.rmtree(folder)
+        for leftover in self.folder.glob(".*.writing"):
+            leftover.unlink()
+        return num_removed
+
+    @property
+    def _pages_file(self) -> Path:
+        return self.folder / "pages.parquet"
+
+    def _settings(self) -> dict[str, Any]:
+        try:
+            written = json.loads((self.folder / "store.json").read_text())
+            if written["format"] == FORMAT:
+                return written["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{self.folder / 'store.json'} cannot be read: {error}; make the store anew") from error
+        raise StoreError(f"{self.folder} has format {written['format']}, this program reads {FORMAT}; make it anew")
+
+    def _record(self, content: str) -> dict[str, Any]:
+        return json.loads((self.content_folder(content) / "pages.json").read_text())
+
+    def _page_rows(self, rows: list[DocumentRow]) -> Iterator[dict[str, Any]]:
+        by_content: dict[str, list[DocumentRow]] = {}
+        for row in rows:
+            if row.num_pages:
+                by_content.setdefault(row.content, []).append(row)
+        for content, same in by_content.items():
+            folder = self.content_folder(content).relative_to(self.folder)
+            for page in self._record(content)["pages"]:
+                yield {
+                    "page_id": page_id(content, page["number"]),
+                    "document": same[0].document,
+                    "root": same[0].root,
+                    "copies": [row.document for row in same[1:]],
+                    "content": content,
+                    "number": page["number"],
+                    "image": str(folder / page["image"]),
+                    "width": page["width"],
+                    "height": page["height"],
+                    "text": page["text"],
+                }
+
+
+@contextmanager
+def content_writer(final: Path) -> Iterator[Path]:
+    """Give a folder to write one content's pages into; it takes its name when the block ends well."""
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if final.exists():  # two files with the same bytes, rendered side by side
+            return
+        os.rename(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_record(folder: Path, pages: list[RenderedPage], error: str) -> None:
+    """Write the list of a content's pages beside them."""
+    (folder / "pages.json").write_text(json.dumps({"pages": [asdict(page) for page in pages], "error": error}))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise StoreError(
+            f"cannot write to {folder}: {os.strerror(error.errno)}; what was finished is intact. Make room, then "
+            "start the same command again to continue"
+        ) from error
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Write a file so that it is either the old or the new one, also after a power cut."""
+    temporary = file.with_name(f".{file.name}.writing")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def replace_table(file: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Write a parquet file in one step, a few thousand rows at a time."""
+    temporary = file.with_name(f".{file.name}.writing")
+    remaining = iter(rows)
+    with pq.ParquetWriter(temporary, schema) as writer:
+        while batch := list(itertools.islice(remaining, _ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+    with open(temporary, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)

@@ -1,0 +1,125 @@
+"""A pool of processes that outlives its members: a worker that crashes or hangs costs one task and is replaced.
+
+Knows nothing of what a task does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+Work = Callable[[Any, Callable[[], None]], Any]
+"""Takes a task and a function that says "still alive"; returns the result. Must be importable by name."""
+
+_ALIVE, _DONE, _FAILED = "alive", "done", "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a task: its result, or an error, or the exit code of the worker that died of it."""
+
+    task: Any
+    result: Any = None
+    error: Exception | None = None
+    died: str = ""
+
+
+class _Worker:
+    def __init__(self, work: Work) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.task: Any = None
+        self.busy = False
+        self.deadline = 0.0
+
+    def give(self, task: Any, timeout_s: float) -> None:
+        self.task, self.busy, self.deadline = task, True, time.monotonic() + timeout_s
+        self.connection.send(task)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def run_tasks(
+    work: Work, tasks: Iterable[Any], *, num_workers: int, timeout_s: float, on_alive: Callable[[], None]
+) -> Iterator[Outcome]:
+    """Yield the outcome of every task as it comes; tasks are drawn only when a worker is free for one.
+
+    Args:
+        timeout_s: a worker that says nothing for so long is killed.
+        on_alive: called here whenever a worker says that it is still alive.
+    """
+    queue = iter(tasks)
+    workers = [_Worker(work) for _ in range(num_workers)]
+    try:
+        for worker in workers:
+            _next(worker, queue, timeout_s)
+        while any(worker.busy for worker in workers):
+            wait([w.connection for w in workers if w.busy], timeout=1.0)
+            for index, worker in enumerate(workers):
+                outcome = _look(worker, timeout_s, on_alive) if worker.busy else None
+                if outcome is None:
+                    continue
+                yield outcome
+                if outcome.died:
+                    worker.stop()
+                    workers[index] = worker = _Worker(work)
+                _next(worker, queue, timeout_s)
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def _next(worker: _Worker, queue: Iterator[Any], timeout_s: float) -> None:
+    worker.busy = False
+    for task in queue:
+        worker.give(task, timeout_s)
+        return
+
+
+def _look(worker: _Worker, timeout_s: float, on_alive: Callable[[], None]) -> Outcome | None:
+    """Read what a worker has said; None while it works."""
+    try:
+        while worker.connection.poll():
+            kind, value = worker.connection.recv()
+            if kind == _DONE:
+                return Outcome(worker.task, result=value)
+            if kind == _FAILED:
+                return Outcome(worker.task, error=value)
+            worker.deadline = time.monotonic() + timeout_s
+            on_alive()
+    except (EOFError, ConnectionResetError):
+        worker.process.join(5)
+        return Outcome(worker.task, died=f"the process that worked on it died (exit code {worker.process.exitcode})")
+    if time.monotonic() > worker.deadline:
+        return Outcome(worker.task, died=f"no progress for {timeout_s:g} s; the process was stopped")
+    return None
+
+
+def _serve(work: Work, connection: Connection) -> None:
+    """Run in the worker: one task after another until the parent is gone."""
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        message: tuple[str, Any]
+        try:
+            message = (_DONE, work(task, lambda: connection.send((_ALIVE, None))))
+        except BrokenPipeError:
+            return
+        except Exception as error:
+            message = (_FAILED, error)
+        try:
+            connection.send(message)
+        except BrokenPipeError:
+            return
