@@ -21,6 +21,7 @@ from rsgrpo.rows import ImageFolder, Row, image_entries
 
 OVERLONG = "over-long prompt"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_PLACEHOLDERS = ("question", "images", "image_marks")
 _ANSWER_BLOCK = re.compile(r"<answer>.*?</answer>", re.DOTALL)
 _GOLD_TAG = re.compile(r"</?(answer|evidence)>")
 
@@ -59,10 +60,11 @@ def read_template(prompt: PromptConfig) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise RsgrpoError(f"prompt.file {prompt.file} cannot be read: {error}") from error
     names = _PLACEHOLDER.findall(template)
-    unknown = sorted({name for name in names if name not in ("question", "images")})
+    unknown = sorted({name for name in names if name not in _PLACEHOLDERS})
     if unknown:
         raise RsgrpoError(
-            f"the prompt template has the unknown placeholder {{{unknown[0]}}}; use {{question}}, {{images}}"
+            f"the prompt template has the unknown placeholder {{{unknown[0]}}}; use {{question}}, {{images}}, "
+            "{image_marks}"
         )
     if template and "question" not in names:
         raise RsgrpoError("the prompt template must have {question}; to use the rows' own prompts, leave it empty")
@@ -70,13 +72,13 @@ def read_template(prompt: PromptConfig) -> str:
 
 
 def render_template(template: str, question: str, num_images: int) -> str:
-    """Fill a template; {images} becomes one numbered line per image.
+    """Fill a template; {images} becomes one numbered line per image, {image_marks} the images and nothing else.
 
     >>> render_template("{images}\\n{question}", "what amount?", 2)
     '[1]: <image>\\n[2]: <image>\\nwhat amount?'
     """
     images = "\n".join(f"[{number}]: {IMAGE_MARK}" for number in range(1, num_images + 1))
-    values = {"question": question, "images": images}
+    values = {"question": question, "images": images, "image_marks": IMAGE_MARK * num_images}
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
