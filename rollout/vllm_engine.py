@@ -38,7 +38,6 @@ from rollout.vllm_launch import (
 from rollout.vllm_requests import build_request, sampling_params, to_group
 from rollout.vllm_wire import buckets
 
-
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 64 << 20

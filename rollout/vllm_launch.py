@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
 
 CPU_BLOCK_SIZE = 32  # vLLM's own default there, 128, is longer than a short prompt, which then never hits the cache
+CPU_BATCHED_TOKENS = 2048
 WORKER_EXTENSION = "rollout.vllm_worker.WeightReceiver"
 
 
@@ -142,8 +143,13 @@ def engine_arguments(
         arguments["kv_cache_memory_bytes"] = int((vllm.kv_cache_gib or 1.0) * 2**30)
     if vllm.block_size or cpu:
         arguments["block_size"] = vllm.block_size or CPU_BLOCK_SIZE
-    if cpu and vllm.tensor_parallel_size == 1:
-        arguments["distributed_executor_backend"] = "uni"
+    if cpu:
+        # A prompt cut in two draws a token that is thrown away, and vLLM cannot set a seeded CPU generator back: its
+        # engine dies. So every prompt goes into one step.
+        whole = max(vllm.max_num_batched_tokens or CPU_BATCHED_TOKENS, max_model_len(rollout, inputs))
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+        if vllm.tensor_parallel_size == 1:
+            arguments["distributed_executor_backend"] = "uni"
     if lora_rank:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
     return arguments

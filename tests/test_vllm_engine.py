@@ -110,6 +110,18 @@ def test_a_group_computes_its_prompt_once(engine, page_images):
     assert stats["generated_tokens"] > 0
 
 
+def test_prompts_that_do_not_fit_into_one_step_are_sampled_as_exactly(engine, model, page_images):
+    text = "page 1 shows a code 4 and an amount 7 " * 10
+    prompts = [Prompt(f"many{index}", f"{index} <image> {text}", (page_images[index % 5],)) for index in range(16)]
+    assert sum(engine.processor.count_tokens(prompt) for prompt in prompts) > 2048  # tokens of a step on CPU
+    groups = list(engine.generate(prompts, SamplingParams(group_size=2, max_tokens=4)))
+    assert len(groups) == 16
+    for group in groups:
+        rollout = group.rollouts[1]
+        expected = reference_logprobs(model, engine.processor, group.prompt, rollout.token_ids_T)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
+
+
 def test_bad_prompts_fail_alone_with_a_reason(engine, prompts, page_images, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n not really")
