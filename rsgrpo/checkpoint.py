@@ -104,6 +104,8 @@ class CheckpointFolder:
             _fsync(self.folder)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, RsgrpoError) and "No space left" not in str(error):
+                raise  # a worker that died says so itself
             intact = self.newest()
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error}. "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from transformers.utils.logging import disable_progress_bar
 
@@ -18,7 +19,7 @@ from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config import TrainConfig
 from rsgrpo.credit import RewardSet
 from rsgrpo.learner import Learner
-from rsgrpo.types import ScoredGroup
+from rsgrpo.types import ScoredGroup, TrainGroup
 
 
 class OneRank:
@@ -72,6 +73,10 @@ class LocalCluster:
     def sync_weights(self, version: int) -> None:
         """Let the engine sample with the learner's weights as they stand when it next samples."""
         self._version = version
+
+    def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
+        """Log-probabilities under the reference: the model without its adapters (LoRA runs only)."""
+        return self.learner.call("logprobs", groups, True)
 
     def memory_mb(self) -> dict[str, float]:
         """Resident memory of this process, which plays all roles, in MiB."""

@@ -180,7 +180,7 @@ def build_micro_batch(
         first_position = int(prompt.position_ids_3T.max()) + 1
         for sample in samples:
             length = len(sample.token_ids_T)
-            tokens.append(torch.from_numpy(np.asarray(sample.token_ids_T, dtype=np.int64)))
+            tokens.append(torch.tensor(sample.token_ids_T))
             positions.append(torch.arange(first_position, first_position + length).expand(3, -1))
             # The prompt's last token predicts the first response token, each response token the next one.
             head_index.append(torch.cat([torch.tensor([last_of_prompt]), torch.arange(row, row + length - 1)]))
@@ -200,9 +200,7 @@ def build_micro_batch(
         pixel_values=_cat([prompt.pixel_values for prompt in prompts]),
         image_grid_thw=_cat([prompt.image_grid_thw for prompt in prompts]),
         head_index_N=torch.cat(head_index),
-        targets_N=torch.cat(
-            [torch.from_numpy(np.asarray(sample.token_ids_T, np.int64)) for sample in samples_in_order]
-        ),
+        targets_N=torch.cat([torch.tensor(sample.token_ids_T) for sample in samples_in_order]),
         sample_index_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         scope_KN=torch.from_numpy(np.concatenate([sample.scope_KT for sample in samples_in_order], 1)),
         advantages_KN=torch.from_numpy(

@@ -22,7 +22,7 @@ from rollout.inputs import InputProcessor, InputsError
 from rollout.types import SamplingParams
 from rsgrpo.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.checks import require_found
-from rsgrpo.cluster import Cluster
+from rsgrpo.cluster import Cluster, WorkerFailed
 from rsgrpo.config import TrainConfig
 from rsgrpo.console import Console
 from rsgrpo.credit import RewardSet
@@ -82,11 +82,11 @@ class Run:
             self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
         )
         newest = self._checkpoint_to_resume()
-        self._install_signal_handlers()
         with self.console.phase("starting workers"):
             self.cluster = start_cluster(
                 config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.check_stop
             )
+        self._install_signal_handlers()  # after Ray has started, which sets its own
         try:
             self.collector = Collector(
                 self.cluster.sample_and_score, self.stream.next, self._train_sampling(), config.algorithm.filter
@@ -94,17 +94,26 @@ class Run:
             self._resume(newest)
             self.cluster.sync_weights(self.step)
         except BaseException:
-            self.cluster.close()
+            self._leave()
             raise
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop the workers and close the trackers."""
+        """Stop the workers and close the trackers; say of a failed worker when it failed and what goes on."""
+        self.tracker.close()
+        self._leave()
+        if isinstance(error, WorkerFailed):
+            newest = self.checkpoints.newest()
+            where = f"step {newest.step}" if newest else "the beginning"
+            raise WorkerFailed(
+                f"step {self.step + 1}: {error}\nThe same command goes on from {where} once the cause is mended."
+            ) from None
+
+    def _leave(self) -> None:
         for name, handler in self._old_handlers.items():
             signal.signal(name, handler)
-        self.tracker.close()
         self.console.close()
         self.cluster.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,13 +15,17 @@ from rsgrpo import cli
 from rsgrpo.advantages import credit_group, term_names, term_weights
 from rsgrpo.config import TrainConfig, validate
 from rsgrpo.metrics import rollout_metrics, scope_metrics, score_metrics
-from rsgrpo.run import Run, StopRequested
 from rsgrpo.types import TrainGroup
+
+if TYPE_CHECKING:
+    from rsgrpo.run import Run
 
 
 def train(config: TrainConfig) -> None:
     """Train one run to its last step, or until a signal asks it to stop; both leave a checkpoint."""
     validate(config)
+    from rsgrpo.run import Run, StopRequested  # loads torch: after the configuration has been checked
+
     with Run(config) as run:
         try:
             run.validate_if_due()

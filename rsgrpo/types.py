@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from rewards.api import Credit
 from rollout.types import Prompt, RolloutGroup
 from rsgrpo.errors import RsgrpoError as RsgrpoError
+
+if TYPE_CHECKING:  # a command line is checked before torch is loaded
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class MicroBatch:
     layout: where prompts and responses lie in the row.
     token_ids_T: (T,) int64. position_ids_3T: (3, T) int64, time, height, width of M-RoPE.
     features: (image tokens of the row, F) of a frozen tower; None without images or with a trained tower.
-    pixel_values, image_grid_thw: of all images in row order for a trained tower; None without images or with a frozen one.
+    pixel_values, image_grid_thw: of all images in row order for a trained tower; else None.
     head_index_N: (N,) int64, the row position whose hidden state predicts each response token.
     targets_N: (N,) int64. sample_index_N: (N,) int64, which response of the micro-batch a token belongs to.
     scope_KN: (K, N) bool. advantages_KN: (K, N) float32.
