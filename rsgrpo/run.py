@@ -201,11 +201,11 @@ class Run:
 
     def finish(self) -> None:
         """Export the model, write the report and show what came of the run."""
-        lines = {"run folder": str(self.folder), "steps": f"{self.step} of {self.total_steps}"}
-        lines |= _before_and_after(read_metrics(self.folder))
+        lines = _before_and_after(read_metrics(self.folder))
         memory = self.cluster.memory_mb()
         lines["time"] = f"{(time.monotonic() - self.started) / 60:.1f} minutes in this process"
         lines["memory"] = ", ".join(f"{role} {megabytes:.0f} MB" for role, megabytes in memory.items())
+        lines["run folder"] = str(self.folder)
         if self.config.checkpoint.export:
             export = self.folder / "export"
             with self.console.phase("export"):
@@ -214,7 +214,7 @@ class Run:
         self.tracker.close()
         with self.console.phase("report"):
             lines["report"] = str(write_report(self.folder))
-        self.console.summary(f"{self.config.name}: done", list(lines.items()))
+        self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
     def check_stop(self) -> None:
         """Raise StopRequested once a signal has arrived."""
@@ -329,10 +329,10 @@ def _differences(before: dict, after: dict, prefix: str = "") -> dict[str, tuple
 
 
 def _before_and_after(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return, per validation metric, its first and its last value."""
+    """Return the first and the last value of every validation score that is not zero all along."""
     lines = {}
     for key in sorted({key for row in rows for key in row if key.startswith("val/")}):
         values = [row[key] for row in rows if row.get(key) is not None]
-        if values and not key.endswith(("/num_prompts", "/prompt_errors")):
+        if any(values) and not key.endswith(("/num_prompts", "/num_tokens", "/prompt_errors")):
             lines[key] = f"{values[0]:.3f} → {values[-1]:.3f}"
     return lines

@@ -5,8 +5,10 @@ Owns the order of things within one step. Where they run, how a run starts, stop
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +38,7 @@ def train(config: TrainConfig) -> None:
             run.console.warning(f"stopped by {stop} after step {run.step}; the same command goes on from there")
             return
         run.finish()
+        run.console.summary("next", next_commands(run.folder, sys.argv[1:]))
 
 
 def take_step(run: Run, step: int) -> None:
@@ -80,6 +83,16 @@ def with_ref_logprobs(
             ),
         )
         for group, logprobs_G in zip(groups, ref_logprobs_PG, strict=True)
+    ]
+
+
+def next_commands(folder: Path, arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Return three commands worth trying after a run that was started with `arguments`."""
+    again = " ".join(argument for argument in arguments if not argument.startswith("name=")) or "recipe=..."
+    return [
+        ("what a reward says of the last rollouts", f"python -m rewards rewards.evisrag:evidence {folder} --limit 4"),
+        ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
+        ("the same run with plain GRPO", f"python -m rsgrpo.train {again} name={folder.name}-grpo algorithm=grpo"),
     ]
 
 
