@@ -1,0 +1,204 @@
+"""Who answers prompts: an engine of `rollout`, or an endpoint. One protocol, and the settings that choose.
+
+Knows no questions, files or parsing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from rollout.config import InputsConfig, RolloutConfig, VllmConfig
+from rollout.types import Prompt, SamplingParams
+from rsgrpo.checks import one_of, require, require_found
+from rsgrpo.errors import RsgrpoError
+
+if TYPE_CHECKING:
+    from recipes.endpoint import EndpointConfig
+    from rollout.engine import Engine
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What came back for one prompt.
+
+    finish_reason: "stop", "length", whatever else an endpoint says, or "error".
+    error: why there is no (whole) text; "" when there is.
+    """
+
+    prompt: Prompt
+    text: str
+    finish_reason: str
+    error: str = ""
+
+
+class Answerer(Protocol):
+    """Answers prompts, one response each."""
+
+    name: str
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+        """Yield one output per prompt, in any order; a prompt's own fault becomes `error` and stops no other.
+
+        Raises:
+            RsgrpoError: nothing more can be answered; what was finished has been yielded.
+        """
+        ...
+
+    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+        """Yield pieces of text as they are written, where that is possible, and at last the output."""
+        ...
+
+    def close(self) -> None:
+        """Free it."""
+        ...
+
+
+@dataclass(frozen=True)
+class AnswerModelConfig:
+    """The model that answers.
+
+    path: Hugging Face folder or hub id; not needed with an endpoint. revision: hub commit, "" for the newest.
+    trust_remote_code: run code that the model's folder brings along.
+    """
+
+    path: str = ""
+    revision: str = ""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerRolloutConfig:
+    """How answers are sampled, and by which engine; the keys mean what they mean in training.
+
+    engine: "hf" (embedded), "vllm" or "fake" (scripted); not used with an endpoint.
+    temperature: 0 is greedy. max_response_tokens: end-of-text included.
+    max_batch_sequences: sequences that the embedded engine decodes at once.
+    dtype, num_threads, device: of the embedded engine. script: of the scripted one.
+    """
+
+    engine: str = "hf"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_response_tokens: int = 2048
+    max_batch_sequences: int = 16
+    dtype: str = "float32"
+    num_threads: int = 0
+    device: str = "auto"
+    script: str = ""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+
+    def __post_init__(self) -> None:
+        one_of("rollout.device", self.device, ("auto", "cpu", "cuda"))
+        self.as_rollout_config()
+
+    def as_rollout_config(self) -> RolloutConfig:
+        """Return what engines take."""
+        return RolloutConfig(
+            engine=self.engine,
+            group_size=1,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_response_tokens=self.max_response_tokens,
+            max_batch_sequences=self.max_batch_sequences,
+            dtype=self.dtype,
+            num_threads=self.num_threads,
+            script=self.script,
+            vllm=self.vllm,
+        )
+
+
+def open_answerer(
+    model: AnswerModelConfig,
+    rollout: AnswerRolloutConfig,
+    inputs: InputsConfig,
+    endpoint: EndpointConfig,
+    *,
+    seed: int = 0,
+) -> Answerer:
+    """Start what the settings choose: the endpoint if it has an address, else the engine.
+
+    Raises:
+        RsgrpoError: it cannot start.
+    """
+    sampling = SamplingParams(
+        group_size=1,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_response_tokens,
+        seed=seed,
+    )
+    if endpoint.url:
+        from recipes.endpoint import Endpoint
+
+        return Endpoint(endpoint, sampling, inputs)
+    require(model.path != "", "model.path is empty: name a model folder or hub id, or an endpoint (endpoint.url)")
+    require_found("model.path", model.path)
+    return EngineAnswerer(model, rollout, inputs, sampling)
+
+
+class EngineAnswerer:
+    """Answers with an engine in this process.
+
+    Attributes:
+        name: the model's path.
+    """
+
+    def __init__(
+        self, model: AnswerModelConfig, rollout: AnswerRolloutConfig, inputs: InputsConfig, sampling: SamplingParams
+    ) -> None:
+        """Load the model.
+
+        Raises:
+            RsgrpoError: the engine cannot start, or cannot run this model.
+        """
+        import transformers
+
+        from rollout.engine import build_engine
+
+        transformers.utils.logging.disable_progress_bar()  # it would tear our own bars
+        self.name = model.path
+        self._sampling = sampling
+        # vLLM takes all prompts at once and bounds its memory itself; the embedded engine encodes what it is given.
+        self._at_once = 0 if rollout.engine == "vllm" else rollout.max_batch_sequences
+        try:
+            self._engine: Engine = build_engine(
+                model.path,
+                rollout.as_rollout_config(),
+                inputs,
+                num_threads=rollout.num_threads,
+                device=rollout.device,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+            )
+        except (ValueError, OSError, ImportError) as error:
+            raise RsgrpoError(f"the model {model.path} cannot be started: {error}") from error
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+        """Yield one output per prompt; see `Answerer`."""
+        at_once = self._at_once or max(1, len(prompts))
+        for start in range(0, len(prompts), at_once):
+            try:
+                for group in self._engine.generate(prompts[start : start + at_once], self._sampling):
+                    if group.error is not None:
+                        yield Output(group.prompt, "", "error", group.error)
+                    else:
+                        rollout = group.rollouts[0]
+                        yield Output(group.prompt, rollout.text, rollout.finish_reason)
+            except ValueError as error:  # the engine's own errors; what a prompt is to blame for came as group.error
+                raise RsgrpoError(f"the engine failed: {error}") from error
+
+    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+        """Yield the output; engines in this process give an answer whole."""
+        yield from self.answer([prompt])
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._engine.close()

@@ -1,0 +1,309 @@
+"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming. The home of `httpx`.
+
+Pages are sent decoded and resized as training sees them. Nothing of engines, files or parsing is known here.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from recipes.answering import Output
+from recipes.questions import IMAGE_MARK
+from rollout.config import InputsConfig
+from rollout.images import PromptError, decode, smart_resize
+from rollout.types import ImageSource, Prompt, SamplingParams
+from rsgrpo.checks import above, at_least, require
+from rsgrpo.errors import RsgrpoError
+
+log = logging.getLogger(__name__)
+
+PATCH = 28  # sides of merged vision tokens of the Qwen2-VL family; a server resizes such images no further
+CONNECT_TIMEOUT_S = 10.0
+MAX_DELAY_S = 60.0
+RETRIED = (408, 409, 425, 429)  # and every 5xx
+HOPELESS = (401, 403, 404)
+
+
+class EndpointError(RsgrpoError):
+    """The endpoint is down, refuses the key or does not know the model: nothing more can be asked."""
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """An OpenAI-compatible server that answers instead of an engine of our own.
+
+    url: base address, such as http://localhost:8000/v1; "" uses `rollout.engine`.
+    model: name the server knows the model by; "" takes the only one it serves.
+    api_key_env: environment variable that holds the key; the key itself is never written anywhere.
+    concurrency: requests at once.
+    timeout_s: the longest that one answer may take.
+    max_tries: requests for one answer before the endpoint counts as down.
+    backoff_s: wait after the first failure; it doubles with each further one.
+    """
+
+    url: str = ""
+    model: str = ""
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout_s: float = 600.0
+    max_tries: int = 6
+    backoff_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.url == "" or self.url.startswith(("http://", "https://")),
+            f"endpoint.url must start with http:// or https://, such as http://localhost:8000/v1; got {self.url!r}",
+        )
+        at_least(1, endpoint__concurrency=self.concurrency, endpoint__max_tries=self.max_tries)
+        above(0, endpoint__timeout_s=self.timeout_s)
+        at_least(0, endpoint__backoff_s=self.backoff_s)
+
+
+class Endpoint:
+    """An answerer (`recipes.answering.Answerer`) behind HTTP. Close it after use.
+
+    Attributes:
+        name: of the model, as the server knows it.
+    """
+
+    def __init__(self, config: EndpointConfig, sampling: SamplingParams, inputs: InputsConfig) -> None:
+        """Connect, and ask for the model's name where it is not given.
+
+        Raises:
+            EndpointError: the endpoint does not answer.
+        """
+        self._config = config
+        self._sampling = sampling
+        self._inputs = inputs
+        self._stop = threading.Event()
+        self._last_success = 0.0
+        key = os.environ.get(config.api_key_env, "")
+        try:
+            self._client = httpx.Client(
+                base_url=config.url.rstrip("/") + "/",
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=httpx.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
+                limits=httpx.Limits(max_connections=config.concurrency),
+            )
+        except httpx.InvalidURL as error:
+            raise EndpointError(f"endpoint.url={config.url} is no address: {error}") from error
+        try:
+            self.name = config.model or self._only_model()
+        except BaseException:
+            self._client.close()
+            raise
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+        """Yield one output per prompt as it arrives; a request that the server refuses becomes an output with `error`.
+
+        Raises:
+            EndpointError: the endpoint is down; what had arrived has been yielded before.
+        """
+        self._stop.clear()
+        pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="endpoint")
+        futures = [pool.submit(self._ask, prompt) for prompt in prompts]
+        waiting = set(futures)
+        try:
+            for future in as_completed(futures):
+                waiting.discard(future)
+                yield future.result()
+        except EndpointError:
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            yield from (future.result() for future in waiting if _succeeded(future))
+            raise
+        finally:
+            self._stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+        """Yield the text in pieces as it is written, then the output.
+
+        Raises:
+            EndpointError: the endpoint is down.
+        """
+        self._stop.clear()
+        text, finish_reason = "", "stop"
+        try:
+            body = self._body(prompt) | {"stream": True}
+            with closing(self._open(body, stream=True)) as response:
+                for delta, reason in _events(response):
+                    finish_reason = reason or finish_reason
+                    if delta:
+                        text += delta
+                        yield delta
+        except PromptError as error:
+            yield Output(prompt, text, "error", str(error))
+            return
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            yield Output(prompt, text, "error", f"the answer broke off: {type(error).__name__}: {error}")
+            return
+        yield Output(prompt, text, finish_reason)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._stop.set()
+        self._client.close()
+
+    def _only_model(self) -> str:
+        try:
+            models = [entry["id"] for entry in self._request("GET", "models").json()["data"]]
+        except (PromptError, ValueError, KeyError, TypeError) as error:
+            raise EndpointError(
+                f"endpoint {self._config.url} lists no models ({error}); name the model: endpoint.model"
+            ) from error
+        if len(models) != 1:
+            raise EndpointError(
+                f"endpoint {self._config.url} serves {', '.join(models) or 'no model'}; choose one: endpoint.model"
+            )
+        return str(models[0])
+
+    def _ask(self, prompt: Prompt) -> Output:
+        try:
+            response = self._open(self._body(prompt))
+            choice = response.json()["choices"][0]
+            text, reason = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
+        except PromptError as error:
+            return Output(prompt, "", "error", str(error))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            return Output(prompt, "", "error", f"the reply is no chat completion: {type(error).__name__}: {error}")
+        return Output(prompt, text, reason)
+
+    def _body(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the request: text and pages in the order of the prompt's marks.
+
+        Raises:
+            PromptError: a page cannot be read, or there are too many.
+        """
+        limit = self._inputs.max_images
+        if len(prompt.images) > limit:
+            raise PromptError(f"the prompt has {len(prompt.images)} images, inputs.max_images is {limit}")
+        content: list[dict[str, Any]] = []
+        for number, piece in enumerate(prompt.text.split(IMAGE_MARK)):
+            if number:
+                url = page_url(prompt.images[number - 1], self._inputs.min_pixels, self._inputs.max_pixels)
+                content.append({"type": "image_url", "image_url": {"url": url}})
+            if piece:
+                content.append({"type": "text", "text": piece})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if prompt.system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+        sampling = self._sampling
+        return {
+            "model": self.name,
+            "messages": messages,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": sampling.seed,
+            **({"top_k": sampling.top_k} if sampling.top_k else {}),
+        }
+
+    def _open(self, body: dict[str, Any], *, stream: bool = False) -> httpx.Response:
+        return self._request("POST", "chat/completions", body, stream=stream)
+
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, stream: bool = False
+    ) -> httpx.Response:
+        """Send a request until it is answered.
+
+        Raises:
+            PromptError: the server refuses this request. EndpointError: no request can succeed.
+        """
+        config, started = self._config, time.monotonic()
+        fault, delay_s = "", config.backoff_s
+        for attempt in range(1, config.max_tries + 1):
+            try:
+                request = self._client.build_request(method, path, json=body)
+                response = self._client.send(request, stream=stream)
+            except httpx.TransportError as error:
+                fault = f"{type(error).__name__}: {error}"
+                wait_s = delay_s
+            else:
+                if response.status_code < 400:
+                    self._last_success = time.monotonic()
+                    return response
+                fault = f"HTTP {response.status_code}: {_detail(response)}"
+                if response.status_code in HOPELESS:
+                    raise EndpointError(f"endpoint {config.url} refuses every request, {fault}; {self._hint(response)}")
+                if response.status_code < 500 and response.status_code not in RETRIED:
+                    raise PromptError(f"the endpoint refuses the request, {fault}")
+                wait_s = _retry_after(response, delay_s)
+            if attempt < config.max_tries:
+                log.info("try %d of %d failed, next in %.1f s: %s", attempt, config.max_tries, wait_s, fault)
+                if self._stop.wait(min(wait_s, MAX_DELAY_S) * random.uniform(1.0, 1.2)):
+                    raise EndpointError("stopped")
+                delay_s *= 2
+        if self._last_success > started:  # others get through: it is this request that the server cannot answer
+            raise PromptError(f"the endpoint failed {config.max_tries} times, {fault}")
+        raise EndpointError(
+            f"endpoint {config.url} did not answer in {config.max_tries} tries, the last was {fault}; is the server "
+            "running, and is endpoint.url right?"
+        )
+
+    def _hint(self, response: httpx.Response) -> str:
+        if response.status_code == 404:
+            return f"check endpoint.url, which usually ends in /v1, and endpoint.model={self._config.model!r}"
+        return f"put the key into the environment variable {self._config.api_key_env} (endpoint.api_key_env)"
+
+
+def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:
+    """Return a page as a data URL: decoded and resized as for training, as PNG.
+
+    Raises:
+        PromptError: it cannot be read.
+    """
+    image = decode(source)
+    height, width = smart_resize(image.height, image.width, PATCH, min_pixels, max_pixels)
+    buffer = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _succeeded(future: Future[Output]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _events(response: httpx.Response) -> Iterator[tuple[str, str]]:
+    """Yield (text, finish reason) of a streamed answer; of a server that does not stream, all at once."""
+    if "text/event-stream" not in response.headers.get("content-type", ""):
+        choice = json.loads(response.read())["choices"][0]
+        yield choice["message"].get("content") or "", choice.get("finish_reason") or ""
+        return
+    for line in response.iter_lines():
+        payload = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if payload == "[DONE]":
+            return
+        for choice in json.loads(payload).get("choices", []) if payload else []:
+            yield choice.get("delta", {}).get("content") or "", choice.get("finish_reason") or ""
+
+
+def _detail(response: httpx.Response) -> str:
+    """Return what the server says is wrong, in one line."""
+    text = response.read().decode(errors="replace").strip()
+    try:
+        error = json.loads(text).get("error")
+        text = error["message"] if isinstance(error, dict) else str(error or text)
+    except (ValueError, KeyError, AttributeError):
+        pass  # not the usual form: the text itself will do
+    return " ".join(text.split())[:300] or "no reason given"
+
+
+def _retry_after(response: httpx.Response, default_s: float) -> float:
+    given = response.headers.get("retry-after", "")
+    return float(given) if given.isdigit() else default_s

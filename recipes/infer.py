@@ -1,0 +1,252 @@
+"""Answer questions over page images: `python -m recipes.infer "how much?" --image a.png --model runs/x/export`.
+
+One question, a conversation over the same pages, or a file of questions. Owns the command line and what it shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from recipes.answering import Answerer, AnswerModelConfig, AnswerRolloutConfig, Output, open_answerer
+from recipes.batch import answer_batch, result_line
+from recipes.endpoint import EndpointConfig
+from recipes.questions import Question, named_prompt, read_questions, to_prompt
+from rollout.config import ConfigError, InputsConfig
+from rollout.types import Prompt
+from rsgrpo.console import Console
+from rsgrpo.errors import RsgrpoError
+
+INTERRUPTED = 130
+HELP = "A question; or: /images A.png B.png ... other pages; /json shows the last answer as JSON; /quit"
+
+
+class Session:
+    """A prompt template, an answerer and a terminal; questions are answered one after another.
+
+    images: the pages that questions are about; may be replaced.
+    """
+
+    def __init__(self, answerer: Answerer, template: str, system: str, images: Sequence[str], out: IO[str]) -> None:
+        self.images = tuple(images)
+        self._answerer = answerer
+        self._template = template
+        self._system = system
+        self._out = out
+        self._num_asked = 0
+
+    def ask(self, question: str, *, show: bool = True) -> dict[str, Any]:
+        """Answer one question, showing the text as it is written where the answerer can; return its result line."""
+        self._num_asked += 1
+        item = Question(f"question-{self._num_asked}", question, self.images)
+        prompt = to_prompt(item, self._template, self._system)
+        streamed = False
+        output = Output(prompt, "", "error", "no answer came")
+        for piece in self._answerer.stream(prompt):
+            if isinstance(piece, Output):
+                output = piece
+            elif show:
+                streamed = True
+                self._out.write(piece)
+                self._out.flush()
+        line = result_line(output, self._answerer.name)
+        if show:
+            self._out.write(("\n" if streamed else f"{output.text}\n" if output.text else "") + f"{summary_of(line)}\n")
+            self._out.flush()
+        return line
+
+
+def summary_of(line: dict[str, Any]) -> str:
+    """Return the few lines that stand under an answer: the answer, the pages it rests on, and what is wrong."""
+    if line["finish_reason"] == "error":
+        return f"error: {line['errors'][0]}"
+    pages = [
+        f"  [{slot['index']}] {slot['image'] or ''}: {slot['text']}" for slot in line["evidence"] if slot["relevant"]
+    ]
+    parts = [f"answer: {line['answer']}" + (" (the pages are insufficient)" if line["insufficient"] else "")]
+    parts += ["evidence:", *pages] if pages else []
+    if line["finish_reason"] == "length":
+        parts.append("cut off at the token limit: raise --max-tokens")
+    parts += [f"fault: {fault}" for fault in line["errors"]]
+    return "\n".join(parts)
+
+
+def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bool) -> None:
+    """Answer questions line by line until the input ends or says /quit."""
+    last: dict[str, Any] | None = None
+    if prompts_user:
+        out.write(f"{HELP}\n")
+    while True:
+        if prompts_user:
+            out.write("> ")
+            out.flush()
+        line = lines.readline()
+        text = line.strip()
+        if not line or text == "/quit":
+            return
+        try:
+            if text.startswith("/images"):
+                session.images = tuple(checked_images(text.split()[1:]))
+            elif text == "/json":
+                out.write(f"{json.dumps(last, ensure_ascii=False, indent=2)}\n")
+            elif text.startswith("/"):
+                out.write(f"{HELP}\n")
+            elif text:
+                last = session.ask(text)
+        except RsgrpoError as error:
+            out.write(f"error: {error}\n")
+
+
+def checked_images(paths: Sequence[str]) -> Sequence[str]:
+    """Return the paths.
+
+    Raises:
+        RsgrpoError: one is not a file.
+    """
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        raise RsgrpoError(f"there is no image {', '.join(missing)} (a question stands before --image)")
+    return paths
+
+
+def run_batch(options: argparse.Namespace, answerer: Answerer, template: str, system: str) -> None:
+    """Answer a file of questions."""
+    out = options.out or Path(options.batch.replace(":", ".").rstrip("/")).with_suffix(".answers.jsonl")
+    questions = read_questions(options.batch, image_dir=options.image_dir)
+    prompts: list[Prompt] = [to_prompt(question, template, system) for question in questions]
+    with Console(sys.stderr) as console:
+        summary = answer_batch(prompts, answerer, out, share_equal=options.temperature == 0, console=console)
+        console.summary(
+            "Answered",
+            [
+                ("questions", str(len(questions))),
+                ("asked", str(summary.asked)),
+                ("equal to another", str(summary.shared)),
+                ("there already", str(summary.reused)),
+                ("failed", str(summary.failed)),
+                ("answers", str(out)),
+            ],
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m recipes.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("question", nargs="?", help="one question; without it (and without --batch) a conversation")
+    what = top.add_argument_group("what is asked")
+    what.add_argument("--image", nargs="+", action="extend", default=[], help="the pages, in order")
+    what.add_argument("--batch", metavar="FILE", help="rows with id, question (or query) and image: see docs/data.md")
+    what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
+    what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
+    what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
+    what.add_argument("--system", default="", help="system message; the default is the prompt's, else the model's")
+    what.add_argument("--json", action="store_true", help="print the result of one question as one JSON line")
+    who = top.add_argument_group("who answers")
+    who.add_argument("--model", default="", help="model folder or hub id; with --endpoint, the name the server uses")
+    who.add_argument("--engine", choices=["hf", "vllm", "fake"], default="hf", help="default: hf")
+    who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
+    who.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds its key")
+    who.add_argument("--concurrency", type=int, default=8, help="requests to the endpoint at once")
+    who.add_argument("--max-tries", type=int, default=6, help="requests for one answer before the endpoint is down")
+    who.add_argument("--timeout-s", type=float, default=600.0, help="the longest that one answer may take")
+    who.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")
+    who.add_argument("--revision", default="", help="hub commit of the model")
+    who.add_argument("--script", default="", help="answers of the fake engine")
+    _add_limits(top.add_argument_group("how"))
+    return top
+
+
+def _add_limits(how: argparse._ArgumentGroup) -> None:
+    limits, rollout = InputsConfig(), AnswerRolloutConfig()
+    how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    how.add_argument("--top-p", type=float, default=1.0)
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--max-tokens", type=int, default=rollout.max_response_tokens, help="of an answer")
+    how.add_argument("--min-pixels", type=int, default=limits.min_pixels, help="area of a resized page")
+    how.add_argument("--max-pixels", type=int, default=limits.max_pixels)
+    how.add_argument("--max-images", type=int, default=limits.max_images, help="pages of a question")
+    how.add_argument("--max-prompt-tokens", type=int, default=limits.max_prompt_tokens)
+    how.add_argument("--batch-size", type=int, default=rollout.max_batch_sequences, help="of the embedded engine")
+    how.add_argument("--dtype", choices=["float32", "bfloat16"], default=rollout.dtype, help="of the embedded engine")
+    how.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the embedded engine")
+    how.add_argument("--num-threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
+
+
+def answerer_of(options: argparse.Namespace) -> Answerer:
+    """Start what the command line chooses."""
+    endpoint = EndpointConfig(
+        url=options.endpoint,
+        model=options.model if options.endpoint else "",
+        api_key_env=options.api_key_env,
+        concurrency=options.concurrency,
+        max_tries=options.max_tries,
+        timeout_s=options.timeout_s,
+    )
+    inputs = InputsConfig(options.min_pixels, options.max_pixels, options.max_images, options.max_prompt_tokens)
+    rollout = AnswerRolloutConfig(
+        engine=options.engine,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_response_tokens=options.max_tokens,
+        max_batch_sequences=options.batch_size,
+        dtype=options.dtype,
+        num_threads=options.num_threads,
+        device=options.device,
+        script=options.script,
+    )
+    model = AnswerModelConfig(options.model, options.revision, options.trust_remote_code)
+    return open_answerer(model, rollout, inputs, endpoint, seed=options.seed)
+
+
+def answer(options: argparse.Namespace) -> int:
+    """Do what the command line says; return the exit code."""
+    from rsgrpo.prompts import read_template
+
+    prompt = named_prompt(options.prompt)
+    template, system = read_template(prompt), options.system or prompt.system
+    if options.batch and (options.question or options.image):
+        raise RsgrpoError("--batch brings its own questions and pages: leave the question and --image out")
+    if not options.batch and not template:
+        raise RsgrpoError(f"--prompt {options.prompt} has no template to put a question into; choose another")
+    images = checked_images(options.image)
+    answerer = answerer_of(options)
+    try:
+        if options.batch:
+            run_batch(options, answerer, template, system)
+            return 0
+        session = Session(answerer, template, system, images, sys.stdout)
+        if not options.question:
+            converse(session, sys.stdin, sys.stdout, prompts_user=sys.stdin.isatty())
+            return 0
+        line = session.ask(options.question, show=not options.json)
+        if options.json:
+            print(json.dumps(line, ensure_ascii=False))
+        return int(line["finish_reason"] == "error")
+    finally:
+        answerer.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 1 for an error, 130 when stopped by Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options = parser().parse_args(argv)
+    try:
+        return answer(options)
+    except (RsgrpoError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        kept = "; answers so far are kept, the same command goes on" if options.batch else ""
+        print(f"stopped{kept}", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
