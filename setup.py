@@ -38,6 +38,9 @@ setup(
         "pillow>=10.4",
         "psutil>=6",
         "numpy>=2,<3",
+        "httpx>=0.27,<1",
+        "pyyaml>=6",
+        "huggingface-hub>=1,<3",
     ],
     extras_require={
         # vLLM pins its own torch (0.32: 2.13.0). It is the fast rollout engine; CPU development uses the embedded one.
