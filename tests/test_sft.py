@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from recipes import prepare
-from recipes.sft import GoldResponses, as_train_config, sft
+from recipes.gold_responses import GoldResponses
+from recipes.sft import as_train_config, sft
 from rollout.types import Prompt
 from rsgrpo.cli import compose
 from rsgrpo.config import SftConfig, TrainConfig
 from rsgrpo.console import Console
+from rsgrpo.data import PromptDataset
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.tracking import read_metrics
 
@@ -89,7 +91,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(configure, tmp_pat
 
     def stop_in_second_step(self, prompts):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:  # the first is for the held-out rows
             os.kill(os.getpid(), signal.SIGTERM)
         return groups(self, prompts)
 
@@ -165,8 +167,10 @@ def test_a_response_is_the_answer_column_and_end_of_text(configure):
     assert sample.token_ids_T[-1] == processor.eos_token_id
     assert sample.rollout_logprobs_T is None
     assert num_dropped == 0
-    with pytest.raises(RsgrpoError, match="'answer' holds a list of answers"):
-        gold.groups([Prompt("b", "?", truth={"answers": ["7", "seven"]})])
+    listed = Prompt("b", "?", truth={"answers": ["7", "seven"]})
+    assert gold.groups([listed]) == ([], 1)
+    with pytest.raises(RsgrpoError, match="id b: column 'answer' holds a list of answers"):
+        gold.check(PromptDataset([listed]))
 
 
 def test_every_setting_that_training_shares_is_handed_over(configure):
