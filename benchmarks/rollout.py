@@ -57,7 +57,13 @@ def make_prompts(folder: Path, num_prompts: int, num_words: int, num_images: int
 
 
 def measure_sampling(
-    engine_name: str, separate: bool, model_path: str, prompts: list[Prompt], sampling: SamplingParams, threads: int
+    engine_name: str,
+    separate: bool,
+    caching: bool,
+    model_path: str,
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    threads: int,
 ) -> dict[str, float]:
     """Return tokens/s, seconds, prefix-cache hit rate and memory of one engine on all prompts."""
     from rollout.engine import build_engine
@@ -67,7 +73,7 @@ def measure_sampling(
         max_response_tokens=sampling.max_tokens,
         max_batch_sequences=64,
         num_threads=threads,
-        vllm=VllmConfig(kv_cache_gib=0.5, max_num_seqs=64, mm_cache_gib=0.5),
+        vllm=VllmConfig(kv_cache_gib=0.5, max_num_seqs=64, mm_cache_gib=0.5, prefix_caching=caching),
     )
     started = time.perf_counter()
     engine = build_engine(model_path, config, INPUTS, num_threads=threads)
@@ -183,14 +189,15 @@ def main() -> None:
             prompts = make_prompts(folder, options.prompts, options.words, options.images)
             sampling = SamplingParams(group_size=options.group, max_tokens=options.tokens)
             rows = {
-                "vLLM, groups": ("vllm", False),
-                f"vLLM, {options.group} separate prompts": ("vllm", True),
-                "embedded (hf)": ("hf", False),
+                "vLLM, groups": ("vllm", False, True),
+                f"vLLM, {options.group} separate prompts": ("vllm", True, True),
+                f"vLLM, {options.group} separate prompts, no prefix cache": ("vllm", True, False),
+                "embedded (hf)": ("hf", False, True),
             }
             print("| engine | tokens/s | seconds | prefix-cache hits | peak memory MiB | start s |")
             print("|---|---|---|---|---|---|")
-            for label, (engine, separate) in rows.items():
-                row = alone(measure_sampling, engine, separate, model_path, prompts, sampling, options.threads)
+            for label, how in rows.items():
+                row = alone(measure_sampling, *how, model_path, prompts, sampling, options.threads)
                 hits = "" if row["hit_rate"] != row["hit_rate"] else f"{row['hit_rate']:.1%}"
                 print(
                     f"| {label} | {row['tokens_per_s']:,.0f} | {row['seconds']:.1f} | {hits} "
