@@ -6,14 +6,21 @@ Owns the command line only; the parts are in `recipes.retrieval`.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rsgrpo.console import Console
 from rsgrpo.errors import RsgrpoError
+
+if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
+    from recipes.retrieval.encoders import Encoder
+    from recipes.retrieval.retriever import FoundPage, Retriever
 
 USER_ERROR = 1
 
@@ -39,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m recipes.retrieve", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_ingest(commands.add_parser("ingest", help="render documents into a store of page images"))
+    _add_index(commands.add_parser("index", help="encode a store's pages; run again after an ingest"))
+    _add_search(commands.add_parser("search", help="find the pages for a question"))
     return top
 
 
@@ -90,6 +99,127 @@ def _ingest(options: argparse.Namespace) -> int:
         ]
         console.summary(f"store {options.out}", rows)
     return 0
+
+
+def _add_encoder(command: argparse.ArgumentParser) -> None:
+    command.add_argument("store", type=Path, metavar="STORE")
+    command.add_argument("--model", required=True, help="folder or hub name; of --kind imported the folder of vectors")
+    command.add_argument("--kind", choices=("image", "text", "late", "imported"), default="image")
+    command.add_argument("--index", type=Path, help="default: STORE/index")
+    command.add_argument("--pooling", choices=("weighted_mean", "mean", "last", "cls"), default="")
+    command.add_argument("--query-prefix", help="put before every query; default: the model's own, or VisRAG's")
+    command.add_argument("--min-pixels", type=int, default=4 * 28 * 28)
+    command.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28)
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--device", default="", help="default: a GPU where there is one")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument("--revision", default="")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _encoder(options: argparse.Namespace) -> Encoder:
+    from recipes.retrieval.encoders import EncoderSettings, load_encoder
+
+    names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
+    names += ["revision", "trust_remote_code"]
+    return load_encoder(EncoderSettings(**{name: getattr(options, name) for name in names}))
+
+
+def _index_folder(options: argparse.Namespace) -> Path:
+    return options.index or options.store / "index"
+
+
+def _add_index(command: argparse.ArgumentParser) -> None:
+    command.description = "Encode the pages that the index lacks, and delete those that the store has no more."
+    _add_encoder(command)
+    command.add_argument("--shard-pages", type=int, default=2_048, help="a process that dies repeats at most as many")
+    command.add_argument("--index-dtype", choices=("float16", "float32"), default="float16")
+    command.add_argument("--faiss", choices=("flat", "ivf"), help="also build a FAISS file for search --backend")
+    command.set_defaults(run=_index)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from recipes.retrieval.encode_store import update_index
+    from recipes.retrieval.index import VectorIndex
+    from recipes.retrieval.store import PageStore
+
+    store = PageStore.open(options.store)
+    encoder = _encoder(options)
+    index = VectorIndex.create(_index_folder(options), encoder, options.index_dtype)
+    with Console() as console:
+        report = update_index(
+            store,
+            encoder,
+            index,
+            shard_pages=options.shard_pages,
+            batch_pages=8 * options.batch_size,
+            console=console,
+        )
+        if options.faiss:
+            from recipes.retrieval.faiss_search import build
+
+            console.info(f"wrote {build(index, options.faiss)}")
+        rows = [("added", report.num_added), ("deleted", report.num_deleted), ("pages", report.num_pages)]
+        console.summary(f"index {index.folder}", [(what, str(count)) for what, count in rows])
+    return 0
+
+
+def _add_search(command: argparse.ArgumentParser) -> None:
+    command.description = "Find the pages for a question: a table, or JSON lines."
+    _add_encoder(command)
+    command.add_argument("queries", nargs="+", metavar="QUERY")
+    _add_search_options(command)
+    command.add_argument("--json", action="store_true", help="one JSON line per query")
+    command.set_defaults(run=_search)
+
+
+def _add_search_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-k", type=int, default=5, help="pages")
+    command.add_argument("--backend", choices=("exact", "flat", "ivf"), default="exact")
+    command.add_argument("--num-probes", type=int, default=32, help="lists read per query (ivf)")
+    command.add_argument("--rerank", metavar="MODEL", help="late-interaction model that orders the candidates anew")
+    command.add_argument("--rerank-index", type=Path, metavar="INDEX", help="its index; needed with --rerank")
+    command.add_argument("--candidates", type=int, default=100, help="pages that are reranked")
+
+
+def _retriever(options: argparse.Namespace) -> Retriever:
+    from recipes.retrieval.encoders import EncoderSettings, load_encoder
+    from recipes.retrieval.retriever import Retriever
+
+    reranker = None
+    if options.rerank:
+        if options.rerank_index is None:
+            raise RsgrpoError("--rerank needs --rerank-index, the index that this model made")
+        late = EncoderSettings(options.rerank, "late", device=options.device, max_pixels=options.max_pixels)
+        reranker = (load_encoder(late), options.rerank_index)
+    return Retriever(
+        options.store,
+        _index_folder(options),
+        _encoder(options),
+        backend=options.backend,
+        num_probes=options.num_probes,
+        reranker=reranker,
+        num_candidates=options.candidates,
+    )
+
+
+def _search(options: argparse.Namespace) -> int:
+    retriever = _retriever(options)
+    for query, found in zip(options.queries, retriever.search(options.queries, options.k), strict=True):
+        if options.json:
+            pages = [asdict(page) | {"text": page.text[:500]} for page in found]
+            print(json.dumps({"query": query, "pages": pages}, ensure_ascii=False))
+        else:
+            print(f"{query}\n" + "\n".join(table_lines(found)) if found else f"{query}\n  (no pages)")
+    return 0
+
+
+def table_lines(found: Sequence[FoundPage]) -> list[str]:
+    """Return the lines of a table of found pages."""
+    rows = [("rank", "score", "page", "document", "image")]
+    rows += [(str(page.rank), f"{page.score:.4f}", str(page.number), page.document, page.image) for page in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
 
 
 if __name__ == "__main__":

@@ -167,16 +167,12 @@ class PageStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only writer; the lock goes with the process, however that ends.
+        """Be the only writer.
 
         Raises:
             StoreError: another process writes.
         """
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StoreError(f"another process is writing to {self.folder}; wait for it") from error
+        with single_writer(self.folder):
             yield
 
     def documents(self) -> list[DocumentRow]:
@@ -281,6 +277,21 @@ class PageStore:
                     "height": page["height"],
                     "text": page["text"],
                 }
+
+
+@contextmanager
+def single_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it goes with the process, however that ends.
+
+    Raises:
+        StoreError: another process holds it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StoreError(f"another process is writing to {folder}; wait for it") from error
+        yield
 
 
 @contextmanager
