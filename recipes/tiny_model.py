@@ -38,7 +38,8 @@ CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] -%}
-{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}
 {%- endfor %}{% endif %}<|im_end|>
 {% endfor -%}
 {%- if add_generation_prompt %}<|im_start|>assistant
@@ -92,7 +93,10 @@ def build_model(
     seed: int = 0,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Return a float32 Qwen2.5-VL with random weights; the defaults have 1.7 M parameters."""
-    token_id = tokenizer.convert_tokens_to_ids
+
+    def token_id(token: str) -> int:
+        return tokenizer.get_vocab()[token]
+
     rotary_pairs = hidden_size // num_heads // 2
     height_pairs = 3 * rotary_pairs // 8  # Qwen2.5-VL splits 64 pairs as 16 (time), 24 (height), 24 (width)
     vocab_size = vocab_size or len(tokenizer)
@@ -138,7 +142,7 @@ def build_model(
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).to(torch.float32)
+    model = Qwen2_5_VLForConditionalGeneration(config).float()
     model.generation_config.eos_token_id = token_id("<|im_end|>")
     model.generation_config.pad_token_id = token_id("<|endoftext|>")
     return model

@@ -56,9 +56,9 @@ class Rollout:
     """One sampled response of T tokens.
 
     token_ids_T: sampled ids, the end-of-text token included when it was sampled.
-    logprobs_T: natural log-probabilities under log_softmax((logits + ban) / temperature); for greedy, temperature 1.
+    logprobs_T: natural log-probabilities under log_softmax((logits + ban) / temperature); greedy: T = 1.
     text: decoded characters, without end-of-text.
-    token_spans_T: (start, end) characters of `text` of which the token holds any byte; (n, n) at the end for end-of-text.
+    token_spans_T: (start, end) characters of `text` of which the token holds any byte; (n, n) for end-of-text.
     finish_reason: "stop" at end-of-text, "length" at the limit.
     weights_version: version of the weights that sampled it.
     """

@@ -18,9 +18,9 @@ import numpy as np
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from rollout.worker import RolloutPool, WorkerError, start_rollout_worker
 
 from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.worker import RolloutPool, WorkerError, start_rollout_worker
 from rsgrpo.config import TrainConfig
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.placement import place
@@ -47,7 +47,6 @@ class LearnerWorker:
 
     def __init__(self, rank: int, num_threads: int) -> None:
         import torch
-
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # the driver alone draws bars

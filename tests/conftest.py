@@ -10,10 +10,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from pathlib import Path  # noqa: E402
+from pathlib import Path
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 CORPUS = [
     "<observe>page 1 shows a code 4 and an amount 7</observe>\n<evidence>\n[1]: code 4 amount 7\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,12 @@ def rollout(num_tokens: int) -> Rollout:
     return Rollout([7] * num_tokens, [-0.5] * num_tokens, "x" * num_tokens, spans_T, "stop", 0)
 
 
-def scored(credits_GK: list[list[list[Credit]]], num_tokens: list[int]) -> ScoredGroup:
+def scored(credits_GK: Sequence[Sequence[Sequence[Credit]]], num_tokens: list[int]) -> ScoredGroup:
     names = tuple(f"r{k}" for k in range(len(credits_GK[0])))
     means = [[float(np.mean([c.score for c in cs])) if cs else None for cs in row] for row in credits_GK]
     group = RolloutGroup(Prompt("p", "q"), tuple(rollout(n) for n in num_tokens))
-    return ScoredGroup(group, names, means, credits_GK, [[False] * len(names) for _ in num_tokens])
+    credits = [[tuple(cs) for cs in row] for row in credits_GK]
+    return ScoredGroup(group, names, means, credits, [[False] * len(names) for _ in num_tokens])
 
 
 def one(score: float, start: int, end: int) -> list[Credit]:
