@@ -78,7 +78,12 @@ class Learner:
         self.encoder = encoder or InputProcessor(
             model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        frozen_tower = model.freeze_vision or model.lora.rank > 0 or not trainable
+        frozen_tower = model.freeze_vision or not trainable
+        if trainable and model.lora.rank and not model.freeze_vision:
+            raise RsgrpoError(
+                f"model.lora.rank={model.lora.rank} trains adapters on the language model only; "
+                "set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
+            )
         self.policy = self._build_policy(hf_model, trainable, frozen_tower)
         family, hf = self.policy.family, self.policy.hf
         prompts = PromptStore(

@@ -113,7 +113,13 @@ class Policy(nn.Module):
         banned_V = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
         banned_V[list(banned_token_ids)] = True
         self.register_buffer("banned_V", banned_V, persistent=False)
-        self.family.language_model(model).config._attn_implementation = attention
+        config = self.family.language_model(model).config
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise RsgrpoError(
+                "the model has sliding-window layers, which the shared prefix does not know; "
+                "set use_sliding_window=false in its config.json if it was trained without them"
+            )
+        config._attn_implementation = attention
         if frozen_tower:
             self.family.vision_tower(model).requires_grad_(False)
 

@@ -75,7 +75,7 @@ class FeatureCache:
 
 
 class PromptStore:
-    """Encodes a step's prompts once each, ahead of use, and keeps them until the step is over.
+    """Encodes a step's prompts once each, ahead of use, and keeps them until others come.
 
     Args:
         encoder: renders and decodes.
@@ -106,12 +106,20 @@ class PromptStore:
         return list(self._pool.map(self._count, prompts))
 
     def start(self, prompts: Sequence[Prompt], order: Sequence[int]) -> None:
-        """Begin a step: forget the last one and encode `prompts` in the order in which they will be needed."""
+        """Begin a pass: encode `prompts` in the order in which they will be needed.
+
+        What the last pass encoded is kept where the prompt comes again (reference logprobs, then the update).
+        """
         for future in self._inputs.values():
             future.cancel()
+        before = {self._prompts[index].id: (self._prompts[index], done) for index, done in self._encoded.items()}
         self._prompts = prompts
         self._inputs, self._encoded = {}, {}
-        self._waiting = list(dict.fromkeys(order))
+        for index in order:
+            prompt, done = before.get(prompts[index].id, (None, None))
+            if done is not None and prompt == prompts[index]:
+                self._encoded[index] = done
+        self._waiting = [index for index in dict.fromkeys(order) if index not in self._encoded]
         self._submit()
 
     def get(self, index: int) -> EncodedPrompt:

@@ -11,6 +11,8 @@ import torch
 from learner_material import make_groups, make_learner
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from rollout.inputs import PromptInputs
+from rollout.types import Prompt
 from rsgrpo.config import AlgorithmConfig, LoraConfig
 from rsgrpo.learner import Learner, check_groups, merge_updates
 from rsgrpo.schedule import lr_factor
@@ -293,13 +295,14 @@ def test_the_self_check_finds_a_model_that_does_not_see_its_images(tiny_model_pa
         learner.update(groups, WEIGHTS)
 
 
-def test_images_are_encoded_once_over_steps(tiny_model_path, groups):
+def test_the_tower_runs_once_per_image_over_passes_and_steps(tiny_model_path, groups):
     learner = make_learner(tiny_model_path, algorithm=AlgorithmConfig(on_policy_shortcut=False), self_check=False)
-    for _ in range(2):
-        learner.update(groups, WEIGHTS)
     cache = learner._passes.prompts._cache
-    assert cache.misses == 5  # five pages, shared by all prompts
-    assert cache.hits == 2 * (2 + 5 + 1) - 5
+    learner.update(groups, WEIGHTS)
+    assert (cache.misses, cache.hits) == (5, 3)  # five pages, of which the four prompts show eight
+    learner.update(groups[1:], WEIGHTS)
+    learner.update(groups, WEIGHTS)
+    assert (cache.misses, cache.hits) == (5, 3 + 2)  # only the two-page prompt had been let go
 
 
 @pytest.mark.parametrize(
@@ -333,6 +336,29 @@ def test_a_loss_weight_is_needed_for_every_term(tiny_model_path, groups):
 def test_metrics_of_several_updates_merge():
     merged = merge_updates([{"a": 1.0, "b_max": 1.0, "actor/skipped": 1.0}, {"a": 3.0, "b_max": 0.0}])
     assert merged == {"a": 2.0, "b_max": 1.0, "actor/skipped": 1.0}
+
+
+def test_adapters_and_a_trained_tower_exclude_each_other(tiny_model_path):
+    with pytest.raises(RsgrpoError, match=r"set model\.freeze_vision=true"):
+        make_learner(tiny_model_path, lora=LoraConfig(rank=2), freeze_vision=False)
+
+
+def test_a_prompt_that_comes_again_in_the_next_pass_is_encoded_once(tiny_model_path, groups, monkeypatch):
+    learner = make_learner(tiny_model_path, self_check=False)
+    encoded: list[str] = []
+    encode = learner.encoder.encode
+
+    def counted(prompt: Prompt) -> PromptInputs:
+        encoded.append(prompt.id)
+        return encode(prompt)
+
+    monkeypatch.setattr(learner.encoder, "encode", counted)
+    learner.logprobs(groups)
+    learner.update(groups, WEIGHTS)
+    assert sorted(encoded) == ["p0", "p1", "p2", "p3"]
+    learner.update(groups[1:], WEIGHTS)
+    learner.update(groups, WEIGHTS)
+    assert sorted(encoded) == ["p0", "p0", "p1", "p2", "p3"]
 
 
 def test_offload_needs_an_accelerator(tiny_model_path):
