@@ -87,11 +87,12 @@ def test_every_group_option_composes_with_a_recipe(choice):
 
 
 def test_every_yaml_file_is_a_config_a_recipe_or_an_option():
-    known = {ROOT / "conf/config.yaml", ROOT / "conf/sft/config.yaml"}
+    known = {ROOT / "conf/config.yaml", ROOT / "conf/sft/config.yaml", ROOT / "conf/evaluate/config.yaml"}
     known |= {
         ROOT / f"conf/{group}/{option}.yaml" for group, all_ in cli.groups(TrainConfig).items() for option in all_
     }
     known |= {ROOT / f"conf/sft/recipe/{option}.yaml" for option in SFT_RECIPES}
+    known |= set((ROOT / "conf/evaluate/recipe").glob("*.yaml"))  # parsed in test_evaluate.py
     assert known == set((ROOT / "conf").rglob("*.yaml"))
 
 

@@ -1,0 +1,258 @@
+"""Predict a benchmark and score it: `python -m recipes.evaluate benchmark=SlideVQA model=runs/x/export topk=3`.
+
+Owns the configuration and the folder of an evaluation. Prediction is `recipes.batch`, the definitions of scores are
+`recipes.scoring`, and how they are shown is `recipes.evaluation_page`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, open_answerer
+from recipes.batch import answer_batch
+from recipes.benchmarks import load_benchmark
+from recipes.endpoint import EndpointConfig
+from recipes.evaluation_page import Report, as_json, as_markdown, as_page, worst_cases
+from recipes.predictions import load_predictions
+from recipes.questions import Question, to_prompt
+from recipes.scoring import Evaluation, compare_evaluations, evaluate_predictions
+from rollout.config import InputsConfig
+from rsgrpo import cli
+from rsgrpo.checks import at_least, require
+from rsgrpo.config import PromptConfig
+from rsgrpo.console import Console
+from rsgrpo.errors import ConfigError, RsgrpoError
+
+PREDICTIONS_FILE = "predictions.jsonl"
+SETTINGS_FILE = "settings.json"
+MAX_LISTED_PAGES = 5
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation.
+
+    benchmark: "ChartQA", "InfoVQA", "SlideVQA", "DocVQA" or "ViDoSeek", a folder of EVisRAG-Test's layout, or a file.
+    benchmark_dir: where benchmarks are kept by name; what is not there is fetched from the hub.
+    image_dir: folder that relative image paths start from; "" means the benchmark's own folder.
+    topk: pages per question; chooses `top<k>_test.jsonl`. 0 takes all pages of a file.
+    max_questions: the first so many; 0 is all.
+    predictions: score this file and predict nothing. against: a second prediction file to compare with.
+    name: of the folder in `output_dir`; "" is made from benchmark and model.
+    seed: of sampling, bootstrap and permutations. bootstrap_samples: 0 gives no intervals.
+    permutations: of the paired test. worst_cases: shown on the page.
+    """
+
+    benchmark: str = ""
+    benchmark_dir: str = "data"
+    image_dir: str = ""
+    topk: int = 3
+    max_questions: int = 0
+    predictions: str = ""
+    against: str = ""
+    name: str = ""
+    output_dir: str = "runs/evaluation"
+    seed: int = 0
+    bootstrap_samples: int = 1000
+    permutations: int = 10_000
+    worst_cases: int = 12
+    model: AnswerModelConfig = field(default_factory=AnswerModelConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    inputs: InputsConfig = field(default_factory=InputsConfig)
+    rollout: AnswerRolloutConfig = field(default_factory=AnswerRolloutConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+
+    def __post_init__(self) -> None:
+        at_least(0, topk=self.topk, max_questions=self.max_questions, seed=self.seed, worst_cases=self.worst_cases)
+        at_least(0, bootstrap_samples=self.bootstrap_samples)
+        at_least(1, permutations=self.permutations)
+        require(
+            re.fullmatch(r"[\w.=,+-]*", self.name) is not None,
+            f"name must be letters, digits and any of _.=,+- because it names the folder; got {self.name!r}",
+        )
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Predict what is not predicted yet, score, and write results.json, results.md and report.html.
+
+    Raises:
+        RsgrpoError: the benchmark, the model or a prediction file cannot be used; finished predictions are kept.
+    """
+    questions = load_benchmark(
+        config.benchmark, folder=config.benchmark_dir, topk=config.topk, image_dir=config.image_dir
+    )
+    if config.max_questions:
+        questions = questions[: config.max_questions]
+    folder = Path(config.output_dir) / folder_name(config)
+    with Console() as console:
+        path = Path(config.predictions or folder / PREDICTIONS_FILE)
+        if not config.predictions:
+            predict(config, questions, folder, console)
+        report = score(config, questions, path)
+        write_results(folder, report)
+        console.info(as_markdown(report))
+        console.info(f"written: {folder / 'report.html'}, results.md, results.json")
+
+
+def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path, console: Console) -> None:
+    """Write the predictions that `folder` does not have yet.
+
+    Raises:
+        RsgrpoError: the folder was made with other settings, pages are missing, or the answerer gave up.
+    """
+    from rsgrpo.prompts import read_template
+
+    template = read_template(config.prompt)
+    prompts = [to_prompt(question, template, config.prompt.system) for question in questions]
+    require_pages(questions, config.image_dir)
+    keep_settings(folder / SETTINGS_FILE, prediction_settings(config))
+    answerer = open_answerer(config.model, config.rollout, config.inputs, config.endpoint, seed=config.seed)
+    try:
+        greedy = config.rollout.temperature == 0
+        summary = answer_batch(prompts, answerer, folder / PREDICTIONS_FILE, share_equal=greedy, console=console)
+    finally:
+        answerer.close()
+    if summary.failed:
+        console.warning(
+            f"{summary.failed} of {len(questions)} questions could not be asked and count as missing; their errors are "
+            f"in {folder / PREDICTIONS_FILE}, and the next call asks them again"
+        )
+
+
+def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> Report:
+    """Score a prediction file, and compare it with `against` where that is given."""
+
+    def evaluated(predictions: str | Path) -> Evaluation:
+        return evaluate_predictions(
+            questions, load_predictions(predictions), num_samples=config.bootstrap_samples, seed=config.seed
+        )
+
+    evaluation = evaluated(path)
+    other = evaluated(config.against) if config.against else None
+    differences = None
+    if other is not None:
+        differences = compare_evaluations(
+            evaluation,
+            other,
+            num_samples=config.bootstrap_samples,
+            num_permutations=config.permutations,
+            seed=config.seed,
+        )
+    facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
+    if config.against:
+        facts.append(("against", config.against))
+    return Report(
+        title=f"{Path(config.benchmark).stem}: {subject_of(config)}",
+        facts=facts,
+        evaluation=evaluation,
+        differences=differences,
+        other=other,
+        worst=worst_cases(evaluation, other, config.worst_cases),
+    )
+
+
+def write_results(folder: Path, report: Report) -> None:
+    """Write the three forms of the results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "results.json": json.dumps(as_json(report), indent=2) + "\n",
+        "results.md": as_markdown(report),
+        "report.html": as_page(report),
+    }
+    for name, content in contents.items():
+        temporary = folder / f".{name}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(folder / name)
+
+
+def folder_name(config: EvaluateConfig) -> str:
+    """Return the evaluation's folder: its name, or one made from benchmark and model (a sweep adds its own part)."""
+    if config.name and not config.name.startswith("-"):
+        return config.name
+    made = f"{Path(config.benchmark).stem}-{subject_of(config)}-top{config.topk or 'all'}"
+    return re.sub(r"[^\w.=,+-]+", "_", made) + config.name
+
+
+def subject_of(config: EvaluateConfig) -> str:
+    """Return what is evaluated: a file of predictions, or a model by the part of its path that tells it apart."""
+    if config.predictions:
+        path = Path(config.predictions)
+        return f"{path.parent.name}/{path.stem}" if path.name == PREDICTIONS_FILE else path.stem
+    model = config.endpoint.model or config.model.path if config.endpoint.url else config.model.path
+    parts = [part for part in Path(model or "endpoint").parts if part not in ("export", "/")]
+    return parts[-1] if parts else "model"
+
+
+def prediction_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the settings that decide what is predicted."""
+    kept = dataclasses.asdict(config)
+    names = ("topk", "seed", "model", "prompt", "inputs", "rollout")
+    settings = {name: kept[name] for name in names} | {"benchmark": config.benchmark}
+    for irrelevant in ("max_batch_sequences", "num_threads", "device", "vllm", "script"):
+        settings["rollout"].pop(irrelevant)
+    if config.endpoint.url:
+        settings["model"], settings["endpoint_model"] = {}, config.endpoint.model
+        settings["rollout"].pop("engine")
+    return settings
+
+
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a new folder, and compare with those of an old one.
+
+    Raises:
+        ConfigError: the folder was made with others.
+    """
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [
+            f"{key}={settings.get(key)!r}, was {before.get(key)!r}"
+            for key in settings
+            if settings[key] != before.get(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{path.parent} holds predictions made with other settings ({'; '.join(changed)}): set another name, "
+                "or remove the folder"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def require_pages(questions: Sequence[Question], image_dir: str) -> None:
+    """Refuse to start when page files are missing.
+
+    Raises:
+        RsgrpoError: lists the first.
+    """
+    paths = {source for question in questions for source in question.images if isinstance(source, str)}
+    missing = sorted(path for path in paths if not Path(path).is_file())
+    if missing:
+        listed = ", ".join(missing[:MAX_LISTED_PAGES]) + (", ..." if len(missing) > MAX_LISTED_PAGES else "")
+        raise RsgrpoError(
+            f"{len(missing)} of {len(paths)} pages are missing: {listed}; unpack the benchmark's images beside its "
+            f"rows, or set image_dir (now {image_dir!r})"
+        )
+
+
+def spell_out(arguments: Sequence[str]) -> list[str]:
+    """Let `model=PATH` stand for `model.path=PATH`, where PATH is no option of the group."""
+    options = cli.groups(EvaluateConfig, "evaluate")["model"]
+    return [
+        argument.replace("model=", "model.path=", 1)
+        if argument.startswith("model=") and argument.removeprefix("model=") not in options
+        else argument
+        for argument in arguments
+    ]
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = spell_out(sys.argv[1:])
+    cli.run(evaluate, EvaluateConfig, "evaluate")
