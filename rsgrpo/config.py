@@ -335,8 +335,8 @@ class ClusterConfig:
     address: str = ""
     num_cpus: int = 0
     placement: str = "colocated"
-    rollout_cpus: float = 0.5
-    learner_cpus: float = 0.5
+    rollout_cpus: float = 0.25
+    learner_cpus: float = 0.25
     reward_cpus: float = 0.1
     reward_workers: int = 1
     startup_timeout_s: float = 600.0
