@@ -28,12 +28,14 @@ class Output:
 
     finish_reason: "stop", "length", whatever else an endpoint says, or "error".
     error: why there is no (whole) text; "" when there is.
+    mean_logprob: mean natural log-probability of the response's tokens; None where the answerer does not tell.
     """
 
     prompt: Prompt
     text: str
     finish_reason: str
     error: str = ""
+    mean_logprob: float | None = None
 
 
 class Answerer(Protocol):
@@ -191,7 +193,8 @@ class EngineAnswerer:
                         yield Output(group.prompt, "", "error", group.error)
                     else:
                         rollout = group.rollouts[0]
-                        yield Output(group.prompt, rollout.text, rollout.finish_reason)
+                        mean_logprob = sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T))
+                        yield Output(group.prompt, rollout.text, rollout.finish_reason, mean_logprob=mean_logprob)
             except ValueError as error:  # the engine's own errors; what a prompt is to blame for came as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 

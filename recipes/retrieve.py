@@ -15,12 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipes.retrieval.evaluation_commands import add_evaluation
+from recipes.retrieval.options import (
+    add_answerer,
+    add_encoder,
+    add_search_options,
+    index_folder,
+    open_answerer,
+    open_encoder,
+    open_retriever,
+)
 from rsgrpo.console import Console
 from rsgrpo.errors import RsgrpoError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.retrieval.encoders import Encoder
-    from recipes.retrieval.retriever import FoundPage, Retriever
+    from recipes.retrieval.retriever import FoundPage
 
 USER_ERROR = 1
 
@@ -43,11 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
-    top = argparse.ArgumentParser(prog="python -m recipes.retrieve", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="python -m recipes.retrieve", description="Visual retrieval: ingest, index, search, ask."
+    )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_ingest(commands.add_parser("ingest", help="render documents into a store of page images"))
     _add_index(commands.add_parser("index", help="encode a store's pages; run again after an ingest"))
     _add_search(commands.add_parser("search", help="find the pages for a question"))
+    _add_ask(commands.add_parser("ask", help="find the pages and answer from them"))
+    add_evaluation(commands)
     return top
 
 
@@ -101,37 +114,9 @@ def _ingest(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_encoder(command: argparse.ArgumentParser) -> None:
-    command.add_argument("store", type=Path, metavar="STORE")
-    command.add_argument("--model", required=True, help="folder or hub name; of --kind imported the folder of vectors")
-    command.add_argument("--kind", choices=("image", "text", "late", "imported"), default="image")
-    command.add_argument("--index", type=Path, help="default: STORE/index")
-    command.add_argument("--pooling", choices=("weighted_mean", "mean", "last", "cls"), default="")
-    command.add_argument("--query-prefix", help="put before every query; default: the model's own, or VisRAG's")
-    command.add_argument("--min-pixels", type=int, default=4 * 28 * 28)
-    command.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28)
-    command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--device", default="", help="default: a GPU where there is one")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--revision", default="")
-    command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def _encoder(options: argparse.Namespace) -> Encoder:
-    from recipes.retrieval.encoders import EncoderSettings, load_encoder
-
-    names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
-    names += ["revision", "trust_remote_code"]
-    return load_encoder(EncoderSettings(**{name: getattr(options, name) for name in names}))
-
-
-def _index_folder(options: argparse.Namespace) -> Path:
-    return options.index or options.store / "index"
-
-
 def _add_index(command: argparse.ArgumentParser) -> None:
     command.description = "Encode the pages that the index lacks, and delete those that the store has no more."
-    _add_encoder(command)
+    add_encoder(command)
     command.add_argument("--shard-pages", type=int, default=2_048, help="a process that dies repeats at most as many")
     command.add_argument("--index-dtype", choices=("float16", "float32"), default="float16")
     command.add_argument("--faiss", choices=("flat", "ivf"), help="also build a FAISS file for search --backend")
@@ -144,8 +129,8 @@ def _index(options: argparse.Namespace) -> int:
     from recipes.retrieval.store import PageStore
 
     store = PageStore.open(options.store)
-    encoder = _encoder(options)
-    index = VectorIndex.create(_index_folder(options), encoder, options.index_dtype)
+    encoder = open_encoder(options)
+    index = VectorIndex.create(index_folder(options), encoder, options.index_dtype)
     with Console() as console:
         report = update_index(
             store,
@@ -166,51 +151,60 @@ def _index(options: argparse.Namespace) -> int:
 
 def _add_search(command: argparse.ArgumentParser) -> None:
     command.description = "Find the pages for a question: a table, or JSON lines."
-    _add_encoder(command)
+    add_encoder(command)
     command.add_argument("queries", nargs="+", metavar="QUERY")
-    _add_search_options(command)
+    add_search_options(command)
     command.add_argument("--json", action="store_true", help="one JSON line per query")
     command.set_defaults(run=_search)
 
 
-def _add_search_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-k", type=int, default=5, help="pages")
-    command.add_argument("--backend", choices=("exact", "flat", "ivf"), default="exact")
-    command.add_argument("--num-probes", type=int, default=32, help="lists read per query (ivf)")
-    command.add_argument("--rerank", metavar="MODEL", help="late-interaction model that orders the candidates anew")
-    command.add_argument("--rerank-index", type=Path, metavar="INDEX", help="its index; needed with --rerank")
-    command.add_argument("--candidates", type=int, default=100, help="pages that are reranked")
-
-
-def _retriever(options: argparse.Namespace) -> Retriever:
-    from recipes.retrieval.encoders import EncoderSettings, load_encoder
-    from recipes.retrieval.retriever import Retriever
-
-    reranker = None
-    if options.rerank:
-        if options.rerank_index is None:
-            raise RsgrpoError("--rerank needs --rerank-index, the index that this model made")
-        late = EncoderSettings(options.rerank, "late", device=options.device, max_pixels=options.max_pixels)
-        reranker = (load_encoder(late), options.rerank_index)
-    return Retriever(
-        options.store,
-        _index_folder(options),
-        _encoder(options),
-        backend=options.backend,
-        num_probes=options.num_probes,
-        reranker=reranker,
-        num_candidates=options.candidates,
-    )
-
-
 def _search(options: argparse.Namespace) -> int:
-    retriever = _retriever(options)
+    retriever = open_retriever(options)
     for query, found in zip(options.queries, retriever.search(options.queries, options.k), strict=True):
         if options.json:
             pages = [asdict(page) | {"text": page.text[:500]} for page in found]
             print(json.dumps({"query": query, "pages": pages}, ensure_ascii=False))
         else:
             print(f"{query}\n" + "\n".join(table_lines(found)) if found else f"{query}\n  (no pages)")
+    return 0
+
+
+def _add_ask(command: argparse.ArgumentParser) -> None:
+    command.description = "Answer a question from the pages that it finds, and cite document and page."
+    add_encoder(command)
+    command.add_argument("question")
+    add_search_options(command)
+    add_answerer(command)
+    command.add_argument("--json", action="store_true", help="one JSON line")
+    command.set_defaults(run=_ask)
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from recipes.retrieval.generation import Asked, answer_all
+
+    (pages,) = open_retriever(options).search([options.question], options.k)
+    answerer, template, system = open_answerer(options)
+    try:
+        asked = Asked("question", options.question, tuple(pages))
+        (answered,) = answer_all([asked], options.setting, answerer, template, system)
+    finally:
+        answerer.close()
+    failed = answered.line["finish_reason"] == "error"
+    if options.json:
+        found = {"pages": [asdict(page) | {"text": page.text[:500]} for page in pages]}
+        cited = {"cited": [{"document": page.document, "page": page.number} for page in answered.cited]}
+        weights = {"weights": list(answered.weights)} if answered.weights else {}
+        print(json.dumps(answered.line | cited | weights | found, ensure_ascii=False))
+        return int(failed)
+    if failed:
+        raise RsgrpoError(answered.line["errors"][0])
+    note = " (the pages are insufficient)" if answered.line["insufficient"] else ""
+    print(f"answer: {answered.line['answer'] or answered.line['raw']}{note}")
+    texts = {slot["index"]: slot["text"] for slot in answered.line["evidence"] if slot["relevant"]}
+    for page in answered.cited:
+        number = answered.sources.index(page) + 1
+        print(f"  [{number}] {page.document}, page {page.number}: {texts.get(number, '')}".rstrip(": "))
+    print("\n".join(["pages:", *table_lines(pages)]))
     return 0
 
 

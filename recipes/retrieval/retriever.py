@@ -89,9 +89,10 @@ class Retriever:
                     f"page {gone[0]} is in {self.index.folder} but no more in {self.store.folder}; bring the index in "
                     "line: python -m recipes.retrieve index STORE (with the same --model)"
                 )
-            results.append([_found(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1)])
+            results.append([found_page(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1)])
         return results
 
 
-def _found(rank: int, hit: Hit, page: Page) -> FoundPage:
+def found_page(rank: int, hit: Hit, page: Page) -> FoundPage:
+    """Return a hit with its page."""
     return FoundPage(rank, hit.score, hit.page_id, page.document, page.number, page.image, page.text)

@@ -197,8 +197,10 @@ class PageStore:
 
     def find(self, page_ids: Iterable[str]) -> dict[str, Page]:
         """Return those of the wanted pages that are there."""
-        names = [field.name for field in fields(Page)]
-        table = pq.read_table(self._pages_file, columns=names, filters=[("page_id", "in", sorted(set(page_ids)))])
+        names, wanted = [field.name for field in fields(Page)], sorted(set(page_ids))
+        if not wanted:
+            return {}
+        table = pq.read_table(self._pages_file, columns=names, filters=[("page_id", "in", wanted)])
         found = {}
         for row in table.to_pylist():
             row["image"] = str((self.folder / row["image"]).absolute())

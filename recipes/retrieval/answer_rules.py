@@ -1,0 +1,78 @@
+"""When an answer counts as right, by VisRAG's rules per data set. Pure functions of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from rsgrpo.errors import RsgrpoError
+
+RELATIVE_TOLERANCE = 0.05
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
+
+
+def exact(prediction: str, golds: Sequence[str]) -> bool:
+    """Say whether the prediction is one of the golds: case, outer punctuation and spacing do not count."""
+    return any(_plain(prediction) == _plain(gold) for gold in golds)
+
+
+def relaxed(prediction: str, golds: Sequence[str]) -> bool:
+    """Say the same, but let numbers differ by 5% of the gold.
+
+    >>> relaxed("95%", ["100"]), relaxed("94", ["100"]), relaxed("1,000", ["1000"]), relaxed("0.01", ["0"])
+    (True, False, True, False)
+    """
+    value = _number(prediction)
+    for gold in golds:
+        target = _number(gold)
+        if value is not None and target is not None:
+            if abs(value - target) <= RELATIVE_TOLERANCE * abs(target) + 1e-12:
+                return True
+        elif exact(prediction, [gold]):
+            return True
+    return False
+
+
+def first_letter(prediction: str, golds: Sequence[str]) -> bool:
+    """Say whether the prediction begins with the letter of the right choice.
+
+    >>> first_letter("(B) the second", ["B"]), first_letter("Because", ["B"])
+    (True, False)
+    """
+    letter = _choice(prediction)
+    return letter is not None and any(letter == _choice(gold) for gold in golds)
+
+
+RULES: Mapping[str, Callable[[str, Sequence[str]], bool]] = {
+    "ArxivQA": first_letter,
+    "ChartQA": relaxed,
+    "PlotQA": relaxed,
+    "MP-DocVQA": exact,
+    "InfoVQA": exact,
+    "SlideVQA": exact,
+}
+
+
+def rule_of(dataset: str) -> Callable[[str, Sequence[str]], bool]:
+    """Return a data set's rule.
+
+    Raises:
+        RsgrpoError: there is no such data set.
+    """
+    if dataset not in RULES:
+        raise RsgrpoError(f"--rule {dataset}: there are {', '.join(RULES)}")
+    return RULES[dataset]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split()).strip(" .,;:!?\"'()[]")
+
+
+def _number(text: str) -> float | None:
+    plain = text.strip().rstrip(".").replace(",", "").strip("$€£% ")
+    return float(plain) if _NUMBER.fullmatch(plain) else None
+
+
+def _choice(text: str) -> str | None:
+    match = re.match(r"\W*([A-Za-z])(?![A-Za-z])", text)
+    return match[1].upper() if match else None

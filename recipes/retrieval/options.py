@@ -1,0 +1,119 @@
+"""Options that several commands of `recipes.retrieve` share, and what they open."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rsgrpo.errors import RsgrpoError
+
+if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
+    from recipes.answering import Answerer
+    from recipes.retrieval.encoders import Encoder
+    from recipes.retrieval.retriever import Retriever
+
+SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
+
+
+def add_encoder(command: argparse.ArgumentParser) -> None:
+    """Add where pages are and what encodes them."""
+    command.add_argument("store", type=Path, metavar="STORE")
+    command.add_argument("--model", required=True, help="folder or hub name; of --kind imported the folder of vectors")
+    command.add_argument("--kind", choices=("image", "text", "late", "imported"), default="image")
+    command.add_argument("--index", type=Path, help="default: STORE/index")
+    command.add_argument("--pooling", choices=("weighted_mean", "mean", "last", "cls"), default="")
+    command.add_argument("--query-prefix", help="put before every query; default: the model's own, or VisRAG's")
+    command.add_argument("--min-pixels", type=int, default=4 * 28 * 28)
+    command.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28)
+    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--device", default="", help="default: a GPU where there is one")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument("--revision", default="")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def open_encoder(options: argparse.Namespace) -> Encoder:
+    """Return the encoder."""
+    from recipes.retrieval.encoders import EncoderSettings, load_encoder
+
+    names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
+    names += ["revision", "trust_remote_code"]
+    return load_encoder(EncoderSettings(**{name: getattr(options, name) for name in names}))
+
+
+def index_folder(options: argparse.Namespace) -> Path:
+    """Return the index's folder."""
+    return options.index or options.store / "index"
+
+
+def add_search_options(command: argparse.ArgumentParser) -> None:
+    """Add how pages are searched."""
+    command.add_argument("-k", type=int, default=5, help="pages")
+    command.add_argument("--backend", choices=("exact", "flat", "ivf"), default="exact")
+    command.add_argument("--num-probes", type=int, default=32, help="lists read per query (ivf)")
+    command.add_argument("--rerank", metavar="MODEL", help="late-interaction model that orders the candidates anew")
+    command.add_argument("--rerank-index", type=Path, metavar="INDEX", help="its index; needed with --rerank")
+    command.add_argument("--candidates", type=int, default=100, help="pages that are reranked")
+
+
+def open_retriever(options: argparse.Namespace) -> Retriever:
+    """Return the store, its index and the encoder, put together."""
+    from recipes.retrieval.encoders import EncoderSettings, load_encoder
+    from recipes.retrieval.retriever import Retriever
+
+    reranker = None
+    if options.rerank:
+        if options.rerank_index is None:
+            raise RsgrpoError("--rerank needs --rerank-index, the index that this model made")
+        late = EncoderSettings(options.rerank, "late", device=options.device, max_pixels=options.max_pixels)
+        reranker = (load_encoder(late), options.rerank_index)
+    return Retriever(
+        options.store,
+        index_folder(options),
+        open_encoder(options),
+        backend=options.backend,
+        num_probes=options.num_probes,
+        reranker=reranker,
+        num_candidates=options.candidates,
+    )
+
+
+def add_answerer(command: argparse.ArgumentParser) -> None:
+    """Add who answers and how."""
+    who = command.add_argument_group("who answers")
+    who.add_argument("--answer-model", default="", help="model folder or hub id; with --endpoint, the server's name")
+    who.add_argument("--engine", choices=("hf", "vllm", "fake"), default="hf")
+    who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
+    who.add_argument("--script", default="", help="answers of the fake engine")
+    who.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
+    who.add_argument("--max-tokens", type=int, default=2048, help="of an answer")
+    who.add_argument("--answer-max-pixels", type=int, default=0, help="area of a resized page; 0: the engine's default")
+    who.add_argument("--setting", choices=SETTINGS, default="multi_image", help="how pages become prompts")
+
+
+def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
+    """Return who answers, the prompt template and the system message.
+
+    Raises:
+        RsgrpoError: they cannot be opened.
+    """
+    from recipes import infer
+    from recipes.questions import named_prompt
+    from rollout.config import ConfigError
+    from rsgrpo.prompts import read_template
+
+    arguments = ["--model", options.answer_model, "--engine", options.engine, "--endpoint", options.endpoint]
+    arguments += ["--script", options.script, "--max-tokens", str(options.max_tokens)]
+    arguments += ["--max-images", str(options.k), "--device", options.device or "auto"]
+    if options.answer_max_pixels:
+        arguments += ["--max-pixels", str(options.answer_max_pixels)]
+        arguments += ["--min-pixels", str(min(infer.parser().get_default("min_pixels"), options.answer_max_pixels))]
+    prompt = named_prompt(options.prompt)
+    template = read_template(prompt)
+    if not template:
+        raise RsgrpoError(f"--prompt {options.prompt} has no template to put a question into; choose another")
+    try:
+        return infer.answerer_of(infer.parser().parse_args(arguments)), template, prompt.system
+    except ConfigError as error:
+        raise RsgrpoError(str(error)) from error

@@ -1,0 +1,81 @@
+"""VisRAG's test sets (corpus, queries, qrels as parquet; hub or folder) as plain files: images, jsonl, tsv."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pyarrow.parquet as pq
+
+from recipes.retrieval.documents import IMAGES
+from rsgrpo.errors import RsgrpoError
+
+
+def unpack(source: str, out: Path) -> tuple[int, int, int]:
+    """Write OUT/documents/*, OUT/queries.jsonl and OUT/qrels.tsv; return how many pages, queries and judgments.
+
+    Raises:
+        RsgrpoError: a part is missing, or a row lacks what it needs.
+    """
+    folder = Path(source) if Path(source).is_dir() else _download(source)
+    documents = out / "documents"
+    documents.mkdir(parents=True, exist_ok=True)
+    names = {}
+    for row in _rows(folder, "corpus"):
+        page = str(_value(row, "corpus", ("corpus-id", "_id", "id")))
+        content = _value(row, "corpus", ("image",))
+        image = content["bytes"] if isinstance(content, dict) else content
+        if not isinstance(image, bytes):
+            raise RsgrpoError(f"{folder}: image of corpus-id {page} has no bytes")
+        name = quote(page, safe=" ()+,=@")
+        names[page] = name if Path(name).suffix.lower() in IMAGES else f"{name}.png"
+        (documents / names[page]).write_bytes(image)
+    queries = [_query(row) for row in _rows(folder, "queries")]
+    (out / "queries.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in queries))
+    lines = ["query-id\tcorpus-id\tscore\n"]
+    for row in _rows(folder, "qrels"):
+        page = str(_value(row, "qrels", ("corpus-id",)))
+        if page not in names:
+            raise RsgrpoError(f"{folder}: qrels name the page {page}, which the corpus lacks")
+        lines.append(f"{_value(row, 'qrels', ('query-id',))}\t{names[page]}\t{int(_value(row, 'qrels', ('score',)))}\n")
+    (out / "qrels.tsv").write_text("".join(lines))
+    return len(names), len(queries), len(lines) - 1
+
+
+def _query(row: dict[str, Any]) -> dict[str, Any]:
+    answer = row.get("answer", [])
+    return {
+        "_id": str(_value(row, "queries", ("query-id", "_id", "id"))),
+        "text": _value(row, "queries", ("query", "text")),
+        "answers": answer if isinstance(answer, list) else [str(answer)],
+    }
+
+
+def _rows(folder: Path, part: str) -> Iterator[dict[str, Any]]:
+    patterns = (f"{part}/*.parquet", f"{part}*.parquet", f"*/{part}*.parquet")
+    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    if not files:
+        raise RsgrpoError(f"{folder} has no {part}/*.parquet; there must be corpus, queries and qrels")
+    for file in files:
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+
+
+def _value(row: dict[str, Any], part: str, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        if row.get(key) is not None:
+            return row[key]
+    raise RsgrpoError(f"{part}: a row has no {' or '.join(keys)}; it has {', '.join(row)}")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        raise RsgrpoError(f"{name} is no folder and cannot be fetched: {error}") from error
