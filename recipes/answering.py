@@ -124,10 +124,10 @@ def open_answerer(
     *,
     seed: int = 0,
 ) -> Answerer:
-    """Start what the settings choose: the endpoint if it has an address, else the engine.
+    """Return what the settings choose: the endpoint if it has an address, else the engine, which starts when asked.
 
     Raises:
-        RsgrpoError: it cannot start.
+        RsgrpoError: the endpoint does not answer, or there is no such model.
     """
     sampling = SamplingParams(
         group_size=1,
@@ -147,7 +147,7 @@ def open_answerer(
 
 
 class EngineAnswerer:
-    """Answers with an engine in this process.
+    """Answers with an engine in this process, which is started when the first prompt comes.
 
     Attributes:
         name: the model's path.
@@ -156,39 +156,46 @@ class EngineAnswerer:
     def __init__(
         self, model: AnswerModelConfig, rollout: AnswerRolloutConfig, inputs: InputsConfig, sampling: SamplingParams
     ) -> None:
-        """Load the model.
+        self.name = model.path
+        self._model, self._rollout, self._inputs, self._sampling = model, rollout, inputs, sampling
+        # vLLM takes all prompts at once and bounds its memory itself; the embedded engine encodes what it is given.
+        self._at_once = 0 if rollout.engine == "vllm" else rollout.max_batch_sequences
+        self._engine: Engine | None = None
+
+    def start(self) -> Engine:
+        """Load the model, once.
 
         Raises:
             RsgrpoError: the engine cannot start, or cannot run this model.
         """
+        if self._engine is not None:
+            return self._engine
         import transformers
 
         from rollout.engine import build_engine
 
         transformers.utils.logging.disable_progress_bar()  # it would tear our own bars
-        self.name = model.path
-        self._sampling = sampling
-        # vLLM takes all prompts at once and bounds its memory itself; the embedded engine encodes what it is given.
-        self._at_once = 0 if rollout.engine == "vllm" else rollout.max_batch_sequences
         try:
-            self._engine: Engine = build_engine(
-                model.path,
-                rollout.as_rollout_config(),
-                inputs,
-                num_threads=rollout.num_threads,
-                device=rollout.device,
-                revision=model.revision,
-                trust_remote_code=model.trust_remote_code,
+            self._engine = build_engine(
+                self._model.path,
+                self._rollout.as_rollout_config(),
+                self._inputs,
+                num_threads=self._rollout.num_threads,
+                device=self._rollout.device,
+                revision=self._model.revision,
+                trust_remote_code=self._model.trust_remote_code,
             )
         except (ValueError, OSError, ImportError) as error:
-            raise RsgrpoError(f"the model {model.path} cannot be started: {error}") from error
+            raise RsgrpoError(f"the model {self._model.path} cannot be started: {error}") from error
+        return self._engine
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
         """Yield one output per prompt; see `Answerer`."""
+        engine = self.start()
         at_once = self._at_once or max(1, len(prompts))
         for start in range(0, len(prompts), at_once):
             try:
-                for group in self._engine.generate(prompts[start : start + at_once], self._sampling):
+                for group in engine.generate(prompts[start : start + at_once], self._sampling):
                     if group.error is not None:
                         yield Output(group.prompt, "", "error", group.error)
                     else:
@@ -204,4 +211,5 @@ class EngineAnswerer:
 
     def close(self) -> None:
         """Free the engine."""
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()

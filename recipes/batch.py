@@ -83,9 +83,10 @@ def answer_batch(
             twins.setdefault(key, []).append(prompt)
     leaders = {group[0].id: group for group in twins.values()}
     num_written = 0
+    asked = [group[0] for group in leaders.values()]
     with _appending(out) as file, console.phase("answers", total=sum(map(len, leaders.values()))) as bar:
         try:
-            for output in answerer.answer([group[0] for group in leaders.values()]):
+            for output in answerer.answer(asked) if asked else ():
                 for prompt in leaders[output.prompt.id]:
                     line = result_line(Output(prompt, output.text, output.finish_reason, output.error), answerer.name)
                     file.write(json.dumps(line) + "\n")

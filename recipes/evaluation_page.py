@@ -27,8 +27,17 @@ MODE_NOTES = {
     "paper": "as released: numbers lose sign and point, the first answer block counts",
     "strict": "numbers keep sign and point, the last answer block after the reasoning counts",
 }
+COUNT_LABELS = {
+    "num_questions": "questions",
+    "num_missing": "without an answer",
+    "num_failed": "of these, could not be asked",
+    "num_unknown": "predictions of unknown questions",
+    "num_repeated": "repeated lines",
+}
+NOTHING_COUNTED = "n/a"
 MAX_IMAGE_SIDE = 640
 STYLE = """
+#scores { display: flex; flex-wrap: wrap; gap: 4px 24px; }
 .case { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .case { padding: 16px 20px; margin: 18px 0; }
 .case h3 { margin: 0 0 4px; text-transform: none; letter-spacing: 0; font-size: 15px; color: var(--ink); }
@@ -177,34 +186,49 @@ def _tables(report: Report) -> list[Table]:
     rates = [("well formed", "output/format_ok"), ("cut off at the token limit", "output/truncated")]
     rates.append(("abstained", "abstention/rate"))
     rows = [[label, _percent(estimates[name])] for label, name in rates]
-    rows += [[what.removeprefix("num_") + " (count)", str(count)] for what, count in _counts(report.evaluation).items()]
-    tables.append(("Outputs", "", ["", "share"], rows))
+    rows += [[COUNT_LABELS[what], str(count)] for what, count in _counts(report.evaluation).items()]
+    tables.append(("Outputs", "", ["", "share or count"], rows))
     if report.differences is not None:
         tables.append(_difference_table(report.differences))
     return tables
 
 
 def _difference_table(differences: Mapping[str, Difference]) -> Table:
-    rows = []
-    for name, found in differences.items():
-        if found.value is not None and found.p_value is not None:
-            mode, split, metric = name.split("/")
-            interval = "" if found.low is None else f" ({100 * found.low:+.1f} to {100 * (found.high or 0.0):+.1f})"
-            rows.append([mode, split, LABELS[metric], f"{100 * found.value:+.1f}{interval}", f"{found.p_value:.4f}"])
-    note = "This file minus the other, by question; p from a paired permutation test."
-    return "Against the other file", note, ["mode", "split", "metric", "difference", "p"], rows
+    rows = [
+        [mode, split, *(_signed(differences[f"{mode}/{split}/{metric}"]) for metric in ANSWER_METRICS)]
+        for mode in MODES
+        for split in SPLITS
+    ]
+    note = "This file minus the other, question by question; p from a paired permutation test."
+    return "Against the other file", note, ["mode", "split", *(LABELS[metric] for metric in ANSWER_METRICS)], rows
+
+
+def _signed(found: Difference) -> str:
+    if found.value is None or found.p_value is None:
+        return NOTHING_COUNTED
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f" ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    p_value = "p < 0.001" if found.p_value < 0.001 else f"p {found.p_value:.3f}"
+    return f"{100 * found.value:+.1f}{interval}, {p_value}"
 
 
 def _counts(evaluation: Evaluation) -> dict[str, int]:
-    names = ("num_missing", "num_failed", "num_unknown", "num_repeated")
-    return {"num_questions": len(evaluation.items)} | {name: getattr(evaluation, name) for name in names}
+    return {
+        "num_questions": len(evaluation.items),
+        "num_missing": evaluation.num_missing,
+        "num_failed": evaluation.num_failed,
+        "num_unknown": evaluation.num_unknown,
+        "num_repeated": evaluation.num_repeated,
+    }
 
 
 def _percent(estimate: Estimate) -> str:
     if estimate.value is None:
-        return "–"  # noqa: RUF001
-    interval = "" if estimate.low is None or estimate.high is None else f"{100 * estimate.low:.1f} to "
-    return f"{100 * estimate.value:.1f}" + (f" ({interval}{100 * (estimate.high or 0.0):.1f})" if interval else "")
+        return NOTHING_COUNTED
+    if estimate.low is None or estimate.high is None:
+        return f"{100 * estimate.value:.1f}"
+    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
 
 
 def _html_table(title: str, note: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -212,7 +236,7 @@ def _html_table(title: str, note: str, header: Sequence[str], rows: Sequence[Seq
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     lead = f'<p class="lead">{escape(note)}</p>' if note else ""
     table = f'<div class="sheet"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<h3>{escape(title)}</h3>{lead}{table}"
+    return f"<div><h3>{escape(title)}</h3>{lead}{table}</div>"
 
 
 def _case(item: ItemScore, report: Report) -> str:

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answering import Answerer, AnswerModelConfig, AnswerRolloutConfig, Output, open_answerer
+from recipes.answering import (
+    Answerer,
+    AnswerModelConfig,
+    AnswerRolloutConfig,
+    EngineAnswerer,
+    Output,
+    open_answerer,
+)
 from recipes.batch import answer_batch, result_line
 from recipes.endpoint import EndpointConfig
 from recipes.questions import Question, named_prompt, read_questions, to_prompt
@@ -223,6 +230,8 @@ def answer(options: argparse.Namespace) -> int:
             return 0
         session = Session(answerer, template, system, images, sys.stdout)
         if not options.question:
+            if isinstance(answerer, EngineAnswerer):
+                answerer.start()  # so that the first question does not wait for it
             converse(session, sys.stdin, sys.stdout, prompts_user=sys.stdin.isatty())
             return 0
         line = session.ask(options.question, show=not options.json)

@@ -212,7 +212,7 @@ def test_the_markdown_is_whole(data, tmp_path):
         assert not line.startswith("|") or line.endswith("|")
     assert "| sufficient | 3 | 33.3 (" in text
     assert "| pages in the evidence block | 100.0 (" in text
-    assert "| missing (count) | 3 |" in text
+    assert "| without an answer | 3 |" in text
 
 
 # Predicting

@@ -577,5 +577,16 @@ def test_an_engine_answers_in_process(tmp_path, page, tiny_model_path):
 
 def test_a_model_that_cannot_start_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    answerer = open_answerer(AnswerModelConfig(str(tmp_path)), AnswerRolloutConfig(), SMALL, EndpointConfig())
     with pytest.raises(RsgrpoError, match="cannot be started"):
-        open_answerer(AnswerModelConfig(str(tmp_path)), AnswerRolloutConfig(), SMALL, EndpointConfig())
+        list(answerer.answer(prompts_of(1)))
+    answerer.close()
+
+
+def test_a_finished_file_starts_no_engine(tmp_path):
+    out = tmp_path / "out.jsonl"
+    first = Scripted()
+    first.name = str(tmp_path)
+    batch(prompts_of(2), first, out)
+    empty_folder = open_answerer(AnswerModelConfig(str(tmp_path)), AnswerRolloutConfig(), SMALL, EndpointConfig())
+    assert batch(prompts_of(2), empty_folder, out).reused == 2
