@@ -58,6 +58,12 @@ def read(demo: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (demo / f"data/{name}.jsonl").read_text().splitlines()]
 
 
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None
+    return match[1]
+
+
 def draw_items(scans: Scans, level="easy", count=3000) -> list[Item]:
     rng = Random("items")
     pool = draw_pool(scans, "train", 1, rng)
@@ -144,14 +150,14 @@ def test_pages_put_code_left_and_amount_right_and_jitter_moves_them(scans):
 
 def test_easy_questions_name_the_relevant_page_or_one_that_is_not_there(scans):
     for item in draw_items(scans, count=300):
-        named = int(re.search(r"page (\d)", item.question)[1])
+        named = int(found(r"page (\d)", item.question))
         assert named == (len(item.pages) + 1 if item.relevant is None else item.relevant + 1)
 
 
 def test_lookup_questions_name_the_code_of_the_relevant_page_or_of_none(scans):
     for item in draw_items(scans, "lookup", count=300):
-        code = int(re.search(r"code (\d)", item.question)[1])
-        assert item.relevant is None if code not in item.codes else item.codes[item.relevant] == code
+        code = int(found(r"code (\d)", item.question))
+        assert (None if item.relevant is None else item.codes[item.relevant]) == (code if code in item.codes else None)
 
 
 def test_fifteen_percent_of_questions_cannot_be_answered(scans):
@@ -185,7 +191,7 @@ def test_a_teacher_without_noise_is_right(scans):
 
 def test_the_teacher_stays_true_to_his_own_errors(demo):
     for row in read(demo, "sft"):
-        observed = re.search("<observe>(.*)</observe>", row["answer"])[1].split(", ")
+        observed = found("<observe>(.*)</observe>", row["answer"]).split(", ")
         gold = parse_gold(row["answer"])
         claims = [(page, slot) for page, slot in enumerate(gold["evidence"]) if slot != NO_EVIDENCE]
         if not claims:
@@ -202,7 +208,7 @@ def test_the_training_gold_is_right(demo, scans):
     pool = draw_pool(scans, "train", 30, Random("0/pages/train"))
     for row in read(demo, "train"):
         pages = [pool[int(path.removesuffix(".png").split("-")[1])] for path in row["image"]]
-        named = int(re.search(r"page (\d)", row["question"])[1]) - 1
+        named = int(found(r"page (\d)", row["question"])) - 1
         expected = str(pages[named].amount) if named < len(pages) else INSUFFICIENT
         assert parse_gold(row["answer"])["answers"] == [expected]
 
@@ -236,6 +242,7 @@ def test_the_loader_accepts_every_row(demo):
         assert prompts.dropped == {}
         assert all(len(prompt.truth["evidence"]) == len(prompt.images) for prompt in prompts)
     inputs = processor.encode(prompts[0])
+    assert inputs.image_grid_thw is not None
     assert inputs.image_grid_thw.tolist() == [[1, 2, 4]] * len(prompts[0].images)
     assert inputs.token_ids_T.count(processor.image_token_id) == 2 * len(prompts[0].images)
 
@@ -253,7 +260,7 @@ def test_the_model_loads_as_an_ordinary_hugging_face_folder(demo):
 def test_tags_fuse_with_what_follows_as_in_the_real_tokenizer(demo):
     tokenizer = InputProcessor(str(demo / "model"), DEMO_INPUTS).tokenizer
     row = read(demo, "val")[0]
-    tokens = [tokenizer.decode([token]) for token in tokenizer.encode(row["answer"])]
+    tokens = [str(tokenizer.decode([token])) for token in tokenizer.encode(row["answer"])]
     assert ">\n" in tokens
     assert {">page", ">no"} & set(tokens)
     assert not any(re.search(r"\d.", token) or re.search(r".\d", token) for token in tokens)  # digits stand alone
