@@ -23,260 +23,22 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from rsgrpo.attention import choose_attention
-from rsgrpo.loss import policy_loss, step_totals
-from rsgrpo.model import Policy
-from rsgrpo.packing import EncodedPrompt, build_micro_batch
-from rsgrpo.passes import cost_model, move
-from rsgrpo.types import Sample
+from benchmarks.learner_sides import SHAPES, WORK, Bench, Work
+from benchmarks.line_chart import line_chart
+from rsgrpo.passes import cost_model
 
-VISION_START, VISION_END, IMAGE, VIDEO = 2, 3, 4, 5
 SIDES = ("plain", "best", "ours")
-BANNED = [VISION_START, VISION_END, IMAGE, VIDEO]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes. The small one keeps a 7B model's proportions of layers, head and tower."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    vision_hidden: int
-    vision_depth: int
-    vision_heads: int
-    vision_intermediate: int
-
-
-SHAPES = {
-    "small": Shape(256, 8, 4, 1, 1024, 4096, False, 128, 4, 4, 344),
-    "3b": Shape(2048, 36, 16, 2, 11008, 151_936, True, 1280, 32, 16, 3420),
-    "7b": Shape(3584, 28, 28, 4, 18944, 152_064, False, 1280, 32, 16, 3420),
-}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One group: tokens of the prompt (images included), tokens of each response, responses, images of a size."""
-
-    prompt: int
-    response: int
-    group: int
-    images: int
-    image_tokens: int
-
-
-WORK = {"small": Work(1100, 70, 8, 5, 200), "3b": Work(11_000, 700, 8, 5, 2000), "7b": Work(11_000, 700, 8, 5, 2000)}
-
-
-@dataclass
-class Batch:
-    """The group as tensors on the device."""
-
-    prompt_ids: torch.Tensor
-    pixels: torch.Tensor | None
-    grid: torch.Tensor | None
-    samples: list[Sample]
-
-
-def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a randomly initialised Qwen2.5-VL with a frozen tower and gradient checkpointing."""
-    pairs = shape.hidden // shape.heads // 2
-    side = 3 * pairs // 8
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": shape.vocab,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "max_position_embeddings": 128_000,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [pairs - 2 * side, side, side],
-            },
-            "use_sliding_window": False,
-            "tie_word_embeddings": shape.tied,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={
-            "depth": shape.vision_depth,
-            "hidden_size": shape.vision_hidden,
-            "intermediate_size": shape.vision_intermediate,
-            "num_heads": shape.vision_heads,
-            "out_hidden_size": shape.hidden,
-            "fullatt_block_indexes": list(
-                range(shape.vision_depth // 4 - 1, shape.vision_depth, shape.vision_depth // 4)
-            ),
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=shape.tied,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.model.visual.requires_grad_(False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
-
-
-def build_batch(work: Work, shape: Shape, device: torch.device) -> Batch:
-    """Return a random group whose images are `image_tokens` merged tokens each."""
-    generator = torch.Generator().manual_seed(1)
-    height = max(h for h in range(1, int(work.image_tokens**0.5) + 1) if work.image_tokens % h == 0)
-    grid = torch.tensor([[1, 2 * height, 2 * work.image_tokens // height]] * work.images).reshape(-1, 3)
-    image = [VISION_START, *[IMAGE] * work.image_tokens, VISION_END]
-    num_text = work.prompt - work.images * len(image)
-    if num_text < 1:
-        raise SystemExit(f"--prompt {work.prompt} is too short for {work.images} images of {len(image)} tokens")
-    text = torch.randint(10, shape.vocab, (num_text,), generator=generator).tolist()
-    rng = np.random.default_rng(2)
-    samples = []
-    for _ in range(work.group):
-        whole = np.ones((2, work.response), dtype=bool)
-        whole[0, : work.response // 2] = False  # two rewards on two scopes
-        advantages = (whole * rng.normal(size=(2, 1))).astype(np.float32)
-        samples.append(Sample(rng.integers(10, shape.vocab, work.response), whole, advantages))
-    return Batch(
-        torch.tensor([*text[:1], *image * work.images, *text[1:]], device=device),
-        torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14, generator=generator).to(device) if work.images else None,
-        grid.to(device) if work.images else None,
-        samples,
-    )
-
-
-class Bench:
-    """One model and one group; every side is a method that leaves gradients and returns the loss."""
-
-    def __init__(self, shape: Shape, work: Work, device: torch.device, dtype: torch.dtype, attention: str) -> None:
-        self.shape, self.device = shape, device
-        self.model = build_model(shape, device, dtype)
-        self.policy = Policy(
-            self.model,
-            banned_token_ids=BANNED,
-            attention=choose_attention(attention, device, dtype),
-            logits_chunk_tokens=2048,
-            frozen_tower=True,
-            compute_dtype=dtype,
-        ).to(device)
-        self.change(work)
-
-    def change(self, work: Work) -> None:
-        """Take another group."""
-        self.work, self.batch = work, build_batch(work, self.shape, self.device)
-        device = self.device
-        totals = step_totals(self.batch.samples)
-        self._loss_options: dict[str, Any] = {
-            "rollout_logprobs_N": None,
-            "ref_logprobs_N": None,
-            "loss_weights_K": torch.ones(2, device=device),
-            "scope_tokens_K": torch.tensor(totals.scope_tokens_K, dtype=torch.float32, device=device),
-            "active_K": torch.tensor(totals.active_K, device=device),
-            "response_tokens": totals.response_tokens,
-        }
-
-    def _features(self) -> torch.Tensor | None:
-        if self.batch.pixels is None or self.batch.grid is None:
-            return None
-        return self.policy.encode_images(self.batch.pixels, self.batch.grid)
-
-    def _prompt(self, features: torch.Tensor | None) -> EncodedPrompt:
-        positions = self.policy.family.position_ids(self.model, self.batch.prompt_ids, self.batch.grid)
-        return EncodedPrompt(self.batch.prompt_ids.cpu(), positions.cpu(), features)
-
-    def _loss(self, logprobs_N: torch.Tensor, entropy_N: torch.Tensor, old_N: Any, samples: list[Sample]) -> Any:
-        return policy_loss(
-            logprobs_N,
-            entropy_N,
-            old_logprobs_N=old_N,
-            advantages_KN=torch.from_numpy(np.concatenate([s.advantages_KT for s in samples], 1)).to(self.device),
-            scope_KN=torch.from_numpy(np.concatenate([s.scope_KT for s in samples], 1)).to(self.device),
-            sample_index_N=torch.zeros(len(logprobs_N), dtype=torch.int64, device=self.device),
-            **self._loss_options,
-        ).loss
-
-    def ours(self) -> float:
-        """One row for the group."""
-        prompt = self._prompt(self._features())
-        row = move(build_micro_batch([(prompt, self.batch.samples)]), self.device)
-        logprobs, entropy = self.policy(row, 1.0, False)
-        loss = self._loss(logprobs, entropy, None, self.batch.samples)
-        loss.backward()
-        return float(loss.detach())
-
-    def best(self) -> float:
-        """One row per response, each with its prompt; nothing else is done twice."""
-        prompt = self._prompt(self._features())
-        total = 0.0
-        for sample in self.batch.samples:
-            row = move(build_micro_batch([(prompt, [sample])]), self.device)
-            logprobs, entropy = self.policy(row, 1.0, False)
-            loss = self._loss(logprobs, entropy, None, [sample])
-            loss.backward()
-            total += float(loss.detach())
-        return total
-
-    def plain(self) -> float:
-        """transformers' forward for every response, in an old-logprob pass and in the training pass."""
-        config = self.model.model.language_model.config
-        ours, config._attn_implementation = config._attn_implementation, "sdpa"
-        total = 0.0
-        for sample in self.batch.samples:
-            with torch.no_grad():
-                old, _ = self._all_logits(sample)
-            logprobs, entropy = self._all_logits(sample)
-            loss = self._loss(logprobs, entropy, old, [sample])
-            loss.backward()
-            total += float(loss.detach())
-        config._attn_implementation = ours
-        return total
-
-    def _all_logits(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-        response = torch.from_numpy(sample.token_ids_T).to(self.device)
-        tokens = torch.cat([self.batch.prompt_ids, response])[None]
-        logits = self.model(
-            input_ids=tokens,
-            pixel_values=self.batch.pixels,
-            image_grid_thw=self.batch.grid,
-            mm_token_type_ids=(tokens == IMAGE).int(),
-            use_cache=False,
-        ).logits[0, :-1]
-        logprobs_TV = torch.log_softmax(logits.float().masked_fill(self.policy.banned_V, float("-inf")), -1)
-        logprobs_T = logprobs_TV.gather(-1, tokens[0, 1:, None])[:, 0]
-        with torch.no_grad():
-            entropy_T = -(logprobs_TV.exp() * logprobs_TV.masked_fill(self.policy.banned_V, 0.0)).sum(-1)
-        return logprobs_T[-len(response) :], entropy_T[-len(response) :]
-
-    def gradients(self, side: Callable[[], float]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Return a side's loss and its gradients, on CPU."""
-        self.model.zero_grad(set_to_none=True)
-        loss = side()
-        found = {n: p.grad.float().cpu() for n, p in self.model.named_parameters() if p.grad is not None}
-        self.model.zero_grad(set_to_none=True)
-        return loss, found
 
 
 class PeakTensors(TorchDispatchMode):
@@ -441,6 +203,15 @@ def sweep(bench: Bench, repeats: int) -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def plot(found: dict[str, list[dict[str, float]]], folder: Path) -> None:
+    """Write `learner_<quantity>.svg` for every sweep."""
+    titles = {"prompt": "prompt tokens", "group": "responses per prompt", "images": "images per prompt"}
+    for name, rows in found.items():
+        series = {side: [row[side] for row in rows] for side in SIDES}
+        path = folder / f"learner_{name}.svg"
+        line_chart(path, "Seconds of one learner step", titles[name], [row[name] for row in rows], series)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -455,6 +226,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
     parser.add_argument("--sweep", action="store_true", help="seconds against prompt, group and images instead")
+    parser.add_argument("--plot", type=Path, help="with --sweep: folder for one SVG chart of each quantity")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     if args.threads:
@@ -471,6 +243,8 @@ def main() -> None:
     results: Any
     if args.sweep:
         results = sweep(bench, args.repeats)
+        if args.plot:
+            plot(results, args.plot)
     else:
         equal = check_equal(bench)
         print("; ".join(f"{key} {value:.1e}" for key, value in equal.items()), flush=True)

@@ -75,6 +75,11 @@ class Learner:
                     f"world_size={world_size}: call init_distributed on every rank before making a Learner"
                 )
             init_distributed(0, 1, "", 0, self.device.type)
+        if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
+            raise RsgrpoError(
+                f"rank {rank} of {world_size} does not fit the process group, in which this is rank {dist.get_rank()} "
+                f"of {dist.get_world_size()}; hand both functions the same numbers"
+            )
         self.encoder = encoder or InputProcessor(
             model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
