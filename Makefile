@@ -8,6 +8,8 @@ INSTALLED := $(VENV)/.installed
 SOURCES := rsgrpo recipes rewards rollout tests tools setup.py
 
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that wait must not spin on the cores where another process works.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-all test-gpu check format install clean
 .DELETE_ON_ERROR:
