@@ -9,8 +9,10 @@ COLOURS = ("#b3541e", "#7a7a7a", "#1f5fa8", "#2e7d4f")
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 280, 56, 44, 30, 96
 
 
-def line_chart(path: Path, title: str, x_name: str, x: Sequence[float], series: Mapping[str, Sequence[float]]) -> None:
-    """Write seconds (from 0 up) against `x`, one labelled line per series."""
+def line_chart(
+    path: Path, title: str, x_name: str, x: Sequence[float], series: Mapping[str, Sequence[float]], *, unit: str = " s"
+) -> None:
+    """Write values from 0 up (seconds, or what `unit` says) against `x`, one labelled line per series."""
     top = max(max(values) for values in series.values()) * 1.05
     span = (max(x) - min(x)) or 1.0
 
@@ -29,7 +31,7 @@ def line_chart(path: Path, title: str, x_name: str, x: Sequence[float], series: 
         second = top * step / 4
         _, y = place(x[0], second)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{second:.3g} s</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{second:.3g}{unit}</text>')
     for value in x:
         column, _ = place(value, 0)
         parts.append(f'<text x="{column:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
