@@ -31,7 +31,9 @@ HOMES = {
     "tensorboard": ["rsgrpo/tracking.py"],
     "hydra": ["rsgrpo/cli.py"],
     "omegaconf": ["rsgrpo/cli.py"],
-    "peft": ["rsgrpo/model.py"],
+    "peft": ["rsgrpo/model.py", "recipes/retrieval/training.py"],
+    "faiss": ["recipes/retrieval/faiss_search.py"],
+    "sentence_transformers": ["recipes/retrieval/encoders.py", "recipes/retrieval/training.py"],
     "sklearn": ["recipes/*.py"],
 }
 

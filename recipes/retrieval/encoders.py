@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,7 +23,9 @@ from rsgrpo.errors import RsgrpoError
 
 VISRAG_QUERY_PREFIX = "Represent this query for retrieving relevant documents: "
 POOLINGS = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken", "cls": "cls"}
+DEFAULT_MIN_PIXELS, DEFAULT_MAX_PIXELS = 4 * 28 * 28, 1_280 * 28 * 28
 KINDS = ("image", "text", "late", "imported")
+RETRIEVER_FILE = "retriever.json"  # in a trained folder: what its queries and pages go through
 _EDGE_BYTES = 1 << 20  # of a weight file, hashed at both ends
 
 
@@ -71,8 +73,8 @@ class EncoderSettings:
     kind: Literal["image", "text", "late", "imported"] = "image"
     pooling: str = ""
     query_prefix: str | None = None
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 1_280 * 28 * 28
+    min_pixels: int = DEFAULT_MIN_PIXELS
+    max_pixels: int = DEFAULT_MAX_PIXELS
     batch_size: int = 8
     device: str = ""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -88,6 +90,9 @@ class EncoderSettings:
             raise RsgrpoError(f"--batch-size must be >= 1, got {self.batch_size}")
         if not 1 <= self.min_pixels <= self.max_pixels:
             raise RsgrpoError(f"--min-pixels {self.min_pixels} must be in [1, --max-pixels {self.max_pixels}]")
+
+
+_DEFAULTS = {"query_prefix": None, "min_pixels": DEFAULT_MIN_PIXELS, "max_pixels": DEFAULT_MAX_PIXELS}
 
 
 def load_encoder(settings: EncoderSettings) -> Encoder:
@@ -146,7 +151,7 @@ class SentenceEncoder:
 
     def __init__(self, settings: EncoderSettings) -> None:
         folder = model_folder(settings.model, settings.revision)
-        self.settings = settings
+        self.settings = settings = with_trained_defaults(settings, folder)
         self.model = load_sentence_transformer(folder, settings)
         self._query_prefix = settings.query_prefix
         if self._query_prefix is None and not (folder / "modules.json").exists():
@@ -284,6 +289,15 @@ def load_sentence_transformer(folder: Path, settings: EncoderSettings) -> Any:
     )
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=POOLINGS[settings.pooling or "weighted_mean"])
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=settings.device or None)
+
+
+def with_trained_defaults(settings: EncoderSettings, folder: Path) -> EncoderSettings:
+    """Fill what is at its default with what a trained folder says of itself."""
+    if not (folder / RETRIEVER_FILE).exists():
+        return settings
+    trained = json.loads((folder / RETRIEVER_FILE).read_text())
+    changes = {name: value for name, value in trained.items() if getattr(settings, name) == _DEFAULTS[name]}
+    return replace(settings, **changes)
 
 
 def page_resizer(model: Any, settings: EncoderSettings) -> Callable[[Image.Image], Image.Image]:
