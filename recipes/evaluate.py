@@ -204,12 +204,12 @@ def prediction_settings(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a new folder, and compare with those of an old one.
+    """Write the settings of a folder without predictions, and compare with those of one that has some.
 
     Raises:
-        ConfigError: the folder was made with others.
+        ConfigError: the predictions were made with others.
     """
-    if path.is_file():
+    if path.is_file() and path.with_name(PREDICTIONS_FILE).is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             f"{key}={settings.get(key)!r}, was {before.get(key)!r}"

@@ -171,6 +171,7 @@ def help_text(schema: type, config_name: str = "config") -> str:
     width = max(map(len, found))
     recipe = _easiest(found["recipe"])
     lines = [f"  {group:<{width}}  {', '.join(options)}" for group, options in found.items()]
+    keys_shown = "learner.lr=1e-5 tracking=wandb_offline" if "learner" in found else "prompt=direct rollout=vllm"
     return "\n".join(
         [
             f"usage: {program} recipe=RECIPE [group=option ...] [key=value ...]",
@@ -180,7 +181,7 @@ def help_text(schema: type, config_name: str = "config") -> str:
             "",
             "Examples:",
             f"  {program} recipe={recipe}",
-            f"  {program} recipe={recipe} name=first learner.lr=1e-5 tracking=wandb_offline",
+            f"  {program} recipe={recipe} name=first {keys_shown}",
             f"  {program} recipe={recipe} seed=1,2,3 --multirun",
             "",
             "All keys and their values:  " + f"{program} recipe={recipe} --cfg job",

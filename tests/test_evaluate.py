@@ -250,6 +250,15 @@ def test_a_prompt_that_cannot_be_sampled_counts_as_missing(data, tiny_model_path
     assert (results(data)["num_missing"], results(data)["num_failed"]) == (4, 4)
 
 
+def test_settings_that_led_to_no_prediction_may_change(data, tiny_model_path):
+    config = fake(data, tiny_model_path)
+    gone = dataclasses.replace(config, model=dataclasses.replace(config.model, path="no/such/model/folder"))
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        evaluate(gone)
+    evaluate(config)
+    assert results(data)["num_missing"] == 0
+
+
 def test_missing_pages_stop_a_prediction_before_it_starts(data):
     (data / "EVisRAG-Test-SlideVQA/images/0.png").unlink()
     with pytest.raises(RsgrpoError, match=r"1 of 3 pages are missing: .*0.png; unpack"):
@@ -274,6 +283,12 @@ def test_the_groups_of_training_can_be_chosen():
     assert config.rollout.engine == "vllm"
     assert "Similarities" in config.prompt.template
     assert folder_name(config) == "ChartQA-Qwen2.5-VL-3B-Instruct-top1"
+
+
+def test_the_help_shows_only_what_this_program_takes():
+    text = cli.help_text(EvaluateConfig, "evaluate")
+    assert "prompt=direct rollout=vllm" in text
+    assert "learner" not in text
 
 
 def test_a_model_folder_can_be_given_like_an_option():
