@@ -237,3 +237,18 @@ def test_the_command_line_names_a_wrong_key():
     )  # fmt: skip
     assert result.returncode == 2
     assert "batchsize: there is no such key; did you mean batch_size?" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_what_one_learns_from_both_batches(tiny_model_path, pairs, tmp_path):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"query": p.query, "image": p.page}) + "\n" for p in pairs))
+    settings = ["recipe=visrag", f"base_model={tiny_model_path}", f"pairs={tmp_path}/p.jsonl", f"output_dir={tmp_path}"]
+    settings += ["held_out_pairs=0", "max_pixels=3136", "min_pixels=784", "total_steps=2", "save_every=2", "lr=1e-3"]
+    settings += ["log_every=1", "bf16=false", "gradient_checkpointing=false", "num_threads=1", "warmup_steps=0"]
+    module = ["-m", "recipes.train_retriever", *settings]
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29541", *module]
+    for command in ([*module, "name=one", "batch_size=8"], [*several, "name=both", "batch_size=4"]):
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    one, both = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "both"))
+    for name, value in one.items():
+        torch.testing.assert_close(both[name], value, rtol=1e-4, atol=1e-5, msg=name)

@@ -162,14 +162,15 @@ def train(
         queries_ND = encode(model, [pair.query for pair in pairs], to_inputs, config.micro_batch_size)
         pairs = mine_negatives(pairs, queries_ND, pages_MD, pages, config.mined_negatives)
     _choose_parameters(model, config)
+    arguments = _arguments(config, out, evaluates=bool(held_out))  # these start the process group
     loss = InBatchLoss(
         model, scale=1 / config.temperature, mini_batch_size=config.micro_batch_size,
-        gather_across_devices=torch.distributed.is_initialized(),
+        gather_across_devices=arguments.world_size > 1,
     )  # fmt: skip
     evaluator = HeldOut(held_out, to_inputs, config.micro_batch_size) if held_out else None
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=_arguments(config, out, evaluates=evaluator is not None),
+        args=arguments,
         train_dataset=as_dataset(pairs, config.seed),
         loss=loss,
         evaluator=evaluator,
@@ -252,4 +253,5 @@ def _arguments(config: RetrieverConfig, out: Path, *, evaluates: bool) -> Senten
         remove_unused_columns=False,
         report_to=[],
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
     )
