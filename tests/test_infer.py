@@ -561,6 +561,15 @@ def test_mistakes_are_one_line_each(arguments, complaint, capsys, serve):
     assert "Traceback" not in error
 
 
+def test_ctrl_c_says_that_the_answers_are_kept(monkeypatch, capsys):
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.infer.answer", interrupted)
+    assert main(["--batch", "rows.jsonl"]) == 130
+    assert capsys.readouterr().err == "stopped; answers so far are kept, the same command goes on\n"
+
+
 def test_an_engine_answers_in_process(tmp_path, page, tiny_model_path):
     script = tmp_path / "script.jsonl"
     script.write_text(json.dumps({"id": "q0", "responses": [ANSWER]}) + "\n")
