@@ -34,6 +34,7 @@ HOMES = {
     "peft": ["rsgrpo/model.py", "recipes/retrieval/training.py"],
     "faiss": ["recipes/retrieval/faiss_search.py"],
     "sentence_transformers": ["recipes/retrieval/encoders.py", "recipes/retrieval/training.py"],
+    "httpx": ["recipes/endpoint.py"],
     "sklearn": ["recipes/*.py"],
 }
 
