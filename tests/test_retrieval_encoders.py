@@ -126,7 +126,7 @@ def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, tiny_model_pa
         load_encoder(settings("someone/nothing"))
     encoder = SentenceEncoder(settings(tiny_model_path))
     (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(EncoderError, match=r"page x of d: .*ingest its document again"):
+    with pytest.raises(EncoderError, match=r"page x of d: .*; delete .* and ingest again"):
         encoder.encode_pages([Page("x", "d", 1, str(tmp_path / "bad.png"), 1, 1, "")])
     encoder.model.save(str(tmp_path / "saved"))
     with pytest.raises(EncoderError, match="which fixes the pooling"):
@@ -147,6 +147,19 @@ def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, pages, 
     alone = late.encode_pages(pages[:1])[0]
     np.testing.assert_allclose(first, alone, atol=1e-5)
     assert late.encode_queries(["what amount"])[0].ndim == 2
+
+
+def test_a_damaged_page_of_the_store_is_made_anew_as_its_error_says(store, encoder, tmp_path):
+    page = next(iter(PageStore.open(store).pages()))
+    Path(page.image).write_bytes(b"damaged")
+    index = VectorIndex.create(tmp_path / "index", encoder)
+    console = Console(io.StringIO())
+    with pytest.raises(EncoderError, match=r"; delete .* and ingest again"):
+        update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
+    shutil.rmtree(Path(page.image).parent)
+    ingest([tmp_path / "docs"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    report = update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
+    assert report.num_pages == 3
 
 
 @pytest.fixture
@@ -183,6 +196,11 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
     found = Retriever(store, tmp_path / "index", encoder).search(["7"], 10)[0]
     assert sorted(page.document for page in found) == ["blue.png", "lime.png", "white.png"]
     assert [page.rank for page in found] == [1, 2, 3]
+
+
+def test_an_empty_index_finds_nothing(store, encoder, tmp_path):
+    VectorIndex.create(tmp_path / "index", encoder)
+    assert Retriever(store, tmp_path / "index", encoder).search(["7"], 10) == [[]]
 
 
 def test_index_and_search_from_the_command_line(store, tiny_model_path, capsys):

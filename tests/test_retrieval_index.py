@@ -271,3 +271,28 @@ def test_settings_that_cannot_work_are_refused():
         EncoderSettings("m", batch_size=0)
     with pytest.raises(RsgrpoError, match="--min-pixels 9000 must be in"):
         EncoderSettings("m", min_pixels=9000, max_pixels=8000)
+
+
+def test_visrag_ret_pools_by_place_and_ignores_padding_on_either_side():
+    import torch
+
+    from recipes.retrieval.visrag_ret import encode, weighted_mean
+
+    hidden = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    # (1 * (1, 0) + 2 * (0, 1)) / 3, of length 1
+    expected = np.array([[1, 2]]) / np.sqrt(5)
+    pad = torch.full((1, 1, 2), 9.0)
+    for states, mask in (
+        (hidden, [[1, 1]]),
+        (torch.cat([pad, hidden], 1), [[0, 1, 1]]),
+        (torch.cat([hidden, pad], 1), [[1, 1, 0]]),
+    ):
+        np.testing.assert_allclose(weighted_mean(states, torch.tensor(mask)).numpy(), expected, atol=1e-6)
+
+    class Model:
+        def __call__(self, text: list[str], image: list[Any], tokenizer: Any) -> Any:
+            states = torch.tensor([[[float(len(one)), 1.0]] for one in text])
+            return type("Out", (), {"last_hidden_state": states, "attention_mask": torch.ones(len(text), 1)})()
+
+    vectors = encode(Model(), None, ["a", "bb", "ccc"], [None] * 3, 2)
+    np.testing.assert_allclose(vectors[1], np.array([2, 1]) / np.sqrt(5), atol=1e-3)

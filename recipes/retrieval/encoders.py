@@ -326,7 +326,10 @@ def load_page(page: Page, resize: Callable[[Image.Image], Image.Image]) -> Image
     try:
         return resize(decode(page.image))
     except PromptError as error:
-        raise EncoderError(f"page {page.page_id} of {page.document}: {error}; ingest its document again") from error
+        folder = Path(page.image).parent
+        raise EncoderError(
+            f"page {page.page_id} of {page.document}: {error}; delete {folder} and ingest again"
+        ) from error
 
 
 def _load_options(settings: EncoderSettings) -> dict[str, Any]:
