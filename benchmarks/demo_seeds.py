@@ -46,7 +46,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def table(runs: Sequence[Path]) -> str:
     """Return a markdown table, one row per score."""
     lines = [
-        "| score | " + " | ".join(run.parent.parent.name for run in runs) + " | mean gain | 95% t-interval |",
+        "| score | " + " | ".join(run.absolute().parent.parent.name for run in runs) + " | mean gain | 95% t-interval |",
         "|---|" + "---|" * (len(runs) + 2),
     ]
     for name, key in SCORES.items():
@@ -62,7 +62,7 @@ def draw(runs: Sequence[Path], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, key in SCORES.items():
-        curves = {run.parent.parent.name: curve(run, key) for run in runs}
+        curves = {run.absolute().parent.parent.name: curve(run, key) for run in runs}
         steps = next(iter(curves.values()))[0]
         path = folder / f"{key.removeprefix('val/').replace('/', '_')}.svg"
         line_chart(path, name, "step", steps, {run: values for run, (_, values) in curves.items()}, unit="")
