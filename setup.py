@@ -39,6 +39,7 @@ setup(
         "psutil>=6",
         "numpy>=2,<3",
         "httpx>=0.27,<1",
+        "aiohttp>=3.11,<4",
         "pyyaml>=6",
         "huggingface-hub>=1,<3",
     ],

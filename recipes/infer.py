@@ -155,6 +155,12 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
     what.add_argument("--system", default="", help="system message; the default is the prompt's, else the model's")
     what.add_argument("--json", action="store_true", help="print the result of one question as one JSON line")
+    add_answerer_options(top)
+    return top
+
+
+def add_answerer_options(top: argparse.ArgumentParser) -> None:
+    """Add the options that `answerer_of` reads."""
     who = top.add_argument_group("who answers")
     who.add_argument("--model", default="", help="model folder or hub id; with --endpoint, the name the server uses")
     who.add_argument("--engine", choices=["hf", "vllm", "fake"], default="hf", help="default: hf")
@@ -167,7 +173,6 @@ def parser() -> argparse.ArgumentParser:
     who.add_argument("--revision", default="", help="hub commit of the model")
     who.add_argument("--script", default="", help="answers of the fake engine")
     _add_limits(top.add_argument_group("how"))
-    return top
 
 
 def _add_limits(how: argparse._ArgumentGroup) -> None:

@@ -35,6 +35,7 @@ HOMES = {
     "faiss": ["recipes/retrieval/faiss_search.py"],
     "sentence_transformers": ["recipes/retrieval/encoders.py", "recipes/retrieval/training.py"],
     "httpx": ["recipes/endpoint.py"],
+    "aiohttp": ["recipes/serve.py"],
     "sklearn": ["recipes/*.py"],
 }
 
