@@ -91,7 +91,7 @@ class LearnerWorker:
         for name, tensor in self.learner.gather_weights():
             if self.rank:
                 continue
-            chunk.append((name, tensor))
+            chunk.append((name, tensor.cpu()))
             if sum(t.numel() * t.element_size() for _, t in chunk) >= chunk_bytes:
                 yield chunk
                 chunk = []

@@ -87,12 +87,14 @@ def test_every_group_option_composes_with_a_recipe(choice):
 
 
 def test_every_yaml_file_is_a_config_a_recipe_or_an_option():
-    known = {ROOT / "conf/config.yaml", ROOT / "conf/sft/config.yaml", ROOT / "conf/evaluate/config.yaml"}
+    programs = ("sft", "evaluate", "train_retriever")
+    known = {ROOT / "conf/config.yaml", *(ROOT / f"conf/{program}/config.yaml" for program in programs)}
     known |= {
         ROOT / f"conf/{group}/{option}.yaml" for group, all_ in cli.groups(TrainConfig).items() for option in all_
     }
     known |= {ROOT / f"conf/sft/recipe/{option}.yaml" for option in SFT_RECIPES}
     known |= set((ROOT / "conf/evaluate/recipe").glob("*.yaml"))  # parsed in test_evaluate.py
+    known |= set((ROOT / "conf/train_retriever/recipe").glob("*.yaml"))  # parsed in test_retrieval_training.py
     assert known == set((ROOT / "conf").rglob("*.yaml"))
 
 
@@ -238,7 +240,7 @@ def test_a_mistake_is_named_with_what_would_work(overrides, said):
         (["data.val="], "validation.every=0 validation.at_start=false"),
         (["learner.offload=true"], "learner.offload=true"),
         (["learner.attention=flash"], "learner.attention=flash needs a GPU"),
-        (["cluster.num_cpus=1", "rollout.num_workers=3"], "workers need 2.1 CPUs"),
+        (["cluster.num_cpus=1", "rollout.num_workers=3"], "workers need 1.1 CPUs"),
         (["model.lora.rank=8", "model.freeze_vision=false"], "model.lora.rank=8 puts adapters on the language model"),
         (["algorithm.filter.low=7"], "low=7 must be < high=6.9"),
     ],
