@@ -94,7 +94,7 @@ def test_every_yaml_file_is_a_config_a_recipe_or_an_option():
     }
     known |= {ROOT / f"conf/sft/recipe/{option}.yaml" for option in SFT_RECIPES}
     known |= set((ROOT / "conf/evaluate/recipe").glob("*.yaml"))  # parsed in test_evaluate.py
-    known |= set((ROOT / "conf/train_retriever/recipe").glob("*.yaml"))  # parsed in test_retrieval_training.py
+    known |= set((ROOT / "conf/train_retriever/recipe").glob("*.yaml"))  # composed below
     assert known == set((ROOT / "conf").rglob("*.yaml"))
 
 
@@ -366,3 +366,10 @@ def attributes_read() -> set[str]:
                     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                         names.add(node.attr)
     return names
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf/train_retriever/recipe").glob("*.yaml")))
+def test_every_recipe_of_the_retriever_composes(recipe):
+    from recipes.train_retriever import RetrieverConfig
+
+    assert cli.compose(RetrieverConfig, "train_retriever", [f"recipe={recipe}"])
