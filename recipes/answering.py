@@ -29,6 +29,7 @@ class Output:
     finish_reason: "stop", "length", whatever else an endpoint says, or "error".
     error: why there is no (whole) text; "" when there is.
     mean_logprob: mean natural log-probability of the response's tokens; None where the answerer does not tell.
+    num_prompt_tokens, num_response_tokens: likewise.
     """
 
     prompt: Prompt
@@ -36,6 +37,8 @@ class Output:
     finish_reason: str
     error: str = ""
     mean_logprob: float | None = None
+    num_prompt_tokens: int | None = None
+    num_response_tokens: int | None = None
 
 
 class Answerer(Protocol):
@@ -201,7 +204,14 @@ class EngineAnswerer:
                     else:
                         rollout = group.rollouts[0]
                         mean_logprob = sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T))
-                        yield Output(group.prompt, rollout.text, rollout.finish_reason, mean_logprob=mean_logprob)
+                        yield Output(
+                            group.prompt,
+                            rollout.text,
+                            rollout.finish_reason,
+                            mean_logprob=mean_logprob,
+                            num_prompt_tokens=group.num_prompt_tokens,
+                            num_response_tokens=len(rollout.token_ids_T),
+                        )
             except ValueError as error:  # the engine's own errors; what a prompt is to blame for came as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 

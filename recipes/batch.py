@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,6 +55,8 @@ def result_line(output: Output, model: str) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         "prompt_hash": prompt_hash(prompt),
         "model": model,
+        "num_prompt_tokens": output.num_prompt_tokens,
+        "num_response_tokens": output.num_response_tokens,
     }
 
 
@@ -88,7 +90,7 @@ def answer_batch(
         try:
             for output in answerer.answer(asked) if asked else ():
                 for prompt in leaders[output.prompt.id]:
-                    line = result_line(Output(prompt, output.text, output.finish_reason, output.error), answerer.name)
+                    line = result_line(replace(output, prompt=prompt), answerer.name)
                     file.write(json.dumps(line) + "\n")
                     done[prompt.id] = line
                     num_written += 1

@@ -125,7 +125,9 @@ def _check_fields(fields: Mapping[str, Any], model: str, sampling: ServedSamplin
         raise RequestError(404, f"model {fields['model']!r:.80} is not served here; the model is {model!r}")
     if not isinstance(fields.get("stream") or False, bool):
         raise RequestError(400, f"stream must be true or false, got {fields['stream']!r:.80}")
-    fixed = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed, "top_k": 0, "n": 1}
+    fixed: dict[str, float] = {"temperature": sampling.temperature, "top_k": 0, "n": 1}
+    if sampling.temperature:  # greedy answers depend on neither
+        fixed |= {"top_p": sampling.top_p, "seed": sampling.seed}
     for name, served in fixed.items():
         if fields.get(name) is not None and fields[name] != served:
             raise RequestError(

@@ -13,6 +13,7 @@ import os
 import random
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -54,6 +55,7 @@ class EndpointConfig:
     timeout_s: the longest that one answer may take.
     max_tries: requests for one answer before the endpoint counts as down.
     backoff_s: wait after the first failure; it doubles with each further one.
+    requests_per_minute: requests are spread to be no more than these, retries included; 0 sets no limit.
     """
 
     url: str = ""
@@ -63,6 +65,7 @@ class EndpointConfig:
     timeout_s: float = 600.0
     max_tries: int = 6
     backoff_s: float = 1.0
+    requests_per_minute: float = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -71,7 +74,7 @@ class EndpointConfig:
         )
         at_least(1, endpoint__concurrency=self.concurrency, endpoint__max_tries=self.max_tries)
         above(0, endpoint__timeout_s=self.timeout_s)
-        at_least(0, endpoint__backoff_s=self.backoff_s)
+        at_least(0, endpoint__backoff_s=self.backoff_s, endpoint__requests_per_minute=self.requests_per_minute)
 
 
 class Endpoint:
@@ -92,6 +95,8 @@ class Endpoint:
         self._inputs = inputs
         self._stop = threading.Event()
         self._last_success = 0.0
+        self._turn_lock = threading.Lock()
+        self._next_turn = 0.0
         key = os.environ.get(config.api_key_env, "")
         try:
             self._client = httpx.Client(
@@ -178,11 +183,18 @@ class Endpoint:
             response = self._open(self._body(prompt))
             choice = response.json()["choices"][0]
             text, reason = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
+            usage = response.json().get("usage") or {}
         except PromptError as error:
             return Output(prompt, "", "error", str(error))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             return Output(prompt, "", "error", f"the reply is no chat completion: {type(error).__name__}: {error}")
-        return Output(prompt, text, reason)
+        return Output(
+            prompt,
+            text,
+            reason,
+            num_prompt_tokens=usage.get("prompt_tokens"),
+            num_response_tokens=usage.get("completion_tokens"),
+        )
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         """Return the request: text and pages in the order of the prompt's marks.
@@ -210,7 +222,7 @@ class Endpoint:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "seed": sampling.seed,
+            "seed": _seed(sampling, prompt.id),
             **({"top_k": sampling.top_k} if sampling.top_k else {}),
         }
 
@@ -228,6 +240,7 @@ class Endpoint:
         config, started = self._config, time.monotonic()
         fault, delay_s = "", config.backoff_s
         for attempt in range(1, config.max_tries + 1):
+            self._await_turn()
             try:
                 request = self._client.build_request(method, path, json=body)
                 response = self._client.send(request, stream=stream)
@@ -256,6 +269,16 @@ class Endpoint:
             "running, and is endpoint.url right?"
         )
 
+    def _await_turn(self) -> None:
+        """Wait so that requests keep to `requests_per_minute`."""
+        if not self._config.requests_per_minute:
+            return
+        with self._turn_lock:
+            turn = max(self._next_turn, time.monotonic())
+            self._next_turn = turn + 60 / self._config.requests_per_minute
+        if self._stop.wait(max(0.0, turn - time.monotonic())):
+            raise EndpointError("stopped")
+
     def _hint(self, response: httpx.Response) -> str:
         if response.status_code == 404:
             return f"check endpoint.url, which usually ends in /v1, and endpoint.model={self._config.model!r}"
@@ -273,6 +296,11 @@ def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:
     buffer = io.BytesIO()
     image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _seed(sampling: SamplingParams, prompt_id: str) -> int:
+    """Return a seed that differs by prompt, so that tries under other ids are other draws; greedy needs none."""
+    return (sampling.seed + (zlib.crc32(prompt_id.encode()) if sampling.temperature else 0)) % 2**31
 
 
 def _succeeded(future: Future[Output]) -> bool:

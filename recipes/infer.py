@@ -167,6 +167,7 @@ def add_answerer_options(top: argparse.ArgumentParser) -> None:
     who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
     who.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable that holds its key")
     who.add_argument("--concurrency", type=int, default=8, help="requests to the endpoint at once")
+    who.add_argument("--requests-per-minute", type=float, default=0.0, help="to the endpoint; 0: no limit")
     who.add_argument("--max-tries", type=int, default=6, help="requests for one answer before the endpoint is down")
     who.add_argument("--timeout-s", type=float, default=600.0, help="the longest that one answer may take")
     who.add_argument("--trust-remote-code", action="store_true", help="run code that the model's folder brings")
@@ -200,6 +201,7 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
         concurrency=options.concurrency,
         max_tries=options.max_tries,
         timeout_s=options.timeout_s,
+        requests_per_minute=options.requests_per_minute,
     )
     inputs = InputsConfig(options.min_pixels, options.max_pixels, options.max_images, options.max_prompt_tokens)
     rollout = AnswerRolloutConfig(

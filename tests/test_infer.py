@@ -309,7 +309,7 @@ def test_each_question_gets_one_line_with_all_fields(tmp_path):
     assert [line["id"] for line in lines] == ["q0", "q1", "q2"]
     assert list(lines[0]) == [
         "id", "question", "answer", "insufficient", "observe", "evidence", "think", "citations", "format_ok", "errors",
-        "raw", "finish_reason", "prompt_hash", "model",
+        "raw", "finish_reason", "prompt_hash", "model", "num_prompt_tokens", "num_response_tokens",
     ]  # fmt: skip
     assert (lines[0]["answer"], lines[0]["raw"], lines[0]["format_ok"]) == ("16%", ANSWER, True)
 
@@ -343,7 +343,7 @@ def test_failed_questions_are_asked_again(tmp_path):
     assert lines_of(out)[1] | {"prompt_hash": "", "id": ""} == {
         "id": "", "question": "", "answer": "", "insufficient": False, "observe": "", "evidence": [], "think": "",
         "citations": [], "format_ok": False, "errors": ["page lost"], "raw": "", "finish_reason": "error",
-        "prompt_hash": "", "model": "model-a",
+        "prompt_hash": "", "model": "model-a", "num_prompt_tokens": None, "num_response_tokens": None,
     }  # fmt: skip
     second = Scripted()
     assert batch(prompts_of(2), second, out).failed == 0
