@@ -53,6 +53,8 @@ class VllmConfig:
     sync: how weights travel: "nccl" (own GPUs), "ipc" (shared GPUs), "gloo" (CPU), or "auto".
     sync_bucket_mib: weights that are in flight at once; with ipc at least the largest tensor.
     sync_timeout_s: the longest that one phase of a weight sync may take.
+    verify_every: compare checksums of what engine and learner hold after every n-th sync, the first included; 0 is
+        never.
     start_timeout_s: to load the model and profile memory.
     stall_timeout_s: requests are running and no token came for so long: the engine counts as failed.
     """
@@ -71,6 +73,7 @@ class VllmConfig:
     sync: str = "auto"
     sync_bucket_mib: int = 1536
     sync_timeout_s: float = 300.0
+    verify_every: int = 10
     start_timeout_s: float = 900.0
     stall_timeout_s: float = 300.0
 
@@ -78,7 +81,8 @@ class VllmConfig:
         for key in ("tensor_parallel_size", "max_num_seqs", "sync_bucket_mib"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.vllm.{key} must be >= 1, got {getattr(self, key)}")
-        for key in ("kv_cache_gib", "max_model_len", "max_num_batched_tokens", "block_size", "mm_cache_gib"):
+        not_negative = ("kv_cache_gib", "max_model_len", "max_num_batched_tokens", "block_size", "mm_cache_gib")
+        for key in (*not_negative, "verify_every"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"rollout.vllm.{key} must be >= 0, got {getattr(self, key)}")
         for key in ("sync_timeout_s", "start_timeout_s", "stall_timeout_s"):
@@ -107,6 +111,8 @@ class RolloutConfig:
     num_threads: CPU threads of each engine; 0 leaves it to torch.
     script: for engine "fake": a jsonl of {"id", "responses"}; empty answers every prompt with its gold response.
     timeout_s: the longest that one worker may take for one batch.
+    max_restarts: an engine that died or stalled is started again with the current weights; so many failures in a row
+        are borne.
     allow_biased_sampling: permit top_p < 1 or top_k > 0 in training, which importance ratios do not correct.
     """
 
@@ -122,6 +128,7 @@ class RolloutConfig:
     num_threads: int = 0
     script: str = ""
     timeout_s: float = 3600.0
+    max_restarts: int = 3
     allow_biased_sampling: bool = False
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
@@ -141,5 +148,7 @@ class RolloutConfig:
             raise ConfigError(f"rollout.top_p must be in (0, 1], got {self.top_p:g}")
         if self.top_k < 0:
             raise ConfigError(f"rollout.top_k must be >= 0 (0 is off), got {self.top_k}")
+        if self.max_restarts < 0:
+            raise ConfigError(f"rollout.max_restarts must be >= 0, got {self.max_restarts}")
         if self.timeout_s <= 0:
             raise ConfigError(f"rollout.timeout_s must be > 0, got {self.timeout_s:g}")

@@ -16,10 +16,18 @@ class EngineError(ValueError):
     """An engine cannot start, sample as asked, or take the weights it is given."""
 
 
+class EngineFailed(EngineError):
+    """The engine died, stalled or has half-loaded weights: close it, start another and ask again."""
+
+
 class Engine(Protocol):
-    """Samples groups of responses under one version of the weights."""
+    """Samples groups of responses under one version of the weights.
+
+    backend: how weights arrive: "load" by `load_weights`, else the transport of `rollout.vllm_transfer`.
+    """
 
     weights_version: int
+    backend: str
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in any order, as soon as it is finished.
@@ -37,6 +45,14 @@ class Engine(Protocol):
         """All weights of `version` have arrived: drop caches made under the old ones and sample with the new."""
         ...
 
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return, of each prompt as this engine takes it, (tokens, image tokens among them, image features)."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Return counts of what was sampled since the last call; nothing where the engine keeps none."""
+        ...
+
     def close(self) -> None:
         """Free the engine; calling it twice is allowed."""
         ...
@@ -51,12 +67,17 @@ def build_engine(
     device: str = "auto",
     revision: str = "",
     trust_remote_code: bool = False,
+    colocated: bool = False,
+    lora_rank: int = 0,
+    name: str = "engine",
 ) -> Engine:
     """Start the engine that `rollout.engine` names; only that one is imported.
 
     Args:
-        num_threads: CPU threads of the embedded engine; 0 takes `rollout.num_threads`.
-        device: of the embedded engine: "cpu", "cuda", or "auto" for CUDA where there is any.
+        num_threads: CPU threads of the engine; 0 takes `rollout.num_threads`.
+        device: "cpu", "cuda", or "auto" for CUDA where there is any (vLLM: for what it was built for).
+        colocated: a learner works on the same devices. lora_rank: > 0 makes vLLM ready to be sent adapters instead of
+            whole weights. name: of the engine in vLLM's errors.
 
     Raises:
         EngineError: the engine is not installed, or cannot run this model.
@@ -85,7 +106,18 @@ def build_engine(
         )
     from rollout.vllm_engine import build_vllm_engine
 
-    return build_vllm_engine(model_path, rollout, inputs, revision=revision, trust_remote_code=trust_remote_code)
+    return build_vllm_engine(
+        model_path,
+        rollout,
+        inputs,
+        num_threads=num_threads,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        colocated=colocated,
+        lora_rank=lora_rank,
+        name=name,
+    )
 
 
 def check_sampling(sampling: SamplingParams) -> None:

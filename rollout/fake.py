@@ -35,6 +35,8 @@ class ScriptEntry:
 class FakeEngine:
     """Answers prompts from a script; a prompt that the script does not name gets its gold response."""
 
+    backend = "load"
+
     def __init__(
         self,
         model_path: str,
@@ -75,6 +77,14 @@ class FakeEngine:
     def finish_weights(self, version: int) -> None:
         """Count the version."""
         self.weights_version = version
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return (tokens, image tokens, image features) of each prompt."""
+        return [self.processor.count_vision(prompt) for prompt in prompts]
+
+    def stats(self) -> dict[str, float]:
+        """Nothing is counted here."""
+        return {}
 
     def close(self) -> None:
         """Nothing to free."""

@@ -52,6 +52,8 @@ class ImageFeatures:
 class HFEngine:
     """Samples with a transformers vision-language model of the Qwen2.5-VL or Qwen3-VL kind."""
 
+    backend = "load"
+
     def __init__(
         self,
         model_path: str,
@@ -154,6 +156,14 @@ class HFEngine:
             )
         self._missing = None
         self.weights_version = version
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return (tokens, image tokens, image features) of each prompt."""
+        return [self.processor.count_vision(prompt) for prompt in prompts]
+
+    def stats(self) -> dict[str, float]:
+        """Nothing is counted here."""
+        return {}
 
     def close(self) -> None:
         """Drop the image features; the model goes with the object."""

@@ -128,6 +128,14 @@ class InputProcessor:
             image_hashes=tuple(_pixel_hash(image) for image in images),
         )
 
+    def count_vision(self, prompt: Prompt) -> tuple[int, int, int]:
+        """Return (tokens of the prompt, image tokens among them, features that its pixels make)."""
+        encoded = self.encode(prompt)
+        grids = encoded.image_grid_thw
+        patches = 0 if grids is None else int(grids.prod(1).sum())
+        num_features = patches // self.image_processor.merge_size**2
+        return len(encoded.token_ids_T), encoded.token_ids_T.count(self.image_token_id), num_features
+
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the length of `encode(prompt).token_ids_T` from image headers alone; the token limit is not applied.
 

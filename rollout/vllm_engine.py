@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError, check_sampling
+from rollout.engine import EngineError, EngineFailed, check_sampling
 from rollout.images import PromptError
 from rollout.inputs import InputProcessor
 from rollout.types import Prompt, RolloutGroup, SamplingParams
@@ -43,10 +43,6 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 64 << 20
 """Weights that `load_weights` hands to the engine's processes at once."""
 POLL_S = 0.5
-
-
-class EngineFailed(EngineError):
-    """The engine died, stalled or has half-loaded weights: close it, start another and ask again."""
 
 
 def build_vllm_engine(
@@ -149,6 +145,19 @@ class VllmEngine:
         finally:
             work.cancel()
             self._progress.stop()
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return, of each prompt as vLLM rendered it, (tokens, image tokens among them, image features)."""
+        counts = []
+        for prompt in prompts:
+            request, _ = build_request(self.processor, prompt, 1, self._max_model_len)
+            (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
+            token_ids_T = list(rendered["prompt_token_ids"])
+            items = rendered["mm_kwargs"]["image"] if prompt.images else []
+            patches = sum(int(item["image_grid_thw"].data.prod()) for item in items)
+            num_features = patches // self.processor.image_processor.merge_size**2
+            counts.append((len(token_ids_T), token_ids_T.count(self.processor.image_token_id), num_features))
+        return counts
 
     def stats(self) -> dict[str, float]:
         """Return counts since the last call: prompt and generated tokens, seconds, tokens/s, prefix-cache hit rate."""

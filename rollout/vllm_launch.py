@@ -63,6 +63,7 @@ def sender_options(rollout: RolloutConfig) -> dict[str, Any]:
         "dtype": getattr(torch, rollout.dtype),
         "bucket_bytes": rollout.vllm.sync_bucket_mib * 2**20,
         "timeout_s": rollout.vllm.sync_timeout_s,
+        "verify_every": rollout.vllm.verify_every,
     }
 
 
@@ -150,6 +151,8 @@ def engine_arguments(
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
         if vllm.tensor_parallel_size == 1:
             arguments["distributed_executor_backend"] = "uni"
+    elif vllm.tensor_parallel_size > 1:
+        arguments["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would place actors of its own
     if lora_rank:
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
     return arguments

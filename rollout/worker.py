@@ -1,50 +1,31 @@
-"""Engines as Ray actors, and the pool that spreads whole groups over them.
+"""Engines as Ray actors, each in a process of its own, and how a learner reaches them to send weights.
 
-Owns one engine per process, which worker samples what, and what is said when one fails. Knows nothing of rewards or
-learning, and nothing of how an engine samples.
+Who samples what, and what happens when one fails, is in `rollout.pool`. Knows nothing of rewards or learning, and
+nothing of how an engine samples.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import resource
 import socket
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from rollout.config import ConfigError, InputsConfig, RolloutConfig
-from rollout.engine import EngineError, build_engine
+from rollout.config import InputsConfig, RolloutConfig
+from rollout.engine import build_engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
-POLL_S = 0.5
-"""How often a wait looks up: for a request to stop, for a worker that is late."""
-
-SYNCS_IN_FLIGHT = 2
-"""Chunks of weights that are on their way at once: one is copied while the next travels."""
-
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class WorkerError(RuntimeError):
-    """A rollout worker raised, died or was too slow.
-
-    worker_index: which one; its engine may be lost. cause: the exception behind it, None when it was too slow.
-    """
-
-    def __init__(self, worker_index: int, message: str, cause: BaseException | None = None) -> None:
-        super().__init__(f"rollout worker {worker_index} {_COLOURS.sub('', message)}")
-        self.worker_index = worker_index
-        self.cause = cause
+if TYPE_CHECKING:
+    from rollout.vllm_peers import Peer
+    from rollout.vllm_transfer import WeightSender
 
 
 class RolloutWorker:
@@ -86,16 +67,27 @@ class RolloutWorker:
 
     @ray.method(concurrency_group="control")
     def ping(self) -> dict[str, Any]:
-        """Say who and where this worker is, also while it samples: pid, host, weights_version, rss_mb (its peak)."""
+        """Say who and where this worker is, also while it samples.
+
+        Returns:
+            index, pid, host, backend (`Engine.backend`), weights_version, rss_mb (its peak).
+        """
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         return {
             "index": self.index,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "backend": self.engine.backend,
             "weights_version": self.engine.weights_version,
             "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20,
         }
 
+    @ray.method(concurrency_group="control")
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Call a method of the engine, also while it samples."""
+        return getattr(self.engine, method)(*args)
+
+    @ray.method(concurrency_group="control")
     def close(self) -> None:
         """Free the engine."""
         self.engine.close()
@@ -103,14 +95,17 @@ class RolloutWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerHandle:
-    """A worker as the pool sees it.
+    """A worker as others see it.
 
     actor: Ray's handle. max_batch_sequences: what its engine samples at once; the size of the work it is given.
+    num_devices: its tensor-parallel size. has_processes: its engine runs in further processes, to be ended before it.
     """
 
     index: int
     actor: Any
     max_batch_sequences: int
+    num_devices: int = 1
+    has_processes: bool = False
 
 
 def start_rollout_worker(
@@ -132,129 +127,60 @@ def start_rollout_worker(
         engine_options: further keywords of `build_engine`, such as `device`.
     """
     options = dict(options or {})
-    threads = num_threads or rollout.num_threads
+    vllm = rollout.engine == "vllm"
+    # Several OpenMP threads of a CPU build of vLLM stall; on GPUs one thread is enough.
+    threads = num_threads or rollout.num_threads or (1 if vllm else 0)
     given = options.pop("runtime_env", {})
     env_vars = {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **given.get("env_vars", {}), **(env or {})}
+    engine_options = {"name": f"engine {index}"} | engine_options
     actor = (
         ray.remote(concurrency_groups={"control": 1})(RolloutWorker)  # type: ignore[call-overload]
         .options(runtime_env={**given, "env_vars": env_vars}, **options)
         .remote(index, model_path, rollout, inputs, num_threads, None, engine_options)
     )
+    if vllm:  # it schedules by itself: its whole share at once
+        return WorkerHandle(index, actor, sys.maxsize, rollout.vllm.tensor_parallel_size, has_processes=True)
     return WorkerHandle(index, actor, rollout.max_batch_sequences)
 
 
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A piece of work on its way: who has it, its stream of groups, and when it is late (monotonic seconds)."""
+def weight_sender(
+    workers: Sequence[WorkerHandle],
+    rollout: RolloutConfig,
+    *,
+    backend: str,
+    rank: int,
+    adapter_config: Mapping[str, Any] | None = None,
+) -> WeightSender:
+    """Connect one rank of a learner to vLLM engines (`rollout.vllm_transfer`); every rank calls it.
 
-    worker: WorkerHandle
-    stream: Any
-    late_at: float
+    Args:
+        backend: as the workers say in `ping`.
+        adapter_config: sends an adapter with this adapter_config.json in place of whole weights.
+
+    Raises:
+        TransferError: an engine did not answer in time.
+    """
+    from rollout.vllm_launch import sender_options
+    from rollout.vllm_transfer import AdapterSender, build_sender
+
+    peers = [_peer(worker) for worker in workers]
+    if adapter_config is not None:
+        return AdapterSender(peers, dict(adapter_config), rank=rank, timeout_s=rollout.vllm.sync_timeout_s)
+    return build_sender(peers, backend=backend, rank=rank, **sender_options(rollout))
 
 
-class RolloutPool:
-    """Spreads whole groups over workers: a prompt stays on one engine, and whoever is free takes the next piece."""
+def _peer(worker: WorkerHandle) -> Peer:
+    from rollout.vllm_peers import Peer
 
-    def __init__(self, workers: Sequence[WorkerHandle], *, timeout_s: float = 3600.0) -> None:
-        """timeout_s: the longest that a worker may take for one piece of work, its start-up included."""
-        assert workers, "a pool needs a worker"
-        self.workers = list(workers)
-        self.timeout_s = timeout_s
+    def call(method: str, args: tuple[Any, ...]) -> Callable[[float], Any]:
+        ref = worker.actor.call.remote(method, args)
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, check: Callable[[], None] | None = None
-    ) -> Iterator[RolloutGroup]:
-        """Yield one group per prompt, in any order, as they finish.
+        def wait(timeout_s: float) -> Any:
+            try:
+                return ray.get(ref, timeout=timeout_s)
+            except ray.exceptions.GetTimeoutError:
+                raise TimeoutError from None
 
-        What is sampled does not depend on which worker is faster: the prompts are cut into the same pieces every time.
+        return wait
 
-        Args:
-            check: called while waiting; raises to give up.
-
-        Raises:
-            WorkerError: a worker raised, died or was late; names it and the cause.
-        """
-        pieces = deque(self._pieces(prompts, sampling.group_size))
-        idle = deque(self.workers)
-        running: list[_Running] = []
-        while pieces or running:
-            while pieces and idle:
-                running.append(self._start(idle.popleft(), pieces.popleft(), sampling))
-            streams = [work.stream for work in running]
-            ready = ray.wait(streams, num_returns=1, timeout=POLL_S)[0]
-            if check is not None:
-                check()
-            for work in list(running):
-                if work.stream in ready:
-                    try:
-                        yield self._get(work.worker, next(work.stream), "sampling")
-                    except StopIteration:
-                        running.remove(work)
-                        idle.append(work.worker)
-                elif time.monotonic() > work.late_at:
-                    raise self._late(work.worker, "sampling")
-
-    def sync(self, chunks: Iterable[Any], version: int) -> None:
-        """Copy weights to every worker and let all of them sample with `version`.
-
-        Args:
-            chunks: lists of (Hugging Face name, tensor), or Ray references to such lists, which the workers fetch
-                without a copy in this process.
-
-        Raises:
-            WorkerError: a worker raised, died or was late.
-        """
-        in_flight: deque[list[Any]] = deque()
-        for chunk in chunks:
-            ref = chunk if isinstance(chunk, ray.ObjectRef) else ray.put(chunk)
-            in_flight.append([worker.actor.load_weights.remote(ref) for worker in self.workers])
-            if len(in_flight) >= SYNCS_IN_FLIGHT:
-                self._wait_for_all(in_flight.popleft(), "loading weights")
-        for calls in in_flight:
-            self._wait_for_all(calls, "loading weights")
-        self._wait_for_all(
-            [worker.actor.finish_weights.remote(version) for worker in self.workers], "finishing weights"
-        )
-
-    def ping(self) -> list[dict[str, Any]]:
-        """Return what each worker says of itself (`RolloutWorker.ping`)."""
-        return self._wait_for_all([worker.actor.ping.remote() for worker in self.workers], "answering a ping")
-
-    def close(self) -> None:
-        """Stop all workers; calling it twice is allowed."""
-        for worker in self.workers:
-            ray.kill(worker.actor)
-
-    def _pieces(self, prompts: Sequence[Prompt], group_size: int) -> list[Sequence[Prompt]]:
-        """Cut the prompts into equal shares per worker, none over what its engine samples at once."""
-        at_once = min(worker.max_batch_sequences for worker in self.workers) // group_size
-        num_prompts = max(1, min(at_once, -(-len(prompts) // len(self.workers))))
-        return [prompts[start : start + num_prompts] for start in range(0, len(prompts), num_prompts)]
-
-    def _start(self, worker: WorkerHandle, piece: Sequence[Prompt], sampling: SamplingParams) -> _Running:
-        stream = worker.actor.generate.options(num_returns="streaming").remote(piece, sampling)
-        return _Running(worker, stream, time.monotonic() + self.timeout_s)
-
-    def _wait_for_all(self, refs: Sequence[Any], what: str) -> list[Any]:
-        """Return one result per worker, in their order."""
-        late_at = time.monotonic() + self.timeout_s
-        return [
-            self._get(worker, ref, what, max(0.0, late_at - time.monotonic()))
-            for worker, ref in zip(self.workers, refs, strict=True)
-        ]
-
-    def _get(self, worker: WorkerHandle, ref: Any, what: str, timeout_s: float | None = None) -> Any:
-        try:
-            return ray.get(ref, timeout=self.timeout_s if timeout_s is None else timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise self._late(worker, what) from None
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            # An error that a user can mend says all in its message; any other needs the remote traceback.
-            said = cause if isinstance(cause, (EngineError, ConfigError)) else error
-            raise WorkerError(worker.index, f"failed in {what}: {said}", cause) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(worker.index, f"died in {what}: {error}", error) from None
-
-    def _late(self, worker: WorkerHandle, what: str) -> WorkerError:
-        return WorkerError(worker.index, f"took longer than rollout.timeout_s={self.timeout_s:g} s for {what}")
+    return Peer(f"engine {worker.index}", worker.num_devices, call)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,15 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rollout.pool import RolloutPool, Supervision, WorkerError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import RolloutPool, WorkerError, start_rollout_worker
+from rollout.worker import WorkerHandle, start_rollout_worker
 from rsgrpo.config import TrainConfig
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.gate import Check, check_gate, tolerance_of
 from rsgrpo.placement import place
 from rsgrpo.types import ScoredGroup, TrainGroup
+from rsgrpo.workers import LearnerWorker, RewardWorker
 
 log = logging.getLogger(__name__)
 
@@ -40,92 +42,6 @@ WORKER_ENV = {
 
 class WorkerFailed(RsgrpoError):
     """A worker raised or died; names its role and rank, and the cause."""
-
-
-class LearnerWorker:
-    """One rank of the learner (or of the reference) as a Ray actor."""
-
-    def __init__(self, rank: int, num_threads: int) -> None:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # the driver alone draws bars
-        if num_threads:
-            torch.set_num_threads(num_threads)
-        self.rank = rank
-
-    def address(self) -> tuple[str, int]:
-        """Return this node's address and a free port, for the process group of all ranks."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return host, probe.getsockname()[1]
-
-    def build(self, config: TrainConfig, host: str, port: int, total_steps: int, run_dir: str, trainable: bool) -> None:
-        """Join the process group and load this rank's shard of the model."""
-        from rsgrpo.learner import Learner, init_distributed
-
-        init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
-        self.learner = Learner(
-            config.model,
-            config.learner,
-            config.inputs,
-            algorithm=config.algorithm,
-            temperature=config.rollout.temperature,
-            total_steps=total_steps,
-            seed=config.seed,
-            rank=self.rank,
-            world_size=config.learner.num_ranks,
-            trainable=trainable,
-            debug_dir=run_dir,
-        )
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method of the learner; only rank 0 sends its result back."""
-        result = getattr(self.learner, method)(*args)
-        return result if self.rank == 0 else None
-
-    def weight_chunks(self, chunk_bytes: int) -> Iterator[list[tuple[str, Any]]]:
-        """Stream the full weights from rank 0; every rank must run this, since each holds a shard."""
-        chunk: list[tuple[str, Any]] = []
-        for name, tensor in self.learner.gather_weights():
-            if self.rank:
-                continue
-            chunk.append((name, tensor.cpu()))
-            if sum(t.numel() * t.element_size() for _, t in chunk) >= chunk_bytes:
-                yield chunk
-                chunk = []
-        if chunk:
-            yield chunk
-
-    def rss_mb(self) -> float:
-        """Return this process's resident memory, in MiB."""
-        return _rss_mb()
-
-
-class RewardWorker:
-    """One process that runs the run's reward functions."""
-
-    def build(self, config: TrainConfig, module_path: Sequence[str]) -> None:
-        """Load the reward functions; `module_path` is where the driver finds the user's own modules."""
-        from rsgrpo.credit import RewardSet
-
-        sys.path += [folder for folder in module_path if folder not in sys.path]
-        self.rewards = RewardSet.from_config(config)
-
-    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Score whole groups."""
-        return self.rewards.score(groups)
-
-    def rss_mb(self) -> float:
-        """Return this process's resident memory, in MiB."""
-        return _rss_mb()
-
-
-def _rss_mb() -> float:
-    import psutil
-
-    return psutil.Process().memory_info().rss / 2**20
 
 
 class Ranks:
@@ -202,6 +118,8 @@ class Cluster:
         self.config = config
         self.check_stop = check_stop
         self._placement: PlacementGroup | None = None
+        self._pool: RolloutPool | None = None
+        self._version = 0
         self._connect()
         try:
             self._start(total_steps, run_dir)
@@ -232,10 +150,10 @@ class Cluster:
         roles = self._place()
         learners = self._ranks("learner", roles["learner"])
         references = self._ranks("reference", roles["reference"]) if roles["reference"] else None
-        engines = [
-            start_rollout_worker(index, config.model.path, config.rollout, config.inputs, options=options)
-            for index, options in enumerate(roles["rollout"])
-        ]
+        self._engine_options = roles["rollout"]
+        engines = [self._start_engine(index) for index in range(config.rollout.num_workers)]
+        supervision = Supervision(self._start_engine, self._send_weights, config.rollout.max_restarts)
+        self.rollouts = self._pool = RolloutPool(engines, timeout_s=config.rollout.timeout_s, supervision=supervision)
         self.reward_workers: list[Any] = [
             ray.remote(RewardWorker).options(**options).remote() for options in roles["reward"]
         ]
@@ -249,12 +167,25 @@ class Cluster:
         rewards = Ranks("reward worker", self.reward_workers, self.check_stop)
         rewards.wait([actor.build.remote(config, sys.path) for actor in self.reward_workers], "start-up")
         self.learner, self.reference = learners, references
-        self.rollouts = RolloutPool(engines, timeout_s=config.rollout.timeout_s)
         try:
-            self.rollouts.ping()  # an engine that cannot load its model says so here
+            self._backend = self.rollouts.ping()[0]["backend"]  # an engine that cannot load its model says so here
         except WorkerError as error:
             raise WorkerFailed(str(error)) from None
         log.info("all workers are up after %.1f s", time.monotonic() - started)
+
+    def _start_engine(self, index: int) -> WorkerHandle:
+        config = self.config
+        return start_rollout_worker(
+            index,
+            config.model.path,
+            config.rollout,
+            config.inputs,
+            options=self._engine_options[index],
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+            colocated=config.cluster.placement == "colocated",
+            lora_rank=config.model.lora.rank,
+        )
 
     def _ranks(self, role: str, options: Sequence[dict[str, Any]]) -> Ranks:
         threads = self.config.learner.num_threads
@@ -325,11 +256,53 @@ class Cluster:
                 raise WorkerFailed(describe_failure("reward worker", worker, "score", error)) from None
 
     def sync_weights(self, version: int) -> None:
-        """Copy the learner's weights to every engine; they sample with `version` from here on."""
+        """Bring every engine to the learner's weights; they sample with `version` from here on.
+
+        Raises:
+            WorkerFailed: it failed, and starting the engines again did not help.
+        """
+        self._version = version
         try:
-            self.rollouts.sync(self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20), version)
+            try:
+                self._send_weights(self.rollouts.workers)
+            except WorkerError as error:
+                self.rollouts.replace(self.rollouts.workers, error)  # any of them may hold half of the weights
         except WorkerError as error:
             raise WorkerFailed(str(error)) from None
+
+    def check_engines(self, prompts: Sequence[Prompt], version: int) -> list[Check]:
+        """Compare every engine with the learner on `prompts` (`rsgrpo.gate`)."""
+        gate, rollout = self.config.gate, self.config.rollout
+        num_tokens = min(gate.tokens, rollout.max_response_tokens)
+        tolerance = tolerance_of(self.config)
+        try:
+            return check_gate(
+                self.rollouts, self.learner, prompts, num_tokens=num_tokens, tolerance=tolerance, version=version
+            )
+        except WorkerError as error:
+            raise WorkerFailed(str(error)) from None
+
+    def _send_weights(self, engines: Sequence[WorkerHandle]) -> None:
+        if self._backend == "load":
+            chunks = self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20)
+            self.rollouts.sync(chunks, self._version, engines)
+            return
+        arguments = (engines, self.config.rollout, self._backend, self._version)
+        failure = self.learner.wait([a.send_weights.remote(*arguments) for a in self.learner.actors], "send_weights")
+        if failure is not None:
+            raise WorkerError(None, failure, is_lost=True)
+
+    def engine_metrics(self) -> dict[str, float]:
+        """Return restarts of engines so far and, of vLLM, its speed and cache hits since the last call."""
+        metrics = {"rollout/engine_restarts": float(self.rollouts.num_restarts)}
+        stats = [counts for counts in self.rollouts.call("stats") if counts]
+        if stats:
+            total = {key: sum(counts[key] for counts in stats) for key in stats[0]}
+            metrics["rollout/tokens_per_s"] = total["tokens_per_s"]
+            metrics["rollout/preempted"] = total["preempted"]
+            if total["prompt_tokens"]:
+                metrics["rollout/prefix_cache_hit_rate"] = total["cached_tokens"] / total["prompt_tokens"]
+        return metrics
 
     def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
         """Log-probabilities of every response under the reference; LoRA runs switch the adapter off instead."""
@@ -350,6 +323,9 @@ class Cluster:
         """Stop all workers and leave (or end) the Ray cluster."""
         if not ray.is_initialized():
             return
+        if self._pool is not None:
+            self._pool.close()  # engines may have processes of their own, which Ray does not know
+            self._pool = None
         if self._placement is not None:
             remove_placement_group(self._placement)  # kills the workers that sit in it
             self._placement = None

@@ -320,6 +320,26 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """Engines are compared with the learner on fixed prompts; a difference stops the run (docs/rollout.md).
+
+    every: steps between checks, which begin before the first step; 0 is never. Scripted engines are not checked.
+    prompts: training rows that are compared, those with the most images. tokens: greedy tokens of each.
+    tolerance: largest difference of a token's log-probability; 0 is 1e-4 where engine and learner both compute in
+        float32, else 0.3.
+    """
+
+    every: int = 50
+    prompts: int = 2
+    tokens: int = 32
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        at_least(0, gate__every=self.every, gate__tolerance=self.tolerance)
+        at_least(1, gate__prompts=self.prompts, gate__tokens=self.tokens)
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Ray.
 
@@ -385,6 +405,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         _check_run(self)

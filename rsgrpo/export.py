@@ -42,6 +42,13 @@ def full_weights(policy: Policy, *, with_vision: bool) -> Iterator[tuple[str, to
         yield name.replace(".base_layer.", "."), whole
 
 
+def adapter_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in peft's saved form, whole float32 tensor) of every adapter; every rank yields."""
+    for name, parameter in policy.hf.named_parameters():
+        if ".lora_" in name:
+            yield f"base_model.model.{name.replace('.default.', '.')}", _full(parameter)
+
+
 def _full(parameter: torch.Tensor) -> torch.Tensor:
     whole = parameter.detach()
     return whole.full_tensor() if isinstance(whole, DTensor) else whole

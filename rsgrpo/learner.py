@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from rollout.config import InputsConfig
 from rollout.inputs import InputProcessor
+from rollout.types import Prompt
 from rsgrpo.attention import choose_attention
 from rsgrpo.config import AlgorithmConfig, LearnerConfig, ModelConfig
-from rsgrpo.export import export_folder, full_weights
+from rsgrpo.export import adapter_weights, export_folder, full_weights
 from rsgrpo.fsdp import compute_dtype, fill, init_distributed, resolve_device, shard
 from rsgrpo.learner_state import load_state, save_state
 from rsgrpo.loss import mismatch, policy_loss, step_totals, supervised_loss
@@ -255,11 +256,14 @@ class Learner:
 
         return step_plan, loss_of
 
-    def logprobs(self, groups: Sequence[TrainGroup], reference: bool = False) -> list[list[np.ndarray]]:
-        """Return (T,) float32 log-probabilities of every response at the rollouts' temperature. Collective.
+    def logprobs(
+        self, groups: Sequence[TrainGroup], reference: bool = False, temperature: float | None = None
+    ) -> list[list[np.ndarray]]:
+        """Return (T,) float32 log-probabilities of every response. Collective.
 
         reference: of the model as it was loaded. With LoRA the adapters are switched off for it; a learner with
             `trainable=False` is the reference already.
+        temperature: None is the rollouts'.
 
         Raises:
             RsgrpoError: `reference` of a learner that trains all weights.
@@ -269,19 +273,52 @@ class Learner:
         check_groups(groups, self.encoder.banned_token_ids)
         plans = self._passes.plan_all(groups, [range(len(groups))])
         with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
-            mine = self._passes.forward(groups, plans, self.temperature)
+            mine = self._passes.forward(groups, plans, self.temperature if temperature is None else temperature)
         found = self._passes.gather(mine)
         return [[found[g, s] for s in range(len(group.samples))] for g, group in enumerate(groups)]
 
-    def gather_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return, of each prompt as the policy takes it, (tokens, image tokens among them, image features)."""
+        image_token_id = self.policy.hf.config.image_token_id
+        counts = []
+        for prompt in prompts:
+            encoded = self._passes.prompts.encode(prompt)
+            num_features = 0
+            if encoded.features is not None:
+                num_features = len(encoded.features)
+            elif encoded.image_grid_thw is not None:
+                merge = self.policy.hf.config.vision_config.spatial_merge_size
+                num_features = int(encoded.image_grid_thw.prod(1).sum()) // merge**2
+            counts.append((len(encoded.token_ids_T), int((encoded.token_ids_T == image_token_id).sum()), num_features))
+        return counts
+
+    def gather_weights(self, *, every_rank: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every trained weight, whole and float32, under the model's own names; adapters are merged. Collective.
 
-        Every rank must iterate to the end; only rank 0 is given tensors. A frozen tower is left out: engines that
-        loaded the same folder have it.
+        Every rank must iterate to the end; only rank 0 is given tensors unless `every_rank`. A frozen tower is left
+        out: engines that loaded the same folder have it.
         """
         for name, whole in full_weights(self.policy, with_vision=not self.policy.frozen_tower):
-            if self.rank == 0:
+            if self.rank == 0 or every_rank:
                 yield name, whole
+
+    def gather_adapter(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the adapters' tensors, whole and float32, under peft's names, on every rank. Collective."""
+        yield from adapter_weights(self.policy)
+
+    def adapter_config(self) -> dict[str, Any] | None:
+        """Return peft's adapter_config of what `gather_adapter` yields; None without adapters."""
+        lora = self.model_config.lora
+        if not lora.rank:
+            return None
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(lora.targets),
+            "bias": "none",
+        }
 
     def save(self, folder: str | Path) -> None:
         """Write trained weights, optimiser, counters and random state, to load onto any number of ranks. Collective."""

@@ -18,6 +18,7 @@ from rollout.engine import Engine, build_engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config import TrainConfig
 from rsgrpo.credit import RewardSet
+from rsgrpo.gate import Check
 from rsgrpo.learner import Learner
 from rsgrpo.types import ScoredGroup, TrainGroup
 
@@ -77,6 +78,14 @@ class LocalCluster:
     def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
         """Log-probabilities under the reference: the model without its adapters (LoRA runs only)."""
         return self.learner.call("logprobs", groups, True)
+
+    def engine_metrics(self) -> dict[str, float]:
+        """Nothing is counted here."""
+        return {}
+
+    def check_engines(self, prompts: Sequence[Prompt], version: int) -> list[Check]:
+        """Nothing to compare: the engine is given the learner's weights in this process."""
+        return []
 
     def memory_mb(self) -> dict[str, float]:
         """Resident memory of this process, which plays all roles, in MiB."""

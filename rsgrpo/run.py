@@ -28,6 +28,7 @@ from rsgrpo.console import Console
 from rsgrpo.credit import RewardSet
 from rsgrpo.data import PromptDataset, PromptStream, load_prompts
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.gate import choose_prompts, require_gate
 from rsgrpo.local import LocalCluster
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector
@@ -70,6 +71,7 @@ class Run:
         self.started = time.monotonic()
         self.console = Console()
         self.times: dict[str, float] = {}
+        self._checked = False
         self.stop_signal: signal.Signals | None = None
         self.tracker: Tracker
         RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
@@ -163,6 +165,23 @@ class Run:
         self.validate_if_due()
         if step % self.config.checkpoint.every == 0 or step == self.total_steps:
             self.save()
+
+    def check_engines_if_due(self) -> None:
+        """Compare the engines with the learner, at the start of a run and every `gate.every` steps.
+
+        Raises:
+            GateFailed: they differ.
+        """
+        every = self.config.gate.every
+        if not every or self.config.rollout.engine == "fake" or (self._checked and self.step % every):
+            return
+        self._checked = True
+        prompts = choose_prompts(
+            (self.train_prompts[i] for i in range(len(self.train_prompts))), self.config.gate.prompts
+        )
+        with self.timed("gate"):
+            checks = self.cluster.check_engines(prompts, self.step)
+        require_gate(checks, self.step)
 
     def validates_at(self, step: int) -> bool:
         """Whether the policy is validated after this step (0: before the first)."""

@@ -30,9 +30,11 @@ def train(config: TrainConfig) -> None:
 
     with Run(config) as run:
         try:
+            run.check_engines_if_due()
             run.validate_if_due()
             for step in run.steps_left:
                 take_step(run, step)
+                run.check_engines_if_due()
         except StopRequested as stop:
             run.save()
             run.console.warning(f"stopped by {stop} after step {run.step}; the same command goes on from there")
@@ -66,7 +68,13 @@ def take_step(run: Run, step: int) -> None:
     with run.timed("sync"):
         run.cluster.sync_weights(step)
 
-    metrics |= rollout_metrics(scored) | score_metrics(scored) | scope_metrics(scored, groups, terms) | learned
+    metrics |= (
+        run.cluster.engine_metrics()
+        | rollout_metrics(scored)
+        | score_metrics(scored)
+        | scope_metrics(scored, groups, terms)
+        | learned
+    )
     run.end_step(step, scored, groups, terms, metrics)
 
 

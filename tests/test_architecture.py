@@ -26,7 +26,7 @@ MAY_IMPORT = {
 
 HOMES = {
     "vllm": ["rollout/vllm_*"],
-    "ray": ["rollout/worker.py", "rsgrpo/cluster.py"],
+    "ray": ["rollout/worker.py", "rollout/pool.py", "rsgrpo/cluster.py", "rsgrpo/workers.py"],
     "wandb": ["rsgrpo/tracking.py"],
     "tensorboard": ["rsgrpo/tracking.py"],
     "hydra": ["rsgrpo/cli.py"],

@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import EngineError
 from rollout.hf_engine import HFEngine
-from rollout.types import Prompt, SamplingParams
-from rollout.worker import RolloutPool, RolloutWorker, WorkerError, WorkerHandle, start_rollout_worker
+from rollout.pool import RolloutPool, Supervision, WorkerError
+from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.worker import RolloutWorker, WorkerHandle, start_rollout_worker
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 ROLLOUT = RolloutConfig(max_batch_sequences=8, num_threads=1)
@@ -60,7 +61,7 @@ def scripted_pool(timeout_s: float) -> RolloutPool:
 
     class Scripted:
         def generate(self, prompts, sampling):
-            yield "a first group"
+            yield RolloutGroup(prompts[0], (), error="a first group")
             if sampling.seed == 1:
                 raise ValueError("the reading lamp is broken")
             if sampling.seed == 2:
@@ -75,6 +76,7 @@ def scripted_pool(timeout_s: float) -> RolloutPool:
             time.sleep(60)
 
     actor = ray.remote(Scripted).options(num_cpus=0).remote()
+    ray.get(actor.__ray_ready__.remote())
     return RolloutPool([WorkerHandle(3, actor, 8)], timeout_s=timeout_s)
 
 
@@ -171,7 +173,7 @@ def test_waiting_can_be_given_up(pool, prompts):
 def test_a_worker_that_fails_is_named_with_the_cause(cluster, prompts, seed, message):
     pool = scripted_pool(timeout_s=2 if seed == 3 else 60)
     stream = pool.generate(prompts[:1], SamplingParams(seed=seed))
-    assert next(stream) == "a first group", "what was finished before is not lost"
+    assert next(stream).error == "a first group", "what was finished before is not lost"
     started = time.monotonic()
     with pytest.raises(WorkerError, match=message):
         next(stream)
@@ -193,6 +195,35 @@ def test_failures_outside_sampling_are_named_too(cluster):
     slow = RolloutPool(pool.workers, timeout_s=0.5)
     with pytest.raises(WorkerError, match=r"took longer than rollout\.timeout_s=0\.5 s for answering a ping"):
         slow.ping()
+    pool.close()
+
+
+def test_a_worker_killed_in_mid_step_is_replaced_and_every_prompt_is_sampled(cluster, prompts, tiny_model_path):
+    def start(index):
+        return start_rollout_worker(index, tiny_model_path, ROLLOUT, INPUTS, options={"num_cpus": 0.5})
+
+    sent = []
+
+    def send(workers):
+        sent.append([worker.index for worker in workers])
+        items = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
+        pool.sync([list(items.items())], 4, workers)
+
+    pool = RolloutPool([start(0), start(1)], timeout_s=120, supervision=Supervision(start, send, max_restarts=1))
+    send(pool.workers)
+    before = {group.prompt.id: group for group in pool.generate(prompts, SAMPLING)}
+    groups = pool.generate(prompts, SAMPLING)
+    arrived = [next(groups)]
+    os.kill(pool.ping()[1]["pid"], signal.SIGKILL)
+    arrived += groups
+    assert sorted(group.prompt.id for group in arrived) == sorted(before), "each prompt once"
+    assert {rollout.weights_version for group in arrived for rollout in group.rollouts} == {4}
+    assert sent == [[0, 1], [1]]
+    assert pool.num_restarts == 1
+    # The failure was the first in a row, and no batch has gone well since: one more ends it.
+    os.kill(pool.ping()[0]["pid"], signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*rollout\.max_restarts=1 failures in a row"):
+        list(pool.generate(prompts, SAMPLING))
     pool.close()
 
 

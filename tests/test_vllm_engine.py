@@ -19,9 +19,9 @@ from vllm_parity import (
 )
 
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
-from rollout.engine import EngineError
+from rollout.engine import EngineError, EngineFailed
 from rollout.types import Prompt, SamplingParams
-from rollout.vllm_engine import EngineFailed, build_vllm_engine
+from rollout.vllm_engine import build_vllm_engine
 from rollout.vllm_requests import build_request
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
