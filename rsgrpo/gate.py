@@ -111,7 +111,7 @@ def check_gate(
                 for group in failed
             ]
             continue
-        asked = [as_train_group(group, group.prompt) for group in seen]
+        asked = [as_train_group(group, prompt) for group, prompt in zip(seen, prompts, strict=True)]
         expected = _first(learner.call("logprobs", asked, False, 1.0))
         # At a temperature far below the tolerance a log-probability is the distance to the best token.
         sharp = tolerance / 10

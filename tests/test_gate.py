@@ -39,12 +39,15 @@ class OneEngine:
 
 @pytest.fixture(scope="module")
 def model_path(tiny_model_path, tmp_path_factory):
-    """The tiny model with image features thirty times as large: a random model hardly looks at them otherwise."""
+    """The tiny model that attends strongly to strong image features: a random model hardly looks at them otherwise."""
     folder = tmp_path_factory.mktemp("gate") / "model"
     shutil.copytree(tiny_model_path, folder)
     model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
     with torch.no_grad():
         model.model.visual.merger.mlp[2].weight *= 30
+        for layer in model.model.language_model.layers:
+            layer.self_attn.v_proj.weight *= 10
+            layer.self_attn.o_proj.weight *= 10
     model.save_pretrained(folder)
     return str(folder)
 
