@@ -188,6 +188,7 @@ def _check_devices(config: TrainConfig) -> None:
     from rsgrpo.placement import place  # it reads the configuration, which imports this module
 
     _check_learner_device(config)
+    _check_sleep(config)
     cluster = config.cluster
     if cluster.num_cpus and not cluster.address:
         placement = place(config, has_gpus=False)
@@ -195,6 +196,21 @@ def _check_devices(config: TrainConfig) -> None:
             placement.total_cpus <= cluster.num_cpus + 1e-6,
             f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}: the workers would wait for ever",
         )
+
+
+def _check_sleep(config: TrainConfig) -> None:
+    level, colocated = config.rollout.vllm.sleep_level, config.cluster.placement == "colocated"
+    if config.rollout.engine != "vllm" or not level:
+        return
+    require(
+        config.algorithm.max_staleness == 0 or not colocated,
+        f"algorithm.max_staleness=1 samples while the learner works, but rollout.vllm.sleep_level={level} puts "
+        "colocated engines to sleep then: set rollout.vllm.sleep_level=0, or cluster.placement=disaggregated",
+    )
+    require(
+        level < 2 or not config.model.lora.rank,
+        "rollout.vllm.sleep_level=2 gives up the weights, but a LoRA run sends adapters only: use sleep_level=1",
+    )
 
 
 def _check_learner_device(config: TrainConfig | SftConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,8 +59,12 @@ class Ranks:
         Raises:
             WorkerFailed: as soon as any rank fails, without waiting for the others: they may wait for it forever.
         """
+        return self.wait(self.submit(method, *args), method, stoppable)
+
+    def submit(self, method: str, *args: Any) -> list[Any]:
+        """Begin a learner method on every rank; return what `wait` takes."""
         shared = [ray.put(arg) for arg in args]
-        return self.wait([actor.call.remote(method, *shared) for actor in self.actors], method, stoppable)
+        return [actor.call.remote(method, *shared) for actor in self.actors]
 
     def wait(self, refs: Sequence[Any], what: str, stoppable: bool = False) -> Any:
         """Wait for one result per rank; return rank 0's."""
@@ -74,8 +79,11 @@ class Ranks:
         return self._get(refs[0], 0, what)
 
     def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        """Run a generator method on every rank; yield references to what rank 0 produces."""
+        """Begin a generator method on every rank; yield references to what rank 0 produces."""
         generators = [getattr(actor, method).options(num_returns="streaming").remote(*args) for actor in self.actors]
+        return self._drain(generators, method)
+
+    def _drain(self, generators: Sequence[Any], method: str) -> Iterator[Any]:
         finished = {generator.completed(): rank for rank, generator in enumerate(generators)}
         while True:
             ready, _ = ray.wait([generators[0]], timeout=POLL_S)
@@ -120,6 +128,8 @@ class Cluster:
         self._placement: PlacementGroup | None = None
         self._pool: RolloutPool | None = None
         self._version = 0
+        self._resting = False
+        self._submitting = threading.Lock()
         self._connect()
         try:
             self._start(total_steps, run_dir)
@@ -255,6 +265,34 @@ class Cluster:
             except ray.exceptions.RayError as error:
                 raise WorkerFailed(describe_failure("reward worker", worker, "score", error)) from None
 
+    def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
+        """Take the optimiser steps of one batch; the weights are `version` afterwards.
+
+        Engines may sample meanwhile. One that is lost then is given `version`, once it is there: calls of the learner
+        keep their order, the same on all ranks.
+        """
+        with self._submitting:
+            self._version = version
+            updating = self.learner.submit("update", groups, loss_weights_K)
+        return self.learner.wait(updating, "update")
+
+    def rest_engines(self) -> None:
+        """Let engines on the learner's devices give up memory until the next sync (`rollout.vllm.sleep_level`)."""
+        cluster, rollout = self.config.cluster, self.config.rollout
+        if cluster.placement == "colocated" and self._backend != "load" and rollout.vllm.sleep_level:
+            self._call_engines("sleep")
+            self._resting = True
+
+    def _wake_engines(self, part: str) -> None:
+        if self._resting:
+            self._call_engines("wake", [part])
+
+    def _call_engines(self, method: str, *args: Any) -> None:
+        try:
+            self.rollouts.call(method, *args)
+        except WorkerError as error:
+            self.rollouts.replace(self.rollouts.workers, error)
+
     def sync_weights(self, version: int) -> None:
         """Bring every engine to the learner's weights; they sample with `version` from here on.
 
@@ -263,10 +301,13 @@ class Cluster:
         """
         self._version = version
         try:
+            self._wake_engines("weights")
             try:
                 self._send_weights(self.rollouts.workers)
             except WorkerError as error:
                 self.rollouts.replace(self.rollouts.workers, error)  # any of them may hold half of the weights
+            self._wake_engines("kv_cache")
+            self._resting = False
         except WorkerError as error:
             raise WorkerFailed(str(error)) from None
 
@@ -284,11 +325,15 @@ class Cluster:
 
     def _send_weights(self, engines: Sequence[WorkerHandle]) -> None:
         if self._backend == "load":
-            chunks = self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20)
-            self.rollouts.sync(chunks, self._version, engines)
+            with self._submitting:
+                version = self._version
+                chunks = self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20)
+            self.rollouts.sync(chunks, version, engines)
             return
-        arguments = (engines, self.config.rollout, self._backend, self._version)
-        failure = self.learner.wait([a.send_weights.remote(*arguments) for a in self.learner.actors], "send_weights")
+        with self._submitting:
+            arguments = (engines, self.config.rollout, self._backend, self._version)
+            sending = [actor.send_weights.remote(*arguments) for actor in self.learner.actors]
+        failure = self.learner.wait(sending, "send_weights")
         if failure is not None:
             raise WorkerError(None, failure, is_lost=True)
 

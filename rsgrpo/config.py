@@ -137,6 +137,8 @@ class AlgorithmConfig:
     kl_coef: weight of the KL term to the reference model; 0 loads no reference. kl_estimator: "k1", "k2" or "k3".
     entropy_coef: weight of an entropy bonus.
     importance_cap: cap of the detached weight exp(old - rollout logprob) per token; 0 is off.
+    max_staleness: 0 samples every step with the newest weights; 1 samples step t + 1 while step t is learnt, with the
+        weights before it (needs importance_cap).
     on_policy_shortcut: take old logprobs from the training pass itself where that is exact.
     """
 
@@ -152,6 +154,7 @@ class AlgorithmConfig:
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     importance_cap: float = 0.0
+    max_staleness: int = 0
     on_policy_shortcut: bool = True
     filter: FilterConfig = field(default_factory=FilterConfig)
 
@@ -164,6 +167,15 @@ class AlgorithmConfig:
             1, algorithm__prompts_per_step=self.prompts_per_step, algorithm__updates_per_step=self.updates_per_step
         )
         at_least(0, algorithm__kl_coef=self.kl_coef, algorithm__entropy_coef=self.entropy_coef)
+        require(
+            self.max_staleness in (0, 1),
+            f"algorithm.max_staleness must be 0 (on-policy) or 1 (one step off), got {self.max_staleness}",
+        )
+        require(
+            self.max_staleness == 0 or self.importance_cap > 0,
+            "algorithm.max_staleness=1 learns from rollouts of older weights, which algorithm.importance_cap=0 does "
+            "not correct: set algorithm.importance_cap=2",
+        )
         above(0, algorithm__clip_low=self.clip_low, algorithm__clip_high=self.clip_high)
         require(self.clip_low < 1, f"algorithm.clip_low must be < 1 (the ratio stays > 0), got {self.clip_low:g}")
         require(

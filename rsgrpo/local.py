@@ -71,6 +71,13 @@ class LocalCluster:
             else:
                 yield from self.rewards.score([group])
 
+    def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
+        """Take the optimiser steps of one batch; the weights are `version` afterwards."""
+        return self.learner.call("update", groups, loss_weights_K)
+
+    def rest_engines(self) -> None:
+        """Nothing to give up: the engine stays."""
+
     def sync_weights(self, version: int) -> None:
         """Let the engine sample with the learner's weights as they stand when it next samples."""
         self._version = version

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from rsgrpo.errors import RsgrpoError
 from rsgrpo.gate import choose_prompts, require_gate
 from rsgrpo.local import LocalCluster
 from rsgrpo.report import write_report
-from rsgrpo.sampling import Collector
+from rsgrpo.sampling import Collector, Lookahead
 from rsgrpo.tracking import Tracker, read_metrics
 from rsgrpo.types import ScoredGroup, TrainGroup
 from rsgrpo.validation import validate_policy, validation_modes
@@ -93,6 +94,7 @@ class Run:
             self.collector = Collector(
                 self.cluster.sample_and_score, self.stream.next, self._train_sampling(), config.algorithm.filter
             )
+            self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step)
             self._resume(newest)
             self.cluster.sync_weights(self.step)
         except BaseException:
@@ -236,8 +238,8 @@ class Run:
         self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
     def check_stop(self) -> None:
-        """Raise StopRequested once a signal has arrived."""
-        if self.stop_signal is not None:
+        """Raise StopRequested once a signal has arrived; what samples ahead of the learner is left to finish."""
+        if self.stop_signal is not None and threading.current_thread() is threading.main_thread():
             raise StopRequested(self.stop_signal.name)
 
     def _load_data(self) -> tuple[PromptDataset, list]:
@@ -292,6 +294,7 @@ class Run:
             self.cluster.learner.call("load", str(checkpoint.learner_folder))
             self.stream.load_state(state["stream"])
             self.collector.surplus = list(state["surplus"])
+            self.batches.ready = state["ready"]
             self._warn_of_changes(self.settings)
             self.console.info(f"going on from step {checkpoint.step} of {self.total_steps} ({checkpoint.folder})")
         (self.folder / "config.yaml").write_text(yaml.safe_dump(_plain(self.settings), sort_keys=False))
@@ -313,6 +316,7 @@ class Run:
             "validated": validated,
             "stream": self.stream.state(),
             "surplus": list(self.collector.surplus),
+            "ready": self.batches.ready,
         }
 
     def _warn_of_changes(self, config: dict[str, Any]) -> None:

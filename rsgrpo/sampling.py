@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from rollout.types import Prompt, RolloutGroup, SamplingParams
@@ -103,6 +104,39 @@ class Collector:
         lines += [f"{count} prompts failed: {reason}" for reason, count in errors.most_common(3)]
         lines.append("Widen algorithm.filter.low/high, raise max_tries, or look at the rewards: they may be constant.")
         return "\n".join(lines)
+
+
+@dataclass
+class Lookahead:
+    """Collects the groups of a step when they are needed, or beforehand, while something else goes on.
+
+    ready: a batch that was collected beforehand and not yet taken, with its step; part of a checkpoint.
+    """
+
+    collector: Collector
+    num_groups: int
+    ready: tuple[int, tuple[list[ScoredGroup], dict[str, float]]] | None = None
+    _running: tuple[int, Future[tuple[list[ScoredGroup], dict[str, float]]]] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampling"))
+
+    def take(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
+        """Return the batch of `step`: what `start` collected, else it is collected now."""
+        if self.ready is not None and self.ready[0] == step:
+            batch = self.ready[1]
+            self.ready = None
+            return batch
+        return self.collector.collect(self.num_groups, step)
+
+    def start(self, step: int) -> None:
+        """Begin to collect a later step's batch; `settle` must follow."""
+        self._running = (step, self._thread.submit(self.collector.collect, self.num_groups, step))
+
+    def settle(self) -> None:
+        """Wait until what was started is there; raise what it raised."""
+        if self._running is not None:
+            step, batch = self._running
+            self._running = None
+            self.ready = (step, batch.result())
 
 
 def _split_repeats(prompts: Sequence[Prompt]) -> list[list[Prompt]]:

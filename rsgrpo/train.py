@@ -50,7 +50,8 @@ def take_step(run: Run, step: int) -> None:
 
     # Every prompt is sampled into a group of G responses; every reward scores each of them and names its scope.
     with run.timed("sample"):
-        scored, metrics = run.collector.collect(algorithm.prompts_per_step, step)
+        scored, metrics = run.batches.take(step)
+        run.cluster.rest_engines()
 
     # Inside a group each reward becomes an advantage; inside a response each scope becomes a mask over its tokens.
     groups = [credit_group(group, algorithm.advantage, weights_K) for group in scored]
@@ -60,12 +61,17 @@ def take_step(run: Run, step: int) -> None:
         with run.timed("reference"):
             groups = with_ref_logprobs(groups, run.cluster.ref_logprobs(groups))
 
+    # One step off-policy: the engines sample the next step with the weights as they are before this one.
+    if algorithm.max_staleness and step < run.total_steps:
+        run.batches.start(step + 1)
+
     # One clipped surrogate per reward, averaged over that reward's tokens in the whole step.
     with run.timed("learn"):
-        learned = run.cluster.learner.call("update", groups, term_weights(algorithm.advantage, weights_K))
+        learned = run.cluster.learn(groups, term_weights(algorithm.advantage, weights_K), step)
 
     # The engines go on with the new weights.
     with run.timed("sync"):
+        run.batches.settle()
         run.cluster.sync_weights(step)
 
     metrics |= (

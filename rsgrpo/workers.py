@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
+import torch
 
 from rollout.config import RolloutConfig
 from rollout.types import RolloutGroup
@@ -25,7 +26,6 @@ class LearnerWorker:
     """One rank of the learner (or of the reference) as a Ray actor."""
 
     def __init__(self, rank: int, num_threads: int) -> None:
-        import torch
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # the driver alone draws bars
@@ -100,6 +100,8 @@ class LearnerWorker:
             self._disconnect()
         for _ in tensors:
             pass  # other ranks gather with this one to the end, whatever became of the engines
+        if self.learner.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the learner does not hold, engines on its device may use
         return failure
 
     def _disconnect(self) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,25 @@ def test_stopping_and_resuming_gives_the_same_metrics_bit_for_bit(ray_cluster, c
     # The run of two steps validated at its last step, as the other did: 2 is a multiple of validation.every.
     assert metrics_of(parts) == metrics_of(whole)
     assert len(metrics_of(whole)) == 7
+
+
+def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cluster, config):
+    filtered = FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
+    algorithm = dataclasses.replace(config.algorithm, filter=filtered, max_staleness=1, importance_cap=2.0)
+    validation = ValidationConfig(every=0, at_start=False)
+    checkpoint = dataclasses.replace(config.checkpoint, keep_last=9, keep_best=0)
+    config = variant(config, algorithm=algorithm, total_steps=4, validation=validation, checkpoint=checkpoint)
+    train(config)
+    whole = metrics_of(config)
+    # Step t learns from rollouts of version t - 2; the first from version 0.
+    assert [row["rollout/oldest_weights_version"] for row in whole] == [0, 0, 1, 2]
+    assert whole[0]["actor/mismatch_max"] < 1e-4 < whole[1]["actor/mismatch_max"]
+    # Taken up after step 2: the batch of step 3 was sampled with version 1, which is gone; the checkpoint holds it.
+    for step in (3, 4):
+        shutil.rmtree(Path(config.output_dir) / "run" / "checkpoints" / f"step_{step:06d}")
+    (Path(config.output_dir) / "run" / "checkpoints" / "latest").unlink()
+    train(config)
+    assert metrics_of(config) == whole
 
 
 def test_a_finished_run_is_not_trained_again(ray_cluster, config, capsys):

@@ -53,6 +53,43 @@ def test_two_ranks_train_with_vllm_and_every_rollout_is_on_policy(ray_cluster, c
     assert second["actor/grad_norm"] > 0
 
 
+KILLER = """
+from pathlib import Path
+
+import psutil
+
+from rewards.api import Response, reward
+
+
+@reward
+def kills_an_engine_once(response: Response) -> float:
+    "Kill vLLM's own process, below the Ray node that this process belongs to, after the first group is scored."
+    done = Path({path!r})
+    if not done.exists():
+        processes = psutil.Process().parent().children(recursive=True)
+        engines = [process for process in processes if "EngineCore" in process.name()]
+        done.write_text(str([process.pid for process in engines]))
+        engines[0].kill()
+    return sum(c in "aeiou" for c in response.text) / 10
+"""
+
+
+def test_an_engine_killed_in_mid_step_is_replaced_and_the_run_goes_on(ray_cluster, config, tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
+    (tmp_path / "tests_killing_reward.py").write_text(KILLER.replace("{path!r}", repr(str(killed))))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rewards = {"kills": "tests_killing_reward:kills_an_engine_once"}
+    few = dataclasses.replace(ROLLOUT, max_response_tokens=64, vllm=dataclasses.replace(ROLLOUT.vllm, max_num_seqs=4))
+    algorithm = dataclasses.replace(config.algorithm, prompts_per_step=4, max_staleness=1, importance_cap=2.0)
+    train(dataclasses.replace(config, rewards=rewards, reward_args={}, rollout=few, algorithm=algorithm))
+    assert len(killed.read_text().split(",")) == 1
+    first, second = steps_of(config)
+    assert first["rollout/engine_restarts"] == second["rollout/engine_restarts"] == 1
+    assert first["rollout/groups_sampled"] == second["rollout/groups_sampled"] == 4
+    assert first["actor/mismatch_max"] < 1e-4, "the new engine has the learner's weights"
+    assert [row["rollout/oldest_weights_version"] for row in (first, second)] == [0, 0]
+
+
 def test_an_adapter_is_trained_and_only_it_is_sent(ray_cluster, config):
     lora = LoraConfig(rank=4, alpha=8)
     model = dataclasses.replace(config.model, lora=lora)
