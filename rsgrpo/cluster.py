@@ -161,6 +161,7 @@ class Cluster:
         learners = self._ranks("learner", roles["learner"])
         references = self._ranks("reference", roles["reference"]) if roles["reference"] else None
         self._engine_options = roles["rollout"]
+        self._share_gpus(learners)
         engines = [self._start_engine(index) for index in range(config.rollout.num_workers)]
         supervision = Supervision(self._start_engine, self._send_weights, config.rollout.max_restarts)
         self.rollouts = self._pool = RolloutPool(engines, timeout_s=config.rollout.timeout_s, supervision=supervision)
@@ -233,6 +234,26 @@ class Cluster:
             ]
             for role, seats in plan.seats.items()
         }
+
+    def _share_gpus(self, learner: Ranks) -> None:
+        """Tell engines that sit on the learner's GPUs which these are.
+
+        Raises:
+            RsgrpoError: the GPUs of one engine lie on two nodes.
+        """
+        devices = ray.get([actor.devices.remote() for actor in learner.actors])
+        for index, seat in enumerate(place(self.config, has_gpus=any(gpus for _, gpus in devices)).seats["rollout"]):
+            if not seat.shares_with:
+                continue
+            nodes = {devices[rank][0] for rank in seat.shares_with}
+            if len(nodes) > 1:
+                raise RsgrpoError(
+                    f"engine {index} shares the GPUs of learner ranks {list(seat.shares_with)}, which lie on the nodes "
+                    f"{sorted(nodes)}: choose rollout.vllm.tensor_parallel_size so that it divides the GPUs of a node"
+                )
+            visible = ",".join(gpu for rank in seat.shares_with for gpu in devices[rank][1])
+            own = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            self._engine_options[index]["runtime_env"] = {"env_vars": WORKER_ENV | own}
 
     def sample_and_score(
         self, prompts: Sequence[Prompt], sampling: SamplingParams

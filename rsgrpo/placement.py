@@ -6,16 +6,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rsgrpo.checks import require
 from rsgrpo.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """What one worker gets: its share of the CPUs and GPUs of one bundle."""
+    """What one worker gets: its share of the CPUs and GPUs of one bundle.
+
+    shares_with: learner ranks whose GPUs the worker uses as well, though it reserves none; it sits on their node.
+    """
 
     bundle: int
     cpus: float
     gpus: float
+    shares_with: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +60,37 @@ class Placement:
 def place(config: TrainConfig, *, has_gpus: bool) -> Placement:
     """Seat every worker of a run.
 
-    `colocated`: learner rank i, reference rank i and engine i share device i. `disaggregated`: engines have devices of
-    their own; the reference still shares the learner's. Reward workers take CPUs only.
+    `colocated`: learner rank i and reference rank i share device i; an engine of tensor-parallel size d uses those
+    of d consecutive ranks. `disaggregated`: engines have devices of their own; the reference still shares the
+    learner's. Reward workers take CPUs only.
+
+    Raises:
+        ConfigError: colocated engines need more GPUs than the learner has ranks.
     """
     cluster, num_ranks, num_engines = config.cluster, config.learner.num_ranks, config.rollout.num_workers
     num_references = num_ranks if config.needs_reference_workers else 0
     colocated = cluster.placement == "colocated"
-    roles_on_learner = 1 + (num_references > 0) + colocated
-    learner_gpus = math.floor(1000 / roles_on_learner) / 1000 if has_gpus else 0.0
-    engine_gpus = (learner_gpus if colocated else 1.0) if has_gpus else 0.0
-    first_engine = 0 if colocated else num_ranks
-    first_reward = max(num_ranks, first_engine + num_engines)
+    learner_gpus = (0.5 if num_references else 1.0) if has_gpus else 0.0
+    degree = config.rollout.vllm.tensor_parallel_size if config.rollout.engine == "vllm" else 1
+    if has_gpus and colocated:
+        require(
+            num_engines * degree <= num_ranks,
+            f"cluster.placement=colocated puts {num_engines} x {degree} = {num_engines * degree} engine GPUs "
+            f"(rollout.num_workers x tensor-parallel size) on learner.num_ranks={num_ranks} learner GPUs: lower "
+            "rollout.num_workers or rollout.vllm.tensor_parallel_size, or set cluster.placement=disaggregated",
+        )
+        # Ray gives out no two and a half GPUs, and may put two halves on one: so engines are told which they share.
+        shared = [tuple(range(i * degree, (i + 1) * degree)) for i in range(num_engines)]
+        engines = [Seat(ranks[0], cluster.rollout_cpus, 0.0, ranks) for ranks in shared]
+    else:
+        first, gpus = (0 if colocated else num_ranks), float(degree if has_gpus else 0)
+        engines = [Seat(first + i, cluster.rollout_cpus, gpus) for i in range(num_engines)]
+    first_reward = max(num_ranks, *(seat.bundle + 1 for seat in engines))
     return Placement(
         {
             "learner": tuple(Seat(i, cluster.learner_cpus, learner_gpus) for i in range(num_ranks)),
             "reference": tuple(Seat(i, cluster.learner_cpus, learner_gpus) for i in range(num_references)),
-            "rollout": tuple(Seat(first_engine + i, cluster.rollout_cpus, engine_gpus) for i in range(num_engines)),
+            "rollout": tuple(engines),
             "reward": tuple(Seat(first_reward + i, cluster.reward_cpus, 0.0) for i in range(cluster.reward_workers)),
         }
     )

@@ -42,6 +42,10 @@ class LearnerWorker:
             probe.bind(("", 0))
             return host, probe.getsockname()[1]
 
+    def devices(self) -> tuple[str, list[str]]:
+        """Return this node's id and the GPUs of it that Ray gave this rank."""
+        return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
+
     def build(self, config: TrainConfig, host: str, port: int, total_steps: int, run_dir: str, trainable: bool) -> None:
         """Join the process group and load this rank's shard of the model."""
         from rsgrpo.learner import Learner, init_distributed
