@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rollout.config import InputsConfig, RolloutConfig
+from rollout.fake import FakeEngine
 from rollout.hf_engine import HFEngine
 from rollout.types import Prompt
 from rsgrpo.config import LearnerConfig, ModelConfig, TrainConfig
@@ -131,11 +132,10 @@ def test_pages_in_another_order_are_caught_though_all_counts_agree(engine, learn
 
 
 def test_a_prompt_that_an_engine_cannot_sample_is_a_failure(learner, model_path, prompts):
-    one_page = dataclasses.replace(INPUTS, max_images=2)
-    engine = HFEngine(model_path, ROLLOUT, one_page, num_threads=1)
-    engine.count_vision = lambda asked: [(0, 0, 0) for _ in asked]
-    checks = run_gate(OneEngine(engine), learner, prompts)
-    assert "inputs.max_images is 2" in table(checks)
+    script = dataclasses.replace(ROLLOUT, engine="fake", script="")
+    checks = run_gate(OneEngine(FakeEngine(model_path, script, INPUTS)), learner, prompts)
+    assert "its row has no gold answer" in table(checks)
+    assert failures(checks) == {"is sampled"}
 
 
 def test_tolerances_follow_the_precision():

@@ -72,11 +72,14 @@ def scripted_pool(timeout_s: float) -> RolloutPool:
         def load_weights(self, named_tensors):
             raise KeyError(named_tensors[0][0])
 
+        def ready(self):
+            pass
+
         def ping(self):
             time.sleep(60)
 
     actor = ray.remote(Scripted).options(num_cpus=0).remote()
-    ray.get(actor.__ray_ready__.remote())
+    ray.get(actor.ready.remote())
     return RolloutPool([WorkerHandle(3, actor, 8)], timeout_s=timeout_s)
 
 
