@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from typing import Any
 
 import pytest
 import ray
@@ -78,7 +79,7 @@ def scripted_pool(timeout_s: float) -> RolloutPool:
         def ping(self):
             time.sleep(60)
 
-    actor = ray.remote(Scripted).options(num_cpus=0).remote()
+    actor: Any = ray.remote(Scripted).options(num_cpus=0).remote()
     ray.get(actor.ready.remote())
     return RolloutPool([WorkerHandle(3, actor, 8)], timeout_s=timeout_s)
 
@@ -212,7 +213,8 @@ def test_a_worker_killed_in_mid_step_is_replaced_and_every_prompt_is_sampled(clu
         items = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
         pool.sync([list(items.items())], 4, workers)
 
-    pool = RolloutPool([start(0), start(1)], timeout_s=120, supervision=Supervision(start, send, max_restarts=1))
+    supervision = Supervision(start, send, max_restarts=1)
+    pool: RolloutPool = RolloutPool([start(0), start(1)], timeout_s=120, supervision=supervision)
     send(pool.workers)
     before = {group.prompt.id: group for group in pool.generate(prompts, SAMPLING)}
     groups = pool.generate(prompts, SAMPLING)
