@@ -1,7 +1,7 @@
-"""Make or convert the files that runs read: `python -m recipes.prepare demo` writes the demo's data and model.
+"""Make, check or convert the files that runs read: `python -m recipes.prepare demo` writes the demo's data and model.
 
-Owns the command line, the layout on disk and that a folder is either whole or absent. What a page looks like is
-`recipes.forms`, what the model is made of `recipes.tiny_model`.
+Owns the command line, the demo's layout on disk and that its folders are either whole or absent. What a page looks like
+is `recipes.forms`, what the model is made of `recipes.tiny_model`, other people's files are `recipes.layouts`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from recipes.forms import (
     teacher_reading,
     true_reading,
 )
+from rollout.config import ConfigError, InputsConfig
 from rsgrpo.console import Console
 from rsgrpo.errors import RsgrpoError
 
@@ -264,6 +265,95 @@ def make_folder(
     return facts | {"state": "made"}
 
 
+def run_unpack(options: dict[str, Any], console: Console) -> int:
+    """Write packed images to files."""
+    from recipes.layouts import unpack
+
+    out = options["out"] or options["folder"]
+    with console.phase("images") as bar:
+        done = unpack(options["folder"], out, bar.advance)
+    for line in done.missing:
+        console.info(f"no image for {line}")
+    rows = [("images written", str(done.num_written)), ("there already", str(done.num_there))]
+    rows += [("rows", str(done.num_rows)), ("missing images", str(len(done.missing))), ("folder", str(out))]
+    console.summary("Unpacked", rows)
+    return int(bool(done.missing))
+
+
+def run_validate(options: dict[str, Any], console: Console) -> int:
+    """Say row by row what cannot be used."""
+    from recipes.validation import validate_rows
+
+    limits = [options[name] for name in ("min_pixels", "max_pixels", "max_images", "max_prompt_tokens")]
+    with console.phase("rows") as bar:
+        report = validate_rows(
+            options["source"],
+            options["purpose"],
+            InputsConfig(*limits),
+            prompt=options["prompt"],
+            image_dir=options["image_dir"],
+            model=options["model"],
+            progress=bar.update,
+        )
+    for line in report.lines():
+        console.info(line)
+    if not options["model"]:
+        console.info("tokens were not counted: give --model for that")
+    return int(bool(report.bad))
+
+
+def run_convert(options: dict[str, Any], console: Console) -> int:
+    """Write other people's rows in our layout."""
+    from recipes.layouts import convert
+    from recipes.questions import named_prompt
+    from rsgrpo.prompts import read_template
+
+    out, keep_good = options["out"], options["drop_bad"]
+    template = read_template(named_prompt(options["row_prompt"]))
+    done = convert(options["source"], out, template, image_dir=options["image_dir"], keep_good=keep_good)
+    for line in done.faults:
+        console.info(line)
+    if done.system:
+        console.info(f"all rows have the system message {done.system!r}; pass it to training: prompt.system=...")
+    if not done.num_rows or (done.faults and not keep_good):
+        total = done.num_rows + len(done.faults)
+        raise RsgrpoError(
+            f"{len(done.faults)} of {total} rows cannot be taken over, nothing is written; mend them, or leave them "
+            "out with --drop-bad"
+        )
+    rows = [("rows", str(done.num_rows)), ("left out", str(len(done.faults))), ("file", str(out))]
+    console.summary("Converted", [*rows, ("next", f"python -m recipes.prepare validate {out}")])
+    return 0
+
+
+def add_file_commands(commands: Any) -> None:
+    """Add what is done with files that are there: unpack, validate, convert."""
+    formatter, limits = argparse.ArgumentDefaultsHelpFormatter, InputsConfig()
+    unpack = commands.add_parser("unpack", help="images.parquet to image files", formatter_class=formatter)
+    unpack.add_argument("folder", type=Path, help="a folder with images.parquet and .jsonl files")
+    unpack.add_argument("--out", type=Path, help="folder that gets images and rows (default: FOLDER itself)")
+    check = commands.add_parser("validate", help="say row by row what cannot be used", formatter_class=formatter)
+    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id: see docs/data.md")
+    check.add_argument(
+        "--for", dest="purpose", choices=["grpo", "sft", "test"], default="grpo", help="what rows are for"
+    )
+    check.add_argument("--prompt", default="", help="a name in conf/prompt or a file; the rows' own, else evidence")
+    check.add_argument("--image-dir", default="", help="folder that the rows' image paths start from")
+    check.add_argument("--model", default="", help="folder or hub id whose tokenizer counts tokens")
+    for name in ("min_pixels", "max_pixels", "max_images", "max_prompt_tokens"):
+        check.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(limits, name), help=f"inputs.{name}"
+        )
+    convert = commands.add_parser(
+        "convert", help="own questions, or sharegpt and alpaca files, to rows", formatter_class=formatter
+    )
+    convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")
+    convert.add_argument("--out", type=Path, required=True, help="jsonl to write")
+    convert.add_argument("--image-dir", default="", help="folder that the rows' image paths start from")
+    convert.add_argument("--row-prompt", default="evidence", help="the message of rows that bring a bare question")
+    convert.add_argument("--drop-bad", action="store_true", help="write the others where rows cannot be taken over")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -287,20 +377,25 @@ def parser() -> argparse.ArgumentParser:
         "--vision-steps", type=int, default=default.vision_steps, help="steps that teach the vision tower to read"
     )
     demo.add_argument("--force", action="store_true", help="replace what is there")
+    add_file_commands(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return the exit code: 1 also where rows cannot be used."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded: waiting threads must not spin
     options = vars(parser().parse_args(argv))
-    options.pop("command")
-    out, force = options.pop("out"), options.pop("force")
+    command = options.pop("command")
     try:
         with Console() as console:
+            if command != "demo":
+                return {"unpack": run_unpack, "validate": run_validate, "convert": run_convert}[command](
+                    options, console
+                )
+            out, force = options.pop("out"), options.pop("force")
             prepare_demo(DemoSettings(**options), out, force=force, console=console)
-    except RsgrpoError as error:
+    except (RsgrpoError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -7,11 +7,8 @@ and the report; asking, and going on after a stop, is `recipes.batch`.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from recipes.answering import Answerer
 from recipes.batch import answer_batch, read_lines, rewrite
 from recipes.infer import INTERRUPTED, add_answerer_options, answerer_of
+from recipes.layouts import portable_image
 from recipes.parsing import parse_strict
 from recipes.questions import Question, named_prompt, read_questions, to_prompt
 from rewards.api import Response
@@ -149,7 +145,7 @@ def write_rows(questions: Sequence[Question], kept: Mapping[str, str], config: S
                 "id": question.id,
                 "question": question.question,
                 "prompt": to_prompt(question, config.row_template).text,
-                "image": [_image_path(source, out) for source in question.images],
+                "image": [portable_image(source, out) for source in question.images],
             }
             slots = [slot.text for slot in parse_strict(text, question.images).evidence]
             whole.append(row | {"answer": text})
@@ -209,19 +205,6 @@ def _try_id(question: Question, number: int) -> str:
 
 def _numbered(question: Question, number: int) -> Question:
     return Question(_try_id(question, number), question.question, question.images, question.prompt)
-
-
-def _image_path(source: str | bytes, out: Path) -> str:
-    """Return a page's path as seen from the rows' file; bytes become a file beside it."""
-    if isinstance(source, str):
-        return os.path.relpath(source, out.parent)
-    with Image.open(io.BytesIO(source)) as image:
-        suffix = (image.format or "img").lower()
-    path = out.parent / f"{out.stem}_images" / f"{hashlib.sha256(source).hexdigest()[:16]}.{suffix}"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(source)
-    return os.path.relpath(path, out.parent)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from rollout.inputs import InputProcessor, InputsError
 from rollout.types import Prompt
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.prompts import OVERLONG, BadRow, RowChecker, read_template
+from rsgrpo.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
 from rsgrpo.rows import Row, find_images, image_paths, read_rows
 
 log = logging.getLogger(__name__)
@@ -80,6 +80,29 @@ def check_rows(
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptDataset:
     """Turn rows into prompts, as `load_prompts` does after reading."""
+    good, bad = sort_rows(rows, data, prompt, processor, folder=folder, progress=progress)
+    _refuse(bad, data, source, len(rows))
+    dropped = Counter(row.reason for row in bad)
+    if bad:
+        counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), counts)
+    if not good:
+        raise RsgrpoError(
+            f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}"
+        )
+    return PromptDataset(good, dropped)
+
+
+def sort_rows(
+    rows: Sequence[Row],
+    data: DataConfig,
+    prompt: PromptConfig,
+    processor: TokenCounter,
+    *,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Prompt], list[BadRow]]:
+    """Return the prompts of the rows that can be used, and why the others cannot, both in file order."""
     template = read_template(prompt)
     wanted = {path for row in rows for path in image_paths(row.columns.get(data.image_key))}
     images = find_images(folder, data.image_dir, wanted)
@@ -93,17 +116,7 @@ def check_rows(
                     progress(len(outcomes), len(rows))
         except InputsError as error:
             raise RsgrpoError(str(error)) from error
-    good, bad = _split_outcomes(outcomes, rows)
-    _refuse(bad, data, source, len(rows))
-    dropped = Counter(row.reason for row in bad)
-    if bad:
-        counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), counts)
-    if not good:
-        raise RsgrpoError(
-            f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}"
-        )
-    return PromptDataset(good, dropped)
+    return _split_outcomes(outcomes, rows)
 
 
 class PromptStream:

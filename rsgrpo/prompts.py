@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rewards.evisrag import parse_gold
+from rollout.config import InputsConfig
 from rollout.images import PromptError, check_decodes
-from rollout.inputs import IMAGE_MARK, InputProcessor
+from rollout.inputs import IMAGE_MARK
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.errors import RsgrpoError
@@ -82,11 +83,21 @@ def render_template(template: str, question: str, num_images: int) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
+class TokenCounter(Protocol):
+    """What a check needs of an input processor."""
+
+    inputs: InputsConfig
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Return the tokens of the rendered prompt; PromptError if it cannot be rendered."""
+        ...
+
+
 class RowChecker:
     """Makes one row into a prompt or says why not; called from several threads."""
 
     def __init__(
-        self, data: DataConfig, template: str, system: str, images: ImageFolder, processor: InputProcessor
+        self, data: DataConfig, template: str, system: str, images: ImageFolder, processor: TokenCounter
     ) -> None:
         self._data = data
         self._template = template

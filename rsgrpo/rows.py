@@ -182,11 +182,20 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_packed(path: Path, wanted: set[str]) -> dict[str, bytes]:
-    """Read an `images.parquet`: a column `path`, and `image` or `bytes` with bytes or {"bytes", "path"}."""
+    return {name: content for name, content in packed_images(path) if name in wanted}
+
+
+def packed_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield (path, compressed bytes) of an `images.parquet`, a few at a time in memory.
+
+    It has a column `path`, and `image` or `bytes` with bytes or {"bytes", "path"}; rows without either are left out.
+
+    Raises:
+        RsgrpoError: it cannot be read, or lacks its columns.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    packed: dict[str, bytes] = {}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -199,11 +208,10 @@ def _read_packed(path: Path, wanted: set[str]) -> dict[str, bytes]:
                     value = row[column]
                     inner = value if isinstance(value, Mapping) else {"bytes": value, "path": row.get("path")}
                     name = row.get("path") or inner.get("path")
-                    if name in wanted and inner.get("bytes") is not None:
-                        packed[name] = inner["bytes"]
+                    if name and inner.get("bytes") is not None:
+                        yield name, inner["bytes"]
     except (pyarrow.ArrowException, OSError) as error:
         raise RsgrpoError(f"{path} is not a readable parquet file: {error}") from error
-    return packed
 
 
 def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
