@@ -182,8 +182,9 @@ def _add_limits(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--top-p", type=float, default=1.0)
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--max-tokens", type=int, default=rollout.max_response_tokens, help="of an answer")
-    how.add_argument("--min-pixels", type=int, default=limits.min_pixels, help="area of a resized page")
-    how.add_argument("--max-pixels", type=int, default=limits.max_pixels)
+    own = f"default: the model folder's own, where it is narrower than {limits.max_pixels:,}"
+    how.add_argument("--min-pixels", type=int, default=0, help=f"area of a resized page; {own}")
+    how.add_argument("--max-pixels", type=int, default=0)
     how.add_argument("--max-images", type=int, default=limits.max_images, help="pages of a question")
     how.add_argument("--max-prompt-tokens", type=int, default=limits.max_prompt_tokens)
     how.add_argument("--batch-size", type=int, default=rollout.max_batch_sequences, help="of the embedded engine")
@@ -203,7 +204,13 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
         timeout_s=options.timeout_s,
         requests_per_minute=options.requests_per_minute,
     )
-    inputs = InputsConfig(options.min_pixels, options.max_pixels, options.max_images, options.max_prompt_tokens)
+    min_pixels, max_pixels = pixel_limits(options.model)
+    inputs = InputsConfig(
+        options.min_pixels or min_pixels,
+        options.max_pixels or max_pixels,
+        options.max_images,
+        options.max_prompt_tokens,
+    )
     rollout = AnswerRolloutConfig(
         engine=options.engine,
         temperature=options.temperature,
@@ -217,6 +224,20 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
     )
     model = AnswerModelConfig(options.model, options.revision, options.trust_remote_code)
     return open_answerer(model, rollout, inputs, endpoint, seed=options.seed)
+
+
+def pixel_limits(model: str) -> tuple[int, int]:
+    """Return the smallest and largest page area for a model: what its folder was trained with, or the defaults.
+
+    An export of ours holds the limits of training. Hub folders hold far wider ones, at which a single page would take
+    16,000 tokens; for them, and for endpoints, the defaults serve.
+    """
+    limits, file = InputsConfig(), Path(model) / "preprocessor_config.json"
+    if file.is_file():
+        size = json.loads(file.read_text(encoding="utf-8")).get("size", {})
+        if size.get("longest_edge", limits.max_pixels + 1) <= limits.max_pixels:
+            return size["shortest_edge"], size["longest_edge"]
+    return limits.min_pixels, limits.max_pixels
 
 
 def answer(options: argparse.Namespace) -> int:

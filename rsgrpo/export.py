@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor
 
+from rollout.config import InputsConfig
 from rsgrpo.config import ModelConfig
 from rsgrpo.model import Policy
 
@@ -63,16 +64,19 @@ def _lora_scalings(model: nn.Module) -> dict[str, float]:
     }
 
 
-def export_folder(policy: Policy, model: ModelConfig, folder: Path, *, dtype: torch.dtype | None) -> None:
+def export_folder(
+    policy: Policy, model: ModelConfig, inputs: InputsConfig, folder: Path, *, dtype: torch.dtype | None
+) -> None:
     """Write weights, configuration, tokenizer and processor so that transformers and vLLM load the folder.
 
+    The processor resizes to the pixel limits of training: who loads the folder sees the pages that were learnt from.
     Collective. Rank 0 holds at most one shard of the weights beside what it owns. dtype: of the floating-point
     weights; None keeps float32.
     """
     is_writer = dist.get_rank() == 0
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_configs(policy.hf, model, folder, dtype or torch.float32)
+        _write_configs(policy.hf, model, inputs, folder, dtype or torch.float32)
     shard: dict[str, torch.Tensor] = {}
     shard_bytes = 0
     shards: list[list[str]] = []
@@ -115,7 +119,7 @@ def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> Non
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2), encoding="utf-8")
 
 
-def _write_configs(hf: Any, model: ModelConfig, folder: Path, dtype: torch.dtype) -> None:
+def _write_configs(hf: Any, model: ModelConfig, inputs: InputsConfig, folder: Path, dtype: torch.dtype) -> None:
     hf.config.save_pretrained(folder)
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
@@ -126,6 +130,7 @@ def _write_configs(hf: Any, model: ModelConfig, folder: Path, dtype: torch.dtype
     if model.revision:
         options["revision"] = model.revision
     processor = AutoProcessor.from_pretrained(model.path, **options)
+    processor.image_processor.size = {"shortest_edge": inputs.min_pixels, "longest_edge": inputs.max_pixels}
     processor.save_pretrained(folder)
     # transformers 5 writes processor_config.json only; older tools look for preprocessor_config.json.
     processor.image_processor.save_pretrained(folder)

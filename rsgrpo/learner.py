@@ -64,7 +64,7 @@ class Learner:
         encoder: Encoder | None = None,
         hf_model: Any = None,
     ) -> None:
-        self.model_config, self.config = model, learner
+        self.model_config, self.config, self.inputs = model, learner, inputs
         self.algorithm = algorithm or AlgorithmConfig()
         self.temperature, self.seed, self.rank, self.debug_dir = temperature, seed, rank, debug_dir
         self.device = resolve_device(learner.device)
@@ -333,7 +333,7 @@ class Learner:
 
         dtype: of the weights; None keeps float32.
         """
-        export_folder(self.policy, self.model_config, Path(folder), dtype=dtype)
+        export_folder(self.policy, self.model_config, self.inputs, Path(folder), dtype=dtype)
 
     def _trainer(self) -> Optimizer:
         if self._optimizer is None:

@@ -17,7 +17,7 @@ from PIL import Image
 from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, Output, open_answerer
 from recipes.batch import answer_batch, read_lines, result_line
 from recipes.endpoint import Endpoint, EndpointConfig, EndpointError
-from recipes.infer import Session, converse, main
+from recipes.infer import Session, converse, main, pixel_limits
 from recipes.questions import Question, named_prompt, prompt_hash, read_questions, to_prompt
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams
@@ -599,3 +599,13 @@ def test_a_finished_file_starts_no_engine(tmp_path):
     batch(prompts_of(2), first, out)
     empty_folder = open_answerer(AnswerModelConfig(str(tmp_path)), AnswerRolloutConfig(), SMALL, EndpointConfig())
     assert batch(prompts_of(2), empty_folder, out).reused == 2
+
+
+def test_pages_are_resized_as_the_models_folder_was_trained(tmp_path):
+    defaults = (InputsConfig().min_pixels, InputsConfig().max_pixels)
+    assert pixel_limits("org/hub-model") == defaults
+    config = tmp_path / "preprocessor_config.json"
+    config.write_text(json.dumps({"size": {"shortest_edge": 784, "longest_edge": 50_176}}))
+    assert pixel_limits(str(tmp_path)) == (784, 50_176)
+    config.write_text(json.dumps({"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}))
+    assert pixel_limits(str(tmp_path)) == defaults

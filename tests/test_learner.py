@@ -219,7 +219,9 @@ def test_an_export_loads_and_gives_equal_logits(lora, tiny_model_path, groups, t
     named = dict(model.named_parameters())
     for name, tensor in learner.gather_weights():
         torch.testing.assert_close(named[name].data, tensor)
-    AutoProcessor.from_pretrained(tmp_path / "export")
+    processor = AutoProcessor.from_pretrained(tmp_path / "export")
+    trained_with = {"shortest_edge": learner.inputs.min_pixels, "longest_edge": learner.inputs.max_pixels}
+    assert {key: processor.image_processor.size[key] for key in trained_with} == trained_with
     for file in ("processor_config.json", "preprocessor_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "export" / file).exists(), file
 
