@@ -45,8 +45,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def table(runs: Sequence[Path]) -> str:
     """Return a markdown table, one row per score."""
+    seeds = " | ".join(run.absolute().parent.parent.name for run in runs)
     lines = [
-        "| score | " + " | ".join(run.absolute().parent.parent.name for run in runs) + " | mean gain | 95% t-interval |",
+        f"| score | {seeds} | mean gain | 95% t-interval |",
         "|---|" + "---|" * (len(runs) + 2),
     ]
     for name, key in SCORES.items():

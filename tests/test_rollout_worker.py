@@ -211,25 +211,25 @@ def test_a_worker_killed_in_mid_step_is_replaced_and_every_prompt_is_sampled(clu
     def send(workers):
         sent.append([worker.index for worker in workers])
         items = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).state_dict()
-        pool.sync([list(items.items())], 4, workers)
+        supervised.sync([list(items.items())], 4, workers)
 
     supervision = Supervision(start, send, max_restarts=1)
-    pool: RolloutPool = RolloutPool([start(0), start(1)], timeout_s=120, supervision=supervision)
-    send(pool.workers)
-    before = {group.prompt.id: group for group in pool.generate(prompts, SAMPLING)}
-    groups = pool.generate(prompts, SAMPLING)
+    supervised: RolloutPool = RolloutPool([start(0), start(1)], timeout_s=120, supervision=supervision)
+    send(supervised.workers)
+    before = {group.prompt.id: group for group in supervised.generate(prompts, SAMPLING)}
+    groups = supervised.generate(prompts, SAMPLING)
     arrived = [next(groups)]
-    os.kill(pool.ping()[1]["pid"], signal.SIGKILL)
+    os.kill(supervised.ping()[1]["pid"], signal.SIGKILL)
     arrived += groups
     assert sorted(group.prompt.id for group in arrived) == sorted(before), "each prompt once"
     assert {rollout.weights_version for group in arrived for rollout in group.rollouts} == {4}
     assert sent == [[0, 1], [1]]
-    assert pool.num_restarts == 1
+    assert supervised.num_restarts == 1
     # The failure was the first in a row, and no batch has gone well since: one more ends it.
-    os.kill(pool.ping()[0]["pid"], signal.SIGKILL)
+    os.kill(supervised.ping()[0]["pid"], signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*rollout\.max_restarts=1 failures in a row"):
-        list(pool.generate(prompts, SAMPLING))
-    pool.close()
+        list(supervised.generate(prompts, SAMPLING))
+    supervised.close()
 
 
 def test_a_worker_answers_a_ping_while_it_samples(pool, prompts):
@@ -249,7 +249,7 @@ def test_a_worker_is_an_ordinary_object_too(tiny_model_path, tmp_path, monkeypat
     script.write_text(json.dumps({"id": "a", "responses": ["7"]}))
     monkeypatch.delenv("RSGRPO_TEST", raising=False)
     rollout = RolloutConfig(engine="fake", script=str(script))
-    worker = RolloutWorker(0, tiny_model_path, rollout, INPUTS, env={"RSGRPO_TEST": "1"})
+    worker: Any = RolloutWorker(0, tiny_model_path, rollout, INPUTS, env={"RSGRPO_TEST": "1"})
     monkeypatch.setenv("RSGRPO_TEST", os.environ["RSGRPO_TEST"])
     assert os.environ["RSGRPO_TEST"] == "1"
     (group,) = worker.generate([Prompt("a", "?")], SamplingParams(max_tokens=5))

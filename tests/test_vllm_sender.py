@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def engine_in_thread(name, received, *, forget=()):
         named = unpack(state["group"].receive, info["names"], info["dtype_names"], info["shapes"])
         received.update({key: tensor for key, tensor in named if key not in forget})
 
-    methods = {
+    methods: dict[str, Callable] = {
         "transfer_init": init,
         "transfer_start": lambda: None,
         "transfer_update": update,
@@ -134,7 +135,12 @@ def test_an_engine_that_keeps_an_old_tensor_is_named_with_the_tensor():
 def test_checksums_are_compared_on_every_nth_sync_only():
     asked = []
     peer = engine_in_thread("engine 0", {})
-    counting = Peer("engine 0", 1, lambda method, args: [asked.append(method), peer.call(method, args)][1])
+
+    def count(method, args):
+        asked.append(method)
+        return peer.call(method, args)
+
+    counting = Peer("engine 0", 1, count)
     sender = build_sender([counting], backend="gloo", timeout_s=20, verify_every=2)
     for version in range(1, 4):
         sender.send({"a": torch.ones(2)}.items(), version)
@@ -171,7 +177,13 @@ def test_a_failure_of_one_engine_is_reported_at_once_with_its_cause():
 
 def test_other_ranks_only_walk_through_the_tensors():
     walked = []
-    tensors = ((walked.append(name), (name, torch.ones(1)))[1] for name in "abc")
+
+    def walk():
+        for name in "abc":
+            walked.append(name)
+            yield name, torch.ones(1)
+
+    tensors = walk()
     follower = build_sender([], backend="gloo", rank=1)
     follower.send(tensors, 1)
     follower.close()

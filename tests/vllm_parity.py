@@ -32,7 +32,7 @@ def forward(model, processor: InputProcessor, prompt: Prompt, response):
     encoded = processor.encode(prompt)
     ids = torch.tensor([[*encoded.token_ids_T, *response]])
     inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processor.image_token_id).long()}
-    if encoded.pixel_values is not None:
+    if encoded.pixel_values is not None and encoded.image_grid_thw is not None:
         inputs |= {"pixel_values": encoded.pixel_values, "image_grid_thw": encoded.image_grid_thw}
     logits = model(**inputs, use_cache=False).logits[0]
     logits[:, processor.banned_token_ids] = float("-inf")
