@@ -150,13 +150,14 @@ def draw_rows(settings: DemoSettings, name: str, pool: Sequence[Page], count: in
 
 def row_of(item_id: str, item: Item, answer: str, split: Split) -> dict[str, Any]:
     """Return one row with the columns of EVisRAG-Train."""
-    return {
+    row = {
         "id": item_id,
         "question": item.question,
         "prompt": prompt_text(item),
         "answer": answer,
         "image": [image_path(split, position) for position in item.pages],
     }
+    return row if item.relevant is None else {**row, "page": item.relevant + 1}
 
 
 def image_path(split: Split, position: int) -> str:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 DRIVER_FILE = "driver.pkl"
 LEARNER_FOLDER = "learner"
+FULL_DISK_MIB = 16
+"""With less than this left when a write fails, the disk counts as full."""
 
 
 class CheckpointError(RsgrpoError):
@@ -103,15 +105,18 @@ class CheckpointFolder:
             os.rename(temporary, final)
             _fsync(self.folder)
         except Exception as error:
+            free_mib = shutil.disk_usage(self.folder).free / 2**20  # while the half-written files still stand there
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, RsgrpoError) and "No space left" not in str(error):
+            # torch hides a full disk behind errors of its own, so the free space is looked at too.
+            is_full = "No space left" in str(error) or free_mib < FULL_DISK_MIB
+            if isinstance(error, RsgrpoError) and not is_full:
                 raise  # a worker that died says so itself
             intact = self.newest()
+            cause = f"the disk is full ({free_mib:.1f} MiB are free): {_first_line(error)}" if is_full else str(error)
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. "
-                + (f"That of step {intact.step} is intact" if intact else "There is no earlier one")
-                + f"; {shutil.disk_usage(self.folder).free >> 20} MiB are free. Make room (or lower "
-                "checkpoint.keep_last) and start the same command again to continue."
+                f"the checkpoint of step {step} could not be written to {self.folder}: {cause}. "
+                + (f"That of step {intact.step} is intact. " if intact else "There is no earlier one. ")
+                + "Make room, lower checkpoint.keep_last or set another output_dir, and start the same command again."
             ) from error
         self._point_latest_at(final)
         self._retain()
@@ -132,6 +137,10 @@ class CheckpointFolder:
         for checkpoint in checkpoints:
             if checkpoint.folder not in keep:
                 _remove(checkpoint.folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _remove(folder: Path) -> None:

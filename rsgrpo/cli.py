@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import logging
 import os
 import re
@@ -32,6 +33,9 @@ from rsgrpo.errors import ConfigError, RsgrpoError
 
 ConfigT = TypeVar("ConfigT")
 
+MAX_NAME_CHARS = 120
+KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
+
 USER_ERROR = 2
 RUN_ERROR = 1
 
@@ -48,7 +52,9 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(schema, config_name))
         sys.exit(0)
-    sys.argv[1:] = [_entry(argument, schema) for argument in sys.argv[1:]]
+    # The sweep flag may stand anywhere; the parser below wants it behind the overrides.
+    arguments = sorted(sys.argv[1:], key=lambda argument: argument in ("-m", "--multirun"))
+    sys.argv[1:] = [_entry(argument, schema) for argument in arguments]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     _store_schema(schema)
     full_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -89,7 +95,11 @@ def _to_object(node: DictConfig) -> Any:
     config: Any = OmegaConf.to_object(node)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
-        config = dataclasses.replace(config, name=f"{config.name}-{swept}"[:120].rstrip("-"))
+        name = f"{config.name}-{swept}".rstrip("-")
+        if len(name) > MAX_NAME_CHARS:  # two jobs never share a folder: what is cut off is told apart by its digest
+            digest = hashlib.sha256(swept.encode()).hexdigest()[:8]
+            name = f"{name[: MAX_NAME_CHARS - 9]}-{digest}"
+        config = dataclasses.replace(config, name=name)
     return config
 
 
@@ -134,14 +144,18 @@ def _explain_key(cause: OmegaConfBaseException, text: str, schema: type, config_
     source = re.match(r"In '([^']+)'", text)
     where = f" (in {source[1]}.yaml)" if source and "_schema_" not in source[1] else ""
     if isinstance(cause, ValidationError):
-        return f"{key}: {str(cause).strip().splitlines()[0]}{where}"
+        first_line = str(cause).strip().splitlines()[0]
+        wrong = re.match(r"Value (.+) of type '\w+' could not be converted to (\w+)", first_line)
+        if wrong and wrong[2] in KINDS:
+            return f"{key} must be {KINDS[wrong[2]]}, got {wrong[1]}{where}"
+        return f"{key}: {first_line}{where}"
     known = [*keys(schema), *groups(schema, config_name)]
     if key in known:
         return f"{key} cannot be removed with ~; set it to another value"
     last = key.rpartition(".")[2]
     same_end = [name for name in known if name.rpartition(".")[2] == last]
     close = f"; did you mean {same_end[0]}?" if same_end else nearest(key, known)
-    return f"{key}: there is no such key{close} `--cfg job` shows all keys{where}"
+    return f"{key}: there is no such key{close or '.'} `--cfg job` shows all keys{where}"
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -21,6 +21,8 @@ from rsgrpo.types import ScoredGroup
 
 log = logging.getLogger(__name__)
 
+_SAID: set[str] = set()  # rewards whose failures this process has shown
+
 MAX_CONCURRENT_CALLS = 64
 """Async rewards (judges) that may be in flight at once in one reward worker."""
 
@@ -129,7 +131,9 @@ class RewardSet:
         except RewardFailed as error:
             if not self.skip_errors:
                 raise
-            log.warning("skipped: %s", error)
+            if reward.name not in _SAID:
+                _SAID.add(reward.name)
+                log.warning("skipped, said once and counted in reward/%s/errors: %s", reward.name, error)
             return None, True
 
     def _place(

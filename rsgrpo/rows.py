@@ -168,7 +168,10 @@ def _parse(text: bytes, place: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:  # bad JSON and bad UTF-8
-        raise RsgrpoError(f"{place} is not valid JSON: {error}") from error
+        what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RsgrpoError(
+            f"{place} is not valid JSON: {what}; mend or delete it (no setting passes over it)"
+        ) from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

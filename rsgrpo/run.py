@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +40,9 @@ from rsgrpo.types import ScoredGroup, TrainGroup
 from rsgrpo.validation import validate_policy, validation_modes
 
 log = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+"""The longest that workers may take to end after a signal."""
 
 
 class StopRequested(Exception):
@@ -85,6 +90,7 @@ class Run:
             self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
         )
         newest = self._checkpoint_to_resume()
+        self.console.info(f"starting the workers; the run is in {self.folder}")
         with self.console.phase("starting workers"):
             self.cluster = start_cluster(
                 config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.check_stop
@@ -98,7 +104,7 @@ class Run:
             self._resume(newest)
             self.cluster.sync_weights(self.step)
         except BaseException:
-            self._leave()
+            self._leave(exit_code=1)
             raise
 
     def __enter__(self) -> Run:
@@ -107,7 +113,7 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Stop the workers and close the trackers; say of a failed worker when it failed and what goes on."""
         self.tracker.close()
-        self._leave()
+        self._leave(exit_code=0 if error is None else 1)
         if isinstance(error, WorkerFailed):
             newest = self.checkpoints.newest()
             where = f"step {newest.step}" if newest else "the beginning"
@@ -115,11 +121,22 @@ class Run:
                 f"step {self.step + 1}: {error}\nThe same command goes on from {where} once the cause is mended."
             ) from None
 
-    def _leave(self) -> None:
+    def _leave(self, *, exit_code: int) -> None:
         for name, handler in self._old_handlers.items():
             signal.signal(name, handler)
         self.console.close()
-        self.cluster.close()
+        if self.stop_signal is None:
+            self.cluster.close()
+            return
+        # A signal to the whole process group has taken Ray's daemons too; Ray would look for them for a minute and then
+        # end this process with an error, though everything is on disk.
+        leaving = threading.Thread(target=self.cluster.close, daemon=True, name="leave Ray")
+        leaving.start()
+        leaving.join(CLOSE_TIMEOUT_S)
+        if leaving.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_code)
 
     @property
     def steps_left(self) -> range:

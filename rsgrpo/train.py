@@ -40,7 +40,8 @@ def train(config: TrainConfig) -> None:
             run.console.warning(f"stopped by {stop} after step {run.step}; the same command goes on from there")
             return
         run.finish()
-        run.console.summary("next", next_commands(run.folder, sys.argv[1:]))
+        if not {"-m", "--multirun"} & set(sys.argv):
+            run.console.summary("next", next_commands(run.folder, sys.argv[1:]))
 
 
 def take_step(run: Run, step: int) -> None:
@@ -102,7 +103,8 @@ def with_ref_logprobs(
 
 def next_commands(folder: Path, arguments: Sequence[str]) -> list[tuple[str, str]]:
     """Return three commands worth trying after a run that was started with `arguments`."""
-    again = " ".join(argument for argument in arguments if not argument.startswith("name=")) or "recipe=..."
+    kept = [argument for argument in arguments if not argument.startswith(("name=", "algorithm="))]
+    again = " ".join(kept) or "recipe=..."
     return [
         ("what a reward says of the last rollouts", f"python -m rewards rewards.evisrag:evidence {folder} --limit 4"),
         ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
