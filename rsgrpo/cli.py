@@ -95,12 +95,17 @@ def _to_object(node: DictConfig) -> Any:
     config: Any = OmegaConf.to_object(node)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
-        name = f"{config.name}-{swept}".rstrip("-")
-        if len(name) > MAX_NAME_CHARS:  # two jobs never share a folder: what is cut off is told apart by its digest
-            digest = hashlib.sha256(swept.encode()).hexdigest()[:8]
-            name = f"{name[: MAX_NAME_CHARS - 9]}-{digest}"
-        config = dataclasses.replace(config, name=name)
+        config = dataclasses.replace(config, name=job_name(config.name, swept))
     return config
+
+
+def job_name(name: str, swept: str) -> str:
+    """Return the run name of one job of a sweep; where it is too long, a digest keeps two jobs out of one folder."""
+    full = f"{name}-{swept}".rstrip("-")
+    if len(full) <= MAX_NAME_CHARS:
+        return full
+    digest = hashlib.sha256(swept.encode()).hexdigest()[:8]
+    return f"{full[: MAX_NAME_CHARS - len(digest) - 1]}-{digest}"
 
 
 def compose(schema: type[ConfigT], config_name: str = "config", overrides: typing.Sequence[str] = ()) -> ConfigT:

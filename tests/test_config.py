@@ -190,9 +190,9 @@ def test_values_have_their_declared_types():
         (["rolout=hf"], ["rolout", "did you mean rollout?"]),
         (["recipe=dmeo"], ["recipe=dmeo", "did you mean demo?", "evisrag_7b"]),
         (["algorithm=grop"], ["algorithm=grop", "did you mean grpo?"]),
-        (["rollout.group_size=many"], ["rollout.group_size", "'many'", "Integer"]),
-        (["seed=1.5"], ["seed", "'1.5'", "Integer"]),
-        (["learner.lr="], ["learner.lr", "Float"]),
+        (["rollout.group_size=many"], ["rollout.group_size", "'many'", "must be a whole number"]),
+        (["seed=1.5"], ["seed", "'1.5'", "must be a whole number"]),
+        (["learner.lr="], ["learner.lr", "must be a number such as 1e-5"]),
         (["rewards=3"], ["int"]),
         (["learner.lr=[1"], ["learner.lr=[1", "key=value"]),
         (["learner.lr"], ["'learner.lr'", "key=value"]),
@@ -373,3 +373,11 @@ def test_every_recipe_of_the_retriever_composes(recipe):
     from recipes.train_retriever import RetrieverConfig
 
     assert cli.compose(RetrieverConfig, "train_retriever", [f"recipe={recipe}"])
+
+
+def test_every_job_of_a_sweep_has_a_name_of_its_own():
+    assert cli.job_name("demo", "seed=1") == "demo-seed=1"
+    assert cli.job_name("demo", "") == "demo"
+    names = {cli.job_name("demo", f"data.train={'x' * 150},seed={seed}") for seed in (1, 2)}
+    assert len(names) == 2
+    assert all(len(name) == cli.MAX_NAME_CHARS for name in names)
