@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablations [--seeds 0 1 2 3 4] [--steps 40] [--folder ablations]
 
-Every seed has data, model and warm start of its own, from which each arm starts. A finished stage is not run again, so a
-study that was stopped goes on. One arm takes about two minutes on two cores, a warm start six. `--table` runs nothing.
+Every seed has data, model and warm start of its own, from which each arm starts. A finished stage is not run again, so
+a study that was stopped goes on. An arm takes about two minutes on two cores, a warm start six. `--table` runs nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def study(folder: Path, seed: int, steps: int) -> None:
 
 def table(folders: Sequence[Path]) -> str:
     """Return a markdown table: per arm the mean score after the run, and its paired difference from plain GRPO."""
-    lines = [f"Mean over {len(folders)} seeds after the run; in brackets the difference from plain GRPO, 95% t-interval."]
+    lines = [f"Mean over {len(folders)} seeds after the run; in brackets the difference from plain GRPO (95%)."]
     lines += ["", f"| score | before | {' | '.join(ARMS.values())} |", "|---|" + "---|" * (len(ARMS) + 1)]
     for name, key in SCORES.items():
         ends = {arm: np.array([curve(run_of(folder, arm), key)[1][-1] for folder in folders]) for arm in ARMS}
