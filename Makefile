@@ -5,6 +5,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EXTRAS := demo,dev,retrieval
 SOURCES := rsgrpo recipes rewards rollout tests tools setup.py
 
 export TOKENIZERS_PARALLELISM ?= false
@@ -50,12 +51,13 @@ format: $(INSTALLED)
 install: $(INSTALLED)
 
 # torch first and alone: where pip finds a CPU build, the rest then resolves against it and brings no CUDA libraries.
-$(INSTALLED): setup.py tools/constraints.txt tools/torchvision_cpu_shim.py
+$(INSTALLED): setup.py tools/constraints.txt tools/torchvision_cpu_shim.py tools/install_vllm.py
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name it with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c tools/constraints.txt torch
-	$(BIN)/python -m pip install -c tools/constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install -c tools/constraints.txt -e ".[$(EXTRAS)]"
 	$(BIN)/python tools/torchvision_cpu_shim.py
+	$(BIN)/python tools/install_vllm.py
 	@touch $@
 
 clean:

