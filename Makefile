@@ -5,7 +5,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-EXTRAS := demo,dev,retrieval
+EXTRAS := demo,dev,retrieval,app
 SOURCES := rsgrpo recipes rewards rollout tests tools setup.py
 
 export TOKENIZERS_PARALLELISM ?= false

@@ -54,7 +54,9 @@ setup(
             "sentence-transformers>=6.2,<7",
             "pytrec-eval-terrier>=0.5.10,<0.6",
         ],
+        "app": ["gradio>=6.31,<7"],
+        "ocr": ["pytesseract>=0.3.13,<0.4"],
         "demo": ["scikit-learn>=1.5,<2"],
-        "dev": ["pytest>=8.3,<10", "hypothesis>=6.115,<7", "ruff>=0.15,<0.18", "mypy>=1.18,<3"],
+        "dev": ["pytest>=8.3,<10", "hypothesis>=6.115,<7", "ruff>=0.15,<0.18", "mypy>=1.18,<3", "playwright>=1.50,<2"],
     },
 )
