@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.checks import one_of, require, require_found
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
     from recipes.endpoint import EndpointConfig
@@ -189,7 +189,7 @@ class EngineAnswerer:
                 trust_remote_code=self._model.trust_remote_code,
             )
         except (ValueError, OSError, ImportError) as error:
-            raise RsgrpoError(f"the model {self._model.path} cannot be started: {error}") from error
+            raise InputError(f"the model {self._model.path} cannot be started: {error}") from error
         return self._engine
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:

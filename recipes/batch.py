@@ -18,7 +18,7 @@ from recipes.predictions import FAILED
 from recipes.questions import prompt_hash
 from rollout.types import Prompt
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 _UNREAD = ParsedAnswer("", False, "", (), "", (), False, ())
 
@@ -128,7 +128,7 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
             lines[str(line["id"])] = line
             line["finish_reason"], line["prompt_hash"], line["model"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RsgrpoError(
+            raise InputError(
                 f"line {number} of {path} is no answer that this program wrote ({type(error).__name__}: {error}); "
                 "choose another output file"
             ) from error
@@ -149,14 +149,14 @@ def _by_id(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
     for prompt in prompts:
         known = unique.setdefault(prompt.id, prompt)
         if (known.system, known.text, known.images) != (prompt.system, prompt.text, prompt.images):
-            raise RsgrpoError(f"two different questions have the id {prompt.id!r}; give each its own")
+            raise InputError(f"two different questions have the id {prompt.id!r}; give each its own")
     return unique
 
 
 def _refuse_other(out: Path, line: dict[str, Any], prompt: Prompt, model: str) -> None:
     for what, then, now in (("model", line["model"], model), ("prompt", line["prompt_hash"], prompt_hash(prompt))):
         if then != now:
-            raise RsgrpoError(
+            raise InputError(
                 f"{out} answers question {prompt.id!r} with another {what} ({then}, now {now}); choose another output "
                 "file, or remove this one"
             )
@@ -167,4 +167,4 @@ def _appending(path: Path) -> IO[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("a", encoding="utf-8")
     except OSError as error:
-        raise RsgrpoError(f"{path} cannot be written: {error}") from error
+        raise InputError(f"{path} cannot be written: {error}") from error

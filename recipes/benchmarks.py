@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes.questions import Question, read_questions
 from rsgrpo.checks import nearest
-from rsgrpo.errors import ConfigError, RsgrpoError
+from rsgrpo.errors import ConfigError, InputError
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def load_benchmark(name: str, *, folder: str, topk: int, image_dir: str = "") ->
     questions = read_questions(str(path), image_dir=image_dir, need_answers=True)
     repeated = [row_id for row_id, count in Counter(question.id for question in questions).items() if count > 1]
     if repeated:
-        raise RsgrpoError(f"{path}: {len(repeated)} ids stand more than once, such as {repeated[0]!r}")
+        raise InputError(f"{path}: {len(repeated)} ids stand more than once, such as {repeated[0]!r}")
     long = [question for question in questions if topk and len(question.images) > topk]
     if long:
         log.warning(

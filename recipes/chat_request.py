@@ -18,7 +18,7 @@ from recipes.questions import IMAGE_MARK, Question, to_prompt
 from rollout.images import PromptError, check_decodes, read_size
 from rollout.types import ImageSource, Prompt
 from rsgrpo.checks import at_least
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 MIB = 1024 * 1024
 KNOWN_FIELDS = (
@@ -54,7 +54,7 @@ class RequestLimits:
         at_least(1, image_bytes=self.image_bytes, image_pixels=self.image_pixels)
         for folder in self.folders:
             if not folder.is_dir():
-                raise RsgrpoError(f"--allow-folder {folder} is not a folder")
+                raise InputError(f"--allow-folder {folder} is not a folder")
 
 
 @dataclass(frozen=True, slots=True)

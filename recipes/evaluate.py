@@ -28,7 +28,7 @@ from rsgrpo import cli
 from rsgrpo.checks import at_least, require
 from rsgrpo.config import PromptConfig
 from rsgrpo.console import Console
-from rsgrpo.errors import ConfigError, RsgrpoError
+from rsgrpo.errors import ConfigError, InputError
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -83,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Predict what is not predicted yet, score, and write results.json, results.md and report.html.
 
     Raises:
-        RsgrpoError: the benchmark, the model or a prediction file cannot be used; finished predictions are kept.
+        InputError: the benchmark, the model or a prediction file cannot be used; finished predictions are kept.
     """
     questions = load_benchmark(
         config.benchmark, folder=config.benchmark_dir, topk=config.topk, image_dir=config.image_dir
@@ -230,13 +230,13 @@ def require_pages(questions: Sequence[Question], image_dir: str) -> None:
     """Refuse to start when page files are missing.
 
     Raises:
-        RsgrpoError: lists the first.
+        InputError: lists the first.
     """
     paths = {source for question in questions for source in question.images if isinstance(source, str)}
     missing = sorted(path for path in paths if not Path(path).is_file())
     if missing:
         listed = ", ".join(missing[:MAX_LISTED_PAGES]) + (", ..." if len(missing) > MAX_LISTED_PAGES else "")
-        raise RsgrpoError(
+        raise InputError(
             f"{len(missing)} of {len(paths)} pages are missing: {listed}; unpack the benchmark's images beside its "
             f"rows, or set image_dir (now {image_dir!r})"
         )

@@ -11,7 +11,7 @@ from rollout.inputs import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.config import SftConfig
 from rsgrpo.data import PromptDataset
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.types import Sample, TrainGroup
 
 MAX_LISTED_ROWS = 10
@@ -33,12 +33,12 @@ class GoldResponses:
         """Refuse rows that cannot be imitated.
 
         Raises:
-            RsgrpoError: lists them.
+            InputError: lists them.
         """
         faults = [f"  id {prompt.id}: {fault}" for prompt in prompts if (fault := self._encode(prompt)[1])]
         if faults:
             more = [f"  ... and {len(faults) - MAX_LISTED_ROWS} more"] if len(faults) > MAX_LISTED_ROWS else []
-            raise RsgrpoError(
+            raise InputError(
                 "\n".join(
                     [
                         f"{self.config.data.train}: {len(faults)} of {len(prompts)} rows have no response to imitate:",

@@ -27,7 +27,7 @@ from recipes.questions import Question, named_prompt, read_questions, to_prompt
 from rollout.config import ConfigError, InputsConfig
 from rollout.types import Prompt
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 INTERRUPTED = 130
 HELP = "A question; or: /images A.png B.png ... other pages; /json shows the last answer as JSON; /quit"
@@ -113,11 +113,11 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
     """Return the paths.
 
     Raises:
-        RsgrpoError: one is not a file.
+        InputError: one is not a file.
     """
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
-        raise RsgrpoError(f"there is no image {', '.join(missing)} (a question stands before --image)")
+        raise InputError(f"there is no image {', '.join(missing)} (a question stands before --image)")
     return paths
 
 
@@ -247,9 +247,9 @@ def answer(options: argparse.Namespace) -> int:
     prompt = named_prompt(options.prompt)
     template, system = read_template(prompt), options.system or prompt.system
     if options.batch and (options.question or options.image):
-        raise RsgrpoError("--batch brings its own questions and pages: leave the question and --image out")
+        raise InputError("--batch brings its own questions and pages: leave the question and --image out")
     if not options.batch and not template:
-        raise RsgrpoError(f"--prompt {options.prompt} has no template to put a question into; choose another")
+        raise InputError(f"--prompt {options.prompt} has no template to put a question into; choose another")
     images = checked_images(options.image)
     answerer = answerer_of(options)
     try:
@@ -271,14 +271,14 @@ def answer(options: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 1 for an error, 130 when stopped by Ctrl-C."""
+    """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = parser().parse_args(argv)
     try:
         return answer(options)
     except (RsgrpoError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         kept = "; answers so far are kept, the same command goes on" if options.batch else ""
         print(f"stopped{kept}", file=sys.stderr)

@@ -22,7 +22,7 @@ from recipes.batch import rewrite
 from recipes.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS
 from rollout.images import PromptError, read_size
 from rollout.types import ImageSource
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.rows import ImageFolder, Row, find_images, image_entries, image_paths, packed_images, read_rows
 
 USER_ROLES, ASSISTANT_ROLES = ("human", "user"), ("gpt", "assistant")
@@ -55,11 +55,11 @@ def unpack(folder: Path, out: Path, advance: Advance = lambda: None) -> Unpacked
     A file that is there with the same bytes is left alone, so that a stopped call can be repeated.
 
     Raises:
-        RsgrpoError: there is nothing to unpack, a path leads out of `out`, or two images claim one path.
+        InputError: there is nothing to unpack, a path leads out of `out`, or two images claim one path.
     """
     packs = sorted(folder.glob("images*.parquet")) if folder.is_dir() else []
     if not packs:
-        raise RsgrpoError(f"{folder} has no images.parquet (or images-*.parquet) to unpack")
+        raise InputError(f"{folder} has no images.parquet (or images-*.parquet) to unpack")
     num_written, num_there = 0, 0
     seen: set[Path] = set()
     for pack in packs:
@@ -67,7 +67,7 @@ def unpack(folder: Path, out: Path, advance: Advance = lambda: None) -> Unpacked
             target = _inside(out, name, pack)
             is_there = target.is_file() and target.stat().st_size == len(content) and target.read_bytes() == content
             if target in seen and not is_there:
-                raise RsgrpoError(f"{pack} has two different images for the path {name}")
+                raise InputError(f"{pack} has two different images for the path {name}")
             seen.add(target)
             num_there += is_there
             if not is_there:
@@ -96,7 +96,7 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
     keep_good: write the good rows although others cannot be taken over; otherwise nothing is written then.
 
     Raises:
-        RsgrpoError: the file cannot be read, or its rows have different system messages.
+        InputError: the file cannot be read, or its rows have different system messages.
     """
     rows, folder = (read_csv(source), source.parent) if source.suffix == ".csv" else read_rows(str(source))
     wanted = {path for row in rows for key in IMAGE_KEYS for path in image_paths(row.columns.get(key))}
@@ -114,7 +114,7 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
         systems.setdefault(system, row.place)
     if len(systems) > 1:
         listed = "; ".join(f"{place}: {system!r:.60}" for system, place in systems.items())
-        raise RsgrpoError(f"{source} has rows with different system messages, our rows share one ({listed}); split it")
+        raise InputError(f"{source} has rows with different system messages, our rows share one ({listed}); split it")
     if written and (keep_good or not faults):
         out.parent.mkdir(parents=True, exist_ok=True)
         rewrite(out, written)
@@ -125,7 +125,7 @@ def read_csv(path: Path) -> list[Row]:
     """Read a table with a header line. Cells of images are split at ";"; a cell that starts with "[" is a JSON list.
 
     Raises:
-        RsgrpoError: it cannot be read, or a line has more cells than the header.
+        InputError: it cannot be read, or a line has more cells than the header.
     """
     rows: list[Row] = []
     try:
@@ -134,13 +134,13 @@ def read_csv(path: Path) -> list[Row]:
             for number, cells in enumerate(table, start=1):
                 place = f"line {table.line_num} of {path.name}"
                 if None in cells:
-                    raise RsgrpoError(f"{place} has more cells than the header; quote cells that have a comma in them")
+                    raise InputError(f"{place} has more cells than the header; quote cells that have a comma in them")
                 columns = {name: _cell(name, value, place) for name, value in cells.items() if value}
                 rows.append(Row(place, number, columns))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RsgrpoError(f"{path} cannot be read as a table: {error}") from error
+        raise InputError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
-        raise RsgrpoError(f"{path} has no rows")
+        raise InputError(f"{path} has no rows")
     return rows
 
 
@@ -240,14 +240,14 @@ def _cell(name: str, value: str, place: str) -> Any:
         try:
             return json.loads(value)
         except ValueError as error:
-            raise RsgrpoError(f"{place}: column {name!r} starts with [ and is no JSON list: {error}") from error
+            raise InputError(f"{place}: column {name!r} starts with [ and is no JSON list: {error}") from error
     return [path.strip() for path in value.split(";") if path.strip()] if name in IMAGE_KEYS else value
 
 
 def _inside(out: Path, name: str, pack: Path) -> Path:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
-        raise RsgrpoError(f"{pack} has an image with the path {name!r:.80}, which leads out of the folder")
+        raise InputError(f"{pack} has an image with the path {name!r:.80}, which leads out of the folder")
     return out / path
 
 

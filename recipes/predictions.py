@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 ID_KEYS = ("id", "qid", "query_id", "question_id", "uid")
 TEXT_KEYS = ("raw", "pred", "prediction", "predict", "response", "output", "generated_text", "completion", "answer")
@@ -44,7 +44,7 @@ def load_predictions(path: str | Path) -> Predictions:
     `response` or the like (TEXT_KEYS, the first that is there).
 
     Raises:
-        RsgrpoError: the file or a row cannot be read; file and line are named.
+        InputError: the file or a row cannot be read; file and line are named.
     """
     path = Path(path)
     by_id: dict[str, Prediction] = {}
@@ -54,7 +54,7 @@ def load_predictions(path: str | Path) -> Predictions:
         by_id[prediction.id] = prediction
         num_rows += 1
     if not by_id:
-        raise RsgrpoError(f"predictions={path} has no rows")
+        raise InputError(f"predictions={path} has no rows")
     return Predictions(by_id, num_rows - len(by_id))
 
 
@@ -62,7 +62,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RsgrpoError(f"predictions={path} cannot be read: {error}") from error
+        raise InputError(f"predictions={path} cannot be read: {error}") from error
     if path.suffix == ".json":
         content = _parse(text, str(path))
         if isinstance(content, dict):
@@ -70,7 +70,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 {"id": key} | (value if isinstance(value, dict) else {"raw": value}) for key, value in content.items()
             ]
         if not isinstance(content, list):
-            raise RsgrpoError(f"{path} must hold a list of rows or a map from id to output")
+            raise InputError(f"{path} must hold a list of rows or a map from id to output")
         yield from ((f"row {number} of {path}", row) for number, row in enumerate(content, start=1))
         return
     for number, line in enumerate(text.split("\n"), start=1):
@@ -83,21 +83,21 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise RsgrpoError(f"{place} is not valid JSON: {error}") from error
+        raise InputError(f"{place} is not valid JSON: {error}") from error
 
 
 def _prediction(place: str, row: Any) -> Prediction:
     if not isinstance(row, dict):
-        raise RsgrpoError(f"{place} must be a JSON object, got {type(row).__name__}")
+        raise InputError(f"{place} must be a JSON object, got {type(row).__name__}")
     row_id = next((row[key] for key in ID_KEYS if row.get(key) is not None), None)
     if row_id is None:
-        raise RsgrpoError(f"{place} names no question: it needs one of {', '.join(ID_KEYS)}; it has {', '.join(row)}")
+        raise InputError(f"{place} names no question: it needs one of {', '.join(ID_KEYS)}; it has {', '.join(row)}")
     if row.get("finish_reason") == FAILED:
         errors = row.get("errors") or ["unknown error"]
         return Prediction(str(row_id), "", FAILED, "; ".join(map(str, errors)))
     key = next((key for key in TEXT_KEYS if _is_output(row.get(key), key)), None)
     if key is None:
-        raise RsgrpoError(f"{place} has no output: it needs one of {', '.join(TEXT_KEYS)}; it has {', '.join(row)}")
+        raise InputError(f"{place} has no output: it needs one of {', '.join(TEXT_KEYS)}; it has {', '.join(row)}")
     text = row[key][0] if isinstance(row[key], list) else row[key]
     return Prediction(str(row_id), str(text), str(row.get("finish_reason") or ""))
 

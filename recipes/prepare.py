@@ -35,7 +35,7 @@ from recipes.forms import (
 )
 from rollout.config import ConfigError, InputsConfig
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of what `demo` writes; raised when the same settings give other files
@@ -64,16 +64,16 @@ class DemoSettings:
     def __post_init__(self) -> None:
         for name in ("sft_items", "train_items", "val_items", "vision_steps"):
             if getattr(self, name) < 1:
-                raise RsgrpoError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+                raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.noise <= 1:
-            raise RsgrpoError(f"--noise is a probability, it must be in [0, 1], got {self.noise:g}")
+            raise InputError(f"--noise is a probability, it must be in [0, 1], got {self.noise:g}")
 
 
 def prepare_demo(settings: DemoSettings, out: Path, *, force: bool, console: Console) -> None:
     """Write `out/data` and `out/model`, or reuse what is there from the same settings; show a summary.
 
     Raises:
-        RsgrpoError: a folder is there from other settings, or from something else, and `force` is not given.
+        InputError: a folder is there from other settings, or from something else, and `force` is not given.
     """
     started = time.monotonic()
     wanted = asdict(settings)
@@ -221,7 +221,7 @@ def is_whole(folder: Path, settings: dict[str, Any], *, force: bool) -> bool:
     """Whether `folder` is there from these very settings.
 
     Raises:
-        RsgrpoError: something else is there and `force` is not given.
+        InputError: something else is there and `force` is not given.
     """
     manifest = folder / MANIFEST
     found = json.loads(manifest.read_text()) if manifest.exists() else None
@@ -237,7 +237,7 @@ def is_whole(folder: Path, settings: dict[str, Any], *, force: bool) -> bool:
                 if found["settings"].get(key) != value
             ]
             why = "made with " + (", ".join(changed) or f"format {found['format']} instead of {FORMAT}")
-        raise RsgrpoError(f"{folder} exists already, {why}: choose another --out, or replace it with --force")
+        raise InputError(f"{folder} exists already, {why}: choose another --out, or replace it with --force")
     return False
 
 
@@ -318,7 +318,7 @@ def run_convert(options: dict[str, Any], console: Console) -> int:
         console.info(f"all rows have the system message {done.system!r}; pass it to training: prompt.system=...")
     if not done.num_rows or (done.faults and not keep_good):
         total = done.num_rows + len(done.faults)
-        raise RsgrpoError(
+        raise InputError(
             f"{len(done.faults)} of {total} rows cannot be taken over, nothing is written; mend them, or leave them "
             "out with --drop-bad"
         )
@@ -398,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare_demo(DemoSettings(**options), out, force=force, console=console)
     except (RsgrpoError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     return 0
 
 

@@ -19,7 +19,7 @@ from rewards.evisrag import parse_gold
 from rollout.types import ImageSource, Prompt
 from rsgrpo.checks import nearest
 from rsgrpo.config import PromptConfig
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.rows import ImageFolder, Row, find_images, image_entries, image_paths, read_rows
 
 IMAGE_MARK = "<image>"
@@ -56,7 +56,7 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
     text with <evidence> and <answer>), is_sufficient, evidence (one text per page).
 
     Raises:
-        RsgrpoError: the source cannot be read, or rows are unusable; it lists them.
+        InputError: the source cannot be read, or rows are unusable; it lists them.
     """
     rows, folder = read_rows(source)
     wanted = {path for row in rows for key in IMAGE_KEYS for path in image_paths(row.columns.get(key))}
@@ -69,7 +69,7 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
             faults.append(f"  {row.place}: {error}")
     if faults:
         more = [f"  ... and {len(faults) - MAX_LISTED_ROWS} more"] if len(faults) > MAX_LISTED_ROWS else []
-        raise RsgrpoError(
+        raise InputError(
             "\n".join(
                 [f"{source}: {len(faults)} of {len(rows)} rows cannot be used:", *faults[:MAX_LISTED_ROWS], *more]
             )
@@ -81,16 +81,16 @@ def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
     """Return the prompt; without a template the row's own message.
 
     Raises:
-        RsgrpoError: there is no text, or the marks do not match the images.
+        InputError: there is no text, or the marks do not match the images.
     """
     from rsgrpo.prompts import render_template  # brings in torch, which reading and scoring do without
 
     text = render_template(template, question.question, len(question.images)) if template else question.prompt
     if not (question.question if template else text).strip():
         lacks = "no question" if template else "no message of its own (column prompt); choose a prompt template"
-        raise RsgrpoError(f"question {question.id}: the row has {lacks}")
+        raise InputError(f"question {question.id}: the row has {lacks}")
     if text.count(IMAGE_MARK) != len(question.images):
-        raise RsgrpoError(
+        raise InputError(
             f"question {question.id}: the message has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for "
             f"{len(question.images)} images; a template shows them by {{images}}"
         )
@@ -118,14 +118,14 @@ def named_prompt(name: str) -> PromptConfig:
     """Return the prompt of a name in conf/prompt ("evidence", "direct", ...), or a template file.
 
     Raises:
-        RsgrpoError: there is neither.
+        InputError: there is neither.
     """
     if Path(name).is_file():
         return PromptConfig(file=name)
     folder = resources.files("conf") / "prompt"
     options = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     if name not in options:
-        raise RsgrpoError(f"prompt {name!r} is neither a file nor one of {', '.join(options)}{nearest(name, options)}")
+        raise InputError(f"prompt {name!r} is neither a file nor one of {', '.join(options)}{nearest(name, options)}")
     return PromptConfig(**yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
 
 

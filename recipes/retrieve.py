@@ -26,12 +26,10 @@ from recipes.retrieval.options import (
     open_retriever,
 )
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import USER_ERROR, RsgrpoError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
     from recipes.retrieval.retriever import FoundPage
-
-USER_ERROR = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except RsgrpoError as error:
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return error.exit_code
     except ModuleNotFoundError as error:
         if error.name not in ("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"):
             raise

@@ -31,7 +31,7 @@ from recipes.questions import named_prompt
 from rollout.config import ConfigError
 from rollout.types import Prompt
 from rsgrpo.checks import at_least
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def serve(options: argparse.Namespace) -> None:
             print=lambda *_: print(f"serving {answerer.name} at http://{options.host}:{options.port}/v1", flush=True),
         )
     except OSError as error:
-        raise RsgrpoError(f"cannot listen on {options.host}:{options.port}: {error}; choose another --port") from error
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; choose another --port") from error
     finally:
         answerer.close()
 
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(parser().parse_args(argv))
     except (RsgrpoError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     return 0
 
 

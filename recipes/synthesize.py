@@ -27,7 +27,7 @@ from rewards.evisrag import accuracy, well_formed
 from rollout.config import ConfigError
 from rsgrpo.checks import at_least
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 KEPT = "kept"
 FAILED = "request failed"
@@ -60,7 +60,7 @@ class SynthesisConfig:
         at_least(1, tries=self.tries)
         at_least(0, min_accuracy=self.min_accuracy, price_in=self.price_in, price_out=self.price_out)
         if not self.row_template:
-            raise RsgrpoError("--row-prompt must have a template: the rows' own message cannot be written from it")
+            raise InputError("--row-prompt must have a template: the rows' own message cannot be written from it")
 
 
 def judge(question: Question, line: Mapping[str, Any], min_accuracy: float = 1.0) -> str:
@@ -233,9 +233,9 @@ def run(options: argparse.Namespace) -> None:
     from rsgrpo.prompts import read_template
 
     if options.tries > 1 and options.temperature == 0:
-        raise RsgrpoError("--tries > 1 asks again for another response, greedy gives the same: set --temperature > 0")
+        raise InputError("--tries > 1 asks again for another response, greedy gives the same: set --temperature > 0")
     if options.requests_per_minute and not options.endpoint:
-        raise RsgrpoError("--requests-per-minute limits an endpoint, and none is given")
+        raise InputError("--requests-per-minute limits an endpoint, and none is given")
     prompt = named_prompt(options.prompt)
     config = SynthesisConfig(
         template=read_template(prompt),
@@ -264,14 +264,14 @@ def _shown(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 1 for an error, 130 when stopped by Ctrl-C."""
+    """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = parser().parse_args(argv)
     try:
         run(options)
     except (RsgrpoError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except KeyboardInterrupt:
         print("stopped; responses so far are kept, the same command goes on", file=sys.stderr)
         return INTERRUPTED

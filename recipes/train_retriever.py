@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rsgrpo import cli
 from rsgrpo.checks import one_of, require
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:
     from recipes.retrieval.encoders import EncoderSettings
@@ -111,7 +111,7 @@ def main(config: RetrieverConfig) -> None:
         from recipes.retrieval.pairs import read_pairs
         from recipes.retrieval.training import train
     except ModuleNotFoundError as error:
-        raise RsgrpoError(f'{error.name} is not installed; pip install "rsgrpo[retrieval]"') from error
+        raise InputError(f'{error.name} is not installed; pip install "rsgrpo[retrieval]"') from error
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     out = Path(config.output_dir) / config.name

@@ -17,7 +17,7 @@ from rollout.config import InputsConfig
 from rollout.types import Prompt
 from rsgrpo.config import DataConfig
 from rsgrpo.data import sort_rows
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.prompts import BadRow, TokenCounter
 from rsgrpo.rows import Row, read_rows
 
@@ -71,7 +71,7 @@ def validate_rows(
     model: folder or hub id whose tokenizer counts the tokens of prompts; "" leaves that check out.
 
     Raises:
-        RsgrpoError: the source or the model cannot be read.
+        InputError: the source or the model cannot be read.
     """
     rows, folder = read_rows(source)
     if purpose == "test":
@@ -124,4 +124,4 @@ def _counter(model: str, inputs: InputsConfig) -> TokenCounter:
     try:
         return InputProcessor(model, inputs)
     except (InputsError, OSError, ValueError) as error:
-        raise RsgrpoError(f"the tokenizer of {model} cannot be loaded: {error}") from error
+        raise InputError(f"the tokenizer of {model} cannot be loaded: {error}") from error

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 class ConfigError(ValueError):
     """A setting of a room below the trainer that cannot work; names the key, the limit and the value."""
 
+    exit_code = 2  # as an rsgrpo.errors.InputError
+
 
 @dataclass(frozen=True)
 class InputsConfig:

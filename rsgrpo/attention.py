@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from rsgrpo.types import PrefixLayout, RsgrpoError
+from rsgrpo.errors import InputError
+from rsgrpo.types import PrefixLayout
 
 SDPA = "rsgrpo_prefix_sdpa"
 VARLEN = "rsgrpo_prefix_varlen"
@@ -171,17 +172,17 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     "auto" takes flash-attn where it is installed and can run (CUDA, 16-bit), else torch's own kernels.
 
     Raises:
-        RsgrpoError: an unknown value, or "flash" where it cannot run.
+        InputError: an unknown value, or "flash" where it cannot run.
     """
     installed = importlib.util.find_spec("flash_attn") is not None
     can_run = installed and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if wanted == "flash" and not can_run:
-        raise RsgrpoError(
+        raise InputError(
             "learner.attention=flash needs flash-attn, CUDA and bfloat16; here flash-attn is "
             f"{'installed' if installed else 'not installed'}, on {device.type}, {dtype}: use learner.attention=sdpa"
         )
     if wanted not in ("auto", "sdpa", "flash"):
-        raise RsgrpoError(f"learner.attention must be auto, sdpa or flash, got {wanted!r}")
+        raise InputError(f"learner.attention must be auto, sdpa or flash, got {wanted!r}")
     return VARLEN if wanted != "sdpa" and can_run else SDPA
 
 

@@ -29,15 +29,12 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from rsgrpo.checks import nearest
-from rsgrpo.errors import ConfigError, RsgrpoError
+from rsgrpo.errors import USER_ERROR, RsgrpoError
 
 ConfigT = TypeVar("ConfigT")
 
 MAX_NAME_CHARS = 120
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
-
-USER_ERROR = 2
-RUN_ERROR = 1
 
 
 def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_name: str = "config") -> NoReturn:
@@ -45,7 +42,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
 
     Args:
         main: the program. A returned int is the exit code. A raised `RsgrpoError` is printed without a trace; the code
-            is then 1, or 2 for a `ConfigError`. HYDRA_FULL_ERROR=1 in the environment shows the trace.
+            is then the error's own. HYDRA_FULL_ERROR=1 in the environment shows the trace.
         schema: dataclass with a default for every key.
         config_name: "config" reads `conf/config.yaml`, any other NAME `conf/NAME/config.yaml`.
     """
@@ -77,7 +74,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         try:
             exit_code = main(config)
         except RsgrpoError as error:
-            fail(error, USER_ERROR if isinstance(error, ConfigError) else RUN_ERROR)
+            fail(error, error.exit_code)
         if exit_code:
             sys.exit(exit_code)
 

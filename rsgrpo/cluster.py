@@ -23,7 +23,7 @@ from rollout.pool import RolloutPool, Supervision, WorkerError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import WorkerHandle, start_rollout_worker
 from rsgrpo.config import TrainConfig
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.gate import Check, check_gate, tolerance_of
 from rsgrpo.placement import place
 from rsgrpo.types import ScoredGroup, TrainGroup
@@ -209,7 +209,7 @@ class Cluster:
         cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
         plan = place(self.config, has_gpus=gpus > 0)
         if plan.total_cpus > cpus + 1e-6 or plan.total_gpus > gpus + 1e-6:
-            raise RsgrpoError(
+            raise InputError(
                 f"{plan.describe()} (cluster.placement={self.config.cluster.placement}), the cluster has {cpus:g} and "
                 f"{gpus:g}. Lower learner.num_ranks, rollout.num_workers or cluster.*_cpus, or add nodes."
             )

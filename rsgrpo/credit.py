@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from rewards.api import Credit, Response, RewardError, Span, check_score, load_reward
 from rollout.types import RolloutGroup
 from rsgrpo.config import TrainConfig
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.types import ScoredGroup
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RewardSet:
                 try:
                     reward = load_reward(target, config.reward_args.get(name))
                 except RewardError as error:
-                    raise RsgrpoError(f"{key}.{name}: {error}") from error
+                    raise InputError(f"{key}.{name}: {error}") from error
                 loaded.append(NamedReward(name, reward, reward.scope, config.reward_timeouts_s.get(name, 0.0)))
             return tuple(loaded)
 

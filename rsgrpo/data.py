@@ -18,7 +18,7 @@ from typing import Any
 from rollout.inputs import InputProcessor, InputsError
 from rollout.types import Prompt
 from rsgrpo.config import DataConfig, PromptConfig
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
 from rsgrpo.rows import Row, find_images, image_paths, read_rows
 
@@ -63,7 +63,7 @@ def load_prompts(
     progress: called with (rows checked, rows).
 
     Raises:
-        RsgrpoError: the source cannot be read, rows are bad and are not to be dropped, or none is left.
+        InputError: the source cannot be read, rows are bad and are not to be dropped, or none is left.
     """
     rows, folder = read_rows(source)
     return check_rows(rows, data, prompt, processor, source=source, folder=folder, progress=progress)
@@ -87,9 +87,7 @@ def check_rows(
         counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
         log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), counts)
     if not good:
-        raise RsgrpoError(
-            f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}"
-        )
+        raise InputError(f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}")
     return PromptDataset(good, dropped)
 
 
@@ -115,7 +113,7 @@ def sort_rows(
                 if progress is not None:
                     progress(len(outcomes), len(rows))
         except InputsError as error:
-            raise RsgrpoError(str(error)) from error
+            raise InputError(str(error)) from error
     return _split_outcomes(outcomes, rows)
 
 
@@ -158,12 +156,12 @@ class PromptStream:
         """Go on where `state` was taken.
 
         Raises:
-            RsgrpoError: it was taken from other rows, or from another order of them.
+            InputError: it was taken from other rows, or from another order of them.
         """
         mine = self.state()
         for key in ("num_prompts", "fingerprint", "seed", "shuffle"):
             if state[key] != mine[key]:
-                raise RsgrpoError(
+                raise InputError(
                     f"the training rows are not those of the checkpoint: {key} was {state[key]}, is {mine[key]}; "
                     "resume with the same data.train, data.shuffle and seed, or start a new run"
                 )
@@ -208,7 +206,7 @@ def _refuse(bad: Sequence[BadRow], data: DataConfig, source: str, num_rows: int)
         )
         if applies
     ]
-    raise RsgrpoError(
+    raise InputError(
         "\n".join([f"{source}: {len(refused)} of {num_rows} rows cannot be used ({counts}):", *listed])
         + f"\nMend them, or leave them out with {' '.join(keys)}"
     )

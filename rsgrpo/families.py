@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rsgrpo.errors import InputError
 from rsgrpo.qwen3_vl import Qwen3VL
 from rsgrpo.qwen25_vl import Qwen25VL
-from rsgrpo.types import RsgrpoError
 
 
 class Family(Protocol):
@@ -63,10 +63,10 @@ def family_of(model_type: str) -> Family:
     """Return the adapter of a configuration's `model_type`.
 
     Raises:
-        RsgrpoError: a family without an adapter.
+        InputError: a family without an adapter.
     """
     if model_type not in _FAMILIES:
-        raise RsgrpoError(
+        raise InputError(
             f"model.path holds a {model_type!r} model; the learner knows {sorted(_FAMILIES)}: "
             "add an adapter beside rsgrpo/qwen25_vl.py and a parity test"
         )

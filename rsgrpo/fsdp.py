@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from rsgrpo.config import LearnerConfig
+from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.model import Policy
-from rsgrpo.types import RsgrpoError
 
 _TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -37,9 +37,9 @@ def init_distributed(rank: int, world_size: int, address: str, port: int, device
 def resolve_device(wanted: str) -> torch.device:
     """Return the device for `learner.device`: "auto" takes CUDA where there is one."""
     if wanted not in ("auto", "cpu", "cuda"):
-        raise RsgrpoError(f"learner.device must be auto, cpu or cuda, got {wanted!r}")
+        raise InputError(f"learner.device must be auto, cpu or cuda, got {wanted!r}")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RsgrpoError("learner.device=cuda, but torch sees no CUDA device; use learner.device=cpu")
+        raise InputError("learner.device=cuda, but torch sees no CUDA device; use learner.device=cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -49,7 +49,7 @@ def compute_dtype(precision: str) -> torch.dtype:
     """Return the dtype in which layers compute, for `learner.precision`."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if precision not in dtypes:
-        raise RsgrpoError(f"learner.precision must be one of {sorted(dtypes)}, got {precision!r}")
+        raise InputError(f"learner.precision must be one of {sorted(dtypes)}, got {precision!r}")
     return dtypes[precision]
 
 

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rsgrpo.attention import PrefixRow
 from rsgrpo.config import LoraConfig, ModelConfig
+from rsgrpo.errors import InputError
 from rsgrpo.families import Family, family_of
-from rsgrpo.types import MicroBatch, RsgrpoError
+from rsgrpo.types import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def load_model(config: ModelConfig) -> Any:
     """Return the model of `model.path` in float32 on CPU, its generation configuration included."""
     if not config.path:
-        raise RsgrpoError("model.path is empty; give a Hugging Face folder or hub id")
+        raise InputError("model.path is empty; give a Hugging Face folder or hub id")
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
         options["revision"] = config.revision
@@ -115,7 +116,7 @@ class Policy(nn.Module):
         self.register_buffer("banned_V", banned_V, persistent=False)
         config = self.family.language_model(model).config
         if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-            raise RsgrpoError(
+            raise InputError(
                 "the model has sliding-window layers, which the shared prefix does not know; "
                 "set use_sliding_window=false in its config.json if it was trained without them"
             )

@@ -17,7 +17,7 @@ from rollout.images import PromptError, check_decodes
 from rollout.inputs import IMAGE_MARK
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config import DataConfig, PromptConfig
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.rows import ImageFolder, Row, image_entries
 
 OVERLONG = "over-long prompt"
@@ -52,23 +52,23 @@ def read_template(prompt: PromptConfig) -> str:
     """Return the prompt template, "" for none.
 
     Raises:
-        RsgrpoError: the file is missing, or the template has an unknown placeholder or none for the question.
+        InputError: the file is missing, or the template has an unknown placeholder or none for the question.
     """
     template = prompt.template
     if prompt.file:
         try:
             template = Path(prompt.file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RsgrpoError(f"prompt.file {prompt.file} cannot be read: {error}") from error
+            raise InputError(f"prompt.file {prompt.file} cannot be read: {error}") from error
     names = _PLACEHOLDER.findall(template)
     unknown = sorted({name for name in names if name not in _PLACEHOLDERS})
     if unknown:
-        raise RsgrpoError(
+        raise InputError(
             f"the prompt template has the unknown placeholder {{{unknown[0]}}}; use {{question}}, {{images}}, "
             "{image_marks}"
         )
     if template and "question" not in names:
-        raise RsgrpoError("the prompt template must have {question}; to use the rows' own prompts, leave it empty")
+        raise InputError("the prompt template must have {question}; to use the rows' own prompts, leave it empty")
     return template
 
 

@@ -26,7 +26,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from rsgrpo.config import SftConfig, TrainConfig
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.report_charts import Curve, build_charts, collect_curves, split_validation
 from rsgrpo.rollout_store import StoredRollout, image_path, read_rollouts, rollout_files
 from rsgrpo.tracking import METRICS_FILE, read_metrics
@@ -57,11 +57,11 @@ def write_report(
     max_groups: groups shown of a step, those with a signal first.
 
     Raises:
-        RsgrpoError: the folder holds no run, or no rollouts of `step`.
+        InputError: the folder holds no run, or no rollouts of `step`.
     """
     run_dir = Path(run_dir)
     if not (run_dir / METRICS_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
-        raise RsgrpoError(f"{run_dir} is no run folder: it has neither {METRICS_FILE} nor {CONFIG_FILE}")
+        raise InputError(f"{run_dir} is no run folder: it has neither {METRICS_FILE} nor {CONFIG_FILE}")
     out = Path(out) if out else run_dir / REPORT_FILE
     page = render_page(collect_report(run_dir, step=step, max_groups=max_groups))
     temporary = out.with_name(f".{out.name}.tmp")
@@ -174,7 +174,7 @@ def _chosen_files(run_dir: Path, step: int | None) -> list[Path]:
     if step is not None:
         if step not in train and step not in val:
             stored = ", ".join(map(str, train)) or "none"
-            raise RsgrpoError(f"no rollouts of step {step} in {run_dir}; stored steps: {stored}")
+            raise InputError(f"no rollouts of step {step} in {run_dir}; stored steps: {stored}")
         return [files[step] for files in (train, val) if step in files]
     steps = list(train)
     chosen = sorted({0, len(steps) // 2, len(steps) - 1}) if steps else []
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = write_report(options.run, options.out, step=options.step, max_groups=options.max_groups)
     except RsgrpoError as error:
-        parser.exit(1, f"error: {error}\n")
+        parser.exit(error.exit_code, f"error: {error}\n")
     sys.stdout.write(f"{path}\n")
     return 0
 

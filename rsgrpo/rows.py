@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.types import ImageSource
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 IMAGE_FILE = "images.parquet"
@@ -79,12 +79,10 @@ def read_rows(source: str) -> tuple[list[Row], Path]:
         The rows, and the folder that relative image paths start from.
 
     Raises:
-        RsgrpoError: nothing is there, it cannot be read (file and line are named), or it has no rows.
+        InputError: nothing is there, it cannot be read (file and line are named), or it has no rows.
     """
     if not source:
-        raise RsgrpoError(
-            "no data source is given: set data.train (and data.val) to a file, a folder or a hub data set"
-        )
+        raise InputError("no data source is given: set data.train (and data.val) to a file, a folder or a hub data set")
     path = Path(source)
     name, _, split = source.rpartition(":") if ":" in source else (source, "", "")
     if path.is_file():
@@ -96,9 +94,9 @@ def read_rows(source: str) -> tuple[list[Row], Path]:
     elif path.suffix not in FILE_SUFFIXES and _HUB_ID.fullmatch(name):
         rows, folder = _read_hub(name, split), Path(".")
     else:
-        raise RsgrpoError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
+        raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
     if not rows:
-        raise RsgrpoError(f"data source {source} has no rows")
+        raise InputError(f"data source {source} has no rows")
     return rows, folder
 
 
@@ -108,11 +106,11 @@ def find_images(folder: Path, image_dir: str, wanted: set[str]) -> ImageFolder:
     wanted: the path strings that rows use; packed images under other paths are not kept.
 
     Raises:
-        RsgrpoError: `image_dir` is not a folder, or `images.parquet` lacks its columns.
+        InputError: `image_dir` is not a folder, or `images.parquet` lacks its columns.
     """
     start = Path(image_dir) if image_dir else folder
     if not start.is_dir():
-        raise RsgrpoError(f"data.image_dir {image_dir} is not a folder")
+        raise InputError(f"data.image_dir {image_dir} is not a folder")
     packed_path = start / IMAGE_FILE
     return ImageFolder(start, _read_packed(packed_path, wanted) if packed_path.is_file() else {})
 
@@ -137,7 +135,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         return _number(_read_json(path), path.name)
     if path.suffix == ".parquet":
         return _number(_read_parquet(path), path.name)
-    raise RsgrpoError(f"data file {path} must end in one of {', '.join(FILE_SUFFIXES)}")
+    raise InputError(f"data file {path} must end in one of {', '.join(FILE_SUFFIXES)}")
 
 
 def _number(columns: list[dict[str, Any]], name: str) -> Iterator[Row]:
@@ -152,7 +150,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             columns = _parse(line.removeprefix(b"\xef\xbb\xbf"), f"line {line_number} of {path}")
             if not isinstance(columns, dict):
-                raise RsgrpoError(f"line {line_number} of {path} must be a JSON object, got {type(columns).__name__}")
+                raise InputError(f"line {line_number} of {path} must be a JSON object, got {type(columns).__name__}")
             number += 1
             yield Row(f"line {line_number} of {path.name}", number, columns)
 
@@ -160,7 +158,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def _read_json(path: Path) -> list[dict[str, Any]]:
     rows = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RsgrpoError(f"{path} must be a JSON list of objects; one object per line is a .jsonl file")
+        raise InputError(f"{path} must be a JSON list of objects; one object per line is a .jsonl file")
     return rows
 
 
@@ -169,9 +167,7 @@ def _parse(text: bytes, place: str) -> Any:
         return json.loads(text)
     except ValueError as error:  # bad JSON and bad UTF-8
         what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise RsgrpoError(
-            f"{place} is not valid JSON: {what}; mend or delete it (no setting passes over it)"
-        ) from error
+        raise InputError(f"{place} is not valid JSON: {what}; mend or delete it (no setting passes over it)") from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -181,7 +177,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise RsgrpoError(f"{path} is not a readable parquet file: {error}") from error
+        raise InputError(f"{path} is not a readable parquet file: {error}") from error
 
 
 def _read_packed(path: Path, wanted: set[str]) -> dict[str, bytes]:
@@ -194,7 +190,7 @@ def packed_images(path: Path) -> Iterator[tuple[str, bytes]]:
     It has a column `path`, and `image` or `bytes` with bytes or {"bytes", "path"}; rows without either are left out.
 
     Raises:
-        RsgrpoError: it cannot be read, or lacks its columns.
+        InputError: it cannot be read, or lacks its columns.
     """
     import pyarrow
     import pyarrow.parquet
@@ -204,7 +200,7 @@ def packed_images(path: Path) -> Iterator[tuple[str, bytes]]:
             names = file.schema_arrow.names
             column = next((name for name in ("image", "bytes") if name in names), None)
             if column is None:
-                raise RsgrpoError(f"{path} needs a column `image` (or `bytes`), it has {', '.join(names)}")
+                raise InputError(f"{path} needs a column `image` (or `bytes`), it has {', '.join(names)}")
             columns = [name for name in (column, "path") if name in names]
             for batch in file.iter_batches(batch_size=64, columns=columns):
                 for row in batch.to_pylist():
@@ -214,7 +210,7 @@ def packed_images(path: Path) -> Iterator[tuple[str, bytes]]:
                     if name and inner.get("bytes") is not None:
                         yield name, inner["bytes"]
     except (pyarrow.ArrowException, OSError) as error:
-        raise RsgrpoError(f"{path} is not a readable parquet file: {error}") from error
+        raise InputError(f"{path} is not a readable parquet file: {error}") from error
 
 
 def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
@@ -228,7 +224,7 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
     names = {_SHARD.sub("", path.stem) + path.suffix for path in files}
     if len(names) != 1:
         listed, wanted = ", ".join(sorted(names)) or "none", f" named {split}" if split else ""
-        raise RsgrpoError(
+        raise InputError(
             f"folder {folder} must hold one data file{wanted} ({', '.join(FILE_SUFFIXES)}), "
             f"found {listed}; name the file, or {folder}:NAME"
         )
@@ -242,7 +238,7 @@ def _read_hub(name: str, split: str) -> list[Row]:
     try:
         loaded = datasets.load_dataset(name)
     except (OSError, ValueError) as error:
-        raise RsgrpoError(
+        raise InputError(
             f"data source {name} is neither a file or folder here nor a hub data set that can be reached: {error}"
         ) from error
     return _from_datasets(loaded, name, split)
@@ -253,8 +249,8 @@ def _from_datasets(loaded: Any, name: str, split: str) -> list[Row]:
     if isinstance(loaded, Mapping):
         chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
         if chosen not in loaded:
-            raise RsgrpoError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
+            raise InputError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
         loaded = loaded[chosen]
     elif split:
-        raise RsgrpoError(f"data source {name} has no splits, got {name}:{split}")
+        raise InputError(f"data source {name} has no splits, got {name}:{split}")
     return list(_number(loaded.with_format("arrow")[:].to_pylist(), name))

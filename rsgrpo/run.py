@@ -30,7 +30,7 @@ from rsgrpo.config import TrainConfig
 from rsgrpo.console import Console
 from rsgrpo.credit import RewardSet
 from rsgrpo.data import PromptDataset, PromptStream, load_prompts
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 from rsgrpo.gate import choose_prompts, require_gate
 from rsgrpo.local import LocalCluster
 from rsgrpo.report import write_report
@@ -68,7 +68,7 @@ class Run:
             line_every: steps between lines on the console.
 
         Raises:
-            RsgrpoError: data, model, rewards or cluster cannot work; nothing has been written then.
+            InputError: data, model, rewards or cluster cannot work; nothing has been written then.
         """
         self.config = config
         self.settings = settings or dataclasses.asdict(config)
@@ -273,7 +273,7 @@ class Run:
                 trust_remote_code=config.model.trust_remote_code,
             )
         except InputsError as error:
-            raise RsgrpoError(str(error)) from error
+            raise InputError(str(error)) from error
         with self.console.phase("checking training rows") as bar:
             train_set = load_prompts(config.data.train, config.data, config.prompt, processor, progress=bar.update)
         if not config.data.val or not (config.validation.every or config.validation.at_start):
@@ -297,7 +297,7 @@ class Run:
     def _checkpoint_to_resume(self) -> Checkpoint | None:
         newest = self.checkpoints.newest()
         if self.config.checkpoint.resume == "never" and (self.folder / "config.yaml").exists():
-            raise RsgrpoError(
+            raise InputError(
                 f"{self.folder} holds a run already and checkpoint.resume=never: choose another name=, remove the "
                 "folder, or set checkpoint.resume=auto to go on with it"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rsgrpo.types import RsgrpoError
+from rsgrpo.errors import InputError
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -16,7 +16,7 @@ def lr_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) 
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     if schedule not in SCHEDULES:
-        raise RsgrpoError(f"learner.lr_schedule must be one of {SCHEDULES}, got {schedule!r}")
+        raise InputError(f"learner.lr_schedule must be one of {SCHEDULES}, got {schedule!r}")
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

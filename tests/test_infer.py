@@ -523,7 +523,7 @@ def test_a_file_is_answered_from_the_command_line(serve, tmp_path, page, capsys)
     assert main(arguments) == 0
     assert [line["answer"] for line in lines_of(tmp_path / "rows.answers.jsonl")] == ["16%"] * 3
     assert "asked" in capsys.readouterr().err
-    assert main([*arguments, "--prompt", "direct"]) == 1
+    assert main([*arguments, "--prompt", "direct"]) == 2
     assert "with another prompt" in capsys.readouterr().err
 
 
@@ -555,7 +555,7 @@ def test_one_question_streams_to_the_terminal(serve, page, capsys):
 def test_mistakes_are_one_line_each(arguments, complaint, capsys, serve):
     if "--batch" in arguments and "q" not in arguments:
         arguments = [*arguments, "--endpoint", serve().url]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert complaint in error
     assert "Traceback" not in error

@@ -300,7 +300,7 @@ def test_a_second_run_reuses_what_is_there(demo, capsys):
 
 def test_other_settings_are_refused_unless_forced(demo, capsys):
     before = (demo / "data/manifest.json").read_bytes()
-    assert prepare.main(["demo", "--out", str(demo), *SMALL, "--noise", "0.1"]) == 1
+    assert prepare.main(["demo", "--out", str(demo), *SMALL, "--noise", "0.1"]) == 2
     assert "noise=0.3 instead of 0.1" in capsys.readouterr().err
     assert (demo / "data/manifest.json").read_bytes() == before
 
@@ -335,5 +335,5 @@ def test_a_folder_is_absent_until_it_is_whole(tmp_path):
     ("arguments", "message"), [(["--noise", "1.5"], "in \\[0, 1\\], got 1.5"), (["--val-items", "0"], ">= 1, got 0")]
 )
 def test_impossible_settings_name_option_and_limit(tmp_path, capsys, arguments, message):
-    assert prepare.main(["demo", "--out", str(tmp_path), *arguments]) == 1
+    assert prepare.main(["demo", "--out", str(tmp_path), *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)

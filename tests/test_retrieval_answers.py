@@ -208,5 +208,5 @@ def test_generate_refuses_queries_without_pages(store, tmp_path, capsys):
         "--out",
         "x",
     ]
-    assert retrieve.main([str(part) for part in command]) == 1
+    assert retrieve.main([str(part) for part in command]) == 2
     assert "query q1 has no pages" in capsys.readouterr().err

@@ -213,5 +213,5 @@ def test_index_and_search_from_the_command_line(store, tiny_model_path, capsys):
     assert Path(answer["pages"][0]["image"]).exists()
     assert retrieve.main(["search", str(store), *model, "what amount"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["rank", "score", "page", "document", "image"]
-    assert retrieve.main(["search", str(store), *model, "--pooling", "mean", "what amount"]) == 1
+    assert retrieve.main(["search", str(store), *model, "--pooling", "mean", "what amount"]) == 2
     assert "another encoder (pooling 'own or weighted_mean' -> 'mean')" in capsys.readouterr().err

@@ -241,9 +241,9 @@ def test_a_name_that_is_not_utf8_is_shown_escaped(tmp_path, docs):
 
 
 def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
-    assert retrieve.main(["ingest", str(docs), "--out", str(tmp_path / "store")]) == 1
+    assert retrieve.main(["ingest", str(docs), "--out", str(tmp_path / "store")]) == 2
     assert "no documents in" in capsys.readouterr().err
-    assert retrieve.main(["ingest", str(tmp_path / "nowhere"), "--out", str(tmp_path / "store")]) == 1
+    assert retrieve.main(["ingest", str(tmp_path / "nowhere"), "--out", str(tmp_path / "store")]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("x")

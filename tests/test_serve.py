@@ -401,7 +401,7 @@ def test_an_engine_is_given_what_waits_as_one_batch(monkeypatch):
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, says, capsys):
-    assert serve.main(arguments) == 1
+    assert serve.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert says in error

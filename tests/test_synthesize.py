@@ -225,12 +225,12 @@ def test_requests_keep_to_the_pace(teach, source, tmp_path):
 )
 def test_a_wrong_command_line_is_one_line(arguments, says, source, tmp_path, capsys):
     out = str(tmp_path / "out.jsonl")
-    assert synthesize.main(["trajectories", "--in", str(source), "--out", out, "--model", "m", *arguments]) == 1
+    assert synthesize.main(["trajectories", "--in", str(source), "--out", out, "--model", "m", *arguments]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_rows_without_an_answer_are_refused(tmp_path, capsys):
     (tmp_path / "qa.jsonl").write_text('{"id": "q1", "question": "why?"}\n')
     arguments = ["--in", str(tmp_path / "qa.jsonl"), "--out", str(tmp_path / "o.jsonl"), "--model", "m"]
-    assert synthesize.main(["trajectories", *arguments]) == 1
+    assert synthesize.main(["trajectories", *arguments]) == 2
     assert "no gold answer" in capsys.readouterr().err

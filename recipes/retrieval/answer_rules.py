@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 RELATIVE_TOLERANCE = 0.05
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
@@ -57,10 +57,10 @@ def rule_of(dataset: str) -> Callable[[str, Sequence[str]], bool]:
     """Return a data set's rule.
 
     Raises:
-        RsgrpoError: there is no such data set.
+        InputError: there is no such data set.
     """
     if dataset not in RULES:
-        raise RsgrpoError(f"--rule {dataset}: there are {', '.join(RULES)}")
+        raise InputError(f"--rule {dataset}: there are {', '.join(RULES)}")
     return RULES[dataset]
 
 

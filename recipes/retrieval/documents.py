@@ -22,7 +22,7 @@ from typing import Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from rollout.images import MAX_ASPECT_RATIO, PromptError, decode, to_rgb
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 OFFICE = frozenset(
     ".doc .docx .ppt .pptx .xls .xlsx .odt .odp .ods .odg .rtf .txt .md .csv .html .htm".split()  # noqa: SIM905
@@ -55,10 +55,10 @@ class RenderSettings:
 
     def __post_init__(self) -> None:
         if not 10 <= self.dpi <= 1200:
-            raise RsgrpoError(f"--dpi must be in [10, 1200], got {self.dpi}")
+            raise InputError(f"--dpi must be in [10, 1200], got {self.dpi}")
         for name in ("max_page_pixels", "max_pages", "max_file_mb", "max_unpacked_mb", "office_timeout_s"):
             if getattr(self, name) < 1:
-                raise RsgrpoError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+                raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
 
     def pixels(self) -> dict[str, Any]:
         """Return the settings that change what an accepted page looks like."""

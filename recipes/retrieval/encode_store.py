@@ -11,7 +11,7 @@ from recipes.retrieval.encoders import Encoder
 from recipes.retrieval.index import VectorIndex, missing_pages
 from recipes.retrieval.store import PageStore
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ def update_index(
         batch_pages: pages that the encoder is given at once.
 
     Raises:
-        RsgrpoError: the encoder is not the index's, a page cannot be encoded, or the disk is full.
+        InputError: the encoder is not the index's, a page cannot be encoded, or the disk is full.
     """
     if shard_pages < 1:
-        raise RsgrpoError(f"--shard-pages must be >= 1, got {shard_pages}")
+        raise InputError(f"--shard-pages must be >= 1, got {shard_pages}")
     with index.locked():
         index.require(encoder)
         missing, surplus = missing_pages(index, store.page_ids())

@@ -19,7 +19,7 @@ from PIL import Image
 
 from recipes.retrieval.store import Page
 from rollout.images import PromptError, decode, smart_resize
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 VISRAG_QUERY_PREFIX = "Represent this query for retrieving relevant documents: "
 POOLINGS = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken", "cls": "cls"}
@@ -29,7 +29,7 @@ RETRIEVER_FILE = "retriever.json"  # in a trained folder: what its queries and p
 _EDGE_BYTES = 1 << 20  # of a weight file, hashed at both ends
 
 
-class EncoderError(RsgrpoError):
+class EncoderError(InputError):
     """The encoder cannot be loaded, or not encode what it was given."""
 
 
@@ -83,13 +83,13 @@ class EncoderSettings:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise RsgrpoError(f"--kind {self.kind}: there are {', '.join(KINDS)}")
+            raise InputError(f"--kind {self.kind}: there are {', '.join(KINDS)}")
         if self.pooling and self.pooling not in POOLINGS:
-            raise RsgrpoError(f"--pooling {self.pooling}: there are {', '.join(POOLINGS)}")
+            raise InputError(f"--pooling {self.pooling}: there are {', '.join(POOLINGS)}")
         if self.batch_size < 1:
-            raise RsgrpoError(f"--batch-size must be >= 1, got {self.batch_size}")
+            raise InputError(f"--batch-size must be >= 1, got {self.batch_size}")
         if not 1 <= self.min_pixels <= self.max_pixels:
-            raise RsgrpoError(f"--min-pixels {self.min_pixels} must be in [1, --max-pixels {self.max_pixels}]")
+            raise InputError(f"--min-pixels {self.min_pixels} must be in [1, --max-pixels {self.max_pixels}]")
 
 
 _DEFAULTS = {"query_prefix": None, "min_pixels": DEFAULT_MIN_PIXELS, "max_pixels": DEFAULT_MAX_PIXELS}

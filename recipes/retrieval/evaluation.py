@@ -16,7 +16,7 @@ from typing import Any
 
 from recipes.retrieval.search import Hit
 from recipes.retrieval.store import Page
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 Run = Mapping[str, Sequence[Hit]]
 Qrels = Mapping[str, Mapping[str, int]]
@@ -54,15 +54,15 @@ def evaluate_run(run: Run, qrels: Qrels, cutoffs: Sequence[int]) -> RetrievalSco
     """Score a run.
 
     Raises:
-        RsgrpoError: no query has a relevant page, a cutoff is < 1, or a page stands twice in a ranking.
+        InputError: no query has a relevant page, a cutoff is < 1, or a page stands twice in a ranking.
     """
     import pytrec_eval
 
     if not cutoffs or min(cutoffs) < 1:
-        raise RsgrpoError(f"--cutoffs must be >= 1, got {list(cutoffs)}")
+        raise InputError(f"--cutoffs must be >= 1, got {list(cutoffs)}")
     judged = {query: dict(pages) for query, pages in qrels.items() if any(grade > 0 for grade in pages.values())}
     if not judged:
-        raise RsgrpoError("no query has a relevant page: is it the right qrels file?")
+        raise InputError("no query has a relevant page: is it the right qrels file?")
     ranked = {query: _ordered(query, run.get(query, ())) for query in judged}
     per_query: dict[str, dict[str, float]] = {query: {} for query in judged}
     for cutoff in cutoffs:
@@ -92,7 +92,7 @@ def evaluate_run(run: Run, qrels: Qrels, cutoffs: Sequence[int]) -> RetrievalSco
 def _ordered(query: str, hits: Sequence[Hit]) -> list[str]:
     pages = [hit.page_id for hit in sorted(hits, key=lambda hit: (-hit.score, hit.page_id))]
     if len(set(pages)) != len(pages):
-        raise RsgrpoError(f"query {query}: the run ranks a page twice")
+        raise InputError(f"query {query}: the run ranks a page twice")
     return pages
 
 
@@ -101,7 +101,7 @@ def write_run(file: Path, run: Run, tag: str) -> None:
     lines = []
     for query, hits in run.items():
         if any(character.isspace() for character in query) or not query:
-            raise RsgrpoError(f"query id {query!r} has white space, which a TREC run file cannot hold")
+            raise InputError(f"query id {query!r} has white space, which a TREC run file cannot hold")
         lines += [f"{query} Q0 {hit.page_id} {rank} {hit.score:.6f} {tag}\n" for rank, hit in enumerate(hits, start=1)]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(lines))
@@ -111,7 +111,7 @@ def read_run(file: Path) -> dict[str, list[Hit]]:
     """Read a TREC run file; its rank column is ignored, scores decide.
 
     Raises:
-        RsgrpoError: a line is malformed.
+        InputError: a line is malformed.
     """
     run: dict[str, list[Hit]] = {}
     for number, line in _lines(file):
@@ -120,7 +120,7 @@ def read_run(file: Path) -> dict[str, list[Hit]]:
             query, _, page, _, score, _ = fields
             run.setdefault(query, []).append(Hit(page, float(score)))
         except ValueError as error:
-            raise RsgrpoError(
+            raise InputError(
                 f"{file}:{number}: a run line is 'query Q0 page rank score tag', got {line.strip()!r}"
             ) from error
     return {query: sorted(hits, key=lambda hit: (-hit.score, hit.page_id)) for query, hits in run.items()}
@@ -131,7 +131,7 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
     spaces.
 
     Raises:
-        RsgrpoError: a line is malformed, or a pair is judged twice differently.
+        InputError: a line is malformed, or a pair is judged twice differently.
     """
     qrels: dict[str, dict[str, int]] = {}
     for number, line in _lines(file):
@@ -143,9 +143,9 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
                 raise ValueError(f"{len(fields)} columns")
             query, page, grade = fields[0], fields[-2], int(fields[-1])
         except ValueError as error:
-            raise RsgrpoError(f"{file}:{number}: a judgment is 'query page grade', got {line.strip()!r}") from error
+            raise InputError(f"{file}:{number}: a judgment is 'query page grade', got {line.strip()!r}") from error
         if qrels.setdefault(query, {}).setdefault(page, grade) != grade:
-            raise RsgrpoError(f"{file}:{number}: query {query} and page {page} are judged twice, differently")
+            raise InputError(f"{file}:{number}: query {query} and page {page} are judged twice, differently")
     return qrels
 
 
@@ -153,7 +153,7 @@ def read_queries(file: Path) -> list[Query]:
     """Read queries from jsonl: an id, a text and, optional, answers.
 
     Raises:
-        RsgrpoError: a line is malformed, or an id stands twice.
+        InputError: a line is malformed, or an id stands twice.
     """
     queries = {}
     for number, line in _lines(file):
@@ -161,9 +161,9 @@ def read_queries(file: Path) -> list[Query]:
             row = json.loads(line)
             found = _query(row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RsgrpoError(f"{file}:{number}: a query is a JSON object with _id and text: {error!r}") from error
+            raise InputError(f"{file}:{number}: a query is a JSON object with _id and text: {error!r}") from error
         if found.id in queries:
-            raise RsgrpoError(f"{file}:{number}: query id {found.id} stands twice")
+            raise InputError(f"{file}:{number}: query id {found.id} stands twice")
         queries[found.id] = found
     return list(queries.values())
 
@@ -188,7 +188,7 @@ def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, in
     document's name without extension.
 
     Raises:
-        RsgrpoError: a relevant page is not in the store, or a name fits several pages.
+        InputError: a relevant page is not in the store, or a name fits several pages.
     """
     names: dict[str, set[str]] = {}
     for page in pages:
@@ -201,9 +201,9 @@ def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, in
         for name, grade in judged.items():
             found = names.get(name, set())
             if len(found) > 1:
-                raise RsgrpoError(f"qrels: {name!r} fits {len(found)} pages; name one by document#number or page id")
+                raise InputError(f"qrels: {name!r} fits {len(found)} pages; name one by document#number or page id")
             if grade > 0 and not found:
-                raise RsgrpoError(f"qrels: page {name!r} of query {query} is not in the store; ingest its document")
+                raise InputError(f"qrels: page {name!r} of query {query} is not in the store; ingest its document")
             for page_id in found:
                 resolved[query][page_id] = max(grade, resolved[query].get(page_id, grade))
     return resolved
@@ -236,5 +236,5 @@ def _lines(file: Path) -> list[tuple[int, str]]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RsgrpoError(f"{file} cannot be read: {error}") from error
+        raise InputError(f"{file} cannot be read: {error}") from error
     return [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.retrieval.options import add_answerer, add_encoder, add_search_options, open_answerer, open_retriever
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:
     from recipes.retrieval.evaluation import Qrels, Query, Run
@@ -162,11 +162,11 @@ def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[Asked]
     for query in queries:
         hits = run.get(query.id, [])[:k]
         if not hits:
-            raise RsgrpoError(f"query {query.id} has no pages; take it out of {options.queries} or search for it")
+            raise InputError(f"query {query.id} has no pages; take it out of {options.queries} or search for it")
         found = tuple(found_page(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1))
         asked.append(Asked(query.id, query.text, found))
     if not asked:
-        raise RsgrpoError(f"{options.queries} has no queries")
+        raise InputError(f"{options.queries} has no queries")
     return asked
 
 
@@ -189,7 +189,7 @@ def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
     wanted = {hit.page_id for hits in run.values() for hit in hits[:k]}
     pages = store.find(wanted)
     if missing := wanted - set(pages):
-        raise RsgrpoError(f"page {min(missing)} of the run is not in {store.folder}; search again")
+        raise InputError(f"page {min(missing)} of the run is not in {store.folder}; search again")
     return pages
 
 

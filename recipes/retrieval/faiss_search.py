@@ -17,7 +17,7 @@ import numpy as np
 from recipes.retrieval.index import VectorIndex
 from recipes.retrieval.search import Hit, rerank
 from recipes.retrieval.store import replace_file, writing
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 Kind = Literal["flat", "ivf"]
 MARGIN = 16  # candidates beyond 2k, so that rounding in FAISS does not cut a page that belongs
@@ -25,7 +25,7 @@ POINTS_PER_LIST = 39  # FAISS asks for so many training vectors a list
 ADD_VECTORS = 65_536
 
 
-class FaissError(RsgrpoError):
+class FaissError(InputError):
     """There is no FAISS file for this index as it is now, or none can be made."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from recipes.questions import IMAGE_MARK, Question, to_prompt
 from recipes.retrieval.retriever import FoundPage
 from rollout.images import decode
 from rollout.types import Prompt
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
 SETTINGS: tuple[Setting, ...] = ("multi_image", "horizontal", "vertical", "weighted", "text")
@@ -75,6 +75,22 @@ def answer_all(
     return [_answered(asked, setting, outputs, answerer.name) for asked in questions]
 
 
+def answer_stream(
+    asked: Asked, setting: Setting, answerer: Answerer, template: str, system: str = ""
+) -> Iterator[str | Answered]:
+    """Yield the answer's text in pieces as it is written, where the answerer can and one prompt is asked; then all.
+
+    Raises:
+        As `answer_all`.
+    """
+    if setting == "weighted":  # several texts are written, and only one of them is the answer
+        yield from answer_all([asked], setting, answerer, template, system)
+        return
+    (prompt,) = prompts_of(asked, setting, template, system)
+    for piece in answerer.stream(prompt):
+        yield piece if isinstance(piece, str) else _answered(asked, setting, {asked.id: piece}, answerer.name)
+
+
 def prompts_of(asked: Asked, setting: Setting, template: str, system: str = "") -> list[Prompt]:
     """Return the prompts of one question: one, or one per page for `weighted`."""
     if not asked.pages:
@@ -114,7 +130,7 @@ def paste(paths: Sequence[str], direction: Literal["horizontal", "vertical"]) ->
     across = direction == "horizontal"
     size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
     if max(size) > MAX_SIDE:
-        raise RsgrpoError(f"{len(paths)} pages pasted together are {size[0]} x {size[1]} pixels; take fewer (-k)")
+        raise InputError(f"{len(paths)} pages pasted together are {size[0]} x {size[1]} pixels; take fewer (-k)")
     canvas, offset = Image.new("RGB", size, "white"), 0
     for image in images:
         canvas.paste(image, (offset, 0) if across else (0, offset))
@@ -145,7 +161,7 @@ def _answered(asked: Asked, setting: Setting, outputs: dict[str, Output], model:
         return Answered(asked, result_line(found[0], model) | {"id": asked.id}, asked.pages)
     logprobs = [output.mean_logprob for _, output in usable if output.mean_logprob is not None]
     if len(logprobs) != len(usable):
-        raise RsgrpoError(f"setting weighted needs log-probabilities, and {model} gives none; use an engine of our own")
+        raise InputError(f"setting weighted needs log-probabilities, and {model} gives none; use an engine of our own")
     weights = page_weights([page.score for page, _ in usable], logprobs)
     best = max(range(len(usable)), key=lambda row: (weights[row], -row))
     page, output = usable[best]

@@ -24,13 +24,13 @@ import numpy as np
 
 from recipes.retrieval.encoders import Encoder
 from recipes.retrieval.store import replace_file, single_writer, writing
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 FORMAT = 1
 COMPACT_ABOVE = 0.5  # deleted share of a shard
 
 
-class IndexFault(RsgrpoError):
+class IndexFault(InputError):
     """The index cannot be read, or was made by another encoder."""
 
 

@@ -23,7 +23,7 @@ from recipes.retrieval.store import (
 )
 from recipes.retrieval.workers import Outcome, run_tasks
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +66,13 @@ def ingest(
     A file that was there at an earlier ingest of the same root and is gone now is taken out. Other roots are kept.
 
     Raises:
-        RsgrpoError: a root does not exist, nothing in them is a document, or the disk is full.
+        InputError: a root does not exist, nothing in them is a document, or the disk is full.
     """
     if num_workers < 1:
-        raise RsgrpoError(f"--workers must be >= 1, got {num_workers}")
+        raise InputError(f"--workers must be >= 1, got {num_workers}")
     for root in roots:
         if not root.exists():
-            raise RsgrpoError(f"{shown(root)} does not exist; name a folder or a file")
+            raise InputError(f"{shown(root)} does not exist; name a folder or a file")
     found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
     candidates = [entry for entry in found if is_candidate(entry[1])]
     store = PageStore.create(out, settings.pixels())
@@ -80,7 +80,7 @@ def ingest(
         named = {shown(root.resolve()) for root in roots}
         before = {row.path: row for row in store.documents()}
         if not candidates and not any(row.root in named for row in before.values()):
-            raise RsgrpoError(
+            raise InputError(
                 f"no documents in {', '.join(shown(root) for root in roots)} ({len(found)} files of other kinds); "
                 "PDF, images, office, text and HTML files are read"
             )

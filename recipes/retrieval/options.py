@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
     from recipes.answering import Answerer
@@ -65,7 +65,7 @@ def open_retriever(options: argparse.Namespace) -> Retriever:
     reranker = None
     if options.rerank:
         if options.rerank_index is None:
-            raise RsgrpoError("--rerank needs --rerank-index, the index that this model made")
+            raise InputError("--rerank needs --rerank-index, the index that this model made")
         late = EncoderSettings(options.rerank, "late", device=options.device, max_pixels=options.max_pixels)
         reranker = (load_encoder(late), options.rerank_index)
     return Retriever(
@@ -96,7 +96,7 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
     """Return who answers, the prompt template and the system message.
 
     Raises:
-        RsgrpoError: they cannot be opened.
+        InputError: they cannot be opened.
     """
     from recipes import infer
     from recipes.questions import named_prompt
@@ -112,8 +112,8 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
     prompt = named_prompt(options.prompt)
     template = read_template(prompt)
     if not template:
-        raise RsgrpoError(f"--prompt {options.prompt} has no template to put a question into; choose another")
+        raise InputError(f"--prompt {options.prompt} has no template to put a question into; choose another")
     try:
         return infer.answerer_of(infer.parser().parse_args(arguments)), template, prompt.system
     except ConfigError as error:
-        raise RsgrpoError(str(error)) from error
+        raise InputError(str(error)) from error

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from rollout.images import PromptError, read_size
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 MAX_LISTED = 10
 
@@ -31,7 +31,7 @@ def read_pairs(source: str) -> list[Pair]:
     Columns: query; image (a path from the file's folder, or {bytes, path}); and, optional, negatives (several such).
 
     Raises:
-        RsgrpoError: the source is missing or empty, or rows are unusable; it lists them.
+        InputError: the source is missing or empty, or rows are unusable; it lists them.
     """
     path = Path(source)
     if not path.exists():
@@ -46,11 +46,11 @@ def read_pairs(source: str) -> list[Pair]:
                 faults.append(f"  {file.name}:{number}: {error}")
     if faults:
         more = [f"  ... and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []
-        raise RsgrpoError("\n".join([f"{source}: {len(faults)} rows cannot be used:", *faults[:MAX_LISTED], *more]))
+        raise InputError("\n".join([f"{source}: {len(faults)} rows cannot be used:", *faults[:MAX_LISTED], *more]))
     if len({len(pair.negatives) for pair in pairs}) > 1:
-        raise RsgrpoError(f"{source}: all rows must have the same number of negatives")
+        raise InputError(f"{source}: all rows must have the same number of negatives")
     if not pairs:
-        raise RsgrpoError(f"{source} has no pairs; it needs the columns query and image")
+        raise InputError(f"{source} has no pairs; it needs the columns query and image")
     return pairs
 
 
@@ -84,7 +84,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 yield row if isinstance(row, dict) else {}
     except (OSError, ValueError) as error:
-        raise RsgrpoError(f"{file} cannot be read: {error}; pairs are jsonl or parquet") from error
+        raise InputError(f"{file} cannot be read: {error}; pairs are jsonl or parquet") from error
 
 
 def _download(name: str) -> Path:
@@ -93,4 +93,4 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
     except (OSError, ValueError) as error:
-        raise RsgrpoError(f"pairs {name}: no such file or folder, and it cannot be fetched: {error}") from error
+        raise InputError(f"pairs {name}: no such file or folder, and it cannot be fetched: {error}") from error

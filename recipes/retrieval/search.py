@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.retrieval.index import IndexFault, Shard, VectorIndex
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 DECIMALS = 6
 FLOAT32_ERROR = 2e-5  # of a score, relative, with room to spare
@@ -56,7 +56,7 @@ def exact(index: VectorIndex, queries: Sequence[np.ndarray], k: int) -> list[lis
 
     Raises:
         IndexFault: the vectors' lengths differ.
-        RsgrpoError: k < 1.
+        InputError: k < 1.
     """
     _check(index, queries, k)
     best = [_Best(k) for _ in queries]
@@ -98,7 +98,7 @@ def _score(query: np.ndarray, page_VD: np.ndarray) -> float:
 
 def _check(index: VectorIndex, queries: Sequence[np.ndarray], k: int) -> None:
     if k < 1:
-        raise RsgrpoError(f"k must be >= 1, got {k}")
+        raise InputError(f"k must be >= 1, got {k}")
     for query in queries:
         if len(index) and query.shape[-1] != index.dim:
             raise IndexFault(f"the query's vector has length {query.shape[-1]}, those of {index.folder} {index.dim}")

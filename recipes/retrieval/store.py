@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.retrieval.documents import RenderedPage
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import RUN_ERROR, InputError
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,14 @@ _HASH_BLOCK = 1 << 20
 _ROW_GROUP = 4096
 
 
-class StoreError(RsgrpoError):
+class StoreError(InputError):
     """The store cannot be opened or written; what was finished before is intact."""
+
+
+class StoreWriteError(StoreError):
+    """The disk refused in the middle of the work."""
+
+    exit_code = RUN_ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ class PageStore:
             raise StoreError(
                 f"{folder} is not a page store; make it with: python -m recipes.retrieve ingest DOCS --out {folder}"
             )
-        store._settings()
+        store.settings()
         return store
 
     @classmethod
@@ -146,7 +152,7 @@ class PageStore:
             raise StoreError(f"{folder} is a file; --out names a folder")
         file = folder / "store.json"
         if file.exists():
-            before = store._settings()
+            before = store.settings()
             if before != dict(settings):
                 changed = [
                     f"{name} {before.get(name)} -> {value}"
@@ -247,7 +253,12 @@ class PageStore:
     def _pages_file(self) -> Path:
         return self.folder / "pages.parquet"
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the pixels of this store's pages.
+
+        Raises:
+            StoreError: they cannot be read.
+        """
         try:
             written = json.loads((self.folder / "store.json").read_text())
             if written["format"] == FORMAT:
@@ -324,7 +335,7 @@ def writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        raise StoreError(
+        raise StoreWriteError(
             f"cannot write to {folder}: {os.strerror(error.errno)}; what was finished is intact. Make room, then "
             "start the same command again to continue"
         ) from error

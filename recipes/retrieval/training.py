@@ -26,7 +26,7 @@ from recipes.retrieval.pairs import Pair
 from recipes.retrieval.search import rank
 from rollout.images import decode
 from rsgrpo.console import Console, short
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:
     from recipes.train_retriever import RetrieverConfig
@@ -130,10 +130,10 @@ def mine_negatives(
     """Give each pair the `count` pages nearest to its query that are not its own.
 
     Raises:
-        RsgrpoError: there are too few pages.
+        InputError: there are too few pages.
     """
     if len(pages) <= count:
-        raise RsgrpoError(f"mined_negatives {count} needs more than {count} distinct pages, there are {len(pages)}")
+        raise InputError(f"mined_negatives {count} needs more than {count} distinct pages, there are {len(pages)}")
     mined = []
     names = [f"{row:08d}" for row in range(len(pages))]
     for pair, query_D in zip(pairs, queries_ND, strict=True):

@@ -11,14 +11,14 @@ from urllib.parse import quote
 import pyarrow.parquet as pq
 
 from recipes.retrieval.documents import IMAGES
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 
 def unpack(source: str, out: Path) -> tuple[int, int, int]:
     """Write OUT/documents/*, OUT/queries.jsonl and OUT/qrels.tsv; return how many pages, queries and judgments.
 
     Raises:
-        RsgrpoError: a part is missing, or a row lacks what it needs.
+        InputError: a part is missing, or a row lacks what it needs.
     """
     folder = Path(source) if Path(source).is_dir() else _download(source)
     documents = out / "documents"
@@ -29,7 +29,7 @@ def unpack(source: str, out: Path) -> tuple[int, int, int]:
         content = _value(row, "corpus", ("image",))
         image = content["bytes"] if isinstance(content, dict) else content
         if not isinstance(image, bytes):
-            raise RsgrpoError(f"{folder}: image of corpus-id {page} has no bytes")
+            raise InputError(f"{folder}: image of corpus-id {page} has no bytes")
         name = quote(page, safe=" ()+,=@")
         names[page] = name if Path(name).suffix.lower() in IMAGES else f"{name}.png"
         (documents / names[page]).write_bytes(image)
@@ -39,7 +39,7 @@ def unpack(source: str, out: Path) -> tuple[int, int, int]:
     for row in _rows(folder, "qrels"):
         page = str(_value(row, "qrels", ("corpus-id",)))
         if page not in names:
-            raise RsgrpoError(f"{folder}: qrels name the page {page}, which the corpus lacks")
+            raise InputError(f"{folder}: qrels name the page {page}, which the corpus lacks")
         lines.append(f"{_value(row, 'qrels', ('query-id',))}\t{names[page]}\t{int(_value(row, 'qrels', ('score',)))}\n")
     (out / "qrels.tsv").write_text("".join(lines))
     return len(names), len(queries), len(lines) - 1
@@ -58,7 +58,7 @@ def _rows(folder: Path, part: str) -> Iterator[dict[str, Any]]:
     patterns = (f"{part}/*.parquet", f"{part}*.parquet", f"*/{part}*.parquet")
     files = sorted(file for pattern in patterns for file in folder.glob(pattern))
     if not files:
-        raise RsgrpoError(f"{folder} has no {part}/*.parquet; there must be corpus, queries and qrels")
+        raise InputError(f"{folder} has no {part}/*.parquet; there must be corpus, queries and qrels")
     for file in files:
         with pq.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=64):
@@ -69,7 +69,7 @@ def _value(row: dict[str, Any], part: str, keys: tuple[str, ...]) -> Any:
     for key in keys:
         if row.get(key) is not None:
             return row[key]
-    raise RsgrpoError(f"{part}: a row has no {' or '.join(keys)}; it has {', '.join(row)}")
+    raise InputError(f"{part}: a row has no {' or '.join(keys)}; it has {', '.join(row)}")
 
 
 def _download(name: str) -> Path:
@@ -78,4 +78,4 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, repo_type="dataset"))
     except (OSError, ValueError) as error:
-        raise RsgrpoError(f"{name} is no folder and cannot be fetched: {error}") from error
+        raise InputError(f"{name} is no folder and cannot be fetched: {error}") from error
