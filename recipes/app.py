@@ -1,0 +1,218 @@
+"""A page to look at a store: `python -m recipes.app STORE --model ENCODER --answer-model MODEL`.
+
+Add documents, ask, watch the answer come, and see the pages that it rests on. Owns the command line and the layout, and
+is the home of gradio; what happens is `recipes.retrieval.library`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from recipes.retrieval.options import SETTINGS, add_answerer, add_encoder, index_folder, open_answerer, open_encoder
+from rsgrpo.console import Console
+from rsgrpo.errors import RsgrpoError
+
+if TYPE_CHECKING:
+    from recipes.retrieval.library import Library
+
+MAX_K = 20
+MAX_QUESTION_CHARACTERS = 4_000
+MAX_WAITING = 16  # questions and uploads
+INTERRUPTED = 130
+
+log = logging.getLogger(__name__)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m recipes.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_encoder(top)
+    top.add_argument("-k", type=int, default=5, help=f"pages that are retrieved at first; at most {MAX_K} on the page")
+    add_answerer(top)
+    page = top.add_argument_group("the page")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    page.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    page.add_argument("--open", action="store_true", help="open it in a browser")
+    page.add_argument("--max-files", type=int, default=100, help="that can be added in one go")
+    page.add_argument("--max-file-mb", type=int, default=100, help="larger ones cannot be added")
+    page.add_argument("--max-pages", type=int, default=2_000, help="documents with more cannot be added")
+    page.add_argument("--workers", dest="num_workers", type=int, default=os.cpu_count() or 1, help="that render pages")
+    return top
+
+
+def open_library(options: argparse.Namespace, console: Console) -> Library:
+    """Return what the page shows.
+
+    Raises:
+        RsgrpoError: the store, the encoder or the answerer cannot be opened.
+    """
+    from recipes.answering import EngineAnswerer
+    from recipes.retrieval.library import Library, LibrarySettings
+
+    if not 1 <= options.k <= MAX_K:
+        raise RsgrpoError(f"-k must be in [1, {MAX_K}], got {options.k}")
+    limits = {name: getattr(options, name) for name in ("max_files", "max_file_mb", "max_pages", "num_workers")}
+    settings = LibrarySettings(**limits)
+    answerer, template, system = open_answerer(argparse.Namespace(**vars(options) | {"k": MAX_K}))
+    try:
+        if isinstance(answerer, EngineAnswerer):
+            answerer.start()  # so that the first question does not wait for it
+        encoder = open_encoder(options)
+        index = index_folder(options)
+        return Library(options.store, index, encoder, answerer, template, system, settings, console)
+    except BaseException:
+        answerer.close()
+        raise
+
+
+def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> Any:
+    """Return the page, as gradio's Blocks; traces are written into `scratch`."""
+    import gradio as gr
+
+    from recipes.retrieval.page_view import added_html, answer_html, pages_html
+
+    def ask(question: str, k: float, setting: Any) -> Iterator[tuple[Any, ...]]:
+        shown_pages = False
+        yield "", "", "", gr.DownloadButton(interactive=False)
+        try:
+            for asking in library.ask(question[:MAX_QUESTION_CHARACTERS], int(k), setting):
+                if asking.answered is None:
+                    pages = gr.skip() if shown_pages else pages_html(asking, address)
+                    shown_pages = True
+                    yield asking.text, gr.skip(), pages, gr.skip()
+                else:
+                    file = scratch / "trace.json"
+                    file.write_text(json.dumps(library.trace(asking), indent=1, ensure_ascii=False) + "\n")
+                    trace = gr.DownloadButton(value=str(file), interactive=True)
+                    yield asking.text, answer_html(asking), pages_html(asking, address), trace
+        except RsgrpoError as error:
+            raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
+
+    def add(files: list[str] | None) -> tuple[str, str, None]:
+        try:
+            report, _ = library.add([Path(file) for file in files or ()])
+        except RsgrpoError as error:
+            raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
+        return added_html(report, library.num_pages), title(), None
+
+    def title() -> str:
+        return f"## {escape(options.store.resolve().name)}: {library.num_pages:,} pages"
+
+    with gr.Blocks(title="Ask your documents", analytics_enabled=False, fill_width=True) as page:
+        heading = gr.Markdown(title, elem_id="heading")
+        with gr.Row():
+            with gr.Column(scale=2):
+                question = gr.Textbox(
+                    label="Question", lines=2, max_length=MAX_QUESTION_CHARACTERS, elem_id="question", autofocus=True
+                )
+                with gr.Row():
+                    k = gr.Slider(1, MAX_K, value=options.k, step=1, label="Pages")
+                    setting = gr.Dropdown(
+                        list(SETTINGS), value=options.setting, label="How pages are shown to the model"
+                    )
+                ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
+                answer = gr.HTML(elem_id="answer")
+                text = gr.Textbox(label="Response", lines=6, max_lines=16, interactive=False, elem_id="response")
+                trace = gr.DownloadButton("Download trace (JSON)", interactive=False, elem_id="trace")
+            with gr.Column(scale=3):
+                pages = gr.HTML(elem_id="found")
+        with gr.Accordion("Add documents", open=not library.num_pages):
+            files = gr.File(label="PDF, images, office, text, HTML", file_count="multiple", elem_id="files")
+            add_button = gr.Button("Add", elem_id="add")
+            added = gr.HTML(elem_id="added")
+        one_at_a_time: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
+        for trigger in (ask_button.click, question.submit):
+            trigger(ask, [question, k, setting], [text, answer, pages, trace], **one_at_a_time)
+        add_button.click(add, files, [added, heading, files], **one_at_a_time)
+    return page.queue(max_size=MAX_WAITING)
+
+
+def address(path: str) -> str:
+    """Return where gradio serves a file of an allowed folder."""
+    return f"/gradio_api/file={quote(path)}"
+
+
+def serve(library: Library, options: argparse.Namespace) -> None:
+    """Serve the page until it is interrupted."""
+    import gradio as gr
+
+    from recipes.retrieval.page_view import CSS
+
+    if not _is_loopback(options.host):
+        log.warning("everybody who reaches %s may read the store, add documents and ask: no password", options.host)
+    with tempfile.TemporaryDirectory(prefix="rsgrpo-app-") as scratch:
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(scratch) / "gradio"))  # uploads go with the process
+        page = build_page(library, options, Path(scratch))
+        fonts = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
+        _, url, _ = page.launch(
+            server_name=options.host,
+            server_port=options.port or None,
+            allowed_paths=[str(library.pages_folder)],
+            max_file_size=options.max_file_mb << 20,
+            theme=gr.themes.Default(font=fonts, font_mono=("ui-monospace", "monospace")),
+            css=CSS,
+            footer_links=[],
+            inbrowser=options.open,
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+        print(f"open {url} (Ctrl-C ends it)", flush=True)
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 1 for an error, 130 when stopped by Ctrl-C."""
+    options = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
+    try:
+        import gradio  # noqa: F401
+
+        with Console(sys.stderr) as console:
+            library = open_library(options, console)
+    except RsgrpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        extra = {"gradio": "app", "pypdfium2": "retrieval", "sentence_transformers": "retrieval"}.get(error.name or "")
+        if extra is None:
+            raise
+        print(f'error: {error.name} is not installed; pip install "rsgrpo[{extra}]"', file=sys.stderr)
+        return 1
+    try:
+        serve(library, options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:  # the port is taken
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        library.answerer.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

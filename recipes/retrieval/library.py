@@ -1,0 +1,206 @@
+"""A store that is added to and asked: documents in, an answer with its pages out. What the page of `recipes.app` shows.
+
+Knows nothing of how it is shown. One call at a time: neither encoders nor engines are made for several.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.answering import Answerer
+from recipes.retrieval.documents import RenderSettings, is_candidate
+from recipes.retrieval.encode_store import UpdateReport, update_index
+from recipes.retrieval.encoders import Encoder
+from recipes.retrieval.generation import Answered, Asked, Setting, answer_stream
+from recipes.retrieval.index import VectorIndex
+from recipes.retrieval.ingest import IngestReport, ingest
+from recipes.retrieval.retriever import FoundPage, Retriever
+from recipes.retrieval.store import PageStore, writing
+from rsgrpo.console import Console
+from rsgrpo.errors import RsgrpoError
+
+UPLOADS = "uploads"  # folder in the store where added documents are kept
+PAGE_TIMEOUT_S = 120.0
+SHARD_PAGES = 2_048
+
+
+@dataclass(frozen=True, slots=True)
+class LibrarySettings:
+    """Limits on what is added. max_files: in one go. max_file_mb, max_pages: of one document."""
+
+    max_files: int = 100
+    max_file_mb: int = 100
+    max_pages: int = 2_000
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_files", "max_file_mb", "max_pages", "num_workers"):
+            if getattr(self, name) < 1:
+                raise RsgrpoError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How far a question is.
+
+    pages: what was retrieved, best first. text: what the answerer has written so far. answered: None until it is done.
+    seconds: of retrieval, to the first piece of text, and to the end, as far as they have passed.
+    """
+
+    question: str
+    setting: Setting
+    pages: tuple[FoundPage, ...]
+    text: str
+    answered: Answered | None
+    seconds: dict[str, float]
+
+
+class Library:
+    """A store with its index and encoder, and who answers. Make it once: models stay loaded."""
+
+    def __init__(
+        self,
+        store: Path,
+        index: Path,
+        encoder: Encoder,
+        answerer: Answerer,
+        template: str,
+        system: str,
+        settings: LibrarySettings,
+        console: Console,
+    ) -> None:
+        """Open everything and encode what the index lacks; a store that does not exist is made by the first `add`.
+
+        Raises:
+            RsgrpoError: the folder is no store, or another encoder made the index.
+        """
+        self.encoder, self.answerer = encoder, answerer
+        self._store, self._index, self._settings, self._console = store, index, settings, console
+        self._template, self._system = template, system
+        self._retriever: Retriever | None = None
+        if (store / "pages.parquet").exists():
+            self._open()
+        elif store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
+            raise RsgrpoError(f"{store} is neither a page store nor an empty folder; choose another one")
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages can be found."""
+        return len(self._retriever.index) if self._retriever else 0
+
+    @property
+    def pages_folder(self) -> Path:
+        """Where all page images are."""
+        return (self._store / "pages").absolute()
+
+    def add(self, files: Sequence[Path]) -> tuple[IngestReport, UpdateReport]:
+        """Keep copies of files in the store, render them and encode their pages; one of the same name is replaced.
+
+        Raises:
+            RsgrpoError: there are none or too many, one is too large, or the disk is full.
+        """
+        limits = self._settings
+        _check_files(files, limits)
+        render = self._render_settings()
+        PageStore.create(self._store, render.pixels())
+        uploads = self._store / UPLOADS
+        with writing(uploads):
+            uploads.mkdir(exist_ok=True)
+            for file in files:
+                partial = uploads / f".{file.name}.writing"  # hidden: an ingest leaves it out
+                shutil.copyfile(file, partial)
+                os.replace(partial, uploads / _kept_name(file))
+        ingested = ingest(
+            [uploads], self._store, render, num_workers=limits.num_workers, page_timeout_s=PAGE_TIMEOUT_S,
+            console=self._console,
+        )  # fmt: skip
+        for row in ingested.errors:
+            if not row.num_pages:  # it would be tried again, and named again, with every later file
+                Path(os.fsdecode(row.path)).unlink()
+        return ingested, self._open()
+
+    def ask(self, question: str, k: int, setting: Setting) -> Iterator[Asking]:
+        """Yield what is known so far: the pages, then the answer as it is written, then the whole.
+
+        Raises:
+            RsgrpoError: the question is empty, there is no page, or nobody answers.
+        """
+        if not question.strip():
+            raise RsgrpoError("the question is empty")
+        if self._retriever is None or not self.num_pages:
+            raise RsgrpoError("there are no pages yet: add documents first")
+        start, seconds = time.monotonic(), {}
+        (found,) = self._retriever.search([question], k)
+        seconds["retrieval"] = time.monotonic() - start
+        pages, text = tuple(found), ""
+        yield Asking(question, setting, pages, text, None, dict(seconds))
+        for piece in answer_stream(
+            Asked("question", question, pages), setting, self.answerer, self._template, self._system
+        ):
+            if isinstance(piece, str):
+                text += piece
+                seconds.setdefault("first_text", time.monotonic() - start)
+                yield Asking(question, setting, pages, text, None, dict(seconds))
+            else:
+                seconds["whole"] = time.monotonic() - start
+                yield Asking(question, setting, pages, piece.line["raw"], piece, dict(seconds))
+
+    def trace(self, asking: Asking) -> dict[str, Any]:
+        """Return all of a finished question as JSON: what was found, what was asked, what came back."""
+        assert asking.answered is not None, "a trace is of a finished question"
+        numbers = {page.page_id: number for number, page in enumerate(asking.answered.sources, start=1)}
+        cited = {page.page_id for page in asking.answered.cited}
+        pages = [
+            asdict(page) | {"index": numbers.get(page.page_id), "cited": page.page_id in cited} for page in asking.pages
+        ]
+        return {
+            "question": asking.question,
+            "setting": asking.setting,
+            "store": str(self._store.absolute()),
+            "encoder": dict(self.encoder.description) | {"fingerprint": self.encoder.fingerprint},
+            "prompt_template": self._template,
+            "system": self._system,
+            "pages": pages,
+            "weights": list(asking.answered.weights),
+            "result": asking.answered.line,
+            "seconds": {name: round(value, 4) for name, value in asking.seconds.items()},
+        }
+
+    def _open(self) -> UpdateReport:
+        """Bring the index in line with the store, and search that from now on."""
+        index = VectorIndex.create(self._index, self.encoder)
+        report = update_index(
+            PageStore.open(self._store), self.encoder, index, shard_pages=SHARD_PAGES, batch_pages=64,
+            console=self._console,
+        )  # fmt: skip
+        self._retriever = Retriever(self._store, self._index, self.encoder)
+        return report
+
+    def _render_settings(self) -> RenderSettings:
+        kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}
+        return RenderSettings(**kept, max_pages=self._settings.max_pages, max_file_mb=self._settings.max_file_mb)
+
+
+def _check_files(files: Sequence[Path], limits: LibrarySettings) -> None:
+    """Refuse what cannot be added, before anything is copied."""
+    if not 1 <= len(files) <= limits.max_files:
+        raise RsgrpoError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
+    names = [_kept_name(file) for file in files]
+    for file, name in zip(files, names, strict=True):
+        num_bytes = file.stat().st_size
+        if num_bytes > limits.max_file_mb << 20:
+            raise RsgrpoError(f"{name} has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}")
+        if names.count(name) > 1:
+            raise RsgrpoError(f"two of the files are called {name}; add one after the other, or rename one")
+        if not is_candidate(file):
+            raise RsgrpoError(f"{name} is no document; PDF, images, office, text and HTML files are read")
+
+
+def _kept_name(file: Path) -> str:
+    return file.name.lstrip(".") or "document"  # hidden files are left out by an ingest
