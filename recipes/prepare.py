@@ -10,10 +10,9 @@ import argparse
 import json
 import logging
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -33,12 +32,11 @@ from recipes.forms import (
     teacher_reading,
     true_reading,
 )
-from rollout.config import ConfigError, InputsConfig
+from recipes.prepare_files import COMMANDS, add_file_commands
+from recipes.whole_folder import is_whole, make_folder
+from rollout.config import ConfigError
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
-
-MANIFEST = "manifest.json"
-FORMAT = 1  # of what `demo` writes; raised when the same settings give other files
 
 PAGES_PER_PAIR: dict[Split, int] = {"train": 30, "val": 4}  # distinct pages for each (code, amount)
 TEACHING_COPIES = 2  # of each training page, each with its digits moved about, when the tower learns to read
@@ -217,144 +215,6 @@ def corpus(data: Path) -> Iterator[str]:
                 yield row["answer"]
 
 
-def is_whole(folder: Path, settings: dict[str, Any], *, force: bool) -> bool:
-    """Whether `folder` is there from these very settings.
-
-    Raises:
-        InputError: something else is there and `force` is not given.
-    """
-    manifest = folder / MANIFEST
-    found = json.loads(manifest.read_text()) if manifest.exists() else None
-    if found and (found["format"], found["settings"]) == (FORMAT, settings):
-        return not force
-    if folder.exists() and not force:
-        if found is None:
-            why = f"and it was not made by this command (no {MANIFEST} in it)"
-        else:
-            changed = [
-                f"{key}={found['settings'].get(key)!r} instead of {value!r}"
-                for key, value in settings.items()
-                if found["settings"].get(key) != value
-            ]
-            why = "made with " + (", ".join(changed) or f"format {found['format']} instead of {FORMAT}")
-        raise InputError(f"{folder} exists already, {why}: choose another --out, or replace it with --force")
-    return False
-
-
-def make_folder(
-    folder: Path, settings: dict[str, Any], fill: Callable[[Path], dict[str, Any]], *, force: bool
-) -> dict[str, Any]:
-    """Let `fill` write a folder beside its final place and rename it when it is whole; reuse one that fits.
-
-    Returns:
-        The facts that `fill` returned, now or when the folder was made, and `state`: "made" or "reused".
-    """
-    if is_whole(folder, settings, force=force):
-        return json.loads((folder / MANIFEST).read_text())["facts"] | {"state": "reused"}
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir(parents=True)
-    try:
-        facts = fill(temporary)
-        manifest = {"format": FORMAT, "settings": settings, "facts": facts}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return facts | {"state": "made"}
-
-
-def run_unpack(options: dict[str, Any], console: Console) -> int:
-    """Write packed images to files."""
-    from recipes.layouts import unpack
-
-    out = options["out"] or options["folder"]
-    with console.phase("images") as bar:
-        done = unpack(options["folder"], out, bar.advance)
-    for line in done.missing:
-        console.info(f"no image for {line}")
-    rows = [("images written", str(done.num_written)), ("there already", str(done.num_there))]
-    rows += [("rows", str(done.num_rows)), ("missing images", str(len(done.missing))), ("folder", str(out))]
-    console.summary("Unpacked", rows)
-    return int(bool(done.missing))
-
-
-def run_validate(options: dict[str, Any], console: Console) -> int:
-    """Say row by row what cannot be used."""
-    from recipes.validation import validate_rows
-
-    limits = [options[name] for name in ("min_pixels", "max_pixels", "max_images", "max_prompt_tokens")]
-    with console.phase("rows") as bar:
-        report = validate_rows(
-            options["source"],
-            options["purpose"],
-            InputsConfig(*limits),
-            prompt=options["prompt"],
-            image_dir=options["image_dir"],
-            model=options["model"],
-            progress=bar.update,
-        )
-    for line in report.lines():
-        console.info(line)
-    if not options["model"]:
-        console.info("tokens were not counted: give --model for that")
-    return int(bool(report.bad))
-
-
-def run_convert(options: dict[str, Any], console: Console) -> int:
-    """Write other people's rows in our layout."""
-    from recipes.layouts import convert
-    from recipes.questions import named_prompt
-    from rsgrpo.prompts import read_template
-
-    out, keep_good = options["out"], options["drop_bad"]
-    template = read_template(named_prompt(options["row_prompt"]))
-    done = convert(options["source"], out, template, image_dir=options["image_dir"], keep_good=keep_good)
-    for line in done.faults:
-        console.info(line)
-    if done.system:
-        console.info(f"all rows have the system message {done.system!r}; pass it to training: prompt.system=...")
-    if not done.num_rows or (done.faults and not keep_good):
-        total = done.num_rows + len(done.faults)
-        raise InputError(
-            f"{len(done.faults)} of {total} rows cannot be taken over, nothing is written; mend them, or leave them "
-            "out with --drop-bad"
-        )
-    rows = [("rows", str(done.num_rows)), ("left out", str(len(done.faults))), ("file", str(out))]
-    console.summary("Converted", [*rows, ("next", f"python -m recipes.prepare validate {out}")])
-    return 0
-
-
-def add_file_commands(commands: Any) -> None:
-    """Add what is done with files that are there: unpack, validate, convert."""
-    formatter, limits = argparse.ArgumentDefaultsHelpFormatter, InputsConfig()
-    unpack = commands.add_parser("unpack", help="images.parquet to image files", formatter_class=formatter)
-    unpack.add_argument("folder", type=Path, help="a folder with images.parquet and .jsonl files")
-    unpack.add_argument("--out", type=Path, help="folder that gets images and rows (default: FOLDER itself)")
-    check = commands.add_parser("validate", help="say row by row what cannot be used", formatter_class=formatter)
-    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id: see docs/data.md")
-    check.add_argument(
-        "--for", dest="purpose", choices=["grpo", "sft", "test"], default="grpo", help="what rows are for"
-    )
-    check.add_argument("--prompt", default="", help="a name in conf/prompt or a file; the rows' own, else evidence")
-    check.add_argument("--image-dir", default="", help="folder that the rows' image paths start from")
-    check.add_argument("--model", default="", help="folder or hub id whose tokenizer counts tokens")
-    for name in ("min_pixels", "max_pixels", "max_images", "max_prompt_tokens"):
-        check.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=getattr(limits, name), help=f"inputs.{name}"
-        )
-    convert = commands.add_parser(
-        "convert", help="own questions, or sharegpt and alpaca files, to rows", formatter_class=formatter
-    )
-    convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")
-    convert.add_argument("--out", type=Path, required=True, help="jsonl to write")
-    convert.add_argument("--image-dir", default="", help="folder that the rows' image paths start from")
-    convert.add_argument("--row-prompt", default="evidence", help="the message of rows that bring a bare question")
-    convert.add_argument("--drop-bad", action="store_true", help="write the others where rows cannot be taken over")
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
@@ -391,9 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Console() as console:
             if command != "demo":
-                return {"unpack": run_unpack, "validate": run_validate, "convert": run_convert}[command](
-                    options, console
-                )
+                return COMMANDS[command](options, console)
             out, force = options.pop("out"), options.pop("force")
             prepare_demo(DemoSettings(**options), out, force=force, console=console)
     except (RsgrpoError, ConfigError) as error:
