@@ -6,12 +6,13 @@ Knows no questions, files or parsing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
-from rollout.types import Prompt, SamplingParams
+from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.checks import one_of, require, require_found
 from rsgrpo.errors import InputError, RsgrpoError
 
@@ -39,6 +40,15 @@ class Output:
     mean_logprob: float | None = None
     num_prompt_tokens: int | None = None
     num_response_tokens: int | None = None
+
+
+@runtime_checkable
+class StreamingEngine(Protocol):
+    """An engine that tells a response while it is written."""
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
+        """Yield the text of one response in pieces, then its group."""
+        ...
 
 
 class Answerer(Protocol):
@@ -199,27 +209,38 @@ class EngineAnswerer:
         for start in range(0, len(prompts), at_once):
             try:
                 for group in engine.generate(prompts[start : start + at_once], self._sampling):
-                    if group.error is not None:
-                        yield Output(group.prompt, "", "error", group.error)
-                    else:
-                        rollout = group.rollouts[0]
-                        mean_logprob = sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T))
-                        yield Output(
-                            group.prompt,
-                            rollout.text,
-                            rollout.finish_reason,
-                            mean_logprob=mean_logprob,
-                            num_prompt_tokens=group.num_prompt_tokens,
-                            num_response_tokens=len(rollout.token_ids_T),
-                        )
+                    yield _output(group)
             except ValueError as error:  # the engine's own errors; what a prompt is to blame for came as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 
     def stream(self, prompt: Prompt) -> Iterator[str | Output]:
-        """Yield the output; engines in this process give an answer whole."""
-        yield from self.answer([prompt])
+        """Yield the text in pieces where the engine tells them (the embedded one does), then the output."""
+        engine = self.start()
+        if not isinstance(engine, StreamingEngine):
+            yield from self.answer([prompt])
+            return
+        try:
+            with closing(engine.stream(prompt, self._sampling)) as pieces:
+                for piece in pieces:
+                    yield piece if isinstance(piece, str) else _output(piece)
+        except ValueError as error:
+            raise RsgrpoError(f"the engine failed: {error}") from error
 
     def close(self) -> None:
         """Free the engine."""
         if self._engine is not None:
             self._engine.close()
+
+
+def _output(group: RolloutGroup) -> Output:
+    if group.error is not None:
+        return Output(group.prompt, "", "error", group.error)
+    rollout = group.rollouts[0]
+    return Output(
+        group.prompt,
+        rollout.text,
+        rollout.finish_reason,
+        mean_logprob=sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T)),
+        num_prompt_tokens=group.num_prompt_tokens,
+        num_response_tokens=len(rollout.token_ids_T),
+    )

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from recipes.retrieval.options import SETTINGS, add_answerer, add_encoder, index_folder, open_answerer, open_encoder
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
     from recipes.retrieval.library import Library
@@ -63,7 +63,7 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     from recipes.retrieval.library import Library, LibrarySettings
 
     if not 1 <= options.k <= MAX_K:
-        raise RsgrpoError(f"-k must be in [1, {MAX_K}], got {options.k}")
+        raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
     limits = {name: getattr(options, name) for name in ("max_files", "max_file_mb", "max_pages", "num_workers")}
     settings = LibrarySettings(**limits)
     answerer, template, system = open_answerer(argparse.Namespace(**vars(options) | {"k": MAX_K}))
@@ -185,7 +185,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 1 for an error, 130 when stopped by Ctrl-C."""
+    """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
     options = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
     try:
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             library = open_library(options, console)
     except RsgrpoError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except ModuleNotFoundError as error:
         extra = {"gradio": "app", "pypdfium2": "retrieval", "sentence_transformers": "retrieval"}.get(error.name or "")
         if extra is None:
@@ -206,9 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(library, options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except OSError as error:  # the port is taken
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:  # gradio's own words for a port that is taken
+        print(f"error: cannot listen on {options.host}, --port {options.port}: {error}", file=sys.stderr)
+        return InputError.exit_code
     finally:
         library.answerer.close()
     return 0

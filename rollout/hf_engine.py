@@ -9,9 +9,11 @@ every sampled token is kept under exactly the distribution that it was sampled f
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -47,6 +49,10 @@ class ImageFeatures:
     def num_bytes(self) -> int:
         """Size of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.tokens, *self.deepstack))
+
+
+class _StoppedError(Exception):
+    """Nobody listens any more."""
 
 
 class HFEngine:
@@ -92,6 +98,7 @@ class HFEngine:
         self._tensors, self._names_of = _tensors_by_name(self._model)
         self._missing: set[str] | None = None
         self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
+        self._hear: Callable[[torch.Tensor], None] | None = None  # is told the tokens of each step
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt; prompts of similar length are sampled together, the longest first.
@@ -116,6 +123,46 @@ class HFEngine:
                     rollouts += more
             for (prompt, prompt_inputs), rollouts in zip(batch, rollouts_P, strict=True):
                 yield RolloutGroup(prompt, tuple(rollouts), num_prompt_tokens=len(prompt_inputs.token_ids_T))
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
+        """Yield one response's text in pieces as its tokens are chosen, then its group, which is `generate`'s.
+
+        Closing the iterator stops the sampling.
+        """
+        heard: queue.SimpleQueue[int | RolloutGroup | BaseException] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def hear(tokens_B: torch.Tensor) -> None:
+            if stop.is_set():
+                raise _StoppedError
+            heard.put(int(tokens_B[0]))
+
+        def work() -> None:
+            self._hear = hear
+            try:
+                heard.put(next(self.generate([prompt], replace(sampling, group_size=1))))
+            except BaseException as error:
+                heard.put(error)
+            finally:
+                self._hear = None
+
+        thread = threading.Thread(target=work, name="stream", daemon=True)
+        thread.start()
+        token_ids_T: list[int] = []
+        told = ""
+        try:
+            while isinstance(item := heard.get(), int):
+                token_ids_T.append(item)
+                text, _ = self.processor.decode(token_ids_T)
+                if text.startswith(told) and text != told and not text.endswith("\ufffd"):  # half a character waits
+                    yield text[len(told) :]
+                    told = text
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+        finally:
+            stop.set()
+            thread.join()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy tensors over the model's, by their name in the model or in the hub's checkpoints of its family.
@@ -186,13 +233,16 @@ class HFEngine:
         ).to(self.device)
 
         def choose(logits_BV: torch.Tensor, rows_B: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-            return sample_tokens(
+            tokens_B, logprobs_B = sample_tokens(
                 logits_BV.float().index_fill(-1, self._banned, float("-inf")),
                 uniforms_RT[rows_B, step],
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
+            if self._hear:
+                self._hear(tokens_B)
+            return tokens_B, logprobs_B
 
         responses = decode(
             join(parts),

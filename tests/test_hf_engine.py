@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -434,3 +435,28 @@ def test_top_p_reaches_the_engine(engine, prompts):
     for group in engine.generate(prompts, sampling):
         for rollout in group.rollouts:
             assert rollout.token_ids_T == greedy[group.prompt.id].rollouts[0].token_ids_T
+
+
+def test_a_stream_tells_the_text_in_pieces_and_ends_with_the_same_group(engine, prompts):
+    sampling = SamplingParams(group_size=1, temperature=1.0, max_tokens=12, seed=3)
+    *pieces, group = list(engine.stream(prompts[1], sampling))
+    assert len(pieces) > 1
+    (whole,) = engine.generate([prompts[1]], sampling)
+    assert group.rollouts == whole.rollouts
+    assert whole.rollouts[0].text.startswith("".join(pieces))
+
+
+def test_a_stream_that_nobody_reads_to_its_end_stops_the_sampling(engine, prompts):
+    sampling = SamplingParams(group_size=1, temperature=1.0, max_tokens=5_000, seed=3)
+    stream = engine.stream(prompts[1], sampling)
+    next(stream)
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 5  # 5,000 tokens take far longer
+    (again,) = engine.generate([prompts[1]], replace(sampling, max_tokens=4))
+    assert len(again.rollouts[0].token_ids_T) <= 4
+
+
+def test_a_stream_of_a_prompt_that_cannot_be_sampled_ends_with_its_error(engine):
+    (group,) = engine.stream(Prompt("gone", "<image>?", ("no-such-file.png",)), SamplingParams(group_size=1))
+    assert "no-such-file.png" in group.error

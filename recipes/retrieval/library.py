@@ -23,7 +23,7 @@ from recipes.retrieval.ingest import IngestReport, ingest
 from recipes.retrieval.retriever import FoundPage, Retriever
 from recipes.retrieval.store import PageStore, writing
 from rsgrpo.console import Console
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError
 
 UPLOADS = "uploads"  # folder in the store where added documents are kept
 PAGE_TIMEOUT_S = 120.0
@@ -42,7 +42,7 @@ class LibrarySettings:
     def __post_init__(self) -> None:
         for name in ("max_files", "max_file_mb", "max_pages", "num_workers"):
             if getattr(self, name) < 1:
-                raise RsgrpoError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+                raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Library:
         """Open everything and encode what the index lacks; a store that does not exist is made by the first `add`.
 
         Raises:
-            RsgrpoError: the folder is no store, or another encoder made the index.
+            InputError: the folder is no store, or another encoder made the index.
         """
         self.encoder, self.answerer = encoder, answerer
         self._store, self._index, self._settings, self._console = store, index, settings, console
@@ -87,7 +87,7 @@ class Library:
         if (store / "pages.parquet").exists():
             self._open()
         elif store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
-            raise RsgrpoError(f"{store} is neither a page store nor an empty folder; choose another one")
+            raise InputError(f"{store} is neither a page store nor an empty folder; choose another one")
 
     @property
     def num_pages(self) -> int:
@@ -103,7 +103,7 @@ class Library:
         """Keep copies of files in the store, render them and encode their pages; one of the same name is replaced.
 
         Raises:
-            RsgrpoError: there are none or too many, one is too large, or the disk is full.
+            InputError: there are none or too many, one is too large, or the disk is full.
         """
         limits = self._settings
         _check_files(files, limits)
@@ -129,12 +129,12 @@ class Library:
         """Yield what is known so far: the pages, then the answer as it is written, then the whole.
 
         Raises:
-            RsgrpoError: the question is empty, there is no page, or nobody answers.
+            InputError: the question is empty, there is no page, or nobody answers.
         """
         if not question.strip():
-            raise RsgrpoError("the question is empty")
+            raise InputError("the question is empty")
         if self._retriever is None or not self.num_pages:
-            raise RsgrpoError("there are no pages yet: add documents first")
+            raise InputError("there are no pages yet: add documents first")
         start, seconds = time.monotonic(), {}
         (found,) = self._retriever.search([question], k)
         seconds["retrieval"] = time.monotonic() - start
@@ -190,16 +190,16 @@ class Library:
 def _check_files(files: Sequence[Path], limits: LibrarySettings) -> None:
     """Refuse what cannot be added, before anything is copied."""
     if not 1 <= len(files) <= limits.max_files:
-        raise RsgrpoError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
+        raise InputError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
     names = [_kept_name(file) for file in files]
     for file, name in zip(files, names, strict=True):
         num_bytes = file.stat().st_size
         if num_bytes > limits.max_file_mb << 20:
-            raise RsgrpoError(f"{name} has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}")
+            raise InputError(f"{name} has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}")
         if names.count(name) > 1:
-            raise RsgrpoError(f"two of the files are called {name}; add one after the other, or rename one")
+            raise InputError(f"two of the files are called {name}; add one after the other, or rename one")
         if not is_candidate(file):
-            raise RsgrpoError(f"{name} is no document; PDF, images, office, text and HTML files are read")
+            raise InputError(f"{name} is no document; PDF, images, office, text and HTML files are read")
 
 
 def _kept_name(file: Path) -> str:

@@ -22,12 +22,12 @@ CSS = """
 .pages figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .pages .rank { font-weight: 700; }
 .pages .badge { background: #2e7d32; color: white; border-radius: .3rem; padding: 0 .35rem; }
-[popover].full { margin: auto; max-width: 94vw; max-height: 94vh; padding: 1rem; }
-[popover].full img { max-width: 90vw; max-height: 82vh; object-fit: contain; }
+[popover].full { position: fixed; inset: 0; margin: auto; width: fit-content; height: fit-content; padding: 1rem; }
+[popover].full img { min-width: min(36rem, 80vw); max-width: 90vw; max-height: 82vh; object-fit: contain; }
 [popover].full::backdrop { background: #000a; }
 .answer { font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
 .cards { display: grid; gap: .5rem; margin-top: .6rem; }
-.cards button { text-align: left; padding: .6rem .8rem; border: 1px solid #2e7d32; border-radius: .5rem; }
+.cards button { text-align: left; padding: .6rem; border: 1px solid #2e7d32; border-radius: .5rem; font: inherit; }
 .cards .place { font-weight: 700; display: block; }
 .faults { color: #b3261e; }
 """
