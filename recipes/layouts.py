@@ -98,7 +98,8 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
     Raises:
         InputError: the file cannot be read, or its rows have different system messages.
     """
-    rows, folder = (read_csv(source), source.parent) if source.suffix == ".csv" else read_rows(str(source))
+    is_table = source.suffix == ".csv"
+    rows, folder = (read_csv(source), source.parent) if is_table else read_rows(str(source), keep_broken=True)
     wanted = {path for row in rows for key in IMAGE_KEYS for path in image_paths(row.columns.get(key))}
     images = find_images(folder, image_dir, wanted)
     written: list[dict[str, Any]] = []
@@ -159,6 +160,8 @@ def portable_image(source: ImageSource, out: Path) -> str:
 def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: str) -> tuple[dict[str, Any], str]:
     """Return our row and its system message; ValueError says why there is none."""
     columns = row.columns
+    if row.fault:
+        raise ValueError(row.fault)
     for name in NOT_TAKEN:
         if columns.get(name):
             raise ValueError(f"column {name!r} cannot be taken over")

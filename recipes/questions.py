@@ -20,14 +20,13 @@ from rollout.types import ImageSource, Prompt
 from rsgrpo.checks import nearest
 from rsgrpo.config import PromptConfig
 from rsgrpo.errors import InputError
-from rsgrpo.rows import ImageFolder, Row, find_images, image_entries, image_paths, read_rows
+from rsgrpo.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, image_paths, read_rows
 
 IMAGE_MARK = "<image>"
 ID_KEYS = ("id", "qid", "query_id", "question_id")
 QUESTION_KEYS = ("question", "query")
 IMAGE_KEYS = ("image", "images")
 ANSWER_KEYS = ("answer", "answers")
-MAX_LISTED_ROWS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
     Raises:
         InputError: the source cannot be read, or rows are unusable; it lists them.
     """
-    rows, folder = read_rows(source)
+    rows, folder = read_rows(source, keep_broken=True)
     wanted = {path for row in rows for key in IMAGE_KEYS for path in image_paths(row.columns.get(key))}
     images = find_images(folder, image_dir, wanted)
     questions, faults = [], []
@@ -131,6 +130,8 @@ def named_prompt(name: str) -> PromptConfig:
 
 def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
     columns = row.columns
+    if row.fault:
+        raise ValueError(row.fault)
     row_id = _first(columns, ID_KEYS)
     own = columns.get("prompt")
     question = _first(columns, QUESTION_KEYS)

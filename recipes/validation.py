@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from recipes.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, QUESTION_KEYS, named_prompt
@@ -73,10 +73,11 @@ def validate_rows(
     Raises:
         InputError: the source or the model cannot be read.
     """
-    rows, folder = read_rows(source)
+    rows, folder = read_rows(source, keep_broken=True)
     if purpose == "test":
         rows = [_renamed(row) for row in rows]
-    template = named_prompt(prompt or ("raw" if rows[0].columns.get("prompt") else "evidence"))
+    first: Mapping[str, Any] = next((row.columns for row in rows if not row.fault), {})
+    template = named_prompt(prompt or ("raw" if first.get("prompt") else "evidence"))
     data = DataConfig(image_dir=image_dir)
     good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)
     if purpose == "sft":
@@ -113,7 +114,7 @@ def _renamed(row: Row) -> Row:
         columns["answer"] = [str(answer)]
     if columns.get("id") is not None:
         columns["id"] = str(columns["id"])
-    return Row(row.place, row.number, columns)
+    return replace(row, columns=columns)
 
 
 def _counter(model: str, inputs: InputsConfig) -> TokenCounter:

@@ -15,6 +15,7 @@ from rollout.config import InputsConfig, RolloutConfig
 from rsgrpo.checks import above, at_least, one_of, require
 from rsgrpo.checks import validate as validate
 from rsgrpo.checks import validate_sft as validate_sft
+from rsgrpo.guards import GuardsConfig as GuardsConfig
 from rsgrpo.learner_config import AlgorithmConfig as AlgorithmConfig
 from rsgrpo.learner_config import FilterConfig as FilterConfig
 from rsgrpo.learner_config import LearnerConfig as LearnerConfig
@@ -32,7 +33,7 @@ class DataConfig:
     bad_rows: "error" lists them and stops, "drop" drops and counts them.
     overlong: what happens to prompts over `inputs.max_prompt_tokens`: "error" or "drop".
     shuffle: a new order every epoch, fixed by `seed`.
-    num_workers: threads that check and prepare rows.
+    num_workers: threads that check rows; 0 is one per CPU, at most 32.
     """
 
     train: str = ""
@@ -46,12 +47,12 @@ class DataConfig:
     bad_rows: str = "error"
     overlong: str = "error"
     shuffle: bool = True
-    num_workers: int = 4
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         one_of("data.bad_rows", self.bad_rows, ("error", "drop"))
         one_of("data.overlong", self.overlong, ("error", "drop"))
-        at_least(1, data__num_workers=self.num_workers)
+        at_least(0, data__num_workers=self.num_workers)
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
 
     def __post_init__(self) -> None:
         _check_run(self)

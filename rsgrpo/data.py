@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,15 @@ from typing import Any
 
 from rollout.inputs import InputProcessor, InputsError
 from rollout.types import Prompt
+from rsgrpo.checked_images import CheckedImages
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.errors import InputError
 from rsgrpo.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
-from rsgrpo.rows import Row, find_images, image_paths, read_rows
+from rsgrpo.rows import MAX_LISTED_ROWS, Row, find_images, image_paths, read_rows
 
 log = logging.getLogger(__name__)
 
-MAX_LISTED_ROWS = 20
+MAX_CHECK_THREADS = 32
 
 
 class PromptDataset:
@@ -53,6 +55,7 @@ def load_prompts(
     prompt: PromptConfig,
     processor: InputProcessor,
     *,
+    checked: CheckedImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptDataset:
     """Read a data source (`rsgrpo.rows.read_rows`) and check every row of it.
@@ -60,13 +63,14 @@ def load_prompts(
     A prompt's `truth` has `answers` and `evidence` (one entry per image; missing where the row has none), `gold` (the
     answer column as written, when it is text), and the row's other columns.
 
+    checked: images that need not be decoded again; None knows of none.
     progress: called with (rows checked, rows).
 
     Raises:
         InputError: the source cannot be read, rows are bad and are not to be dropped, or none is left.
     """
-    rows, folder = read_rows(source)
-    return check_rows(rows, data, prompt, processor, source=source, folder=folder, progress=progress)
+    rows, folder = read_rows(source, keep_broken=True)
+    return check_rows(rows, data, prompt, processor, source=source, folder=folder, checked=checked, progress=progress)
 
 
 def check_rows(
@@ -77,10 +81,11 @@ def check_rows(
     *,
     source: str,
     folder: Path,
+    checked: CheckedImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PromptDataset:
     """Turn rows into prompts, as `load_prompts` does after reading."""
-    good, bad = sort_rows(rows, data, prompt, processor, folder=folder, progress=progress)
+    good, bad = sort_rows(rows, data, prompt, processor, folder=folder, checked=checked, progress=progress)
     _refuse(bad, data, source, len(rows))
     dropped = Counter(row.reason for row in bad)
     if bad:
@@ -98,15 +103,16 @@ def sort_rows(
     processor: TokenCounter,
     *,
     folder: Path,
+    checked: CheckedImages | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Return the prompts of the rows that can be used, and why the others cannot, both in file order."""
     template = read_template(prompt)
     wanted = {path for row in rows for path in image_paths(row.columns.get(data.image_key))}
     images = find_images(folder, data.image_dir, wanted)
-    checker = RowChecker(data, template, prompt.system, images, processor)
+    checker = RowChecker(data, template, prompt.system, images, processor, checked or CheckedImages())
     outcomes: list[Prompt | BadRow] = []
-    with ThreadPoolExecutor(data.num_workers) as pool:
+    with ThreadPoolExecutor(data.num_workers or min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:
         try:
             for outcome in pool.map(checker.check, rows):
                 outcomes.append(outcome)

@@ -13,14 +13,16 @@ from typing import Any, Protocol
 
 from rewards.evisrag import parse_gold
 from rollout.config import InputsConfig
-from rollout.images import PromptError, check_decodes
+from rollout.images import PromptError
 from rollout.inputs import IMAGE_MARK
 from rollout.types import ImageSource, Prompt
+from rsgrpo.checked_images import CheckedImages
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.errors import InputError
 from rsgrpo.rows import ImageFolder, Row, image_entries
 
 OVERLONG = "over-long prompt"
+BROKEN = "broken row"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _PLACEHOLDERS = ("question", "images", "image_marks")
 _ANSWER_BLOCK = re.compile(r"<answer>.*?</answer>", re.DOTALL)
@@ -97,20 +99,28 @@ class RowChecker:
     """Makes one row into a prompt or says why not; called from several threads."""
 
     def __init__(
-        self, data: DataConfig, template: str, system: str, images: ImageFolder, processor: TokenCounter
+        self,
+        data: DataConfig,
+        template: str,
+        system: str,
+        images: ImageFolder,
+        processor: TokenCounter,
+        checked: CheckedImages,
     ) -> None:
         self._data = data
         self._template = template
         self._system = system
         self._images = images
         self._processor = processor
-        self._seen_images: dict[ImageSource, str] = {}  # source -> what is wrong with it, "" when it decodes
+        self._checked = checked
 
     def check(self, row: Row) -> Prompt | BadRow:
         columns = row.columns
         given_id = columns.get(self._data.id_key)
         row_id = f"row-{row.number}" if given_id is None else str(given_id)
         try:
+            if row.fault:
+                raise RowFault(BROKEN, row.fault)
             return self._prompt(row_id, columns)
         except RowFault as fault:
             return BadRow(row.place, row_id, fault.reason, fault.detail)
@@ -147,14 +157,9 @@ class RowChecker:
     def _check_image(self, source: ImageSource) -> None:
         if isinstance(source, str) and not Path(source).is_file():
             raise RowFault("missing image", f"image {source} does not exist; see data.image_dir")
-        if source not in self._seen_images:
-            try:
-                check_decodes(source)
-                self._seen_images[source] = ""
-            except PromptError as error:
-                self._seen_images[source] = str(error)
-        if self._seen_images[source]:
-            raise RowFault("unreadable image", self._seen_images[source])
+        fault = self._checked.fault_of(source)
+        if fault:
+            raise RowFault("unreadable image", fault)
 
     def _texts(self, columns: Mapping[str, Any], num_images: int) -> tuple[str, str]:
         """Return the user message and the bare question."""

@@ -9,7 +9,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from rsgrpo.errors import InputError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 IMAGE_FILE = "images.parquet"
+MAX_LISTED_ROWS = 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -28,12 +29,14 @@ class Row:
 
     place: where it stands, for messages ("line 7 of train.jsonl").
     number: from 1, in file order; it names a row without an id.
-    columns: name -> value.
+    columns: name -> value; empty where the row cannot be read.
+    fault: why it cannot be read; "" where it can.
     """
 
     place: str
     number: int
     columns: Mapping[str, Any]
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +72,18 @@ class ImageFolder:
         )
 
 
-def read_rows(source: str) -> tuple[list[Row], Path]:
+def read_rows(source: str, *, keep_broken: bool = False) -> tuple[list[Row], Path]:
     """Read a data source whole.
 
     source: a .jsonl, .json or .parquet file; a folder with one such file (or the shards of one), or written by
         `datasets.save_to_disk`; a hub id. ":split" after a folder or hub id chooses a split.
+    keep_broken: return rows that are no JSON object as well, with their `fault`, for callers that list bad rows.
 
     Returns:
         The rows, and the folder that relative image paths start from.
 
     Raises:
-        InputError: nothing is there, it cannot be read (file and line are named), or it has no rows.
+        InputError: nothing is there, it cannot be read (file and lines are named), or it has no rows.
     """
     if not source:
         raise InputError("no data source is given: set data.train (and data.val) to a file, a folder or a hub data set")
@@ -97,6 +101,11 @@ def read_rows(source: str) -> tuple[list[Row], Path]:
         raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
     if not rows:
         raise InputError(f"data source {source} has no rows")
+    broken = [f"  {row.place}: {row.fault}" for row in rows if row.fault]
+    if broken and not keep_broken:
+        more = [f"  ... and {len(broken) - MAX_LISTED_ROWS} more"] if len(broken) > MAX_LISTED_ROWS else []
+        listed = "\n".join([*broken[:MAX_LISTED_ROWS], *more])
+        raise InputError(f"{source}: {len(broken)} of {len(rows)} rows cannot be read; mend or delete them:\n{listed}")
     return rows, folder
 
 
@@ -138,8 +147,15 @@ def _read_file(path: Path) -> Iterator[Row]:
     raise InputError(f"data file {path} must end in one of {', '.join(FILE_SUFFIXES)}")
 
 
-def _number(columns: list[dict[str, Any]], name: str) -> Iterator[Row]:
-    return (Row(f"row {number} of {name}", number, row) for number, row in enumerate(columns, start=1))
+def _number(rows: list[Any], name: str) -> Iterator[Row]:
+    return (_row(f"row {number} of {name}", number, row) for number, row in enumerate(rows, start=1))
+
+
+def _row(place: str, number: int, value: Any) -> Row:
+    """Return a row of what stands there; to be anything but an object is its fault."""
+    if isinstance(value, dict):
+        return Row(place, number, value)
+    return Row(place, number, {}, f"a row must be a JSON object, got {type(value).__name__}")
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -148,26 +164,39 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         for line_number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            columns = _parse(line.removeprefix(b"\xef\xbb\xbf"), f"line {line_number} of {path}")
-            if not isinstance(columns, dict):
-                raise InputError(f"line {line_number} of {path} must be a JSON object, got {type(columns).__name__}")
             number += 1
-            yield Row(f"line {line_number} of {path.name}", number, columns)
+            place = f"line {line_number} of {path.name}"
+            try:
+                row = _row(place, number, _parse(line))
+            except ValueError as error:
+                row = Row(place, number, {}, str(error))
+            yield row
 
 
-def _read_json(path: Path) -> list[dict[str, Any]]:
-    rows = _parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+def _read_json(path: Path) -> list[Any]:
+    try:
+        rows = _parse(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is {error}; mend it (broken rows can be dropped from a .jsonl only)") from error
+    if not isinstance(rows, list):
         raise InputError(f"{path} must be a JSON list of objects; one object per line is a .jsonl file")
     return rows
 
 
-def _parse(text: bytes, place: str) -> Any:
+def _parse(text: bytes) -> Any:
+    """Return what a JSON text says.
+
+    Raises:
+        ValueError: it is broken; the message says how and where.
+    """
     try:
-        return json.loads(text)
-    except ValueError as error:  # bad JSON and bad UTF-8
-        what = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InputError(f"{place} is not valid JSON: {what}; mend or delete it (no setting passes over it)") from error
+        return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("not usable JSON: it is nested too deeply") from error
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:
@@ -229,7 +258,7 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
             f"found {listed}; name the file, or {folder}:NAME"
         )
     rows = [row for path in files for row in _read_file(path)]
-    return [Row(row.place, number, row.columns) for number, row in enumerate(rows, start=1)], folder
+    return [replace(row, number=number) for number, row in enumerate(rows, start=1)], folder
 
 
 def _read_hub(name: str, split: str) -> list[Row]:

@@ -225,8 +225,15 @@ def test_images_are_looked_up_in_images_parquet_beside_the_file(tmp_path, proces
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("train.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"line 2 of .*train\.jsonl is not valid JSON"),
-        ("train.jsonl", "\n[1]\n", r"line 2 of .*train\.jsonl must be a JSON object, got list"),
+        (
+            "train.jsonl",
+            '{"prompt": "a"}\n{"prompt": \n',
+            r"1 of 2 rows .*\n  line 2 of train\.jsonl: not valid JSON: .* at",
+        ),
+        ("train.jsonl", "\n[1]\n", r"\n  line 2 of train\.jsonl: a row must be a JSON object, got list$"),
+        ("train.jsonl", "[" * 100_000, r"line 1 of train\.jsonl: not usable JSON: it is nested too deeply"),
+        ("train.json", '[{"prompt": "a"}, 7]', r"\n  row 2 of train\.json: a row must be a JSON object, got int"),
+        ("train.json", "{", r"train\.json is not valid JSON: .* at character 1; mend it"),
         ("train.jsonl", "\n\n", r"train\.jsonl has no rows"),
         ("train.json", '{"prompt": "a"}', r"must be a JSON list of objects; one object per line is a \.jsonl"),
         ("train.json", "[]", "has no rows"),
@@ -296,6 +303,37 @@ def test_a_bad_row_is_named_or_dropped_and_counted(folder, processor, row, reaso
     assert [prompt.id for prompt in dataset] == ["same"]
     assert dataset.dropped == {reason: 1}
     assert f"dropped 1 of 2 rows (1 x {reason})" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        ('{"prompt": "a", "ans', "not valid JSON: "),
+        ("[1, 2]", "a row must be a JSON object, got list"),
+        ("null", "a row must be a JSON object, got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_broken_line_is_a_bad_row_like_any_other(folder, processor, caplog, line, detail, is_last):
+    good = json.dumps(good_row(id="a"))
+    lines = [good, "", line] if is_last else [good, "", line, json.dumps(good_row())]
+    (folder / "train.jsonl").write_text("\n".join(lines))  # the last line has no end, as after a write that was cut
+    source = str(folder / "train.jsonl")
+    with pytest.raises(RsgrpoError, match=r"rows cannot be used \(1 x broken row\)") as caught:
+        load(source, processor)
+    assert f"  line 3 of train.jsonl, id row-2: broken row: {detail}" in str(caught.value)
+    assert str(caught.value).endswith("leave them out with data.bad_rows=drop")
+    with caplog.at_level(logging.WARNING):
+        dataset = load(source, processor, bad_rows="drop")
+    assert [prompt.id for prompt in dataset] == (["a"] if is_last else ["a", "row-3"])
+    assert dataset.dropped == {"broken row": 1}
+    assert f"dropped 1 of {len(dataset) + 1} rows (1 x broken row)" in caplog.text
+
+
+def test_a_file_of_broken_lines_alone_has_no_usable_row(folder, processor):
+    (folder / "train.jsonl").write_text("{\n{")
+    with pytest.raises(RsgrpoError, match="no usable row left; the first was dropped because: not valid JSON"):
+        load(str(folder / "train.jsonl"), processor, bad_rows="drop")
 
 
 def test_over_long_prompts_have_a_policy_of_their_own(folder, processor):

@@ -420,6 +420,7 @@ def test_rows_of_several_layouts_are_questions(tmp_path, page):
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
+        ([7], "a row must be a JSON object, got list"),
         ({"id": "1"}, "no question: it needs question, query or prompt"),
         ({"query": "q", "image": [7]}, "an image must be a path"),
         ({"query": "q", "image": ["a", "b"], "evidence": ["x"]}, "gold evidence has 1 entries for 2 images"),

@@ -87,17 +87,17 @@ def test_an_image_that_no_pack_has_is_named(packed, capsys):
 @pytest.mark.parametrize("name", ["../a.png", "/tmp/a.png", "x/../../a.png"])
 def test_a_path_that_leads_out_of_the_folder_is_refused(tmp_path, name, capsys):
     write_pack(tmp_path / "images.parquet", {name: png()})
-    assert run("unpack", tmp_path, "--out", tmp_path / "deep/out") == 1
+    assert run("unpack", tmp_path, "--out", tmp_path / "deep/out") == 2
     assert "leads out of the folder" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_two_images_of_one_path_and_no_pack_at_all_are_refused(tmp_path, capsys):
-    assert run("unpack", tmp_path) == 1
+    assert run("unpack", tmp_path) == 2
     assert "no images.parquet" in capsys.readouterr().err
     write_pack(tmp_path / "images-0.parquet", {"a.png": png()})
     write_pack(tmp_path / "images-1.parquet", {"a.png": png(1)})
-    assert run("unpack", tmp_path) == 1
+    assert run("unpack", tmp_path) == 2
     assert "two different images for the path a.png" in capsys.readouterr().err
 
 
@@ -116,6 +116,16 @@ def test_every_bad_row_has_a_line_and_the_exit_code_says_so(pages, capsys):
     assert "line 34 of train.jsonl, id q4: <image> marks differ from images" in out
     assert "line 1 of train.jsonl, id q1: unreadable image" in out
     assert "34 of 34 rows cannot be used (30 x missing image" in out
+
+
+def test_a_broken_line_is_one_of_the_rows_that_cannot_be_used(pages, capsys):
+    good = {"id": "q1", "prompt": PROMPT, "answer": GOLD, "image": ["a.png", "b.png"]}
+    (pages / "train.jsonl").write_text("{oops\n" + json.dumps(good) + '\n{"id": "q2", "pro')
+    assert run("validate", pages / "train.jsonl") == 1
+    out = capsys.readouterr().out
+    assert "line 1 of train.jsonl, id row-1: broken row: not valid JSON: " in out
+    assert "line 3 of train.jsonl, id row-3: broken row: not valid JSON: " in out
+    assert "2 of 3 rows cannot be used (2 x broken row)" in out
 
 
 def test_rows_for_sft_need_the_whole_response(pages, capsys):
@@ -228,6 +238,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"conversations": "text"}, "a conversation must be a list"),
         ({"instruction": "x"}, "an alpaca row needs"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "column 'history'"),
+        ([1], "a row must be a JSON object, got list"),
         ({"question": "x"}, "no gold answer"),
         ({"answer": "x"}, "no question"),
         ({"question": "x", "answer": "y", "image": ["gone.png"]}, "gone.png does not exist"),
@@ -240,7 +251,7 @@ def test_a_row_that_cannot_be_taken_over_is_named_and_stops_all_unless_dropped(p
     (pages / "bad.png").write_bytes(b"no image")
     source = write_rows(pages / "mine.jsonl", [row, {"question": "x", "answer": "y", "image": "a.png"}])
     out = pages / "out.jsonl"
-    assert run("convert", source, "--out", out) == 1
+    assert run("convert", source, "--out", out) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith("line 1 of mine.jsonl: ")
     assert says in captured.out
@@ -261,11 +272,11 @@ def test_a_row_that_cannot_be_taken_over_is_named_and_stops_all_unless_dropped(p
 )
 def test_a_broken_table_is_one_line(tmp_path, text, says, capsys):
     (tmp_path / "mine.csv").write_text(text)
-    assert run("convert", tmp_path / "mine.csv", "--out", tmp_path / "out.jsonl") == 1
+    assert run("convert", tmp_path / "mine.csv", "--out", tmp_path / "out.jsonl") == 2
     assert says in capsys.readouterr().err
 
 
 def test_different_system_messages_are_refused(tmp_path, capsys):
     rows = [turns("human", "gpt") | {"system": system} for system in ("a", "b")]
-    assert run("convert", write_rows(tmp_path / "x.jsonl", rows), "--out", tmp_path / "out.jsonl") == 1
+    assert run("convert", write_rows(tmp_path / "x.jsonl", rows), "--out", tmp_path / "out.jsonl") == 2
     assert "rows with different system messages" in capsys.readouterr().err
