@@ -112,12 +112,12 @@ def measure_sync(model_path: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from rollout.vllm_engine import build_vllm_engine
+    from rollout.engine import build_engine
     from rollout.vllm_peers import local_peer
     from rollout.vllm_transfer import build_sender
 
     config = RolloutConfig(engine="vllm", max_response_tokens=8, vllm=VllmConfig(kv_cache_gib=0.125, max_num_seqs=8))
-    engine = build_vllm_engine(model_path, config, INPUTS)
+    engine = build_engine(model_path, config, INPUTS)
     model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32)
     seconds = {"parameters": float(sum(parameter.numel() for parameter in model.parameters()))}
     for version in range(2):  # the second is timed

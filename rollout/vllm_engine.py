@@ -12,7 +12,6 @@ import json
 import queue
 import shutil
 import tempfile
-import threading
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,11 +21,12 @@ import safetensors.torch
 import torch
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError, EngineFailed, check_sampling
+from rollout.engine import DEFAULT_OPTIONS, EngineError, EngineFailed, EngineOptions, check_sampling
 from rollout.images import PromptError
 from rollout.inputs import InputProcessor
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm_launch import (
+    cache_bytes,
     check_model,
     child_environment,
     engine_arguments,
@@ -35,6 +35,7 @@ from rollout.vllm_launch import (
     on_cpu,
     transfer_backend,
 )
+from rollout.vllm_loop import BackgroundLoop
 from rollout.vllm_requests import build_request, sampling_params, to_group
 from rollout.vllm_wire import buckets
 
@@ -46,41 +47,36 @@ POLL_S = 0.5
 
 
 def build_vllm_engine(
-    model_path: str,
-    rollout: RolloutConfig,
-    inputs: InputsConfig,
-    *,
-    num_threads: int = 0,
-    device: str = "auto",
-    revision: str = "",
-    trust_remote_code: bool = False,
-    colocated: bool = False,
-    lora_rank: int = 0,
-    name: str = "vllm engine",
+    model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions = DEFAULT_OPTIONS
 ) -> VllmEngine:
     """Start a vLLM engine for a model folder.
-
-    Args:
-        num_threads: CPU threads of the engine; 0 takes `rollout.num_threads`, else one.
-        device: "cpu", "cuda", or "auto" for what the installed vLLM runs on.
-        colocated: the learner works on the same GPUs.
-        lora_rank: > 0 makes room for a LoRA adapter of that rank (`load_adapter`).
-        name: of the engine in errors.
 
     Raises:
         ConfigError: a setting that cannot work with this model and these devices.
         EngineFailed: the engine did not start.
     """
-    cpu = on_cpu(device)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-    check_model(model_path, rollout, inputs, **options)
-    backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=colocated)
-    arguments = engine_arguments(model_path, rollout, inputs, cpu=cpu, backend=backend, lora_rank=lora_rank) | options
-    variables = child_environment(
-        rollout.vllm, cpu=cpu, backend=backend, num_threads=num_threads or rollout.num_threads
+    cpu = on_cpu(options.device)
+    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    source |= {"revision": options.revision} if options.revision else {}
+    config = check_model(model_path, rollout, inputs, **source)
+    backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=options.colocated)
+    arguments = engine_arguments(
+        model_path,
+        rollout,
+        inputs,
+        cpu=cpu,
+        backend=backend,
+        lora_rank=options.lora_rank,
+        kv_cache_bytes=cache_bytes(model_path, config, rollout, inputs, cpu=cpu),
     )
-    processor = InputProcessor(model_path, inputs, revision=revision, trust_remote_code=trust_remote_code)
-    return VllmEngine(arguments, variables, processor, rollout, max_model_len(rollout, inputs), backend, name)
+    variables = child_environment(
+        rollout.vllm, cpu=cpu, backend=backend, num_threads=options.num_threads or rollout.num_threads
+    )
+    processor = InputProcessor(
+        model_path, inputs, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    limit = max_model_len(rollout, inputs)
+    return VllmEngine(arguments | source, variables, processor, rollout, limit, backend, options.name)
 
 
 class VllmEngine:
@@ -115,9 +111,7 @@ class VllmEngine:
         self._adapter_folder: Path | None = None
         self._num_requests = 0
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="vllm-inputs")
-        self._loop = asyncio.new_event_loop()
-        self._loop_thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="vllm-loop")
-        self._loop_thread.start()
+        self._loop = BackgroundLoop("vllm-loop")
         self._llm: Any = None
         with environment(variables):
             self._start(arguments)
@@ -137,7 +131,7 @@ class VllmEngine:
         check_sampling(sampling)
         self._refuse_if_broken()
         finished: queue.SimpleQueue[RolloutGroup] = queue.SimpleQueue()
-        work = asyncio.run_coroutine_threadsafe(self._sample_all(prompts, sampling, finished), self._loop)
+        work = self._loop.submit(self._sample_all(prompts, sampling, finished))
         self._progress.start()
         try:
             for _ in prompts:
@@ -183,7 +177,7 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         try:
-            request, num_tokens = await self._loop.run_in_executor(
+            request, num_tokens = await asyncio.get_running_loop().run_in_executor(
                 self._pool, build_request, self.processor, prompt, sampling.max_tokens, self._max_model_len
             )
         except PromptError as error:
@@ -347,12 +341,12 @@ class VllmEngine:
         """Stop the engine's processes."""
         if self._llm is not None:
             if self._llm.output_handler is not None:  # it would take the end of the processes for a crash
-                self._loop.call_soon_threadsafe(self._llm.output_handler.cancel)
+                self._loop.cancel(self._llm.output_handler)
             sockets = self._llm.engine_core.resources.ctx
             self._llm.shutdown(timeout=5.0)
             self._llm = None
             self._broken = "closed"
-            self._stop_loop()
+            self._loop.stop()
             sockets.destroy(linger=0)  # vLLM leaves its zmq context to the garbage collector, which warns
             self._pool.shutdown(wait=False)
             self._remove_adapter_folder()
@@ -372,34 +366,15 @@ class VllmEngine:
             self._llm = self._run(start(), self._config.start_timeout_s)
             self._run(self._llm.update_weight_version(str(self.weights_version)))
         except Exception as error:
-            self._stop_loop()
+            self._loop.stop()
             raise EngineFailed(
                 f"{self.name} did not start: {error}. If memory is short, lower inputs.max_prompt_tokens, "
                 "inputs.max_images or rollout.vllm.max_num_seqs, or raise rollout.vllm.gpu_memory_utilization or "
                 "tensor_parallel_size; vLLM's own log above has the cause"
             ) from error
 
-    def _stop_loop(self) -> None:
-        async def end_tasks() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-        with contextlib.suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(end_tasks(), self._loop).result(10)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._loop_thread.join(timeout=10)
-        if not self._loop_thread.is_alive():
-            self._loop.close()
-
     def _run(self, work: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(timeout_s or self._config.sync_timeout_s)
-        except TimeoutError:
-            future.cancel()
-            raise TimeoutError(f"no answer within {timeout_s or self._config.sync_timeout_s:g} s") from None
+        return self._loop.run(work, timeout_s or self._config.sync_timeout_s)
 
     def _rpc(self, method: str, *args: Any) -> Any:
         return self._run(self._llm.collective_rpc(method, args=args))

@@ -11,12 +11,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, get_args
 
+import psutil
 import torch
 from transformers import AutoConfig
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
+from rollout.vllm_memory import (
+    GIB,
+    check_cache,
+    check_cpu_memory,
+    check_gpu_memory,
+    cpu_cache_bytes,
+    response_cache_bytes,
+    weight_bytes,
+)
 
 CPU_BLOCK_SIZE = 32  # vLLM's own default there, 128, is longer than a short prompt, which then never hits the cache
+GPU_BLOCK_SIZE = 16  # vLLM's own
 CPU_BATCHED_TOKENS = 2048
 WORKER_EXTENSION = "rollout.vllm_worker.WeightReceiver"
 
@@ -72,8 +83,8 @@ def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
     return rollout.vllm.max_model_len or inputs.max_prompt_tokens + rollout.max_response_tokens
 
 
-def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> None:
-    """Refuse a model or a size that vLLM cannot run, before it is started.
+def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Any:
+    """Refuse a model or a size that vLLM cannot run, before it is started; return the model's config.
 
     Args:
         options: of `from_pretrained`: revision, trust_remote_code.
@@ -90,8 +101,18 @@ def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *
             f"vLLM does not support the model class {architectures} of {model_path}; use rollout.engine=hf"
         )
     text = config.get_text_config()
-    degree = rollout.vllm.tensor_parallel_size
-    heads = {"attention heads": text.num_attention_heads}
+    _check_heads(config, rollout.vllm.tensor_parallel_size)
+    length, limit = max_model_len(rollout, inputs), getattr(text, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ConfigError(
+            f"prompt and response may have {length:,} tokens, the model's positions end at {limit:,}; lower "
+            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.max_model_len"
+        )
+    return config
+
+
+def _check_heads(config: Any, degree: int) -> None:
+    heads = {"attention heads": config.get_text_config().num_attention_heads}
     vision_heads = getattr(getattr(config, "vision_config", None), "num_heads", None)
     if vision_heads:
         heads["vision heads"] = vision_heads
@@ -102,18 +123,43 @@ def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *
                 f"rollout.vllm.tensor_parallel_size={degree} does not divide the model's {count} {kind}; use one of "
                 f"{fitting}"
             )
-    length, limit = max_model_len(rollout, inputs), getattr(text, "max_position_embeddings", None)
-    if limit and length > limit:
-        raise ConfigError(
-            f"prompt and response may have {length:,} tokens, the model's positions end at {limit:,}; lower "
-            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.max_model_len"
-        )
+
+
+def cache_bytes(model_path: str, config: Any, rollout: RolloutConfig, inputs: InputsConfig, *, cpu: bool) -> int:
+    """Return the KV cache to ask vLLM for, in bytes on each device; 0 leaves it to `gpu_memory_utilization`.
+
+    Raises:
+        ConfigError: the cache holds no response of full length, or memory does not suffice.
+    """
+    text, length = config.get_text_config(), max_model_len(rollout, inputs)
+    block_size = rollout.vllm.block_size or (CPU_BLOCK_SIZE if cpu else GPU_BLOCK_SIZE)
+    one_response = response_cache_bytes(text, rollout.dtype, length, block_size)
+    weights = weight_bytes(model_path, rollout.dtype)
+    if cpu:
+        size = cpu_cache_bytes(one_response, rollout)
+        check_cache(size, one_response, length)
+        check_cpu_memory(weights, size, psutil.virtual_memory().available)
+        return size
+    from vllm.platforms import current_platform
+
+    size = int(rollout.vllm.kv_cache_gib * GIB)
+    if size:
+        check_cache(size, one_response // rollout.vllm.tensor_parallel_size, length)
+    check_gpu_memory(weights, one_response, rollout, current_platform.get_device_total_memory())
+    return size
 
 
 def engine_arguments(
-    model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *, cpu: bool, backend: str, lora_rank: int
+    model_path: str,
+    rollout: RolloutConfig,
+    inputs: InputsConfig,
+    *,
+    cpu: bool,
+    backend: str,
+    lora_rank: int,
+    kv_cache_bytes: int,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of `vllm.AsyncEngineArgs`."""
+    """Return the keyword arguments of `vllm.AsyncEngineArgs`; kv_cache_bytes as `cache_bytes` returns them."""
     vllm = rollout.vllm
     arguments: dict[str, Any] = {
         "model": model_path,
@@ -140,8 +186,8 @@ def engine_arguments(
     }
     if vllm.max_num_batched_tokens:
         arguments["max_num_batched_tokens"] = vllm.max_num_batched_tokens
-    if vllm.kv_cache_gib or cpu:
-        arguments["kv_cache_memory_bytes"] = int((vllm.kv_cache_gib or 1.0) * 2**30)
+    if kv_cache_bytes:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes
     if vllm.block_size or cpu:
         arguments["block_size"] = vllm.block_size or CPU_BLOCK_SIZE
     if cpu:

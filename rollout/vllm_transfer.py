@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -239,6 +239,7 @@ class _NcclLink:
         packing = {"packed": True, "packed_buffer_size_bytes": self._buffer_bytes}
         infos = [({**meet, **packing, "rank_offset": offset},) for offset in _rank_offsets(engines.peers)]
         self._device = torch.cuda.current_device()
+        self._group: Any = None
 
         def connect() -> None:
             torch.cuda.set_device(self._device)
@@ -256,7 +257,7 @@ class _NcclLink:
             iterator=iter(bucket),
             group=self._group,
             src=0,
-            post_iter_func=lambda item: item[1].detach(),
+            post_iter_func=lambda item: item[1].detach().cuda(),  # an offloaded learner gathers on the CPU
             buffer_size_bytes=self._buffer_bytes,
         )
 
@@ -282,7 +283,8 @@ class _IpcSender:
         self._verifier = _Verifier(engines, verify_every)
         self._client = _IpcClient(engines)
         init_info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
-        self._transfer = IPCTrainerWeightTransferEngine.trainer_init(init_info, client=self._client, source=self)
+        client, source = cast(Any, self._client), cast(Any, self)  # what is asked of both, without vLLM's base classes
+        self._transfer = IPCTrainerWeightTransferEngine.trainer_init(init_info, client=client, source=source)
 
     def __iter__(self) -> Iterator[NamedTensor]:
         """Yield the tensors of the sync under way: this object is the source that vLLM's end reads."""

@@ -73,9 +73,8 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         """Receive one bucket and load it."""
         if self.group is None:
             raise RuntimeError("weights arrive before init_transfer_engine")
-        self.model.load_weights(
-            unpack(self.group.receive, update_info.names, update_info.dtype_names, update_info.shapes)
-        )
+        model: Any = self.model
+        model.load_weights(unpack(self.group.receive, update_info.names, update_info.dtype_names, update_info.shapes))
 
     def finish_weight_update(self) -> None:
         """Put the loaded weights in use."""

@@ -19,8 +19,8 @@ import ray
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import build_engine
+from rollout.config import ConfigError, InputsConfig, RolloutConfig
+from rollout.engine import Engine, EngineError, build_engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class RolloutWorker:
         env: Mapping[str, str] | None = None,
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Build the engine.
+        """Build the engine; why it cannot be built is raised by the first call that needs it.
 
         num_threads: CPU threads; 0 takes `rollout.num_threads`. env: set before the engine is imported.
         engine_options: further keywords of `build_engine`.
@@ -49,7 +49,22 @@ class RolloutWorker:
         os.environ.update(env or {})
         disable_progress_bar()  # whoever drives the workers draws the bars
         self.index = index
-        self.engine = build_engine(model_path, rollout, inputs, num_threads=num_threads, **(engine_options or {}))
+        self._failure: EngineError | ConfigError | None = None
+        try:
+            self._engine = build_engine(model_path, rollout, inputs, num_threads=num_threads, **(engine_options or {}))
+        except (EngineError, ConfigError) as error:  # from here Ray would hand on a traceback in place of the error
+            self._failure = error
+
+    @property
+    def engine(self) -> Engine:
+        """The engine.
+
+        Raises:
+            EngineError, ConfigError: it could not be built.
+        """
+        if self._failure is not None:
+            raise self._failure
+        return self._engine
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Stream groups as the engine finishes them."""
@@ -89,8 +104,9 @@ class RolloutWorker:
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
-        """Free the engine."""
-        self.engine.close()
+        """Free the engine, if there is one."""
+        if self._failure is None:
+            self._engine.close()
 
 
 @dataclass(frozen=True, slots=True)

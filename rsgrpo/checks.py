@@ -211,6 +211,11 @@ def _check_sleep(config: TrainConfig) -> None:
         level < 2 or not config.model.lora.rank,
         "rollout.vllm.sleep_level=2 gives up the weights, but a LoRA run sends adapters only: use sleep_level=1",
     )
+    require(
+        level < 2 or not config.model.freeze_vision,
+        "rollout.vllm.sleep_level=2 gives up all weights, but a frozen vision tower is never sent again: use "
+        "sleep_level=1, or model.freeze_vision=false",
+    )
 
 
 def _check_learner_device(config: TrainConfig | SftConfig) -> None:

@@ -19,9 +19,8 @@ from vllm_parity import (
 )
 
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
-from rollout.engine import EngineError, EngineFailed
+from rollout.engine import EngineError, EngineFailed, build_engine
 from rollout.types import Prompt, SamplingParams
-from rollout.vllm_engine import build_vllm_engine
 from rollout.vllm_requests import build_request
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -29,7 +28,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 @pytest.fixture(scope="module")
 def engine(tiny_model_path):
-    engine = build_vllm_engine(tiny_model_path, ROLLOUT, INPUTS, name="engine 0")
+    engine = build_engine(tiny_model_path, ROLLOUT, INPUTS, name="engine 0")
     yield engine
     engine.close()
 
@@ -176,7 +175,7 @@ def test_sampling_that_makes_no_sense_is_refused(engine, prompts):
 
 def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
     def build(**options):
-        build_vllm_engine(tiny_model_path, RolloutConfig(engine="vllm", vllm=VllmConfig(**options)), INPUTS)
+        build_engine(tiny_model_path, RolloutConfig(engine="vllm", vllm=VllmConfig(**options)), INPUTS)
 
     with pytest.raises(
         ConfigError, match=r"tensor_parallel_size=3 does not divide the model's 2 attention heads.*\[1, 2\]"
@@ -187,7 +186,7 @@ def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
     with pytest.raises(ConfigError, match="sync=nccl does not work on CPU; use gloo"):
         build(sync="nccl")
     with pytest.raises(ConfigError, match="the installed vLLM runs on cpu, rollout asks for cuda"):
-        build_vllm_engine(tiny_model_path, ROLLOUT, INPUTS, device="cuda")
+        build_engine(tiny_model_path, ROLLOUT, INPUTS, device="cuda")
 
 
 # The last test of the module: it takes the engine with it.

@@ -15,9 +15,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm_parity import INPUTS, ROLLOUT, assert_greedy_parity, reference_model
 
-from rollout.engine import EngineFailed
+from rollout.engine import EngineFailed, build_engine
 from rollout.types import Prompt, SamplingParams
-from rollout.vllm_engine import build_vllm_engine
 from rollout.vllm_peers import Engines, Peer, TransferError, local_peer
 from rollout.vllm_transfer import AdapterSender, _Verifier, build_sender
 
@@ -26,7 +25,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
 @pytest.fixture(scope="module")
 def engine(tiny_model_path):
-    engine = build_vllm_engine(tiny_model_path, ROLLOUT, INPUTS, lora_rank=4, name="engine 0")
+    engine = build_engine(tiny_model_path, ROLLOUT, INPUTS, lora_rank=4, name="engine 0")
     yield engine
     engine.close()
 
