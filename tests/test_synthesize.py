@@ -16,6 +16,7 @@ from PIL import Image
 
 from recipes import synthesize
 from recipes.questions import Question
+from recipes.tries import CUT_OFF, FAILED, KEPT
 from rsgrpo.prompts import read_gold
 
 NOTHING = "no relevant information"
@@ -125,8 +126,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
-        (GOOD, synthesize.KEPT),
-        (f"\n{GOOD}\n", synthesize.KEPT),
+        (GOOD, KEPT),
+        (f"\n{GOOD}\n", KEPT),
         (GOOD.replace("</think>", ""), synthesize.MALFORMED),
         (f"Sure! {GOOD}", synthesize.MALFORMED),
         (written("16%", "Sweden 16%"), synthesize.WRONG_SLOTS),
@@ -145,14 +146,14 @@ def test_what_is_kept(text, verdict):
 
 def test_a_cut_off_or_failed_response_is_not_kept():
     question = Question("q", "how much?", ("a", "b"), answers=("16%",))
-    assert synthesize.judge(question, {"raw": GOOD, "finish_reason": "length"}) == synthesize.CUT_OFF
-    assert synthesize.judge(question, {"raw": GOOD, "finish_reason": "error"}) == synthesize.FAILED
+    assert synthesize.judge(question, {"raw": GOOD, "finish_reason": "length"}) == CUT_OFF
+    assert synthesize.judge(question, {"raw": GOOD, "finish_reason": "error"}) == FAILED
 
 
 def test_a_right_abstention_needs_no_evidence():
     question = Question("q", "how much?", ("a",), answers=("insufficient to answer",), is_sufficient=False)
     text = written("insufficient to answer", NOTHING)
-    assert synthesize.judge(question, {"raw": text, "finish_reason": "stop"}) == synthesize.KEPT
+    assert synthesize.judge(question, {"raw": text, "finish_reason": "stop"}) == KEPT
 
 
 # The command

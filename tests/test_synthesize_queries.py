@@ -1,0 +1,296 @@
+"""Questions about pages, written by a teacher: what is usable, what is asked again, going on, who reads the rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from recipes import page_questions, synthesize
+from recipes.page_questions import QueryConfig, QueryPair, SourcePage, judge, read_pairs
+from recipes.questions import read_questions
+from recipes.retrieval.documents import RenderSettings
+from recipes.retrieval.evaluation import read_qrels, read_queries
+from recipes.retrieval.ingest import ingest
+from recipes.retrieval.store import PageStore
+from recipes.tries import CUT_OFF, FAILED, KEPT
+from rsgrpo.console import Console
+from rsgrpo.errors import InputError
+
+CONFIG = QueryConfig()
+
+
+def pairs(*rows: tuple[str, str]) -> str:
+    return json.dumps([{"question": question, "answer": answer} for question, answer in rows])
+
+
+# What is usable
+
+
+def test_a_list_is_read_whatever_stands_around_it():
+    written = pairs(("Who  won\nthe cup?", "Ada"), ("When was it?", "1999"))
+    text = f"Here they are:\n```json\n{written}\n```"
+    found = [QueryPair("Who won the cup?", "Ada"), QueryPair("When was it?", "1999")]
+    assert read_pairs(text, CONFIG) == (found, Counter())
+    assert read_pairs('[{"question": "How many?", "answer": 7}]', CONFIG)[0] == [QueryPair("How many?", "7")]
+
+
+def test_unusable_pairs_are_dropped_and_counted():
+    text = pairs(
+        ("Who won the cup?", "Ada"),
+        ("who won, the Cup", "Ada"),
+        ("", "x"),
+        ("When?", " "),
+        ("What does this page show?", "cups"),
+        ("What is in the figure above?", "cups"),
+        ("What does the slide say?", "cups"),
+        ("Q" * 301, "x"),
+        ("Where was it?", "A" * 201),
+        ("Which cup?", "the silver one"),
+        ("One more?", "yes"),
+    )
+    found, faults = read_pairs(text, QueryConfig(max_pairs=2))
+    assert found == [QueryPair("Who won the cup?", "Ada"), QueryPair("Which cup?", "the silver one")]
+    assert faults == {
+        page_questions.REPEATED: 1,
+        page_questions.EMPTY: 2,
+        page_questions.POINTS_AT_PAGE: 3,
+        page_questions.LONG: 2,
+        page_questions.SURPLUS: 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        (pairs(("Who won?", "Ada")), KEPT),
+        ("[]", KEPT),
+        ("I see nothing.", page_questions.NO_LIST),
+        ('{"question": "a", "answer": "b"}', page_questions.NO_LIST),
+        ('["Who won?"]', page_questions.NO_LIST),
+        ('[{"question": "Who won?"}]', page_questions.NO_LIST),
+        ('[{"question": "Who won?", "answer": null}]', page_questions.NO_LIST),
+        ('[{"question": "Who won?", "answer": "A"', page_questions.NO_LIST),
+        (pairs(("What is this image?", "a cup")), page_questions.NOTHING_USABLE),
+    ],
+)
+def test_what_is_kept(text, verdict):
+    assert judge({"raw": text, "finish_reason": "stop"}, CONFIG) == verdict
+    assert judge({"raw": text, "finish_reason": "length"}, CONFIG) == CUT_OFF
+    assert judge({"raw": "", "finish_reason": "error"}, CONFIG) == FAILED
+
+
+# The command
+
+
+class Teacher:
+    """A tiny endpoint that knows a page by its width in units of 28 pixels. say: (page, how often before) -> reply."""
+
+    def __init__(self, say: Callable[[int, int], str | int]) -> None:
+        self.say = say
+        self.asked: list[int] = []
+        self.texts: list[str] = []
+        self.url = ""
+
+    def reply(self, body: dict[str, Any]) -> str | int:
+        image, text = body["messages"][-1]["content"]
+        content = base64.b64decode(image["image_url"]["url"].partition(",")[2])
+        page = Image.open(io.BytesIO(content)).width // 28
+        times = self.asked.count(page)
+        self.asked.append(page)
+        self.texts.append(text["text"])
+        return self.say(page, times)
+
+
+@pytest.fixture
+def teach() -> Iterator[Callable[[Callable[[int, int], str | int]], Teacher]]:
+    running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+
+    def start(say: Callable[[int, int], str | int]) -> Teacher:
+        teacher, lock = Teacher(say), threading.Lock()
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def send(self, status: int, value: Any) -> None:
+                content = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def do_GET(self) -> None:
+                self.send(200, {"data": [{"id": "teacher"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    said = teacher.reply(body)
+                if isinstance(said, int):
+                    self.send(said, {"error": {"message": "no"}})
+                    return
+                choice = {"message": {"content": said}, "finish_reason": "stop"}
+                usage = {"prompt_tokens": 1000, "completion_tokens": 100}
+                self.send(200, {"choices": [choice], "usage": usage})
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        running.append((http, thread))
+        teacher.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+        return teacher
+
+    yield start
+    for http, thread in running:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Four pages, 1 to 4 units wide."""
+    folder = tmp_path / "pages"
+    (folder / "more").mkdir(parents=True)
+    for page, name in enumerate(("a.png", "b.png", "more/c.png", "more/d.png"), start=1):
+        Image.new("RGB", (28 * page, 56), "white").save(folder / name)
+    (folder / "notes.txt").write_text("no page")
+    return folder
+
+
+def run(teacher: Teacher, source: Path, out: Path, *more: str) -> int:
+    options = ["--endpoint", teacher.url, "--max-tries", "1", "--min-pixels", "784", "--max-pixels", "12544", *more]
+    return synthesize.main(["queries", "--in", str(source), "--out", str(out), *options])
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_pairs_of_pages_train_a_retriever_and_evaluate_one(teach, images, tmp_path, capsys):
+    replies = {
+        1: [pairs(("Who won the cup?", "Ada"), ("What is the total?", "7"))],
+        2: ["no list", pairs(("When was the cup made?", "1999"), ("What is this page?", "a list"))],
+        3: ["no list", "no list"],
+        4: [pairs(("What is the total?", "9"))],
+    }
+    teacher = teach(lambda page, times: replies[page][times])
+    out = tmp_path / "out" / "pairs.jsonl"
+    assert run(teacher, images, out, "--price-in", "2", "--price-out", "10") == 0
+    rows = rows_of(out)
+    assert rows[0] == {
+        "id": "a.png-q1", "query": "Who won the cup?", "answer": ["Ada"], "image": "../pages/a.png", "page_id": "a.png",
+        "document": "a.png", "number": 1,
+    }  # fmt: skip
+    assert [row["query"] for row in rows] == ["Who won the cup?", "When was the cup made?"]
+    assert "At most 6 of them" in teacher.texts[0]
+    report = json.loads((tmp_path / "out" / "pairs.report.json").read_text())
+    assert report == {
+        "pages": 4,
+        "pairs": 2,
+        "pages_with_pairs": 2,
+        "dropped_pairs": {page_questions.POINTS_AT_PAGE: 1, page_questions.SEVERAL_PAGES: 2},
+        "kept": 3,
+        "kept_by_try": {"1": 2, "2": 1},
+        "responses": 6,
+        "acceptance": 0.5,
+        "rejected": {page_questions.NO_LIST: 3},
+        "prompt_tokens": 6000,
+        "response_tokens": 600,
+        "cost": 0.018,
+        "cost_per_pair": 0.009,
+        "model": "teacher",
+    }
+    assert "3 x no JSON list" in capsys.readouterr().err
+
+    # Who reads them
+    questions = read_questions(str(out), need_answers=True)
+    assert [(question.id, question.answers) for question in questions] == [
+        ("a.png-q1", ("Ada",)), ("b.png-q1", ("1999",))
+    ]  # fmt: skip
+    assert [Path(str(question.images[0])).resolve() for question in questions] == [images / "a.png", images / "b.png"]
+    assert [(query.id, query.text) for query in read_queries(out)] == [
+        ("a.png-q1", "Who won the cup?"), ("b.png-q1", "When was the cup made?")
+    ]  # fmt: skip
+    assert read_qrels(out.with_suffix(".qrels.tsv")) == {"a.png-q1": {"a.png": 1}, "b.png-q1": {"b.png": 1}}
+
+
+def test_the_rows_are_pairs_for_training(teach, images, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
+    from recipes.retrieval.pairs import read_pairs as training_pairs
+
+    teacher = teach(lambda page, times: pairs((f"What does number {page} say?", "it")))
+    assert run(teacher, images, tmp_path / "pairs.jsonl") == 0
+    found = training_pairs(str(tmp_path / "pairs.jsonl"))
+    assert [pair.query for pair in found] == [f"What does number {page} say?" for page in (1, 2, 3, 4)]
+    assert Path(str(found[2].page)).resolve() == images / "more" / "c.png"
+
+
+def test_a_teacher_that_goes_down_loses_nothing_and_the_same_command_goes_on(teach, images, tmp_path, capsys):
+    teacher = teach(lambda page, times: pairs((f"Who is {page}?", "x")) if page == 1 else 401)
+    out = tmp_path / "pairs.jsonl"
+    assert run(teacher, images, out, "--concurrency", "1") == 1
+    assert "HTTP 401" in capsys.readouterr().err
+    assert [row["page_id"] for row in rows_of(out)] == ["a.png"]
+    teacher.say = lambda page, times: pairs((f"Who is {page}?", "x"))
+    assert run(teacher, images, out) == 0
+    assert [row["page_id"] for row in rows_of(out)] == ["a.png", "b.png", "more/c.png", "more/d.png"]
+    assert teacher.asked.count(1) == 1
+    num_asked = len(teacher.asked)
+    assert run(teacher, images, out) == 0
+    assert len(teacher.asked) == num_asked
+
+
+def test_a_failing_request_is_tried_again_and_stops_no_other(teach, images, tmp_path):
+    teacher = teach(lambda page, times: 503 if page == 2 and times == 0 else pairs((f"Who is {page}?", "x")))
+    assert run(teacher, images, tmp_path / "pairs.jsonl", "--max-tries", "2") == 0
+    assert len(rows_of(tmp_path / "pairs.jsonl")) == 4
+
+
+def test_pages_of_a_store_are_judged_by_page_id(teach, images, tmp_path):
+    store = tmp_path / "store"
+    quiet = Console(io.StringIO())
+    ingest([images / "a.png"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+    (page_id,) = PageStore.open(store).page_ids()
+    teacher = teach(lambda page, times: pairs(("Who won the cup?", "Ada")))
+    own = tmp_path / "request.txt"
+    own.write_text("Write {max_pairs} questions.")
+    assert run(teacher, store, tmp_path / "pairs.jsonl", "--prompt", str(own), "--max-pairs", "3") == 0
+    assert teacher.texts == ["\nWrite 3 questions."]
+    assert read_qrels(tmp_path / "pairs.qrels.tsv") == {f"{page_id}-q1": {page_id: 1}}
+    (row,) = rows_of(tmp_path / "pairs.jsonl")
+    assert (row["document"], row["number"]) == ("a.png", 1)
+
+
+def test_pages_of_a_folder_are_its_images(images):
+    assert page_questions.read_pages(images)[3] == SourcePage("more/d.png", str(images / "more/d.png"), "more/d.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--in", "nowhere"], "--in nowhere: neither a page store nor a folder with images"),
+        (["--max-pairs", "0"], "max_pairs must be >= 1"),
+        (["--temperature", "0"], "--tries > 1 asks again"),
+        (["--prompt", "gone.txt"], "--prompt gone.txt cannot be read"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments, says, images, tmp_path, capsys):
+    command = ["queries", "--in", str(images), "--out", str(tmp_path / "o.jsonl"), "--model", "m", *arguments]
+    assert synthesize.main(command) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_request_with_other_placeholders_is_refused():
+    with pytest.raises(InputError, match=r"the only placeholder is \{max_pairs\}"):
+        QueryConfig(request="Write {count} questions")
