@@ -20,16 +20,20 @@ from recipes.retrieval.options import (
     add_answerer,
     add_encoder,
     add_search_options,
+    encoder_settings,
     index_folder,
     open_answerer,
     open_encoder,
     open_retriever,
 )
 from rsgrpo.console import Console
-from rsgrpo.errors import USER_ERROR, RsgrpoError
+from rsgrpo.errors import USER_ERROR, InputError, RsgrpoError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
+    from recipes.retrieval.encode_store import UpdateReport
+    from recipes.retrieval.index import VectorIndex
     from recipes.retrieval.retriever import FoundPage
+    from recipes.retrieval.store import PageStore
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,27 +121,20 @@ def _add_index(command: argparse.ArgumentParser) -> None:
     add_encoder(command)
     command.add_argument("--shard-pages", type=int, default=2_048, help="a process that dies repeats at most as many")
     command.add_argument("--index-dtype", choices=("float16", "float32"), default="float16")
+    command.add_argument("--workers", type=int, default=0, help="models side by side on Ray; 0: one, in this process")
+    command.add_argument("--gpus-per-worker", type=float, help="default: 1 where Ray has GPUs")
+    command.add_argument("--ray-address", default="", help="auto: a Ray that runs already; default: one of its own")
     command.add_argument("--faiss", choices=("flat", "ivf"), help="also build a FAISS file for search --backend")
     command.set_defaults(run=_index)
 
 
 def _index(options: argparse.Namespace) -> int:
-    from recipes.retrieval.encode_store import update_index
-    from recipes.retrieval.index import VectorIndex
     from recipes.retrieval.store import PageStore
 
     store = PageStore.open(options.store)
-    encoder = open_encoder(options)
-    index = VectorIndex.create(index_folder(options), encoder, options.index_dtype)
     with Console() as console:
-        report = update_index(
-            store,
-            encoder,
-            index,
-            shard_pages=options.shard_pages,
-            batch_pages=8 * options.batch_size,
-            console=console,
-        )
+        update = _update_on_ray if options.workers else _update_here
+        report, index = update(options, store, console)
         if options.faiss:
             from recipes.retrieval.faiss_search import build
 
@@ -145,6 +142,36 @@ def _index(options: argparse.Namespace) -> int:
         rows = [("added", report.num_added), ("deleted", report.num_deleted), ("pages", report.num_pages)]
         console.summary(f"index {index.folder}", [(what, str(count)) for what, count in rows])
     return 0
+
+
+def _update_here(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
+    from recipes.retrieval.encode_store import update_index
+    from recipes.retrieval.index import VectorIndex
+
+    encoder = open_encoder(options)
+    index = VectorIndex.create(index_folder(options), encoder, options.index_dtype)
+    report = update_index(
+        store, encoder, index, shard_pages=options.shard_pages, batch_pages=8 * options.batch_size, console=console
+    )
+    return report, index
+
+
+def _update_on_ray(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
+    from recipes.retrieval.encode_ray import RaySettings, encode_on_ray
+    from recipes.retrieval.encode_store import fill_index
+    from recipes.retrieval.encoders import identify
+    from recipes.retrieval.index import VectorIndex
+
+    if options.kind == "imported":
+        raise InputError("--workers is for models; vectors of --kind imported are only copied, leave it out")
+    identity = identify(encoder_settings(options))
+    settings = RaySettings(options.workers, options.gpus_per_worker, options.ray_address)
+    index = VectorIndex.create(index_folder(options), identity, options.index_dtype)
+    report = fill_index(
+        store, identity, index, lambda pages: encode_on_ray(identity, settings, pages),
+        shard_pages=options.shard_pages, console=console,
+    )  # fmt: skip
+    return report, index
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:

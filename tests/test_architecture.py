@@ -26,14 +26,20 @@ MAY_IMPORT = {
 
 HOMES = {
     "vllm": ["rollout/vllm_*"],
-    "ray": ["rollout/worker.py", "rollout/pool.py", "rsgrpo/cluster.py", "rsgrpo/workers.py"],
+    "ray": [
+        "rollout/worker.py",
+        "rollout/pool.py",
+        "rsgrpo/cluster.py",
+        "rsgrpo/workers.py",
+        "recipes/retrieval/encode_ray.py",
+    ],
     "wandb": ["rsgrpo/tracking.py"],
     "tensorboard": ["rsgrpo/tracking.py"],
     "hydra": ["rsgrpo/cli.py"],
     "omegaconf": ["rsgrpo/cli.py"],
     "peft": ["rsgrpo/model.py", "recipes/retrieval/training.py"],
     "faiss": ["recipes/retrieval/faiss_search.py"],
-    "sentence_transformers": ["recipes/retrieval/encoders.py", "recipes/retrieval/training.py"],
+    "sentence_transformers": ["recipes/retrieval/sentence_encoders.py", "recipes/retrieval/training.py"],
     "httpx": ["recipes/endpoint.py"],
     "aiohttp": ["recipes/serve.py"],
     "sklearn": ["recipes/*.py"],

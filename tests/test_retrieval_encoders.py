@@ -24,14 +24,12 @@ from recipes.retrieval.encoders import (
     VISRAG_QUERY_PREFIX,
     EncoderError,
     EncoderSettings,
-    LateEncoder,
-    SentenceEncoder,
     load_encoder,
-    load_page,
 )
 from recipes.retrieval.index import IndexFault, VectorIndex
 from recipes.retrieval.ingest import ingest
 from recipes.retrieval.retriever import Retriever
+from recipes.retrieval.sentence_encoders import LateEncoder, SentenceEncoder
 from recipes.retrieval.store import Page, PageStore
 from rsgrpo.console import Console
 from tests.retrieval_material import write_image
@@ -70,7 +68,7 @@ def test_each_pooling_is_its_formula_over_the_models_hidden_states(tiny_model_pa
     encoder = SentenceEncoder(settings(tiny_model_path, pooling=pooling))
     found = encoder.encode_pages(pages)
     for page, vector in zip(pages, found, strict=True):
-        features = encoder.model.preprocess([load_page(page, encoder._resize)])
+        features = encoder.model.preprocess([encoder.loader(page)])
         with torch.no_grad():
             hidden_TD = encoder.model[0](features)["token_embeddings"][0]
         np.testing.assert_allclose(vector, direct_pooling(hidden_TD, pooling).numpy(), atol=1e-6)
@@ -102,7 +100,7 @@ def test_a_query_has_the_prefix_of_visrag(tiny_model_path, encoder):
 
 
 def test_a_page_is_resized_once_and_by_our_rule(encoder, pages):
-    features = encoder.model.preprocess([encoder._resize(Image.new("RGB", (100, 150)))])
+    features = encoder.model.preprocess([encoder.loader.resize(Image.new("RGB", (100, 150)))])
     # 112 x 140 is over 12,544 pixels: shrink by sqrt(15000/12544) = 1.0935 to 91.4 x 137.2, down to 84 x 112
     assert features["image_grid_thw"].tolist() == [[1, 8, 6]]
 

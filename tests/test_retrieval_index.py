@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipes.retrieval.encoders import Encoder, EncoderError, EncoderSettings, ImportedEncoder, fingerprint
+from recipes.retrieval.encoders import Encoder, EncoderError, EncoderSettings, fingerprint
+from recipes.retrieval.imported_vectors import ImportedEncoder
 from recipes.retrieval.index import IndexFault, VectorIndex, missing_pages
 from recipes.retrieval.search import Hit, exact, max_sim, rank, rerank
 from recipes.retrieval.store import Page, StoreError

@@ -21,8 +21,9 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from safetensors.torch import load_file
 
-from recipes.retrieval.encoders import EncoderSettings, SentenceEncoder, load_sentence_transformer
+from recipes.retrieval.encoders import EncoderSettings, identify
 from recipes.retrieval.pairs import Pair, read_pairs
+from recipes.retrieval.sentence_encoders import SentenceEncoder, load_sentence_transformer
 from recipes.retrieval.store import Page
 from recipes.retrieval.training import HeldOut, InBatchLoss, encode, inputs_of, mine_negatives, train
 from recipes.train_retriever import RetrieverConfig, main, split
@@ -55,8 +56,8 @@ def config(tiny_model_path: str, out: Path, **changes: Any) -> RetrieverConfig:
 
 def gradients(path: str, pairs: list[Pair], micro: int) -> tuple[float, dict[str, torch.Tensor], float]:
     settings = EncoderSettings(path, min_pixels=784, max_pixels=3136, query_prefix="")
-    model = load_sentence_transformer(Path(path), settings).train()
-    to_inputs = inputs_of(model, settings)
+    model = load_sentence_transformer(identify(settings)).train()
+    to_inputs = inputs_of(identify(settings))
     columns: list[list[Any]] = [[pair.query for pair in pairs], [{"page": pair.page} for pair in pairs]]
     features = [model.preprocess(to_inputs(column)) for column in columns]
     loss = InBatchLoss(model, scale=50.0, mini_batch_size=micro)
@@ -78,8 +79,8 @@ def test_cached_gradients_are_those_of_the_whole_batch(tiny_model_path, pairs):
 
 def test_the_loss_is_the_cross_entropy_of_scaled_cosines(tiny_model_path, pairs):
     settings = EncoderSettings(tiny_model_path, min_pixels=784, max_pixels=3136, query_prefix="")
-    model = load_sentence_transformer(Path(tiny_model_path), settings)
-    to_inputs = inputs_of(model, settings)
+    model = load_sentence_transformer(identify(settings))
+    to_inputs = inputs_of(identify(settings))
     queries = torch.tensor(encode(model, [pair.query for pair in pairs], to_inputs, 8))
     pages = torch.tensor(encode(model, [{"page": pair.page} for pair in pairs], to_inputs, 8))
     direct = torch.nn.functional.cross_entropy(50 * queries @ pages.T, torch.arange(8))

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.retrieval.encoders import Encoder
+from recipes.retrieval.encoders import EncoderIdentity
 from recipes.retrieval.store import replace_file, single_writer, writing
 from rsgrpo.errors import InputError
 
@@ -78,7 +78,7 @@ class VectorIndex:
         return cls(folder, manifest)
 
     @classmethod
-    def create(cls, folder: Path, encoder: Encoder, dtype: str = "float16") -> VectorIndex:
+    def create(cls, folder: Path, encoder: EncoderIdentity, dtype: str = "float16") -> VectorIndex:
         """Open an index for writing, or make an empty one.
 
         Raises:
@@ -101,7 +101,7 @@ class VectorIndex:
             index._commit()
         return index
 
-    def require(self, encoder: Encoder) -> None:
+    def require(self, encoder: EncoderIdentity) -> None:
         """Refuse an encoder whose vectors do not compare with those that are here.
 
         Raises:

@@ -10,7 +10,7 @@ from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
     from recipes.answering import Answerer
-    from recipes.retrieval.encoders import Encoder
+    from recipes.retrieval.encoders import Encoder, EncoderSettings
     from recipes.retrieval.retriever import Retriever
 
 SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
@@ -21,6 +21,7 @@ def add_encoder(command: argparse.ArgumentParser) -> None:
     command.add_argument("store", type=Path, metavar="STORE")
     command.add_argument("--model", required=True, help="folder or hub name; of --kind imported the folder of vectors")
     command.add_argument("--kind", choices=("image", "text", "late", "imported"), default="image")
+    command.add_argument("--encode-with", choices=("transformers", "vllm"), default="transformers")
     command.add_argument("--index", type=Path, help="default: STORE/index")
     command.add_argument("--pooling", choices=("weighted_mean", "mean", "last", "cls"), default="")
     command.add_argument("--query-prefix", help="put before every query; default: the model's own, or VisRAG's")
@@ -33,13 +34,20 @@ def add_encoder(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
-def open_encoder(options: argparse.Namespace) -> Encoder:
-    """Return the encoder."""
-    from recipes.retrieval.encoders import EncoderSettings, load_encoder
+def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
+    """Return how the encoder is loaded."""
+    from recipes.retrieval.encoders import EncoderSettings
 
     names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
     names += ["revision", "trust_remote_code"]
-    return load_encoder(EncoderSettings(**{name: getattr(options, name) for name in names}))
+    return EncoderSettings(engine=options.encode_with, **{name: getattr(options, name) for name in names})
+
+
+def open_encoder(options: argparse.Namespace) -> Encoder:
+    """Return the encoder."""
+    from recipes.retrieval.encoders import load_encoder
+
+    return load_encoder(encoder_settings(options))
 
 
 def index_folder(options: argparse.Namespace) -> Path:

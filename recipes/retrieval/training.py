@@ -21,9 +21,10 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from transformers import PrinterCallback, TrainerCallback
 
-from recipes.retrieval.encoders import RETRIEVER_FILE, EncoderSettings, load_sentence_transformer, page_resizer
+from recipes.retrieval.encoders import RETRIEVER_FILE, EncoderSettings, ModelIdentity, identify
 from recipes.retrieval.pairs import Pair
 from recipes.retrieval.search import rank
+from recipes.retrieval.sentence_encoders import load_sentence_transformer
 from rollout.images import decode
 from rsgrpo.console import Console, short
 from rsgrpo.errors import InputError
@@ -114,9 +115,9 @@ def encode(model: Any, items: Sequence[Any], to_inputs: Callable[[Sequence[Any]]
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def inputs_of(model: Any, settings: EncoderSettings) -> Callable[[Sequence[Any]], list[Any]]:
+def inputs_of(identity: ModelIdentity) -> Callable[[Sequence[Any]], list[Any]]:
     """Return what turns queries (str) and pages ({"page": source}) into a model's inputs."""
-    resize, prefix = page_resizer(model, settings), settings.query_prefix or ""
+    resize, prefix = identity.loader.resize, identity.settings.query_prefix or ""
 
     def to_inputs(items: Sequence[Any]) -> list[Any]:
         return [prefix + item if isinstance(item, str) else resize(decode(item["page"])) for item in items]
@@ -152,10 +153,10 @@ def train(
         The metrics on the held-out pairs at the end; empty where there are none.
     """
     torch.manual_seed(config.seed)
-    settings = config.encoder()
-    model = load_sentence_transformer(Path(config.model_folder()), settings)
+    identity = identify(config.encoder())
+    model = load_sentence_transformer(identity)
     model.model_card_data.generate_widget_examples = False  # it would try our pages as its own kind of input
-    to_inputs = inputs_of(model, settings)
+    to_inputs = inputs_of(identity)
     if config.mined_negatives:
         pages = list(dict.fromkeys(pair.page for pair in pairs))
         pages_MD = encode(model, [{"page": page} for page in pages], to_inputs, config.micro_batch_size)
@@ -183,7 +184,7 @@ def train(
     trainer.train(resume_from_checkpoint=newest_checkpoint(out))
     metrics = evaluator(model) if evaluator else {}
     if trainer.is_world_process_zero():
-        save(model, settings, out / "model")
+        save(model, identity.settings, out / "model")
     return metrics
 
 
