@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait must not spin on the cores where another process works.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all test-gpu check format install clean
+.PHONY: demo evisrag-mini test test-all test-gpu check format install clean
 .DELETE_ON_ERROR:
 
 # Each step names the file that its program writes last, so that a step that was stopped is taken up again.
@@ -21,6 +21,12 @@ WARM_START := demo/sft/export/preprocessor_config.json
 
 demo: $(WARM_START)
 	$(BIN)/python -m rsgrpo.train recipe=demo
+
+# EVisRAG's stages in small, from data in its layout to a server; the demo's warm start is taken where it is there.
+# make evisrag-mini ENGINE=hf evaluates and answers with the embedded engine where there is no vLLM.
+ENGINE ?= vllm
+evisrag-mini: | $(DATA_AND_MODEL)
+	$(BIN)/python -m recipes.evisrag_mini --engine $(ENGINE)
 
 $(DATA_AND_MODEL): | $(INSTALLED)
 	$(BIN)/python -m recipes.prepare demo
@@ -61,5 +67,5 @@ $(INSTALLED): setup.py tools/constraints.txt tools/torchvision_cpu_shim.py tools
 	@touch $@
 
 clean:
-	rm -rf demo runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo evisrag-mini runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

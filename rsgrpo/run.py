@@ -32,6 +32,7 @@ from rsgrpo.credit import RewardSet
 from rsgrpo.data import PromptDataset, PromptStream, load_prompts
 from rsgrpo.errors import InputError
 from rsgrpo.gate import choose_prompts, require_gate
+from rsgrpo.guards import GuardBroken, Guards
 from rsgrpo.local import LocalCluster
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector, Lookahead
@@ -163,6 +164,7 @@ class Run:
 
         Raises:
             StopRequested: a signal arrived; the step is recorded and can be saved.
+            GuardBroken: a metric has left its bound (`config.guards`) for too long; the step is saved.
         """
         seconds = sum(self.times.values())
         num_tokens = sum(len(sample.token_ids_T) for group in groups for sample in group.samples)
@@ -182,8 +184,17 @@ class Run:
         self._mark_boundary(step, validated=False)
         self.check_stop()
         self.validate_if_due()
-        if step % self.config.checkpoint.every == 0 or step == self.total_steps:
+        broken = self.guards.check(step, metrics)
+        stops = bool(broken) and self.config.guards.action == "stop"
+        if step % self.config.checkpoint.every == 0 or step == self.total_steps or stops:
             self.save()
+        if stops:
+            raise GuardBroken(
+                f"stopped: {broken}\nThe checkpoint of step {step} is in {self.checkpoints.folder}. See the "
+                f"rollouts: `python -m rsgrpo.report {self.folder}`; to go on all the same, set guards.action=warn"
+            )
+        if broken:
+            self.console.warning(broken)
 
     def check_engines_if_due(self) -> None:
         """Compare the engines with the learner, at the start of a run and every `gate.every` steps.
@@ -324,6 +335,7 @@ class Run:
             resume_step=checkpoint.step if checkpoint else None,
             state=state.get("tracker"),
         )
+        self.guards = Guards(self.config.guards, read_metrics(self.folder))
         self._mark_boundary(checkpoint.step if checkpoint else 0, validated=state.get("validated", False))
 
     def _mark_boundary(self, step: int, *, validated: bool) -> None:
