@@ -16,6 +16,7 @@ from rsgrpo.checks import above, at_least, one_of, require
 from rsgrpo.checks import validate as validate
 from rsgrpo.checks import validate_sft as validate_sft
 from rsgrpo.guards import GuardsConfig as GuardsConfig
+from rsgrpo.guards import check_names
 from rsgrpo.learner_config import AlgorithmConfig as AlgorithmConfig
 from rsgrpo.learner_config import FilterConfig as FilterConfig
 from rsgrpo.learner_config import LearnerConfig as LearnerConfig
@@ -240,6 +241,7 @@ class TrainConfig:
                     re.fullmatch(r"[\w.]+:\w+", function) is not None,
                     f"{key}.{name} must be module:function, for example rewards.evisrag:accuracy; got {function!r}",
                 )
+        check_names(self.guards, self.rewards, self.monitors)
         for name, weight in self.reward_weights.items():
             require(
                 weight > 0,
