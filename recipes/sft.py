@@ -11,6 +11,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rsgrpo.stopping import leave_on_signals
+
+if __name__ == "__main__":
+    leave_on_signals()  # before the imports that take their time
+
 from rollout.config import RolloutConfig
 from rsgrpo import cli
 from rsgrpo.config import AlgorithmConfig, SftConfig, TrainConfig, validate_sft
@@ -26,14 +31,18 @@ STEPS_PER_LINE = 20
 
 
 def sft(config: SftConfig) -> None:
-    """Train one run to its last step, or until a signal asks it to stop; both leave a checkpoint."""
+    """Train one run to its last step.
+
+    Raises:
+        StopRequested: a signal asked it to stop; what it had learnt is in a checkpoint.
+    """
     validate_sft(config)
     # Read once, when torch is loaded: threads that wait must not spin on cores where others work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from recipes.gold_responses import GoldResponses
     from rsgrpo.cluster import Cluster
     from rsgrpo.local import LocalCluster
-    from rsgrpo.run import Run, StopRequested
+    from rsgrpo.run import Run
 
     with Run(
         as_train_config(config),
@@ -47,14 +56,9 @@ def sft(config: SftConfig) -> None:
         held_out, num_left_out = gold.groups(run.val_prompts)
         if num_left_out:
             run.console.warning(f"val/loss leaves out {num_left_out} validation rows without a response to imitate")
-        try:
-            run.validate_if_due()
-            for step in run.steps_left:
-                take_step(run, step, gold, held_out)
-        except StopRequested as stop:
-            run.save()
-            run.console.warning(f"stopped by {stop} after step {run.step}; the same command goes on from there")
-            return
+        run.validate_if_due()
+        for step in run.steps_left:
+            take_step(run, step, gold, held_out)
         run.finish()
         if config.checkpoint.export:
             run.console.info(f"next: python -m rsgrpo.train recipe=... model.path={run.folder / 'export'}")

@@ -30,10 +30,12 @@ from yaml import YAMLError
 
 from rsgrpo.checks import nearest
 from rsgrpo.errors import USER_ERROR, RsgrpoError
+from rsgrpo.stopping import StopRequested
 
 ConfigT = TypeVar("ConfigT")
 
 MAX_NAME_CHARS = 120
+INTERRUPTED = 130
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -42,7 +44,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
 
     Args:
         main: the program. A returned int is the exit code. A raised `RsgrpoError` is printed without a trace; the code
-            is then the error's own. HYDRA_FULL_ERROR=1 in the environment shows the trace.
+            is then the error's own. HYDRA_FULL_ERROR=1 in the environment shows the trace. StopRequested gives 0.
         schema: dataclass with a default for every key.
         config_name: "config" reads `conf/config.yaml`, any other NAME `conf/NAME/config.yaml`.
     """
@@ -61,7 +63,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     def fail(error: Exception, code: int) -> NoReturn:
         if full_trace:
             raise error
-        print(f"error: {explain(error, schema, config_name)}", file=sys.stderr)
+        print(f"error: {explain(error, schema, config_name, sys.argv[1:])}", file=sys.stderr)
         sys.exit(code)
 
     def task(node: DictConfig) -> None:
@@ -73,6 +75,13 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         started = True
         try:
             exit_code = main(config)
+        except StopRequested:  # the program has said so; exit handlers would wait for what the signal took as well
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
+        except KeyboardInterrupt:
+            print("stopped at once", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except RsgrpoError as error:
             fail(error, error.exit_code)
         if exit_code:
@@ -118,8 +127,8 @@ def compose(schema: type[ConfigT], config_name: str = "config", overrides: typin
         return typing.cast(ConfigT, OmegaConf.to_object(node))
 
 
-def explain(error: Exception, schema: type, config_name: str = "config") -> str:
-    """Return one message that names the key, the value and the nearest valid one."""
+def explain(error: Exception, schema: type, config_name: str = "config", arguments: typing.Sequence[str] = ()) -> str:
+    """Return one message that names the key, as `arguments` write it, the value and the nearest valid one."""
     text = str(error).strip()
     if isinstance(error, RsgrpoError):
         return text
@@ -138,14 +147,19 @@ def explain(error: Exception, schema: type, config_name: str = "config") -> str:
             f"{group} is missing: choose one, for example {group}={_easiest(options)} (there are {', '.join(options)})"
         )
     cause = _omegaconf_cause(error)
-    return text if cause is None else _explain_key(cause, text, schema, config_name)
+    return text if cause is None else _explain_key(cause, text, schema, config_name, arguments)
 
 
-def _explain_key(cause: OmegaConfBaseException, text: str, schema: type, config_name: str) -> str:
-    key = str(cause.full_key or cause.key or "")
+def _explain_key(
+    cause: OmegaConfBaseException, text: str, schema: type, config_name: str, arguments: typing.Sequence[str]
+) -> str:
+    found = str(cause.full_key or cause.key or "")
+    # Of an unknown a.b.c the error may name only a, or take a for a value.
+    written = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
+    key = next((name for name in written if name.startswith(f"{found}.")), found)
     source = re.match(r"In '([^']+)'", text)
     where = f" (in {source[1]}.yaml)" if source and "_schema_" not in source[1] else ""
-    if isinstance(cause, ValidationError):
+    if isinstance(cause, ValidationError) and key == found:
         first_line = str(cause).strip().splitlines()[0]
         wrong = re.match(r"Value (.+) of type '\w+' could not be converted to (\w+)", first_line)
         if wrong and wrong[2] in KINDS:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -26,6 +27,7 @@ from rsgrpo.config import TrainConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.gate import Check, check_gate, tolerance_of
 from rsgrpo.placement import place
+from rsgrpo.stopping import kept_handlers
 from rsgrpo.types import ScoredGroup, TrainGroup
 from rsgrpo.workers import LearnerWorker, RewardWorker
 
@@ -33,6 +35,12 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """How often a wait looks up: for a request to stop, for a worker that died."""
+
+CLOSE_TIMEOUT_S = 10.0
+"""The longest that workers may take to end after a signal."""
+
+ORPHANED_S = 1.0
+"""How much longer they may take once Ray itself is gone."""
 
 WORKER_ENV = {
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
@@ -111,6 +119,19 @@ def describe_failure(role: str, rank: int, what: str, error: BaseException) -> s
     return f"{role} {rank} failed in {what}: {type(cause).__name__}\n{str(error).strip()}"
 
 
+def _without_ray(address: str, error: Exception) -> RsgrpoError:
+    reason = f"{type(error).__name__}: {str(error).strip()}"
+    if address:
+        return RsgrpoError(f"cluster.address={address}: no cluster to join ({reason}); `ray start` it on every node first")
+    return RsgrpoError(f"Ray does not start on this machine ({reason}); `python -m rsgrpo.doctor` looks why")
+
+
+def _ray_runs_here() -> bool:
+    """Whether the daemon of a Ray that this process started is alive."""
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return any(child.name().startswith("raylet") for child in children)
+
+
 class Cluster:
     """Everything that runs beside the driver: engines, learner ranks, reference ranks, reward workers."""
 
@@ -143,17 +164,20 @@ class Cluster:
         if not self._owns_ray:  # a notebook, or a sweep, that has connected already
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if cluster.address:
-            ray.init(address=cluster.address, namespace="rsgrpo", configure_logging=False)
-            return
-        # Nothing outside this machine connects to a cluster that lives as long as this process.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            num_cpus=cluster.num_cpus or os.cpu_count(),
-            include_dashboard=False,
-            object_store_memory=cluster.object_store_mb << 20,
-            configure_logging=False,
-        )
+        if not cluster.address:
+            # Nothing outside this machine connects to a cluster that lives as long as this process.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        own = {
+            "num_cpus": cluster.num_cpus or os.cpu_count(),
+            "include_dashboard": False,
+            "object_store_memory": cluster.object_store_mb << 20,
+        }
+        joined = {"address": cluster.address, "namespace": "rsgrpo"}
+        try:
+            with kept_handlers():
+                ray.init(configure_logging=False, **(joined if cluster.address else own))
+        except Exception as error:  # Ray has no class of its own for this
+            raise _without_ray(cluster.address, error) from error
 
     def _start(self, total_steps: int, run_dir: Path) -> None:
         config, started = self.config, time.monotonic()
@@ -385,8 +409,25 @@ class Cluster:
         memory["rollout"] = sum(state["rss_mb"] for state in self.rollouts.ping())
         return memory
 
-    def close(self) -> None:
-        """Stop all workers and leave (or end) the Ray cluster."""
+    def close(self, *, hurry: bool = False) -> None:
+        """Stop all workers and leave (or end) the Ray cluster.
+
+        hurry: after a signal, which may have gone to the whole process group and so to Ray itself: give up where Ray is
+            gone. It would be looked for for a minute.
+        """
+        if not hurry:
+            self._close()
+            return
+        closing = threading.Thread(target=self._close, daemon=True, name="leave Ray")
+        closing.start()
+        give_up = time.monotonic() + CLOSE_TIMEOUT_S
+        while closing.is_alive() and time.monotonic() < give_up:
+            closing.join(POLL_S)
+            if self._owns_ray and not _ray_runs_here():
+                closing.join(ORPHANED_S)
+                return
+
+    def _close(self) -> None:
         if not ray.is_initialized():
             return
         if self._pool is not None:

@@ -6,12 +6,15 @@ Owns what is in it; the checkpoint as a whole (names, atomic rename, retention) 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from rsgrpo.model import Policy
@@ -25,24 +28,38 @@ _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _COUNTERS = ("step", "updates", "bad_steps")
 
 
+@contextmanager
+def _told_apart(what: str) -> Iterator[None]:
+    """Turn torch's failure of a collective, which is no Exception, into one that names each rank's cause."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [f"rank {rank}: {type(cause).__name__}: {cause}" for rank, (cause, _) in error.failures.items()]
+        raise RsgrpoError(f"{what}: {'; '.join(causes)}") from None
+
+
 def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
     """Write trained weights, optimiser, counters and every rank's random state into `folder`. Collective.
 
     Raises:
-        RsgrpoError: the folder holds a learner's state already.
+        RsgrpoError: the folder holds a learner's state already, or could not be written.
     """
     if (folder / ".metadata").exists():
         raise RsgrpoError(f"{folder} holds a learner's state already; save into a new folder")
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     state[f"random_{dist.get_rank()}"] = _random_state()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=False))
+    with _told_apart(f"{folder} could not be written"):
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=False))
 
 
 def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int) -> None:
     """Read what `save_state` wrote. Collective.
 
     A rank that the writing run did not have draws its random state from the seed and the step.
+
+    Raises:
+        RsgrpoError: the folder could not be read.
     """
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
@@ -51,7 +68,8 @@ def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int)
     has_random_state = any(name.startswith(f"{key}.") for name in written)
     if has_random_state:
         state[key] = _random_state()
-    dcp.load(state, checkpoint_id=folder)
+    with _told_apart(f"{folder} could not be read"):
+        dcp.load(state, checkpoint_id=folder)
     set_state_dict(
         policy,
         optimizer.adamw,

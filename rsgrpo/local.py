@@ -98,8 +98,8 @@ class LocalCluster:
         """Resident memory of this process, which plays all roles, in MiB."""
         return {"process": psutil.Process().memory_info().rss / 2**20}
 
-    def close(self) -> None:
-        """Free the engine."""
+    def close(self, *, hurry: bool = False) -> None:
+        """Free the engine; `hurry` changes nothing, since no other process is to be waited for."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None

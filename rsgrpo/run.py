@@ -8,21 +8,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import yaml
 
 from rollout.inputs import InputProcessor, InputsError
 from rollout.types import SamplingParams
+from rsgrpo.checked_images import CHECKED_FILE, CheckedImages
 from rsgrpo.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.checks import require_found
 from rsgrpo.cluster import Cluster, WorkerFailed
@@ -36,22 +33,19 @@ from rsgrpo.guards import GuardBroken, Guards
 from rsgrpo.local import LocalCluster
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector, Lookahead
+from rsgrpo.stopping import StopRequested, StopSignals
 from rsgrpo.tracking import Tracker, read_metrics
 from rsgrpo.types import ScoredGroup, TrainGroup
 from rsgrpo.validation import validate_policy, validation_modes
 
 log = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT_S = 10.0
-"""The longest that workers may take to end after a signal."""
-
-
-class StopRequested(Exception):
-    """SIGTERM or SIGINT arrived; the run is to write a checkpoint and end."""
-
 
 class Run:
-    """Everything that `train` works with. Use as a context manager: leaving it stops the workers, whatever happened."""
+    """Everything that `train` works with. Use as a context manager: leaving it stops the workers, whatever happened.
+
+    A signal that asks the run to stop leaves it with a checkpoint and StopRequested (`rsgrpo.stopping`).
+    """
 
     def __init__(
         self,
@@ -69,7 +63,7 @@ class Run:
             line_every: steps between lines on the console.
 
         Raises:
-            InputError: data, model, rewards or cluster cannot work; nothing has been written then.
+            InputError: data, model, rewards or cluster cannot work; no run folder has been written then.
         """
         self.config = config
         self.settings = settings or dataclasses.asdict(config)
@@ -79,8 +73,16 @@ class Run:
         self.console = Console()
         self.times: dict[str, float] = {}
         self._checked = False
-        self.stop_signal: signal.Signals | None = None
         self.tracker: Tracker
+        self.stop = StopSignals()
+        with ExitStack() as leaving:
+            leaving.callback(self.console.close)
+            leaving.callback(self.stop.close)
+            self._start(start_cluster, leaving)
+            self._leaving = leaving.pop_all()
+
+    def _start(self, start_cluster: Callable[..., Cluster | LocalCluster], leaving: ExitStack) -> None:
+        config = self.config
         RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
         self.train_prompts, self.val_prompts = self._load_data()
         self.stream = PromptStream(self.train_prompts, seed=config.seed, shuffle=config.data.shuffle)
@@ -94,50 +96,37 @@ class Run:
         self.console.info(f"starting the workers; the run is in {self.folder}")
         with self.console.phase("starting workers"):
             self.cluster = start_cluster(
-                config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.check_stop
+                config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.stop.check
             )
-        self._install_signal_handlers()  # after Ray has started, which sets its own
-        try:
-            self.collector = Collector(
-                self.cluster.sample_and_score, self.stream.next, self._train_sampling(), config.algorithm.filter
-            )
-            self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step)
-            self._resume(newest)
-            self.cluster.sync_weights(self.step)
-        except BaseException:
-            self._leave(exit_code=1)
-            raise
+        self.stop.listen()
+        leaving.callback(lambda: self.cluster.close(hurry=self.stop.requested is not None))
+        self.collector = Collector(
+            self.cluster.sample_and_score, self.stream.next, self._train_sampling(), config.algorithm.filter
+        )
+        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step)
+        self._resume(newest)
+        leaving.callback(self.tracker.close)
+        self.cluster.sync_weights(self.step)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Stop the workers and close the trackers; say of a failed worker when it failed and what goes on."""
-        self.tracker.close()
-        self._leave(exit_code=0 if error is None else 1)
+        """Stop the workers and close the trackers; save a run that was stopped.
+
+        Raises:
+            WorkerFailed: a worker failed; the text says when it did and what goes on.
+        """
+        with self._leaving:
+            if isinstance(error, StopRequested):
+                self.save()
+                self.console.warning(f"stopped by {error} after step {self.step}; the same command goes on from there")
         if isinstance(error, WorkerFailed):
             newest = self.checkpoints.newest()
             where = f"step {newest.step}" if newest else "the beginning"
             raise WorkerFailed(
                 f"step {self.step + 1}: {error}\nThe same command goes on from {where} once the cause is mended."
             ) from None
-
-    def _leave(self, *, exit_code: int) -> None:
-        for name, handler in self._old_handlers.items():
-            signal.signal(name, handler)
-        self.console.close()
-        if self.stop_signal is None:
-            self.cluster.close()
-            return
-        # A signal to the whole process group has taken Ray's daemons too; Ray would look for them for a minute and then
-        # end this process with an error, though everything is on disk.
-        leaving = threading.Thread(target=self.cluster.close, daemon=True, name="leave Ray")
-        leaving.start()
-        leaving.join(CLOSE_TIMEOUT_S)
-        if leaving.is_alive():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(exit_code)
 
     @property
     def steps_left(self) -> range:
@@ -182,7 +171,7 @@ class Run:
         if step % self.line_every == 0 or step == self.total_steps:
             self.console.step_line(step, self.total_steps, metrics)
         self._mark_boundary(step, validated=False)
-        self.check_stop()
+        self.stop.check()
         self.validate_if_due()
         broken = self.guards.check(step, metrics)
         stops = bool(broken) and self.config.guards.action == "stop"
@@ -265,11 +254,6 @@ class Run:
             lines["report"] = str(write_report(self.folder))
         self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
-    def check_stop(self) -> None:
-        """Raise StopRequested once a signal has arrived; what samples ahead of the learner is left to finish."""
-        if self.stop_signal is not None and threading.current_thread() is threading.main_thread():
-            raise StopRequested(self.stop_signal.name)
-
     def _load_data(self) -> tuple[PromptDataset, list]:
         config = self.config
         require_found("model.path", config.model.path)
@@ -285,14 +269,22 @@ class Run:
             )
         except InputsError as error:
             raise InputError(str(error)) from error
-        with self.console.phase("checking training rows") as bar:
-            train_set = load_prompts(config.data.train, config.data, config.prompt, processor, progress=bar.update)
-        if not config.data.val or not (config.validation.every or config.validation.at_start):
-            return train_set, []
-        with self.console.phase("checking validation rows") as bar:
-            val_set = load_prompts(config.data.val, config.data, config.prompt, processor, progress=bar.update)
-        num_prompts = min(config.validation.max_prompts or len(val_set), len(val_set))
-        return train_set, [val_set[index] for index in range(num_prompts)]
+        checked = CheckedImages(Path(config.output_dir) / CHECKED_FILE)
+
+        def load(kind: str, source: str) -> PromptDataset:
+            with self.console.phase(f"checking {kind} rows") as bar:
+                return load_prompts(source, config.data, config.prompt, processor, checked=checked, progress=bar.update)
+
+        validates = config.validation.every or config.validation.at_start
+        try:
+            train_set = load("training", config.data.train)
+            val_set = list(load("validation", config.data.val)) if config.data.val and validates else []
+        finally:
+            checked.save()
+        self.console.info(
+            f"page images: {checked.num_decoded} decoded, {checked.num_known} unchanged since a start before"
+        )
+        return train_set, val_set[: config.validation.max_prompts or None]
 
     def _train_sampling(self) -> SamplingParams:
         rollout = self.config.rollout
@@ -352,14 +344,6 @@ class Run:
         before = yaml.safe_load((self.folder / "config.yaml").read_text())
         for key, (old, new) in _differences(before, _plain(config)).items():
             self.console.warning(f"{key} was {old!r} when this run began and is {new!r} now")
-
-    def _install_signal_handlers(self) -> None:
-        def request_stop(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None:  # asked twice: stop at once
-                raise KeyboardInterrupt
-            self.stop_signal = signal.Signals(number)
-
-        self._old_handlers = {name: signal.signal(name, request_stop) for name in (signal.SIGTERM, signal.SIGINT)}
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rsgrpo.stopping import leave_on_signals
+
+if __name__ == "__main__":
+    leave_on_signals()  # before the imports that take their time
+
 import numpy as np
 
 from rsgrpo import cli
@@ -24,21 +29,20 @@ if TYPE_CHECKING:
 
 
 def train(config: TrainConfig) -> None:
-    """Train one run to its last step, or until a signal asks it to stop; both leave a checkpoint."""
+    """Train one run to its last step.
+
+    Raises:
+        StopRequested: a signal asked it to stop; what it had learnt is in a checkpoint.
+    """
     validate(config)
-    from rsgrpo.run import Run, StopRequested  # loads torch: after the configuration has been checked
+    from rsgrpo.run import Run  # loads torch: after the configuration has been checked
 
     with Run(config) as run:
-        try:
+        run.check_engines_if_due()
+        run.validate_if_due()
+        for step in run.steps_left:
+            take_step(run, step)
             run.check_engines_if_due()
-            run.validate_if_due()
-            for step in run.steps_left:
-                take_step(run, step)
-                run.check_engines_if_due()
-        except StopRequested as stop:
-            run.save()
-            run.console.warning(f"stopped by {stop} after step {run.step}; the same command goes on from there")
-            return
         run.finish()
         if not {"-m", "--multirun"} & set(sys.argv):
             run.console.summary("next", next_commands(run.folder, sys.argv[1:]))

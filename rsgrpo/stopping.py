@@ -1,0 +1,98 @@
+"""SIGTERM and SIGINT: what they do while a program starts, and once a run is under way.
+
+Knows nothing of runs: who holds a `StopSignals` says when it may be left and what is to be saved.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequested(Exception):
+    """A signal asked the run to end; the text is its name."""
+
+
+def leave_on_signals() -> None:
+    """End this process with one line and 0 as soon as a signal comes; for a program's first lines.
+
+    There is nothing to save until a `StopSignals` takes over. A thread leaves, since the main thread may sit in foreign
+    code, for half a minute where the signal went to the whole process group and took the daemons that Ray waits for.
+    Ray ends what it has started when this process is gone.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    for number in SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(theirs.fileno())
+
+    def watch() -> None:
+        while (number := ours.recv(1)[0]) not in SIGNALS:
+            pass
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # bars hide it
+        name = signal.Signals(number).name
+        line = f"{show_cursor}stopped by {name} before the first step; start the same command again\n"
+        os.write(sys.stderr.fileno(), line.encode())
+        theirs.close()
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="leave on signals").start()
+
+
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Put the signal handlers of now back afterwards: Ray sets its own in every process that connects to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class StopSignals:
+    """Remembers the first SIGTERM or SIGINT between `listen` and `close`; a second one raises KeyboardInterrupt.
+
+    requested: the signal that came; None as long as none did.
+    """
+
+    def __init__(self) -> None:
+        """Leave signals as they are until `listen`."""
+        self.requested: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """Begin to answer; outside the main thread, where Python takes no signals, there is nothing to answer."""
+        if threading.current_thread() is threading.main_thread():
+            self._wakeup_fd = signal.set_wakeup_fd(-1)
+            self._handlers = {number: signal.signal(number, self._answer) for number in SIGNALS}
+
+    def check(self) -> None:
+        """Raise StopRequested once a signal has come; in other threads do nothing, so that their work is finished."""
+        if self.requested is not None and threading.current_thread() is threading.main_thread():
+            raise StopRequested(self.requested.name)
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        if self._handlers:
+            signal.set_wakeup_fd(self._wakeup_fd)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number)
