@@ -56,7 +56,7 @@ setup(
         ],
         "app": ["gradio>=6.31,<7"],
         "ocr": ["pytesseract>=0.3.13,<0.4"],
-        "demo": ["scikit-learn>=1.5,<2"],
+        "demo": ["scikit-learn>=1.5,<2", "easy-vqa>=1,<2"],
         "dev": ["pytest>=8.3,<10", "hypothesis>=6.115,<7", "ruff>=0.15,<0.18", "mypy>=1.18,<3", "playwright>=1.50,<2"],
     },
 )

@@ -1,4 +1,4 @@
-"""Compose handwritten pages of a form and questions about them. Knows nothing of files, tokenizers or training.
+"""Compose handwritten pages of a form and questions about them. Knows nothing of rows, tokenizers or training.
 
 The handwriting is real: scikit-learn's copy of the UCI optdigits scans (8 x 8 grey levels, 43 writers). A page shows
 a code digit and an amount digit side by side; an item is two to four pages and a question about one of them.
@@ -6,13 +6,18 @@ a code digit and an amount digit side by side; an item is two to four pages and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
+
+FormLevel = Literal["easy", "lookup"]
+Split = Literal["train", "val"]
 
 NO_EVIDENCE = "no relevant information"
 INSUFFICIENT = "insufficient to answer"
@@ -22,8 +27,8 @@ FIRST_VALIDATION_SCAN = 1400  # scans before it are for training, the others for
 MIN_PAGES, MAX_PAGES = 2, 4
 UNANSWERABLE_SHARE = 0.15
 
-Level = Literal["easy", "lookup"]
-Split = Literal["train", "val"]
+PAGES_PER_PAIR: dict[Split, int] = {"train": 30, "val": 4}  # distinct pages for each (code, amount)
+TEACHING_COPIES = 2  # of each training page, when the tower learns to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,22 @@ class Page:
     amount: int
     code_scan: int
     amount_scan: int
+
+
+class Asked(Protocol):
+    """What a prompt is written from: an item of any job."""
+
+    @property
+    def pages(self) -> tuple[int, ...]:
+        """Positions in the pool that the item was drawn from."""
+
+    @property
+    def question(self) -> str:
+        """The question, with the page it is about."""
+
+    @property
+    def relevant(self) -> int | None:
+        """Position of the page that answers; None when no page does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +129,7 @@ def draw_pool(scans: Scans, split: Split, pages_per_pair: int, rng: Random) -> l
     return pool
 
 
-def draw_item(pool: Sequence[Page], level: Level, rng: Random) -> Item:
+def draw_item(pool: Sequence[Page], level: FormLevel, rng: Random) -> Item:
     """Draw two to four pages with different codes, and a question that one of them answers, or none.
 
     pool: pages as `draw_pool` orders them.
@@ -150,20 +171,24 @@ def teacher_reading(item: Item, noise: float, rng: Random) -> Reading:
     return Reading(item.codes, amounts, chosen)
 
 
-def prompt_text(item: Item) -> str:
-    """Return the user message: the numbered pages, each an `<image>`, then the question."""
-    pages = "".join(f"[{number}]<image>" for number in range(1, len(item.pages) + 1))
-    return pages + item.question
+def prompt_text(item: Asked) -> str:
+    """Return the user message, as conf/prompt/demo.yaml has it."""
+    from rsgrpo.prompts import render_template
+
+    return render_template(_template(), item.question, len(item.pages))
+
+
+@functools.cache
+def _template() -> str:
+    from recipes.questions import named_prompt
+    from rsgrpo.prompts import read_template
+
+    return read_template(named_prompt("demo"))
 
 
 def gold_text(reading: Reading) -> str:
     """Return the evidence and answer blocks, which rewards compare with."""
-    slots = "\n".join(
-        f"[{page + 1}]: " + (f"code {code} amount {amount}" if page == reading.chosen else NO_EVIDENCE)
-        for page, (code, amount) in enumerate(zip(reading.codes, reading.amounts, strict=True))
-    )
-    answer = INSUFFICIENT if reading.chosen is None else str(reading.amounts[reading.chosen])
-    return f"<evidence>\n{slots}\n</evidence>\n<answer>{answer}</answer>"
+    return gold_blocks(_facts(reading), reading.chosen, _answer(reading))
 
 
 def response_text(reading: Reading) -> str:
@@ -171,7 +196,72 @@ def response_text(reading: Reading) -> str:
 
     The observe block lists code and amount of every page in order, and cites no index.
     """
-    observed = ", ".join(f"{code} {amount}" for code, amount in zip(reading.codes, reading.amounts, strict=True))
-    thought = "no page has it" if reading.chosen is None else f"page {reading.chosen + 1} has it"
-    evidence, answer = gold_text(reading).split("\n<answer>")
-    return f"<observe>{observed}</observe>\n{evidence}\n<think>{thought}</think>\n<answer>{answer}"
+    observed = [f"{code} {amount}" for code, amount in zip(reading.codes, reading.amounts, strict=True)]
+    return whole_response(observed, _facts(reading), reading.chosen, _answer(reading))
+
+
+def gold_blocks(facts: Sequence[str], chosen: int | None, answer: str) -> str:
+    """Return evidence and answer of somebody who answers from page `chosen`; None abstains, whatever `answer` is.
+
+    facts: what each page shows.
+    """
+    slots = "\n".join(f"[{page + 1}]: {fact if page == chosen else NO_EVIDENCE}" for page, fact in enumerate(facts))
+    return f"<evidence>\n{slots}\n</evidence>\n<answer>{INSUFFICIENT if chosen is None else answer}</answer>"
+
+
+def whole_response(observed: Sequence[str], facts: Sequence[str], chosen: int | None, answer: str) -> str:
+    """Return all four blocks; observed: what the observe block says of each page."""
+    thought = "no page has it" if chosen is None else f"page {chosen + 1} has it"
+    evidence, rest = gold_blocks(facts, chosen, answer).split("\n<answer>")
+    return f"<observe>{', '.join(observed)}</observe>\n{evidence}\n<think>{thought}</think>\n<answer>{rest}"
+
+
+def _facts(reading: Reading) -> list[str]:
+    return [f"code {code} amount {amount}" for code, amount in zip(reading.codes, reading.amounts, strict=True)]
+
+
+def _answer(reading: Reading) -> str:
+    return "" if reading.chosen is None else str(reading.amounts[reading.chosen])
+
+
+class FormJob:
+    """The demo's job at the levels easy and lookup; see `recipes.demo_data.Job`."""
+
+    tower_fact, tower_words = "digit_accuracy", "held-out pages' digits"
+    num_labels = 10
+
+    def __init__(self, level: FormLevel, seed: int) -> None:
+        self._level = level
+        self._seed = seed
+        self._scans = Scans()
+        self._pools = {
+            split: draw_pool(self._scans, split, per_pair, Random(f"{seed}/pages/{split}"))
+            for split, per_pair in PAGES_PER_PAIR.items()
+        }
+
+    def draw(self, split: Split, rng: Random) -> Item:
+        """Draw an item."""
+        return draw_item(self._pools[split], self._level, rng)
+
+    def gold(self, item: Item) -> str:
+        """Return the right evidence and answer."""
+        return gold_text(true_reading(item))
+
+    def response(self, item: Item) -> str:
+        """Return the whole right response."""
+        return response_text(true_reading(item))
+
+    def teacher_response(self, item: Item, noise: float, rng: Random) -> str:
+        """Return the whole response of a teacher who errs."""
+        return response_text(teacher_reading(item, noise, rng))
+
+    def save_page(self, split: Split, page: int, path: Path) -> None:
+        """Write a page's image file."""
+        self._scans.render(self._pools[split][page]).save(path)
+
+    def lessons(self, split: Split) -> tuple[list[Image.Image], list[list[int]]]:
+        """Return pages and their two digits; those for training several times, each with its digits moved about."""
+        train = split == "train"
+        jitter = Random(f"{self._seed}/jitter") if train else None
+        pool = (TEACHING_COPIES if train else 1) * self._pools[split]
+        return [self._scans.render(page, jitter) for page in pool], [[page.code, page.amount] for page in pool]

@@ -148,7 +148,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("question", nargs="?", help="one question; without it (and without --batch) a conversation")
     what = top.add_argument_group("what is asked")
-    what.add_argument("--image", nargs="+", action="extend", default=[], help="the pages, in order")
+    what.add_argument("--question", dest="named_question", help="the same as QUESTION, by name")
+    what.add_argument("--image", "--images", nargs="+", action="extend", default=[], help="the pages, in order")
     what.add_argument("--batch", metavar="FILE", help="rows with id, question (or query) and image: see docs/data.md")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
     what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
@@ -273,7 +274,11 @@ def answer(options: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    options = parser().parse_args(argv)
+    top = parser()
+    options = top.parse_args(argv)
+    if options.question and options.named_question:
+        top.error("the question is given twice: as QUESTION and as --question")
+    options.question = options.question or options.named_question
     try:
         return answer(options)
     except (RsgrpoError, ConfigError) as error:

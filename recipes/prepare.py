@@ -1,45 +1,32 @@
 """Make, check or convert the files that runs read: `python -m recipes.prepare demo` writes the demo's data and model.
 
-Owns the command line, the demo's layout on disk and that its folders are either whole or absent. What a page looks like
-is `recipes.forms`, what the model is made of `recipes.tiny_model`, other people's files are `recipes.layouts`.
+Owns the command line and the demo's settings. What is asked is in `recipes.forms` and `recipes.shapes`, how rows are
+written in `recipes.demo_data`, what the model is made of in `recipes.tiny_model`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
+from typing import Any, Literal
 
-from recipes.forms import (
-    Item,
-    Level,
-    Page,
-    Scans,
-    Split,
-    draw_item,
-    draw_pool,
-    gold_text,
-    prompt_text,
-    response_text,
-    teacher_reading,
-    true_reading,
-)
+from recipes.demo_data import Job, corpus, write_rows_and_pages
+from recipes.forms import FormJob, Split
 from recipes.prepare_files import COMMANDS, add_file_commands
+from recipes.shapes import ShapeJob
 from recipes.whole_folder import is_whole, make_folder
 from rollout.config import ConfigError
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
 
-PAGES_PER_PAIR: dict[Split, int] = {"train": 30, "val": 4}  # distinct pages for each (code, amount)
-TEACHING_COPIES = 2  # of each training page, each with its digits moved about, when the tower learns to read
+Level = Literal["easy", "lookup", "easy_vqa"]
+JOBS: dict[Level, type[FormJob | ShapeJob]] = {"easy": FormJob, "lookup": FormJob, "easy_vqa": ShapeJob}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +34,8 @@ class DemoSettings:
     """What decides every byte of the demo's data and model.
 
     sft_items, train_items, val_items: rows of sft.jsonl, train.jsonl and val.jsonl.
-    noise: how often the teacher of sft.jsonl misreads an amount; see `recipes.forms.teacher_reading`.
-    vision_steps: optimiser steps in which the vision tower learns to read digits.
+    noise: how often the teacher of sft.jsonl misreads; see `recipes.forms.teacher_reading`.
+    vision_steps: optimiser steps in which the vision tower learns to read pages.
     """
 
     sft_items: int = 8000
@@ -74,7 +61,7 @@ def prepare_demo(settings: DemoSettings, out: Path, *, force: bool, console: Con
         InputError: a folder is there from other settings, or from something else, and `force` is not given.
     """
     started = time.monotonic()
-    wanted = asdict(settings)
+    wanted, job = asdict(settings), JOBS[settings.level]
     data, model = out / "data", out / "model"
     for folder in (data, model):  # refuse before writing anything
         is_whole(folder, wanted, force=force)
@@ -90,129 +77,73 @@ def prepare_demo(settings: DemoSettings, out: Path, *, force: bool, console: Con
             ("pages", f"{data_facts['train_pages']} for training, {data_facts['val_pages']} held out"),
             ("model", f"{model} ({model_facts['state']})"),
             ("size", f"{model_facts['parameters'] / 1e6:.2f} M parameters, {model_facts['tokens']} tokens"),
-            (
-                "digits read",
-                f"{model_facts['digit_accuracy']:.1%} of held-out pages' digits, by the vision tower",
-            ),
+            ("read rightly", f"{model_facts[job.tower_fact]:.1%} of {job.tower_words}, by the vision tower"),
             ("time", f"{time.monotonic() - started:.0f} s"),
-            ("next", "python -m recipes.sft recipe=sft_demo"),
+            *next_commands(out),
         ],
     )
 
 
+def next_commands(out: Path) -> list[tuple[str, str]]:
+    """Return the commands that train on what is in `out`."""
+    sft, train = "python -m recipes.sft recipe=sft_demo", "python -m rsgrpo.train recipe=demo"
+    if out != Path("demo"):
+        data = f"data.val={out}/data/val.jsonl"
+        sft += f" output_dir={out} model.path={out}/model data.train={out}/data/sft.jsonl {data}"
+        train += f" name={out.name} model.path={out}/sft/export data.train={out}/data/train.jsonl {data}"
+    return [("next", sft), ("then", train)]
+
+
+def job_of(settings: DemoSettings) -> Job:
+    """Return what the demo's model is asked to do."""
+    return ShapeJob() if settings.level == "easy_vqa" else FormJob(settings.level, settings.seed)
+
+
 def write_demo_data(settings: DemoSettings, folder: Path, console: Console) -> dict[str, Any]:
     """Write pages and rows into a folder in the layout of EVisRAG-Train; return counts."""
-    scans = Scans()
-    pools: dict[Split, list[Page]] = {
-        split: draw_pool(scans, split, per_pair, Random(f"{settings.seed}/pages/{split}"))
-        for split, per_pair in PAGES_PER_PAIR.items()
-    }
-    files: list[tuple[str, Split, int]] = [
-        ("sft", "train", settings.sft_items),
-        ("train", "train", settings.train_items),
-        ("val", "val", settings.val_items),
-    ]
-    used: dict[Split, set[int]] = {"train": set(), "val": set()}
-    with console.phase("rows", total=sum(count for _, _, count in files)) as bar:
-        for name, split, count in files:
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for item_id, item, answer in draw_rows(settings, name, pools[split], count):
-                    used[split].update(item.pages)
-                    file.write(json.dumps(row_of(item_id, item, answer, split)) + "\n")
-                    bar.advance()
-    (folder / "images").mkdir()
-    with console.phase("pages", total=sum(map(len, used.values()))) as bar:
-        for split, positions in used.items():
-            for position in sorted(positions):
-                scans.render(pools[split][position]).save(folder / image_path(split, position))
-                bar.advance()
-    return {name: count for name, _, count in files} | {f"{split}_pages": len(used[split]) for split in used}
-
-
-def draw_rows(settings: DemoSettings, name: str, pool: Sequence[Page], count: int) -> Iterator[tuple[str, Item, str]]:
-    """Yield (id, item, answer column) of one file.
-
-    sft: whole responses of the erring teacher. train: the right evidence and answer. val: whole right responses.
-    """
-    items, teacher = Random(f"{settings.seed}/items/{name}"), Random(f"{settings.seed}/teacher/{name}")
-    for number in range(count):
-        item = draw_item(pool, settings.level, items)
-        if name == "train":  # rewards compare with the gold; a whole response is what supervised steps imitate
-            answer = gold_text(true_reading(item))
-        else:
-            answer = response_text(
-                teacher_reading(item, settings.noise, teacher) if name == "sft" else true_reading(item)
-            )
-        yield f"{name}-{number:05d}", item, answer
-
-
-def row_of(item_id: str, item: Item, answer: str, split: Split) -> dict[str, Any]:
-    """Return one row with the columns of EVisRAG-Train."""
-    row = {
-        "id": item_id,
-        "question": item.question,
-        "prompt": prompt_text(item),
-        "answer": answer,
-        "image": [image_path(split, position) for position in item.pages],
-    }
-    return row if item.relevant is None else {**row, "page": item.relevant + 1}
-
-
-def image_path(split: Split, position: int) -> str:
-    """Return a page's path relative to the data folder."""
-    return f"images/{split}-{position:04d}.png"
+    counts = {"sft": settings.sft_items, "train": settings.train_items, "val": settings.val_items}
+    return write_rows_and_pages(
+        job_of(settings), folder, counts, seed=settings.seed, noise=settings.noise, console=console
+    )
 
 
 def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: Console) -> dict[str, Any]:
-    """Make the tokenizer from the training rows and the model from random weights, teach its tower to read digits."""
+    """Make the tokenizer from the training rows and the model from random weights, teach its tower to read."""
     import torch
     import transformers
     from transformers import Qwen2VLImageProcessor
 
-    from recipes.teach_vision import digit_accuracy, page_pixels, teach_digits
+    from recipes.teach_vision import page_pixels, reading_accuracy, teach_to_read
     from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
 
     transformers.utils.logging.disable_progress_bar()  # it would tear the console's own bars
     with console.phase("tokenizer"):
         tokenizer = train_tokenizer(corpus(data))
         model = build_model(tokenizer, seed=settings.seed)
-    scans = Scans()
+    job = job_of(settings)
     processor = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 64)
 
-    def shown(split: Split, copies: int, jitter: Random | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pool = copies * draw_pool(scans, split, PAGES_PER_PAIR[split], Random(f"{settings.seed}/pages/{split}"))
-        pixels, grid = page_pixels(processor, [scans.render(page, jitter) for page in pool])
-        return pixels, torch.tensor([[page.code, page.amount] for page in pool]), grid
+    def lessons(split: Split) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pages, labels = job.lessons(split)
+        pixels, grid = page_pixels(processor, pages)
+        return pixels, torch.tensor(labels), grid
 
     with console.phase("vision tower", total=settings.vision_steps) as bar:
-        pixels, digits, grid = shown("train", TEACHING_COPIES, Random(f"{settings.seed}/jitter"))
-        head = teach_digits(
+        head = teach_to_read(
             model,
-            pixels,
-            digits,
-            grid,
+            *lessons("train"),
+            num_labels=job.num_labels,
             num_steps=settings.vision_steps,
             seed=settings.seed,
             on_step=lambda _: bar.advance(),
         )
-        accuracy = digit_accuracy(model, head, *shown("val", 1, None))
+        accuracy = reading_accuracy(model, head, *lessons("val"))
     save_model_folder(model, tokenizer, folder)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": len(tokenizer),
-        "digit_accuracy": round(accuracy, 4),
+        job.tower_fact: round(accuracy, 4),
     }
-
-
-def corpus(data: Path) -> Iterator[str]:
-    """Yield the texts that the demo's tokenizer is trained on: turns of the chat template and what stands in them."""
-    yield from ["user\n", "assistant\n"]
-    for name in ("sft", "train"):
-        with open(data / f"{name}.jsonl", encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                yield from row["prompt"].split("<image>")
-                yield row["answer"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -227,12 +158,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--train-items", type=int, default=default.train_items, help="rows for reinforcement learning")
     demo.add_argument("--val-items", type=int, default=default.val_items, help="held-out rows")
     demo.add_argument("--seed", type=int, default=default.seed, help="fixes every draw")
-    demo.add_argument("--noise", type=float, default=default.noise, help="how often the teacher misreads an amount")
+    demo.add_argument("--noise", type=float, default=default.noise, help="how often the teacher misreads a page")
     demo.add_argument(
         "--level",
-        choices=["easy", "lookup"],
+        choices=sorted(JOBS),
         default=default.level,
-        help="easy: questions name a page; lookup: they name a code that must be found (not learnt in minutes)",
+        help="easy: questions name a page; lookup: they name a code that must be found; easy_vqa: easy-VQA's questions "
+        "about pages with a coloured shape (the last two are not learnt in minutes)",
     )
     demo.add_argument(
         "--vision-steps", type=int, default=default.vision_steps, help="steps that teach the vision tower to read"

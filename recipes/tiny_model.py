@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -93,16 +94,11 @@ def build_model(
     seed: int = 0,
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Return a float32 Qwen2.5-VL with random weights; the defaults have 1.7 M parameters."""
-
-    def token_id(token: str) -> int:
-        return tokenizer.get_vocab()[token]
-
-    rotary_pairs = hidden_size // num_heads // 2
-    height_pairs = 3 * rotary_pairs // 8  # Qwen2.5-VL splits 64 pairs as 16 (time), 24 (height), 24 (width)
-    vocab_size = vocab_size or len(tokenizer)
+    ids = tokenizer.get_vocab()
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     config = Qwen2_5_VLConfig(
         text_config={
-            "vocab_size": vocab_size,
+            "vocab_size": vocab_size or len(tokenizer),
             "hidden_size": hidden_size,
             "intermediate_size": 3 * hidden_size,
             "num_hidden_layers": num_layers,
@@ -110,42 +106,49 @@ def build_model(
             "num_key_value_heads": num_kv_heads,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "mrope_section": [rotary_pairs - 2 * height_pairs, height_pairs, height_pairs],
-                "rope_theta": 10_000.0,
-            },
+            "rope_parameters": _rope_parameters(hidden_size // num_heads),
             "use_sliding_window": False,
             "tie_word_embeddings": False,
-            "bos_token_id": token_id("<|endoftext|>"),
-            "eos_token_id": token_id("<|im_end|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
+            "bos_token_id": pad,
+            "eos_token_id": end,
+            "pad_token_id": pad,
             "initializer_range": init_std,
         },
-        vision_config={
-            "depth": vision_depth,
-            "hidden_size": vision_hidden_size,
-            "intermediate_size": 2 * vision_hidden_size,
-            "num_heads": 4,
-            "out_hidden_size": hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [vision_depth - 1],
-            "initializer_range": init_std,
-        },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        vision_config=_vision_config(hidden_size, vision_hidden_size, vision_depth, init_std),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config.eos_token_id = token_id("<|im_end|>")
-    model.generation_config.pad_token_id = token_id("<|endoftext|>")
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = pad
     return model
+
+
+def _rope_parameters(head_dim: int) -> dict[str, Any]:
+    pairs = head_dim // 2
+    height = 3 * pairs // 8  # Qwen2.5-VL splits 64 pairs as 16 (time), 24 (height), 24 (width)
+    sections = [pairs - 2 * height, height, height]
+    return {"rope_type": "default", "mrope_section": sections, "rope_theta": 10_000.0}
+
+
+def _vision_config(out_hidden_size: int, hidden_size: int, depth: int, init_std: float) -> dict[str, Any]:
+    return {
+        "depth": depth,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_heads": 4,
+        "out_hidden_size": out_hidden_size,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [depth - 1],
+        "initializer_range": init_std,
+    }
 
 
 def save_model_folder(

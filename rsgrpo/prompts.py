@@ -24,7 +24,7 @@ from rsgrpo.rows import ImageFolder, Row, image_entries
 OVERLONG = "over-long prompt"
 BROKEN = "broken row"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_PLACEHOLDERS = ("question", "images", "image_marks")
+_PLACEHOLDERS = ("question", "images", "image_marks", "numbered_marks")
 _ANSWER_BLOCK = re.compile(r"<answer>.*?</answer>", re.DOTALL)
 _GOLD_TAG = re.compile(r"</?(answer|evidence)>")
 
@@ -67,7 +67,7 @@ def read_template(prompt: PromptConfig) -> str:
     if unknown:
         raise InputError(
             f"the prompt template has the unknown placeholder {{{unknown[0]}}}; use {{question}}, {{images}}, "
-            "{image_marks}"
+            "{image_marks}, {numbered_marks}"
         )
     if template and "question" not in names:
         raise InputError("the prompt template must have {question}; to use the rows' own prompts, leave it empty")
@@ -75,13 +75,22 @@ def read_template(prompt: PromptConfig) -> str:
 
 
 def render_template(template: str, question: str, num_images: int) -> str:
-    """Fill a template; {images} becomes one numbered line per image, {image_marks} the images and nothing else.
+    """Fill a template.
+
+    {images} becomes one numbered line per image, {numbered_marks} the same without line breaks and colons,
+    {image_marks} the images and nothing else.
 
     >>> render_template("{images}\\n{question}", "what amount?", 2)
     '[1]: <image>\\n[2]: <image>\\nwhat amount?'
     """
     images = "\n".join(f"[{number}]: {IMAGE_MARK}" for number in range(1, num_images + 1))
-    values = {"question": question, "images": images, "image_marks": IMAGE_MARK * num_images}
+    numbered = "".join(f"[{number}]{IMAGE_MARK}" for number in range(1, num_images + 1))
+    values = {
+        "question": question,
+        "images": images,
+        "image_marks": IMAGE_MARK * num_images,
+        "numbered_marks": numbered,
+    }
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 

@@ -27,6 +27,7 @@ from recipes.forms import (
     teacher_reading,
     true_reading,
 )
+from recipes.questions import Question, named_prompt, to_prompt
 from rewards import evisrag
 from rewards.api import Response
 from rewards.evisrag import INSUFFICIENT, NO_EVIDENCE, parse_gold
@@ -35,6 +36,7 @@ from rollout.inputs import InputProcessor
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.data import load_prompts
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.prompts import read_template
 
 SMALL = ["--sft-items", "30", "--train-items", "20", "--val-items", "10", "--vision-steps", "1"]
 DEMO_INPUTS = InputsConfig(min_pixels=784, max_pixels=50176, max_images=4, max_prompt_tokens=256)
@@ -72,6 +74,12 @@ def draw_items(scans: Scans, level="easy", count=3000) -> list[Item]:
 
 def test_texts_of_one_item_are_as_written_by_hand():
     assert prompt_text(ITEM) == "[1]<image>[2]<image>what amount is on page 2?"
+
+
+def test_the_shipped_template_renders_the_demos_own_prompts(demo):
+    template = read_template(named_prompt("demo"))
+    for row in read(demo, "val"):
+        assert to_prompt(Question("q", row["question"], tuple(row["image"])), template).text == row["prompt"]
     gold = f"<evidence>\n[1]: {NO_EVIDENCE}\n[2]: code 9 amount 3\n</evidence>\n<answer>3</answer>"
     assert gold_text(true_reading(ITEM)) == gold
     misread = response_text(Reading(ITEM.codes, (5, 8), chosen=0))
@@ -274,7 +282,7 @@ def test_tags_fuse_with_what_follows_as_in_the_real_tokenizer(demo):
 def test_the_tower_learns_to_read(scans):
     from transformers import Qwen2VLImageProcessor
 
-    from recipes.teach_vision import digit_accuracy, page_pixels, teach_digits
+    from recipes.teach_vision import page_pixels, reading_accuracy, teach_to_read
     from recipes.tiny_model import build_model, train_tokenizer
 
     model = build_model(train_tokenizer(["0 1"], vocab_size=300))
@@ -282,10 +290,10 @@ def test_the_tower_learns_to_read(scans):
     pixels, grid = page_pixels(Qwen2VLImageProcessor(min_pixels=784, max_pixels=50176), [scans.render(p) for p in pool])
     digits = torch.tensor([[page.code, page.amount] for page in pool])
     losses: list[float] = []
-    head = teach_digits(model, pixels, digits, grid, num_steps=25, batch_pages=16, on_step=losses.append)
+    head = teach_to_read(model, pixels, digits, grid, num_labels=2, num_steps=25, batch_pages=16, on_step=losses.append)
     assert len(losses) == 25
     assert losses[-1] < 0.5 * losses[0]
-    assert digit_accuracy(model, head, pixels, digits, grid) > 0.9
+    assert reading_accuracy(model, head, pixels, digits, grid) > 0.9
 
 
 def test_a_second_run_reuses_what_is_there(demo, capsys):
