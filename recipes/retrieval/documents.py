@@ -6,6 +6,8 @@ to one process.
 
 from __future__ import annotations
 
+import codecs
+import csv
 import os
 import re
 import resource
@@ -30,6 +32,9 @@ OFFICE = frozenset(
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
 POINTS_PER_INCH = 72
+_CSV_SAMPLE_BYTES = 1 << 16
+_CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
+_CSV_QUOTE = ord('"')
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
 
 
@@ -142,7 +147,7 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
     source = scratch / f"document{path.suffix.lower()}"  # LibreOffice is not to see odd names
     shutil.copyfile(path, source)
     command = [program, f"-env:UserInstallation={(scratch / 'profile').as_uri()}", "--headless", "--norestore"]
-    command += ["--convert-to", "pdf", "--outdir", str(scratch), str(source)]
+    command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=settings.office_timeout_s,
@@ -155,6 +160,28 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
         said = (result.stderr or result.stdout).strip().splitlines()
         raise DocumentError(f"LibreOffice cannot convert it: {said[-1] if said else f'exit code {result.returncode}'}")
     return produced
+
+
+def _import_filter(source: Path) -> list[str]:
+    """Return how LibreOffice is to read what it would guess wrongly.
+
+    HTML for the screen loses headings when it is paged; tables of text are taken for Latin-1 with commas.
+    """
+    if source.suffix in (".html", ".htm"):
+        return ["--infilter=HTML (StarWriter)"]
+    if source.suffix != ".csv":
+        return []
+    with open(source, "rb") as file:
+        content = file.read(_CSV_SAMPLE_BYTES)
+    try:  # the sample may end within a character
+        text, charset = codecs.getincrementaldecoder("utf-8-sig")().decode(content), _CSV_UTF8
+    except UnicodeDecodeError:
+        text, charset = content.decode("latin-1"), _CSV_LATIN1
+    try:
+        separator = csv.Sniffer().sniff(text, delimiters=",;\t|").delimiter
+    except csv.Error:
+        separator = ","
+    return [f"--infilter=CSV:{ord(separator)},{_CSV_QUOTE},{charset}"]
 
 
 def _unlimited_memory() -> None:
