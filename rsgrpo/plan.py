@@ -7,95 +7,15 @@ model, no data and no GPU is touched. Seconds are estimates from assumed rates; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rsgrpo import cli
-from rsgrpo.checks import at_least, one_of, require
-from rsgrpo.config import ClusterConfig, TrainConfig, validate
+from rsgrpo.config import validate
+from rsgrpo.plan_config import PlanConfig, device_of
+from rsgrpo.plan_memory import GIB, devices_memory, engine_memory, trainable_params
 from rsgrpo.shapes import Shapes, shapes_of
 
-GIB = 2**30
-WORKSPACE_GIB = 2.0  # CUDA context, communication buffers, an engine's own working memory
-USABLE = 0.94  # the rest is lost to fragmentation
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Memory in GiB, dense bfloat16 (CPU: float32) FLOP/s, bytes/s of memory."""
-
-    memory_gib: float
-    flops: float
-    bandwidth: float
-
-
-DEVICES = {
-    "h100": Device(80, 989e12, 3.35e12),
-    "h200": Device(141, 989e12, 4.8e12),
-    "b200": Device(180, 2250e12, 8e12),
-    "a100": Device(80, 312e12, 2.0e12),
-    "a100_40": Device(40, 312e12, 1.55e12),
-    "l40s": Device(48, 362e12, 0.86e12),
-    "rtx4090": Device(24, 165e12, 1.0e12),
-    "cpu": Device(8, 0.1e12, 20e9),
-}
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What a plan cannot know.
-
-    gpu: one of DEVICES. Runs with learner.device=cpu take "cpu".
-    mfu: share of the device's FLOP/s that training and prefill reach. decode_bandwidth: share of its bytes/s in decode.
-    prompt_fill, response_fill: mean lengths as a share of the limits.
-    sync_gb_per_s: weights from learner to engines.
-    """
-
-    gpu: str = "h100"
-    mfu: float = 0.4
-    decode_bandwidth: float = 0.5
-    prompt_fill: float = 0.73
-    response_fill: float = 0.46
-    sync_gb_per_s: float = 20.0
-
-    def __post_init__(self) -> None:
-        one_of("plan.gpu", self.gpu, DEVICES)
-        for key in ("mfu", "decode_bandwidth", "prompt_fill", "response_fill"):
-            require(0 < getattr(self, key) <= 1, f"plan.{key} must be in (0, 1], got {getattr(self, key):g}")
-
-
-@dataclass(frozen=True)
-class PlannedCluster(ClusterConfig):
-    """The cluster and what it is made of. gpus_per_node: 0 is as many as the workers take, all on one node."""
-
-    nodes: int = 1
-    gpus_per_node: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, cluster__nodes=self.nodes)
-        at_least(0, cluster__gpus_per_node=self.gpus_per_node)
-
-
-@dataclass(frozen=True)
-class PlanConfig(TrainConfig):
-    """A training configuration with the assumptions of a plan."""
-
-    cluster: PlannedCluster = field(default_factory=PlannedCluster)
-    plan: Assumptions = field(default_factory=Assumptions)
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """GiB on one device. static: there all the time. learning, sampling: there in that phase only."""
-
-    static: dict[str, float]
-    learning: dict[str, float]
-    sampling: dict[str, float]
-
-    @property
-    def peak(self) -> float:
-        """The larger of the two phases."""
-        return sum(self.static.values()) + max(sum(self.learning.values()), sum(self.sampling.values()))
+USABLE = 0.94  # of a device's memory; the rest is lost to fragmentation
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,86 +32,6 @@ def main(config: PlanConfig) -> None:
     validate(config)
     shapes, source = shapes_of(config.model.path)
     print(render(config, shapes, source))
-
-
-def device_of(config: PlanConfig) -> Device:
-    """Return the device that the run is planned for."""
-    return DEVICES["cpu" if config.learner.device == "cpu" else config.plan.gpu]
-
-
-def trainable_params(config: TrainConfig, shapes: Shapes) -> int:
-    """Count the parameters that have gradients and optimiser state."""
-    lora = config.model.lora
-    if not lora.rank:
-        return shapes.language_params + (0 if config.model.freeze_vision else shapes.vision_params)
-    hidden, kv_width, inner = shapes.hidden_size, shapes.kv_width, shapes.intermediate_size
-    widths = {
-        "q_proj": 2 * hidden, "k_proj": hidden + kv_width, "v_proj": hidden + kv_width, "o_proj": 2 * hidden,
-        "gate_proj": hidden + inner, "up_proj": hidden + inner, "down_proj": hidden + inner,
-    }  # fmt: skip
-    return shapes.num_layers * lora.rank * sum(widths.get(target, 0) for target in lora.targets)
-
-
-def learner_memory(config: TrainConfig, shapes: Shapes) -> Memory:
-    """Return what one learner rank holds: float32 state, sharded; a working copy of two layers; activations."""
-    learner = config.learner
-    width = 2 if learner.precision == "bfloat16" else 4
-    shard = learner.num_ranks * GIB
-    on_device = 0 if learner.offload else 1
-    trained = trainable_params(config, shapes)
-    sharded = shapes.language_params + (0 if config.model.freeze_vision else shapes.vision_params)
-    sharded += trained if config.model.lora.rank else 0
-    tokens, hidden = learner.max_tokens_per_micro_batch, shapes.hidden_size
-    layer_activations = tokens * width * (10 * hidden + 4 * shapes.intermediate_size)
-    kept = tokens * width * hidden * shapes.num_layers
-    activations = kept + layer_activations if learner.gradient_checkpointing else shapes.num_layers * layer_activations
-    gathered = 2 * shapes.layer_params + (shapes.language_params - shapes.body_params)
-    static = {
-        "weights (float32)": on_device * 4 * sharded / shard,
-        "optimiser": on_device * 8 * trained / shard,
-        "frozen vision tower": width * shapes.vision_params / GIB if config.model.freeze_vision else 0.0,
-    }
-    if config.algorithm.kl_coef > 0 and not config.model.lora.rank:
-        static["reference"] = (4 * shapes.language_params / learner.num_ranks + width * shapes.vision_params) / GIB
-    learning = {
-        "gradients": on_device * 4 * trained / shard,
-        "gathered weights": width * gathered / GIB if learner.num_ranks > 1 or width == 2 else 0.0,
-        "activations": activations / GIB,
-        "logits": 3 * 4 * learner.logits_chunk_tokens * shapes.vocab_size / GIB,
-    }
-    return Memory(static, learning, {})
-
-
-def engine_memory(config: PlanConfig, shapes: Shapes) -> Memory:
-    """Return what one device of an engine holds. The KV cache of vLLM is what it was given; transformers' grows."""
-    rollout = config.rollout
-    if rollout.engine == "fake":
-        return Memory({}, {}, {})
-    all_params = shapes.language_params + shapes.vision_params
-    if rollout.engine == "vllm":
-        degree = rollout.vllm.tensor_parallel_size
-        weights = 2 * all_params / degree / GIB
-        left = rollout.vllm.gpu_memory_utilization * device_of(config).memory_gib - weights - WORKSPACE_GIB
-        cache = {"engine KV cache": rollout.vllm.kv_cache_gib or max(left, 0.0)}
-        if rollout.vllm.sleep_level:
-            return Memory({}, {}, {"engine weights": weights} | cache)
-        return Memory({"engine weights": weights} | cache, {}, {})
-    width = 2 if rollout.dtype == "bfloat16" else 4
-    longest = config.inputs.max_prompt_tokens + rollout.max_response_tokens
-    cached = rollout.max_batch_sequences * longest * shapes.kv_bytes_per_token * width / 2
-    return Memory({"engine weights": width * all_params / GIB}, {}, {"engine KV cache": cached / GIB})
-
-
-def devices_memory(config: PlanConfig, shapes: Shapes) -> dict[str, Memory]:
-    """Return the memory of one device of each kind: shared by both roles, or one kind for each."""
-    learner, engine = learner_memory(config, shapes), engine_memory(config, shapes)
-    context = {"context and buffers": WORKSPACE_GIB if config.learner.device != "cpu" else 0.5}
-    if config.cluster.placement == "disaggregated":
-        return {
-            "learner": Memory(context | learner.static, learner.learning, {}),
-            "engine": Memory(context | engine.static, {}, engine.sampling),
-        }
-    return {"learner and engine": Memory(context | learner.static | engine.static, learner.learning, engine.sampling)}
 
 
 def num_devices(config: PlanConfig) -> int:
@@ -335,7 +175,8 @@ def render(config: PlanConfig, shapes: Shapes, source: str) -> str:
         f"{assumed.decode_bandwidth:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decode,",
         f"  prompts {assumed.prompt_fill:.0%} and responses {assumed.response_fill:.0%} of their limits, "
         f"{config.inputs.max_images} images a prompt, weights sent at {assumed.sync_gb_per_s:g} GB/s.",
-        "  Left out: refills of the group filter, validation, checkpoints. Change any of it with plan.KEY=VALUE.",
+        "  Left out: refills of the group filter, validation, checkpoints, traffic between tensor-parallel devices.",
+        "  Change any of it with plan.KEY=VALUE. Counted, not assumed: parameters, FLOPs, state, activations, cache.",
     ]
     lines += [f"WARNING: {warning}" for warning in warnings(config, shapes)]
     return "\n".join(lines)

@@ -58,13 +58,18 @@ class Shapes:
         return self.body_params + tables * self.vocab_size * self.hidden_size
 
     @property
+    def merger_params(self) -> int:
+        """What makes one vision token of four patches."""
+        width, merged = self.vision_hidden_size, 4 * self.vision_hidden_size
+        return width + merged**2 + merged + merged * self.hidden_size + self.hidden_size
+
+    @property
     def vision_params(self) -> int:
         """Vision tower with its merger."""
-        width, merged = self.vision_hidden_size, 4 * self.vision_hidden_size
+        width = self.vision_hidden_size
         block = 4 * width**2 + 4 * width + 3 * width * self.vision_intermediate_size + 2 * self.vision_intermediate_size
         patches = 3 * 2 * self.patch_size**2 * width
-        merger = width + merged**2 + merged + merged * self.hidden_size + self.hidden_size
-        return self.vision_depth * (block + 3 * width) + patches + merger
+        return self.vision_depth * (block + 3 * width) + patches + self.merger_params
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -87,7 +92,24 @@ class Shapes:
         patches = image_pixels / self.patch_size**2
         full = self.vision_full_layers * patches
         windowed = (self.vision_depth - self.vision_full_layers) * min(self.window_patches, patches)
-        return patches * (2 * self.vision_params + 4 * self.vision_hidden_size * (full + windowed))
+        per_patch = self.vision_params - self.merger_params + self.merger_params / 4
+        return patches * (2 * per_patch + 4 * self.vision_hidden_size * (full + windowed))
+
+    def image_tokens(self, image_pixels: float) -> float:
+        """Vision tokens of one image: four patches each."""
+        return image_pixels / self.patch_size**2 / 4
+
+    def layer_activation_bytes(self, value_bytes: int) -> float:
+        """Bytes per token that a decoder layer keeps for its backward pass; value_bytes: 4 float32, 2 bfloat16.
+
+        Counted on transformers' own layer with SDPA; in bfloat16 the norms keep float32 copies.
+        """
+        kept = 8.5 * self.hidden_size + 2 * self.kv_width + 4 * self.intermediate_size
+        return value_bytes * kept + (4 * self.hidden_size if value_bytes == 2 else 0)
+
+    def vision_activation_bytes(self, value_bytes: int) -> float:
+        """Bytes per patch that a block of the tower keeps for its backward pass; counted likewise."""
+        return value_bytes * (13.25 * self.vision_hidden_size + 4 * self.vision_intermediate_size)
 
 
 KNOWN = {
