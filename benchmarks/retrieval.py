@@ -1,23 +1,27 @@
-"""Speed of visual retrieval: `python -m benchmarks.retrieval vectors --pages 10000 100000 --dim 2048`.
+"""Speed of visual retrieval: `python -m benchmarks.retrieval vectors --pages 10000 100000 1000000 --dim 64`.
 
 `vectors` times every kind of search on synthetic unit vectors (clusters of 100 around random centres) against one plain
-numpy scan in the same run, with recall@10 against that scan. `ingest DOCS` times rendering, and `encode` a model.
+numpy scan of float32 in memory, with recall@10 against that scan; each in a process of its own, whose memory counts.
+`ingest DOCS` times rendering, and `encode STORE` a model, by batch size.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recipes.retrieval.documents import RenderSettings
+from recipes.retrieval.encode_store import encode_here
 from recipes.retrieval.encoders import EncoderSettings, load_encoder
 from recipes.retrieval.faiss_search import FaissSearch, build
 from recipes.retrieval.index import VectorIndex
@@ -30,6 +34,7 @@ K = 10
 CLUSTER = 100
 NOISE = 0.6
 SHARD = 20_000
+SEARCHES = ("numpy", "exact", "flat", "ivf")
 
 
 class Synthetic:
@@ -37,14 +42,6 @@ class Synthetic:
 
     fingerprint, multi_vector = "synthetic", False
     description = {"name": "synthetic"}  # noqa: RUF012
-
-    def encode_pages(self, pages: Any) -> list[np.ndarray]:
-        """Never called."""
-        raise NotImplementedError
-
-    def encode_queries(self, queries: Any) -> list[np.ndarray]:
-        """Never called."""
-        raise NotImplementedError
 
 
 def blocks(num_pages: int, dim: int, seed: int) -> Iterator[np.ndarray]:
@@ -65,53 +62,120 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def vectors(num_pages: int, dim: int, num_queries: int) -> dict[str, Any]:
+def peak_mb() -> float:
+    """Return the most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write(folder: Path, num_pages: int, dim: int, num_queries: int) -> float:
+    """Write an index of so many vectors, and queries near some of them; return the seconds in the index."""
+    index = VectorIndex.create(folder / "index", Synthetic())
+    seconds = 0.0
+    for number, block in enumerate(blocks(num_pages, dim, 0)):
+        ids = [f"{number * SHARD + offset:09d}" for offset in range(len(block))]
+        seconds += timed(lambda ids=ids, block=block: index.add(ids, list(block)))[0]  # type: ignore[misc]
+        if number == 0:
+            rng = np.random.default_rng(1)
+            noisy = block[:num_queries] + 0.02 * rng.standard_normal((num_queries, dim), dtype=np.float32)
+            np.save(folder / "queries.npy", noisy / np.linalg.norm(noisy, axis=1, keepdims=True))
+    return seconds
+
+
+def make(folder: Path, kind: str) -> tuple[float, float]:
+    """Build a FAISS file; return seconds and the memory that it took."""
+    before = peak_mb()
+    seconds, _ = timed(lambda: build(VectorIndex.open(folder / "index"), kind))  # type: ignore[arg-type]
+    return seconds, peak_mb() - before
+
+
+def search(folder: Path, kind: str) -> tuple[float, float, float, list[list[str]]]:
+    """Search in a fresh process; return seconds to open, seconds of all queries, memory, and the ids found."""
+    queries_QD, before = np.load(folder / "queries.npy"), peak_mb()
+    index, queries = VectorIndex.open(folder / "index"), list(queries_QD)
+
+    def prepared() -> Callable[[], list[list[str]]]:
+        if kind == "numpy":
+            table_ND = np.concatenate([np.asarray(shard.vectors_VD, np.float32) for shard in index.shards()])
+            return lambda: [[f"{row:09d}" for row in best(table_ND @ query_D)] for query_D in queries_QD]
+        if kind == "exact":
+            return lambda: ids_of(exact(index, queries, K))
+        loaded = FaissSearch(index, kind)  # type: ignore[arg-type]
+        loaded.search(queries[:1], K)  # reads the index's page ids once
+        return lambda: ids_of(loaded.search(queries, K))
+
+    opening, run = timed(prepared)
+    seconds, found = timed(run)
+    return opening, seconds, peak_mb() - before, found
+
+
+def best(scores_N: np.ndarray) -> np.ndarray:
+    """Return the rows of the K best scores, in order."""
+    rows_K = np.argpartition(-scores_N, K)[:K]
+    return rows_K[np.argsort(-scores_N[rows_K])]
+
+
+def ids_of(found: list[list[Hit]]) -> list[list[str]]:
+    """Return the ids alone."""
+    return [[hit.page_id for hit in hits] for hits in found]
+
+
+def vectors(num_pages: int, dim: int, num_queries: int) -> Iterator[dict[str, Any]]:
     """Time every kind of search on so many vectors."""
-    with tempfile.TemporaryDirectory() as scratch:
-        index = VectorIndex.create(Path(scratch) / "index", Synthetic())
-        row: dict[str, Any] = {"pages": num_pages, "dim": dim, "queries": num_queries}
-        queries: list[np.ndarray] = []
-        seconds = 0.0
-        for number, block in enumerate(blocks(num_pages, dim, 0)):
-            ids = [f"{number * SHARD + offset:09d}" for offset in range(len(block))]
-            seconds += timed(lambda ids=ids, block=block: index.add(ids, list(block)))[0]  # type: ignore[misc]
-            if not queries:
-                rng = np.random.default_rng(1)
-                noisy = block[:num_queries] + 0.02 * rng.standard_normal((num_queries, dim), dtype=np.float32)
-                queries = list(noisy / np.linalg.norm(noisy, axis=1, keepdims=True))
-        row["write_pages_per_s"] = round(num_pages / seconds)
-        table = np.concatenate([np.asarray(shard.vectors_VD, dtype=np.float32) for shard in index.shards()])
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as fresh,
+    ):
+        folder = Path(scratch)
+        seconds = fresh.submit(write, folder, num_pages, dim, num_queries).result()
+        size = sum(file.stat().st_size for file in (folder / "index").rglob("*"))
+        yield {"pages": num_pages, "dim": dim, "write_pages_per_s": round(num_pages / seconds), "disk_mb": size >> 20}
+        wanted: list[set[str]] = []
+        for kind in SEARCHES:
+            row: dict[str, Any] = {"pages": num_pages, "search": kind}
+            if kind in ("flat", "ivf"):
+                seconds, memory = fresh.submit(make, folder, kind).result()
+                row |= {"build_s": round(seconds, 1), "build_mb": round(memory)}
+            opening, seconds, memory, found = fresh.submit(search, folder, kind).result()
+            wanted = wanted or [set(ids) for ids in found]  # those of the numpy scan
+            recall = np.mean([len(set(ids) & want) / K for ids, want in zip(found, wanted, strict=True)])
+            row |= {"open_s": round(opening, 2), "queries_per_s": round(num_queries / seconds, 1)}
+            yield row | {"memory_mb": round(memory), "recall": round(float(recall), 4)}
 
-        def scan() -> np.ndarray:
-            return np.argsort(-(table @ np.stack(queries).T), axis=0)[:K].T
 
-        seconds, found = timed(scan)
-        wanted = [{f"{position:09d}" for position in places} for places in found]
-        row["numpy_queries_per_s"] = round(num_queries / seconds, 1)
-        searches: dict[str, Callable[[], list[list[Hit]]]] = {"exact": lambda: exact(index, queries, K)}
-        for kind in ("flat", "ivf"):
-            seconds, _ = timed(lambda kind=kind: build(index, kind))  # type: ignore[misc]
-            row[f"{kind}_build_s"] = round(seconds, 1)
-            loaded = FaissSearch(index, kind)
-            loaded.search(queries[:1], K)  # reads the index's page ids once
-            searches[kind] = lambda loaded=loaded: loaded.search(queries, K)  # type: ignore[misc]
-        for name, search in searches.items():
-            seconds, hits = timed(search)
-            row[f"{name}_queries_per_s"] = round(num_queries / seconds, 1)
-            same = [len({hit.page_id for hit in got} & want) / K for got, want in zip(hits, wanted, strict=True)]
-            row[f"{name}_recall"] = round(float(np.mean(same)), 4)
-        row["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-        return row
+def render(documents: Path, num_workers: int) -> dict[str, Any]:
+    """Time an ingest from nothing."""
+    with tempfile.TemporaryDirectory() as scratch, Console() as console:
+        seconds, report = timed(
+            lambda: ingest(
+                [documents], Path(scratch, "store"), RenderSettings(), num_workers=num_workers, page_timeout_s=120,
+                console=console,
+            )
+        )  # fmt: skip
+    return {"workers": num_workers, "pages": report.num_pages, "pages_per_s": round(report.num_pages / seconds, 1)}
+
+
+def encode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time an encoder, with loading and resizing as `index` does them."""
+    pages = [page for page, _ in zip(PageStore.open(options.store).pages(), range(options.pages), strict=False)]
+    for batch_size in options.batch_sizes:
+        settings = EncoderSettings(
+            options.model, options.kind, options.encode_with, max_pixels=options.max_pixels, batch_size=batch_size
+        )
+        encoder = load_encoder(settings)
+        encoder.encode_pages(pages[:1])
+        seconds, _ = timed(lambda e=encoder, b=batch_size: list(encode_here(e, pages, 8 * b)))  # type: ignore[misc]
+        yield {"batch_size": batch_size, "pages": len(pages), "pages_per_s": round(len(pages) / seconds, 1)}
 
 
 def main() -> None:
     """Print one JSON line per measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    search = commands.add_parser("vectors")
-    search.add_argument("--pages", type=int, nargs="+", default=[10_000, 100_000])
-    search.add_argument("--dim", type=int, default=2_048)
-    search.add_argument("--queries", type=int, default=64)
+    searching = commands.add_parser("vectors")
+    searching.add_argument("--pages", type=int, nargs="+", default=[10_000, 100_000])
+    searching.add_argument("--dim", type=int, default=2_048)
+    searching.add_argument("--queries", type=int, default=64)
     rendering = commands.add_parser("ingest")
     rendering.add_argument("documents", type=Path)
     rendering.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -119,30 +183,21 @@ def main() -> None:
     encoding.add_argument("store", type=Path)
     encoding.add_argument("--model", required=True)
     encoding.add_argument("--kind", default="image")
+    encoding.add_argument("--encode-with", default="transformers")
+    encoding.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28)
     encoding.add_argument("--pages", type=int, default=64)
     encoding.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     options = parser.parse_args()
     if options.what == "vectors":
         for num_pages in options.pages:
-            print(json.dumps(vectors(num_pages, options.dim, min(options.queries, num_pages))), flush=True)
+            for row in vectors(num_pages, options.dim, min(options.queries, num_pages)):
+                print(json.dumps(row), flush=True)
     elif options.what == "ingest":
-        for workers in options.workers:
-            with tempfile.TemporaryDirectory() as scratch, Console() as console:
-                seconds, report = timed(
-                    lambda out=Path(scratch, "store"), workers=workers, console=console: ingest(  # type: ignore[misc]
-                        [options.documents], out, RenderSettings(), num_workers=workers, page_timeout_s=120,
-                        console=console,
-                    )
-                )  # fmt: skip
-            row = {"workers": workers, "pages": report.num_pages, "pages_per_s": round(report.num_pages / seconds, 1)}
-            print(json.dumps(row), flush=True)
+        for num_workers in options.workers:
+            print(json.dumps(render(options.documents, num_workers)), flush=True)
     else:
-        pages = [page for page, _ in zip(PageStore.open(options.store).pages(), range(options.pages), strict=False)]
-        for batch_size in options.batch_sizes:
-            encoder = load_encoder(EncoderSettings(options.model, options.kind, batch_size=batch_size))
-            encoder.encode_pages(pages[:1])
-            seconds, _ = timed(lambda encoder=encoder: encoder.encode_pages(pages))  # type: ignore[misc]
-            print(json.dumps({"batch_size": batch_size, "pages_per_s": round(len(pages) / seconds, 1)}), flush=True)
+        for row in encode(options):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

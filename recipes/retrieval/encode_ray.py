@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -76,7 +77,7 @@ def encode_on_ray(
     encoder = identity.settings
     dataset = (
         ray.data.from_arrow(blocks)
-        .map_batches(_load, batch_size=encoder.batch_size, batch_format="pyarrow", fn_args=(identity.loader,))
+        .map_batches(partial(_load, loader=identity.loader), batch_size=encoder.batch_size, batch_format="pyarrow")
         .map_batches(
             _Model,
             fn_constructor_args=(encoder, identity.fingerprint),

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from recipes.retrieval.index import VectorIndex
+from recipes.retrieval.index import VectorIndex, id_array, save_array
 from recipes.retrieval.search import Hit, rerank
 from recipes.retrieval.store import replace_file, writing
 from rsgrpo.errors import InputError
@@ -45,10 +45,10 @@ def build(index: VectorIndex, kind: Kind) -> Path:
     layout = "SQfp16" if kind == "flat" else f"IVF{num_lists},SQfp16"
     built = faiss.index_factory(index.dim, layout, faiss.METRIC_INNER_PRODUCT)
     built.train(_sample(index, 2 * POINTS_PER_LIST * num_lists))
-    ids: list[str] = []
+    ids = []
     for shard in index.shards():
         rows = np.flatnonzero(shard.alive_P)
-        ids += [shard.page_ids[row] for row in rows]
+        ids.append(id_array(shard.page_ids[row] for row in rows))
         for start in range(0, len(rows), ADD_VECTORS):
             built.add(np.asarray(shard.vectors_VD[rows[start : start + ADD_VECTORS]], dtype=np.float32))
     file = index.folder / f"faiss-{kind}.bin"
@@ -56,7 +56,8 @@ def build(index: VectorIndex, kind: Kind) -> Path:
         temporary = file.with_name(f".{file.name}.writing")
         faiss.write_index(built, os.fspath(temporary))
         os.replace(temporary, file)
-        replace_file(file.with_suffix(".json"), json.dumps({"state": index.state, "page_ids": ids}).encode())
+        save_array(file.with_suffix(".ids.npy"), np.concatenate(ids))
+        replace_file(file.with_suffix(".json"), json.dumps({"state": index.state}).encode())
     return file
 
 
@@ -73,12 +74,12 @@ class FaissSearch:
 
         file = index.folder / f"faiss-{kind}.bin"
         remedy = f"run: python -m recipes.retrieve index STORE --faiss {kind} (with the same --index and --model)"
-        if not file.with_suffix(".json").exists():
+        if not (file.with_suffix(".json").exists() and file.with_suffix(".ids.npy").exists()):
             raise FaissError(f"{index.folder} has no FAISS file of kind {kind}; {remedy}")
         written = json.loads(file.with_suffix(".json").read_text())
         if written["state"] != index.state:
             raise FaissError(f"{file} is older than the index; {remedy}")
-        self._index, self._ids = index, written["page_ids"]
+        self._index, self._ids = index, np.load(file.with_suffix(".ids.npy"), mmap_mode="r")
         self._faiss = faiss.read_index(os.fspath(file))
         if kind == "ivf":
             faiss.ParameterSpace().set_index_parameter(self._faiss, "nprobe", num_probes)
@@ -86,7 +87,7 @@ class FaissSearch:
     def search(self, queries: Sequence[np.ndarray], k: int) -> list[list[Hit]]:
         """Return the k best of FAISS's candidates, scored by the index."""
         _, rows_QC = self._faiss.search(np.stack(queries).astype(np.float32), min(len(self._ids), 2 * k + MARGIN))
-        candidates = [[self._ids[row] for row in rows_C if row >= 0] for rows_C in rows_QC]
+        candidates = [[self._ids[row].decode() for row in rows_C if row >= 0] for rows_C in rows_QC]
         return rerank(self._index, queries, candidates, k)
 
 

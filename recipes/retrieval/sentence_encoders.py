@@ -41,6 +41,7 @@ class SentenceEncoder:
         self.settings, self.loader = self.identity.settings, self.identity.loader
         self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
         self.model = load_sentence_transformer(self.identity)
+        _pad_at_a_harmless_side(self.model)
         if settings.kind == "image" and not self.model.supports("image"):
             raise EncoderError(f"model {settings.model} reads no images; use --kind text for its text layer")
 
@@ -84,6 +85,7 @@ class LateEncoder:
         self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
         folder = self.identity.folder
         self.model = MultiVectorEncoder(str(folder), **_load_options(self.settings))
+        _pad_at_a_harmless_side(self.model)
         made_up = [module for module in self.model if type(module).__name__ == "Dense"]
         if made_up and not (folder / "modules.json").exists():
             raise EncoderError(f"{folder} has no trained projection for late interaction; name a ColPali-style model")
@@ -129,6 +131,14 @@ def load_sentence_transformer(identity: ModelIdentity) -> Any:
     mode = POOLING_MODES[settings.pooling or "weighted_mean"]
     pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=settings.device or None)
+
+
+def _pad_at_a_harmless_side(model: Any) -> None:
+    """Pad on the right where positions are absolute: padding on the left would move every token's position."""
+    config, tokenizer = getattr(model[0], "config", None), getattr(model[0], "tokenizer", None)
+    if config is None or tokenizer is None or getattr(config.get_text_config(), "rope_parameters", None):
+        return
+    tokenizer.padding_side = "right"
 
 
 def _load_options(settings: EncoderSettings) -> dict[str, Any]:

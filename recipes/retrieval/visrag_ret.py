@@ -1,14 +1,15 @@
 """Encode pages and queries with VisRAG-Ret in an environment of its own: `python visrag_ret.py --help`.
 
 VisRAG-Ret (MiniCPM-V 2.0) comes with code that runs under transformers 4.40 only, so this file imports nothing of the
-package: copy it there. It writes the folder that `--kind imported` reads. The model's own code is run only with
---trust-remote-code.
+package: copy it there. It writes the folder that `--kind imported` reads; a command that was stopped goes on when it is
+run again. The model's own code is run only with --trust-remote-code.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,49 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], images: Sequence[An
     return np.concatenate(parts)
 
 
+def encode_pages(model: Any, tokenizer: Any, store: Path, out: Path, batch_size: int, part_pages: int) -> None:
+    """Write OUT/pages.npy and OUT/page_ids.txt, a part at a time; parts that are there are kept."""
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = pq.read_table(store / "pages.parquet", columns=["page_id", "image"]).to_pylist()
+    parts = []
+    for start in range(0, len(rows), part_pages):
+        chosen = rows[start : start + part_pages]
+        ids = "".join(f"{row['page_id']}\n" for row in chosen)
+        part, names = out / f"part-{start:09d}.npy", out / f"part-{start:09d}.txt"
+        if not (part.exists() and names.exists() and names.read_text() == ids):
+            names.unlink(missing_ok=True)
+            vectors = []
+            for first in range(0, len(chosen), batch_size):
+                batch = chosen[first : first + batch_size]
+                images = [Image.open(store / row["image"]).convert("RGB") for row in batch]
+                vectors.append(encode(model, tokenizer, [""] * len(images), images, batch_size))
+            _save(part, np.concatenate(vectors))
+            names.write_text(ids)  # names the part as whole
+        parts.append(part)
+        print(f"{start + len(chosen)}/{len(rows)} pages", flush=True)
+    (out / "page_ids.txt").write_text("".join(f"{row['page_id']}\n" for row in rows))
+    _save(out / "pages.npy", np.concatenate([np.load(part) for part in parts]))
+    for leftover in out.glob("part-*"):
+        leftover.unlink()
+
+
+def encode_queries(model: Any, tokenizer: Any, queries: Path, out: Path, batch_size: int) -> None:
+    """Write OUT/queries.npy and OUT/queries.jsonl."""
+    found = [json.loads(line) for line in queries.read_text().splitlines() if line.strip()]
+    texts = [row.get("text") or row.get("query") or row["question"] for row in found]
+    vectors = encode(model, tokenizer, [QUERY_PREFIX + text for text in texts], [None] * len(texts), batch_size)
+    _save(out / "queries.npy", vectors)
+    (out / "queries.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+
+
+def _save(file: Path, values: np.ndarray) -> None:
+    with open(f"{file}.writing", "wb") as stream:
+        np.save(stream, values)
+    os.replace(f"{file}.writing", file)
+
+
 def main() -> None:
     """Encode what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,13 +91,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="openbmb/VisRAG-Ret")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--part-pages", type=int, default=1024, help="a command that dies repeats at most as many")
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     if not options.trust_remote_code:
         parser.error("VisRAG-Ret runs code that comes with it: consent with --trust-remote-code")
-    import pyarrow.parquet as pq
     import torch
-    from PIL import Image
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
@@ -61,23 +104,9 @@ def main() -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "encoder.json").write_text(json.dumps({"model": options.model, "pooling": "weighted_mean"}))
-    rows = pq.read_table(options.store / "pages.parquet", columns=["page_id", "image"]).to_pylist()
-    parts = []
-    for start in range(0, len(rows), options.batch_size):
-        chosen = rows[start : start + options.batch_size]
-        images = [Image.open(options.store / row["image"]).convert("RGB") for row in chosen]
-        parts.append(encode(model, tokenizer, [""] * len(images), images, options.batch_size))
-        print(f"{start + len(chosen)}/{len(rows)} pages", flush=True)
-    np.save(options.out / "pages.npy", np.concatenate(parts))
-    (options.out / "page_ids.txt").write_text("".join(f"{row['page_id']}\n" for row in rows))
+    encode_pages(model, tokenizer, options.store, options.out, options.batch_size, options.part_pages)
     if options.queries:
-        found = [json.loads(line) for line in options.queries.read_text().splitlines() if line.strip()]
-        texts = [row.get("text") or row.get("query") or row["question"] for row in found]
-        prefixed = [QUERY_PREFIX + text for text in texts]
-        np.save(
-            options.out / "queries.npy", encode(model, tokenizer, prefixed, [None] * len(texts), options.batch_size)
-        )
-        (options.out / "queries.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+        encode_queries(model, tokenizer, options.queries, options.out, options.batch_size)
 
 
 if __name__ == "__main__":
