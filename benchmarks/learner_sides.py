@@ -195,7 +195,7 @@ class Bench:
         """One row for the group."""
         prompt = self._prompt(self._features())
         row = move(build_micro_batch([(prompt, self.batch.samples)]), self.device)
-        logprobs, entropy = self.policy(row, 1.0, False)
+        logprobs, entropy, *_ = self.policy(row, 1.0, False)
         loss = self._loss(logprobs, entropy, None, self.batch.samples)
         loss.backward()
         return float(loss.detach())
@@ -206,7 +206,7 @@ class Bench:
         total = 0.0
         for sample in self.batch.samples:
             row = move(build_micro_batch([(prompt, [sample])]), self.device)
-            logprobs, entropy = self.policy(row, 1.0, False)
+            logprobs, entropy, *_ = self.policy(row, 1.0, False)
             loss = self._loss(logprobs, entropy, None, [sample])
             loss.backward()
             total += float(loss.detach())

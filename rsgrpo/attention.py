@@ -7,6 +7,7 @@ mask over the whole row exists. Knows nothing of models, losses or images.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,29 +88,45 @@ def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
-@torch.compiler.disable
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, PrefixRow, float | None, float], torch.Tensor]
+"""(query, key, value, row, scale, dropout) -> (1, T, heads, head_dim).
+
+query: (1, heads, T, head_dim). key, value: (1, kv_heads, T, head_dim).
+"""
+
+
+def register(name: str, kernel: Kernel) -> None:
+    """Let transformers' layers attend by `kernel` where their configuration names it."""
+
+    @torch.compiler.disable
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        prefix_row: PrefixRow,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        assert attention_mask is None, "a mask over the whole row was built"
+        return kernel(query, key, value, prefix_row, scaling, dropout), None
+
+    AttentionInterface.register(name, attend)
+
+
 def prefix_sdpa(
-    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     prefix_row: PrefixRow,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend segment by segment with torch's own kernels (flash on CUDA).
-
-    Args:
-        query: (1, heads, T, head_dim). key, value: (1, kv_heads, T, head_dim).
-
-    Returns:
-        (1, T, heads, head_dim), as transformers expects it, and no attention weights.
-    """
-    assert attention_mask is None, "a mask over the whole row was built"
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attend segment by segment with torch's own kernels (flash on CUDA)."""
+    options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
     queries, keys, values = (tensor.split(prefix_row.split_lengths, 2) for tensor in (query, key, value))
     outputs: list[torch.Tensor] = []
@@ -130,26 +147,20 @@ def prefix_sdpa(
                     **options,
                 )
             )
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2)
 
 
-@torch.compiler.disable
 def prefix_varlen(
-    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
     prefix_row: PrefixRow,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
     """As `prefix_sdpa`, in one call of flash-attn's varlen kernel (its causal mask is aligned to the last key)."""
     from flash_attn import flash_attn_varlen_func
 
-    assert attention_mask is None, "a mask over the whole row was built"
     query_bounds, key_bounds, key_positions, longest_query, longest_key = prefix_row.varlen()
     output = flash_attn_varlen_func(
         query[0].transpose(0, 1),
@@ -160,10 +171,10 @@ def prefix_varlen(
         longest_query,
         longest_key,
         dropout_p=dropout,
-        softmax_scale=scaling,
+        softmax_scale=scale,
         causal=True,
     )
-    return output[None], None
+    return output[None]
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -186,5 +197,5 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     return VARLEN if wanted != "sdpa" and can_run else SDPA
 
 
-AttentionInterface.register(SDPA, prefix_sdpa)
-AttentionInterface.register(VARLEN, prefix_varlen)
+register(SDPA, prefix_sdpa)
+register(VARLEN, prefix_varlen)

@@ -295,6 +295,14 @@ class Cluster:
             self.check_stop()
             yield from self._scored(scoring, timeout_s=POLL_S)
 
+    def sample_to_learn(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> Iterator[ScoredGroup | RolloutGroup]:
+        """Sample and score prompts of a training step; the learner decodes their images meanwhile."""
+        with self._submitting:
+            self.learner.submit("prefetch", prompts)
+        yield from self.sample_and_score(prompts, sampling)
+
     def _rollouts_of(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         try:
             yield from self.rollouts.generate(prompts, sampling, check=self.check_stop)

@@ -34,6 +34,23 @@ def init_distributed(rank: int, world_size: int, address: str, port: int, device
     )
 
 
+def require_process_group(rank: int, world_size: int, device: torch.device) -> None:
+    """Make the process group of a single rank where there is none; check that a group is the one meant.
+
+    Raises:
+        RsgrpoError: several ranks without a group, or a group of another size.
+    """
+    if not dist.is_initialized():
+        if world_size > 1:
+            raise RsgrpoError(f"world_size={world_size}: call init_distributed on every rank before making a Learner")
+        init_distributed(0, 1, "", 0, device.type)
+    if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
+        raise RsgrpoError(
+            f"rank {rank} of {world_size} does not fit the process group, in which this is rank {dist.get_rank()} "
+            f"of {dist.get_world_size()}; hand both functions the same numbers"
+        )
+
+
 def resolve_device(wanted: str) -> torch.device:
     """Return the device for `learner.device`: "auto" takes CUDA where there is one."""
     if wanted not in ("auto", "cpu", "cuda"):

@@ -20,16 +20,18 @@ from rollout.types import Prompt
 from rsgrpo.attention import choose_attention
 from rsgrpo.config import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.export import adapter_weights, export_folder, full_weights
-from rsgrpo.fsdp import compute_dtype, fill, init_distributed, resolve_device, shard
+from rsgrpo.feature_cache import FeatureCache, FeatureFolder, tower_fingerprint
+from rsgrpo.fsdp import compute_dtype, fill, init_distributed, require_process_group, resolve_device, shard
 from rsgrpo.learner_state import load_state, save_state
-from rsgrpo.loss import mismatch, policy_loss, step_totals, supervised_loss
+from rsgrpo.loss import mismatch, policy_loss, step_totals, supervised_loss, token_metrics
 from rsgrpo.model import Policy, add_lora, empty_model, load_model, scale_adapters, shrink_frozen_tower
 from rsgrpo.optimizer import NonFiniteSteps, Optimizer
 from rsgrpo.packing import Plan
 from rsgrpo.passes import Logprobs, Passes
-from rsgrpo.prompt_store import Encoder, FeatureCache, PromptStore
+from rsgrpo.prompt_store import Encoder, PromptStore
+from rsgrpo.recompute import recompute
 from rsgrpo.self_check import check_policy
-from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, StepTotals, TrainGroup
+from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, StepTotals, TokenScores, TrainGroup
 
 __all__ = ["Learner", "init_distributed"]
 
@@ -70,44 +72,24 @@ class Learner:
         self.device = resolve_device(learner.device)
         if learner.num_threads:
             torch.set_num_threads(learner.num_threads)
-        if not dist.is_initialized():
-            if world_size > 1:
-                raise RsgrpoError(
-                    f"world_size={world_size}: call init_distributed on every rank before making a Learner"
-                )
-            init_distributed(0, 1, "", 0, self.device.type)
-        if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
-            raise RsgrpoError(
-                f"rank {rank} of {world_size} does not fit the process group, in which this is rank {dist.get_rank()} "
-                f"of {dist.get_world_size()}; hand both functions the same numbers"
-            )
+        require_process_group(rank, world_size, self.device)
         self.encoder = encoder or InputProcessor(
             model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         frozen_tower = model.freeze_vision or not trainable
-        if trainable and model.lora.rank and not model.freeze_vision:
-            raise RsgrpoError(
-                f"model.lora.rank={model.lora.rank} trains adapters on the language model only; "
-                "set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
-            )
+        refuse_trained_tower(model, learner, frozen_tower=frozen_tower)
         self.policy = self._build_policy(hf_model, trainable, frozen_tower)
-        family, hf = self.policy.family, self.policy.hf
-        prompts = PromptStore(
-            self.encoder,
-            lambda tokens_T, grid: family.position_ids(hf, tokens_T, grid),
-            self._encode_images if frozen_tower else None,
-            FeatureCache(learner.vision_cache_mb << 20),
-        )
         self._passes = Passes(
             self.policy,
-            prompts,
+            self._prompt_store(),
             self.device,
             max_tokens=learner.max_tokens_per_micro_batch,
             filler_token_id=self.encoder.eos_token_id,
+            banned_token_ids=self.encoder.banned_token_ids,
         )
         self._optimizer: Optimizer | None = None
         if trainable:
-            tower = family.vision_tower(hf).parameters()
+            tower = self.policy.family.vision_tower(self.policy.hf).parameters()
             self._optimizer = Optimizer(self.policy.trainable().values(), tower, learner, total_steps)
         self._unchecked = learner.self_check and trainable
         torch.manual_seed(seed + rank)
@@ -138,8 +120,8 @@ class Learner:
             frozen_tower=frozen_tower,
             compute_dtype=dtype,
         )
-        if learner.gradient_checkpointing and trainable:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
+        if trainable:
+            recompute(policy, learner.gradient_checkpointing)
         shard(policy, learner, self.device)
         if next(hf.parameters()).is_meta:
             fill(policy, source, learner, self.device)
@@ -147,8 +129,31 @@ class Learner:
             shrink_frozen_tower(policy)
         return policy
 
+    def _prompt_store(self) -> PromptStore:
+        family, hf, learner = self.policy.family, self.policy.hf, self.config
+        folder = None
+        if learner.feature_cache:
+            pixels = self.encoder.image_processor.to_dict()
+            normalisation = {key: pixels.get(key) for key in ("image_mean", "image_std", "rescale_factor")}
+            fingerprint = tower_fingerprint(family.vision_tower(hf), hf.config.vision_config.to_dict(), normalisation)
+            folder = FeatureFolder(Path(learner.feature_cache), fingerprint, int(learner.feature_cache_gb * 2**30))
+        return PromptStore(
+            self.encoder,
+            lambda tokens_T, grid: family.position_ids(hf, tokens_T, grid),
+            self._encode_images if self.policy.frozen_tower else None,
+            FeatureCache(learner.vision_cache_mb << 20, folder),
+            ahead=learner.encode_ahead,
+        )
+
     def _encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         return self.policy.encode_images(pixel_values.to(self.device), image_grid_thw.to(self.device))
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Begin to decode the images of prompts that are being sampled; returns at once. Every rank is given them all.
+
+        Not needed for anything but speed: whatever is not there when an update needs it is decoded then.
+        """
+        self._passes.prefetch(prompts)
 
     def update(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float]) -> dict[str, float]:
         """Take the optimiser steps of one batch of rollouts (`algorithm.updates_per_step` of them). Collective.
@@ -159,13 +164,12 @@ class Learner:
             RsgrpoError: groups that cannot be trained on, or `learner.max_bad_steps` non-finite steps in a row.
         """
         optimizer = self._trainer()
-        check_groups(groups, self.encoder.banned_token_ids)
-        num_terms = groups[0].samples[0].scope_KT.shape[0]
-        if len(loss_weights_K) != num_terms:
-            raise RsgrpoError(f"{len(loss_weights_K)} loss weights for {num_terms} loss terms; give one each")
         parts = np.array_split(np.arange(len(groups)), self.algorithm.updates_per_step)
         chunks = [part.tolist() for part in parts if len(part)]
         plans = self._passes.plan_all(groups, chunks)
+        num_terms = groups[0].samples[0].scope_KT.shape[0]
+        if len(loss_weights_K) != num_terms:
+            raise RsgrpoError(f"{len(loss_weights_K)} loss weights for {num_terms} loss terms; give one each")
         self._self_check(groups)
         on_policy = len(chunks) == 1 and self.algorithm.on_policy_shortcut
         old = None if on_policy else self._passes.forward(groups, plans, self.temperature)
@@ -175,7 +179,7 @@ class Learner:
             totals = step_totals([sample for index in chunk for sample in groups[index].samples])
             results.append(self._policy_step(groups, step_plan, totals, weights_K, old))
         optimizer.step += 1
-        return merge_updates(results)
+        return merge_updates(results) | self._passes.work()
 
     def _policy_step(
         self,
@@ -193,10 +197,10 @@ class Learner:
         active_K = torch.tensor(totals.active_K, device=self.device)
         algorithm = self.algorithm
 
-        def loss_of(batch: MicroBatch, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> LossOutput:
+        def loss_of(batch: MicroBatch, scores: TokenScores) -> LossOutput:
             output = policy_loss(
-                logprobs_N,
-                entropy_N,
+                scores.logprobs_N,
+                scores.entropy_N,
                 old_logprobs_N=batch.old_logprobs_N,
                 advantages_KN=batch.advantages_KN,
                 scope_KN=batch.scope_KN,
@@ -216,8 +220,9 @@ class Learner:
                 kl_estimator=algorithm.kl_estimator,
                 entropy_coef=algorithm.entropy_coef,
             )
+            output.metrics.update(token_metrics(scores, response_tokens=totals.response_tokens))
             if batch.rollout_logprobs_N is not None:
-                old_N = logprobs_N if batch.old_logprobs_N is None else batch.old_logprobs_N
+                old_N = scores.logprobs_N if batch.old_logprobs_N is None else batch.old_logprobs_N
                 output.metrics.update(mismatch(old_N, batch.rollout_logprobs_N, response_tokens=totals.response_tokens))
             return output
 
@@ -237,7 +242,7 @@ class Learner:
         step_plan, loss_of = self._supervised(groups)
         self._self_check(groups)
         metrics = self._passes.backward(groups, step_plan, loss_of, temperature=1.0)
-        metrics |= self._take_step(groups)
+        metrics |= self._take_step(groups) | self._passes.work()
         optimizer.step += 1
         return metrics
 
@@ -247,12 +252,13 @@ class Learner:
         return self._passes.losses(groups, step_plan, loss_of, temperature=1.0)
 
     def _supervised(self, groups: Sequence[TrainGroup]) -> tuple[Plan, Any]:
-        check_groups(groups, self.encoder.banned_token_ids)
         [step_plan] = self._passes.plan_all(groups, [range(len(groups))])
         total = sum(len(sample.token_ids_T) for group in groups for sample in group.samples)
 
-        def loss_of(batch: MicroBatch, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> LossOutput:
-            return supervised_loss(logprobs_N, entropy_N, response_tokens=total)
+        def loss_of(batch: MicroBatch, scores: TokenScores) -> LossOutput:
+            output = supervised_loss(scores.logprobs_N, response_tokens=total)
+            output.metrics.update(token_metrics(scores, response_tokens=total))
+            return output
 
         return step_plan, loss_of
 
@@ -270,7 +276,6 @@ class Learner:
         """
         if reference and self._optimizer is not None and not self.model_config.lora.rank:
             raise RsgrpoError("reference logprobs need model.lora.rank > 0 or a second Learner with trainable=False")
-        check_groups(groups, self.encoder.banned_token_ids)
         plans = self._passes.plan_all(groups, [range(len(groups))])
         with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
             mine = self._passes.forward(groups, plans, self.temperature if temperature is None else temperature)
@@ -358,32 +363,24 @@ class Learner:
             self._unchecked = False
 
 
-def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) -> None:
-    """Refuse groups that the loss cannot be computed on.
+def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_tower: bool) -> None:
+    """Refuse what a trained tower excludes.
 
     Raises:
-        RsgrpoError: no group, a group without samples, an empty response, or one with a token that is never sampled.
+        RsgrpoError: adapters, or features kept on disk.
     """
-    if not groups:
-        raise RsgrpoError("the learner was given no group; a step needs at least one")
-    for group in groups:
-        if not group.samples:
-            raise RsgrpoError(f"group {group.prompt.id} has no sample; leave it out")
-        for index, sample in enumerate(group.samples):
-            shape = (sample.scope_KT.shape[0], len(sample.token_ids_T))
-            if shape[1] == 0:
-                raise RsgrpoError(f"group {group.prompt.id}, sample {index}: the response has no token")
-            if sample.scope_KT.shape != shape or sample.advantages_KT.shape != shape:
-                raise RsgrpoError(
-                    f"group {group.prompt.id}, sample {index}: scope {sample.scope_KT.shape} and advantages "
-                    f"{sample.advantages_KT.shape} must both be (terms, tokens) = {shape}"
-                )
-            banned = np.intersect1d(sample.token_ids_T, banned_token_ids)
-            if len(banned):
-                raise RsgrpoError(
-                    f"group {group.prompt.id}, sample {index}: the response holds vision token(s) {banned.tolist()}, "
-                    "which have no probability"
-                )
+    if frozen_tower:
+        return
+    if model.lora.rank:
+        raise RsgrpoError(
+            f"model.lora.rank={model.lora.rank} trains adapters on the language model only; "
+            "set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
+        )
+    if learner.feature_cache:
+        raise RsgrpoError(
+            f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
+            "model.freeze_vision=false trains it: set learner.feature_cache='' or model.freeze_vision=true"
+        )
 
 
 def merge_updates(results: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from rsgrpo.checks import above, at_least, one_of, require
@@ -144,12 +145,17 @@ class LearnerConfig:
     vision_lr_scale: factor on a trained tower's lr.
     max_tokens_per_micro_batch: prompt once plus all responses of its groups.
     logits_chunk_tokens: response tokens whose logits exist at once.
-    gradient_checkpointing: recompute layer activations in backward.
+    gradient_checkpointing: what backward computes again: "none", "full" (every layer), "every_n:K" (every K-th layer)
+        or "attention" (every layer, except what its attention kernel returned).
     offload: keep parameters and optimiser state in CPU memory (accelerator only).
     compile: torch.compile of each decoder layer.
     attention: "auto", "sdpa" or "flash" (flash-attn varlen).
     self_check: compare the shared-prefix forward with a plain one on the first group of a run.
+    encode_ahead: prompts whose images each rank decodes beforehand, in threads, while engines sample and while it
+        computes; a decoded image holds 19 KB per image token.
     vision_cache_mb: CPU memory for image features of a frozen tower, which are kept across steps; 0 keeps none.
+    feature_cache: folder that keeps a frozen tower's features over runs; "" keeps none. feature_cache_gb: its limit;
+        features that were not used for longest go.
     max_bad_steps: non-finite steps in a row before the run stops.
     """
 
@@ -167,12 +173,15 @@ class LearnerConfig:
     vision_lr_scale: float = 1.0
     max_tokens_per_micro_batch: int = 32_768
     logits_chunk_tokens: int = 2048
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: str = "full"
     offload: bool = False
     compile: bool = False
     attention: str = "auto"
     self_check: bool = True
+    encode_ahead: int = 8
     vision_cache_mb: int = 4096
+    feature_cache: str = ""
+    feature_cache_gb: float = 100.0
     max_bad_steps: int = 3
 
     def __post_init__(self) -> None:
@@ -180,6 +189,11 @@ class LearnerConfig:
         one_of("learner.precision", self.precision, ("float32", "bfloat16"))
         one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
         one_of("learner.attention", self.attention, ("auto", "sdpa", "flash"))
+        parse_checkpointing(self.gradient_checkpointing)
+        require(
+            not (self.compile and self.gradient_checkpointing == "attention"),
+            "learner.compile=true takes no learner.gradient_checkpointing=attention: use full, every_n:K or none",
+        )
         object.__setattr__(self, "betas", tuple(self.betas))
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
@@ -191,6 +205,7 @@ class LearnerConfig:
             learner__eps=self.eps,
             learner__max_grad_norm=self.max_grad_norm,
             learner__vision_lr_scale=self.vision_lr_scale,
+            learner__feature_cache_gb=self.feature_cache_gb,
         )
         at_least(0, learner__num_threads=self.num_threads, learner__warmup_steps=self.warmup_steps)
         at_least(0, learner__weight_decay=self.weight_decay, learner__vision_cache_mb=self.vision_cache_mb)
@@ -200,4 +215,24 @@ class LearnerConfig:
             learner__max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
             learner__logits_chunk_tokens=self.logits_chunk_tokens,
             learner__max_bad_steps=self.max_bad_steps,
+            learner__encode_ahead=self.encode_ahead,
         )
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the decoder layers that backward computes again."""
+        every = parse_checkpointing(self.gradient_checkpointing)
+        return 1 / every if every else 0.0
+
+
+def parse_checkpointing(how: str) -> int:
+    """Return n where every n-th layer is recomputed (1: every one), 0 where none is."""
+    known = {"none": 0, "full": 1, "attention": 1}
+    if how in known:
+        return known[how]
+    match = re.fullmatch(r"every_n:([1-9]\d*)", str(how))
+    require(
+        match is not None,
+        f"learner.gradient_checkpointing must be none, full, attention or every_n:K (every_n:2), got {how!r}",
+    )
+    return int(match[1])  # type: ignore[index]

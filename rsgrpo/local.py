@@ -71,6 +71,13 @@ class LocalCluster:
             else:
                 yield from self.rewards.score([group])
 
+    def sample_to_learn(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams
+    ) -> Iterator[ScoredGroup | RolloutGroup]:
+        """Sample and score prompts of a training step; the learner's threads decode their images meanwhile."""
+        self.learner.learner.prefetch(prompts)
+        yield from self.sample_and_score(prompts, sampling)
+
     def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
         """Take the optimiser steps of one batch; the weights are `version` afterwards."""
         return self.learner.call("update", groups, loss_weights_K)

@@ -7,11 +7,12 @@ step's loss: shares of micro-batches and ranks add up, because what they are div
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from rsgrpo.types import LossOutput, RsgrpoError, Sample, StepTotals
+from rsgrpo.types import LossOutput, RsgrpoError, Sample, StepTotals, TokenScores
 
 LOG_RATIO_LIMIT = 20.0
 RATIOS = ("token", "gspo", "cispo")
@@ -79,6 +80,29 @@ def cispo_surrogate(
     return loss_KN, (ratio_N > 1 + clip_high).expand_as(loss_KN)
 
 
+def surrogate(
+    logprobs_N: torch.Tensor,
+    old_logprobs_N: torch.Tensor,
+    advantages_KN: torch.Tensor,
+    sample_index_N: torch.Tensor,
+    *,
+    ratio: str = "token",
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float = 3.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the surrogate of every term and token by `algorithm.ratio`, and where a clip decided."""
+    if ratio not in RATIOS:
+        raise RsgrpoError(f"algorithm.ratio must be one of {RATIOS}, got {ratio!r}")
+    if ratio == "gspo":
+        log_ratio_N = sequence_log_ratio(logprobs_N, old_logprobs_N, sample_index_N)
+    else:
+        log_ratio_N = token_log_ratio(logprobs_N, old_logprobs_N)
+    if ratio == "cispo":
+        return cispo_surrogate(log_ratio_N, logprobs_N, advantages_KN, clip_high=clip_high)
+    return clipped_surrogate(log_ratio_N, advantages_KN, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+
+
 def importance_weights(old_logprobs_N: torch.Tensor, rollout_logprobs_N: torch.Tensor, cap: float) -> torch.Tensor:
     """Return min(exp(old - engine), cap), detached: what corrects for sampling under slightly other probabilities."""
     return (old_logprobs_N - rollout_logprobs_N).detach().clamp(max=LOG_RATIO_LIMIT).exp().clamp(max=cap)
@@ -121,14 +145,11 @@ def policy_loss(
     scope_tokens_K: torch.Tensor,
     active_K: torch.Tensor,
     response_tokens: int,
-    ratio: str = "token",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 3.0,
     importance_cap: float = 0.0,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
     entropy_coef: float = 0.0,
+    **surrogate_options: Any,
 ) -> LossOutput:
     """Return this micro-batch's share of the step's loss.
 
@@ -138,32 +159,20 @@ def policy_loss(
         rollout_logprobs_N: of the engine; needed when importance_cap > 0.
         ref_logprobs_N: of the reference; needed when kl_coef > 0.
         loss_weights_K, scope_tokens_K, active_K, response_tokens: of the whole step.
+        surrogate_options: ratio, clip_low, clip_high and dual_clip of `surrogate`.
 
     Raises:
         RsgrpoError: an unknown ratio or estimator, or logprobs that a term needs are missing.
     """
     old_N = logprobs_N.detach() if old_logprobs_N is None else old_logprobs_N
-    if ratio == "gspo":
-        log_ratio_N = sequence_log_ratio(logprobs_N, old_N, sample_index_N)
-    elif ratio in ("token", "cispo"):
-        log_ratio_N = token_log_ratio(logprobs_N, old_N)
-    else:
-        raise RsgrpoError(f"algorithm.ratio must be one of {RATIOS}, got {ratio!r}")
-    if ratio == "cispo":
-        loss_KN, clipped_KN = cispo_surrogate(log_ratio_N, logprobs_N, advantages_KN, clip_high=clip_high)
-    else:
-        loss_KN, clipped_KN = clipped_surrogate(
-            log_ratio_N, advantages_KN, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
-        )
+    loss_KN, clipped_KN = surrogate(logprobs_N, old_N, advantages_KN, sample_index_N, **surrogate_options)
     if importance_cap:
         if rollout_logprobs_N is None:
             raise RsgrpoError("algorithm.importance_cap > 0 needs the engine's logprobs, and a sample has none")
         loss_KN = loss_KN * importance_weights(old_N, rollout_logprobs_N, importance_cap)
     loss = weighted_mean(scoped_means(loss_KN, scope_KN, scope_tokens_K), loss_weights_K, active_K)
-    active_tokens = scope_tokens_K[active_K].sum()
     metrics = {
-        "actor/clip_frac": (clipped_KN & scope_KN & active_K[:, None]).sum() / active_tokens,
-        "actor/entropy": entropy_N.detach().sum() / response_tokens,
+        "actor/clip_frac": (clipped_KN & scope_KN & active_K[:, None]).sum() / scope_tokens_K[active_K].sum(),
         "actor/old_kl": (old_N - logprobs_N).detach().sum() / response_tokens,
     }
     if kl_coef:
@@ -176,6 +185,15 @@ def policy_loss(
         loss = loss - entropy_coef * entropy_N.sum() / response_tokens
     metrics["actor/loss"] = loss.detach()
     return LossOutput(loss, metrics)
+
+
+def token_metrics(scores: TokenScores, *, response_tokens: int) -> dict[str, torch.Tensor]:
+    """Return shares of the means over the step's response tokens: entropy, top probability, top tokens sampled."""
+    return {
+        "actor/entropy": scores.entropy_N.detach().sum() / response_tokens,
+        "actor/top1_prob": scores.top_probs_N.sum() / response_tokens,
+        "actor/top1_frac": scores.is_top_N.sum() / response_tokens,
+    }
 
 
 def mismatch(
@@ -191,7 +209,7 @@ def mismatch(
     }
 
 
-def supervised_loss(logprobs_N: torch.Tensor, entropy_N: torch.Tensor, *, response_tokens: int) -> LossOutput:
+def supervised_loss(logprobs_N: torch.Tensor, *, response_tokens: int) -> LossOutput:
     """Return this micro-batch's share of the mean negative log-likelihood per response token of the step."""
     loss = -logprobs_N.sum() / response_tokens
-    return LossOutput(loss, {"actor/loss": loss.detach(), "actor/entropy": entropy_N.detach().sum() / response_tokens})
+    return LossOutput(loss, {"actor/loss": loss.detach()})

@@ -20,7 +20,7 @@ from rsgrpo.attention import PrefixRow
 from rsgrpo.config import LoraConfig, ModelConfig
 from rsgrpo.errors import InputError
 from rsgrpo.families import Family, family_of
-from rsgrpo.types import MicroBatch
+from rsgrpo.types import MicroBatch, TokenScores
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +124,11 @@ class Policy(nn.Module):
         if frozen_tower:
             self.family.vision_tower(model).requires_grad_(False)
 
-    def forward(
-        self, batch: MicroBatch | PlainRow, temperature: float, entropy_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (logprobs_N, entropy_N) of the response tokens, float32, of log_softmax((logits + ban) / temperature).
+    def forward(self, batch: MicroBatch | PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
+        """Return what log_softmax((logits + ban) / temperature) says of the response tokens.
 
-        The entropy carries a gradient only when asked. A PlainRow takes the ordinary forward, for comparison.
+        The log-probabilities carry a gradient, the entropy only when asked. A PlainRow takes the ordinary forward, for
+        comparison.
         """
         if isinstance(batch, PlainRow):
             return self._plain(batch, temperature, entropy_gradient)
@@ -145,7 +144,7 @@ class Policy(nn.Module):
         ).last_hidden_state[0]
         return self._head(hidden_TH[batch.head_index_N], batch.targets_N, temperature, entropy_gradient)
 
-    def _plain(self, row: PlainRow, temperature: float, entropy_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _plain(self, row: PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
         """Run transformers' forward, vision tower and all, with its own attention."""
         config = self.family.language_model(self.hf).config
         config._attn_implementation = "sdpa"
@@ -177,7 +176,7 @@ class Policy(nn.Module):
 
     def _head(
         self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> TokenScores:
         """Run the head chunk by chunk; with several chunks, backward recomputes each one's logits."""
         chunk = self.logits_chunk_tokens
         if len(targets_N) <= chunk:
@@ -186,20 +185,20 @@ class Policy(nn.Module):
             checkpoint(self._head_chunk, hidden, targets, temperature, entropy_gradient, use_reentrant=False)
             for hidden, targets in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True)
         ]
-        logprobs, entropies = zip(*pieces, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
+        return TokenScores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
     def _head_chunk(
         self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> TokenScores:
         logits_NV = self.hf.lm_head(hidden_NH).float().masked_fill(self.banned_V, float("-inf"))
         logprobs_NV = torch.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, -1)
         logprobs_N = logprobs_NV.gather(-1, targets_N[:, None]).sum(-1)  # one element; FSDP wants no view
+        top_logprobs_N, top_N = logprobs_NV.detach().max(-1)
         if not entropy_gradient:
             logprobs_NV = logprobs_NV.detach()
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy_N = -(logprobs_NV.exp() * logprobs_NV.masked_fill(self.banned_V, 0.0)).sum(-1)
-        return logprobs_N, entropy_N
+        return TokenScores(logprobs_N, entropy_N, top_logprobs_N.exp(), top_N == targets_N)
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:

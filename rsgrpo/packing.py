@@ -14,6 +14,8 @@ import torch
 
 from rsgrpo.types import MicroBatch, PrefixLayout, RsgrpoError, Sample
 
+_HOME_SLACK = 1.05
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
@@ -59,8 +61,12 @@ def plan(
     num_ranks: int,
     max_tokens: int,
     cost_model: CostModel | None = None,
+    homes: Sequence[int | None] = (),
 ) -> Plan:
     """Spread whole groups over ranks by predicted cost and pack them into micro-batches of at most `max_tokens`.
+
+    homes: for each group the rank that has its images already, which it goes to unless that rank would have over 5%
+        more work than the busiest one without homes; None, or no list: any rank.
 
     Raises:
         RsgrpoError: a prompt with one of its responses is longer than `max_tokens`.
@@ -71,14 +77,26 @@ def plan(
         for group, (prompt_length, lengths) in enumerate(zip(prompt_lengths, response_lengths, strict=True))
         for unit in _split_group(group, prompt_length, lengths, max_tokens, cost_model)
     ]
+    ranks = _spread(units, num_ranks)
+    if homes:
+        busiest = max(sum(unit.cost for unit in rank_units) for rank_units in ranks)
+        ranks = _spread(units, num_ranks, homes, _HOME_SLACK * busiest)
+    packed = [_pack(rank_units, max_tokens) for rank_units in ranks]
+    return _level(packed)
+
+
+def _spread(
+    units: Sequence[Unit], num_ranks: int, homes: Sequence[int | None] = (), most: float = 0.0
+) -> list[list[Unit]]:
+    """Give each unit, costly ones first, to its home where that stays within `most`, else to the idlest rank."""
     ranks: list[list[Unit]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
     for unit in sorted(units, key=lambda unit: (-unit.cost, unit.group, unit.samples)):
-        rank = loads.index(min(loads))
+        home = homes[unit.group] if homes else None
+        rank = loads.index(min(loads)) if home is None or loads[home] + unit.cost > most else home
         ranks[rank].append(unit)
         loads[rank] += unit.cost
-    packed = [_pack(rank_units, max_tokens) for rank_units in ranks]
-    return _level(packed)
+    return ranks
 
 
 def _split_group(

@@ -65,8 +65,8 @@ def phases(config: PlanConfig, shapes: Shapes) -> list[Phase]:
         found.append(Phase("old log-probabilities", forward, forward / learner_rate))
     if algorithm.kl_coef > 0:
         found.append(Phase("reference", forward, forward / learner_rate))
-    passes = (2 if config.model.lora.rank else 3) + learner.gradient_checkpointing
-    tower = vision * (1 if config.model.freeze_vision else 3 + learner.gradient_checkpointing)
+    passes = (2 if config.model.lora.rank else 3) + learner.recomputed_share
+    tower = vision * (1 if config.model.freeze_vision else 3 + (learner.recomputed_share > 0))
     work = passes * forward + tower
     found.append(Phase("learn", work, work / learner_rate))
     sent = 2 * (shapes.language_params + (0 if config.model.freeze_vision else shapes.vision_params))

@@ -51,7 +51,11 @@ def learner_memory(config: TrainConfig, shapes: Shapes) -> Memory:
     tokens = learner.max_tokens_per_micro_batch
     layer_activations = tokens * shapes.layer_activation_bytes(width)
     kept = tokens * width * shapes.hidden_size * shapes.num_layers
-    activations = kept + layer_activations if learner.gradient_checkpointing else shapes.num_layers * layer_activations
+    recomputed = learner.recomputed_share
+    activations = (1 - recomputed) * shapes.num_layers * layer_activations
+    if recomputed:
+        copies = 2 if learner.gradient_checkpointing == "attention" else 1
+        activations += layer_activations + recomputed * copies * kept
     gathered = 2 * shapes.layer_params + (shapes.language_params - shapes.body_params)
     static = {
         "weights (float32)": on_device * 4 * sharded / shard,
@@ -85,7 +89,7 @@ def learner_vision_bytes(config: TrainConfig, shapes: Shapes) -> float:
     block = patches * shapes.vision_activation_bytes(width)
     if config.model.freeze_vision:
         return features + block
-    if config.learner.gradient_checkpointing:
+    if config.learner.recomputed_share:
         return features + images * (block + patches * width * shapes.vision_hidden_size * shapes.vision_depth)
     return features + images * shapes.vision_depth * block
 

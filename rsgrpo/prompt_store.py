@@ -1,25 +1,28 @@
-"""A step's prompts on their way into the policy: counted, encoded in background threads, tower features cached.
+"""A step's prompts on their way into the policy: counted, encoded in background threads, their features reused.
 
-Owns the order of work and the cache; the encoding itself is rollout.inputs', the tower is the policy's.
+Owns the order of work; the encoding itself is rollout.inputs', the tower is the policy's.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from rollout.images import PromptError
 from rollout.inputs import PromptInputs
 from rollout.types import Prompt
+from rsgrpo.feature_cache import FeatureCache
 from rsgrpo.packing import EncodedPrompt
 from rsgrpo.types import RsgrpoError
 
-_AHEAD = 4
+Prepared = tuple[PromptInputs, torch.Tensor, list[torch.Tensor | None]]
+"""What threads make of a prompt: its inputs, (3, T) positions, and features that were found on disk."""
 
 
 class Encoder(Protocol):
@@ -27,6 +30,7 @@ class Encoder(Protocol):
 
     eos_token_id: int
     banned_token_ids: list[int]
+    image_processor: Any
 
     def encode(self, prompt: Prompt) -> PromptInputs:
         """Return tokens and pixels."""
@@ -37,43 +41,6 @@ class Encoder(Protocol):
         ...
 
 
-class FeatureCache:
-    """Features of images under a frozen tower, by content hash; least recently used ones go when it is full.
-
-    The weights never change, so an entry is right for the whole run. Entries live in CPU memory.
-
-    Attributes:
-        hits, misses: look-ups so far.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.hits = self.misses = 0
-        self._max_bytes = max_bytes
-        self._num_bytes = 0
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    def get(self, image_hash: str) -> torch.Tensor | None:
-        """Return (merged tokens, F), or None where it must be computed."""
-        features = self._features.get(image_hash)
-        if features is None:
-            self.misses += 1
-            return None
-        self.hits += 1
-        self._features.move_to_end(image_hash)
-        return features
-
-    def put(self, image_hash: str, features: torch.Tensor) -> None:
-        """Keep features; an image larger than the whole cache is not kept."""
-        num_bytes = features.numel() * features.element_size()
-        if num_bytes > self._max_bytes or image_hash in self._features:
-            return
-        self._features[image_hash] = features
-        self._num_bytes += num_bytes
-        while self._num_bytes > self._max_bytes:
-            _, oldest = self._features.popitem(last=False)
-            self._num_bytes -= oldest.numel() * oldest.element_size()
-
-
 class PromptStore:
     """Encodes a step's prompts once each, ahead of use, and keeps them until others come.
 
@@ -82,6 +49,10 @@ class PromptStore:
         position_ids: (token_ids_T, image_grid_thw) -> (3, T).
         encode_images: (pixel_values, image_grid_thw) of one image -> (merged tokens, F); None with a trained tower.
         cache: features across steps; used with a frozen tower.
+        ahead: prompts whose pixels may wait in memory.
+
+    Attributes:
+        wait_s: seconds that `get` has waited for encodings. num_encoded: prompts encoded.
     """
 
     def __init__(
@@ -90,20 +61,39 @@ class PromptStore:
         position_ids: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
         encode_images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         cache: FeatureCache,
+        *,
+        ahead: int,
     ) -> None:
+        self.cache = cache
+        self.wait_s, self.num_encoded = 0.0, 0
         self._encoder = encoder
         self._position_ids = position_ids
         self._encode_images = encode_images
-        self._cache = cache
-        self._pool = ThreadPoolExecutor(min(_AHEAD, os.cpu_count() or 1), thread_name_prefix="encode")
+        self._ahead = ahead
+        self._pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1), thread_name_prefix="encode")
         self._prompts: Sequence[Prompt] = ()
+        self._same: dict[int, int] = {}
         self._waiting: list[int] = []
-        self._inputs: dict[int, Future[tuple[PromptInputs, torch.Tensor]]] = {}
+        self._early: OrderedDict[str, tuple[Prompt, Future[Prepared]]] = OrderedDict()
+        self._inputs: dict[int, Future[Prepared]] = {}
         self._encoded: dict[int, EncodedPrompt] = {}
 
-    def count_tokens(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Return the token count of each prompt, from image headers alone."""
-        return list(self._pool.map(self._count, prompts))
+    def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
+        """Return the token count of each prompt, from image headers alone.
+
+        unreadable: what stands for a prompt that cannot be read; None raises.
+        """
+        return list(self._pool.map(lambda prompt: self._count(prompt, unreadable), prompts))
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Begin to encode prompts that a later pass will want, the first `ahead` of them; returns at once."""
+        for prompt in prompts[: self._ahead]:
+            known, future = self._early.pop(prompt.id, (None, None))
+            if future is None or known != prompt:
+                future = self._submit(prompt)
+            self._early[prompt.id] = (prompt, future)
+        while len(self._early) > self._ahead:  # never asked for: the group filter dropped them
+            self._early.popitem(last=False)[1][1].cancel()
 
     def start(self, prompts: Sequence[Prompt], order: Sequence[int]) -> None:
         """Begin a pass: encode `prompts` in the order in which they will be needed.
@@ -114,48 +104,72 @@ class PromptStore:
             future.cancel()
         before = {self._prompts[index].id: (self._prompts[index], done) for index, done in self._encoded.items()}
         self._prompts = prompts
-        self._inputs, self._encoded = {}, {}
+        self._same, self._inputs, self._encoded = {}, {}, {}
+        first: dict[str, int] = {}
         for index in order:
-            prompt, done = before.get(prompts[index].id, (None, None))
-            if done is not None and prompt == prompts[index]:
-                self._encoded[index] = done
-        self._waiting = [index for index in dict.fromkeys(order) if index not in self._encoded]
-        self._submit()
+            prompt = prompts[index]
+            same = first.setdefault(prompt.id, index)
+            self._same[index] = same if prompts[same] == prompt else index
+            known, done = before.get(prompt.id, (None, None))
+            if done is not None and known == prompt:
+                self._encoded[self._same[index]] = done
+        needed = dict.fromkeys(self._same[index] for index in order)
+        self._waiting = [index for index in needed if index not in self._encoded]
+        for index in list(self._waiting):
+            if prompts[index].id in self._early:
+                self._begin(index)
+        self._fill()
 
     def get(self, index: int) -> EncodedPrompt:
         """Return prompt `index` of the step, waiting for its encoding where it is not done yet."""
+        index = self._same[index]
         if index not in self._encoded:
             if index not in self._inputs:
-                self._waiting.remove(index)
-                self._inputs[index] = self._pool.submit(self._prepare, self._prompts[index])
-            inputs, positions_3T = self._inputs.pop(index).result()
-            self._submit()
-            self._encoded[index] = self._finish(inputs, positions_3T)
+                self._begin(index)
+            since = time.perf_counter()
+            prepared = self._inputs.pop(index).result()
+            self.wait_s += time.perf_counter() - since
+            self._fill()
+            self._encoded[index] = self._finish(*prepared)
         return self._encoded[index]
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """Encode one prompt at once, outside any step."""
         return self._finish(*self._prepare(prompt))
 
-    def _submit(self) -> None:
-        while self._waiting and len(self._inputs) < _AHEAD:
-            index = self._waiting.pop(0)
-            self._inputs[index] = self._pool.submit(self._prepare, self._prompts[index])
+    def _fill(self) -> None:
+        while self._waiting and len(self._inputs) < self._ahead:
+            self._begin(self._waiting[0])
 
-    def _count(self, prompt: Prompt) -> int:
+    def _begin(self, index: int) -> None:
+        self._waiting.remove(index)
+        prompt = self._prompts[index]
+        known, future = self._early.pop(prompt.id, (None, None))
+        self._inputs[index] = future if future is not None and known == prompt else self._submit(prompt)
+
+    def _submit(self, prompt: Prompt) -> Future[Prepared]:
+        self.num_encoded += 1
+        return self._pool.submit(self._prepare, prompt)
+
+    def _count(self, prompt: Prompt, unreadable: int | None) -> int:
         try:
             return self._encoder.count_tokens(prompt)
         except PromptError as error:
+            if unreadable is not None:
+                return unreadable
             raise RsgrpoError(f"prompt {prompt.id}: {error}") from error
 
-    def _prepare(self, prompt: Prompt) -> tuple[PromptInputs, torch.Tensor]:
+    def _prepare(self, prompt: Prompt) -> Prepared:
         try:
             inputs = self._encoder.encode(prompt)
         except PromptError as error:
             raise RsgrpoError(f"prompt {prompt.id}: {error}") from error
-        return inputs, self._position_ids(torch.tensor(inputs.token_ids_T), inputs.image_grid_thw)
+        positions_3T = self._position_ids(torch.tensor(inputs.token_ids_T), inputs.image_grid_thw)
+        return inputs, positions_3T, [self.cache.stored(image_hash) for image_hash in inputs.image_hashes]
 
-    def _finish(self, inputs: PromptInputs, positions_3T: torch.Tensor) -> EncodedPrompt:
+    def _finish(
+        self, inputs: PromptInputs, positions_3T: torch.Tensor, stored: Sequence[torch.Tensor | None]
+    ) -> EncodedPrompt:
         tokens_T = torch.tensor(inputs.token_ids_T)
         if inputs.pixel_values is None or inputs.image_grid_thw is None:
             return EncodedPrompt(tokens_T, positions_3T)
@@ -166,10 +180,14 @@ class PromptStore:
         patches = inputs.pixel_values.split(inputs.image_grid_thw.prod(1).tolist())
         pieces = []
         # One image at a time: its features then do not depend on what it happened to be batched with.
-        for image_hash, pixels, grid in zip(inputs.image_hashes, patches, inputs.image_grid_thw, strict=True):
-            features = self._cache.get(image_hash)
+        for image_hash, pixels, grid, found in zip(
+            inputs.image_hashes, patches, inputs.image_grid_thw, stored, strict=True
+        ):
+            features = self.cache.get(image_hash, found)
             if features is None:
                 features = self._encode_images(pixels, grid[None]).cpu()
-                self._cache.put(image_hash, features)
+                self.cache.put(image_hash, features)
+                if self.cache.folder is not None:
+                    self._pool.submit(self.cache.folder.put, image_hash, features)
             pieces.append(features)
         return EncodedPrompt(tokens_T, positions_3T, features=torch.cat(pieces))

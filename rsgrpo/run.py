@@ -101,7 +101,7 @@ class Run:
         self.stop.listen()
         leaving.callback(lambda: self.cluster.close(hurry=self.stop.requested is not None))
         self.collector = Collector(
-            self.cluster.sample_and_score, self.stream.next, self._train_sampling(), config.algorithm.filter
+            self.cluster.sample_to_learn, self.stream.next, self._train_sampling(), config.algorithm.filter
         )
         self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step)
         self._resume(newest)

@@ -43,8 +43,9 @@ def check_policy(
     inputs = encoder.encode(group.prompt)
     policy.eval()
     with torch.no_grad():
-        shared_N, _ = policy(batch, 1.0, False)
-        plain_N = torch.cat([policy(_plain_row(inputs, sample, device), 1.0, False)[0] for sample in samples])
+        shared_N = policy(batch, 1.0, False).logprobs_N
+        plain = [policy(_plain_row(inputs, sample, device), 1.0, False) for sample in samples]
+        plain_N = torch.cat([scores.logprobs_N for scores in plain])
         difference = (shared_N - plain_N).abs()
         tolerance = _TOLERANCE[policy.compute_dtype]
         logger.info("self-check: shared-prefix logprobs differ by %.2g on average", difference.mean().item())
@@ -55,7 +56,7 @@ def check_policy(
                 f"{tolerance:g} on average); this model, torch {torch.__version__} and learner.attention do not fit "
                 "together: try learner.attention=sdpa"
             )
-        if has_images and torch.equal(shared_N, policy(_blank(batch), 1.0, False)[0]):
+        if has_images and torch.equal(shared_N, policy(_blank(batch), 1.0, False).logprobs_N):
             raise RsgrpoError(
                 f"learner.self_check: blank images give prompt {group.prompt.id} the very same logprobs: the model "
                 "does not see its images"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,19 @@ class MicroBatch:
     rollout_logprobs_N: torch.Tensor | None = None
     ref_logprobs_N: torch.Tensor | None = None
     old_logprobs_N: torch.Tensor | None = None
+
+
+class TokenScores(NamedTuple):
+    """What the head says of the N response tokens of a micro-batch, all float32 but `is_top_N`.
+
+    logprobs_N: of the tokens themselves. entropy_N: of the distributions that they were drawn from, in nats.
+    top_probs_N: probability of the most probable token. is_top_N: (N,) bool, whether it is the response's own.
+    """
+
+    logprobs_N: torch.Tensor
+    entropy_N: torch.Tensor
+    top_probs_N: torch.Tensor
+    is_top_N: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,11 @@ def make_learner(path: str, *, algorithm: AlgorithmConfig | None = None, **optio
     )
 
 
+def learnt(metrics: dict[str, float]) -> dict[str, float]:
+    """Return what an update learnt, without how long it took and what it reused."""
+    return {key: value for key, value in metrics.items() if not key.startswith(("time/", "perf/"))}
+
+
 def make_groups(
     images: Sequence[str], counts: Sequence[int], *, num_samples: int = 3, num_terms: int = 2, seed: int = 0
 ) -> list[TrainGroup]:

@@ -56,7 +56,7 @@ def model_path(tiny_model_path, tmp_path_factory):
 @pytest.fixture(scope="module")
 def learner(model_path):
     settings = LearnerConfig(
-        device="cpu", precision="float32", num_threads=1, gradient_checkpointing=False, max_tokens_per_micro_batch=1024
+        device="cpu", precision="float32", num_threads=1, gradient_checkpointing="none", max_tokens_per_micro_batch=1024
     )
     learner = Learner(ModelConfig(path=model_path), settings, INPUTS, total_steps=1)
     return SimpleNamespace(call=lambda method, *args: getattr(learner, method)(*args))

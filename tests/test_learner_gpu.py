@@ -55,7 +55,7 @@ def states(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 def run(attention: Any, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     query, key, value = states(dtype, device)
     row = PrefixRow(LAYOUT, torch.device(device), dtype)
-    output, _ = attention(torch.nn.Module(), query, key, value, None, prefix_row=row)
+    output = attention(query, key, value, row)
     output.float().square().sum().backward()
     return output.detach().float().cpu(), [state.grad.float().cpu() for state in (query, key, value)]  # type: ignore[union-attr]
 

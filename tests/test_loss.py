@@ -22,8 +22,9 @@ from rsgrpo.loss import (
     step_totals,
     supervised_loss,
     token_log_ratio,
+    token_metrics,
 )
-from rsgrpo.types import RsgrpoError, Sample
+from rsgrpo.types import RsgrpoError, Sample, TokenScores
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "rsgrpo_loss.json").read_text())
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0}
@@ -100,9 +101,20 @@ def test_mismatch_reports_shares_and_a_maximum():
 
 
 def test_supervised_loss_divides_by_the_whole_step():
-    output = supervised_loss(torch.tensor([-1.0, -3.0]), torch.tensor([0.5, 0.5]), response_tokens=8)
+    output = supervised_loss(torch.tensor([-1.0, -3.0]), response_tokens=8)
     assert output.loss.item() == 0.5
-    assert output.metrics["actor/entropy"].item() == 0.125
+
+
+def test_token_metrics_are_shares_of_means_over_the_whole_step():
+    scores = TokenScores(
+        torch.tensor([-1.0, -3.0]), torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]), torch.tensor([True, False])
+    )
+    metrics = token_metrics(scores, response_tokens=8)
+    assert {key: value.item() for key, value in metrics.items()} == {
+        "actor/entropy": 0.125,
+        "actor/top1_prob": 0.125,
+        "actor/top1_frac": 0.125,
+    }
 
 
 def sample(scope_KT: list[list[int]], advantages_K: list[float]) -> Sample:

@@ -52,12 +52,22 @@ def test_ranks_with_fewer_micro_batches_split_theirs_before_they_idle():
     assert contents(made) == [[[(0, (0,))], [(2, (0,))]], [[(1, (0,))], [(3, (0,))]]]
 
 
+def test_groups_stay_where_their_images_are_while_the_work_stays_even():
+    even = plan([10] * 4, [[5]] * 4, num_ranks=2, max_tokens=15, homes=[1, 0, 1, 0])
+    assert [[unit.group for units in rank for unit in units] for rank in even] == [[1, 3], [0, 2]]
+    # All on one rank would leave the other idle; a group without a home goes to the idler one.
+    crowded = plan([10] * 4, [[5]] * 4, num_ranks=2, max_tokens=15, homes=[1, 1, 1, None])
+    assert [[unit.group for units in rank for unit in units] for rank in crowded] == [[2, 3], [0, 1]]
+
+
 def test_every_plan_keeps_all_responses_the_budget_and_the_same_count_on_every_rank():
     rng = random.Random(0)
     for _ in range(100):
         prompts = [rng.randint(1, 50) for _ in range(rng.randint(1, 9))]
         responses = [[rng.randint(1, 20) for _ in range(rng.randint(1, 6))] for _ in prompts]
-        made = plan(prompts, responses, num_ranks=rng.randint(1, 4), max_tokens=rng.randint(70, 150))
+        num_ranks = rng.randint(1, 4)
+        homes = [rng.choice([None, *range(num_ranks)]) for _ in prompts] if rng.random() < 0.5 else []
+        made = plan(prompts, responses, num_ranks=num_ranks, max_tokens=rng.randint(70, 150), homes=homes)
         assert len({len(rank) for rank in made}) == 1
         found = sorted((u.group, s) for rank in made for units in rank for u in units for s in u.samples)
         assert found == [(g, s) for g, lengths in enumerate(responses) for s in range(len(lengths))]

@@ -332,7 +332,8 @@ def test_learning_takes_four_forwards_with_recomputation_and_three_without():
     forward = 32 * KNOWN["7b"].group_flops(0.73 * 15_000, 0.46 * 1_536, 8)
     vision = 32 * 5 * KNOWN["7b"].image_flops(0.73 * config.inputs.max_pixels)
     assert learn_flops() == pytest.approx(4 * forward + vision)
-    assert learn_flops("learner.gradient_checkpointing=false") == pytest.approx(3 * forward + vision)
+    assert learn_flops("learner.gradient_checkpointing=none") == pytest.approx(3 * forward + vision)
+    assert learn_flops("learner.gradient_checkpointing=every_n:2") == pytest.approx(3.5 * forward + vision)
     assert learn_flops("model.lora.rank=8") == pytest.approx(3 * forward + vision)
 
 

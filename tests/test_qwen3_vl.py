@@ -84,9 +84,9 @@ def test_deeper_features_matter(qwen3_path, processor, page_images):
     assert prompt.features is not None
     assert prompt.features.shape[1] == 3 * 64
     with torch.no_grad():
-        before, _ = policy(build_micro_batch([(prompt, group)]), 1.0, False)
+        before = policy(build_micro_batch([(prompt, group)]), 1.0, False).logprobs_N
         prompt.features[:, 64:] = 0
-        after, _ = policy(build_micro_batch([(prompt, group)]), 1.0, False)
+        after = policy(build_micro_batch([(prompt, group)]), 1.0, False).logprobs_N
     assert not torch.allclose(before, after)
 
 

@@ -72,7 +72,7 @@ def backward(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Return logprobs of all rows and the gradient of a fixed weighted sum of them."""
     policy.zero_grad()
-    logprobs = torch.cat([policy(row, temperature, False)[0] for row in rows])
+    logprobs = torch.cat([policy(row, temperature, False).logprobs_N for row in rows])
     (logprobs * weights_for(len(logprobs))).sum().backward()
     gradients = {name: p.grad.clone() for name, p in policy.hf.named_parameters() if p.grad is not None}
     return logprobs.detach(), gradients
@@ -144,8 +144,8 @@ def test_lora_gradients_equal_and_the_reference_is_the_model_without_adapters(ti
     assert_same(backward(policy, plain_rows(groups)), shared)
     bare = make_policy(tiny_model_path, processor)
     with torch.no_grad(), scale_adapters(policy.hf, 0.0):
-        without, _ = policy(row, 1.0, False)
-        assert torch.equal(without, bare(row, 1.0, False)[0])
+        without = policy(row, 1.0, False).logprobs_N
+        assert torch.equal(without, bare(row, 1.0, False).logprobs_N)
     assert not torch.allclose(without, shared[0])
 
 
@@ -166,7 +166,7 @@ def test_head_chunks_change_nothing(entropy_gradient, tiny_model_path, processor
     for chunk in (1000, 4):
         policy = make_policy(tiny_model_path, processor, chunk=chunk)
         row = build_micro_batch([(encoded(policy, inputs), group) for inputs, group in groups])
-        logprobs, entropy = policy(row, 1.0, entropy_gradient)
+        logprobs, entropy, *_ = policy(row, 1.0, entropy_gradient)
         assert entropy.requires_grad == entropy_gradient
         (logprobs.sum() + (0.5 * entropy.sum() if entropy_gradient else 0.0)).backward()
         gradients = {name: p.grad.clone() for name, p in policy.hf.named_parameters() if p.grad is not None}
@@ -180,7 +180,7 @@ def test_the_entropy_is_that_of_the_distribution_without_banned_tokens(tiny_mode
     [(inputs, group)] = groups_of(processor, page_images, [1])
     row = build_micro_batch([(encoded(policy, inputs), [group[1]])])
     with torch.no_grad():
-        logprobs, entropy = policy(row, 2.0, False)
+        scores = policy(row, 2.0, False)
         tokens = row.token_ids_T[:-1][None]
         kinds = (tokens == policy.hf.config.image_token_id).int()
         policy.family.language_model(policy.hf).config._attn_implementation = "sdpa"
@@ -192,9 +192,11 @@ def test_the_entropy_is_that_of_the_distribution_without_banned_tokens(tiny_mode
         ).logits[0, -1]
     allowed = [token for token in range(len(logits)) if token not in processor.banned_token_ids]
     distribution = torch.distributions.Categorical(logits=logits[allowed] / 2.0)
-    assert entropy.item() == pytest.approx(distribution.entropy().item(), rel=1e-5)
+    assert scores.entropy_N.item() == pytest.approx(distribution.entropy().item(), rel=1e-5)
+    assert scores.top_probs_N.item() == pytest.approx(distribution.probs.max().item(), rel=1e-5)
     target = allowed.index(int(row.targets_N[0]))
-    assert logprobs.item() == pytest.approx(distribution.log_prob(torch.tensor(target)).item(), rel=1e-5)
+    assert scores.logprobs_N.item() == pytest.approx(distribution.log_prob(torch.tensor(target)).item(), rel=1e-5)
+    assert scores.is_top_N.item() == (target == distribution.probs.argmax().item())
 
 
 def test_a_group_in_parts_has_the_gradients_of_the_whole(tiny_model_path, processor, page_images):
@@ -210,10 +212,10 @@ def test_siblings_and_neighbours_do_not_see_each_other(tiny_model_path, processo
     policy = make_policy(tiny_model_path, processor).eval()
     groups = [(encoded(policy, inputs), group) for inputs, group in groups_of(processor, page_images, [1, 2])]
     with torch.no_grad():
-        before, _ = policy(build_micro_batch(groups), 1.0, False)
+        before = policy(build_micro_batch(groups), 1.0, False).logprobs_N
         changed = dataclasses.replace(groups[0][1][1], token_ids_T=np.array([299]))
         groups[0][1][1] = changed
-        after, _ = policy(build_micro_batch(groups), 1.0, False)
+        after = policy(build_micro_batch(groups), 1.0, False).logprobs_N
     same = torch.ones(len(before), dtype=torch.bool)
     same[7] = False  # the changed response has the one token after the first response's seven
     assert torch.equal(before[same], after[same])

@@ -86,7 +86,7 @@ def config(tmp_path, rows, tiny_model_path) -> TrainConfig:
         rollout=RolloutConfig(group_size=4, max_response_tokens=24, num_threads=1),
         algorithm=AlgorithmConfig(prompts_per_step=2),
         learner=LearnerConfig(
-            device="cpu", precision="float32", lr=1e-3, num_threads=1, gradient_checkpointing=False,
+            device="cpu", precision="float32", lr=1e-3, num_threads=1, gradient_checkpointing="none",
             max_tokens_per_micro_batch=1024,
         ),
         validation=ValidationConfig(every=2, max_prompts=3, greedy=True, samples=2, temperature=1.0, top_p=1.0),

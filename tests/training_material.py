@@ -57,7 +57,7 @@ def tiny_run(output_dir: Path, rows: Path, model_path: str, **changes: Any) -> T
                 precision="float32",
                 lr=1e-3,
                 num_threads=1,
-                gradient_checkpointing=False,
+                gradient_checkpointing="none",
                 max_tokens_per_micro_batch=1024,
             ),
             "validation": ValidationConfig(every=0, at_start=False),
