@@ -80,7 +80,7 @@ def check_cpu_memory(weights: int, cache_bytes: int, available: int) -> None:
 
 
 def check_gpu_memory(weights: int, one_response: int, rollout: RolloutConfig, device_bytes: int) -> None:
-    """Refuse weights and a cache that cannot fit into the share of each GPU that the engine may take.
+    """Refuse weights and a cache that cannot fit into what the engine may take of each GPU.
 
     one_response: as `response_cache_bytes`; the least cache, split like the weights.
 
@@ -89,13 +89,14 @@ def check_gpu_memory(weights: int, one_response: int, rollout: RolloutConfig, de
     """
     vllm, degree = rollout.vllm, rollout.vllm.tensor_parallel_size
     cache = vllm.kv_cache_gib * GIB or one_response / degree
-    budget = vllm.gpu_memory_utilization * device_bytes
-    if weights / degree + cache > budget:
+    share = 1.0 if vllm.kv_cache_gib else vllm.gpu_memory_utilization  # vLLM asks no share where the cache is given
+    if weights / degree + cache > share * device_bytes:
+        key = "kv_cache_gib" if vllm.kv_cache_gib else "gpu_memory_utilization"
         raise ConfigError(
             f"vLLM needs {(weights / degree + cache) / GIB:.1f} GiB on each GPU (weights {weights / degree / GIB:.1f}, "
-            f"KV cache {cache / GIB:.1f}) and working memory, rollout.vllm.gpu_memory_utilization="
-            f"{vllm.gpu_memory_utilization:g} of {device_bytes / GIB:.0f} GiB allows {budget / GIB:.1f}: raise it or "
-            "rollout.vllm.tensor_parallel_size, or lower inputs.max_prompt_tokens or rollout.max_response_tokens"
+            f"KV cache {cache / GIB:.1f}) and working memory; {share:g} of {device_bytes / GIB:.0f} GiB are "
+            f"{share * device_bytes / GIB:.1f}: change rollout.vllm.{key}, raise rollout.vllm.tensor_parallel_size, or "
+            "lower inputs.max_prompt_tokens or rollout.max_response_tokens"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from rsgrpo.config import FilterConfig
 from rsgrpo.credit import group_mean, has_signal
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.types import ScoredGroup
+
+log = logging.getLogger(__name__)
 
 SampleAndScore = Callable[[Sequence[Prompt], SamplingParams], Iterator[ScoredGroup | RolloutGroup]]
 """Yields a ScoredGroup per prompt in any order, or the RolloutGroup itself where it has an error."""
@@ -57,6 +60,7 @@ class Collector:
             prompts = self.next_prompts(self._round_size(num_groups, num_groups - len(kept)))
             for group in self._in_order(prompts, derive_seed(self.sampling.seed, "train", step, tries)):
                 if isinstance(group, RolloutGroup):
+                    log.warning("step %d: prompt %s could not be sampled: %s", step, group.prompt.id, group.error)
                     errors[group.error or "no rollouts"] += 1
                     continue
                 seen.append(group)
