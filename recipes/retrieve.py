@@ -78,6 +78,9 @@ def _add_ingest(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-unpacked-mb", type=int, default=4_096, help="office archives beyond are refused")
     command.add_argument("--office-timeout-s", type=int, default=300)
     command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is given up")
+    command.add_argument(
+        "--ocr", default="", metavar="LANGUAGES", help="read pages without text by Tesseract: eng, eng+deu, ..."
+    )
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     command.set_defaults(run=_ingest)
 
@@ -94,7 +97,12 @@ def _ingest(options: argparse.Namespace) -> int:
         max_file_mb=options.max_file_mb,
         max_unpacked_mb=options.max_unpacked_mb,
         office_timeout_s=options.office_timeout_s,
+        ocr=options.ocr,
     )
+    if options.ocr:
+        from recipes.retrieval.page_text import require_ocr
+
+        require_ocr(options.ocr)
     with Console() as console:
         report = ingest(
             options.documents,

@@ -130,7 +130,7 @@ def test_weighted_selection_takes_the_surest_answer(pages):
 
 def test_pages_without_text_cannot_be_a_text_baseline(pages):
     bare = FoundPage(1, 1.0, "p", "d", 1, pages[0].image, " ")
-    with pytest.raises(RsgrpoError, match="none of its pages has a text layer"):
+    with pytest.raises(RsgrpoError, match="none of its pages has text; use their images"):
         prompts_of(Asked("q", "?", (bare,)), "text", TEMPLATE)
 
 

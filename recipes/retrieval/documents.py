@@ -48,6 +48,7 @@ class RenderSettings:
 
     dpi: of PDF and office pages. max_page_pixels: a larger PDF page is rendered at a lower resolution, a larger image
         is scaled down. max_pages, max_file_mb, max_unpacked_mb: a document beyond is refused.
+    ocr: Tesseract's languages for pages without a text layer; "" leaves them without text.
     """
 
     dpi: int = 150
@@ -57,6 +58,7 @@ class RenderSettings:
     max_file_mb: int = 2_048
     max_unpacked_mb: int = 4_096
     office_timeout_s: int = 300
+    ocr: str = ""
 
     def __post_init__(self) -> None:
         if not 10 <= self.dpi <= 1200:
@@ -66,9 +68,10 @@ class RenderSettings:
                 raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
 
     def pixels(self) -> dict[str, Any]:
-        """Return the settings that change what an accepted page looks like."""
+        """Return the settings that change what an accepted page looks like, or its text."""
         kept = asdict(self)
-        return {name: kept[name] for name in ("dpi", "image_format", "max_page_pixels")}
+        names = ("dpi", "image_format", "max_page_pixels", *(("ocr",) if self.ocr else ()))
+        return {name: kept[name] for name in names}
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +318,9 @@ def _write(
             faults.append(f"page {number}: {sides}, one side is over {MAX_ASPECT_RATIO} times the other")
         else:
             image, text = page
+            if settings.ocr and not text:
+                text, fault = _read(image, settings.ocr)
+                faults += [f"page {number}: {fault}"] if fault else []
             name = f"{number:05d}.{'png' if settings.image_format == 'png' else 'jpg'}"
             options: dict[str, Any] = {"compress_level": 1} if settings.image_format == "png" else {"quality": 92}
             image.save(folder / name, **options)
@@ -323,6 +329,16 @@ def _write(
     if not written:
         raise DocumentError("; ".join(faults[:3]))
     return written, "; ".join(faults)
+
+
+def _read(image: Image.Image, language: str) -> tuple[str, str]:
+    """Return the text of a page's pixels, and what went wrong."""
+    from recipes.retrieval.page_text import OcrError, read_text
+
+    try:
+        return clean_text(read_text(image, language)), ""
+    except OcrError as error:
+        return "", str(error)
 
 
 def clean_text(text: str) -> str:

@@ -3,7 +3,7 @@
     multi_image            all pages in one prompt
     horizontal, vertical   all pages pasted into one image
     weighted               a prompt per page; the answer that maximises softmax(scores) x exp(mean log-probability)
-    text                   the pages' text layer instead of their pixels
+    text                   the pages' text (layer or OCR) instead of their pixels
 
 Oracle pages are a choice of pages, not a setting: give the gold pages.
 """
@@ -114,7 +114,7 @@ def with_text(asked: Asked) -> str:
         RsgrpoError: no page has text.
     """
     if not any(page.text.strip() for page in asked.pages):
-        raise RsgrpoError(f"question {asked.id}: none of its pages has a text layer; use their images")
+        raise RsgrpoError(f"question {asked.id}: none of its pages has text; use their images, or ingest with --ocr")
     parts = [f"[{page.rank}]\n{page.text.replace(IMAGE_MARK, '')}" for page in asked.pages]
     return "\n\n".join([*parts, asked.question])
 

@@ -154,11 +154,8 @@ class PageStore:
         if file.exists():
             before = store.settings()
             if before != dict(settings):
-                changed = [
-                    f"{name} {before.get(name)} -> {value}"
-                    for name, value in settings.items()
-                    if before.get(name) != value
-                ]
+                names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+                changed = [f"{name} {before.get(name)} -> {settings.get(name)}" for name in names]
                 raise StoreError(
                     f"{folder} was made with other settings ({', '.join(changed)}); pages of both kinds in one store "
                     "would not compare. Use the old settings, or another --out"

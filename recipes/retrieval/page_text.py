@@ -1,0 +1,51 @@
+"""Text of pages that have none, by Tesseract, for the text baseline. The home of pytesseract, which is optional."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from rsgrpo.errors import InputError
+
+OCR_TIMEOUT_S = 60.0  # of a page
+
+
+class OcrError(Exception):
+    """One page could not be read; its pixels are not concerned."""
+
+
+def require_ocr(language: str) -> None:
+    """Refuse to start where pages cannot be read.
+
+    Args:
+        language: of Tesseract, such as "eng" or "eng+deu".
+
+    Raises:
+        InputError: the package, the program or a language is missing.
+    """
+    try:
+        import pytesseract
+    except ModuleNotFoundError as error:
+        raise InputError('--ocr needs pytesseract, which is not installed; pip install "rsgrpo[ocr]"') from error
+    try:
+        installed = pytesseract.get_languages()
+    except pytesseract.TesseractNotFoundError as error:
+        raise InputError(
+            "--ocr needs the program `tesseract`, which is not on PATH; install it (Debian: tesseract-ocr)"
+        ) from error
+    missing = [name for name in language.split("+") if name not in installed]
+    if missing:
+        raise InputError(f"--ocr {language}: Tesseract has no {', '.join(missing)}; it has {', '.join(installed)}")
+
+
+def read_text(image: Image.Image, language: str) -> str:
+    """Return the text of a page's pixels.
+
+    Raises:
+        OcrError: Tesseract fails or takes too long.
+    """
+    import pytesseract
+
+    try:
+        return pytesseract.image_to_string(image, lang=language, timeout=OCR_TIMEOUT_S)
+    except (pytesseract.TesseractError, RuntimeError) as error:  # RuntimeError is what it raises for its timeout
+        raise OcrError(f"Tesseract cannot read it: {error}") from error
