@@ -25,7 +25,7 @@ from recipes.retrieval.encoders import EncoderSettings, identify
 from recipes.retrieval.pairs import Pair, read_pairs
 from recipes.retrieval.sentence_encoders import SentenceEncoder, load_sentence_transformer
 from recipes.retrieval.store import Page
-from recipes.retrieval.training import HeldOut, InBatchLoss, encode, inputs_of, mine_negatives, train
+from recipes.retrieval.training import HeldOut, InBatchLoss, as_dataset, encode, inputs_of, mine_negatives, train
 from recipes.train_retriever import RetrieverConfig, main, split
 from rsgrpo import cli
 from rsgrpo.console import Console
@@ -61,7 +61,8 @@ def gradients(path: str, pairs: list[Pair], micro: int) -> tuple[float, dict[str
     columns: list[list[Any]] = [[pair.query for pair in pairs], [{"page": pair.page} for pair in pairs]]
     features = [model.preprocess(to_inputs(column)) for column in columns]
     loss = InBatchLoss(model, scale=50.0, mini_batch_size=micro)
-    value = loss(features, torch.zeros(len(pairs)))
+    numbers = {page: number for number, page in enumerate(dict.fromkeys(pair.page for pair in pairs))}
+    value = loss(features, torch.tensor([[numbers[pair.page]] for pair in pairs]))
     value.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return value.item(), found, loss.accuracy
@@ -85,6 +86,38 @@ def test_the_loss_is_the_cross_entropy_of_scaled_cosines(tiny_model_path, pairs)
     pages = torch.tensor(encode(model, [{"page": pair.page} for pair in pairs], to_inputs, 8))
     direct = torch.nn.functional.cross_entropy(50 * queries @ pages.T, torch.arange(8))
     assert gradients(tiny_model_path, pairs, 8)[0] == pytest.approx(direct.item(), rel=1e-4)
+
+
+def test_a_page_is_no_negative_of_its_other_queries(tiny_model_path, pairs):
+    twice = [*pairs[:4], *(replace(pair, query=f"again {pair.query}") for pair in pairs[:4])]
+    settings = EncoderSettings(tiny_model_path, min_pixels=784, max_pixels=3136, query_prefix="")
+    model = load_sentence_transformer(identify(settings))
+    to_inputs = inputs_of(identify(settings))
+    queries = torch.tensor(encode(model, [pair.query for pair in twice], to_inputs, 8))
+    pages = torch.tensor(encode(model, [{"page": pair.page} for pair in pairs[:4]], to_inputs, 8))
+    own = torch.arange(4).repeat(2)
+    others_twice = np.log(2) * (1 - torch.eye(4)).repeat(2, 1)  # log 2: there are two of every other page, one own
+    direct = torch.nn.functional.cross_entropy(50 * queries @ pages.T + others_twice, own)
+    for micro in (8, 3):
+        value, _, accuracy = gradients(tiny_model_path, twice, micro)
+        assert value == pytest.approx(direct.item(), rel=1e-4)
+        assert accuracy == ((queries @ pages.T).argmax(1) == own).float().mean().item()
+
+
+def test_a_mined_negative_that_is_anothers_own_page_counts_against_the_first_query_only():
+    loss = InBatchLoss(torch.nn.Sequential(torch.nn.Identity()), scale=1.0, mini_batch_size=2)
+    queries, pages = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    numbers = torch.tensor([[0, 1], [1, 0]])  # each has the other's page as its negative
+    value = loss.calculate_loss([[queries], [pages], [pages.flip(0)]], numbers)
+    # own page 1, other page 0, own page again masked, other page again 0: log(e + 1 + 1) - 1
+    assert value.item() == pytest.approx(np.log(np.e + 2) - 1)
+    assert loss.accuracy == 1.0
+
+
+def test_equal_pages_have_equal_numbers():
+    rows = as_dataset([Pair("a", b"x", (b"y",)), Pair("b", b"y", (b"x",)), Pair("c", b"x", (b"z",))], seed=1)
+    found = {row["query"]: row["label"] for row in rows}
+    assert found == {"a": [0, 1], "b": [1, 0], "c": [0, 2]}
 
 
 def test_a_retriever_learns_its_pairs_and_its_folder_is_an_encoder(tiny_model_path, pairs, tmp_path):
@@ -242,7 +275,8 @@ def test_the_command_line_names_a_wrong_key():
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_from_both_batches(tiny_model_path, pairs, tmp_path):
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"query": p.query, "image": p.page}) + "\n" for p in pairs))
+    rows = [{"query": pair.query, "image": pairs[row // 2].page} for row, pair in enumerate(pairs)]  # pages stand twice
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["recipe=visrag", f"base_model={tiny_model_path}", f"pairs={tmp_path}/p.jsonl", f"output_dir={tmp_path}"]
     settings += ["held_out_pairs=0", "max_pixels=3136", "min_pixels=784", "total_steps=2", "save_every=2", "lr=1e-3"]
     settings += ["log_every=1", "bf16=false", "gradient_checkpointing=false", "num_threads=1", "warmup_steps=0"]

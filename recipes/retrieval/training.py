@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.base.evaluation.evaluator import BaseEvaluator
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from sentence_transformers.util import all_gather, all_gather_with_grad
 from transformers import PrinterCallback, TrainerCallback
 
 from recipes.retrieval.encoders import RETRIEVER_FILE, EncoderSettings, ModelIdentity, identify
@@ -43,7 +44,8 @@ VISION = "visual"  # part of the names of a vision tower's parameters
 class InBatchLoss(CachedMultipleNegativesRankingLoss):
     """InfoNCE over the batches of all ranks, with cached gradients; keeps the share of queries whose page won.
 
-    The gradient is that of the whole batch: the size of a micro-batch does not change it.
+    The gradient is that of the whole batch: the size of a micro-batch does not change it. A page that stands in the
+    batch several times is no negative of its own queries: labels are the pages' numbers, (B, 1 + negatives) int64.
     """
 
     accuracy = float("nan")
@@ -51,12 +53,35 @@ class InBatchLoss(CachedMultipleNegativesRankingLoss):
     def calculate_loss(
         self, reps: list[list[torch.Tensor]], labels: torch.Tensor | None = None, *, with_backward: bool = False
     ) -> torch.Tensor:
-        """Return the loss, as the base class, and note the accuracy within this rank's batch."""
-        with torch.no_grad():
-            queries, pages = (torch.nn.functional.normalize(torch.cat(rep).float(), dim=1) for rep in reps[:2])
-            winners = (queries @ pages.T).argmax(dim=1)
-            self.accuracy = (winners == torch.arange(len(queries), device=winners.device)).float().mean().item()
-        return super().calculate_loss(reps, labels, with_backward=with_backward)
+        """Return the mean over this rank's queries of -log softmax of the own page's score among all pages.
+
+        Args:
+            reps: queries, pages and negatives, each as embeddings of consecutive micro-batches.
+            labels: the pages' numbers.
+            with_backward: also add to the embeddings' gradients.
+        """
+        assert labels is not None, "the loss needs the pages' numbers"
+        queries_BD, pages = torch.cat(reps[0]), [torch.cat(column) for column in reps[1:]]
+        numbers, first = labels, 0
+        if self.gather_across_devices:
+            pages = [all_gather_with_grad(page_BD) for page_BD in pages]
+            numbers, first = all_gather(labels.contiguous()), torch.distributed.get_rank() * len(queries_BD)
+        pages_ND, numbers_N = torch.cat(pages), numbers.T.reshape(-1)
+        losses, num_won = [], 0
+        for begin in range(0, len(queries_BD), self.mini_batch_size):
+            own = torch.arange(begin, min(begin + self.mini_batch_size, len(queries_BD)), device=queries_BD.device)
+            scores_BN = self.similarity_fct(queries_BD[own], pages_ND) * self.scale
+            is_own_page_BN = numbers_N == labels[own, :1]
+            num_won += int(is_own_page_BN.gather(1, scores_BN.argmax(dim=1, keepdim=True)).sum())
+            is_own_page_BN[torch.arange(len(own)), first + own] = False
+            scores_BN = scores_BN.masked_fill(is_own_page_BN, float("-inf"))
+            loss = torch.nn.functional.cross_entropy(scores_BN, first + own, reduction="sum") / len(queries_BD)
+            if with_backward:
+                loss.backward()
+                loss = loss.detach()
+            losses.append(loss)
+        self.accuracy = num_won / len(queries_BD)
+        return torch.stack(losses).sum()
 
 
 class HeldOut(BaseEvaluator):
@@ -189,14 +214,21 @@ def train(
 
 
 def as_dataset(pairs: Sequence[Pair], seed: int) -> Dataset:
-    """Return the pairs, shuffled, in the order of columns that the loss reads: query, page, negatives."""
+    """Return the pairs, shuffled, in the order of columns that the loss reads: query, page, negatives; label numbers
+    the pages, equal ones equally."""
     ordered = list(pairs)
     Random(seed).shuffle(ordered)
+    numbers = {page: number for number, page in enumerate(dict.fromkeys(p for pair in pairs for p in _pages(pair)))}
     columns: dict[str, list[Any]] = {"query": [pair.query for pair in ordered]}
     columns["page"] = [{"page": pair.page} for pair in ordered]
     for number in range(len(ordered[0].negatives)):
         columns[f"negative{number}"] = [{"page": pair.negatives[number]} for pair in ordered]
+    columns["label"] = [[numbers[page] for page in _pages(pair)] for pair in ordered]
     return Dataset.from_dict(columns)
+
+
+def _pages(pair: Pair) -> tuple[str | bytes, ...]:
+    return (pair.page, *pair.negatives)
 
 
 def newest_checkpoint(out: Path) -> str | None:
