@@ -17,6 +17,7 @@ from typing import Any
 
 from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
 from rewards.evisrag import parse_gold
+from rewards.hints import why_never, why_no_scope
 
 POLICIES = {
     "void": "there it teaches nothing",
@@ -28,6 +29,7 @@ NUM_TOKENS_KEYS = ("num_tokens", "response_length")
 TRUTH_KEYS = ("truth", "ground_truth", "answer")
 HIGHLIGHTS = ("\x1b[30;42m", "\x1b[30;46m")
 RESET = "\x1b[0m"
+NUM_HINT_RESPONSES = 20
 
 DESCRIPTION = """\
 Try a reward on responses in a file. Prints, per response, the score and the text with the reward's scope highlighted
@@ -120,20 +122,25 @@ async def try_all(function: Reward, options: argparse.Namespace) -> int:
     """Score every response, print each and the summary; return the exit status."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     outcomes: list[Outcome] = []
-    any_tokens = False
+    seen: list[Response] = []
     for path in options.files:
         for name, response in read_responses(path):
             if 0 < options.limit <= len(outcomes):
                 break
             outcome = await try_reward(function, response, options.policy)
             outcomes.append(outcome)
-            any_tokens |= response.num_tokens > 0
+            seen.append(response)
             if outcome.error or not options.summary:
                 print(describe(name, response, outcome, colour), end="\n\n")
     if not outcomes:
         raise FileError(f"no responses in {', '.join(map(str, options.files))}")
     print(summarise(options.reward, outcomes, options.policy))
-    if not any_tokens:
+    applied = [outcome for outcome in outcomes if outcome.value is not None]
+    if not applied and not any(outcome.error for outcome in outcomes):
+        print(await why_never(function, seen[:NUM_HINT_RESPONSES]))
+    elif applied and all(outcome.missed for outcome in applied):
+        print(why_no_scope(function, seen))
+    if not any(response.num_tokens for response in seen):
         print("note: no response says num_tokens, so rewards of length saw 0 tokens")
     return 1 if any(outcome.error for outcome in outcomes) else 0
 
@@ -288,7 +295,7 @@ def summarise(target: str, outcomes: Sequence[Outcome], policy: str) -> str:
     scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     num_missed = sum(outcome.missed for outcome in outcomes)
     num_errors = sum(bool(outcome.error) for outcome in outcomes)
-    lines = [f"{target} on {len(outcomes)} responses", f"  applied         {len(scores)}"]
+    lines = [f"{target} on {len(outcomes)} responses", f"  applied         {len(scores)} of {len(outcomes)}"]
     if scores:
         spread = f"std {statistics.stdev(scores):.4f}, " if len(scores) > 1 else ""
         lines.append(

@@ -75,7 +75,7 @@ def test_scores_scope_and_summary_are_printed(capsys, workdir):
     assert "--- line 3: did not apply\nx\n" in out
     assert out.endswith(
         "rewards.evisrag:accuracy on 3 responses\n"
-        "  applied         2\n"
+        "  applied         2 of 3\n"
         "  score           mean 0.5000, std 0.7071, 0 to 1\n"
         "  missed marker   1 (void: there it teaches nothing)\n"
         "  errors          0\n"
@@ -95,7 +95,7 @@ def test_the_missing_marker_policy_decides_what_is_shown(capsys, workdir):
 def test_reference_file_and_limit(capsys):
     status, out, _ = run(capsys, "rewards.evisrag:evidence", GOLDEN, "--limit", "3", "--summary")
     assert status == 0
-    assert out.startswith("rewards.evisrag:evidence on 3 responses\n  applied         3\n")
+    assert out.startswith("rewards.evisrag:evidence on 3 responses\n  applied         3 of 3\n")
     # 0.8903, 0, 1 in the file
     assert "mean 0.6301, std 0.5484, 0 to 1" in out
     assert "note:" not in out
@@ -115,7 +115,7 @@ def test_an_exception_is_shown_with_the_response_and_counted(capsys, workdir):
     assert status == 1
     assert "--- line 1: ERROR KeyError: 'no such thing' (" in out
     assert "in fails)\nsome response\n" in out
-    assert "  applied         0\n  missed marker   0\n  errors          1\n" in out
+    assert "  applied         0 of 1\n  missed marker   0\n  errors          1\n" in out
     status, out, _ = run(capsys, "cli_rewards:not_finite", file)
     assert status == 1
     assert "ERROR RewardError: a score must be finite, got nan" in out
@@ -249,3 +249,51 @@ def test_the_module_runs_as_a_program_from_any_folder(workdir):
         [sys.executable, "-m", "rewards", "--help"], capture_output=True, text=True, cwd=root, check=True
     )
     assert "stored rollouts of a run" in helped.stdout
+
+
+HINTED = """
+from rewards.api import between, reward
+
+@reward
+def by_column(response):
+    return None if "pages" not in response.truth or response.truth.get("kind") == "x" else 1.0
+
+@reward
+async def by_tag(response):
+    return 1.0 if "<cite>" in response.text else None
+
+@reward(scope=between("<cite>", "</cite>"))
+def cites(response):
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("by_column", "looked for truth['pages'], which is not there; the rows have answers, kind, page"),
+        (
+            "by_tag",
+            "look at the condition under which it returns None. The responses have the tags </answer>, ",
+        ),
+        (
+            "cites",
+            "found in none of 2 responses, so it would teach nothing: no response has <cite> or </cite>",
+        ),
+    ],
+)
+def test_a_reward_that_teaches_nothing_says_why(workdir, capsys, monkeypatch, name, said):
+    (workdir / "hinted.py").write_text(HINTED)
+    monkeypatch.delitem(sys.modules, "hinted", raising=False)
+    truth = {"answers": ["16"], "page": 1, "kind": "a"}
+    file = write_rows(workdir / "rows.jsonl", {"text": GOOD, "truth": truth}, {"text": GOOD, "truth": truth})
+    status, out, _ = run(capsys, f"hinted:{name}", file, "--summary")
+    assert status == 0
+    assert said in out
+    assert f"applied         {2 if name == 'cites' else 0} of 2" in out
+    assert out.count("hint: ") == 1
+
+
+def test_a_reward_that_applies_somewhere_gets_no_hint(workdir, capsys):
+    file = write_rows(workdir / "rows.jsonl", {"text": GOOD, "truth": {"answers": ["16"]}})
+    assert "hint" not in run(capsys, "rewards.evisrag:accuracy", file)[1]
