@@ -183,3 +183,24 @@ def test_a_model_of_remote_code_runs_out_of_process_by_consent_and_is_imported(
     assert "has no vector for 1 of 1 (query 'lime'" in capsys.readouterr().err
     assert retrieve.main(["index", str(coloured), *imported, "--workers", "2"]) == 2
     assert "--workers is for models" in capsys.readouterr().err
+
+
+def test_candidates_are_ordered_anew_by_late_interaction(coloured, folders, tmp_path, capsys):
+    sizes = ["--min-pixels", "1024", "--max-pixels", "4096", "--device", "cpu"]
+    late = ["--model", folders["late"], "--kind", "late", "--index", str(tmp_path / "late"), *sizes]
+    first = ["--model", folders["clip"], *sizes]
+    rerank = ["--rerank", folders["late"], "--rerank-index", str(tmp_path / "late"), "--candidates", "3"]
+    for command in (late, first):
+        assert retrieve.main(["index", str(coloured), *command]) == 0
+
+    def search(*options: str) -> list[tuple[str, float]]:
+        capsys.readouterr()
+        assert retrieve.main(["search", str(coloured), *options, "-k", "3", "--json", "amount 7"]) == 0
+        pages = json.loads(capsys.readouterr().out)["pages"]
+        return [(page["document"], page["score"]) for page in pages]
+
+    assert search(*first, *rerank) == search(*late)  # all pages are candidates, so MaxSim alone decides
+    assert [score for _, score in search(*first)] != [score for _, score in search(*late)]
+    assert len(search(*first, *rerank[:-1], "2")) == 3  # k wins over fewer candidates
+    assert retrieve.main(["search", str(coloured), *first, "--rerank", folders["late"], "amount"]) == 2
+    assert "--rerank needs --rerank-index" in capsys.readouterr().err

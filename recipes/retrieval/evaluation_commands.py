@@ -71,7 +71,7 @@ def _run(options: argparse.Namespace) -> int:
         for query, hits in zip(batch, retriever.hits([query.text for query in batch], options.k), strict=True):
             run[query.id] = hits
     write_run(options.out, run, tag=retriever.encoder.fingerprint[:8])
-    print(f"{len(run)} queries, {options.k} pages each: {options.out}")
+    print(f"{len(run)} queries, up to {options.k} pages each: {options.out}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,14 +68,17 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
 
 def open_retriever(options: argparse.Namespace) -> Retriever:
     """Return the store, its index and the encoder, put together."""
-    from recipes.retrieval.encoders import EncoderSettings, load_encoder
+    from recipes.retrieval.encoders import load_encoder
     from recipes.retrieval.retriever import Retriever
 
     reranker = None
     if options.rerank:
         if options.rerank_index is None:
             raise InputError("--rerank needs --rerank-index, the index that this model made")
-        late = EncoderSettings(options.rerank, "late", device=options.device, max_pixels=options.max_pixels)
+        late = replace(
+            encoder_settings(options), model=options.rerank, kind="late", engine="transformers", pooling="",
+            query_prefix=None, revision="",
+        )  # fmt: skip
         reranker = (load_encoder(late), options.rerank_index)
     return Retriever(
         options.store,
