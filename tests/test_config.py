@@ -309,7 +309,26 @@ def test_a_sweep_gives_every_run_a_name_of_its_own(tmp_path):
     result = run_program(tmp_path, "recipe=demo", "seed=1,2", "algorithm=grpo", "--multirun")
     names = [line.split()[0] for line in result.stdout.splitlines()]
     assert names == ["demo-algorithm=grpo,seed=1", "demo-algorithm=grpo,seed=2"]
-    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "multirun"}
+    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "runs"}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["multirun.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("+foo.bar=1", "foo.bar: there is no such key. "),
+        ("+rolout.group_size=4", "rolout.group_size: there is no such key; did you mean rollout.group_size? "),
+        ("learner.lr.foo=1", "learner.lr.foo: there is no such key; did you mean learner.lr? "),
+        (
+            "++learner.warmup_stepz.x=1",
+            "learner.warmup_stepz.x: there is no such key; did you mean learner.warmup_steps? ",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_as_it_was_written(tmp_path, argument, said):
+    result = run_program(tmp_path, "recipe=demo", argument)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {said}")
 
 
 def test_help_shows_groups_options_and_examples(tmp_path):
