@@ -26,7 +26,7 @@ setup(
         "transformers>=5.16.1,<5.20",
         "accelerate>=1.10,<2",
         "peft>=0.19,<1",
-        "ray>=2.50,<3",
+        "ray[default]>=2.50,<3",  # default: `ray job submit` needs the job server of the head node
         "datasets>=4,<6",
         "hydra-core>=1.3.2,<1.4",
         "qwen-vl-utils>=0.0.14,<0.1",

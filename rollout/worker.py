@@ -28,6 +28,25 @@ if TYPE_CHECKING:
     from rollout.vllm_transfer import WeightSender
 
 
+class FolderMissing(ConfigError):
+    """A node does not have the folder that a run was started in."""
+
+
+def enter_folder(folder: str) -> None:
+    """Make relative paths mean what they mean to the driver: on a cluster that it joined, a worker starts elsewhere.
+
+    Raises:
+        FolderMissing: this node has no such folder.
+    """
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise FolderMissing(
+            f"node {socket.gethostname()} has no folder {folder} ({error.strerror}), where the run was started: share "
+            "it between the nodes under the same path, or start the run with `ray job submit --working-dir .`"
+        ) from None
+
+
 class RolloutWorker:
     """One engine in a process of its own."""
 
@@ -40,17 +59,19 @@ class RolloutWorker:
         num_threads: int = 0,
         env: Mapping[str, str] | None = None,
         engine_options: Mapping[str, Any] | None = None,
+        folder: str = ".",
     ) -> None:
         """Build the engine; why it cannot be built is raised by the first call that needs it.
 
         num_threads: CPU threads; 0 takes `rollout.num_threads`. env: set before the engine is imported.
-        engine_options: further keywords of `build_engine`.
+        engine_options: further keywords of `build_engine`. folder: where relative paths start.
         """
         os.environ.update(env or {})
         disable_progress_bar()  # whoever drives the workers draws the bars
         self.index = index
         self._failure: EngineError | ConfigError | None = None
         try:
+            enter_folder(folder)
             self._engine = build_engine(model_path, rollout, inputs, num_threads=num_threads, **(engine_options or {}))
         except (EngineError, ConfigError) as error:  # from here Ray would hand on a traceback in place of the error
             self._failure = error
@@ -132,6 +153,7 @@ def start_rollout_worker(
     *,
     num_threads: int = 0,
     env: Mapping[str, str] | None = None,
+    folder: str = ".",
     options: Mapping[str, Any] | None = None,
     **engine_options: Any,
 ) -> WorkerHandle:
@@ -139,6 +161,7 @@ def start_rollout_worker(
 
     Args:
         env: environment variables, set before the process imports anything.
+        folder: where relative paths start, on whatever node the worker is.
         options: of the actor: num_cpus, num_gpus, scheduling_strategy, runtime_env.
         engine_options: further keywords of `build_engine`, such as `device`.
     """
@@ -152,7 +175,7 @@ def start_rollout_worker(
     actor = (
         ray.remote(concurrency_groups={"control": 1})(RolloutWorker)  # type: ignore[call-overload]
         .options(runtime_env={**given, "env_vars": env_vars}, **options)
-        .remote(index, model_path, rollout, inputs, num_threads, None, engine_options)
+        .remote(index, model_path, rollout, inputs, num_threads, None, engine_options, folder)
     )
     if vllm:  # it schedules by itself: its whole share at once
         return WorkerHandle(index, actor, sys.maxsize, rollout.vllm.tensor_parallel_size, has_processes=True)

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rollout.pool import RolloutPool, Supervision, WorkerError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import WorkerHandle, start_rollout_worker
+from rollout.worker import FolderMissing, WorkerHandle, start_rollout_worker
 from rsgrpo.config import TrainConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.gate import Check, check_gate, tolerance_of
@@ -38,9 +37,6 @@ POLL_S = 0.5
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that workers may take to end after a signal."""
-
-ORPHANED_S = 1.0
-"""How much longer they may take once Ray itself is gone."""
 
 WORKER_ENV = {
     "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
@@ -114,7 +110,7 @@ class Ranks:
 def describe_failure(role: str, rank: int, what: str, error: BaseException) -> str:
     """Return one message with role, rank and cause; the remote traceback only where the cause is not a user's error."""
     cause = getattr(error, "cause", None) or error
-    if isinstance(cause, RsgrpoError):
+    if isinstance(cause, RsgrpoError | FolderMissing):
         return f"{role} {rank} failed in {what}: {cause}"
     return f"{role} {rank} failed in {what}: {type(cause).__name__}\n{str(error).strip()}"
 
@@ -122,14 +118,8 @@ def describe_failure(role: str, rank: int, what: str, error: BaseException) -> s
 def _without_ray(address: str, error: Exception) -> RsgrpoError:
     reason = f"{type(error).__name__}: {str(error).strip()}"
     if address:
-        return RsgrpoError(f"cluster.address={address}: no cluster to join ({reason}); `ray start` it on every node first")
+        return RsgrpoError(f"cluster.address={address}: no cluster to join ({reason}); `ray start` on every node first")
     return RsgrpoError(f"Ray does not start on this machine ({reason}); `python -m rsgrpo.doctor` looks why")
-
-
-def _ray_runs_here() -> bool:
-    """Whether the daemon of a Ray that this process started is alive."""
-    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return any(child.name().startswith("raylet") for child in children)
 
 
 class Cluster:
@@ -196,11 +186,14 @@ class Cluster:
             if ranks is not None:
                 host, port = ray.get(ranks.actors[0].address.remote(), timeout=config.cluster.startup_timeout_s)
                 ranks.wait(
-                    [a.build.remote(config, host, port, total_steps, str(run_dir), trainable) for a in ranks.actors],
+                    [
+                        actor.build.remote(config, os.getcwd(), host, port, total_steps, str(run_dir), trainable)
+                        for actor in ranks.actors
+                    ],
                     "start-up",
                 )
         rewards = Ranks("reward worker", self.reward_workers, self.check_stop)
-        rewards.wait([actor.build.remote(config, sys.path) for actor in self.reward_workers], "start-up")
+        rewards.wait([actor.build.remote(config, os.getcwd(), sys.path) for actor in self.reward_workers], "start-up")
         self.learner, self.reference = learners, references
         try:
             self._backend = self.rollouts.ping()[0]["backend"]  # an engine that cannot load its model says so here
@@ -215,6 +208,7 @@ class Cluster:
             config.model.path,
             config.rollout,
             config.inputs,
+            folder=os.getcwd(),
             options=self._engine_options[index],
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
@@ -420,20 +414,17 @@ class Cluster:
     def close(self, *, hurry: bool = False) -> None:
         """Stop all workers and leave (or end) the Ray cluster.
 
-        hurry: after a signal, which may have gone to the whole process group and so to Ray itself: give up where Ray is
-            gone. It would be looked for for a minute.
+        hurry: after a signal, which may have gone to the whole process group and so to Ray, which then answers nothing
+            for a minute. A Ray of our own ends with this process: only engines with processes are told.
         """
         if not hurry:
             self._close()
             return
-        closing = threading.Thread(target=self._close, daemon=True, name="leave Ray")
+        if self._owns_ray and not any(worker.has_processes for worker in self.rollouts.workers):
+            return
+        closing = threading.Thread(target=self.rollouts.close if self._owns_ray else self._close, daemon=True)
         closing.start()
-        give_up = time.monotonic() + CLOSE_TIMEOUT_S
-        while closing.is_alive() and time.monotonic() < give_up:
-            closing.join(POLL_S)
-            if self._owns_ray and not _ray_runs_here():
-                closing.join(ORPHANED_S)
-                return
+        closing.join(CLOSE_TIMEOUT_S)
 
     def _close(self) -> None:
         if not ray.is_initialized():

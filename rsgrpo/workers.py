@@ -17,7 +17,7 @@ from rollout.config import RolloutConfig
 from rollout.types import RolloutGroup
 from rollout.vllm_peers import TransferError
 from rollout.vllm_transfer import WeightSender
-from rollout.worker import WorkerHandle, weight_sender
+from rollout.worker import WorkerHandle, enter_folder, weight_sender
 from rsgrpo.config import TrainConfig
 from rsgrpo.types import ScoredGroup
 
@@ -46,10 +46,13 @@ class LearnerWorker:
         """Return this node's id and the GPUs of it that Ray gave this rank."""
         return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
 
-    def build(self, config: TrainConfig, host: str, port: int, total_steps: int, run_dir: str, trainable: bool) -> None:
-        """Join the process group and load this rank's shard of the model."""
+    def build(
+        self, config: TrainConfig, folder: str, host: str, port: int, total_steps: int, run_dir: str, trainable: bool
+    ) -> None:
+        """Join the process group and load this rank's shard of the model; `folder` is where the driver is."""
         from rsgrpo.learner import Learner, init_distributed
 
+        enter_folder(folder)
         init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
         self.learner = Learner(
             config.model,
@@ -121,10 +124,11 @@ class LearnerWorker:
 class RewardWorker:
     """One process that runs the run's reward functions."""
 
-    def build(self, config: TrainConfig, module_path: Sequence[str]) -> None:
-        """Load the reward functions; `module_path` is where the driver finds the user's own modules."""
+    def build(self, config: TrainConfig, folder: str, module_path: Sequence[str]) -> None:
+        """Load the reward functions; `module_path` is where the driver, which is in `folder`, finds the user's own."""
         from rsgrpo.credit import RewardSet
 
+        enter_folder(folder)
         sys.path += [folder for folder in module_path if folder not in sys.path]
         self.rewards = RewardSet.from_config(config)
 
