@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.line_chart import line_chart
+from rsgrpo.line_chart import line_chart
 from rsgrpo.tracking import read_metrics
 
 SCORES = {

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.learner_sides import SHAPES, WORK, Bench, Work
-from benchmarks.line_chart import line_chart
+from rsgrpo.line_chart import line_chart
 from rsgrpo.passes import cost_model
 
 SIDES = ("plain", "best", "ours")

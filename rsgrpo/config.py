@@ -17,6 +17,7 @@ from rsgrpo.checks import validate as validate
 from rsgrpo.checks import validate_sft as validate_sft
 from rsgrpo.guards import GuardsConfig as GuardsConfig
 from rsgrpo.guards import check_names
+from rsgrpo.hub import ExportConfig as ExportConfig
 from rsgrpo.learner_config import AlgorithmConfig as AlgorithmConfig
 from rsgrpo.learner_config import FilterConfig as FilterConfig
 from rsgrpo.learner_config import LearnerConfig as LearnerConfig
@@ -227,6 +228,7 @@ class TrainConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -278,6 +280,7 @@ class SftConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -292,4 +295,8 @@ def _check_run(run: TrainConfig | SftConfig) -> None:
         f"name must be letters, digits and any of _.=,+- because it names the run folder; got {run.name!r}",
     )
     at_least(0, total_steps=run.total_steps, seed=run.seed)
+    require(
+        run.checkpoint.export or not run.export.push_to_hub,
+        f"export.push_to_hub={run.export.push_to_hub} uploads the export, and checkpoint.export=false makes none",
+    )
     at_least(1 if run.total_steps == 0 else 0, epochs=run.epochs)

@@ -30,7 +30,9 @@ from rsgrpo.data import PromptDataset, PromptStream, load_prompts
 from rsgrpo.errors import InputError
 from rsgrpo.gate import choose_prompts, require_gate
 from rsgrpo.guards import GuardBroken, Guards
+from rsgrpo.hub import push_folder, require_login
 from rsgrpo.local import LocalCluster
+from rsgrpo.model_card import write_model_card
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector, Lookahead
 from rsgrpo.stopping import StopRequested, StopSignals
@@ -83,6 +85,7 @@ class Run:
 
     def _start(self, start_cluster: Callable[..., Cluster | LocalCluster], leaving: ExitStack) -> None:
         config = self.config
+        require_login(config.export)
         RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
         self.train_prompts, self.val_prompts = self._load_data()
         self.stream = PromptStream(self.train_prompts, seed=config.seed, shuffle=config.data.shuffle)
@@ -238,7 +241,11 @@ class Run:
             )
 
     def finish(self) -> None:
-        """Export the model, write the report and show what came of the run."""
+        """Export the model, write the report, upload the export where that is asked, and show what came of the run.
+
+        Raises:
+            RsgrpoError: the upload failed; everything is on disk.
+        """
         lines = _before_and_after(read_metrics(self.folder))
         memory = self.cluster.memory_mb()
         lines["time"] = f"{(time.monotonic() - self.started) / 60:.1f} minutes in this process"
@@ -248,10 +255,15 @@ class Run:
             export = self.folder / "export"
             with self.console.phase("export"):
                 self.cluster.learner.call("export", str(export))
+                write_model_card(self.folder, export, self.settings)
             lines["model"] = str(export)
         self.tracker.close()
         with self.console.phase("report"):
             lines["report"] = str(write_report(self.folder))
+        if self.config.export.push_to_hub:
+            with self.console.phase("upload"):
+                message = f"{self.config.name}: step {self.step}"
+                lines["hub"] = push_folder(self.folder / "export", self.config.export, message)
         self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
     def _load_data(self) -> tuple[PromptDataset, list]:

@@ -1,4 +1,4 @@
-"""A line chart as a small SVG file: what the benchmarks plot, with no plotting library."""
+"""A line chart as a small SVG file, with no plotting library: for model cards and benchmarks."""
 
 from __future__ import annotations
 
