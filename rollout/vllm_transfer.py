@@ -236,8 +236,7 @@ class _NcclLink:
         world_size = 1 + engines.num_workers
         self._buffer_bytes = 2 * bucket_bytes  # above any bucket, so that a bucket is never split
         meet = {"master_address": address, "master_port": port, "world_size": world_size}
-        packing = {"packed": True, "packed_buffer_size_bytes": self._buffer_bytes}
-        infos = [({**meet, **packing, "rank_offset": offset},) for offset in _rank_offsets(engines.peers)]
+        infos = [(info,) for info in nccl_infos(engines.peers, meet, self._buffer_bytes)]
         self._device = torch.cuda.current_device()
         self._group: Any = None
 
@@ -329,6 +328,12 @@ class _IpcClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._engines.all("transfer_finish", self.version)
+
+
+def nccl_infos(peers: Sequence[Peer], meet: dict[str, Any], buffer_bytes: int) -> list[dict[str, Any]]:
+    """Return, for each engine, what vLLM's nccl receiver is told; meet: where the group meets."""
+    packing = {"packed": True, "packed_buffer_size_bytes": buffer_bytes}
+    return [{**meet, **packing, "rank_offset": offset} for offset in _rank_offsets(peers)]
 
 
 def _cast(named_tensors: Iterable[NamedTensor], dtype: torch.dtype | None) -> Iterator[NamedTensor]:

@@ -74,9 +74,7 @@ def test_weights_and_one_response_must_fit_into_the_engines_share_of_a_gpu():
     one = response_cache_bytes(SEVEN_B, "bfloat16", 16_536, 16)
     weights = 2 * 8_292_166_656
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.3), 80 * GIB)
-    with pytest.raises(
-        ConfigError, match=r"needs 16\.3 GiB .*15\.4, .*0\.9\).*; 0\.2 of 80 GiB are 16\.0: change"
-    ):
+    with pytest.raises(ConfigError, match=r"needs 16\.3 GiB .*15\.4, .*0\.9\).*; 0\.2 of 80 GiB are 16\.0: change"):
         check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2), 80 * GIB)
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2, tensor_parallel_size=2), 80 * GIB)
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2, kv_cache_gib=8), 80 * GIB)
