@@ -44,6 +44,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
     Each side is rounded to a multiple of `factor`; if the area then lies outside [min_pixels, max_pixels], both sides
     are scaled by the same ratio and rounded down (up) to multiples. Only a side of one `factor` may break the limit.
+    (qwen_vl_utils agrees on ordinary pages, but makes a side of slim ones 0 pixels long; a test holds both.)
 
     >>> smart_resize(100, 150, factor=28, min_pixels=784, max_pixels=10_000)
     (56, 112)

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from qwen_vl_utils.vision_process import smart_resize as utils_smart_resize
 from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen_smart_resize
 
@@ -81,6 +82,28 @@ def test_sizes_equal_those_of_qwens_own_processor(height, width, factor, low, mo
             smart_resize(height, width, **limits)
     else:
         assert smart_resize(height, width, **limits) == qwen_smart_resize(height, width, **limits)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.integers(32, 4000), st.integers(32, 4000), st.sampled_from([28, 32]), st.integers(1, 64), st.integers(1, 2000)
+)
+def test_sizes_equal_those_of_qwen_vl_utils_where_it_has_any(height, width, factor, low, more):
+    limits = {"factor": factor, "min_pixels": low * 1024, "max_pixels": (low + more) * 1024}
+    theirs = utils_smart_resize(height, width, **limits) if max(height, width) <= 200 * min(height, width) else (0, 0)
+    if 0 not in theirs:
+        assert smart_resize(height, width, **limits) == theirs
+
+
+def test_qwen_vl_utils_still_gives_slim_pages_no_pixels_and_other_sizes_than_qwens_processor():
+    """Why `rollout.images` has the arithmetic of its own: once this fails, theirs can take its place."""
+    limits = {"factor": 28, "min_pixels": 784, "max_pixels": 50176}
+    # 3640 / 1.745 = 2085.4 -> 74 x 28; 42 / 1.745 = 24.1 -> 0 x 28
+    assert utils_smart_resize(3640, 42, **limits) == (2072, 0)
+    assert smart_resize(3640, 42, **limits) == qwen_smart_resize(3640, 42, **limits) == (2072, 28)
+    # 0.25 units are 0, an area of nothing: grown by sqrt(784 / 2317) = 0.58 -> 192.5, 4.1 -> 7 and 1 units
+    assert utils_smart_resize(331, 7, **limits) == (336, 28)
+    assert smart_resize(331, 7, **limits) == qwen_smart_resize(331, 7, **limits) == (196, 28)
 
 
 # --- equal to what Hugging Face makes by itself -----------------------------------------------------------------
