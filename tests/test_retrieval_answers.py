@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes import retrieve
+from recipes import infer, retrieve
 from recipes.answering import Output
+from recipes.questions import named_prompt
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.generation import Asked, answer_all, page_weights, paste, prompts_of
 from recipes.retrieval.ingest import ingest
@@ -23,6 +24,7 @@ from recipes.retrieval.store import PageStore
 from rollout.types import Prompt
 from rsgrpo.console import Console
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.prompts import read_template
 from tests.retrieval_material import write_image
 
 TEMPLATE = "{images}\nQuestion: {question}"
@@ -210,3 +212,41 @@ def test_generate_refuses_queries_without_pages(store, tmp_path, capsys):
     ]
     assert retrieve.main([str(part) for part in command]) == 2
     assert "query q1 has no pages" in capsys.readouterr().err
+
+
+def test_a_real_model_answers_in_every_setting_and_weighs_pages_by_its_own_likelihood(
+    store, tmp_path, tiny_model_path, capsys
+):
+    vectors = ["--kind", "imported", "--model", str(tmp_path / "vectors")]
+    assert retrieve.main(["index", str(store), *vectors]) == 0
+    who = ["--answer-model", tiny_model_path, "--device", "cpu", "--answer-max-pixels", "3136", "--max-tokens", "8"]
+    capsys.readouterr()
+
+    def ask(setting: str) -> dict[str, Any]:
+        assert (
+            retrieve.main(["ask", str(store), "which?", *vectors, "-k", "2", *who, "--setting", setting, "--json"]) == 0
+        )
+        (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("{")]
+        return json.loads(line)
+
+    lines = {setting: ask(setting) for setting in ("multi_image", "horizontal", "vertical", "weighted")}
+    assert all(line["raw"] and line["finish_reason"] in ("stop", "length") for line in lines.values())
+    assert lines["multi_image"]["num_prompt_tokens"] > lines["weighted"]["num_prompt_tokens"]  # two pages, one page
+
+    # the same prompts, asked directly
+    pages = tuple(FoundPage(**page) for page in lines["weighted"]["pages"])
+    assert [page.score for page in pages] == [0.8, 0.6]
+    arguments = ["--model", tiny_model_path, "--device", "cpu", "--max-pixels", "3136", "--min-pixels", "784"]
+    answerer = infer.answerer_of(infer.parser().parse_args([*arguments, "--max-tokens", "8"]))
+    prompt = named_prompt("evidence")
+    outputs = {
+        output.prompt.id: output
+        for output in answerer.answer(prompts_of(Asked("q", "which?", pages), "weighted", read_template(prompt)))
+    }
+    answerer.close()
+    logprobs = [outputs[f"q#{rank}"].mean_logprob or 0.0 for rank in (1, 2)]
+    top = math.exp(0.8) / (math.exp(0.8) + math.exp(0.6))
+    expected = [top * math.exp(logprobs[0]), (1 - top) * math.exp(logprobs[1])]
+    assert lines["weighted"]["weights"] == pytest.approx(expected, rel=1e-4)
+    chosen = outputs["q#1" if expected[0] >= expected[1] else "q#2"]
+    assert lines["weighted"]["raw"] == chosen.text
