@@ -294,7 +294,7 @@ class Run:
         finally:
             checked.save()
         self.console.info(
-            f"page images: {checked.num_decoded} decoded, {checked.num_known} unchanged since a start before"
+            f"page images: {checked.num_decoded} decoded, {checked.num_known} unchanged since an earlier start"
         )
         return train_set, val_set[: config.validation.max_prompts or None]
 
