@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recipes import retrieve
-from recipes.retrieval.documents import RenderSettings
-from recipes.retrieval.ingest import ingest
 from recipes.retrieval.store import PageStore
-from rsgrpo.console import Console
+from tests.retrieval_material import write_pdf
 from tools.fetch_test_documents import MANUAL, MODEL
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +25,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not MANUAL.exists() or not MODEL.exists(), reason="run tools/fetch_test_documents.py"),
 ]
+
+
+PAGES_PER_PART = 16
 
 
 def outline(file: Path) -> list[tuple[str, int]]:
@@ -39,39 +41,110 @@ def outline(file: Path) -> list[tuple[str, int]]:
     return [(title, page) for title, page in found if titles.count(title) == 1 and len(title.split()) >= 2]
 
 
-def test_outline_titles_find_their_pages_and_killed_commands_go_on(tmp_path, capsys):
+def split(file: Path, folder: Path) -> int:
+    """Write the file's pages as part00.pdf, part01.pdf, ...; return how many pages there are."""
+    import pypdfium2
+
+    folder.mkdir()
+    with pypdfium2.PdfDocument(file) as document:
+        num_pages = len(document)
+        for number, first in enumerate(range(0, num_pages, PAGES_PER_PART)):
+            with pypdfium2.PdfDocument.new() as part:
+                part.import_pages(document, list(range(first, min(first + PAGES_PER_PART, num_pages))))
+                part.save(folder / f"part{number:02d}.pdf")
+    return num_pages
+
+
+def part_of(page: int) -> tuple[str, int]:
+    """Return where a page of the whole file is now."""
+    return f"part{(page - 1) // PAGES_PER_PART:02d}.pdf", (page - 1) % PAGES_PER_PART + 1
+
+
+def kill_when(command: list[str], is_time: Callable[[], bool]) -> None:
+    """Start a command of recipes.retrieve, and kill it and its workers with -9 once it is time."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes.retrieve", *command],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not is_time() and time.monotonic() < deadline:
+        assert process.poll() is None, f"{command[0]} ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def shown_number(capsys: pytest.CaptureFixture[str], what: str) -> int:
+    """Return a number of the table that a command has shown last."""
+    lines = capsys.readouterr().out.splitlines()
+    return int(next(line.split()[-1] for line in lines if line.strip().startswith(what)))
+
+
+def found_by(store: Path, options: list[str], query: str, capsys: pytest.CaptureFixture[str]) -> list[tuple[str, int]]:
+    """Return (document, page) of the five best pages."""
+    assert retrieve.main(["search", str(store), query, *options, "--json"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    return [(page["document"], page["number"]) for page in json.loads(line)["pages"]]
+
+
+def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(tmp_path, capsys):
     for package in ("pypdfium2", "sentence_transformers", "pytrec_eval"):
         pytest.importorskip(package, reason="needs the retrieval extra")
-    store = tmp_path / "store"
-    quiet = Console(io.StringIO())
-    report = ingest([MANUAL.parent], store, RenderSettings(dpi=50), num_workers=2, page_timeout_s=60, console=quiet)
-    assert report.num_pages > 300
-    options = ["--kind", "text", "--model", str(MODEL), "--device", "cpu", "--shard-pages", "16"]
-    command = [sys.executable, "-m", "recipes.retrieve", "index", str(store), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    shards = store / "index" / "shards"
-    deadline = time.monotonic() + 240
-    while len(list(shards.glob("*.npy")) if shards.exists() else ()) < 3 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert retrieve.main(["index", str(store), *options]) == 0
-    shown = capsys.readouterr().out
-    added = int(next(line.split()[1] for line in shown.splitlines() if line.split()[:1] == ["added"]))
-    assert 0 < added < report.num_pages  # the shards of the killed command were kept
-    index_pages = [page for file in shards.glob("*.ids") for page in file.read_text().splitlines()]
-    assert sorted(index_pages) == sorted(PageStore.open(store).page_ids())  # nothing lost, nothing twice
+    docs, store = tmp_path / "docs", tmp_path / "store"
+    num_pages = split(MANUAL, docs)
+    assert num_pages > 300
+    text = ["--kind", "text", "--model", str(MODEL), "--device", "cpu"]
+    ingest = ["ingest", str(docs), "--out", str(store), "--dpi", "40", "--workers", "1"]
+    index = ["index", str(store), *text, "--shard-pages", "16", "--batch-size", "2"]
 
+    # kill -9 in the middle of ingest and of encoding: nothing lost, nothing twice
+    kill_when(ingest, lambda: len(list(store.glob("pages/*/*/pages.json"))) >= 3)
+    rendered = set(store.glob("pages/*/*/pages.json"))
+    times = {file: file.stat().st_mtime_ns for file in rendered}
+    assert retrieve.main(ingest) == 0
+    assert shown_number(capsys, "pages in the store") == num_pages
+    assert {file: file.stat().st_mtime_ns for file in rendered} == times  # what was whole was not made again
+    ids = PageStore.open(store).page_ids()
+    assert len(set(ids)) == len(ids) == num_pages
+    shards = store / "index" / "shards"
+    kill_when(index, lambda: shards.exists() and len(list(shards.glob("*.npy"))) >= 3)
+    assert retrieve.main(index) == 0
+    assert 0 < shown_number(capsys, "added") < num_pages
+    indexed = [page for file in shards.glob("*.ids") for page in file.read_text().splitlines()]
+    assert sorted(indexed) == sorted(ids)
+
+    # the text baseline on outline titles
     titles = outline(MANUAL)
     queries = "".join(json.dumps({"_id": f"q{row}", "text": title}) + "\n" for row, (title, _) in enumerate(titles))
     (tmp_path / "queries.jsonl").write_text(queries)
-    judged = "".join(f"q{row}\tgnuplot.pdf#{page}\t1\n" for row, (_, page) in enumerate(titles))
+    places = [part_of(page) for _, page in titles]
+    judged = "".join(f"q{row}\t{document}#{page}\t1\n" for row, (document, page) in enumerate(places))
     (tmp_path / "qrels.tsv").write_text(judged)
     run = str(tmp_path / "minilm.run")
-    search = ["run", str(store), *options[:-2], "--queries", str(tmp_path / "queries.jsonl"), "--out", run, "-k", "10"]
+    search = ["run", str(store), *text, "--queries", str(tmp_path / "queries.jsonl"), "--out", run, "-k", "10"]
     assert retrieve.main(search) == 0
     assert retrieve.main(["evaluate", run, "--qrels", str(tmp_path / "qrels.tsv"), "--store", str(store)]) == 0
     scores = json.loads((tmp_path / "minilm.scores.json").read_text())
     print(scores["num_queries"], scores["mean"])
     assert scores["num_queries"] > 100
     assert scores["mean"]["recall@10"] > 0.5  # chance: 10 of 311 pages = 0.03
+    capsys.readouterr()
+
+    # files are deleted, changed and added: search reflects it
+    ranked = [line.split() for line in Path(run).read_text().splitlines()]
+    best = {row[0]: row[2] for row in ranked if row[3] == "1"}
+    by_id = {page.page_id: (page.document, page.number) for page in PageStore.open(store).pages()}
+    found = [(title, place) for row, ((title, _), place) in enumerate(zip(titles, places, strict=True))
+             if by_id[best[f"q{row}"]] == place]  # fmt: skip
+    gone = found[0]
+    changed = next(entry for entry in found if entry[1][0] != gone[1][0])
+    (docs / gone[1][0]).unlink()
+    shutil.copy(docs / changed[1][0], docs / "added.pdf")
+    write_pdf(docs / changed[1][0], ["nothing but sea shells"])
+    assert retrieve.main(ingest) == 0
+    assert retrieve.main(index) == 0
+    capsys.readouterr()
+    assert gone[1] not in found_by(store, text, gone[0], capsys)
+    assert found_by(store, text, changed[0], capsys)[0] == ("added.pdf", changed[1][1])
+    assert found_by(store, text, "sea shells", capsys)[0] == (changed[1][0], 1)
