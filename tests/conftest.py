@@ -10,6 +10,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,24 @@ def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = train_tokenizer(CORPUS, vocab_size=400)
     model = build_model(tokenizer, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, vision_hidden_size=64)
     save_model_folder(model, tokenizer, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def attentive_model_path(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model that attends strongly to strong image features: a random model hardly looks at them otherwise."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path_factory.mktemp("attentive-model") / "model"
+    shutil.copytree(tiny_model_path, folder)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.visual.merger.mlp[2].weight *= 30
+        for layer in model.model.language_model.layers:
+            layer.self_attn.v_proj.weight *= 10
+            layer.self_attn.o_proj.weight *= 10
+    model.save_pretrained(folder)
     return str(folder)
 
 

@@ -3,63 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from gate_material import OneEngine, failures, one_learner, run_gate
 
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.fake import FakeEngine
 from rollout.hf_engine import HFEngine
 from rollout.types import Prompt
-from rsgrpo.config import LearnerConfig, ModelConfig, TrainConfig
+from rsgrpo.config import LearnerConfig, TrainConfig
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.gate import GateFailed, blanked, check_gate, choose_prompts, require_gate, table, tolerance_of
-from rsgrpo.learner import Learner
+from rsgrpo.gate import GateFailed, blanked, choose_prompts, require_gate, table, tolerance_of
 
 INPUTS = InputsConfig(min_pixels=784, max_pixels=784 * 16, max_images=3, max_prompt_tokens=400)
 ROLLOUT = RolloutConfig(num_threads=1, max_batch_sequences=8)
 
 
-class OneEngine:
-    """An engine of this process, asked as a pool is."""
-
-    def __init__(self, engine, seen=lambda prompt: prompt):
-        self.engine = engine
-        self.seen = seen
-
-    def generate_on_each(self, prompts, sampling):
-        groups = {group.prompt.id: group for group in self.engine.generate([self.seen(p) for p in prompts], sampling)}
-        return [[groups[prompt.id] for prompt in prompts]]
-
-    def call(self, method, *args):
-        return [getattr(self.engine, method)(*args)]
-
-
 @pytest.fixture(scope="module")
-def model_path(tiny_model_path, tmp_path_factory):
-    """The tiny model that attends strongly to strong image features: a random model hardly looks at them otherwise."""
-    folder = tmp_path_factory.mktemp("gate") / "model"
-    shutil.copytree(tiny_model_path, folder)
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
-    with torch.no_grad():
-        model.model.visual.merger.mlp[2].weight *= 30
-        for layer in model.model.language_model.layers:
-            layer.self_attn.v_proj.weight *= 10
-            layer.self_attn.o_proj.weight *= 10
-    model.save_pretrained(folder)
-    return str(folder)
+def model_path(attentive_model_path):
+    return attentive_model_path
 
 
 @pytest.fixture(scope="module")
 def learner(model_path):
-    settings = LearnerConfig(
-        device="cpu", precision="float32", num_threads=1, gradient_checkpointing="none", max_tokens_per_micro_batch=1024
-    )
-    learner = Learner(ModelConfig(path=model_path), settings, INPUTS, total_steps=1)
-    return SimpleNamespace(call=lambda method, *args: getattr(learner, method)(*args))
+    return one_learner(model_path, INPUTS)
 
 
 @pytest.fixture
@@ -76,14 +44,6 @@ def prompts(page_images):
         Prompt("two", "<image><image> page 1", tuple(page_images[1:3])),
     ]
     return choose_prompts(rows, 2)
-
-
-def run_gate(engines, learner, prompts, version=0):
-    return check_gate(engines, learner, prompts, num_tokens=12, tolerance=1e-4, version=version)
-
-
-def failures(checks):
-    return {check.what for check in checks if not check.holds}
 
 
 def test_the_rows_with_most_images_are_compared(prompts):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
+from transformers import AutoConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from gate_material import OneEngine, failures, one_learner, run_gate
 from vllm_parity import (
     INPUTS,
     ROLLOUT,
@@ -21,21 +28,28 @@ from vllm_parity import (
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
 from rollout.engine import EngineError, EngineFailed, build_engine
 from rollout.types import Prompt, SamplingParams
+from rollout.vllm_memory import cache_bytes_per_token
 from rollout.vllm_requests import build_request
+from rsgrpo.gate import blanked, table
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model_path):
-    engine = build_engine(tiny_model_path, ROLLOUT, INPUTS, name="engine 0")
+def engine(attentive_model_path):
+    engine = build_engine(attentive_model_path, ROLLOUT, INPUTS, name="engine 0")
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model_path):
-    return reference_model(tiny_model_path)
+def model(attentive_model_path):
+    return reference_model(attentive_model_path)
+
+
+@pytest.fixture(scope="module")
+def learner(attentive_model_path):
+    return one_learner(attentive_model_path, INPUTS)
 
 
 @pytest.fixture
@@ -109,6 +123,13 @@ def test_a_group_computes_its_prompt_once(engine, page_images):
     assert stats["generated_tokens"] > 0
 
 
+def test_the_cache_has_the_blocks_that_its_bytes_make(engine, attentive_model_path):
+    text = AutoConfig.from_pretrained(attentive_model_path).get_text_config()
+    # 2 layers x (keys + values) x 1 head x 32 x 4 bytes = 512 bytes a token, 32 tokens a block, 64 MiB.
+    assert cache_bytes_per_token(text, "float32") == 512
+    assert engine._llm.vllm_config.cache_config.num_gpu_blocks == (64 << 20) // (512 * 32)
+
+
 def test_prompts_that_do_not_fit_into_one_step_are_sampled_as_exactly(engine, model, page_images):
     text = "page 1 shows a code 4 and an amount 7 " * 10
     prompts = [Prompt(f"many{index}", f"{index} <image> {text}", (page_images[index % 5],)) for index in range(16)]
@@ -173,9 +194,60 @@ def test_sampling_that_makes_no_sense_is_refused(engine, prompts):
         next(engine.generate(prompts, SamplingParams(group_size=0)))
 
 
+# ---- the gate between this engine and the learner ------------------------------------------------------------------
+
+
+def test_the_gate_holds_between_vllm_and_the_learner(engine, learner, prompts):
+    checks = run_gate(OneEngine(engine), learner, prompts)
+    assert failures(checks) == set(), table(checks)
+    assert len(checks) == 4 * 6 + 2
+
+
+def test_the_gate_catches_stale_weights(engine, attentive_model_path, prompts, tmp_path):
+    shutil.copytree(attentive_model_path, tmp_path / "moved")
+    reference_model(attentive_model_path, seed=1).save_pretrained(tmp_path / "moved")
+    ahead = one_learner(str(tmp_path / "moved"), INPUTS)
+    assert {"greedy token below the best", "log-probabilities differ by"} <= failures(
+        run_gate(OneEngine(engine), ahead, prompts)
+    )
+    assert failures(run_gate(OneEngine(engine), ahead, prompts, version=1)) >= {"weights version"}
+
+
+def test_the_gate_catches_missing_images(engine, learner, prompts):
+    grey = OneEngine(engine, seen=lambda prompt: dataclasses.replace(blanked(prompt), id=prompt.id))
+    assert {"blank pages change its answer by", "log-probabilities differ by"} <= failures(
+        run_gate(grey, learner, prompts)
+    )
+
+
+def test_the_gate_catches_other_pixels_of_the_same_and_of_another_size(
+    engine, learner, attentive_model_path, prompts, page_images, tmp_path
+):
+    mirrored = {}
+    for path in page_images:
+        mirrored[path] = str(tmp_path / Path(path).name)
+        ImageOps.mirror(Image.open(path)).save(mirrored[path])
+
+    def seen(prompt):
+        return dataclasses.replace(prompt, images=tuple(mirrored.get(source, source) for source in prompt.images))
+
+    assert failures(run_gate(OneEngine(engine, seen), learner, prompts)) & {
+        "greedy token below the best",
+        "log-probabilities differ by",
+    }
+    smaller = one_learner(attentive_model_path, dataclasses.replace(INPUTS, max_pixels=784 * 4))
+    assert {"prompt tokens, image tokens", "image features of the engine"} <= failures(
+        run_gate(OneEngine(engine), smaller, prompts)
+    )
+
+
+# ---- what ends before it starts --------------------------------------------------------------------------------------
+
+
 def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
     def build(**options):
-        build_engine(tiny_model_path, RolloutConfig(engine="vllm", vllm=VllmConfig(**options)), INPUTS)
+        rollout = RolloutConfig(engine="vllm", max_response_tokens=48, vllm=VllmConfig(**options))
+        build_engine(tiny_model_path, rollout, INPUTS)
 
     with pytest.raises(
         ConfigError, match=r"tensor_parallel_size=3 does not divide the model's 2 attention heads.*\[1, 2\]"
@@ -185,16 +257,31 @@ def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
         build(max_model_len=5000)
     with pytest.raises(ConfigError, match="sync=nccl does not work on CPU; use gloo"):
         build(sync="nccl")
+    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.0001 does not hold .* \(448 tokens, .*raise it to 0\.00"):
+        build(kv_cache_gib=0.0001)
+    with pytest.raises(
+        ConfigError, match=r"vLLM needs 9\d\d\.\d GiB .*KV cache 900\.0.* lower rollout.vllm.kv_cache_gib"
+    ):
+        build(kv_cache_gib=900)
     with pytest.raises(ConfigError, match="the installed vLLM runs on cpu, rollout asks for cuda"):
         build_engine(tiny_model_path, ROLLOUT, INPUTS, device="cuda")
 
 
+def test_a_model_that_vllm_does_not_know_is_refused(tiny_model_path, tmp_path):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["OurOwnModel"]}))
+    with pytest.raises(ConfigError, match=r"vLLM does not support .*OurOwnModel.*use rollout.engine=hf"):
+        build_engine(str(tmp_path / "model"), ROLLOUT, INPUTS)
+
+
 # The last test of the module: it takes the engine with it.
 def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts):
+    engine._config = dataclasses.replace(engine._config, stall_timeout_s=3)
     (process,) = engine._llm.engine_core.resources.engine_manager.processes
     os.kill(process.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 15 s"):
+        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 3 s"):
             list(engine.generate(prompts, GREEDY))
     finally:
         os.kill(process.pid, signal.SIGKILL)
