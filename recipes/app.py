@@ -11,8 +11,10 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 MAX_K = 20
 MAX_QUESTION_CHARACTERS = 4_000
 MAX_WAITING = 16  # questions and uploads
-INTERRUPTED = 130
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def address(path: str) -> str:
 
 
 def serve(library: Library, options: argparse.Namespace) -> None:
-    """Serve the page until it is interrupted."""
+    """Serve the page until Ctrl-C or SIGTERM."""
     import gradio as gr
 
     from recipes.retrieval.page_view import CSS
@@ -170,11 +171,12 @@ def serve(library: Library, options: argparse.Namespace) -> None:
             quiet=True,
             prevent_thread_lock=True,
         )
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print(f"open {url} (Ctrl-C ends it)", flush=True)
-        try:
-            page.block_thread()
-        finally:
-            page.close(verbose=False)
+        stop.wait()
+        page.close(verbose=False)
 
 
 def _is_loopback(host: str) -> bool:
@@ -185,7 +187,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
+    """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 0 when it was ended."""
     options = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
     try:
@@ -204,8 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         serve(library, options)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except OSError as error:  # gradio's own words for a port that is taken
         print(f"error: cannot listen on {options.host}, --port {options.port}: {error}", file=sys.stderr)
         return InputError.exit_code
