@@ -259,7 +259,8 @@ class VectorIndex:
             raise IndexFault(f"shard {stem} is damaged: {error}; delete {self.folder} and index again") from error
         if offsets[-1] != len(vectors_VD):
             raise IndexFault(f"shard {stem} has {len(vectors_VD)} vectors for {len(ids)} pages; index again")
-        return Shard(ids, vectors_VD, offsets, np.array([page_id not in deleted for page_id in ids]))
+        alive_P = np.array([page_id not in deleted for page_id in ids]) if deleted else np.ones(len(ids), bool)
+        return Shard(ids, vectors_VD, offsets, alive_P)
 
 
 class _Places:

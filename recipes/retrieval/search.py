@@ -113,11 +113,12 @@ def _blocks(shard: Shard) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
         vectors_VD = np.asarray(shard.vectors_VD[shard.offsets[first] : shard.offsets[last]], dtype=np.float32)
         alive_P = shard.alive_P[first:last]
         lengths_P = np.diff(shard.offsets[first : last + 1])
+        ids = shard.page_ids[first:last]
         if not alive_P.all():
             vectors_VD = vectors_VD[np.repeat(alive_P, lengths_P)]
             lengths_P = lengths_P[alive_P]
-        if len(lengths_P):
-            ids = [page_id for page_id, alive in zip(shard.page_ids[first:last], alive_P, strict=True) if alive]
+            ids = [page_id for page_id, alive in zip(ids, alive_P, strict=True) if alive]
+        if ids:
             yield ids, vectors_VD, np.cumsum(lengths_P) - lengths_P
         first = last
 
