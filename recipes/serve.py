@@ -63,15 +63,25 @@ class ServeConfig:
         at_least(1, request_bytes=self.request_bytes, max_requests=self.max_requests, batch_size=self.batch_size)
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A prompt that waits. hear: is called with what comes. streams: also with pieces of the text."""
+
+    prompt: Prompt
+    hear: Callable[[Piece], None]
+    streams: bool
+
+
 class Desk:
     """Hands prompts to an answerer from threads of its own; what comes back is given to a callback.
 
-    An engine takes what waits as one batch, then the next; an endpoint takes every prompt as it comes.
+    An engine takes what waits as one batch, then the next; a prompt that wants its text in pieces it takes alone. An
+    endpoint takes every prompt as it comes.
     """
 
     def __init__(self, answerer: Answerer, *, num_threads: int, batch_size: int) -> None:
         self._answerer = answerer
-        self._waiting: queue.SimpleQueue[tuple[Prompt, Callable[[Piece], None]] | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
         in_batches = isinstance(answerer, EngineAnswerer)
         work = partial(self._in_batches, batch_size) if in_batches else self._one_by_one
         self._threads = [
@@ -81,9 +91,12 @@ class Desk:
         for thread in self._threads:
             thread.start()
 
-    def ask(self, prompt: Prompt, hear: Callable[[Piece], None]) -> None:
-        """Queue a prompt; `hear` is called from another thread, at last with an output or with an error."""
-        self._waiting.put((prompt, hear))
+    def ask(self, prompt: Prompt, hear: Callable[[Piece], None], *, streams: bool) -> None:
+        """Queue a prompt; `hear` is called from another thread, at last with an output or with an error.
+
+        streams: call it with pieces of text before.
+        """
+        self._waiting.put(Wish(prompt, hear, streams))
 
     def close(self) -> None:
         """Let the threads finish what they do, drop what waits, and end."""
@@ -95,22 +108,29 @@ class Desk:
             thread.join()
 
     def _one_by_one(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            prompt, hear = item
-            _deliver(self._answerer.stream(prompt), {prompt.id: hear}, streams=True)
+        while (wish := self._waiting.get()) is not None:
+            self._alone(wish)
+
+    def _alone(self, wish: Wish) -> None:
+        _deliver(self._answerer.stream(wish.prompt), {wish.prompt.id: wish.hear}, streams=True)
 
     def _in_batches(self, batch_size: int) -> None:
-        while (item := self._waiting.get()) is not None:
-            batch, ends = [item], False
-            while len(batch) < batch_size and not self._waiting.empty():
-                if (further := self._waiting.get()) is None:
-                    ends = True
-                    break
-                batch.append(further)
-            hears = {prompt.id: hear for prompt, hear in batch}
-            _deliver(self._answerer.answer([prompt for prompt, _ in batch]), hears, streams=False)
-            if ends:
-                return
+        wish = self._waiting.get()
+        while wish is not None:
+            if wish.streams:
+                self._alone(wish)
+                wish = self._waiting.get()
+                continue
+            batch, following = [wish], True
+            while len(batch) < batch_size and following and not self._waiting.empty():
+                wish = self._waiting.get()
+                following = wish is not None and not wish.streams
+                if wish is not None and following:
+                    batch.append(wish)
+            hears = {member.prompt.id: member.hear for member in batch}
+            _deliver(self._answerer.answer([member.prompt for member in batch]), hears, streams=False)
+            if following:
+                wish = self._waiting.get()
 
 
 def _deliver(pieces: Iterable[str | Output], hears: dict[str, Callable[[Piece], None]], *, streams: bool) -> None:
@@ -204,7 +224,7 @@ class Server:
 
     async def _whole(self, chat: ChatRequest) -> web.Response:
         output = None
-        async for piece in self._pieces(chat.prompt):
+        async for piece in self._pieces(chat.prompt, streams=False):
             output = piece
         if isinstance(output, RsgrpoError):
             return _error(502, str(output), retry=True)
@@ -227,7 +247,7 @@ class Server:
             event = self._reply(chat.prompt.id, "chat.completion.chunk", choices, output)
             await response.write(f"data: {_to_json(event)}\n\n".encode())
 
-        async for piece in self._pieces(chat.prompt):
+        async for piece in self._pieces(chat.prompt, streams=True):
             if isinstance(piece, RsgrpoError) or (isinstance(piece, Output) and piece.finish_reason == "error"):
                 message = piece.error if isinstance(piece, Output) else str(piece)
                 if not response.prepared:
@@ -246,7 +266,7 @@ class Server:
         await response.write_eof()
         return response
 
-    async def _pieces(self, prompt: Prompt) -> AsyncIterator[Piece]:
+    async def _pieces(self, prompt: Prompt, *, streams: bool) -> AsyncIterator[Piece]:
         """Yield what the desk hears, up to the output or the error."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece]()
 
@@ -254,7 +274,7 @@ class Server:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(heard.put_nowait, piece)
 
-        self._desk.ask(prompt, hear)
+        self._desk.ask(prompt, hear, streams=streams)
         while True:
             piece = await heard.get()
             yield piece

@@ -25,6 +25,7 @@ from rollout.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
 from rollout.engine import EngineError, check_sampling
 from rollout.images import PromptError
 from rollout.inputs import InputProcessor, PromptInputs
+from rollout.offsets import fresh_text
 from rollout.sampling import rollout_uniforms, sample_tokens
 from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
 
@@ -154,11 +155,13 @@ class HFEngine:
             while isinstance(item := heard.get(), int):
                 token_ids_T.append(item)
                 text, _ = self.processor.decode(token_ids_T)
-                if text.startswith(told) and text != told and not text.endswith("\ufffd"):  # half a character waits
-                    yield text[len(told) :]
+                if piece := fresh_text(told, text):
+                    yield piece
                     told = text
             if isinstance(item, BaseException):
                 raise item
+            if item.rollouts and (piece := fresh_text(told, item.rollouts[0].text, is_whole=True)):
+                yield piece
             yield item
         finally:
             stop.set()

@@ -67,6 +67,16 @@ def token_spans(
     return text, tuple(spans_T)
 
 
+def fresh_text(told: str, text: str, *, is_whole: bool = False) -> str:
+    """Return what a listener who has been `told` a part of a growing response should hear next, "" for nothing yet.
+
+    A character of which some bytes are missing waits for them, or for the end of the response (`is_whole`): with told
+    "a" and text "ab\N{REPLACEMENT CHARACTER}" it is "" at first.
+    """
+    waits = text.endswith("\N{REPLACEMENT CHARACTER}") and not is_whole
+    return text[len(told) :] if text.startswith(told) and not waits else ""
+
+
 def _require_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(backend, "decoder", None)

@@ -12,8 +12,9 @@ import json
 import queue
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import DEFAULT_OPTIONS, EngineError, EngineFailed, EngineOptions, check_sampling
 from rollout.images import PromptError
 from rollout.inputs import InputProcessor
+from rollout.offsets import fresh_text
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm_launch import (
     cache_bytes,
@@ -135,7 +137,35 @@ class VllmEngine:
         self._progress.start()
         try:
             for _ in prompts:
-                yield self._next_group(finished, work)
+                yield self._next(finished, work)
+        finally:
+            work.cancel()
+            self._progress.stop()
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
+        """Yield one response's text in pieces as its tokens come, then its group, as `generate` would.
+
+        Closing the iterator aborts the request. Raises EngineFailed as `generate` does.
+        """
+        check_sampling(sampling)
+        self._refuse_if_broken()
+        heard: queue.SimpleQueue[list[int] | RolloutGroup] = queue.SimpleQueue()
+
+        async def sample() -> None:
+            heard.put(await self._sample(prompt, replace(sampling, group_size=1), heard.put))
+
+        work = self._loop.submit(sample())
+        self._progress.start()
+        told = ""
+        try:
+            while isinstance(item := self._next(heard, work), list):
+                text, _ = self.processor.decode(item)
+                if piece := fresh_text(told, text):
+                    yield piece
+                    told = text
+            if item.rollouts and (piece := fresh_text(told, item.rollouts[0].text, is_whole=True)):
+                yield piece
+            yield item
         finally:
             work.cancel()
             self._progress.stop()
@@ -171,8 +201,13 @@ class VllmEngine:
             for prompt in prompts:
                 tasks.create_task(sample(prompt))
 
-    async def _sample(self, prompt: Prompt, sampling: SamplingParams) -> RolloutGroup:
-        """Sample one group; whatever is the prompt's own fault becomes its error."""
+    async def _sample(
+        self, prompt: Prompt, sampling: SamplingParams, hear: Callable[[list[int]], None] | None = None
+    ) -> RolloutGroup:
+        """Sample one group; whatever is the prompt's own fault becomes its error.
+
+        hear: is given the first response's tokens so far, again and again.
+        """
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
@@ -184,18 +219,20 @@ class VllmEngine:
             return RolloutGroup(prompt, (), error=str(error))
         self._num_requests += 1
         request_id = f"{self._num_requests}:{prompt.id}"
-        params = sampling_params(self.processor, prompt, sampling)
+        params = sampling_params(self.processor, prompt, sampling, streams=hear is not None)
         try:
             (rendered,) = await self._llm.renderer.render_cmpl_async([request])
             stream = self._llm.generate(rendered, params, request_id, lora_request=self._adapter)
-            outputs = [output async for output in stream]
+            async for output in stream:
+                if hear is not None:
+                    hear(list(output.outputs[0].token_ids))
         except (VLLMClientError, EngineGenerateError) as error:
             if self._llm.errored:
                 raise
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM refused the prompt: {error.__cause__ or error}")
-        return to_group(self.processor, prompt, sampling, num_tokens, outputs[-1])
+        return to_group(self.processor, prompt, sampling, num_tokens, output)
 
-    def _next_group(self, finished: queue.SimpleQueue[RolloutGroup], work: Future[None]) -> RolloutGroup:
+    def _next(self, finished: queue.SimpleQueue[Result], work: Future[None]) -> Result:
         while True:
             over = work.done()
             try:

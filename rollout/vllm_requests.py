@@ -41,8 +41,10 @@ def build_request(
     return request, num_tokens
 
 
-def sampling_params(processor: InputProcessor, prompt: Prompt, sampling: SamplingParams) -> Any:
-    """Return vLLM's sampling parameters for a prompt's group."""
+def sampling_params(
+    processor: InputProcessor, prompt: Prompt, sampling: SamplingParams, *, streams: bool = False
+) -> Any:
+    """Return vLLM's sampling parameters for a prompt's group. streams: outputs come while the tokens are written."""
     from vllm import SamplingParams as VllmSampling
     from vllm.sampling_params import RequestOutputKind
 
@@ -61,7 +63,7 @@ def sampling_params(processor: InputProcessor, prompt: Prompt, sampling: Samplin
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -91,3 +91,12 @@ def endpoint_handler(stub: EndpointStub) -> type[QuietHandler]:
                 self.send_json(200, {"choices": [choice]} | ({"usage": usage} if usage else {}))
 
     return Handler
+
+
+def start_endpoint(
+    stack: ExitStack, reply: Callable[[int, dict[str, Any]], Any] = lambda *_: ANSWER, **settings: Any
+) -> EndpointStub:
+    """Start an endpoint that ends with the stack. settings: fields of EndpointStub."""
+    stub = EndpointStub(reply, **settings)
+    stub.url = stack.enter_context(serving(endpoint_handler(stub))) + "/v1"
+    return stub

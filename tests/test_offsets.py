@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.tiny_model import train_tokenizer
-from rollout.offsets import OffsetsError, token_spans
+from rollout.offsets import OffsetsError, fresh_text, token_spans
 
 CORPUS = [
     "<observe>page 1 shows a code</observe>\n<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n"
@@ -171,3 +171,18 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused_by_name():
     backend.decoder = decoders.Metaspace()
     with pytest.raises(OffsetsError, match=r"byte-level BPE.*decoder Metaspace"):
         token_spans(PreTrainedTokenizerFast(tokenizer_object=backend), [0])
+
+
+@pytest.mark.parametrize(
+    ("told", "text", "is_whole", "fresh"),
+    [
+        ("", "ab", False, "ab"),
+        ("ab", "ab", False, ""),
+        ("a", "ab\ufffd", False, ""),
+        ("a", "ab\ufffd", True, "b\ufffd"),
+        ("ab", "ab\u00e9", False, "\u00e9"),
+        ("abc", "abd", True, ""),
+    ],
+)
+def test_a_listener_hears_whole_characters_once(told, text, is_whole, fresh):
+    assert fresh_text(told, text, is_whole=is_whole) == fresh

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_stub import start_endpoint
 from PIL import Image
 
 from recipes import synthesize
@@ -34,7 +34,7 @@ GOOD = written("16%", "Sweden 16%", NOTHING)
 
 
 class Teacher:
-    """A tiny endpoint. say: (question, how often it was asked before) -> text, or an HTTP status."""
+    """What an endpoint says. say: (question, how often it was asked before) -> text, or an HTTP status."""
 
     def __init__(self, say: Callable[[str, int], str | int]) -> None:
         self.say = say
@@ -43,60 +43,26 @@ class Teacher:
         self.times: list[float] = []
         self.url = ""
 
-    def reply(self, body: dict[str, Any]) -> str | int:
+    def reply(self, _: int, body: dict[str, Any]) -> Any:
         text = "".join(part.get("text", "") for part in body["messages"][-1]["content"])
         question = re.findall(r"\bq\d\b", text)[-1]
         said = self.say(question, self.asked.count(question))
         self.asked.append(question)
         self.seeds.append(body["seed"])
         self.times.append(time.monotonic())
-        return said
+        return (said, {}, '{"error": {"message": "no"}}') if isinstance(said, int) else said
 
 
 @pytest.fixture
 def teach() -> Iterator[Callable[[Callable[[str, int], str | int]], Teacher]]:
-    running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+    with ExitStack() as stack:
 
-    def start(say: Callable[[str, int], str | int]) -> Teacher:
-        teacher, lock = Teacher(say), threading.Lock()
+        def start(say: Callable[[str, int], str | int]) -> Teacher:
+            teacher = Teacher(say)
+            teacher.url = start_endpoint(stack, teacher.reply, model="teacher", usage=(1000, 100)).url
+            return teacher
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def send(self, status: int, value: Any) -> None:
-                content = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def do_GET(self) -> None:
-                self.send(200, {"data": [{"id": "teacher"}]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    said = teacher.reply(body)
-                if isinstance(said, int):
-                    self.send(said, {"error": {"message": "no"}})
-                    return
-                usage = {"prompt_tokens": 1000, "completion_tokens": 100}
-                choice = {"message": {"content": said}, "finish_reason": "stop"}
-                self.send(200, {"choices": [choice], "usage": usage})
-
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        running.append((http, thread))
-        teacher.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-        return teacher
-
-    yield start
-    for http, thread in running:
-        http.shutdown()
-        http.server_close()
-        thread.join()
+        yield start
 
 
 @pytest.fixture

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_stub import start_endpoint
 from PIL import Image
 
 from recipes import page_questions, synthesize
@@ -93,7 +93,7 @@ def test_what_is_kept(text, verdict):
 
 
 class Teacher:
-    """A tiny endpoint that knows a page by its width in units of 28 pixels. say: (page, how often before) -> reply."""
+    """An endpoint that knows a page by its width in units of 28 pixels. say: (page, how often before) -> reply."""
 
     def __init__(self, say: Callable[[int, int], str | int]) -> None:
         self.say = say
@@ -101,60 +101,27 @@ class Teacher:
         self.texts: list[str] = []
         self.url = ""
 
-    def reply(self, body: dict[str, Any]) -> str | int:
+    def reply(self, _: int, body: dict[str, Any]) -> Any:
         image, text = body["messages"][-1]["content"]
         content = base64.b64decode(image["image_url"]["url"].partition(",")[2])
         page = Image.open(io.BytesIO(content)).width // 28
         times = self.asked.count(page)
         self.asked.append(page)
         self.texts.append(text["text"])
-        return self.say(page, times)
+        said = self.say(page, times)
+        return (said, {}, '{"error": {"message": "no"}}') if isinstance(said, int) else said
 
 
 @pytest.fixture
 def teach() -> Iterator[Callable[[Callable[[int, int], str | int]], Teacher]]:
-    running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+    with ExitStack() as stack:
 
-    def start(say: Callable[[int, int], str | int]) -> Teacher:
-        teacher, lock = Teacher(say), threading.Lock()
+        def start(say: Callable[[int, int], str | int]) -> Teacher:
+            teacher = Teacher(say)
+            teacher.url = start_endpoint(stack, teacher.reply, model="teacher", usage=(1000, 100)).url
+            return teacher
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def send(self, status: int, value: Any) -> None:
-                content = json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def do_GET(self) -> None:
-                self.send(200, {"data": [{"id": "teacher"}]})
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    said = teacher.reply(body)
-                if isinstance(said, int):
-                    self.send(said, {"error": {"message": "no"}})
-                    return
-                choice = {"message": {"content": said}, "finish_reason": "stop"}
-                usage = {"prompt_tokens": 1000, "completion_tokens": 100}
-                self.send(200, {"choices": [choice], "usage": usage})
-
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
-        running.append((http, thread))
-        teacher.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-        return teacher
-
-    yield start
-    for http, thread in running:
-        http.shutdown()
-        http.server_close()
-        thread.join()
+        yield start
 
 
 @pytest.fixture
