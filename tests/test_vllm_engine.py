@@ -287,3 +287,24 @@ def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts)
         os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(EngineFailed, match="start another"):
         list(engine.generate(prompts, GREEDY))
+
+
+def test_a_stream_tells_the_text_in_pieces_and_ends_with_the_group(engine, prompts):
+    *pieces, group = engine.stream(prompts[1], GREEDY)
+    assert len(pieces) > 1
+    (whole,) = engine.generate([prompts[1]], GREEDY)
+    assert "".join(pieces) == group.rollouts[0].text == whole.rollouts[0].text
+    assert group.rollouts[0].token_ids_T == whole.rollouts[0].token_ids_T
+
+
+def test_a_stream_that_nobody_reads_to_its_end_leaves_the_engine_free(engine, prompts):
+    stream = engine.stream(prompts[1], dataclasses.replace(GREEDY, max_tokens=24))
+    next(stream)
+    stream.close()
+    (group,) = engine.generate([prompts[0]], GREEDY)
+    assert group.error is None
+
+
+def test_a_stream_of_a_prompt_that_cannot_be_sampled_ends_with_its_error(engine):
+    (group,) = engine.stream(Prompt("gone", "<image>?", ("no-such-file.png",)), GREEDY)
+    assert "no-such-file.png" in group.error
