@@ -2,6 +2,7 @@
 
     python benchmarks/learner.py                                  # small width on CPU, minutes
     python benchmarks/learner.py --sweep                          # growth with prompt, group and images
+    python benchmarks/learner.py --policies                       # ours under each way of gradient checkpointing
     python benchmarks/learner.py --device cuda --size 7b          # Qwen2.5-VL-7B's shape, random weights
 
 Needs torch and transformers only. A step is forward and backward over one group; three sides make it:
@@ -22,7 +23,7 @@ import platform
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.learner_sides import SHAPES, WORK, Bench, Work
+from benchmarks.learner_sides import SHAPES, WORK, Bench, Shape, Work
 from rsgrpo.line_chart import line_chart
 from rsgrpo.passes import cost_model
 
@@ -116,11 +117,11 @@ def count(bench: Bench, side: Callable[[], float]) -> dict[str, float]:
     return {"tflops": counter.get_total_flops() / 1e12, "peak_gib": peak_bytes / 2**30}
 
 
-def time_sides(bench: Bench, repeats: int) -> dict[str, float]:
+def best_seconds(bench: Bench, sides: Sequence[str], repeats: int) -> dict[str, float]:
     """Return each side's seconds, best of `repeats`, in turns so that a busy moment hits all sides alike."""
-    best = dict.fromkeys(SIDES, float("inf"))
+    best = dict.fromkeys(sides, float("inf"))
     for _ in range(repeats):
-        for name in SIDES:
+        for name in sides:
             start = clock(bench.device)
             getattr(bench, name)()
             best[name] = min(best[name], clock(bench.device) - start)
@@ -177,6 +178,25 @@ def report_sides(results: dict[str, dict[str, float]], bench: Bench, dtype: torc
     )
 
 
+POLICIES = ("none", "every_n:4", "every_n:2", "attention", "full")
+
+
+def compare_policies(shape: Shape, work: Work, options: dict[str, Any], repeats: int) -> dict[str, dict[str, float]]:
+    """Print and return our side's FLOPs, seconds and peak under every policy, checked to give the same gradients."""
+    found: dict[str, dict[str, float]] = {}
+    expected: dict[str, torch.Tensor] = {}
+    print("\n| checkpointing | TFLOP | seconds | peak GiB |\n|---|---|---|---|")
+    for how in POLICIES:
+        bench = Bench(shape, work, **options, checkpointing=how)
+        _, gradients = bench.gradients(bench.ours)
+        expected = expected or gradients
+        assert all((gradients[n] - expected[n]).norm() <= 1e-5 * expected[n].norm() for n in expected), how
+        row = count(bench, bench.ours) | {"seconds": best_seconds(bench, ("ours",), repeats)["ours"]}
+        found[how] = row
+        print(f"| {how} | {row['tflops']:.3f} | {row['seconds']:.2f} | {row['peak_gib']:.2f} |", flush=True)
+    return found
+
+
 SWEEPS: dict[str, Callable[[Work], list[Work]]] = {
     "prompt": lambda w: [replace(w, prompt=w.prompt * k // 2) for k in (2, 3, 4, 6)],
     "group": lambda w: [replace(w, group=k) for k in (1, 2, 4, 8, 16)],
@@ -193,7 +213,7 @@ def sweep(bench: Bench, repeats: int) -> dict[str, list[dict[str, float]]]:
         for work in works(base):
             bench.change(work)
             row = {name: float(getattr(work, name))}
-            row |= time_sides(bench, repeats)
+            row |= best_seconds(bench, SIDES, repeats)
             found.setdefault(name, []).append(row)
             ratios = f"{row['plain'] / row['ours']:.1f} | {row['best'] / row['ours']:.1f}"
             print(
@@ -225,6 +245,9 @@ def main() -> None:
     parser.add_argument("--image-tokens", type=int, dest="image_tokens")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
+    parser.add_argument("--checkpointing", default="full", help="none, full, attention or every_n:K")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the decoder layers, for all sides")
+    parser.add_argument("--policies", action="store_true", help="our side under each way of gradient checkpointing")
     parser.add_argument("--sweep", action="store_true", help="seconds against prompt, group and images instead")
     parser.add_argument("--plot", type=Path, help="with --sweep: folder for one SVG chart of each quantity")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -237,7 +260,11 @@ def main() -> None:
     work = replace(WORK[args.size], **changes)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     print(f"torch {torch.__version__}, {name}, {platform.machine()}, {dtype}, {args.size}: {work}", flush=True)
-    bench = Bench(SHAPES[args.size], work, device, dtype, args.attention)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": args.attention, "compiled": args.compile}
+    if args.policies:
+        compare_policies(SHAPES[args.size], work, options, args.repeats)
+        return
+    bench = Bench(SHAPES[args.size], work, **options, checkpointing=args.checkpointing)
     num_parameters = sum(parameter.numel() for parameter in bench.model.parameters())
     print(f"{num_parameters / 1e6:,.1f} M parameters, attention {bench.policy.attention}", flush=True)
     results: Any
@@ -248,7 +275,7 @@ def main() -> None:
     else:
         equal = check_equal(bench)
         print("; ".join(f"{key} {value:.1e}" for key, value in equal.items()), flush=True)
-        seconds = time_sides(bench, args.repeats)
+        seconds = best_seconds(bench, SIDES, args.repeats)
         results = {side: {**count(bench, getattr(bench, side)), "seconds": seconds[side]} for side in SIDES}
         report_sides(results, bench, dtype)
     if args.json:

@@ -15,6 +15,7 @@ from rsgrpo.loss import policy_loss, step_totals
 from rsgrpo.model import Policy
 from rsgrpo.packing import EncodedPrompt, build_micro_batch
 from rsgrpo.passes import move
+from rsgrpo.recompute import recompute
 from rsgrpo.types import Sample
 
 VISION_START, VISION_END, IMAGE, VIDEO = 2, 3, 4, 5
@@ -70,7 +71,7 @@ class Batch:
 
 
 def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a randomly initialised Qwen2.5-VL with a frozen tower and gradient checkpointing."""
+    """Return a randomly initialised Qwen2.5-VL with a frozen tower."""
     pairs = shape.hidden // shape.heads // 2
     side = 3 * pairs // 8
     config = Qwen2_5_VLConfig(
@@ -112,7 +113,6 @@ def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.model.visual.requires_grad_(False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
@@ -144,7 +144,17 @@ def build_batch(work: Work, shape: Shape, device: torch.device) -> Batch:
 class Bench:
     """One model and one group; every side is a method that leaves gradients and returns the loss."""
 
-    def __init__(self, shape: Shape, work: Work, device: torch.device, dtype: torch.dtype, attention: str) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        work: Work,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        attention: str = "auto",
+        checkpointing: str = "full",
+        compiled: bool = False,
+    ) -> None:
         self.shape, self.device = shape, device
         self.model = build_model(shape, device, dtype)
         self.policy = Policy(
@@ -155,6 +165,10 @@ class Bench:
             frozen_tower=True,
             compute_dtype=dtype,
         ).to(device)
+        recompute(self.policy, checkpointing)
+        if compiled:
+            for layer in self.policy.family.decoder_layers(self.model):
+                layer.compile(dynamic=True)
         self.change(work)
 
     def change(self, work: Work) -> None:

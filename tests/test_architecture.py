@@ -135,6 +135,14 @@ def test_the_learner_runs_without_ray_vllm_hydra_and_wandb():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("program", ["benchmarks.learner", "tests.test_learner_gpu", "tests.test_hf_engine"])
+def test_what_runs_on_a_bare_gpu_image_needs_torch_and_transformers_only(program):
+    absent = {"ray", "vllm", "hydra", "omegaconf", "wandb", "tensorboard", "datasets", "rich", "pyarrow", "httpx"}
+    statement = f"import sys; sys.path.insert(0, 'tests'); import {program}"
+    result = run_without(absent, statement)
+    assert result.returncode == 0, result.stderr
+
+
 def test_rewards_run_without_torch_and_numpy():
     result = run_without({"torch", "numpy", "pyarrow"}, "import rewards.api, rewards.evisrag, rewards.text")
     assert result.returncode == 0, result.stderr

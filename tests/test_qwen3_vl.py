@@ -7,8 +7,18 @@ from typing import Any
 import pytest
 import torch
 from learner_material import make_groups, make_learner
+from safetensors import safe_open
 from test_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
-from transformers import AutoTokenizer, Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
 from rollout.config import InputsConfig
 from rollout.inputs import InputProcessor
@@ -55,8 +65,10 @@ def qwen3_path(tiny_model_path, tmp_path_factory) -> str:
         vision_end_token_id=token_id("<|vision_end|>"),
     )
     Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16).save_pretrained(folder)
+    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
+    video = Qwen3VLVideoProcessor(patch_size=14)
+    Qwen3VLProcessor(images, tokenizer, video, chat_template=tokenizer.chat_template).save_pretrained(folder)
+    images.save_pretrained(folder)
     return str(folder)
 
 
@@ -94,3 +106,18 @@ def test_the_learner_trains_it(qwen3_path, page_images):
     learner = make_learner(qwen3_path)
     metrics = learner.update(make_groups(page_images, [1, 0, 2]), [1.0, 1.0])
     assert metrics["actor/skipped"] == 0
+
+
+def test_an_export_loads_and_has_the_hubs_names(qwen3_path, page_images, tmp_path):
+    learner = make_learner(qwen3_path)
+    learner.update(make_groups(page_images, [1, 2]), [1.0, 1.0])
+    learner.export(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert isinstance(model, Qwen3VLForConditionalGeneration)
+    named = dict(model.named_parameters())
+    for name, tensor in learner.gather_weights():
+        torch.testing.assert_close(named[name].data, tensor)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:  # the names that vLLM's loader maps
+        prefixes = {".".join(name.split(".")[:2]) for name in file.keys()}  # noqa: SIM118
+    assert prefixes == {"model.language_model", "model.visual", "lm_head.weight"}
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor is not None

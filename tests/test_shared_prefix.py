@@ -208,6 +208,37 @@ def test_a_group_in_parts_has_the_gradients_of_the_whole(tiny_model_path, proces
     assert_same(whole, parts)
 
 
+def test_bfloat16_is_as_far_from_float32_as_two_plain_runs_are(tiny_model_path, processor, page_images):
+    exact = make_policy(tiny_model_path, processor)
+    groups = groups_of(processor, page_images, [3, 0])
+    rows = plain_rows(groups)
+    truth = backward(exact, rows)
+    rounded = make_policy(tiny_model_path, processor)
+    rounded.hf.to(torch.bfloat16)
+    row = build_micro_batch([(encoded(rounded, inputs), group) for inputs, group in groups])
+    shared = backward(rounded, [row])
+    plain = backward(rounded, rows)
+
+    def gap(one: Any, other: Any) -> tuple[float, float]:
+        squares = [((one[1][n].float() - other[1][n].float()) ** 2).sum() for n in one[1]]
+        return float((one[0] - other[0]).abs().mean()), float(torch.stack(squares).sum().sqrt())
+
+    noise, found = gap(plain, truth), gap(shared, truth)
+    assert 0 < found[0] < 1.25 * noise[0]
+    assert 0 < found[1] < 1.25 * noise[1]
+
+
+def test_the_head_sees_response_tokens_only_however_long_the_prompt(tiny_model_path, processor, page_images):
+    policy = make_policy(tiny_model_path, processor, chunk=8)
+    widths: list[int] = []
+    policy.hf.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[0]))
+    groups = groups_of(processor, page_images, [5, 1])
+    row = build_micro_batch([(encoded(policy, inputs), group) for inputs, group in groups])
+    policy(row, 1.0, False)
+    assert widths == [8, 8, 7]  # 20 + 3 response tokens in chunks of 8, of a row of over a hundred
+    assert len(row.token_ids_T) > 100
+
+
 def test_siblings_and_neighbours_do_not_see_each_other(tiny_model_path, processor, page_images):
     policy = make_policy(tiny_model_path, processor).eval()
     groups = [(encoded(policy, inputs), group) for inputs, group in groups_of(processor, page_images, [1, 2])]
