@@ -1,7 +1,8 @@
-"""A file system that really has no room left, and the learner's own writer."""
+"""A file system that really has no room left: the learner's checkpoints, and a store of pages."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -9,8 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from recipes.retrieval.documents import RenderSettings
+from recipes.retrieval.ingest import IngestReport, ingest
+from recipes.retrieval.store import PageStore, StoreError
 from rsgrpo.checkpoint import CheckpointError, CheckpointFolder
+from rsgrpo.console import Console
 from tests.learner_material import make_groups, make_learner
 
 
@@ -62,3 +68,29 @@ def test_a_checkpoint_that_does_not_fit_says_so_and_leaves_the_one_before(
     again.load(newest.learner_folder)
     for name, tensor in again.gather_weights():
         np.testing.assert_array_equal(tensor.numpy(), at_step_1[name].numpy(), err_msg=name)
+
+
+def test_documents_that_do_not_fit_say_so_and_leave_the_store_before(tmp_path, small_disk):
+    docs, store = tmp_path / "docs", small_disk(3 << 20) / "store"
+    docs.mkdir()
+    rng = np.random.default_rng(0)
+
+    def write(name: str) -> None:  # noise, which no format packs: a page of 1.1 MB
+        Image.fromarray(rng.integers(0, 255, (600, 600, 3), dtype=np.uint8)).save(docs / name)
+
+    def run() -> IngestReport:
+        quiet = Console(io.StringIO())
+        return ingest([docs], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+
+    write("a.png")
+    assert run().num_pages == 1
+    before = PageStore.open(store).page_ids()
+    write("b.png")
+    write("c.png")
+    with pytest.raises(StoreError, match=r"No space left on device; what was finished is intact\. Make room"):
+        run()
+    assert PageStore.open(store).page_ids() == before
+    (docs / "c.png").unlink()
+    report = run()
+    assert (report.num_pages, report.errors) == (2, ())
+    assert len(list(store.glob("pages/*/*"))) == 2  # nothing half is left
