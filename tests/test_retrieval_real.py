@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.retrieval_outline import outline, write_judgments
 from recipes import retrieve
 from recipes.retrieval.store import PageStore
 from tests.retrieval_material import write_pdf
@@ -28,17 +29,6 @@ pytestmark = [
 
 
 PAGES_PER_PART = 16
-
-
-def outline(file: Path) -> list[tuple[str, int]]:
-    """Return title and page number of every entry that is the only one of its title."""
-    import pypdfium2
-
-    with pypdfium2.PdfDocument(file) as document:
-        entries = [(mark.get_title(), mark.get_dest()) for mark in document.get_toc()]
-        found = [(title, dest.get_index() + 1) for title, dest in entries if dest is not None]
-    titles = [title for title, _ in found]
-    return [(title, page) for title, page in found if titles.count(title) == 1 and len(title.split()) >= 2]
 
 
 def split(file: Path, folder: Path) -> int:
@@ -116,11 +106,9 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
 
     # the text baseline on outline titles
     titles = outline(MANUAL)
-    queries = "".join(json.dumps({"_id": f"q{row}", "text": title}) + "\n" for row, (title, _) in enumerate(titles))
-    (tmp_path / "queries.jsonl").write_text(queries)
     places = [part_of(page) for _, page in titles]
-    judged = "".join(f"q{row}\t{document}#{page}\t1\n" for row, (document, page) in enumerate(places))
-    (tmp_path / "qrels.tsv").write_text(judged)
+    names = [f"{document}#{page}" for document, page in places]
+    write_judgments([(title, name) for (title, _), name in zip(titles, names, strict=True)], tmp_path)
     run = str(tmp_path / "minilm.run")
     search = ["run", str(store), *text, "--queries", str(tmp_path / "queries.jsonl"), "--out", run, "-k", "10"]
     assert retrieve.main(search) == 0
