@@ -11,6 +11,7 @@ from pathlib import Path
 from recipes.questions import Question, read_questions
 from rsgrpo.checks import nearest
 from rsgrpo.errors import ConfigError, InputError
+from rsgrpo.hub_data import published_folder
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def find_benchmark(name: str, folder: str, topk: int) -> Path:
         if Path(name).is_dir():
             return _file_of(Path(name), topk)
         if _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
-            return _file_of(_download(name), topk)
+            return _file_of(_fetched(name, folder), topk)
         raise ConfigError(
             f"benchmark={name} is neither a file or folder here nor one of {', '.join(BENCHMARKS)}"
             f"{nearest(name, BENCHMARKS)}"
@@ -72,7 +73,7 @@ def find_benchmark(name: str, folder: str, topk: int) -> Path:
     for place in (Path(name), Path(folder) / f"{PREFIX}{known}", Path(folder) / known):
         if place.is_dir():
             return _file_of(place, topk)
-    return _file_of(_download(f"{HUB_OWNER}/{PREFIX}{known}"), topk)
+    return _file_of(_fetched(f"{HUB_OWNER}/{PREFIX}{known}", folder), topk)
 
 
 def _file_of(folder: Path, topk: int) -> Path:
@@ -85,18 +86,9 @@ def _file_of(folder: Path, topk: int) -> Path:
     return path
 
 
-def _download(hub_id: str) -> Path:
-    """Return the local copy of a hub data set, in the layout it is published in."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, repo_type="dataset"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"benchmark {hub_id} is not on this machine and cannot be fetched from the hub: "
-            f"{str(error).splitlines()[0]}; download it once and set benchmark_dir to the folder that holds it"
-        ) from error
+def _fetched(hub_id: str, folder: str) -> Path:
+    local = f"{folder}/{hub_id.partition('/')[2]}"
+    return published_folder(hub_id, local=local, setting=f"benchmark_dir={folder}, or benchmark={local}")
 
 
 def _cut(question: Question, topk: int) -> Question:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rollout.types import ImageSource
 from rsgrpo.errors import InputError
+from rsgrpo.hub_data import published_folder
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 IMAGE_FILE = "images.parquet"
@@ -96,7 +97,7 @@ def read_rows(source: str, *, keep_broken: bool = False) -> tuple[list[Row], Pat
     elif split and Path(name).is_dir():
         rows, folder = _read_folder(Path(name), split)
     elif path.suffix not in FILE_SUFFIXES and _HUB_ID.fullmatch(name):
-        rows, folder = _read_hub(name, split), Path(".")
+        rows, folder = _read_hub(name, split)
     else:
         raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
     if not rows:
@@ -247,12 +248,12 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
         import datasets
 
         return _from_datasets(datasets.load_from_disk(str(folder)), str(folder), split), folder
-    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE)
-    if split:
-        files = [path for path in files if _SHARD.sub("", path.stem) == split]
+    there = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE)
+    files = [path for path in there if not split or _SHARD.sub("", path.stem) == split]
     names = {_SHARD.sub("", path.stem) + path.suffix for path in files}
     if len(names) != 1:
-        listed, wanted = ", ".join(sorted(names)) or "none", f" named {split}" if split else ""
+        listed = ", ".join(sorted(names)) or "none among " + (", ".join(path.name for path in there) or "no data files")
+        wanted = f" named {split}" if split else ""
         raise InputError(
             f"folder {folder} must hold one data file{wanted} ({', '.join(FILE_SUFFIXES)}), "
             f"found {listed}; name the file, or {folder}:NAME"
@@ -261,16 +262,22 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
     return [replace(row, number=number) for number, row in enumerate(rows, start=1)], folder
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
+def _read_hub(name: str, split: str) -> tuple[list[Row], Path]:
+    """Read a hub data set as the folder it is published as, or through `datasets` where it has no data files on top."""
+    local = f"data/{name.partition('/')[2]}"
+    folder = published_folder(
+        name, local=local, setting=f"data.train (or data.val) to {local}{':' * bool(split)}{split}"
+    )
+    files = [path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE]
+    if files:
+        return _read_folder(folder, split)
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name)
+        loaded = datasets.load_dataset(str(folder))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"data source {name} is neither a file or folder here nor a hub data set that can be reached: {error}"
-        ) from error
-    return _from_datasets(loaded, name, split)
+        raise InputError(f"the hub data set {name} has no rows that can be read: {error}") from error
+    return _from_datasets(loaded, name, split), folder
 
 
 def _from_datasets(loaded: Any, name: str, split: str) -> list[Row]:

@@ -252,11 +252,11 @@ def test_sources_that_are_not_there_are_named(tmp_path):
     write(tmp_path, {}, name="b.jsonl")
     with pytest.raises(RsgrpoError, match=r"one data file .* found a\.jsonl, b\.jsonl; name the file, or .*:NAME"):
         read_rows(str(tmp_path))
-    with pytest.raises(RsgrpoError, match=r"named c .* found none"):
+    with pytest.raises(RsgrpoError, match=r"named c .* found none among a\.jsonl, b\.jsonl"):
         read_rows(f"{tmp_path}:c")
     with pytest.raises(RsgrpoError, match=r"gone\.jsonl does not exist"):
         read_rows("data/gone.jsonl")
-    with pytest.raises(RsgrpoError, match=r"org/name is neither a file or folder here nor a hub data set"):
+    with pytest.raises(RsgrpoError, match=r"the data set org/name is not on this machine"):
         read_rows("org/name:train")
     with pytest.raises(RsgrpoError, match=r"set data\.train"):
         read_rows("")

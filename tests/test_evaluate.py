@@ -93,7 +93,7 @@ def test_a_benchmark_is_found_by_folder_and_by_file(data):
         ("SlidVQA", 3, "did you mean SlideVQA"),
         ("SlideVQA", 5, r"has no top5_test.jsonl; it has top3_test.jsonl"),
         ("SlideVQA", 0, "topk must be >= 1"),
-        ("DocVQA", 3, r"openbmb/EVisRAG-Test-DocVQA is not on this machine.*benchmark_dir"),
+        ("DocVQA", 3, r"openbmb/EVisRAG-Test-DocVQA is not on this machine[\s\S]*benchmark_dir"),
         ("none/of/this.jsonl", 3, "neither a file or folder here"),
     ],
 )
