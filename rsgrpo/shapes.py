@@ -130,7 +130,13 @@ def shapes_of(path: str) -> tuple[Shapes, str]:
     """
     file = Path(path) / "config.json"
     if file.is_file():
-        return _from_config(json.loads(file.read_text())), str(file)
+        config = json.loads(file.read_text())
+        if config.get("model_type", "qwen2_5_vl") != "qwen2_5_vl":
+            raise ConfigError(
+                f"a plan knows the shapes of qwen2_5_vl, {file} is a {config['model_type']!r}: "
+                "it can be trained, but not planned"
+            )
+        return _from_config(config), str(file)
     match = re.search(r"(?<![0-9.])(72b|32b|7b|3b)(?![a-z0-9])", path.lower()) or re.match("(demo)/", path)
     if not match:
         raise ConfigError(

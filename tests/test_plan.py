@@ -51,7 +51,9 @@ def test_parameters_of_a_layer_by_hand():
 def test_parameters_of_the_known_sizes_are_those_of_transformers():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    for size, total in (("3b", 3_754_622_976), ("7b", 8_292_166_656)):
+    # The totals of the checkpoints on the hub.
+    totals = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
+    for size, total in totals.items():
         shapes = KNOWN[size]
         text = {
             "hidden_size": shapes.hidden_size,
@@ -63,8 +65,8 @@ def test_parameters_of_the_known_sizes_are_those_of_transformers():
             "tie_word_embeddings": shapes.tied_embeddings,
         }
         vision = {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-            "out_hidden_size": shapes.hidden_size,
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3456 if size in ("32b", "72b") else 3420,
+            "num_heads": 16, "out_hidden_size": shapes.hidden_size,
         }  # fmt: skip
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shapes.tied_embeddings)
         with torch.device("meta"):
@@ -94,6 +96,14 @@ def test_the_hubs_flat_config_is_read_too(tmp_path):
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(flat))
     assert shapes_of(str(tmp_path))[0] == SMALL
+
+
+def test_a_family_without_shapes_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}})
+    )
+    with pytest.raises(ConfigError, match=r"a plan knows the shapes of qwen2_5_vl, .* is a 'qwen3_vl'"):
+        shapes_of(str(tmp_path))
 
 
 def test_an_unknown_model_is_refused_with_what_a_plan_needs():
