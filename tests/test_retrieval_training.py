@@ -105,7 +105,8 @@ def test_a_page_is_no_negative_of_its_other_queries(tiny_model_path, pairs):
 
 
 def test_a_mined_negative_that_is_anothers_own_page_counts_against_the_first_query_only():
-    loss = InBatchLoss(torch.nn.Sequential(torch.nn.Identity()), scale=1.0, mini_batch_size=2)
+    nothing: Any = torch.nn.Sequential(torch.nn.Identity())  # the embeddings are given
+    loss = InBatchLoss(nothing, scale=1.0, mini_batch_size=2)
     queries, pages = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     numbers = torch.tensor([[0, 1], [1, 0]])  # each has the other's page as its negative
     value = loss.calculate_loss([[queries], [pages], [pages.flip(0)]], numbers)
