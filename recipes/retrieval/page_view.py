@@ -22,7 +22,8 @@ CSS = """
 .pages figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .pages .rank { font-weight: 700; }
 .pages .badge { background: #2e7d32; color: white; border-radius: .3rem; padding: 0 .35rem; }
-[popover].full { position: fixed; inset: 0; margin: auto; width: fit-content; height: fit-content; padding: 1rem; }
+[popover].full { position: fixed; inset: 0; margin: auto !important; padding: 1rem; }
+[popover].full { width: fit-content; height: fit-content; }
 [popover].full img { min-width: min(36rem, 80vw); max-width: 90vw; max-height: 82vh; object-fit: contain; }
 [popover].full::backdrop { background: #000a; }
 .answer { font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
