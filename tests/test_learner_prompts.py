@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from learner_material import learnt, make_groups, make_learner
+from training_material import tiny_run
 
 from rollout.inputs import PromptInputs
-from rollout.types import Prompt
+from rollout.types import Prompt, SamplingParams
 from rsgrpo.config import AlgorithmConfig, ModelConfig
 from rsgrpo.feature_cache import FeatureFolder, tower_fingerprint
 from rsgrpo.learner import Learner
+from rsgrpo.local import LocalCluster
 from rsgrpo.model import load_model
-from rsgrpo.types import RsgrpoError, TrainGroup
+from rsgrpo.types import RsgrpoError, ScoredGroup, TrainGroup
 
 WEIGHTS = [1.0, 2.0]
+OVERLONG = "rewards.evisrag:overlong"
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,22 @@ def test_prompts_are_encoded_while_their_responses_are_sampled(tiny_model_path, 
     assert done.total() == 4  # nothing is left to do, and the pool would take no more
     assert metrics["perf/prompts_encoded"] == 4
     assert metrics["time/encode_wait"] < 0.05
+
+
+def test_a_training_step_lets_the_learner_decode_while_the_engine_samples(tiny_model_path, groups, tmp_path):
+    config = tiny_run(tmp_path, tmp_path / "no rows are read", tiny_model_path, rewards={"overlong": OVERLONG})
+    cluster = LocalCluster(config, total_steps=2, run_dir=tmp_path, check_stop=lambda: None)
+    store = cluster.learner.learner._passes.prompts
+    sampling = SamplingParams(group_size=2, max_tokens=4)
+    cluster.sync_weights(0)
+    [first, *_] = cluster.sample_to_learn(prompts_of(groups), sampling)
+    assert isinstance(first, ScoredGroup)
+    assert list(store._early) == ["p0", "p1", "p2", "p3"]
+    assert all(future.done() for _, future in store._early.values())
+    metrics = cluster.learn(groups, WEIGHTS, 1)
+    assert metrics["perf/prompts_encoded"] == 4
+    assert not store._early
+    cluster.close()
 
 
 def test_what_was_prefetched_changes_nothing(tiny_model_path, groups):
