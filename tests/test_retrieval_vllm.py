@@ -17,6 +17,9 @@ from recipes.retrieval.vllm_encoder import folder_pooling, pool
 from rsgrpo.errors import RsgrpoError
 from tests.retrieval_models import save_qwen3
 
+pytestmark = pytest.mark.filterwarnings(  # vLLM imports what torch calls deprecated
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
 QUERIES = ["what amount is on page 2?", "7"]
 
 

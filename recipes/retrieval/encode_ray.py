@@ -5,6 +5,7 @@ Knows nothing of indexes. The pages' images must be readable under the same path
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from recipes.retrieval.store import Page
 from rsgrpo.errors import InputError, RsgrpoError
 
 MAX_BLOCK_PAGES = 256  # loaded by one task
+LOADERS_PER_WORKER = 4  # at most, where there are CPUs
 BLOCKS_PER_WORKER = 4  # of a small corpus, so that every worker has something to do
 OBJECT_STORE_BYTES = 2 << 30  # of a Ray that is started here
 _INPUT_SCHEMA = pa.schema(
@@ -77,7 +79,13 @@ def encode_on_ray(
     encoder = identity.settings
     dataset = (
         ray.data.from_arrow(blocks)
-        .map_batches(partial(_load, loader=identity.loader), batch_size=encoder.batch_size, batch_format="pyarrow")
+        .map_batches(
+            partial(_load, loader=identity.loader),
+            # a number of its own also keeps Ray Data from loading pages inside the models' actors
+            compute=ray.data.TaskPoolStrategy(size=min(LOADERS_PER_WORKER * settings.num_workers, len(blocks))),
+            batch_size=encoder.batch_size,
+            batch_format="pyarrow",
+        )
         .map_batches(
             _Model,
             fn_constructor_args=(encoder, identity.fingerprint),
@@ -121,9 +129,11 @@ def _connect(settings: RaySettings) -> None:
                 num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
                 configure_logging=False, log_to_driver=False,
             )  # fmt: skip
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it announces every execution; errors are raised here
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # there is one bar already, of all pages
     context.execution_options.preserve_order = False
+    context.raise_original_map_exception = True
 
 
 def _gpus_per_worker(settings: RaySettings) -> float:
@@ -192,11 +202,9 @@ def _vectors(table: pa.Table, *, multi_vector: bool) -> Iterator[tuple[str, np.n
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error of ours below Ray's, or Ray's itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None)
-        if isinstance(seen, RsgrpoError):
-            return seen
-        seen = inner if isinstance(inner, BaseException) else seen.__cause__
-    return error
+    """Return the error of ours that Ray has wrapped, or Ray's own."""
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, BaseException):
+        return _cause(inner)
+    # Ray adds advice about its own settings below our line
+    return EncoderError(str(error).splitlines()[0]) if isinstance(error, RsgrpoError) else error
