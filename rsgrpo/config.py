@@ -35,6 +35,8 @@ class DataConfig:
     bad_rows: "error" lists them and stops, "drop" drops and counts them.
     overlong: what happens to prompts over `inputs.max_prompt_tokens`: "error" or "drop".
     shuffle: a new order every epoch, fixed by `seed`.
+    streaming: read training rows while the run trains, instead of all of them before it (docs/data.md).
+    shuffle_buffer: rows that a streamed row is drawn from.
     num_workers: threads that check rows; 0 is one per CPU, at most 32.
     """
 
@@ -49,12 +51,15 @@ class DataConfig:
     bad_rows: str = "error"
     overlong: str = "error"
     shuffle: bool = True
+    streaming: bool = False
+    shuffle_buffer: int = 1000
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         one_of("data.bad_rows", self.bad_rows, ("error", "drop"))
         one_of("data.overlong", self.overlong, ("error", "drop"))
         at_least(0, data__num_workers=self.num_workers)
+        at_least(1, data__shuffle_buffer=self.shuffle_buffer)
 
 
 @dataclass(frozen=True)
@@ -295,6 +300,10 @@ def _check_run(run: TrainConfig | SftConfig) -> None:
         f"name must be letters, digits and any of _.=,+- because it names the run folder; got {run.name!r}",
     )
     at_least(0, total_steps=run.total_steps, seed=run.seed)
+    require(
+        not run.data.streaming or run.total_steps > 0,
+        "data.streaming=true does not know how many rows there are: set total_steps",
+    )
     require(
         run.checkpoint.export or not run.export.push_to_hub,
         f"export.push_to_hub={run.export.push_to_hub} uploads the export, and checkpoint.export=false makes none",

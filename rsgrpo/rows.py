@@ -18,6 +18,7 @@ from rsgrpo.errors import InputError
 from rsgrpo.hub_data import published_folder
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+STREAMED_SUFFIXES = (".jsonl", ".parquet")
 IMAGE_FILE = "images.parquet"
 MAX_LISTED_ROWS = 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -108,6 +109,76 @@ def read_rows(source: str, *, keep_broken: bool = False) -> tuple[list[Row], Pat
         listed = "\n".join([*broken[:MAX_LISTED_ROWS], *more])
         raise InputError(f"{source}: {len(broken)} of {len(rows)} rows cannot be read; mend or delete them:\n{listed}")
     return rows, folder
+
+
+def open_rows(source: str) -> tuple[Iterator[Row], Path]:
+    """Open a data source to be read once from its start, a few rows in memory at a time.
+
+    source: a .jsonl or .parquet file; a folder with one such file or its shards; a hub id, which `datasets` streams.
+        ":NAME" after a folder or hub id chooses a file or split.
+
+    Returns:
+        The rows, and the folder that relative image paths start from.
+
+    Raises:
+        InputError: nothing is there, or it can only be read whole.
+    """
+    name, _, split = source.rpartition(":") if ":" in source else (source, "", "")
+    if Path(source).is_file():
+        files, folder = [Path(source)], Path(source).parent
+    elif Path(name).is_dir():
+        files, folder = _data_files(Path(name), split), Path(name)
+    elif _HUB_ID.fullmatch(name) and Path(source).suffix not in FILE_SUFFIXES:
+        return _stream_hub(name, split)
+    else:
+        raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
+    whole = [path.name for path in files if path.suffix not in STREAMED_SUFFIXES]
+    if whole:
+        raise InputError(f"data.streaming reads {' and '.join(STREAMED_SUFFIXES)} files, {whole[0]} is read whole only")
+
+    def numbered() -> Iterator[Row]:
+        rows = (row for path in files for row in (_read_jsonl(path) if path.suffix == ".jsonl" else _batches(path)))
+        yield from (replace(row, number=number) for number, row in enumerate(rows, start=1))
+
+    return numbered(), folder
+
+
+def _batches(path: Path) -> Iterator[Row]:
+    """Yield the rows of a parquet file, a few at a time in memory."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=64):
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield _row(f"row {number} of {path.name}", number, columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file: {error}") from error
+
+
+def _stream_hub(name: str, split: str) -> tuple[Iterator[Row], Path]:
+    """Stream a hub data set through `datasets`; images stay compressed."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, streaming=True)
+        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
+        if chosen not in loaded:
+            raise InputError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
+        stream = loaded[chosen]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the hub data set {name} cannot be streamed: {error}; without a network, download it and name the folder"
+        ) from error
+    for column, feature in (stream.features or {}).items():
+        kind = getattr(feature, "feature", feature)
+        if isinstance(kind, datasets.Image):
+            raw = datasets.Image(decode=False)
+            stream = stream.cast_column(column, raw if kind is feature else datasets.List(raw))
+    return (_row(f"row {number} of {name}", number, row) for number, row in enumerate(stream, start=1)), Path(".")
 
 
 def find_images(folder: Path, image_dir: str, wanted: set[str]) -> ImageFolder:
@@ -248,6 +319,13 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
         import datasets
 
         return _from_datasets(datasets.load_from_disk(str(folder)), str(folder), split), folder
+    files = _data_files(folder, split)
+    rows = [row for path in files for row in _read_file(path)]
+    return [replace(row, number=number) for number, row in enumerate(rows, start=1)], folder
+
+
+def _data_files(folder: Path, split: str) -> list[Path]:
+    """Return the one data file of a folder, or the shards of one; `split` chooses among several by name."""
     there = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE)
     files = [path for path in there if not split or _SHARD.sub("", path.stem) == split]
     names = {_SHARD.sub("", path.stem) + path.suffix for path in files}
@@ -258,8 +336,7 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
             f"folder {folder} must hold one data file{wanted} ({', '.join(FILE_SUFFIXES)}), "
             f"found {listed}; name the file, or {folder}:NAME"
         )
-    rows = [row for path in files for row in _read_file(path)]
-    return [replace(row, number=number) for number, row in enumerate(rows, start=1)], folder
+    return files
 
 
 def _read_hub(name: str, split: str) -> tuple[list[Row], Path]:

@@ -36,6 +36,7 @@ from rsgrpo.model_card import write_model_card
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector, Lookahead
 from rsgrpo.stopping import StopRequested, StopSignals
+from rsgrpo.streamed_prompts import NUM_SHOWN_AT_START, StreamedPrompts
 from rsgrpo.tracking import Tracker, read_metrics
 from rsgrpo.types import ScoredGroup, TrainGroup
 from rsgrpo.validation import validate_policy, validation_modes
@@ -87,8 +88,7 @@ class Run:
         config = self.config
         require_login(config.export)
         RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
-        self.train_prompts, self.val_prompts = self._load_data()
-        self.stream = PromptStream(self.train_prompts, seed=config.seed, shuffle=config.data.shuffle)
+        self.train_prompts, self.val_prompts, self.stream = self._load_data()
         self.total_steps = config.total_steps or math.ceil(
             config.epochs * len(self.train_prompts) / config.algorithm.prompts_per_step
         )
@@ -266,7 +266,8 @@ class Run:
                 lines["hub"] = push_folder(self.folder / "export", self.config.export, message)
         self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
-    def _load_data(self) -> tuple[PromptDataset, list]:
+    def _load_data(self) -> tuple[PromptDataset, list, PromptStream | StreamedPrompts]:
+        """Return training prompts (of a streamed source the first ones), validation prompts, and what steps take."""
         config = self.config
         require_found("model.path", config.model.path)
         require_found("data.train", config.data.train)
@@ -288,15 +289,21 @@ class Run:
                 return load_prompts(source, config.data, config.prompt, processor, checked=checked, progress=bar.update)
 
         validates = config.validation.every or config.validation.at_start
+        stream: PromptStream | StreamedPrompts
         try:
-            train_set = load("training", config.data.train)
+            if config.data.streaming:
+                stream = StreamedPrompts(config.data, config.prompt, processor, config.seed)
+                train_set = stream.first(NUM_SHOWN_AT_START)
+            else:
+                train_set = load("training", config.data.train)
+                stream = PromptStream(train_set, seed=config.seed, shuffle=config.data.shuffle)
             val_set = list(load("validation", config.data.val)) if config.data.val and validates else []
         finally:
             checked.save()
         self.console.info(
             f"page images: {checked.num_decoded} decoded, {checked.num_known} unchanged since an earlier start"
         )
-        return train_set, val_set[: config.validation.max_prompts or None]
+        return train_set, val_set[: config.validation.max_prompts or None], stream
 
     def _train_sampling(self) -> SamplingParams:
         rollout = self.config.rollout

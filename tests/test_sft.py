@@ -110,6 +110,15 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(configure, tmp_pat
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_rows_that_are_streamed_teach_what_they_teach_when_read_whole_also_after_a_stop(configure, tmp_path):
+    plain = [*NO_VALIDATION, "data.shuffle=false", "checkpoint.every=2", "learner.lr_schedule=constant"]
+    sft(configure(*plain, "name=whole"))
+    sft(configure(*plain, "name=streamed", "data.streaming=true", "total_steps=2"))
+    sft(configure(*plain, "name=streamed", "data.streaming=true"))
+    whole, streamed = (exact_metrics(tmp_path / name) for name in ("whole", "streamed"))
+    assert [row["actor/loss"] for row in streamed] == [row["actor/loss"] for row in whole]
+
+
 def test_validation_reports_held_out_loss_and_the_shipped_rewards(configure, tmp_path):
     sft(configure("total_steps=1", "validation.every=1", "validation.at_start=true", "validation.samples=2"))
     before, step, after = exact_metrics(tmp_path / "sft")
