@@ -27,16 +27,7 @@ from rollout.images import PromptError
 from rollout.inputs import InputProcessor
 from rollout.offsets import fresh_text
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.vllm_launch import (
-    cache_bytes,
-    check_model,
-    child_environment,
-    engine_arguments,
-    environment,
-    max_model_len,
-    on_cpu,
-    transfer_backend,
-)
+from rollout.vllm_launch import Launch, environment, prepare
 from rollout.vllm_loop import BackgroundLoop
 from rollout.vllm_requests import build_request, sampling_params, to_group
 from rollout.vllm_wire import buckets
@@ -57,28 +48,11 @@ def build_vllm_engine(
         ConfigError: a setting that cannot work with this model and these devices.
         EngineFailed: the engine did not start.
     """
-    cpu = on_cpu(options.device)
-    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    source |= {"revision": options.revision} if options.revision else {}
-    config = check_model(model_path, rollout, inputs, **source)
-    backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=options.colocated)
-    arguments = engine_arguments(
-        model_path,
-        rollout,
-        inputs,
-        cpu=cpu,
-        backend=backend,
-        lora_rank=options.lora_rank,
-        kv_cache_bytes=cache_bytes(model_path, config, rollout, inputs, cpu=cpu),
-    )
-    variables = child_environment(
-        rollout.vllm, cpu=cpu, backend=backend, num_threads=options.num_threads or rollout.num_threads
-    )
+    launch = prepare(model_path, rollout, inputs, options)
     processor = InputProcessor(
         model_path, inputs, revision=options.revision, trust_remote_code=options.trust_remote_code
     )
-    limit = max_model_len(rollout, inputs)
-    return VllmEngine(arguments | source, variables, processor, rollout, limit, backend, options.name)
+    return VllmEngine(launch, processor, rollout, options.name)
 
 
 class VllmEngine:
@@ -90,23 +64,14 @@ class VllmEngine:
         num_workers: its tensor-parallel size.
     """
 
-    def __init__(
-        self,
-        arguments: dict[str, Any],
-        variables: dict[str, str],
-        processor: InputProcessor,
-        rollout: RolloutConfig,
-        max_tokens: int,
-        backend: str,
-        name: str,
-    ) -> None:
+    def __init__(self, launch: Launch, processor: InputProcessor, rollout: RolloutConfig, name: str) -> None:
         self.name = name
         self.processor = processor
-        self.backend = backend
-        self.num_workers: int = arguments["tensor_parallel_size"]
+        self.backend = launch.backend
+        self.num_workers = rollout.vllm.tensor_parallel_size
         self.weights_version = 0
         self._config = rollout.vllm
-        self._max_model_len = max_tokens
+        self._max_model_len = launch.max_model_len
         self._broken = ""
         self._received: set[str] | None = None
         self._adapter: Any = None
@@ -115,8 +80,8 @@ class VllmEngine:
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="vllm-inputs")
         self._loop = BackgroundLoop("vllm-loop")
         self._llm: Any = None
-        with environment(variables):
-            self._start(arguments)
+        with environment(launch.variables):
+            self._start(launch.arguments)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

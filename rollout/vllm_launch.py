@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import psutil
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
+from rollout.engine import EngineOptions
 from rollout.vllm_memory import (
     GIB,
     check_cache,
@@ -30,6 +32,45 @@ CPU_BLOCK_SIZE = 32  # vLLM's own default there, 128, is longer than a short pro
 GPU_BLOCK_SIZE = 16  # vLLM's own
 CPU_BATCHED_TOKENS = 2048
 WORKER_EXTENSION = "rollout.vllm_worker.WeightReceiver"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a start needs.
+
+    arguments: of `vllm.AsyncEngineArgs`. variables: of the environment of vLLM's processes. backend: of the weight
+    transfer. max_model_len: the longest prompt with its response, in tokens.
+    """
+
+    arguments: dict[str, Any]
+    variables: dict[str, str]
+    backend: str
+    max_model_len: int
+
+
+def prepare(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions) -> Launch:
+    """Check that a model can run as it is asked to, and return what to start it with.
+
+    Raises:
+        ConfigError: a setting that cannot work with this model and these devices.
+    """
+    cpu = on_cpu(options.device)
+    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    source |= {"revision": options.revision} if options.revision else {}
+    config = check_model(model_path, rollout, inputs, **source)
+    backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=options.colocated)
+    arguments = engine_arguments(
+        model_path,
+        rollout,
+        inputs,
+        cpu=cpu,
+        backend=backend,
+        lora_rank=options.lora_rank,
+        kv_cache_bytes=cache_bytes(model_path, config, rollout, inputs, cpu=cpu),
+    )
+    num_threads = options.num_threads or rollout.num_threads
+    variables = child_environment(rollout.vllm, cpu=cpu, backend=backend, num_threads=num_threads)
+    return Launch(arguments | source, variables, backend, max_model_len(rollout, inputs))
 
 
 def on_cpu(device: str) -> bool:
