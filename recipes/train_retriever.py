@@ -94,12 +94,6 @@ class RetrieverConfig:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def model_folder(self) -> str:
-        """Return the model's local folder."""
-        from recipes.retrieval.encoders import model_folder
-
-        return str(model_folder(self.base_model, self.revision))
-
 
 def main(config: RetrieverConfig) -> None:
     """Train one run, or go on with it."""

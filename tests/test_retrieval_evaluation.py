@@ -75,9 +75,10 @@ def test_run_files_survive_a_round_trip_and_scores_decide(tmp_path):
     assert found["q1"] == RUN["q1"]
     (tmp_path / "b.run").write_text("q1 Q0 low 1 0.1 t\nq1 Q0 high 2 0.9 t\n")
     assert read_run(tmp_path / "b.run") == {"q1": [Hit("high", 0.9), Hit("low", 0.1)]}
-    (tmp_path / "c.run").write_text("q1 Q0 page 1 much tag\n")
-    with pytest.raises(RsgrpoError, match=r"c\.run:1: a run line is"):
-        read_run(tmp_path / "c.run")
+    for score in ("much", "nan", "inf"):
+        (tmp_path / "c.run").write_text(f"q1 Q0 page 1 {score} tag\n")
+        with pytest.raises(RsgrpoError, match=r"c\.run:1: a run line is"):
+            read_run(tmp_path / "c.run")
     with pytest.raises(RsgrpoError, match="has white space"):
         write_run(tmp_path / "d.run", {"two words": []}, "t")
 
@@ -147,7 +148,8 @@ def test_visrag_test_sets_become_plain_files(tmp_path):
         "qrels": [{"query-id": "q1", "corpus-id": "two", "score": 1}],
     }.items():  # fmt: skip
         (source / part).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows), source / part / "train-00000.parquet")
+        name = "corpus-00000.parquet" if part == "corpus" else "train-00000.parquet"  # found once, whatever its name
+        pq.write_table(pa.Table.from_pylist(rows), source / part / name)
     assert unpack(str(source), tmp_path / "out") == (2, 1, 1)
     names = sorted(file.name for file in (tmp_path / "out" / "documents").iterdir())
     assert names == ["a%2Fb.png", "two.png"]
@@ -167,6 +169,9 @@ def test_evaluate_from_the_command_line(tmp_path, capsys):
     written = json.loads((tmp_path / "a.scores.json").read_text())
     assert written["per_query"]["q1"]["mrr@2"] == 0.5
     assert written["num_missing"] == 1
+    (tmp_path / "qrels.tsv").write_text("q1\tdocument.pdf\t1\n")
+    assert retrieve.main(command) == 0
+    assert "no judged page is in the run; if judgments name documents, add --store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

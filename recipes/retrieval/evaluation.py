@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,8 @@ def read_run(file: Path) -> dict[str, list[Hit]]:
         fields = line.split()
         try:
             query, _, page, _, score, _ = fields
+            if not math.isfinite(float(score)):
+                raise ValueError("a score is a finite number")
             run.setdefault(query, []).append(Hit(page, float(score)))
         except ValueError as error:
             raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from recipes.retrieval.store import PageStore
 
     qrels = _qrels(options.qrels, PageStore.open(options.store) if options.store else None)
-    scores = evaluate_run(read_run(options.run_file), qrels, options.cutoffs)
+    run = read_run(options.run_file)
+    scores = evaluate_run(run, qrels, options.cutoffs)
+    found, judged = (
+        {hit.page_id for hits in run.values() for hit in hits},
+        {p for pages in qrels.values() for p in pages},
+    )
+    if not options.store and not found & judged:
+        print("warning: no judged page is in the run; if judgments name documents, add --store STORE", file=sys.stderr)
     out = options.out or options.run_file.with_suffix(".scores.json")
     written = {
         "mean": scores.mean,

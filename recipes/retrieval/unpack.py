@@ -56,7 +56,7 @@ def _query(row: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(folder: Path, part: str) -> Iterator[dict[str, Any]]:
     patterns = (f"{part}/*.parquet", f"{part}*.parquet", f"*/{part}*.parquet")
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern))
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     if not files:
         raise InputError(f"{folder} has no {part}/*.parquet; there must be corpus, queries and qrels")
     for file in files:
