@@ -383,6 +383,8 @@ def attributes_read() -> set[str]:
         "rsgrpo/cli.py",
         "rollout/config.py",
         "rsgrpo/plan.py",
+        "rsgrpo/plan_config.py",
+        "rsgrpo/plan_memory.py",
     }
     names = set()
     for room in ("rsgrpo", "recipes", "rewards", "rollout"):
