@@ -102,9 +102,12 @@ def clock(device: torch.device) -> float:
 def count(bench: Bench, side: Callable[[], float]) -> dict[str, float]:
     """Return counted FLOPs and peak bytes beyond weights of one side."""
     counter = FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS)
+    with counter:
+        side()
+    bench.model.zero_grad(set_to_none=True)
     gc.collect()
-    peak = PeakTensors(bench.model)
-    with counter, peak:
+    peak = PeakTensors(bench.model)  # in a run of its own: the counter of FLOPs keeps activations alive
+    with peak:
         side()
     bench.model.zero_grad(set_to_none=True)
     peak_bytes = peak.peak
