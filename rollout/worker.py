@@ -6,6 +6,7 @@ nothing of how an engine samples.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import ray
 import torch
 from transformers.utils.logging import disable_progress_bar
@@ -106,7 +108,8 @@ class RolloutWorker:
         """Say who and where this worker is, also while it samples.
 
         Returns:
-            index, pid, host, backend (`Engine.backend`), weights_version, rss_mb (its peak).
+            index, pid, host, backend (`Engine.backend`), weights_version, rss_mb (its peak, and what further processes
+            of its engine hold now).
         """
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         return {
@@ -115,7 +118,7 @@ class RolloutWorker:
             "host": socket.gethostname(),
             "backend": self.engine.backend,
             "weights_version": self.engine.weights_version,
-            "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20,
+            "rss_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + _children_bytes()) / 2**20,
         }
 
     @ray.method(concurrency_group="control")
@@ -128,6 +131,15 @@ class RolloutWorker:
         """Free the engine, if there is one."""
         if self._failure is None:
             self._engine.close()
+
+
+def _children_bytes() -> int:
+    """Return the resident memory of this process's children; one that has just ended holds none."""
+    num_bytes = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            num_bytes += child.memory_info().rss
+    return num_bytes
 
 
 @dataclass(frozen=True, slots=True)

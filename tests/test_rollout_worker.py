@@ -238,7 +238,7 @@ def test_a_worker_answers_a_ping_while_it_samples(pool, prompts):
         .actor.generate.options(num_returns="streaming")
         .remote(prompts, SamplingParams(group_size=8, max_tokens=200))
     )
-    assert ray.get(pool.workers[0].actor.ping.remote(), timeout=20)["index"] == 0
+    assert ray.get(pool.workers[0].actor.ping.remote(), timeout=120)["index"] == 0
     ready, _ = ray.wait([stream.completed()], timeout=0)
     assert not ready, "sampling was meant to be still running"
     assert len(list(stream)) == 7
