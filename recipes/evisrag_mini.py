@@ -19,12 +19,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from recipes.mini_data import BENCHMARKS, PROMPT_FILE, TEST_FILE, TRAIN, TRAIN_FILES
 from rsgrpo.console import Console
@@ -155,18 +154,19 @@ def serve(engine: str) -> None:
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         body = {"messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]}
         address = f"http://127.0.0.1:{port}/v1/chat/completions"
-        reply = httpx.post(address, json=body, timeout=REQUEST_TIMEOUT_S)
-        print(f"POST {address} -> {reply.status_code}: {json.dumps(reply.json().get('parsed'))}", flush=True)
-        reply.raise_for_status()
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:
+            reply = answer.read().decode()
+        print(f"POST {address}: {json.dumps(json.loads(reply)['parsed'])}", flush=True)
         server.send_signal(signal.SIGTERM)
         if server.wait(STOP_TIMEOUT_S):
             raise RsgrpoError(f"the server ended with {server.returncode} after SIGTERM")
-    except (httpx.HTTPError, ValueError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
         raise RsgrpoError(f"the server failed: {type(error).__name__}: {error}") from error
     finally:
         if server.poll() is None:
             server.kill()
-    SERVED.write_text(reply.text, encoding="utf-8")
+    SERVED.write_text(reply, encoding="utf-8")
 
 
 def wait_for(server: subprocess.Popen, address: str) -> None:
@@ -180,9 +180,9 @@ def wait_for(server: subprocess.Popen, address: str) -> None:
         if server.poll() is not None:
             raise RsgrpoError(f"the server ended with {server.returncode} before it answered")
         try:
-            if httpx.get(address, timeout=5.0).status_code == 200:
+            with urllib.request.urlopen(address, timeout=5.0):
                 return
-        except httpx.TransportError:
+        except OSError:
             pass  # not listening yet
         time.sleep(0.5)
     raise RsgrpoError(f"the server did not answer within {START_TIMEOUT_S:.0f} s")
