@@ -41,7 +41,12 @@ def save_qwen3(tokenizer_path: str, folder: Path) -> str:
         "num_key_value_heads": 1,
         "head_dim": 32,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10_000.0},
+        "rope_parameters": {
+            "rope_type": "default",
+            "mrope_section": [6, 5, 5],
+            "rope_theta": 10_000.0,
+            "mrope_interleaved": True,  # as the real ones say; vLLM asks, transformers takes it for granted
+        },
         "initializer_range": 0.05,
         "pad_token_id": token_id("<|endoftext|>"),
     }
