@@ -122,7 +122,8 @@ def worn_question() -> tuple[str, list[Path]]:
 
 def model_options(engine: str) -> list[str]:
     """Return the options that infer and serve share."""
-    return ["--model", str(TRAINED), "--engine", engine, "--prompt", str(HUB / PROMPT_FILE), "--max-tokens", "128"]
+    limits = ["--max-tokens", "128", "--max-prompt-tokens", "256"]
+    return ["--model", str(TRAINED), "--engine", engine, "--prompt", str(HUB / PROMPT_FILE), *limits]
 
 
 def infer(engine: str) -> None:
