@@ -86,7 +86,7 @@ def test_a_metric_that_no_step_measures_is_an_error_with_the_nearest_name():
 
 @pytest.mark.parametrize("metric", ["monitor/markd/mean", "reward/marked/mean"])
 def test_rules_on_what_the_run_does_not_score_are_refused_before_it_starts(metric):
-    with pytest.raises(ConfigError, match=r"guards\.rules\.marks: no (monitor .markd.; did|reward .marked.)"):
+    with pytest.raises(ConfigError, match=r"rules\.marks: the run has no (monitor .markd.; did|reward .marked.)"):
         TrainConfig(monitors={"marked": "m:f"}, guards=GuardsConfig({"marks": f"{metric} >= 0.1"}))
 
 

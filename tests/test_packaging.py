@@ -100,7 +100,7 @@ def test_every_range_has_a_lower_bound(wheel):
 def test_the_programs_of_the_makefile_exist():
     text = (ROOT / "Makefile").read_text()
     modules = set(re.findall(r"python -m ((?:rsgrpo|recipes)\.\w+)", text))
-    assert modules == {"rsgrpo.train", "recipes.prepare", "recipes.sft"}
+    assert modules == {"rsgrpo.train", "recipes.prepare", "recipes.sft", "recipes.evisrag_mini"}
     assert [module for module in modules if not (ROOT / f"{module.replace('.', '/')}.py").is_file()] == []
 
 
