@@ -31,6 +31,7 @@ from rsgrpo.errors import InputError, RsgrpoError
 
 ROOT = Path("evisrag-mini")
 HUB, ROWS, EVALUATION = ROOT / "hub", ROOT / "train", ROOT / "evaluation"
+CHECKED = ROWS / "checked"  # every row of every file can be used
 TRAINED = ROOT / "rl/export"
 OWN_WARM_START, DEMO_WARM_START = ROOT / "sft/export", Path("demo/sft/export")
 LAST_OF_EXPORT = "preprocessor_config.json"
@@ -54,7 +55,7 @@ def stages(engine: str) -> list[Stage]:
     models = {"warm-start": warm_start, "rs-grpo": TRAINED}
     found = [
         Stage("data", HUB / PROMPT_FILE, command("recipes.prepare", "mini")),
-        Stage("unpack", ROWS / f"{TRAIN_FILES['val']}.jsonl", unpack),
+        Stage("unpack", CHECKED, unpack),
         Stage("sft", warm_start / LAST_OF_EXPORT, command("recipes.sft", "recipe=evisrag_mini")),
         Stage(
             "rs-grpo",
@@ -109,6 +110,8 @@ def unpack() -> None:
         run_module("recipes.prepare", "validate", rows, "--for", purpose, "--model", "demo/model", *limits)
     rows = HUB / list(BENCHMARKS)[1] / TEST_FILE
     run_module("recipes.prepare", "validate", rows, "--for", "test", "--prompt", HUB / PROMPT_FILE, *limits)
+    CHECKED.parent.mkdir(exist_ok=True)
+    CHECKED.touch()
 
 
 def worn_question() -> tuple[str, list[Path]]:

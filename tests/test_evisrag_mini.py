@@ -113,6 +113,7 @@ def test_the_same_seed_gives_the_same_files(demo, hub, tmp_path):
 def test_each_stage_starts_from_what_those_before_it_make(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     commands: list[list[str]] = []
+    Path("evisrag-mini").mkdir()
     monkeypatch.setattr(evisrag_mini, "run_module", lambda *arguments, **_: commands.append(list(map(str, arguments))))
     found = evisrag_mini.stages("hf")
     assert [stage.name for stage in found][:4] == ["data", "unpack", "sft", "rs-grpo"]
