@@ -24,7 +24,7 @@ BANNED = [VISION_START, VISION_END, IMAGE, VIDEO]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. The small one keeps a 7B model's proportions of layers, head and tower."""
+    """A model's sizes. The small one keeps a 7B model's proportions of layers, tower, and vocabulary to hidden size."""
 
     hidden: int
     layers: int
@@ -37,10 +37,11 @@ class Shape:
     vision_depth: int
     vision_heads: int
     vision_intermediate: int
+    logits_chunk: int = 512  # response tokens whose logits exist at once
 
 
 SHAPES = {
-    "small": Shape(256, 8, 4, 1, 1024, 4096, False, 128, 4, 4, 344),
+    "small": Shape(256, 8, 4, 1, 1024, 10_752, False, 128, 4, 4, 344, logits_chunk=51),
     "3b": Shape(2048, 36, 16, 2, 11008, 151_936, True, 1280, 32, 16, 3420),
     "7b": Shape(3584, 28, 28, 4, 18944, 152_064, False, 1280, 32, 16, 3420),
 }
@@ -57,6 +58,7 @@ class Work:
     image_tokens: int
 
 
+# The small work is a tenth of the real one in every length (and so is its chunk of logits).
 WORK = {"small": Work(1100, 70, 8, 5, 200), "3b": Work(11_000, 700, 8, 5, 2000), "7b": Work(11_000, 700, 8, 5, 2000)}
 
 
@@ -161,7 +163,7 @@ class Bench:
             self.model,
             banned_token_ids=BANNED,
             attention=choose_attention(attention, device, dtype),
-            logits_chunk_tokens=2048,
+            logits_chunk_tokens=shape.logits_chunk,
             frozen_tower=True,
             compute_dtype=dtype,
         ).to(device)

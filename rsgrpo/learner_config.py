@@ -172,7 +172,7 @@ class LearnerConfig:
     max_grad_norm: float = 1.0
     vision_lr_scale: float = 1.0
     max_tokens_per_micro_batch: int = 32_768
-    logits_chunk_tokens: int = 2048
+    logits_chunk_tokens: int = 512
     gradient_checkpointing: str = "full"
     offload: bool = False
     compile: bool = False

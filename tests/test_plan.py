@@ -270,7 +270,7 @@ def test_memory_of_a_full_learner_by_hand():
     assert memory.static["optimiser"] == pytest.approx(2 * memory.static["weights (float32)"])
     assert memory.static["frozen vision tower"] == pytest.approx(676_550_144 * 2 / GIB)
     assert memory.learning["gradients"] == pytest.approx(memory.static["weights (float32)"])
-    assert memory.learning["logits"] == pytest.approx(2048 * 152_064 * 12 / GIB)
+    assert memory.learning["logits"] == pytest.approx(512 * 152_064 * 12 / GIB)
 
 
 def test_more_ranks_divide_the_state_and_offload_removes_it():
