@@ -45,7 +45,7 @@ def enter_folder(folder: str) -> None:
     except OSError as error:
         raise FolderMissing(
             f"node {socket.gethostname()} has no folder {folder} ({error.strerror}), where the run was started: share "
-            "it between the nodes under the same path, or start the run with `ray job submit --working-dir .`"
+            "it between the nodes under the same path"
         ) from None
 
 

@@ -13,7 +13,7 @@ def line_chart(
     path: Path, title: str, x_name: str, x: Sequence[float], series: Mapping[str, Sequence[float]], *, unit: str = " s"
 ) -> None:
     """Write values from 0 up (seconds, or what `unit` says) against `x`, one labelled line per series."""
-    top = max(max(values) for values in series.values()) * 1.05
+    top = max(max(values) for values in series.values()) * 1.05 or 1.0
     span = (max(x) - min(x)) or 1.0
 
     def place(value: float, second: float) -> tuple[float, float]:

@@ -187,7 +187,7 @@ def test_a_worker_that_fails_is_named_with_the_cause(cluster, prompts, seed, mes
 
 def test_a_worker_that_cannot_start_says_why(cluster, tiny_model_path):
     worker = start_rollout_worker(4, tiny_model_path, RolloutConfig(engine="fake", script="nowhere.jsonl"), INPUTS)
-    with pytest.raises(WorkerError, match=r"(?s)rollout worker 4 died.*rollout\.script=nowhere\.jsonl") as caught:
+    with pytest.raises(WorkerError, match=r"(?s)rollout worker 4 failed.*rollout\.script=nowhere\.jsonl") as caught:
         RolloutPool([worker], timeout_s=60).ping()
     assert "\x1b" not in str(caught.value), "colours have no place in a log"
 
