@@ -21,6 +21,7 @@ from rsgrpo.config import SftConfig, TrainConfig
 from rsgrpo.console import Console
 from rsgrpo.data import PromptDataset
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.stopping import StopRequested
 from rsgrpo.tracking import read_metrics
 
 NO_VALIDATION = ["validation.every=0"]
@@ -97,7 +98,8 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(configure, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(GoldResponses, "groups", stop_in_second_step)
-        sft(configure(*checks, "name=parts"))
+        with pytest.raises(StopRequested, match="SIGTERM"):
+            sft(configure(*checks, "name=parts"))
     assert [row["step"] for row in exact_metrics(tmp_path / "parts")] == [1, 2]
     assert not (tmp_path / "parts/export").exists()
     sft(configure(*checks, "name=parts"))
