@@ -200,7 +200,7 @@ def test_wrong_folders_and_steps_are_refused(run_dir: Path, tmp_path: Path, caps
         write_report(run_dir, step=99)
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path)])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert "is no run folder" in capsys.readouterr().err
 
 

@@ -275,20 +275,6 @@ def test_a_model_that_vllm_does_not_know_is_refused(tiny_model_path, tmp_path):
         build_engine(str(tmp_path / "model"), ROLLOUT, INPUTS)
 
 
-# The last test of the module: it takes the engine with it.
-def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts):
-    engine._config = dataclasses.replace(engine._config, stall_timeout_s=3)
-    (process,) = engine._llm.engine_core.resources.engine_manager.processes
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 3 s"):
-            list(engine.generate(prompts, GREEDY))
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(EngineFailed, match="start another"):
-        list(engine.generate(prompts, GREEDY))
-
-
 def test_a_stream_tells_the_text_in_pieces_and_ends_with_the_group(engine, prompts):
     sampling = SamplingParams(group_size=1, temperature=1.0, max_tokens=40, seed=3)  # greedy text is one long half byte
     *pieces, group = engine.stream(prompts[1], sampling)
@@ -309,3 +295,17 @@ def test_a_stream_that_nobody_reads_to_its_end_leaves_the_engine_free(engine, pr
 def test_a_stream_of_a_prompt_that_cannot_be_sampled_ends_with_its_error(engine):
     (group,) = engine.stream(Prompt("gone", "<image>?", ("no-such-file.png",)), GREEDY)
     assert "no-such-file.png" in group.error
+
+
+# The last test of the module: it takes the engine with it.
+def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts):
+    engine._config = dataclasses.replace(engine._config, stall_timeout_s=3)
+    (process,) = engine._llm.engine_core.resources.engine_manager.processes
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 3 s"):
+            list(engine.generate(prompts, GREEDY))
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(EngineFailed, match="start another"):
+        list(engine.generate(prompts, GREEDY))
