@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EXTRAS := demo,dev,retrieval,app
-SOURCES := rsgrpo recipes rewards rollout tests tools setup.py
+SOURCES := rsgrpo recipes rewards rollout benchmarks tests tools setup.py
 
 export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait must not spin on the cores where another process works.

@@ -185,7 +185,7 @@ def test_an_adapter_is_trained_and_prompts_that_cannot_be_sampled_are_replaced(
 
 
 def test_engines_that_cannot_start_say_what_to_change_before_anything_is_sampled(ray_cluster, config, tiny_model_path):
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "does not divide the model's 2 attention heads; use one of": {"tensor_parallel_size": 3},
         "KV cache 900.0.* are free: lower rollout.vllm.kv_cache_gib": {"kv_cache_gib": 900.0},
     }
