@@ -108,7 +108,7 @@ def groups_of(processor: InputProcessor, images: Sequence[str], counts: Sequence
     return made
 
 
-@pytest.mark.parametrize("counts", [[1], [5], [0], [2, 0, 5], [0, 0]], ids=str)
+@pytest.mark.parametrize("counts", [[1], [4], [5], [0], [2, 0, 5], [0, 0]], ids=str)
 def test_shared_equals_plain_for_ragged_responses_and_any_number_of_images(
     counts, tiny_model_path, processor, page_images
 ):

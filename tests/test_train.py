@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import ray
 import yaml
+from training_material import write_rows
 
 from rollout.config import InputsConfig, RolloutConfig
 from rsgrpo.checkpoint import CheckpointFolder
@@ -49,21 +50,7 @@ def ray_cluster():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory, page_images) -> Path:
     """Six questions over two or three pages, in EVisRAG's layout."""
-    folder = tmp_path_factory.mktemp("rows")
-    with open(folder / "rows.jsonl", "w") as file:
-        for index in range(6):
-            pages = page_images[: 2 + index % 2]
-            evidence = "\n".join(
-                f"[{i + 1}]: {'7' if i == 0 else 'no relevant information'}" for i in range(len(pages))
-            )
-            row = {
-                "id": f"row{index}",
-                "prompt": "<image>" * len(pages) + "what amount is on page 1?",
-                "answer": f"<evidence>\n{evidence}\n</evidence>\n<answer>7</answer>",
-                "image": pages,
-            }
-            file.write(json.dumps(row) + "\n")
-    return folder / "rows.jsonl"
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", page_images)
 
 
 @pytest.fixture

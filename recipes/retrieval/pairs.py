@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from rollout.images import PromptError, read_size
 from rsgrpo.errors import InputError
+from rsgrpo.hub_data import published_folder
 
 MAX_LISTED = 10
 
@@ -35,7 +36,7 @@ def read_pairs(source: str) -> list[Pair]:
     """
     path = Path(source)
     if not path.exists():
-        path = _download(source)
+        path = published_folder(source, local="pairs", setting="pairs=pairs")
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     pairs, faults = [], []
     for file in files:
@@ -85,12 +86,3 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield row if isinstance(row, dict) else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read: {error}; pairs are jsonl or parquet") from error
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"pairs {name}: no such file or folder, and it cannot be fetched: {error}") from error

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from recipes.retrieval.documents import IMAGES
 from rsgrpo.errors import InputError
+from rsgrpo.hub_data import published_folder
 
 
 def unpack(source: str, out: Path) -> tuple[int, int, int]:
@@ -20,7 +21,9 @@ def unpack(source: str, out: Path) -> tuple[int, int, int]:
     Raises:
         InputError: a part is missing, or a row lacks what it needs.
     """
-    folder = Path(source) if Path(source).is_dir() else _download(source)
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = published_folder(source, local="benchmark", setting="SOURCE to benchmark")
     documents = out / "documents"
     documents.mkdir(parents=True, exist_ok=True)
     names = {}
@@ -70,12 +73,3 @@ def _value(row: dict[str, Any], part: str, keys: tuple[str, ...]) -> Any:
         if row.get(key) is not None:
             return row[key]
     raise InputError(f"{part}: a row has no {' or '.join(keys)}; it has {', '.join(row)}")
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} is no folder and cannot be fetched: {error}") from error
