@@ -173,7 +173,7 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
     if "time/step" in metrics:
         parts.append(f"{metrics['time/step']:.1f} s" + (f" ({' '.join(phases)})" if phases else ""))
     if metrics.get("actor/skipped"):
-        parts.append("no update")
+        parts.append("no update" + (": every advantage is 0" if metrics.get("actor/active_terms") == 0 else ""))
     return "  ".join(parts)
 
 

@@ -42,7 +42,7 @@ class Engines(Protocol):
 
 
 class Learner(Protocol):
-    """What the gate asks of the learner (`rsgrpo.cluster.Ranks`)."""
+    """What the gate asks of the learner (`rsgrpo.ranks.Ranks`)."""
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of `rsgrpo.learner.Learner` on every rank."""

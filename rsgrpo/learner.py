@@ -5,7 +5,6 @@ Every rank is given the same full list of groups. Knows neither Ray nor hydra no
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from rsgrpo.self_check import check_policy
 from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, StepTotals, TokenScores, TrainGroup
 
 __all__ = ["Learner", "init_distributed"]
-
-logger = logging.getLogger(__name__)
 
 
 class Learner:
@@ -191,7 +188,6 @@ class Learner:
     ) -> dict[str, float]:
         active = {"actor/active_terms": float(totals.active_K.sum())}
         if not totals.active_K.any():
-            logger.warning("no loss term has a non-zero advantage: optimiser step skipped")
             return {**active, "actor/skipped": 1.0, "actor/lr": self._trainer().lr}
         scope_tokens_K = torch.tensor(totals.scope_tokens_K, dtype=torch.float32, device=self.device)
         active_K = torch.tensor(totals.active_K, device=self.device)

@@ -24,7 +24,7 @@ from rsgrpo.types import ScoredGroup, TrainGroup
 
 
 class OneRank:
-    """A learner of one rank, called as `rsgrpo.cluster.Ranks` are."""
+    """A learner of one rank, called as `rsgrpo.ranks.Ranks` are."""
 
     def __init__(self, learner: Learner) -> None:
         self.learner = learner

@@ -22,7 +22,7 @@ from rollout.types import SamplingParams
 from rsgrpo.checked_images import CHECKED_FILE, CheckedImages
 from rsgrpo.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.checks import require_found
-from rsgrpo.cluster import Cluster, WorkerFailed
+from rsgrpo.cluster import Cluster
 from rsgrpo.config import TrainConfig
 from rsgrpo.console import Console
 from rsgrpo.credit import RewardSet
@@ -33,6 +33,7 @@ from rsgrpo.guards import GuardBroken, Guards
 from rsgrpo.hub import push_folder, require_login
 from rsgrpo.local import LocalCluster
 from rsgrpo.model_card import write_model_card
+from rsgrpo.ranks import WorkerFailed
 from rsgrpo.report import write_report
 from rsgrpo.sampling import Collector, Lookahead
 from rsgrpo.stopping import StopRequested, StopSignals

@@ -30,6 +30,7 @@ HOMES = {
         "rollout/worker.py",
         "rollout/pool.py",
         "rsgrpo/cluster.py",
+        "rsgrpo/ranks.py",
         "rsgrpo/workers.py",
         "recipes/retrieval/encode_ray.py",
     ],

@@ -32,7 +32,9 @@ def test_a_step_is_one_line_with_its_leading_rewards() -> None:
 
 
 def test_what_a_step_did_not_measure_is_left_out() -> None:
-    assert format_step(3, 100, {"actor/skipped": 1.0}) == "step   3/100  no update"
+    assert format_step(3, 100, {"actor/skipped": 1.0, "actor/active_terms": 2.0}) == "step   3/100  no update"
+    nothing_to_learn = {"actor/skipped": 1.0, "actor/active_terms": 0.0}
+    assert format_step(3, 100, nothing_to_learn) == "step   3/100  no update: every advantage is 0"
 
 
 def test_a_supervised_step_shows_its_loss() -> None:
