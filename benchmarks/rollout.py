@@ -66,7 +66,7 @@ def measure_sampling(
     threads: int,
 ) -> dict[str, float]:
     """Return tokens/s, seconds, prefix-cache hit rate and memory of one engine on all prompts."""
-    from rollout.engine import build_engine
+    from rollout.build import build_engine
 
     config = RolloutConfig(
         engine=engine_name,
@@ -112,7 +112,7 @@ def measure_sync(model_path: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from rollout.engine import build_engine
+    from rollout.build import build_engine
     from rollout.vllm_peers import local_peer
     from rollout.vllm_transfer import build_sender
 

@@ -1,4 +1,4 @@
-"""Who answers prompts: an engine of `rollout`, or an endpoint. One protocol, and the settings that choose.
+"""Who answers prompts: an engine of `rollout`, or an endpoint, and the settings that choose.
 
 Knows no questions, files or parsing.
 """
@@ -11,10 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from recipes.answerer import Answerer, Output
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rsgrpo.checks import one_of, require, require_found
+from rsgrpo.checks import require_found
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.limits import one_of, require
 
 if TYPE_CHECKING:
     from recipes.endpoint import EndpointConfig
@@ -23,53 +25,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
-    """What came back for one prompt.
-
-    finish_reason: "stop", "length", whatever else an endpoint says, or "error".
-    error: why there is no (whole) text; "" when there is.
-    mean_logprob: mean natural log-probability of the response's tokens; None where the answerer does not tell.
-    num_prompt_tokens, num_response_tokens: likewise.
-    """
-
-    prompt: Prompt
-    text: str
-    finish_reason: str
-    error: str = ""
-    mean_logprob: float | None = None
-    num_prompt_tokens: int | None = None
-    num_response_tokens: int | None = None
-
-
 @runtime_checkable
 class StreamingEngine(Protocol):
     """An engine that tells a response while it is written."""
 
     def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
         """Yield the text of one response in pieces, then its group."""
-        ...
-
-
-class Answerer(Protocol):
-    """Answers prompts, one response each."""
-
-    name: str
-
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
-        """Yield one output per prompt, in any order; a prompt's own fault becomes `error` and stops no other.
-
-        Raises:
-            RsgrpoError: nothing more can be answered; what was finished has been yielded.
-        """
-        ...
-
-    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
-        """Yield pieces of text as they are written, where that is possible, and at last the output."""
-        ...
-
-    def close(self) -> None:
-        """Free it."""
         ...
 
 
@@ -185,7 +146,7 @@ class EngineAnswerer:
             return self._engine
         import transformers
 
-        from rollout.engine import build_engine
+        from rollout.build import build_engine
 
         transformers.utils.logging.disable_progress_bar()  # it would tear our own bars
         try:

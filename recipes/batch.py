@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answering import Answerer, Output
+from recipes.answerer import Answerer, Output
 from recipes.parsing import ParsedAnswer, parse_lenient
 from recipes.predictions import FAILED
 from recipes.questions import prompt_hash

@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 from recipes.questions import Question, read_questions
-from rsgrpo.checks import nearest
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.hub_data import published_folder
+from rsgrpo.limits import nearest
 
 log = logging.getLogger(__name__)
 

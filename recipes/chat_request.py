@@ -17,8 +17,8 @@ from urllib.parse import unquote, urlsplit
 from recipes.questions import IMAGE_MARK, Question, to_prompt
 from rollout.images import PromptError, check_decodes, read_size
 from rollout.types import ImageSource, Prompt
-from rsgrpo.checks import at_least
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.limits import at_least
 
 MIB = 1024 * 1024
 KNOWN_FIELDS = (

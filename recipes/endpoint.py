@@ -23,13 +23,13 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from recipes.answering import Output
+from recipes.answerer import Output
 from recipes.questions import IMAGE_MARK
 from rollout.config import InputsConfig
 from rollout.images import PromptError, decode, smart_resize
 from rollout.types import ImageSource, Prompt, SamplingParams
-from rsgrpo.checks import above, at_least, require
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.limits import above, at_least, require
 
 log = logging.getLogger(__name__)
 

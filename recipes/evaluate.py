@@ -25,10 +25,10 @@ from recipes.questions import Question, to_prompt
 from recipes.scoring import Evaluation, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
 from rsgrpo import cli
-from rsgrpo.checks import at_least, require
 from rsgrpo.config import PromptConfig
 from rsgrpo.console import Console
 from rsgrpo.errors import ConfigError, InputError
+from rsgrpo.limits import at_least, require
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"

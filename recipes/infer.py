@@ -13,14 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answering import (
-    Answerer,
-    AnswerModelConfig,
-    AnswerRolloutConfig,
-    EngineAnswerer,
-    Output,
-    open_answerer,
-)
+from recipes.answerer import Answerer, Output
+from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, open_answerer
 from recipes.batch import answer_batch, result_line
 from recipes.endpoint import EndpointConfig
 from recipes.questions import Question, named_prompt, read_questions, to_prompt

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answering import Answerer
+from recipes.answerer import Answerer
 from recipes.batch import read_lines, rewrite
 from recipes.layouts import portable_image
 from recipes.questions import IMAGE_MARK
@@ -22,9 +22,9 @@ from recipes.retrieval.documents import IMAGES
 from recipes.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
 from rewards.text import normalise
 from rollout.types import Prompt
-from rsgrpo.checks import at_least
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError
+from rsgrpo.limits import at_least
 
 NO_LIST = "no JSON list of objects with question and answer"
 NOTHING_USABLE = "no usable pair in the list"

@@ -17,9 +17,9 @@ import yaml
 from recipes.parsing import says_insufficient
 from rewards.evisrag import parse_gold
 from rollout.types import ImageSource, Prompt
-from rsgrpo.checks import nearest
 from rsgrpo.config import PromptConfig
 from rsgrpo.errors import InputError
+from rsgrpo.limits import nearest
 from rsgrpo.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, image_paths, read_rows
 
 IMAGE_MARK = "<image>"

@@ -23,15 +23,16 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.answering import Answerer, EngineAnswerer, Output
+from recipes.answerer import Answerer, Output
+from recipes.answering import EngineAnswerer
 from recipes.batch import result_line
 from recipes.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.questions import named_prompt
 from rollout.config import ConfigError
 from rollout.types import Prompt
-from rsgrpo.checks import at_least
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.limits import at_least
 
 log = logging.getLogger(__name__)
 

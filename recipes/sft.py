@@ -18,7 +18,8 @@ if __name__ == "__main__":
 
 from rollout.config import RolloutConfig
 from rsgrpo import cli
-from rsgrpo.config import AlgorithmConfig, SftConfig, TrainConfig, validate_sft
+from rsgrpo.checks import validate_sft
+from rsgrpo.config import AlgorithmConfig, SftConfig, TrainConfig
 
 if TYPE_CHECKING:
     from recipes.gold_responses import GoldResponses

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answering import Answerer
+from recipes.answerer import Answerer
 from recipes.batch import read_lines, rewrite
 from recipes.infer import INTERRUPTED, add_answerer_options, answerer_of
 from recipes.layouts import portable_image
@@ -26,9 +26,9 @@ from recipes.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
 from rollout.config import ConfigError
-from rsgrpo.checks import at_least
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.limits import at_least
 
 MALFORMED = "not the four blocks"
 WRONG_SLOTS = "not one evidence slot per page"

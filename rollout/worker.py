@@ -21,8 +21,9 @@ import ray
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from rollout.build import build_engine
 from rollout.config import ConfigError, InputsConfig, RolloutConfig
-from rollout.engine import Engine, EngineError, build_engine
+from rollout.engine import Engine, EngineError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "rewards.api": ("Credit", "Response", "Span", "between", "reward", "whole"),
     "rollout.config": ("InputsConfig", "RolloutConfig"),
-    "rollout.engine": ("Engine", "build_engine"),
+    "rollout.build": ("build_engine",),
+    "rollout.engine": ("Engine",),
     "rollout.inputs": ("InputProcessor",),
     "rollout.types": ("Prompt", "Rollout", "RolloutGroup", "SamplingParams"),
     "rsgrpo.advantages": ("credit_group", "term_names", "term_weights"),

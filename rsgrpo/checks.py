@@ -1,56 +1,22 @@
-"""What makes a configuration impossible: ranges of single keys, and keys that contradict each other.
+"""What makes a configuration impossible: keys that contradict each other, files that are not there.
 
-Every message names the key, the value and what would work; sums are shown. Only `require_found` looks at the disk.
+Every message names the key, the value and what would work; sums are shown. Ranges of single keys are checked by the
+classes that hold them, with `rsgrpo.limits`. Only `require_found` looks at the disk.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
 
-from rsgrpo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from rsgrpo.config import SftConfig, TrainConfig
+from rsgrpo.config import SftConfig, TrainConfig
+from rsgrpo.limits import nearest, require
+from rsgrpo.placement import place
 
 log = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%]+)?")
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless it holds."""
-    if not holds:
-        raise ConfigError(message)
-
-
-def one_of(key: str, value: str, options: Collection[str]) -> None:
-    """Raise ConfigError, with the nearest option, unless `value` is one of them."""
-    if value not in options:
-        listed = ", ".join(options)
-        raise ConfigError(f"{key} must be one of {listed}; got {value!r}{nearest(value, options)}")
-
-
-def at_least(limit: float, **values: float) -> None:
-    """Raise ConfigError for a value below `limit`; in a keyword, `__` stands for the dot of a key."""
-    for key, value in values.items():
-        require(value >= limit, f"{key.replace('__', '.')} must be >= {limit:g}, got {value:g}")
-
-
-def above(limit: float, **values: float) -> None:
-    """Raise ConfigError for a value that is not over `limit`."""
-    for key, value in values.items():
-        require(value > limit, f"{key.replace('__', '.')} must be > {limit:g}, got {value:g}")
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return "; did you mean X?", or nothing when no known word is close."""
-    best = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {best[0]}?" if best else ""
 
 
 def validate(config: TrainConfig) -> None:
@@ -185,8 +151,6 @@ def _check_budget(config: TrainConfig | SftConfig, response_tokens: int, respons
 
 
 def _check_devices(config: TrainConfig) -> None:
-    from rsgrpo.placement import place  # it reads the configuration, which imports this module
-
     _check_learner_device(config)
     _check_sleep(config)
     cluster = config.cluster

@@ -1,8 +1,7 @@
 """Every key of the configuration, with its default and its meaning. Plain dataclasses: hydra lives in `rsgrpo.cli`.
 
 Groups of `conf/` fill them; those of the learner are in `rsgrpo.learner_config`, those of sampling in `rollout.config`.
-Each class checks its own ranges; `validate` (home: `rsgrpo.checks`) refuses combinations that cannot work, before
-anything starts.
+Each class checks its own ranges; `rsgrpo.checks` refuses combinations that cannot work, before anything starts.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.config import InputsConfig, RolloutConfig
-from rsgrpo.checks import above, at_least, one_of, require
-from rsgrpo.checks import validate as validate
-from rsgrpo.checks import validate_sft as validate_sft
 from rsgrpo.guards import GuardsConfig as GuardsConfig
 from rsgrpo.guards import check_names
 from rsgrpo.hub import ExportConfig as ExportConfig
@@ -23,6 +19,7 @@ from rsgrpo.learner_config import FilterConfig as FilterConfig
 from rsgrpo.learner_config import LearnerConfig as LearnerConfig
 from rsgrpo.learner_config import LoraConfig as LoraConfig
 from rsgrpo.learner_config import ModelConfig as ModelConfig
+from rsgrpo.limits import above, at_least, one_of, require
 
 
 @dataclass(frozen=True)

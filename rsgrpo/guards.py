@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rsgrpo.checks import at_least, nearest, one_of, require
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.limits import at_least, nearest, one_of, require
 
 GUARD_EXIT_CODE = 3
 _RULE = re.compile(r"(?P<metric>[\w./-]+)\s*(?P<sign>>=|<=)\s*(?P<bound>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rsgrpo.checks import require
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.limits import require
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

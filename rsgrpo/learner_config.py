@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from rsgrpo.checks import above, at_least, one_of, require
+from rsgrpo.limits import above, at_least, one_of, require
 
 
 @dataclass(frozen=True)

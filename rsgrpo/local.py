@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 from transformers.utils.logging import disable_progress_bar
 
-from rollout.engine import Engine, build_engine
+from rollout.build import build_engine
+from rollout.engine import Engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config import TrainConfig
 from rsgrpo.credit import RewardSet

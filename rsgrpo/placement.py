@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rsgrpo.checks import require
 from rsgrpo.config import TrainConfig
+from rsgrpo.limits import require
 
 
 @dataclass(frozen=True, slots=True)

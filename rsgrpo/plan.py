@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from rsgrpo import cli
-from rsgrpo.config import validate
+from rsgrpo.checks import validate
 from rsgrpo.plan_config import PlanConfig, device_of
 from rsgrpo.plan_memory import GIB, devices_memory, engine_memory, trainable_params
 from rsgrpo.shapes import Shapes, shapes_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rsgrpo.checks import at_least, one_of, require
 from rsgrpo.config import ClusterConfig, TrainConfig
+from rsgrpo.limits import at_least, one_of, require
 
 
 @dataclass(frozen=True, slots=True)

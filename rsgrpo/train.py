@@ -20,7 +20,8 @@ import numpy as np
 
 from rsgrpo import cli
 from rsgrpo.advantages import credit_group, term_names, term_weights
-from rsgrpo.config import TrainConfig, validate
+from rsgrpo.checks import validate
+from rsgrpo.config import TrainConfig
 from rsgrpo.metrics import rollout_metrics, scope_metrics, score_metrics
 from rsgrpo.types import TrainGroup
 

@@ -11,7 +11,7 @@ from typing import Any
 from http_stub import ANSWER
 from PIL import Image
 
-from recipes.answering import Output
+from recipes.answerer import Output
 from recipes.batch import answer_batch
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import app
-from recipes.answering import Output
+from recipes.answerer import Output
 from recipes.batch import result_line
 from recipes.retrieval.generation import Answered, Asked
 from recipes.retrieval.library import Asking, Library, LibrarySettings

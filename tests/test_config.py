@@ -15,7 +15,8 @@ import pytest
 from hydra.errors import HydraException
 
 from rsgrpo import cli
-from rsgrpo.config import SftConfig, TrainConfig, validate, validate_sft
+from rsgrpo.checks import validate, validate_sft
+from rsgrpo.config import SftConfig, TrainConfig
 from rsgrpo.errors import RsgrpoError
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +29,8 @@ CHOICES = [
 PROGRAM = """
 import sys
 from rsgrpo import cli
-from rsgrpo.config import TrainConfig, validate
+from rsgrpo.checks import validate
+from rsgrpo.config import TrainConfig
 from rsgrpo.errors import RsgrpoError
 
 def main(config):

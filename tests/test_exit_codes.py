@@ -119,10 +119,10 @@ def test_a_command_that_finds_faults_exits_with_1(folder, capsys, monkeypatch):
 def test_the_class_of_an_error_decides():
     import rollout.config
     from rsgrpo.checkpoint import CheckpointError
-    from rsgrpo.ranks import WorkerFailed
     from rsgrpo.credit import RewardFailed
     from rsgrpo.gate import GateFailed
     from rsgrpo.optimizer import NonFiniteSteps
+    from rsgrpo.ranks import WorkerFailed
 
     for failure in (RsgrpoError, CheckpointError, WorkerFailed, RewardFailed, GateFailed, NonFiniteSteps):
         assert failure.exit_code == 1

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from rollout.build import build_engine
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError, build_engine
+from rollout.engine import EngineError
 from rollout.fake import FakeEngine
 from rollout.types import Prompt, SamplingParams
 

@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rollout import decoding, hf_engine
+from rollout.build import build_engine
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError, build_engine
+from rollout.engine import EngineError
 from rollout.hf_engine import HFEngine
 from rollout.sampling import rollout_uniforms, sample_tokens
 from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams

@@ -13,7 +13,8 @@ import pytest
 from answering_material import SMALL, Scripted, batch, lines_of, prompts_of, write_page
 from http_stub import ANSWER, EndpointStub, start_endpoint
 
-from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, Output, open_answerer
+from recipes.answerer import Output
+from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, open_answerer
 from recipes.batch import result_line
 from recipes.endpoint import EndpointConfig
 from recipes.infer import Session, converse, main, pixel_limits

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from recipes import infer, retrieve
-from recipes.answering import Output
+from recipes.answerer import Output
 from recipes.questions import named_prompt
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.generation import Asked, answer_all, page_weights, paste, prompts_of

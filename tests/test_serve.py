@@ -17,7 +17,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from PIL import Image
 
 from recipes import serve
-from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, Output
+from recipes.answerer import Output
+from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer
 from recipes.chat_request import MIB, RequestLimits, ServedSampling
 from recipes.serve import Desk, ServeConfig, Server
 from rollout.config import InputsConfig

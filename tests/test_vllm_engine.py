@@ -25,8 +25,9 @@ from vllm_parity import (
     reference_model,
 )
 
+from rollout.build import build_engine
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
-from rollout.engine import EngineError, EngineFailed, build_engine
+from rollout.engine import EngineError, EngineFailed
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm_memory import cache_bytes_per_token
 from rollout.vllm_requests import build_request

@@ -15,7 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from training_material import steps_of, tiny_run, write_rewards, write_rows
 from vllm_parity import INPUTS, ROLLOUT, reference_logprobs, reference_model
 
-from rollout.engine import build_engine
+from rollout.build import build_engine
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm_peers import local_peer
 from rollout.vllm_transfer import build_sender

@@ -15,7 +15,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm_parity import INPUTS, ROLLOUT, assert_greedy_parity, reference_model
 
-from rollout.engine import EngineFailed, build_engine
+from rollout.build import build_engine
+from rollout.engine import EngineFailed
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm_peers import Engines, Peer, TransferError, local_peer
 from rollout.vllm_transfer import AdapterSender, _Verifier, build_sender

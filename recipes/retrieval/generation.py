@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from recipes.answering import Answerer, Output
+from recipes.answerer import Answerer, Output
 from recipes.batch import result_line
 from recipes.questions import IMAGE_MARK, Question, to_prompt
 from recipes.retrieval.retriever import FoundPage

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answering import Answerer
+from recipes.answerer import Answerer
 from recipes.retrieval.documents import RenderSettings, is_candidate
 from recipes.retrieval.encode_store import UpdateReport, update_index
 from recipes.retrieval.encoders import Encoder
