@@ -13,9 +13,9 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from rsgrpo import cli
-from rsgrpo.checks import one_of, require
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError
+from rsgrpo.limits import one_of, require
 
 if TYPE_CHECKING:
     from recipes.retrieval.encoders import EncoderSettings
