@@ -185,69 +185,86 @@ def run_ours(material: Material, repeats: int, *, ban: bool, watch: Any = None) 
     return [step(number) for number in range(repeats)]
 
 
-def run_trl(material: Material, repeats: int, *, rows: int, folder: Path, watch: Any = None) -> list[Step]:
-    """Take steps with GRPOTrainer, `rows` responses in each of its micro-batches."""
-    import contextlib
+class Recorded:
+    """What TRL asks for while it samples: the same prompts, responses and rewards at every step.
 
-    from datasets import Dataset, Image, List
-    from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    scored_at: CPU seconds of this process when rewards were last asked for.
+    """
 
-    from rollout.config import InputsConfig
-    from rollout.inputs import InputProcessor
-    from rollout.types import Prompt
+    def __init__(self, material: Material) -> None:
+        from rollout.config import InputsConfig
+        from rollout.inputs import InputProcessor
+        from rollout.types import Prompt
 
-    work = material.work
-    model = AutoModelForImageTextToText.from_pretrained(material.path, attn_implementation="sdpa")
-    model.model.visual.requires_grad_(False)
-    inputs = InputProcessor(material.path, InputsConfig(min_pixels=784, max_pixels=material.max_pixels))
-    prompt_ids = {
-        question: inputs.encode(Prompt("", "<image>" * len(images) + question, tuple(images))).token_ids_T
-        for question, images in zip(material.questions, material.images, strict=True)
-    }
-    rewards = {
-        tuple(tokens): float(reward)
-        for responses, values in zip(material.responses.tolist(), material.rewards, strict=True)
-        for tokens, reward in zip(responses, values, strict=True)
-    }
-    scored = [0.0]
+        self.material, self.scored_at = material, 0.0
+        inputs = InputProcessor(material.path, InputsConfig(min_pixels=784, max_pixels=material.max_pixels))
+        self.prompt_ids = [
+            inputs.encode(Prompt("", "<image>" * len(images) + question, tuple(images))).token_ids_T
+            for question, images in zip(material.questions, material.images, strict=True)
+        ]
+        self.rewards = {
+            tuple(tokens): float(reward)
+            for responses, values in zip(material.responses.tolist(), material.rewards, strict=True)
+            for tokens, reward in zip(responses, values, strict=True)
+        }
 
-    def hand_out(prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
-        questions = [text_of(prompt) for prompt in prompts]
-        order = [material.questions.index(question) for question in questions]
+    def rollouts(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
+        """Return the recorded responses to `prompts`, which come group by group."""
+        work = self.material.work
+        order = [self.material.questions.index(text_of(prompt)) for prompt in prompts]
         return {
-            "prompt_ids": [prompt_ids[question] for question in questions],
-            "completion_ids": [material.responses[p][i % work.group].tolist() for i, p in enumerate(order)],
+            "prompt_ids": [self.prompt_ids[p] for p in order],
+            "completion_ids": [self.material.responses[p][i % work.group].tolist() for i, p in enumerate(order)],
             "logprobs": [[0.0] * work.response] * len(prompts),
         }
 
-    def score(completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
-        scored[0] = time.process_time()
-        return [rewards[tuple(tokens)] for tokens in completion_ids]
+    def score(self, completion_ids: Sequence[Sequence[int]], **_: Any) -> list[float]:
+        """Return the recorded reward of each response."""
+        self.scored_at = time.process_time()
+        return [self.rewards[tuple(tokens)] for tokens in completion_ids]
+
+
+def make_clock(recorded: Recorded, *, keeps_gradients: bool) -> Any:
+    """Return a callback whose `steps` are those that the trainer took."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.steps: list[Step] = []
+            self.gradients: dict[str, Any] = {}
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.start = time.process_time()
 
         def on_pre_optimizer_step(self, *_: Any, **options: Any) -> None:
-            if not self.steps and watch is None:
+            if keeps_gradients and not self.steps:
                 named = options["model"].named_parameters()
                 self.gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             now = time.process_time()
-            gradients = {} if watch else self.gradients
-            self.steps.append(Step(0.0, gradients, now - self.start, now - scored[0]))
+            self.steps.append(Step(0.0, self.gradients, now - self.start, now - recorded.scored_at))
 
         def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
             if logs and "loss" in logs:
                 self.steps[-1].loss = float(logs["loss"])
 
-    rows_in_step = work.prompts * work.group
-    clock = Clock()
+    return Clock()
+
+
+def run_trl(material: Material, repeats: int, *, rows: int, folder: Path, watch: Any = None) -> list[Step]:
+    """Take steps with GRPOTrainer, `rows` responses in each of its micro-batches."""
+    import contextlib
+
+    from datasets import Dataset, Image, List
+    from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    work = material.work
+    model = AutoModelForImageTextToText.from_pretrained(material.path, attn_implementation="sdpa")
+    model.model.visual.requires_grad_(False)
+    recorded = Recorded(material)
+    clock = make_clock(recorded, keeps_gradients=watch is None)
     dataset = Dataset.from_list(
         [
             {"prompt": [{"role": "user", "content": question}], "images": images}
@@ -256,18 +273,18 @@ def run_trl(material: Material, repeats: int, *, rows: int, folder: Path, watch:
     ).cast_column("images", List(Image()))
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=score,
+        reward_funcs=recorded.score,
         args=GRPOConfig(
             output_dir=str(folder / "trl"), report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True,
             use_cpu=True, bf16=False, max_steps=1 if watch else repeats + 1, learning_rate=0.0, weight_decay=0.0,
-            max_grad_norm=0.0, per_device_train_batch_size=rows, gradient_accumulation_steps=rows_in_step // rows,
-            num_generations=work.group, max_completion_length=work.response, shuffle_dataset=False, temperature=1.0,
-            beta=0.0, loss_type="dapo", epsilon=0.2, epsilon_high=0.28, scale_rewards="group",
-            gradient_checkpointing=True,
+            max_grad_norm=0.0, per_device_train_batch_size=rows,
+            gradient_accumulation_steps=work.prompts * work.group // rows, num_generations=work.group,
+            max_completion_length=work.response, shuffle_dataset=False, temperature=1.0, beta=0.0, loss_type="dapo",
+            epsilon=0.2, epsilon_high=0.28, scale_rewards="group", gradient_checkpointing=True,
         ),
         train_dataset=dataset,
         processing_class=AutoProcessor.from_pretrained(material.path),
-        rollout_func=hand_out,
+        rollout_func=recorded.rollouts,
         callbacks=[clock],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)

@@ -3,124 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import os
-import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from PIL import Image
+from serve_material import (
+    ANSWER,
+    COMPLETE,
+    SAMPLING,
+    TEMPLATE,
+    FakeAnswerer,
+    data_url,
+    image_part,
+    png,
+    post,
+    refusal,
+    request_of,
+    talk,
+)
 
 from recipes import serve
-from recipes.answerer import Output
-from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer
-from recipes.chat_request import MIB, RequestLimits, ServedSampling
-from recipes.serve import Desk, ServeConfig, Server
-from rollout.config import InputsConfig
-from rollout.types import Prompt, SamplingParams
-from rsgrpo.errors import RsgrpoError
-
-ANSWER = "<observe>o</observe>\n<evidence>\n[1]: 16%\n</evidence>\n<think>[1]</think>\n<answer>16%</answer>"
-TEMPLATE = "{images}\nQuestion: {question}"
-SAMPLING = ServedSampling(temperature=0.0, top_p=1.0, seed=0, max_tokens=64)
-COMPLETE = "/v1/chat/completions"
-
-
-class FakeAnswerer:
-    """Says ANSWER in pieces, remembers what it was asked, and waits for `gate` before it answers."""
-
-    name = "served"
-
-    def __init__(self, text: str = ANSWER) -> None:
-        self.text = text
-        self.prompts: list[Prompt] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
-        self.prompts.append(prompt)
-        assert self.gate.wait(10)
-        if self.text == "down":
-            raise RsgrpoError("endpoint is down")
-        if self.text == "bug":
-            raise ZeroDivisionError
-        if self.text == "refused":
-            yield Output(prompt, "", "error", "the prompt is too long")
-            return
-        yield self.text[:10]
-        yield self.text[10:]
-        yield Output(prompt, self.text, "stop")
-
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
-        for prompt in prompts:
-            yield from (piece for piece in self.stream(prompt) if isinstance(piece, Output))
-
-    def close(self) -> None:
-        pass
-
-
-def png(width: int = 40, height: int = 30) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), "white").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def data_url(content: bytes | None = None) -> str:
-    return "data:image/png;base64," + base64.b64encode(png() if content is None else content).decode()
-
-
-def image_part(url: Any) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def request_of(*urls: Any, **fields: Any) -> dict[str, Any]:
-    content = [*map(image_part, urls), {"type": "text", "text": "how much?"}]
-    return {"messages": [{"role": "user", "content": content}]} | fields
-
-
-def talk(
-    scene: Callable[[Any], Awaitable[Any]],
-    answerer: FakeAnswerer | None = None,
-    *,
-    folders: Sequence[Path] = (),
-    **settings: Any,
-) -> Any:
-    """Start a server, play one scene with a client, and stop it."""
-    limits = RequestLimits(max_images=2, image_bytes=MIB, image_pixels=10_000, folders=tuple(folders))
-    config = ServeConfig(TEMPLATE, "", SAMPLING, limits, **settings)
-
-    async def play() -> Any:
-        server = Server(config, answerer or FakeAnswerer())
-        async with TestClient(TestServer(server.app)) as client:
-            return await scene(client)
-
-    return asyncio.run(play())
-
-
-def post(body: Any, answerer: FakeAnswerer | None = None, **settings: Any) -> tuple[int, dict[str, Any], Any]:
-    """Send one request; return status, JSON body and headers."""
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-    async def scene(client: Any) -> Any:
-        reply = await client.post(COMPLETE, data=io.BytesIO(raw), headers={"Content-Type": "application/json"})
-        return reply.status, await reply.json(), reply.headers
-
-    return talk(scene, answerer, **settings)
-
-
-def refusal(body: Any, **settings: Any) -> tuple[int, str]:
-    """Send a request that is refused before the model sees it; return status and message."""
-    answerer = FakeAnswerer()
-    status, reply, _ = post(body, answerer, **settings)
-    assert answerer.prompts == []
-    assert reply["error"]["code"] == status
-    return status, reply["error"]["message"]
-
+from recipes.chat_request import MIB, RequestLimits
+from recipes.serve import ServeConfig, Server
 
 # Answers
 
@@ -361,94 +267,6 @@ def test_a_closing_server_finishes_what_it_took_and_takes_no_more():
             return (await taken).status, late.status, late.headers["Retry-After"], health.status
 
     assert asyncio.run(play()) == (200, 503, "5", 503)
-
-
-def test_an_engine_is_given_what_waits_as_one_batch(monkeypatch):
-    engine = EngineAnswerer(AnswerModelConfig("m"), AnswerRolloutConfig(), InputsConfig(), SamplingParams())
-    batches: list[list[str]] = []
-    heard: list[serve.Piece] = []
-    gate = threading.Event()
-
-    def answer(prompts: Sequence[Prompt]) -> Iterator[Output]:
-        batches.append([prompt.id for prompt in prompts])
-        assert gate.wait(10)
-        yield from (Output(prompt, "text", "stop") for prompt in prompts[:2])
-
-    monkeypatch.setattr(engine, "answer", answer)
-    desk = Desk(engine, num_threads=9, batch_size=3)
-    desk.ask(Prompt("first", "t"), heard.append, streams=False)
-    while not batches:
-        threading.Event().wait(0.01)
-    for name in "abcd":
-        desk.ask(Prompt(name, "t"), heard.append, streams=False)
-    gate.set()
-    while len(heard) < 5:
-        threading.Event().wait(0.01)
-    desk.close()
-    assert batches == [["first"], ["a", "b", "c"], ["d"]]
-    assert [type(piece).__name__ for piece in heard] == ["Output", "Output", "Output", "RsgrpoError", "Output"]
-
-
-def test_an_engine_writes_for_one_listener_at_a_time_and_for_the_others_in_batches(monkeypatch):
-    engine = EngineAnswerer(AnswerModelConfig("m"), AnswerRolloutConfig(), InputsConfig(), SamplingParams())
-    worked: list[list[str]] = []
-    gate, done = threading.Event(), threading.Semaphore(0)
-
-    def answer(prompts: Sequence[Prompt]) -> Iterator[Output]:
-        assert gate.wait(10)
-        worked.append([prompt.id for prompt in prompts])
-        yield from (Output(prompt, "text", "stop") for prompt in prompts)
-
-    def stream(prompt: Prompt) -> Iterator[str | Output]:
-        worked.append([f"{prompt.id} in pieces"])
-        yield from ("te", "xt", Output(prompt, "text", "stop"))
-
-    def hear(piece: serve.Piece) -> None:
-        heard.append(piece)
-        if not isinstance(piece, str):
-            done.release()
-
-    heard: list[serve.Piece] = []
-    monkeypatch.setattr(engine, "answer", answer)
-    monkeypatch.setattr(engine, "stream", stream)
-    desk = Desk(engine, num_threads=9, batch_size=3)
-    for name in "abCDefg":
-        desk.ask(Prompt(name, "t"), hear, streams=name.isupper())
-    gate.set()
-    for _ in range(7):
-        assert done.acquire(timeout=10)
-    desk.close()
-    assert [name for batch in worked for name in batch] == ["a", "b", "C in pieces", "D in pieces", "e", "f", "g"]
-    assert worked[-1] in (["e", "f", "g"], ["f", "g"], ["g"])
-    assert sum(isinstance(piece, str) for piece in heard) == 4
-
-
-def test_a_real_engine_streams_and_answers_in_one_server(tiny_model_path):
-    """Transformers behind HTTP: pieces while they are written, then the parsed fields; and a whole answer beside it."""
-    rollout = AnswerRolloutConfig(max_response_tokens=12, num_threads=1)
-    inputs = InputsConfig(min_pixels=784, max_pixels=3136, max_prompt_tokens=400)
-    sampling = SamplingParams(temperature=0.0, max_tokens=12)
-    engine = EngineAnswerer(AnswerModelConfig(tiny_model_path), rollout, inputs, sampling)
-    limits = RequestLimits(max_images=2)
-
-    async def play() -> Any:
-        config = ServeConfig(TEMPLATE, "", ServedSampling(0.0, 1.0, 0, 12), limits)
-        async with TestClient(TestServer(Server(config, engine).app)) as client:
-            streamed = client.post(COMPLETE, json=request_of(data_url(), stream=True))
-            whole = client.post(COMPLETE, json=request_of(data_url()))
-            first, second = await asyncio.gather(streamed, whole)
-            return await first.text(), await second.json()
-
-    text, reply = asyncio.run(play())
-    engine.close()
-    *events, end = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
-    chunks = [json.loads(event) for event in events]
-    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
-    assert end == "[DONE]"
-    assert len([piece for piece in pieces if piece]) > 1
-    assert "".join(pieces) == reply["choices"][0]["message"]["content"]
-    assert chunks[-1]["choices"][0]["finish_reason"] == reply["choices"][0]["finish_reason"]
-    assert chunks[-1]["parsed"]["raw"] == reply["parsed"]["raw"]
 
 
 # The command line
