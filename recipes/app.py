@@ -1,7 +1,8 @@
-"""A page to look at a store: `python -m recipes.app STORE --model ENCODER --answer-model MODEL`.
+"""A page to look at a store: `python -m recipes.app STORE --answer-model MODEL`.
 
-Add documents, ask, watch the answer come, and see the pages that it rests on. Owns the command line and the layout, and
-is the home of gradio; what happens is `recipes.retrieval.library`.
+Add documents, ask, watch the answer come, and see the pages that it rests on; without --answer-model or --endpoint,
+the pages only. The retriever is --model, by default the one that made the index. Owns the command line and the layout,
+and is the home of gradio; what happens is `recipes.retrieval.library`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from recipes.retrieval.options import SETTINGS, add_answerer, add_encoder, index_folder, open_answerer, open_encoder
+from recipes.retrieval.options import (
+    SETTINGS,
+    add_answerer,
+    add_encoder,
+    add_search_options,
+    encoder_settings,
+    index_folder,
+    open_answerer,
+    open_encoder,
+    search_settings,
+)
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
-    from recipes.retrieval.library import Library
+    from recipes.retrieval.library import Asking, Library, Reader
 
 MAX_K = 20
-MAX_QUESTION_CHARACTERS = 4_000
 MAX_WAITING = 16  # questions and uploads
+RETRIEVAL_EXTRA = ("pypdfium2", "faiss", "sentence_transformers")
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +52,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m recipes.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_encoder(top)
-    top.add_argument("-k", type=int, default=5, help=f"pages that are retrieved at first; at most {MAX_K} on the page")
+    add_search_options(top)
     add_answerer(top)
+    top.set_defaults(max_tries=3)  # somebody waits
     page = top.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
     page.add_argument("--port", type=int, default=7860, help="0: any that is free")
@@ -60,60 +72,80 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     Raises:
         RsgrpoError: the store, the encoder or the answerer cannot be opened.
     """
-    from recipes.answering import EngineAnswerer
     from recipes.retrieval.library import Library, LibrarySettings
 
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
     limits = {name: getattr(options, name) for name in ("max_files", "max_file_mb", "max_pages", "num_workers")}
-    settings = LibrarySettings(**limits)
+    settings, opened = LibrarySettings(**limits), encoder_settings(options)
+    reader = open_reader(options)
+    try:
+        search, encoder = search_settings(options), open_encoder(options)
+        return Library(options.store, index_folder(options), encoder, reader, settings, console, search, opened)
+    except BaseException:
+        if reader is not None:
+            reader.answerer.close()
+        raise
+
+
+def open_reader(options: argparse.Namespace) -> Reader | None:
+    """Return who answers; None when the command line names nobody.
+
+    Raises:
+        RsgrpoError: the answerer cannot be opened.
+    """
+    from recipes.answering import EngineAnswerer
+    from recipes.retrieval.library import Reader
+
+    if not (options.answer_model or options.endpoint or options.script or options.engine != "hf"):
+        return None
     answerer, template, system = open_answerer(argparse.Namespace(**vars(options) | {"k": MAX_K}))
     try:
         if isinstance(answerer, EngineAnswerer):
             answerer.start()  # so that the first question does not wait for it
-        encoder = open_encoder(options)
-        index = index_folder(options)
-        return Library(options.store, index, encoder, answerer, template, system, settings, console)
     except BaseException:
         answerer.close()
         raise
+    return Reader(answerer, template, system)
 
 
 def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> Any:
     """Return the page, as gradio's Blocks; traces are written into `scratch`."""
     import gradio as gr
 
-    from recipes.retrieval.page_view import added_html, answer_html, pages_html
+    from recipes.retrieval.library import MAX_QUESTION_CHARACTERS
+    from recipes.retrieval.page_view import NOBODY_ANSWERS, added_html, answer_html, faults_html, pages_html
+
+    answers = library.reader is not None
 
     def ask(question: str, k: float, setting: Any) -> Iterator[tuple[Any, ...]]:
-        shown_pages = False
         yield "", "", "", gr.DownloadButton(interactive=False)
+        last: Asking | None = None
         try:
-            for asking in library.ask(question[:MAX_QUESTION_CHARACTERS], int(k), setting):
-                if asking.answered is None:
-                    pages = gr.skip() if shown_pages else pages_html(asking, address)
-                    shown_pages = True
-                    yield asking.text, gr.skip(), pages, gr.skip()
-                else:
-                    file = scratch / "trace.json"
-                    file.write_text(json.dumps(library.trace(asking), indent=1, ensure_ascii=False) + "\n")
-                    trace = gr.DownloadButton(value=str(file), interactive=True)
-                    yield asking.text, answer_html(asking), pages_html(asking, address), trace
+            for asking in library.ask(question, int(k), setting):
+                yield asking.text, gr.skip(), pages_html(asking, address) if last is None else gr.skip(), gr.skip()
+                last = asking
         except RsgrpoError as error:
-            raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
+            yield gr.skip(), faults_html([str(error)]), gr.skip(), gr.skip()
+            return
+        assert last is not None, "a question without pages is an error"
+        file = Path(tempfile.mkdtemp(dir=scratch)) / "trace.json"  # another tab's is another file
+        file.write_text(json.dumps(library.trace(last), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        trace = gr.DownloadButton(value=str(file), interactive=True)
+        yield last.text, answer_html(last), pages_html(last, address), trace
 
-    def add(files: list[str] | None) -> tuple[str, str, None]:
+    def add(files: list[str] | None) -> tuple[Any, ...]:
         try:
             report, _ = library.add([Path(file) for file in files or ()])
         except RsgrpoError as error:
-            raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
-        return added_html(report, library.num_pages), title(), None
+            return faults_html([str(error)]), heading_html(), gr.skip()
+        return added_html(report, library.num_pages), heading_html(), None
 
-    def title() -> str:
-        return f"## {escape(options.store.resolve().name)}: {library.num_pages:,} pages"
+    def heading_html() -> str:
+        return f"<h2>{escape(options.store.resolve().name)}: {library.num_pages:,} pages</h2>"
 
     with gr.Blocks(title="Ask your documents", analytics_enabled=False, fill_width=True) as page:
-        heading = gr.Markdown(title, elem_id="heading")
+        heading = gr.HTML(heading_html, elem_id="heading")
         with gr.Row():
             with gr.Column(scale=2):
                 question = gr.Textbox(
@@ -122,11 +154,14 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
                 with gr.Row():
                     k = gr.Slider(1, MAX_K, value=options.k, step=1, label="Pages")
                     setting = gr.Dropdown(
-                        list(SETTINGS), value=options.setting, label="How pages are shown to the model"
+                        list(SETTINGS), value=options.setting, label="How pages are shown to the model", visible=answers
                     )
-                ask_button = gr.Button("Ask", variant="primary", elem_id="ask")
+                ask_button = gr.Button("Ask" if answers else "Search", variant="primary", elem_id="ask")
+                gr.HTML(NOBODY_ANSWERS, visible=not answers, elem_id="nobody")
                 answer = gr.HTML(elem_id="answer")
-                text = gr.Textbox(label="Response", lines=6, max_lines=16, interactive=False, elem_id="response")
+                text = gr.Textbox(
+                    label="Response", lines=6, max_lines=16, interactive=False, elem_id="response", visible=answers
+                )
                 trace = gr.DownloadButton("Download trace (JSON)", interactive=False, elem_id="trace")
             with gr.Column(scale=3):
                 pages = gr.HTML(elem_id="found")
@@ -199,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        extra = {"gradio": "app", "pypdfium2": "retrieval", "sentence_transformers": "retrieval"}.get(error.name or "")
+        extra = {"gradio": "app"}.get(error.name or "", "retrieval" if error.name in RETRIEVAL_EXTRA else None)
         if extra is None:
             raise
         print(f'error: {error.name} is not installed; pip install "rsgrpo[{extra}]"', file=sys.stderr)
@@ -210,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: cannot listen on {options.host}, --port {options.port}: {error}", file=sys.stderr)
         return InputError.exit_code
     finally:
-        library.answerer.close()
+        library.close()
     return 0
 
 

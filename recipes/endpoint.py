@@ -155,7 +155,7 @@ class Endpoint:
         except PromptError as error:
             yield Output(prompt, text, "error", str(error))
             return
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+        except (httpx.HTTPError, httpx.StreamError, ValueError, KeyError) as error:
             yield Output(prompt, text, "error", f"the answer broke off: {type(error).__name__}: {error}")
             return
         yield Output(prompt, text, finish_reason)
@@ -308,17 +308,28 @@ def _succeeded(future: Future[Output]) -> bool:
 
 
 def _events(response: httpx.Response) -> Iterator[tuple[str, str]]:
-    """Yield (text, finish reason) of a streamed answer; of a server that does not stream, all at once."""
+    """Yield (text, finish reason) of a streamed answer; of a server that does not stream, all at once.
+
+    Raises:
+        httpx.StreamError: the server says that it failed, or falls silent before the end.
+    """
     if "text/event-stream" not in response.headers.get("content-type", ""):
         choice = json.loads(response.read())["choices"][0]
         yield choice["message"].get("content") or "", choice.get("finish_reason") or ""
         return
+    is_finished = False
     for line in response.iter_lines():
         payload = line.removeprefix("data:").strip() if line.startswith("data:") else ""
         if payload == "[DONE]":
             return
-        for choice in json.loads(payload).get("choices", []) if payload else []:
-            yield choice.get("delta", {}).get("content") or "", choice.get("finish_reason") or ""
+        event = json.loads(payload) if payload else {}
+        if fault := event.get("error"):
+            raise httpx.StreamError(str(fault.get("message", fault) if isinstance(fault, dict) else fault))
+        for choice in event.get("choices") or []:
+            is_finished = is_finished or bool(choice.get("finish_reason"))
+            yield (choice.get("delta") or {}).get("content") or "", choice.get("finish_reason") or ""
+    if not is_finished:
+        raise httpx.StreamError("the stream ended before the answer did")
 
 
 def _detail(response: httpx.Response) -> str:

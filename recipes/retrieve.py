@@ -155,9 +155,11 @@ def _index(options: argparse.Namespace) -> int:
 def _update_here(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
     from recipes.retrieval.encode_store import update_index
     from recipes.retrieval.index import VectorIndex
+    from recipes.retrieval.origin import remember
 
     encoder = open_encoder(options)
     index = VectorIndex.create(index_folder(options), encoder, options.index_dtype)
+    remember(index.folder, encoder_settings(options))
     report = update_index(
         store, encoder, index, shard_pages=options.shard_pages, batch_pages=8 * options.batch_size, console=console
     )
@@ -169,12 +171,15 @@ def _update_on_ray(options: argparse.Namespace, store: PageStore, console: Conso
     from recipes.retrieval.encode_store import fill_index
     from recipes.retrieval.encoders import identify
     from recipes.retrieval.index import VectorIndex
+    from recipes.retrieval.origin import remember
 
-    if options.kind == "imported":
+    encoder = encoder_settings(options)
+    if encoder.kind == "imported":
         raise InputError("--workers is for models; vectors of --kind imported are only copied, leave it out")
-    identity = identify(encoder_settings(options))
+    identity = identify(encoder)
     settings = RaySettings(options.workers, options.gpus_per_worker, options.ray_address)
     index = VectorIndex.create(index_folder(options), identity, options.index_dtype)
+    remember(index.folder, encoder)
     report = fill_index(
         store, identity, index, lambda pages: encode_on_ray(identity, settings, pages),
         shard_pages=options.shard_pages, console=console,

@@ -117,6 +117,8 @@ def main(config: RetrieverConfig) -> None:
         len(pairs) >= config.batch_size,
         f"batch_size {config.batch_size} is more than the {len(pairs)} training pairs; lower it or hold out fewer",
     )
+    has_other_pages = any(pair.page != pairs[0].page or pair.negatives for pair in pairs)
+    require(has_other_pages, f"all {len(pairs)} training pairs have the same page: there is no other to tell it from")
     _keep_settings(config, out)
     with Console() as console:
         metrics = train(config, pairs, held_out, out, console)
@@ -144,7 +146,8 @@ def split(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pa
         chosen.add(page)
         held += by_page[page]
     rest = [pair for pair in pairs if pair.page not in chosen]
-    require(bool(rest), f"held_out_pairs {count} leaves nothing of {len(pairs)} pairs to train on; lower it")
+    left = f"held_out_pairs {count} leaves nothing of {len(pairs)} pairs (on {len(pages)} pages) to train on; lower it"
+    require(bool(rest), left)
     return rest, held
 
 

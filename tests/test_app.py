@@ -87,9 +87,8 @@ def test_faults_are_shown_under_the_answer():
 
 
 def library(store: Path, **limits: Any) -> Library:
-    nobody: Any = None  # neither encodes nor answers: nothing comes that far
-    quiet = Console(io.StringIO())
-    return Library(store, store / "index", nobody, nobody, "{question}", "", LibrarySettings(**limits), quiet)
+    nobody: Any = None  # encodes: nothing comes that far
+    return Library(store, store / "index", nobody, None, LibrarySettings(**limits), Console(io.StringIO()))
 
 
 def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):
@@ -116,6 +115,8 @@ def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):
 def test_a_question_needs_words_and_pages(tmp_path):
     with pytest.raises(InputError, match="the question is empty"):
         next(library(tmp_path / "store").ask("  ", 3, "multi_image"))
+    with pytest.raises(InputError, match="the question has 4,001 characters, more than 4,000"):
+        next(library(tmp_path / "store").ask("é" * 4_001, 3, "multi_image"))
     with pytest.raises(InputError, match="add documents first"):
         next(library(tmp_path / "store").ask("how much?", 3, "multi_image"))
 
@@ -137,11 +138,16 @@ def test_only_addresses_of_this_machine_count_as_local(host, local):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["-k", "21"], "-k must be in [1, 20], got 21"), ([], "name a model folder or hub id, or an endpoint")],
+    [
+        (["--model", "none", "-k", "21"], "-k must be in [1, 20], got 21"),
+        (["--model", "none", "--engine", "vllm"], "name a model folder or hub id, or an endpoint"),
+        (["--model", "none", "--rerank", "none"], "--rerank needs --rerank-index"),
+        ([], "index does not say which model made it; name the retriever with --model"),
+    ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, says, tmp_path, capsys):
     pytest.importorskip("gradio", reason="needs the app extra")
-    assert app.main([str(tmp_path / "store"), "--model", "none", *arguments]) == 2
+    assert app.main([str(tmp_path / "store"), *arguments]) == 2
     shown = capsys.readouterr().err
     assert says in shown
     assert shown.count("\n") == 1

@@ -167,6 +167,24 @@ def test_a_stream_that_breaks_off_keeps_its_text(serve, connect):
 
 
 @pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        ("", "the answer broke off: StreamError: the stream ended before the answer did"),
+        ('data: {"error": {"message": "out of memory"}}\n\ndata: [DONE]\n\n', "StreamError: out of memory"),
+        ('data: {"error": "gone"}\n\n', "StreamError: gone"),
+        ('data: {"choices": [{"delta": null, "finish_reason": "length"}]}\n\n', ""),  # and no [DONE]
+    ],
+)
+def test_a_stream_without_an_end_is_no_whole_answer(serve, connect, end, why):
+    event = 'data: {"choices": [{"delta": {"content": "<obs"}}]}\n\n'
+    reply = (200, {"Content-Type": "text/event-stream"}, event + end)
+    *pieces, output = connect(serve(lambda *_: reply)).stream(prompts_of(1)[0])
+    assert ("".join(pieces), output.text) == ("<obs", "<obs")
+    assert output.finish_reason == ("error" if why else "length")
+    assert output.error.endswith(why)
+
+
+@pytest.mark.parametrize(
     ("settings", "complaint"),
     [
         ({"url": "localhost:8000"}, "must start with http"),

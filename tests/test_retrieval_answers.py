@@ -167,6 +167,8 @@ def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, 
     by_id = {page.page_id: page.document for page in PageStore.open(store).pages()}
     ids = PageStore.open(store).page_ids()
     assert documents == [by_id[ids[1]], by_id[ids[0]]]  # scores .8 and .6
+    again = json.loads(command("search", store, "which?", "--json"))  # the index says what made it
+    assert [page["document"] for page in again["pages"]] == documents
 
     script = tmp_path / "script.jsonl"
     lines = [{"id": name, "responses": [ANSWER]} for name in ("question", "q1", "q2")]

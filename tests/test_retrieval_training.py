@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
@@ -210,7 +211,10 @@ def test_pairs_are_read_from_jsonl_and_from_visrags_parquet(tmp_path, pairs):
     [
         ('{"query": "x", "image": "gone.png"}', r"1 rows cannot be used:\n  p\.jsonl:1: image .* does not exist"),
         ('{"query": " ", "image": "a"}', "the query is empty"),
-        ('{"image": "a"}', "text"),
+        ('{"image": "a"}', r"a row needs query \(text\) and image, and negatives are a list; it has image"),
+        ('{"query": "x", "image": {}}', "an image is a path or {bytes, path}"),
+        ('{"query": "x", "image": "a", "negatives": "b"}', "negatives are a list"),
+        ('\n\n{"query": 7, "image": "a"}\n', r"p\.jsonl:3: a row needs query \(text\)"),
         ("[1]", "1 rows cannot be used"),
         ("not json", "cannot be read"),
         ("", "has no pairs"),
@@ -220,6 +224,31 @@ def test_bad_pairs_are_listed(tmp_path, text, fault):
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(RsgrpoError, match=fault):
         read_pairs(str(tmp_path / "p.jsonl"))
+
+
+def test_broken_tables_and_slim_pages_are_refused(tmp_path):
+    whole = tmp_path / "whole.parquet"
+    pq.write_table(pa.Table.from_pylist([{"query": "red?", "image": "gone.png"}] * 50), whole)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train-0.parquet").write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(RsgrpoError, match=r"train-0\.parquet cannot be read: .*pairs are jsonl or parquet"):
+        read_pairs(str(tmp_path / "hub"))
+    with pytest.raises(RsgrpoError, match=r"50 rows cannot be used:\n  whole\.parquet:1: [^$]*\n  \.\.\. and 40 more"):
+        read_pairs(str(whole))
+    write_image(tmp_path / "slim.png", "red", 2_010, 10)
+    (tmp_path / "p.jsonl").write_text('{"query": "x", "image": "slim.png"}')
+    with pytest.raises(RsgrpoError, match="an image of 2010 x 10 pixels is too slim for any model"):
+        read_pairs(str(tmp_path / "p.jsonl"))
+
+
+def test_a_page_whose_pixels_are_damaged_ends_the_run_with_its_name(tiny_model_path, pairs, tmp_path):
+    content = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(content, "PNG")
+    (tmp_path / "cut.png").write_bytes(content.getvalue()[:-500])  # its header is whole
+    cut = [*pairs[:7], Pair("the cut one", str(tmp_path / "cut.png"))]
+    (tmp_path / "run").mkdir()
+    with pytest.raises(RsgrpoError, match=r"cut\.png cannot be read: .*; mend or remove the pair"):
+        train(config(tiny_model_path, tmp_path), cut, [], tmp_path / "run", QUIET)
 
 
 def test_held_out_pairs_share_no_page_with_training():
@@ -251,6 +280,12 @@ def test_a_run_of_other_settings_is_not_continued(tiny_model_path, tmp_path, pai
     settings = config(tiny_model_path, tmp_path, pairs=str(tmp_path / "p.jsonl"), total_steps=1)
     with pytest.raises(RsgrpoError, match="batch_size 99 is more than the 8 training pairs"):
         main(replace(settings, batch_size=99))
+    same = [json.dumps({"query": f"{number}", "image": pairs[0].page}) + "\n" for number in range(8)]
+    (tmp_path / "same.jsonl").write_text("".join(same))
+    with pytest.raises(RsgrpoError, match="all 8 training pairs have the same page"):
+        main(replace(settings, pairs=str(tmp_path / "same.jsonl")))
+    with pytest.raises(RsgrpoError, match=r"held_out_pairs 2 leaves nothing of 8 pairs \(on 1 pages\)"):
+        main(replace(settings, pairs=str(tmp_path / "same.jsonl"), held_out_pairs=2))
     main(settings)
     assert (tmp_path / "run" / "model" / "modules.json").exists()
     with pytest.raises(RsgrpoError, match=r"begun with other settings \(lr 0.001 -> 0.1\)"):

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,17 +30,25 @@ class FaissError(InputError):
 
 
 def build(index: VectorIndex, kind: Kind) -> Path:
-    """Write INDEX/faiss-KIND.bin from all pages that are not deleted.
+    """Write INDEX/faiss-KIND.bin from all pages that are not deleted; nobody else may write to the index meanwhile.
+
+    A process that dies on the way leaves the files that were there, or none that `FaissSearch` would take.
 
     Raises:
         FaissError: the index has several vectors a page, or is empty.
+        StoreError: another process writes to the index, or the disk is full.
     """
-    import faiss
-
     if index.multi_vector:
         raise FaissError("FAISS proposes pages by one vector each; search this index exactly, or --rerank by it")
-    if not len(index):
-        raise FaissError(f"{index.folder} is empty; index some pages first")
+    with index.locked():
+        if not len(index):
+            raise FaissError(f"{index.folder} is empty; index some pages first")
+        return _build(index, kind)
+
+
+def _build(index: VectorIndex, kind: Kind) -> Path:
+    import faiss
+
     num_lists = max(1, min(int(4 * math.sqrt(len(index))), len(index) // POINTS_PER_LIST))
     layout = "SQfp16" if kind == "flat" else f"IVF{num_lists},SQfp16"
     built = faiss.index_factory(index.dim, layout, faiss.METRIC_INNER_PRODUCT)
@@ -54,11 +62,32 @@ def build(index: VectorIndex, kind: Kind) -> Path:
     file = index.folder / f"faiss-{kind}.bin"
     with writing(index.folder):
         temporary = file.with_name(f".{file.name}.writing")
-        faiss.write_index(built, os.fspath(temporary))
+        _write(built, temporary)
+        file.with_suffix(".json").unlink(missing_ok=True)  # from here on nothing is valid until it is there again
         os.replace(temporary, file)
         save_array(file.with_suffix(".ids.npy"), np.concatenate(ids))
         replace_file(file.with_suffix(".json"), json.dumps({"state": index.state}).encode())
     return file
+
+
+def _write(built: Any, file: Path) -> None:
+    """Write a FAISS index to the disk; FAISS's own writer says nothing of a full disk but its own words."""
+    import faiss
+
+    with open(file, "wb") as stream:
+        faiss.write_index(built, faiss.PyCallbackIOWriter(stream.write))  # type: ignore[attr-defined]
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def build_if_older(index: VectorIndex, kind: Kind) -> None:
+    """Build the FAISS file anew unless it is of the index as it is now.
+
+    Raises:
+        FaissError: as `build`.
+    """
+    if _state(index.folder / f"faiss-{kind}.bin") != index.state:
+        build(index, kind)
 
 
 class FaissSearch:
@@ -74,13 +103,19 @@ class FaissSearch:
 
         file = index.folder / f"faiss-{kind}.bin"
         remedy = f"run: python -m recipes.retrieve index STORE --faiss {kind} (with the same --index and --model)"
-        if not (file.with_suffix(".json").exists() and file.with_suffix(".ids.npy").exists()):
+        state = _state(file)
+        if not state:
             raise FaissError(f"{index.folder} has no FAISS file of kind {kind}; {remedy}")
-        written = json.loads(file.with_suffix(".json").read_text())
-        if written["state"] != index.state:
+        if state != index.state:
             raise FaissError(f"{file} is older than the index; {remedy}")
-        self._index, self._ids = index, np.load(file.with_suffix(".ids.npy"), mmap_mode="r")
-        self._faiss = faiss.read_index(os.fspath(file))
+        self._index = index
+        try:
+            self._ids = np.load(file.with_suffix(".ids.npy"), mmap_mode="r")
+            self._faiss = faiss.read_index(os.fspath(file))
+        except (OSError, ValueError, EOFError, RuntimeError) as error:
+            raise FaissError(f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}") from error
+        if self._faiss.ntotal != len(self._ids):
+            raise FaissError(f"{file} has {self._faiss.ntotal} vectors for {len(self._ids)} pages; {remedy}")
         if kind == "ivf":
             faiss.ParameterSpace().set_index_parameter(self._faiss, "nprobe", num_probes)
 
@@ -89,6 +124,14 @@ class FaissSearch:
         _, rows_QC = self._faiss.search(np.stack(queries).astype(np.float32), min(len(self._ids), 2 * k + MARGIN))
         candidates = [[self._ids[row].decode() for row in rows_C if row >= 0] for rows_C in rows_QC]
         return rerank(self._index, queries, candidates, k)
+
+
+def _state(file: Path) -> str:
+    """Return the state of the index that a FAISS file was built from; "" where there is none."""
+    try:
+        return json.loads(file.with_suffix(".json").read_text())["state"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _sample(index: VectorIndex, num_vectors: int) -> np.ndarray:

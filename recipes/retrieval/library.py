@@ -16,11 +16,12 @@ from typing import Any
 from recipes.answerer import Answerer
 from recipes.retrieval.documents import RenderSettings, is_candidate
 from recipes.retrieval.encode_store import UpdateReport, update_index
-from recipes.retrieval.encoders import Encoder
+from recipes.retrieval.encoders import Encoder, EncoderSettings
 from recipes.retrieval.generation import Answered, Asked, Setting, answer_stream
 from recipes.retrieval.index import VectorIndex
 from recipes.retrieval.ingest import IngestReport, ingest
-from recipes.retrieval.retriever import FoundPage, Retriever
+from recipes.retrieval.origin import remember
+from recipes.retrieval.retriever import EXACT, FoundPage, Retriever, SearchSettings
 from recipes.retrieval.store import PageStore, writing
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError
@@ -28,6 +29,7 @@ from rsgrpo.errors import InputError
 UPLOADS = "uploads"  # folder in the store where added documents are kept
 PAGE_TIMEOUT_S = 120.0
 SHARD_PAGES = 2_048
+MAX_QUESTION_CHARACTERS = 4_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class LibrarySettings:
 class Asking:
     """How far a question is.
 
-    pages: what was retrieved, best first. text: what the answerer has written so far. answered: None until it is done.
+    pages: what was retrieved, best first. text: what the answerer has written so far. answered: None until it is done,
+        and where nobody answers.
     seconds: of retrieval, to the first piece of text, and to the end, as far as they have passed.
     """
 
@@ -61,6 +64,15 @@ class Asking:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who answers, and what questions are put into."""
+
+    answerer: Answerer
+    template: str
+    system: str = ""
+
+
 class Library:
     """A store with its index and encoder, and who answers. Make it once: models stay loaded."""
 
@@ -69,20 +81,25 @@ class Library:
         store: Path,
         index: Path,
         encoder: Encoder,
-        answerer: Answerer,
-        template: str,
-        system: str,
+        reader: Reader | None,
         settings: LibrarySettings,
         console: Console,
+        search: SearchSettings = EXACT,
+        opened: EncoderSettings | None = None,
     ) -> None:
         """Open everything and encode what the index lacks; a store that does not exist is made by the first `add`.
+
+        Args:
+            reader: None: pages are found, and nobody answers.
+            search: a reranker's index is kept in line too, and FAISS's file is built anew when pages come.
+            opened: how the encoder was, to be remembered by an index that is made here.
 
         Raises:
             InputError: the folder is no store, or another encoder made the index.
         """
-        self.encoder, self.answerer = encoder, answerer
+        self.encoder, self.reader = encoder, reader
         self._store, self._index, self._settings, self._console = store, index, settings, console
-        self._template, self._system = template, system
+        self._search, self._opened = search, opened
         self._retriever: Retriever | None = None
         if (store / "pages.parquet").exists():
             self._open()
@@ -129,10 +146,13 @@ class Library:
         """Yield what is known so far: the pages, then the answer as it is written, then the whole.
 
         Raises:
-            InputError: the question is empty, there is no page, or nobody answers.
+            InputError: the question is empty or too long, or there is no page.
+            RsgrpoError: the answerer fails.
         """
         if not question.strip():
             raise InputError("the question is empty")
+        if len(question) > MAX_QUESTION_CHARACTERS:
+            raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
         if self._retriever is None or not self.num_pages:
             raise InputError("there are no pages yet: add documents first")
         start, seconds = time.monotonic(), {}
@@ -140,9 +160,10 @@ class Library:
         seconds["retrieval"] = time.monotonic() - start
         pages, text = tuple(found), ""
         yield Asking(question, setting, pages, text, None, dict(seconds))
-        for piece in answer_stream(
-            Asked("question", question, pages), setting, self.answerer, self._template, self._system
-        ):
+        if self.reader is None:
+            return
+        asked, reader = Asked("question", question, pages), self.reader
+        for piece in answer_stream(asked, setting, reader.answerer, reader.template, reader.system):
             if isinstance(piece, str):
                 text += piece
                 seconds.setdefault("first_text", time.monotonic() - start)
@@ -152,10 +173,10 @@ class Library:
                 yield Asking(question, setting, pages, piece.line["raw"], piece, dict(seconds))
 
     def trace(self, asking: Asking) -> dict[str, Any]:
-        """Return all of a finished question as JSON: what was found, what was asked, what came back."""
-        assert asking.answered is not None, "a trace is of a finished question"
-        numbers = {page.page_id: number for number, page in enumerate(asking.answered.sources, start=1)}
-        cited = {page.page_id for page in asking.answered.cited}
+        """Return all of a question as JSON: what was found, what was asked, what came back, if anything did."""
+        answered, search = asking.answered, self._search
+        numbers = {page.page_id: number for number, page in enumerate(answered.sources, 1)} if answered else {}
+        cited = {page.page_id for page in answered.cited} if answered else set()
         pages = [
             asdict(page) | {"index": numbers.get(page.page_id), "cited": page.page_id in cited} for page in asking.pages
         ]
@@ -164,23 +185,41 @@ class Library:
             "setting": asking.setting,
             "store": str(self._store.absolute()),
             "encoder": dict(self.encoder.description) | {"fingerprint": self.encoder.fingerprint},
-            "prompt_template": self._template,
-            "system": self._system,
+            "backend": search.backend,
+            "reranker": search.reranker[0].fingerprint if search.reranker else None,
+            "prompt_template": self.reader.template if self.reader else None,
+            "system": self.reader.system if self.reader else None,
             "pages": pages,
-            "weights": list(asking.answered.weights),
-            "result": asking.answered.line,
+            "weights": list(answered.weights) if answered else [],
+            "result": answered.line if answered else None,
             "seconds": {name: round(value, 4) for name, value in asking.seconds.items()},
         }
 
+    def close(self) -> None:
+        """Free the answerer."""
+        if self.reader is not None:
+            self.reader.answerer.close()
+
     def _open(self) -> UpdateReport:
-        """Bring the index in line with the store, and search that from now on."""
-        index = VectorIndex.create(self._index, self.encoder)
-        report = update_index(
-            PageStore.open(self._store), self.encoder, index, shard_pages=SHARD_PAGES, batch_pages=64,
-            console=self._console,
-        )  # fmt: skip
-        self._retriever = Retriever(self._store, self._index, self.encoder)
+        """Bring what is searched in line with the store, and search that from now on."""
+        index, report = self._updated(self._index, self.encoder)
+        if self._opened is not None:
+            remember(self._index, self._opened)
+        if self._search.reranker is not None:
+            self._updated(self._search.reranker[1], self._search.reranker[0])
+        if self._search.backend != "exact" and len(index):
+            from recipes.retrieval.faiss_search import build_if_older
+
+            build_if_older(index, self._search.backend)
+        self._retriever = Retriever(self._store, self._index, self.encoder, self._search) if len(index) else None
         return report
+
+    def _updated(self, folder: Path, encoder: Encoder) -> tuple[VectorIndex, UpdateReport]:
+        index = VectorIndex.create(folder, encoder)
+        report = update_index(
+            PageStore.open(self._store), encoder, index, shard_pages=SHARD_PAGES, batch_pages=64, console=self._console
+        )
+        return index, report
 
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.answering import Answerer
+    from recipes.answerer import Answerer
     from recipes.retrieval.encoders import Encoder, EncoderSettings
-    from recipes.retrieval.retriever import Retriever
+    from recipes.retrieval.retriever import Retriever, SearchSettings
 
 SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
 
@@ -20,7 +20,9 @@ SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
 def add_encoder(command: argparse.ArgumentParser) -> None:
     """Add where pages are and what encodes them."""
     command.add_argument("store", type=Path, metavar="STORE")
-    command.add_argument("--model", required=True, help="folder or hub name; of --kind imported the folder of vectors")
+    command.add_argument(
+        "--model", default="", help="folder or hub name; of --kind imported the folder of vectors; default: the index's"
+    )
     command.add_argument("--kind", choices=("image", "text", "late", "imported"), default="image")
     command.add_argument("--encode-with", choices=("transformers", "vllm"), default="transformers")
     command.add_argument("--index", type=Path, help="default: STORE/index")
@@ -36,7 +38,18 @@ def add_encoder(command: argparse.ArgumentParser) -> None:
 
 
 def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
-    """Return how the encoder is loaded."""
+    """Return how the encoder is loaded: as the command line says; without --model, as the one that made the index.
+
+    Raises:
+        InputError: the settings contradict each other, or nothing says which model it is.
+    """
+    from recipes.retrieval.origin import recall
+
+    asked = _asked_settings(options)
+    return asked if options.model else recall(index_folder(options), asked)
+
+
+def _asked_settings(options: argparse.Namespace) -> EncoderSettings:
     from recipes.retrieval.encoders import EncoderSettings
 
     names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
@@ -45,10 +58,21 @@ def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
 
 
 def open_encoder(options: argparse.Namespace) -> Encoder:
-    """Return the encoder."""
-    from recipes.retrieval.encoders import load_encoder
+    """Return the encoder.
 
-    return load_encoder(encoder_settings(options))
+    Raises:
+        InputError: it cannot be loaded, or the index names one that has changed since.
+    """
+    from recipes.retrieval.encoders import identify, load_encoder
+    from recipes.retrieval.index import IndexFault, VectorIndex
+
+    settings = encoder_settings(options)
+    if not options.model and settings.kind != "imported":
+        try:
+            VectorIndex.open(index_folder(options)).require(identify(settings))
+        except IndexFault as error:
+            raise InputError(f"without --model, {settings.model} is opened, but {error}") from error
+    return load_encoder(settings)
 
 
 def index_folder(options: argparse.Namespace) -> Path:
@@ -61,34 +85,41 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-k", type=int, default=5, help="pages")
     command.add_argument("--backend", choices=("exact", "flat", "ivf"), default="exact")
     command.add_argument("--num-probes", type=int, default=32, help="lists read per query (ivf)")
-    command.add_argument("--rerank", metavar="MODEL", help="late-interaction model that orders the candidates anew")
-    command.add_argument("--rerank-index", type=Path, metavar="INDEX", help="its index; needed with --rerank")
+    command.add_argument(
+        "--rerank-index", type=Path, metavar="INDEX", help="of late interaction: orders the candidates"
+    )
+    command.add_argument("--rerank", metavar="MODEL", help="its model; default: the one that made it")
     command.add_argument("--candidates", type=int, default=100, help="pages that are reranked")
+
+
+def search_settings(options: argparse.Namespace) -> SearchSettings:
+    """Return how pages are searched, with the reranker loaded.
+
+    Raises:
+        InputError: the reranker cannot be opened.
+    """
+    from recipes.retrieval.encoders import load_encoder
+    from recipes.retrieval.origin import recall
+    from recipes.retrieval.retriever import SearchSettings
+
+    reranker, folder = None, options.rerank_index
+    if options.rerank and folder is None:
+        raise InputError("--rerank needs --rerank-index, the index that this model made")
+    if folder is not None:
+        late = replace(
+            _asked_settings(options), model=options.rerank or "", kind="late", engine="transformers", pooling="",
+            query_prefix=None, revision="",
+        )  # fmt: skip
+        reranker = (load_encoder(late if options.rerank else recall(folder, late)), folder)
+    return SearchSettings(options.backend, options.num_probes, reranker, options.candidates)
 
 
 def open_retriever(options: argparse.Namespace) -> Retriever:
     """Return the store, its index and the encoder, put together."""
-    from recipes.retrieval.encoders import load_encoder
     from recipes.retrieval.retriever import Retriever
 
-    reranker = None
-    if options.rerank:
-        if options.rerank_index is None:
-            raise InputError("--rerank needs --rerank-index, the index that this model made")
-        late = replace(
-            encoder_settings(options), model=options.rerank, kind="late", engine="transformers", pooling="",
-            query_prefix=None, revision="",
-        )  # fmt: skip
-        reranker = (load_encoder(late), options.rerank_index)
-    return Retriever(
-        options.store,
-        index_folder(options),
-        open_encoder(options),
-        backend=options.backend,
-        num_probes=options.num_probes,
-        reranker=reranker,
-        num_candidates=options.candidates,
-    )
+    search = search_settings(options)
+    return Retriever(options.store, index_folder(options), open_encoder(options), search)
 
 
 def add_answerer(command: argparse.ArgumentParser) -> None:
@@ -97,6 +128,7 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--answer-model", default="", help="model folder or hub id; with --endpoint, the server's name")
     who.add_argument("--engine", choices=("hf", "vllm", "fake"), default="hf")
     who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
+    who.add_argument("--max-tries", type=int, default=6, help="requests for one answer before the endpoint is down")
     who.add_argument("--script", default="", help="answers of the fake engine")
     who.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
     who.add_argument("--max-tokens", type=int, default=2048, help="of an answer")
@@ -117,6 +149,7 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
 
     arguments = ["--model", options.answer_model, "--engine", options.engine, "--endpoint", options.endpoint]
     arguments += ["--script", options.script, "--max-tokens", str(options.max_tokens)]
+    arguments += ["--max-tries", str(options.max_tries)]
     arguments += ["--max-images", str(options.k), "--device", options.device or "auto"]
     if options.answer_max_pixels:
         arguments += ["--max-pixels", str(options.answer_max_pixels)]

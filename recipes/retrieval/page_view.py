@@ -30,8 +30,9 @@ CSS = """
 .cards { display: grid; gap: .5rem; margin-top: .6rem; }
 .cards button { text-align: left; padding: .6rem; border: 1px solid #2e7d32; border-radius: .5rem; font: inherit; }
 .cards .place { font-weight: 700; display: block; }
-.faults { color: #b3261e; }
+.faults { color: #b3261e; overflow-wrap: anywhere; }
 """
+NOBODY_ANSWERS = "No answer model was named: pages are found, not read. Start with --answer-model or --endpoint."
 
 
 def pages_html(asking: Asking, address: Callable[[str], str]) -> str:
@@ -65,22 +66,18 @@ def answer_html(asking: Asking) -> str:
     faults = list(line["errors"])
     if line["finish_reason"] == "length":
         faults.append("cut off at the token limit: raise --max-tokens")
-    parts += [f'<div class="faults">{escape(fault)}</div>' for fault in faults]
-    return "".join(parts)
+    return "".join(parts) + faults_html(faults)
+
+
+def faults_html(faults: Sequence[str]) -> str:
+    """Return what went wrong, a line each."""
+    return "".join(f'<div class="faults">{escape(fault)}</div>' for fault in faults)
 
 
 def added_html(report: IngestReport, num_pages: int) -> str:
     """Return what became of added documents."""
-    lines = [f"{report.num_rendered} added or changed, {report.num_unchanged} unchanged; {num_pages} pages in all"]
-    lines += [f"{row.document}: {row.error}" for row in report.errors]
-    return _paragraphs(lines, faulty_from=1)
-
-
-def _paragraphs(lines: Sequence[str], faulty_from: int) -> str:
-    return "".join(
-        f"<div{' class=faults' if number >= faulty_from else ''}>{escape(line)}</div>"
-        for number, line in enumerate(lines)
-    )
+    counts = f"{report.num_rendered} added or changed, {report.num_unchanged} unchanged; {num_pages} pages in all"
+    return f"<div>{counts}</div>" + faults_html([f"{row.document}: {row.error}" for row in report.errors])
 
 
 def _figure(page: FoundPage, url: str, *, is_cited: bool) -> str:

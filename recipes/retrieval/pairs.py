@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from rollout.images import PromptError, read_size
+from rollout.images import MAX_ASPECT_RATIO, PromptError, read_size
 from rsgrpo.errors import InputError
 from rsgrpo.hub_data import published_folder
 
@@ -40,10 +41,10 @@ def read_pairs(source: str) -> list[Pair]:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     pairs, faults = [], []
     for file in files:
-        for number, row in enumerate(_rows(file), start=1):
+        for number, row in _rows(file):
             try:
                 pairs.append(_pair(row, file.parent))
-            except (PromptError, ValueError, KeyError, TypeError) as error:
+            except ValueError as error:
                 faults.append(f"  {file.name}:{number}: {error}")
     if faults:
         more = [f"  ... and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []
@@ -56,10 +57,12 @@ def read_pairs(source: str) -> list[Pair]:
 
 
 def _pair(row: dict[str, Any], folder: Path) -> Pair:
-    query = row["query"] if "query" in row else row["text"]
-    if not isinstance(query, str) or not query.strip():
+    query, image, negatives = row.get("query", row.get("text")), row.get("image"), row.get("negatives") or ()
+    if image is None or not isinstance(query, str) or not isinstance(negatives, list | tuple):
+        raise ValueError(f"a row needs query (text) and image, and negatives are a list; it has {', '.join(row)}")
+    if not query.strip():
         raise ValueError("the query is empty")
-    return Pair(query, _page(row["image"], folder), tuple(_page(page, folder) for page in row.get("negatives") or ()))
+    return Pair(query, _page(image, folder), tuple(_page(page, folder) for page in negatives))
 
 
 def _page(value: Any, folder: Path) -> str | bytes:
@@ -69,20 +72,24 @@ def _page(value: Any, folder: Path) -> str | bytes:
         value = str(folder / value)
     if not isinstance(value, str | bytes):
         raise ValueError(f"an image is a path or {{bytes, path}}, got {type(value).__name__}")
-    read_size(value)
+    height, width = read_size(value)
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise PromptError(f"an image of {width} x {height} pixels is too slim for any model; crop or pad it")
     return value
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
-        return
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield rows with their numbers, from 1: of a parquet's row, of a jsonl's line."""
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
-                yield row if isinstance(row, dict) else {}
-    except (OSError, ValueError) as error:
+        if file.suffix == ".parquet":
+            with pq.ParquetFile(file) as table:
+                batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=64))
+                yield from enumerate(chain.from_iterable(batches), start=1)
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    yield number, row if isinstance(row, dict) else {}
+    except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
         raise InputError(f"{file} cannot be read: {error}; pairs are jsonl or parquet") from error

@@ -11,6 +11,7 @@ from recipes.retrieval.encoders import Encoder
 from recipes.retrieval.index import IndexFault, VectorIndex
 from recipes.retrieval.search import Hit, exact, rerank
 from recipes.retrieval.store import Page, PageStore
+from rsgrpo.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +27,48 @@ class FoundPage:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How pages are searched.
+
+    backend: scan the index, or take candidates from FAISS. num_probes: lists that IVF reads per query.
+    reranker: a second encoder and its index, which order the first `num_candidates` pages anew.
+    """
+
+    backend: Literal["exact", "flat", "ivf"] = "exact"
+    num_probes: int = 32
+    reranker: tuple[Encoder, Path] | None = None
+    num_candidates: int = 100
+
+    def __post_init__(self) -> None:
+        for option, value in (("--num-probes", self.num_probes), ("--candidates", self.num_candidates)):
+            if value < 1:
+                raise InputError(f"{option} must be >= 1, got {value}")
+
+
+EXACT = SearchSettings()
+
+
 class Retriever:
     """Searches one store. Make it once: the encoder and the index stay loaded."""
 
-    def __init__(
-        self,
-        store: Path,
-        index: Path,
-        encoder: Encoder,
-        *,
-        backend: Literal["exact", "flat", "ivf"] = "exact",
-        num_probes: int = 32,
-        reranker: tuple[Encoder, Path] | None = None,
-        num_candidates: int = 100,
-    ) -> None:
+    def __init__(self, store: Path, index: Path, encoder: Encoder, search: SearchSettings = EXACT) -> None:
         """Open everything.
-
-        Args:
-            reranker: a second encoder and its index, which order the first `num_candidates` pages anew.
 
         Raises:
             RsgrpoError: something is not there, or an index was made by another encoder.
         """
         self.store, self.index, self.encoder = PageStore.open(store), VectorIndex.open(index), encoder
         self.index.require(encoder)
-        self._num_candidates = num_candidates
+        self._num_candidates = search.num_candidates
         self._faiss = None
-        if backend != "exact":
+        if search.backend != "exact":
             from recipes.retrieval.faiss_search import FaissSearch
 
-            self._faiss = FaissSearch(self.index, backend, num_probes=num_probes)
+            self._faiss = FaissSearch(self.index, search.backend, num_probes=search.num_probes)
         self._reranker = None
-        if reranker is not None:
-            second, folder = reranker
+        if search.reranker is not None:
+            second, folder = search.reranker
             self._reranker = (second, VectorIndex.open(folder))
             self._reranker[1].require(second)
 

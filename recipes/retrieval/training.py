@@ -26,9 +26,9 @@ from recipes.retrieval.encoders import RETRIEVER_FILE, EncoderSettings, ModelIde
 from recipes.retrieval.pairs import Pair
 from recipes.retrieval.search import rank
 from recipes.retrieval.sentence_encoders import load_sentence_transformer
-from rollout.images import decode
+from rollout.images import PromptError, decode
 from rsgrpo.console import Console, short
-from rsgrpo.errors import InputError
+from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
     from recipes.train_retriever import RetrieverConfig
@@ -141,11 +141,17 @@ def encode(model: Any, items: Sequence[Any], to_inputs: Callable[[Sequence[Any]]
 
 
 def inputs_of(identity: ModelIdentity) -> Callable[[Sequence[Any]], list[Any]]:
-    """Return what turns queries (str) and pages ({"page": source}) into a model's inputs."""
+    """Return what turns queries (str) and pages ({"page": source}) into a model's inputs.
+
+    It raises RsgrpoError for a page whose pixels are damaged: reading the pairs looked at headers only.
+    """
     resize, prefix = identity.loader.resize, identity.settings.query_prefix or ""
 
     def to_inputs(items: Sequence[Any]) -> list[Any]:
-        return [prefix + item if isinstance(item, str) else resize(decode(item["page"])) for item in items]
+        try:
+            return [prefix + item if isinstance(item, str) else resize(decode(item["page"])) for item in items]
+        except PromptError as error:
+            raise RsgrpoError(f"{error}; mend or remove the pair, and start again: the run goes on") from error
 
     return to_inputs
 
