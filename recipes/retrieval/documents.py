@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
@@ -31,6 +32,7 @@ OFFICE = frozenset(
 )
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")  # Pillow knows more: EPS runs programs
 POINTS_PER_INCH = 72
 _CSV_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
@@ -151,17 +153,19 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
     shutil.copyfile(path, source)
     command = [program, f"-env:UserInstallation={(scratch / 'profile').as_uri()}", "--headless", "--norestore"]
     command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
-    try:
-        result = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=settings.office_timeout_s,
-            preexec_fn=_unlimited_memory, start_new_session=True, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise DocumentError(f"LibreOffice took over {settings.office_timeout_s} s (--office-timeout-s)") from error
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+        preexec_fn=_unlimited_memory, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=settings.office_timeout_s)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)  # `soffice` is a script: the program itself is its child
+            raise DocumentError(f"LibreOffice took over {settings.office_timeout_s} s (--office-timeout-s)") from error
     produced = source.with_suffix(".pdf")
-    if result.returncode or not produced.exists():
-        said = (result.stderr or result.stdout).strip().splitlines()
-        raise DocumentError(f"LibreOffice cannot convert it: {said[-1] if said else f'exit code {result.returncode}'}")
+    if process.returncode or not produced.exists():
+        said = (err or out).strip().splitlines()
+        raise DocumentError(f"LibreOffice cannot convert it: {said[-1] if said else f'exit code {process.returncode}'}")
     return produced
 
 
@@ -204,14 +208,15 @@ def _refuse_zip_bomb(path: Path, settings: RenderSettings) -> None:
 
 
 def _kind(path: Path) -> Literal["pdf", "image", "other"]:
-    """Say what the bytes are."""
+    """Say what the bytes are. Other bytes may stand before a PDF, but only a file that says it is one is searched."""
     try:
         with open(path, "rb") as file:
-            if b"%PDF-" in file.read(1024):
-                return "pdf"
+            start = file.read(1024)
+        if start.startswith(b"%PDF-") or (b"%PDF-" in start and path.suffix.lower() == ".pdf"):
+            return "pdf"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size limits are checked where the pixels are decoded
-            with Image.open(path):
+            with Image.open(path, formats=IMAGE_FORMATS):
                 return "image"
     except Image.DecompressionBombError:
         return "image"
@@ -265,7 +270,7 @@ def _image_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.I
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+            opened = Image.open(path, formats=IMAGE_FORMATS)
         with opened:
             num_frames = getattr(opened, "n_frames", 1) if opened.format == "TIFF" else 1
             _refuse_pages(num_frames, settings)

@@ -97,6 +97,34 @@ def _ordered(query: str, hits: Sequence[Hit]) -> list[str]:
     return pages
 
 
+def merge_runs(files: Sequence[Path], k: int) -> tuple[dict[str, list[Hit]], str]:
+    """Return the k best pages of each query over runs of several stores, and the tag that all of them have.
+
+    A page that several stores have counts once, with its best score.
+
+    Raises:
+        InputError: k < 1, or runs have different tags: other encoders made them, and their scores do not compare.
+    """
+    if k < 1:
+        raise InputError(f"k must be >= 1, got {k}")
+    best: dict[str, dict[str, float]] = {}
+    tags: dict[str, Path] = {}
+    for file in files:
+        for query, hits in read_run(file).items():
+            scores = best.setdefault(query, {})
+            for hit in hits:
+                scores[hit.page_id] = max(hit.score, scores.get(hit.page_id, hit.score))
+        tags |= {line.split()[-1]: file for _, line in _lines(file)}
+    if len(tags) > 1:
+        shown = ", ".join(f"{tag} in {file}" for tag, file in tags.items())
+        raise InputError(f"the runs have different tags ({shown}): other encoders made them, scores do not compare")
+    merged = {
+        query: sorted((Hit(*pair) for pair in scores.items()), key=lambda hit: (-hit.score, hit.page_id))[:k]
+        for query, scores in best.items()
+    }
+    return merged, next(iter(tags), "empty")
+
+
 def write_run(file: Path, run: Run, tag: str) -> None:
     """Write a TREC run file: query Q0 page rank score tag."""
     lines = []
@@ -237,7 +265,7 @@ def top_rows(
 
 def _lines(file: Path) -> list[tuple[int, str]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
-    return [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]

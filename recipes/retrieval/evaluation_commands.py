@@ -1,4 +1,4 @@
-"""The commands of `recipes.retrieve` that work on sets of queries: run, evaluate, top, generate, unpack."""
+"""The commands of `recipes.retrieve` that work on sets of queries: run, merge, evaluate, top, generate, unpack."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def add_evaluation(commands: Any) -> None:
     run.add_argument("--out", type=Path, required=True, metavar="RUN")
     add_search_options(run)
     run.set_defaults(run=_run)
+    merge = commands.add_parser("merge", help="merge the run files of several stores into one")
+    merge.add_argument("run_files", type=Path, nargs="+", metavar="RUN", help="of the same queries and encoder")
+    merge.add_argument("--out", type=Path, required=True, metavar="RUN")
+    merge.add_argument("-k", type=int, default=10, help="pages; each run should hold as many")
+    merge.set_defaults(run=_merge)
     evaluate = commands.add_parser("evaluate", help="score a run file against judgments")
     evaluate.add_argument("run_file", type=Path, metavar="RUN")
     evaluate.add_argument("--qrels", type=Path, required=True, help="BEIR or TREC judgments")
@@ -73,6 +78,15 @@ def _run(options: argparse.Namespace) -> int:
             run[query.id] = hits
     write_run(options.out, run, tag=retriever.encoder.fingerprint[:8])
     print(f"{len(run)} queries, up to {options.k} pages each: {options.out}")
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from recipes.retrieval.evaluation import merge_runs, write_run
+
+    run, tag = merge_runs(options.run_files, options.k)
+    write_run(options.out, run, tag)
+    print(f"{len(run)} queries of {len(options.run_files)} runs, up to {options.k} pages each: {options.out}")
     return 0
 
 

@@ -25,8 +25,8 @@ class ImportedEncoder:
         try:
             self.description = {"imported": json.loads((folder / "encoder.json").read_text())}
             self._pages = self._table(folder, "pages.npy", (folder / "page_ids.txt").read_text().splitlines())
-            lines = (folder / "queries.jsonl").read_text().splitlines() if (folder / "queries.jsonl").exists() else []
-            queries = [json.loads(line) for line in lines]
+            lines = (folder / "queries.jsonl").read_text().split("\n") if (folder / "queries.jsonl").exists() else []
+            queries = [json.loads(line) for line in lines if line.strip()]
             self._queries = self._table(folder, "queries.npy", queries) if queries else ({}, np.zeros((0, 0)))
         except (OSError, ValueError) as error:
             raise EncoderError(

@@ -28,6 +28,10 @@ from rsgrpo.errors import InputError
 
 FORMAT = 1
 COMPACT_ABOVE = 0.5  # deleted share of a shard
+_MANIFEST: dict[str, type | tuple[type, ...]] = {
+    "fingerprint": str, "encoder": dict, "multi_vector": bool, "dtype": str, "dim": (int, type(None)),
+    "next_shard": int, "shards": list, "deleted": list,
+}  # fmt: skip
 
 
 class IndexFault(InputError):
@@ -72,9 +76,12 @@ class VectorIndex:
                 f"{folder} is not an index; make it with: python -m recipes.retrieve index STORE"
             ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IndexFault(f"{file} cannot be read: {error}; make the index anew") from error
+            raise IndexFault(f"{file} cannot be read: {error}; delete {folder} and index again") from error
         if found != FORMAT:
             raise IndexFault(f"{folder} has format {found}, this program reads {FORMAT}; make it anew")
+        wrong = [name for name, kind in _MANIFEST.items() if not isinstance(manifest.get(name), kind)]
+        if wrong or not all(_is_entry(entry) for entry in manifest["shards"]):
+            raise IndexFault(f"{file} is damaged ({(wrong or ['shards'])[0]}); delete {folder} and index again")
         return cls(folder, manifest)
 
     @classmethod
@@ -88,7 +95,7 @@ class VectorIndex:
             index = cls.open(folder)
             index.require(encoder)
             return index
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise IndexFault(f"{folder} is not empty and not an index; choose another --index")
         manifest = {
             "format": FORMAT, "fingerprint": encoder.fingerprint, "encoder": dict(encoder.description),
@@ -136,11 +143,10 @@ class VectorIndex:
     def locked(self) -> Iterator[None]:
         """Be the only writer, and clear away what a process that died left."""
         with single_writer(self.folder):
-            self._manifest, self._known = self.open(self.folder)._manifest, None
-            named = {shard["name"] for shard in self._manifest["shards"]}
-            for file in (self.folder / "shards").iterdir():
-                if file.name.partition(".")[0] not in named:
-                    file.unlink()
+            self._manifest, self._known, self._places = self.open(self.folder)._manifest, None, None
+            for leftover in self.folder.glob(".*.writing"):
+                leftover.unlink()
+            self._clear_shards()
             yield
 
     def __len__(self) -> int:
@@ -241,24 +247,41 @@ class VectorIndex:
         self._places = None
         with writing(self.folder):
             replace_file(self.folder / "manifest.json", json.dumps(self._manifest).encode())
+        self._clear_shards()
+
+    def _clear_shards(self) -> None:
+        """Remove files of shards that the manifest does not name."""
+        (self.folder / "shards").mkdir(exist_ok=True)
         named = {shard["name"] for shard in self._manifest["shards"]}
         for file in (self.folder / "shards").iterdir():
             if file.name.partition(".")[0] not in named:
                 file.unlink()
 
     def _ids(self, name: str) -> list[str]:
-        return (self.folder / "shards" / f"{name}.ids").read_text().splitlines()
+        with self._reading(name):
+            return (self.folder / "shards" / f"{name}.ids").read_text().splitlines()
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Turn a shard's file that is gone or damaged into an error that says what to do."""
+        try:
+            yield
+        except (OSError, ValueError, EOFError) as error:
+            if self.open(self.folder).state != self.state:
+                raise IndexFault(f"{self.folder} has changed while it was read; start the command again") from error
+            stem = self.folder / "shards" / name
+            raise IndexFault(f"shard {stem} is damaged: {error}; delete {self.folder} and index again") from error
 
     def _shard(self, name: str, deleted: set[str]) -> Shard:
         stem = self.folder / "shards" / name
-        try:
-            ids = self._ids(name)
+        ids = self._ids(name)
+        with self._reading(name):
             vectors_VD = np.load(stem.with_suffix(".npy"), mmap_mode="r")
             offsets = np.load(stem.with_suffix(".offsets.npy")) if self.multi_vector else np.arange(len(ids) + 1)
-        except (OSError, ValueError) as error:
-            raise IndexFault(f"shard {stem} is damaged: {error}; delete {self.folder} and index again") from error
-        if offsets[-1] != len(vectors_VD):
-            raise IndexFault(f"shard {stem} has {len(vectors_VD)} vectors for {len(ids)} pages; index again")
+            if vectors_VD.ndim != 2 or vectors_VD.shape[1] != self.dim:
+                raise ValueError(f"its vectors have shape {vectors_VD.shape}, the index has length {self.dim}")
+            if len(offsets) != len(ids) + 1 or offsets[-1] != len(vectors_VD):
+                raise ValueError(f"it has {len(vectors_VD)} vectors for {len(ids)} pages")
         alive_P = np.array([page_id not in deleted for page_id in ids]) if deleted else np.ones(len(ids), bool)
         return Shard(ids, vectors_VD, offsets, alive_P)
 
@@ -306,3 +329,8 @@ def missing_pages(index: VectorIndex, page_ids: Iterable[str]) -> tuple[set[str]
     """Return the pages that the index lacks, and those that it has too many."""
     wanted, have = set(page_ids), set(index.page_ids())
     return wanted - have, have - wanted
+
+
+def _is_entry(entry: Any) -> bool:
+    """Say whether an entry of the manifest names a shard by nothing but its number."""
+    return isinstance(entry, dict) and isinstance(entry.get("num_pages"), int) and str(entry.get("name")).isdigit()

@@ -73,6 +73,8 @@ def ingest(
     for root in roots:
         if not root.exists():
             raise InputError(f"{shown(root)} does not exist; name a folder or a file")
+        if (out / "pages").resolve() in (root.resolve() / "pages", *root.resolve().parents, root.resolve()):
+            raise InputError(f"{shown(root)} is the store itself; name the folder of the documents")
     found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
     candidates = [entry for entry in found if is_candidate(entry[1])]
     store = PageStore.create(out, settings.pixels())
@@ -85,7 +87,7 @@ def ingest(
                 "PDF, images, office, text and HTML files are read"
             )
         rows = {key: row for key, row in before.items() if row.root not in named}
-        wanted = [_file_row(*entry) for entry in candidates]
+        wanted = [row for entry in candidates if (row := _file_row(*entry)) is not None]
         num_removed = len({key for key, row in before.items() if row.root in named} - {row.path for row in wanted})
         waiting = []
         for row in wanted:
@@ -105,8 +107,12 @@ def ingest(
     )
 
 
-def _file_row(root: str, path: Path, name: str) -> DocumentRow:
-    status = path.stat()
+def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
+    """Return what can be said of a file without reading it; None when it has gone since it was found."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
     return DocumentRow(root, name, os.fsencode(path), "", status.st_size, status.st_mtime_ns, 0, "")
 
 
@@ -116,15 +122,28 @@ def _unchanged(old: DocumentRow, new: DocumentRow) -> bool:
 
 
 def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every regular file below a root with its name there, sorted; hidden ones and the store are left out."""
+    """Yield every regular file below a root with its name there, sorted; hidden ones and the store are left out.
+
+    Links to files are followed, links to folders are not: they may go round in circles.
+
+    Raises:
+        InputError: a folder cannot be read; going on would take its documents out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"the folder {shown(error.filename)} cannot be read: {os.strerror(error.errno or 0)}")
+
     root = root.resolve()
     if root.is_file():
         yield root, shown(root.name)
         return
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != out.resolve()
         )
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                log.warning("%s is a link to a folder and not followed; name its target", shown(Path(folder, name)))
         for name in sorted(names):
             path = Path(folder, name)
             if not name.startswith(".") and path.is_file():
@@ -171,8 +190,9 @@ def _row(row: DocumentRow, outcome: Outcome, store: PageStore) -> DocumentRow:
     if isinstance(outcome.error, StoreError):
         raise outcome.error
     if outcome.error is not None or outcome.died:
-        reason = outcome.died or str(outcome.error) or type(outcome.error).__name__
-        return replace(row, error=reason)
+        kind = "" if isinstance(outcome.error, DocumentError) else f"{type(outcome.error).__name__}: "
+        reason = outcome.died or f"{kind}{outcome.error}"
+        return replace(row, error=reason.encode("utf-8", "backslashreplace").decode())
     content, num_pages, fault = outcome.result
     return replace(row, content=content, num_pages=num_pages, error=fault)
 

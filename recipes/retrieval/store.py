@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ FORMAT = 1
 ID_CHARACTERS = 16  # of the content's sha256, in a page id
 _HASH_BLOCK = 1 << 20
 _ROW_GROUP = 4096
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class StoreError(InputError):
@@ -173,22 +175,31 @@ class PageStore:
         """Be the only writer.
 
         Raises:
-            StoreError: another process writes.
+            StoreError: another process writes, or the folder cannot be written.
         """
         with single_writer(self.folder):
             yield
 
     def documents(self) -> list[DocumentRow]:
-        """Return the catalogue of files, in order of root and document."""
+        """Return the catalogue of files, in order of root and document.
+
+        Raises:
+            StoreError: it is damaged, or gone while that of the pages is there.
+        """
         file = self.folder / "documents.parquet"
-        if not file.exists():
+        if not file.exists() and not self._pages_file.exists():
             return []
-        return [DocumentRow(**row) for row in pq.read_table(file).to_pylist()]
+        with _reading(file, f"delete it and {self._pages_file.name}, and ingest all folders in one command"):
+            return [DocumentRow(**row) for row in pq.read_table(file).to_pylist()]
 
     def pages(self) -> Iterator[Page]:
-        """Yield all pages, in order of document and number; memory stays bounded."""
+        """Yield all pages, in order of document and number; memory stays bounded.
+
+        Raises:
+            StoreError: the catalogue is damaged; so do `page_ids` and `find`.
+        """
         names = [field.name for field in fields(Page)]
-        with pq.ParquetFile(self._pages_file) as file:
+        with self._reading_pages(), pq.ParquetFile(self._pages_file) as file:
             for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=names):
                 for row in batch.to_pylist():
                     row["image"] = str((self.folder / row["image"]).absolute())
@@ -196,18 +207,20 @@ class PageStore:
 
     def page_ids(self) -> list[str]:
         """Return the ids of all pages, in the order of `pages`."""
-        return pq.read_table(self._pages_file, columns=["page_id"])["page_id"].to_pylist()
+        with self._reading_pages():
+            return pq.read_table(self._pages_file, columns=["page_id"])["page_id"].to_pylist()
 
     def find(self, page_ids: Iterable[str]) -> dict[str, Page]:
         """Return those of the wanted pages that are there."""
         names, wanted = [field.name for field in fields(Page)], sorted(set(page_ids))
         if not wanted:
             return {}
-        table = pq.read_table(self._pages_file, columns=names, filters=[("page_id", "in", wanted)])
         found = {}
-        for row in table.to_pylist():
-            row["image"] = str((self.folder / row["image"]).absolute())
-            found[row["page_id"]] = Page(**row)
+        with self._reading_pages():
+            table = pq.read_table(self._pages_file, columns=names, filters=[("page_id", "in", wanted)])
+            for row in table.to_pylist():
+                row["image"] = str((self.folder / row["image"]).absolute())
+                found[row["page_id"]] = Page(**row)
         return found
 
     def has_content(self, content: str) -> bool:
@@ -264,8 +277,13 @@ class PageStore:
             raise StoreError(f"{self.folder / 'store.json'} cannot be read: {error}; make the store anew") from error
         raise StoreError(f"{self.folder} has format {written['format']}, this program reads {FORMAT}; make it anew")
 
+    def _reading_pages(self) -> AbstractContextManager[None]:
+        return _reading(self._pages_file, "delete it and run the last ingest again; nothing is rendered anew")
+
     def _record(self, content: str) -> dict[str, Any]:
-        return json.loads((self.content_folder(content) / "pages.json").read_text())
+        file = self.content_folder(content) / "pages.json"
+        with _reading(file, f"delete {file.parent} and ingest all folders of the store in one command"):
+            return json.loads(file.read_text())
 
     def _page_rows(self, rows: list[DocumentRow]) -> Iterator[dict[str, Any]]:
         by_content: dict[str, list[DocumentRow]] = {}
@@ -294,11 +312,13 @@ def single_writer(folder: Path) -> Iterator[None]:
     """Hold a folder's lock; it goes with the process, however that ends.
 
     Raises:
-        StoreError: another process holds it.
+        StoreError: another process holds it, or it cannot be written.
     """
-    with open(folder / ".lock", "w") as file:
+    with writing(folder):
+        lock = (folder / ".lock").open("w")
+    with lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StoreError(f"another process is writing to {folder}; wait for it") from error
         yield
@@ -312,9 +332,11 @@ def content_writer(final: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if final.exists():  # two files with the same bytes, rendered side by side
-            return
-        os.rename(temporary, final)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if not final.exists():  # else two files with the same bytes were rendered side by side
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -330,12 +352,28 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in (*_FULL, *_FORBIDDEN):
             raise
+        remedy = "Make room" if error.errno in _FULL else "Make it writable"
         raise StoreWriteError(
-            f"cannot write to {folder}: {os.strerror(error.errno)}; what was finished is intact. Make room, then "
+            f"cannot write to {folder}: {os.strerror(error.errno)}; what was finished is intact. {remedy}, then "
             "start the same command again to continue"
         ) from error
+
+
+@contextmanager
+def _reading(file: Path, remedy: str) -> Iterator[None]:
+    """Turn a file that is gone or damaged into an error that says what to do.
+
+    Raises:
+        StoreError: names the file.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreError(f"{file} is gone; {remedy}") from error
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise StoreError(f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}") from error
 
 
 def replace_file(file: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.retrieval.documents import IMAGES
@@ -26,15 +27,16 @@ def unpack(source: str, out: Path) -> tuple[int, int, int]:
         folder = published_folder(source, local="benchmark", setting="SOURCE to benchmark")
     documents = out / "documents"
     documents.mkdir(parents=True, exist_ok=True)
-    names = {}
+    names: dict[str, str] = {}
     for row in _rows(folder, "corpus"):
         page = str(_value(row, "corpus", ("corpus-id", "_id", "id")))
         content = _value(row, "corpus", ("image",))
-        image = content["bytes"] if isinstance(content, dict) else content
+        image = content.get("bytes") if isinstance(content, dict) else content
         if not isinstance(image, bytes):
             raise InputError(f"{folder}: image of corpus-id {page} has no bytes")
-        name = quote(page, safe=" ()+,=@")
-        names[page] = name if Path(name).suffix.lower() in IMAGES else f"{name}.png"
+        if page in names and (documents / names[page]).read_bytes() != image:
+            raise InputError(f"{folder}: corpus-id {page} stands twice, with different images")
+        names[page] = _file_name(page)
         (documents / names[page]).write_bytes(image)
     queries = [_query(row) for row in _rows(folder, "queries")]
     (out / "queries.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in queries))
@@ -43,9 +45,19 @@ def unpack(source: str, out: Path) -> tuple[int, int, int]:
         page = str(_value(row, "qrels", ("corpus-id",)))
         if page not in names:
             raise InputError(f"{folder}: qrels name the page {page}, which the corpus lacks")
-        lines.append(f"{_value(row, 'qrels', ('query-id',))}\t{names[page]}\t{int(_value(row, 'qrels', ('score',)))}\n")
+        grade = _value(row, "qrels", ("score",))
+        if not (isinstance(grade, int | float) and grade == int(grade)):
+            raise InputError(f"{folder}: a score of qrels is a whole number, got {grade!r}")
+        lines.append(f"{_value(row, 'qrels', ('query-id',))}\t{names[page]}\t{int(grade)}\n")
     (out / "qrels.tsv").write_text("".join(lines))
     return len(names), len(queries), len(lines) - 1
+
+
+def _file_name(page: str) -> str:
+    """Return the name of a page's file: it keeps the id readable, and is not hidden, as an ingest leaves those out."""
+    name = quote(page, safe=" ()+,=@")
+    name = f"%2E{name[1:]}" if name.startswith(".") else name
+    return name if Path(name).suffix.lower() in IMAGES else f"{name}.png"
 
 
 def _query(row: dict[str, Any]) -> dict[str, Any]:
@@ -63,9 +75,12 @@ def _rows(folder: Path, part: str) -> Iterator[dict[str, Any]]:
     if not files:
         raise InputError(f"{folder} has no {part}/*.parquet; there must be corpus, queries and qrels")
     for file in files:
-        with pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=64):
-                yield from batch.to_pylist()
+        try:
+            with pq.ParquetFile(file) as table:
+                for batch in table.iter_batches(batch_size=64):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file} cannot be read: {error}; fetch it again") from error
 
 
 def _value(row: dict[str, Any], part: str, keys: tuple[str, ...]) -> Any:

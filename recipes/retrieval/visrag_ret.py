@@ -70,7 +70,7 @@ def encode_pages(model: Any, tokenizer: Any, store: Path, out: Path, batch_size:
 
 def encode_queries(model: Any, tokenizer: Any, queries: Path, out: Path, batch_size: int) -> None:
     """Write OUT/queries.npy and OUT/queries.jsonl."""
-    found = [json.loads(line) for line in queries.read_text().splitlines() if line.strip()]
+    found = [json.loads(line) for line in queries.read_text().split("\n") if line.strip()]
     texts = [row.get("text") or row.get("query") or row["question"] for row in found]
     vectors = encode(model, tokenizer, [QUERY_PREFIX + text for text in texts], [None] * len(texts), batch_size)
     _save(out / "queries.npy", vectors)

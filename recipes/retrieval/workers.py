@@ -6,6 +6,8 @@ Knows nothing of what a task does.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -107,6 +109,7 @@ def _look(worker: _Worker, timeout_s: float, on_alive: Callable[[], None]) -> Ou
 
 def _serve(work: Work, connection: Connection) -> None:
     """Run in the worker: one task after another until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     while True:
         try:
             task = connection.recv()
@@ -118,8 +121,17 @@ def _serve(work: Work, connection: Connection) -> None:
         except BrokenPipeError:
             return
         except Exception as error:
-            message = (_FAILED, error)
+            message = (_FAILED, _portable(error))
         try:
             connection.send(message)
         except BrokenPipeError:
             return
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error itself where it survives the way to the parent, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
