@@ -1,6 +1,6 @@
 """RS-GRPO against its ablations on the demo's task, same budget: one table with intervals over seeds.
 
-    python -m benchmarks.ablations [--seeds 0 1 2 3 4] [--steps 40] [--folder ablations]
+    python -m benchmarks.ablations [--seeds 0 1 2 3 4] [--steps 40] [--level easy] [--folder ablations]
 
 Every seed has data, model and warm start of its own, from which each arm starts. A finished stage is not run again, so
 a study that was stopped goes on. An arm takes about two minutes on two cores, a warm start six. `--table` runs nothing.
@@ -36,11 +36,11 @@ def run_of(folder: Path, arm: str) -> Path:
     return found[0]
 
 
-def study(folder: Path, seed: int, steps: int) -> None:
+def study(folder: Path, seed: int, steps: int, level: str) -> None:
     """Make one seed's data, model and warm start, then run every arm (one hydra multirun)."""
     folder.mkdir(parents=True, exist_ok=True)
     stages = [
-        ("demo/model", ["recipes.prepare", "demo", "--seed", f"{seed}"]),
+        ("demo/model", ["recipes.prepare", "demo", "--seed", f"{seed}", "--level", level]),
         ("demo/sft/export", ["recipes.sft", "recipe=sft_demo", f"seed={seed}"]),
     ]
     sweep = ["rsgrpo.train", "-m", "recipe=demo", f"seed={seed}", f"total_steps={steps}", f"algorithm={','.join(ARMS)}"]
@@ -71,13 +71,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="2 to 10 seeds")
     parser.add_argument("--steps", type=int, default=40, help="RL steps of every arm")
+    parser.add_argument("--level", default="easy", help="of the demo's questions, as in `recipes.prepare demo`")
     parser.add_argument("--folder", type=Path, default=Path("ablations"), help="where the seeds' folders are made")
     parser.add_argument("--table", action="store_true", help="run nothing, print the table of what is there")
     arguments = parser.parse_args()
     folders = [arguments.folder / f"seed{seed}" for seed in arguments.seeds]
     for seed, folder in zip(arguments.seeds, folders, strict=True):
         if not arguments.table:
-            study(folder.absolute(), seed, arguments.steps)
+            study(folder.absolute(), seed, arguments.steps, arguments.level)
     print(table(folders))
 
 

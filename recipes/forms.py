@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-FormLevel = Literal["easy", "lookup"]
+FormLevel = Literal["easy", "yes_no", "lookup"]
 Split = Literal["train", "val"]
 
 NO_EVIDENCE = "no relevant information"
@@ -26,6 +26,7 @@ DIGIT_PIXELS = 28  # one merged vision token of Qwen2.5-VL is 28 x 28 pixels
 FIRST_VALIDATION_SCAN = 1400  # scans before it are for training, the others for validation
 MIN_PAGES, MAX_PAGES = 2, 4
 UNANSWERABLE_SHARE = 0.15
+YES_ABOVE = 4  # of the ten amounts half is above it
 
 PAGES_PER_PAIR: dict[Split, int] = {"train": 30, "val": 4}  # distinct pages for each (code, amount)
 TEACHING_COPIES = 2  # of each training page, when the tower learns to read
@@ -64,6 +65,7 @@ class Item:
     pages: positions in the pool that the item was drawn from.
     codes, amounts: what each page shows.
     relevant: position of the page that answers the question; None when no page does.
+    is_yes_no: the answer is not the amount, but whether it is over `YES_ABOVE`.
     """
 
     pages: tuple[int, ...]
@@ -71,6 +73,7 @@ class Item:
     amounts: tuple[int, ...]
     question: str
     relevant: int | None
+    is_yes_no: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ class Reading:
     codes: tuple[int, ...]
     amounts: tuple[int, ...]
     chosen: int | None
+    is_yes_no: bool = False
 
 
 class Scans:
@@ -133,15 +137,18 @@ def draw_item(pool: Sequence[Page], level: FormLevel, rng: Random) -> Item:
     """Draw two to four pages with different codes, and a question that one of them answers, or none.
 
     pool: pages as `draw_pool` orders them.
-    level: "easy" names a page; "lookup" names a code, and the page must be found by reading.
+    level: "easy" names a page; "yes_no" asks whether its amount is over 4, which half of all misreadings answer rightly;
+        "lookup" names a code, and the page must be found by reading.
     """
     num_pages = rng.randint(MIN_PAGES, MAX_PAGES)
     codes = tuple(rng.sample(range(10), num_pages))
     amounts = tuple(rng.randrange(10) for _ in range(num_pages))
     relevant = None if rng.random() < UNANSWERABLE_SHARE else rng.randrange(num_pages)
+    page_number = 1 + (num_pages if relevant is None else relevant)
     if level == "easy":
-        page_number = 1 + (num_pages if relevant is None else relevant)
         question = rng.choice([f"what amount is on page {page_number}?", f"amount of page {page_number}?"])
+    elif level == "yes_no":
+        question = f"is the amount on page {page_number} over {YES_ABOVE}?"
     else:
         absent = [code for code in range(10) if code not in codes]
         code = rng.choice(absent) if relevant is None else codes[relevant]
@@ -150,12 +157,12 @@ def draw_item(pool: Sequence[Page], level: FormLevel, rng: Random) -> Item:
     pages = tuple(
         (10 * code + amount) * per_pair + rng.randrange(per_pair) for code, amount in zip(codes, amounts, strict=True)
     )
-    return Item(pages, codes, amounts, question, relevant)
+    return Item(pages, codes, amounts, question, relevant, is_yes_no=level == "yes_no")
 
 
 def true_reading(item: Item) -> Reading:
     """Read every page rightly and answer from the right one."""
-    return Reading(item.codes, item.amounts, item.relevant)
+    return Reading(item.codes, item.amounts, item.relevant, item.is_yes_no)
 
 
 def teacher_reading(item: Item, noise: float, rng: Random) -> Reading:
@@ -168,7 +175,7 @@ def teacher_reading(item: Item, noise: float, rng: Random) -> Reading:
     chosen = item.relevant
     if rng.random() < 0.6 * noise:
         chosen = rng.choice([None, *range(len(item.pages))])
-    return Reading(item.codes, amounts, chosen)
+    return Reading(item.codes, amounts, chosen, item.is_yes_no)
 
 
 def prompt_text(item: Asked) -> str:
@@ -221,11 +228,14 @@ def _facts(reading: Reading) -> list[str]:
 
 
 def _answer(reading: Reading) -> str:
-    return "" if reading.chosen is None else str(reading.amounts[reading.chosen])
+    if reading.chosen is None:
+        return ""
+    amount = reading.amounts[reading.chosen]
+    return ("yes" if amount > YES_ABOVE else "no") if reading.is_yes_no else str(amount)
 
 
 class FormJob:
-    """The demo's job at the levels easy and lookup; see `recipes.demo_data.Job`."""
+    """The demo's job at the levels easy, yes_no and lookup; see `recipes.demo_data.Job`."""
 
     tower_fact, tower_words = "digit_accuracy", "held-out pages' digits"
     num_labels = 10

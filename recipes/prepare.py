@@ -25,8 +25,13 @@ from rollout.config import ConfigError
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
 
-Level = Literal["easy", "lookup", "easy_vqa"]
-JOBS: dict[Level, type[FormJob | ShapeJob]] = {"easy": FormJob, "lookup": FormJob, "easy_vqa": ShapeJob}
+Level = Literal["easy", "yes_no", "lookup", "easy_vqa"]
+JOBS: dict[Level, type[FormJob | ShapeJob]] = {
+    "easy": FormJob,
+    "yes_no": FormJob,
+    "lookup": FormJob,
+    "easy_vqa": ShapeJob,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +168,9 @@ def parser() -> argparse.ArgumentParser:
         "--level",
         choices=sorted(JOBS),
         default=default.level,
-        help="easy: questions name a page; lookup: they name a code that must be found; easy_vqa: easy-VQA's questions "
-        "about pages with a coloured shape (the last two are not learnt in minutes)",
+        help="easy: questions name a page; yes_no: they ask whether its amount is over 4; lookup: they name a code that "
+        "must be found; easy_vqa: easy-VQA's questions about pages with a coloured shape (the last two are not learnt in "
+        "minutes)",
     )
     demo.add_argument(
         "--vision-steps", type=int, default=default.vision_steps, help="steps that teach the vision tower to read"

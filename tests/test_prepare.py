@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -164,6 +165,19 @@ def test_easy_questions_name_the_relevant_page_or_one_that_is_not_there(scans):
     for item in draw_items(scans, count=300):
         named = int(found(r"page (\d)", item.question))
         assert named == (len(item.pages) + 1 if item.relevant is None else item.relevant + 1)
+
+
+def test_a_yes_or_no_question_is_answered_rightly_by_half_of_all_misreadings(scans):
+    for item in draw_items(scans, "yes_no", count=300):
+        assert item.question == f"is the amount on page {1 + (item.relevant or 0)} over 4?" or item.relevant is None
+        truth = true_reading(item)
+        answer = found(r"<answer>(.*)</answer>", response_text(truth))
+        if item.relevant is None:
+            assert answer == "insufficient to answer"
+            continue
+        assert answer == ("yes" if item.amounts[item.relevant] in (5, 6, 7, 8, 9) else "no")
+        misread = [replace(truth, amounts=(amount,) * len(item.pages)) for amount in range(10)]
+        assert sum(f"<answer>{answer}</answer>" in response_text(reading) for reading in misread) == 5
 
 
 def test_lookup_questions_name_the_code_of_the_relevant_page_or_of_none(scans):
