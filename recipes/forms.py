@@ -137,7 +137,7 @@ def draw_item(pool: Sequence[Page], level: FormLevel, rng: Random) -> Item:
     """Draw two to four pages with different codes, and a question that one of them answers, or none.
 
     pool: pages as `draw_pool` orders them.
-    level: "easy" names a page; "yes_no" asks whether its amount is over 4, which half of all misreadings answer rightly;
+    level: "easy" names a page; "yes_no" asks whether its amount is over 4 (half of all misreadings answer rightly);
         "lookup" names a code, and the page must be found by reading.
     """
     num_pages = rng.randint(MIN_PAGES, MAX_PAGES)

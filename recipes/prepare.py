@@ -168,9 +168,9 @@ def parser() -> argparse.ArgumentParser:
         "--level",
         choices=sorted(JOBS),
         default=default.level,
-        help="easy: questions name a page; yes_no: they ask whether its amount is over 4; lookup: they name a code that "
-        "must be found; easy_vqa: easy-VQA's questions about pages with a coloured shape (the last two are not learnt in "
-        "minutes)",
+        help="easy: questions name a page; yes_no: they ask if its amount is over 4; lookup: they name a code that "
+        "must be found; easy_vqa: easy-VQA's questions about pages with a coloured shape (the last two are not learnt "
+        "in minutes)",
     )
     demo.add_argument(
         "--vision-steps", type=int, default=default.vision_steps, help="steps that teach the vision tower to read"
