@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import logging
 import os
 import re
 import resource
@@ -34,7 +35,7 @@ IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".s
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")  # Pillow knows more: EPS runs programs
 POINTS_PER_INCH = 72
-_CSV_SAMPLE_BYTES = 1 << 16
+_TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
 _CSV_QUOTE = ord('"')
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
@@ -172,18 +173,21 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
 def _import_filter(source: Path) -> list[str]:
     """Return how LibreOffice is to read what it would guess wrongly.
 
-    HTML for the screen loses headings when it is paged; tables of text are taken for Latin-1 with commas.
+    HTML for the screen loses headings when it is paged; tables of text are taken for Latin-1 with commas; text is taken
+    for some other format by its words, and mangled where it is Latin-1.
     """
     if source.suffix in (".html", ".htm"):
         return ["--infilter=HTML (StarWriter)"]
-    if source.suffix != ".csv":
+    if source.suffix not in (".csv", ".txt", ".md"):
         return []
     with open(source, "rb") as file:
-        content = file.read(_CSV_SAMPLE_BYTES)
+        content = file.read(_TEXT_SAMPLE_BYTES)
     try:  # the sample may end within a character
         text, charset = codecs.getincrementaldecoder("utf-8-sig")().decode(content), _CSV_UTF8
     except UnicodeDecodeError:
         text, charset = content.decode("latin-1"), _CSV_LATIN1
+    if source.suffix != ".csv":  # a byte order mark of UTF-16 goes before the name that is given
+        return [f"--infilter=Text (encoded):{'UTF8' if charset == _CSV_UTF8 else 'ISO_8859_1'},LF,,,"]
     try:
         separator = csv.Sniffer().sniff(text, delimiters=",;\t|").delimiter
     except csv.Error:
@@ -228,6 +232,7 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
     """Yield each page's pixels and text, or what is wrong with it."""
     import pypdfium2
 
+    logging.getLogger("pypdfium2").setLevel(logging.ERROR)  # it says of every XFA form that only its AcroForm is drawn
     try:
         document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
@@ -238,6 +243,7 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
     with document:
         if len(document) == 0:
             raise DocumentError("the PDF has no pages")
+        document.init_forms()  # without it the fields of a form, and what is written in them, are not drawn
         _refuse_pages(len(document), settings)
         for index in range(len(document)):
             try:
