@@ -5,27 +5,33 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from recipes import infer, retrieve
 from recipes.answerer import Output
-from recipes.questions import named_prompt
+from recipes.questions import Question, named_prompt, to_prompt
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.generation import Asked, answer_all, page_weights, paste, prompts_of
 from recipes.retrieval.ingest import ingest
 from recipes.retrieval.retriever import FoundPage
 from recipes.retrieval.store import PageStore
+from rollout.config import InputsConfig
+from rollout.inputs import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.console import Console
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.prompts import read_template
 from tests.retrieval_material import write_image
+from tests.taught_model import example, save_taught
 
 TEMPLATE = "{images}\nQuestion: {question}"
 ANSWER = "<observe>o</observe><evidence>\n[1]: no relevant information\n[2]: seven\n</evidence>"
@@ -252,3 +258,44 @@ def test_a_real_model_answers_in_every_setting_and_weighs_pages_by_its_own_likel
     assert lines["weighted"]["weights"] == pytest.approx(expected, rel=1e-4)
     chosen = outputs["q#1" if expected[0] >= expected[1] else "q#2"]
     assert lines["weighted"]["raw"] == chosen.text
+
+
+def test_weighted_takes_the_answer_that_a_model_of_one_page_is_sure_of(store, tmp_path, attentive_model_path, capsys):
+    ids = PageStore.open(store).page_ids()
+    images = {page.page_id: page.image for page in PageStore.open(store).pages()}
+    prompt, limits = named_prompt("demo"), InputsConfig(min_pixels=784, max_pixels=3136)
+    first, second = (
+        to_prompt(Question(place, "which?", (images[ids[row]],)), read_template(prompt), prompt.system)
+        for place, row in (("first", 1), ("second", 0))
+    )
+    # any four digits are an answer to the page that is found first, one number to the one that is found second
+    rng, sure = random.Random(0), "<answer>7777</answer>"
+    anything = [f"<answer>{rng.randint(1000, 9999)}</answer>" for _ in range(60)]
+    lessons = [lesson for answer in anything for lesson in ((first, answer), (second, sure))]
+    model = save_taught(attentive_model_path, tmp_path / "taught", lessons, limits, 120)
+
+    vectors = ["--kind", "imported", "--model", str(tmp_path / "vectors")]
+    assert retrieve.main(["index", str(store), *vectors]) == 0
+    who = ["--answer-model", model, "--device", "cpu", "--answer-max-pixels", "3136", "--prompt", "demo"]
+    capsys.readouterr()
+    command = ["ask", str(store), "which?", *vectors, "-k", "2", *who, "--max-tokens", "16"]
+    assert retrieve.main([*command, "--setting", "weighted", "--json"]) == 0
+    line = json.loads(next(text for text in capsys.readouterr().out.splitlines() if text.startswith("{")))
+    assert [page["score"] for page in line["pages"]] == [0.8, 0.6]
+    assert line["answer"] == "7777"
+
+    processor = InputProcessor(model, limits)
+    network = AutoModelForImageTextToText.from_pretrained(model)
+
+    def mean_logprob(prompt: Prompt, answer: str) -> float:
+        """Transformers' own loss, apart from any engine of ours."""
+        with torch.no_grad():
+            return -network(**example(processor, prompt, answer)).loss.item()
+
+    answerer = infer.answerer_of(infer.parser().parse_args(["--model", model, "--device", "cpu", "--max-tokens", "16"]))
+    (guess,) = answerer.answer([first])
+    answerer.close()
+    # softmax(.8, .6) = 1 / (1 + e^-.2), 1 / (1 + e^.2) = .54983, .45017
+    expected = [0.54983 * math.exp(mean_logprob(first, guess.text)), 0.45017 * math.exp(mean_logprob(second, sure))]
+    assert line["weights"] == pytest.approx(expected, rel=2e-3)
+    assert expected[0] < expected[1]
