@@ -27,7 +27,7 @@ from recipes.retrieval.options import (
     open_retriever,
 )
 from rsgrpo.console import Console
-from rsgrpo.errors import USER_ERROR, InputError, RsgrpoError
+from rsgrpo.errors import RUN_ERROR, USER_ERROR, InputError, RsgrpoError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
     from recipes.retrieval.encode_store import UpdateReport
@@ -35,9 +35,11 @@ if TYPE_CHECKING:  # a command loads only what it uses: models take half a minut
     from recipes.retrieval.retriever import FoundPage
     from recipes.retrieval.store import PageStore
 
+INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code."""
+    """Run one subcommand; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
     try:
@@ -50,6 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f'error: {error.name} is not installed; pip install "rsgrpo[retrieval]"', file=sys.stderr)
         return USER_ERROR
+    except OSError as error:  # a place that cannot be read or written; its words name it
+        print(f"error: {error}", file=sys.stderr)
+        return RUN_ERROR
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
+        return INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -255,4 +263,5 @@ def table_lines(found: Sequence[FoundPage]) -> list[str]:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # paths need not be valid text
     sys.exit(main())

@@ -70,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     from recipes.retrieval.evaluation import read_queries, write_run
 
     queries = read_queries(options.queries)
+    if not queries:
+        raise InputError(f"{options.queries} has no queries")
     retriever = open_retriever(options)
     run = {}
     for start in range(0, len(queries), QUERIES_AT_ONCE):
@@ -208,6 +210,8 @@ def _qrels(file: Path, store: PageStore | None) -> Qrels:
 
 
 def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
+    if k is not None and k < 1:
+        raise InputError(f"k must be >= 1, got {k}")
     wanted = {hit.page_id for hits in run.values() for hit in hits[:k]}
     pages = store.find(wanted)
     if missing := wanted - set(pages):
@@ -217,4 +221,5 @@ def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
 
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # paths need not be valid text

@@ -27,6 +27,7 @@ from recipes.retrieval.store import replace_file, single_writer, writing
 from rsgrpo.errors import InputError
 
 FORMAT = 1
+DTYPES = ("float16", "float32")
 COMPACT_ABOVE = 0.5  # deleted share of a shard
 _MANIFEST: dict[str, type | tuple[type, ...]] = {
     "fingerprint": str, "encoder": dict, "multi_vector": bool, "dtype": str, "dim": (int, type(None)),
@@ -80,6 +81,8 @@ class VectorIndex:
         if found != FORMAT:
             raise IndexFault(f"{folder} has format {found}, this program reads {FORMAT}; make it anew")
         wrong = [name for name, kind in _MANIFEST.items() if not isinstance(manifest.get(name), kind)]
+        if manifest.get("dtype") not in DTYPES:
+            wrong.append("dtype")
         if wrong or not all(_is_entry(entry) for entry in manifest["shards"]):
             raise IndexFault(f"{file} is damaged ({(wrong or ['shards'])[0]}); delete {folder} and index again")
         return cls(folder, manifest)

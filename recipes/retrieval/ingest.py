@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,8 @@ def ingest(
     """
     if num_workers < 1:
         raise InputError(f"--workers must be >= 1, got {num_workers}")
+    if not 0 < page_timeout_s < math.inf:
+        raise InputError(f"--page-timeout-s must be > 0, got {page_timeout_s:g}")
     for root in roots:
         if not root.exists():
             raise InputError(f"{shown(root)} does not exist; name a folder or a file")
