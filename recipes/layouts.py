@@ -20,10 +20,11 @@ from PIL import Image
 
 from recipes.batch import rewrite
 from recipes.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS
-from rollout.images import PromptError, read_size
+from rollout.images import PromptError, bytes_of, read_size
 from rollout.types import ImageSource
 from rsgrpo.errors import InputError
-from rsgrpo.rows import ImageFolder, Row, find_images, image_entries, image_paths, packed_images, read_rows
+from rsgrpo.packs import packed_images, packs_in
+from rsgrpo.rows import ImageFolder, Row, find_images, image_entries, image_paths, read_rows
 
 USER_ROLES, ASSISTANT_ROLES = ("human", "user"), ("gpt", "assistant")
 NOT_TAKEN = ("videos", "audios", "tools", "history", "chosen", "rejected")
@@ -57,7 +58,7 @@ def unpack(folder: Path, out: Path, advance: Advance = lambda: None) -> Unpacked
     Raises:
         InputError: there is nothing to unpack, a path leads out of `out`, or two images claim one path.
     """
-    packs = sorted(folder.glob("images*.parquet")) if folder.is_dir() else []
+    packs = packs_in(folder) if folder.is_dir() else []
     if not packs:
         raise InputError(f"{folder} has no images.parquet (or images-*.parquet) to unpack")
     num_written, num_there = 0, 0
@@ -100,8 +101,7 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
     """
     is_table = source.suffix == ".csv"
     rows, folder = (read_csv(source), source.parent) if is_table else read_rows(str(source), keep_broken=True)
-    wanted = {path for row in rows for key in IMAGE_KEYS for path in image_paths(row.columns.get(key))}
-    images = find_images(folder, image_dir, wanted)
+    images = find_images(folder, image_dir)
     written: list[dict[str, Any]] = []
     faults: list[str] = []
     systems: dict[str, str] = {}
@@ -146,14 +146,15 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def portable_image(source: ImageSource, out: Path) -> str:
-    """Return a page's path as seen from the file `out`; bytes become a file beside it."""
+    """Return a page's path as seen from the file `out`; bytes, packed or not, become a file beside it."""
     if isinstance(source, str):
         return os.path.relpath(source, out.parent)
-    with Image.open(io.BytesIO(source)) as image:
+    content = bytes_of(source)
+    with Image.open(io.BytesIO(content)) as image:
         suffix = (image.format or "img").lower()
-    path = out.parent / f"{out.stem}_images" / f"{hashlib.sha256(source).hexdigest()[:16]}.{suffix}"
+    path = out.parent / f"{out.stem}_images" / f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if not path.is_file():
-        _write_whole(path, source)
+        _write_whole(path, content)
     return os.path.relpath(path, out.parent)
 
 

@@ -29,7 +29,7 @@ from recipes.forms import (
     draw_pool,
     prompt_text,
 )
-from rsgrpo.rows import IMAGE_FILE
+from rsgrpo.packs import IMAGE_FILE
 
 TRAIN = "EVisRAG-Train"
 TRAIN_FILES = {"sft": "evidencecot_SFT", "train": "evidencecot_GRPO", "val": "test_GRPO"}

@@ -15,6 +15,8 @@ from typing import Any
 from rewards.api import Response
 from rewards.evisrag import BLOCKS, INSUFFICIENT, NO_EVIDENCE, well_formed
 from rewards.text import containment, normalise
+from rollout.packed import PackedImage
+from rollout.types import ImageSource
 
 _TAG = re.compile(rf"< ?(/?) ?({'|'.join(BLOCKS)}) ?>", re.IGNORECASE)
 _PARTIAL_TAG = re.compile(r"< ?/? ?([A-Za-z]{0,8}) ?$")
@@ -70,7 +72,7 @@ class ParsedAnswer:
         return dataclasses.asdict(self) | {"evidence": [dataclasses.asdict(slot) for slot in self.evidence]}
 
 
-def parse_strict(text: str, images: Sequence[str | bytes] | None = None) -> ParsedAnswer:
+def parse_strict(text: str, images: Sequence[ImageSource] | None = None) -> ParsedAnswer:
     """Read only what the rewards read: of each name the first opening tag up to the next closing one.
 
     images: the pages that were shown; None when it is not known how many there were.
@@ -79,7 +81,7 @@ def parse_strict(text: str, images: Sequence[str | bytes] | None = None) -> Pars
     return _assemble(text, blocks, dict(_strict_slots(blocks["evidence"] or "")), images)
 
 
-def parse_lenient(text: str, images: Sequence[str | bytes] | None = None) -> ParsedAnswer:
+def parse_lenient(text: str, images: Sequence[ImageSource] | None = None) -> ParsedAnswer:
     """Read all that can be read; a well-formed response reads as in `parse_strict`.
 
     A block without its closing tag ends at the next tag or at the end of the text. Tags may be in any case, also
@@ -106,7 +108,7 @@ def _assemble(
     text: str,
     blocks: dict[str, str | None],
     slots: dict[int, str],
-    images: Sequence[str | bytes] | None,
+    images: Sequence[ImageSource] | None,
     *,
     is_cut: bool = False,
 ) -> ParsedAnswer:
@@ -140,9 +142,9 @@ def _assemble(
     )
 
 
-def _name(images: Sequence[str | bytes] | None, number: int) -> str | None:
+def _name(images: Sequence[ImageSource] | None, number: int) -> str | None:
     source = images[number - 1] if images is not None and number <= len(images) else None
-    return source if isinstance(source, str) else None
+    return source.name if isinstance(source, PackedImage) else source if isinstance(source, str) else None
 
 
 def _finds_nothing(slot: str, *, is_cut: bool) -> bool:

@@ -16,11 +16,12 @@ import yaml
 
 from recipes.parsing import says_insufficient
 from rewards.evisrag import parse_gold
+from rollout.packed import PackedImage
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config import PromptConfig
 from rsgrpo.errors import InputError
 from rsgrpo.limits import nearest
-from rsgrpo.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, image_paths, read_rows
+from rsgrpo.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
 
 IMAGE_MARK = "<image>"
 ID_KEYS = ("id", "qid", "query_id", "question_id")
@@ -58,8 +59,7 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
         InputError: the source cannot be read, or rows are unusable; it lists them.
     """
     rows, folder = read_rows(source, keep_broken=True)
-    wanted = {path for row in rows for key in IMAGE_KEYS for path in image_paths(row.columns.get(key))}
-    images = find_images(folder, image_dir, wanted)
+    images = find_images(folder, image_dir)
     questions, faults = [], []
     for row in rows:
         try:
@@ -108,9 +108,12 @@ def prompt_hash(prompt: Prompt) -> str:
     """
     digest = hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode(errors="surrogatepass"))
     for source in prompt.images:
-        name = hashlib.sha256(source).digest() if isinstance(source, bytes) else Path(source).name.encode()
-        digest.update(b"\0" + name)
+        digest.update(b"\0" + (hashlib.sha256(source).digest() if isinstance(source, bytes) else _file_name(source)))
     return digest.hexdigest()[:16]
+
+
+def _file_name(source: str | PackedImage) -> bytes:
+    return Path(source.name if isinstance(source, PackedImage) else source).name.encode(errors="surrogateescape")
 
 
 def named_prompt(name: str) -> PromptConfig:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image
 
+from rollout.packed import PackedImage
 from rollout.types import ImageSource
 
 MAX_ASPECT_RATIO = 200
@@ -110,7 +111,7 @@ def decode(source: ImageSource) -> Image.Image:
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
     """Open an image lazily; whatever its bytes make Pillow raise, here or in the block, becomes a PromptError."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file_of(source)) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise PromptError(
@@ -128,8 +129,20 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         raise PromptError(f"image {name_of(source)} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def file_of(source: ImageSource) -> str | io.BytesIO:
+    """Return what Pillow opens."""
+    return source if isinstance(source, str) else io.BytesIO(bytes_of(source))
+
+
+def bytes_of(source: bytes | PackedImage) -> bytes:
+    """Return the compressed bytes of an image that is no file of its own."""
+    return source.read() if isinstance(source, PackedImage) else source
+
+
 def name_of(source: ImageSource) -> str:
     """Name an image in a message."""
+    if isinstance(source, PackedImage):
+        return f"{source.name} of {source.file}"
     return f"<{len(source):,} bytes>" if isinstance(source, bytes) else source
 
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from rollout.config import InputsConfig
 from rollout.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.offsets import token_spans
-from rollout.types import Prompt
+from rollout.types import ImageSource, Prompt
 
 IMAGE_MARK = "<image>"
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
@@ -186,7 +186,7 @@ class InputProcessor:
             expanded += [token_id] * (next(lengths) if token_id == self.image_token_id else 1)
         return expanded
 
-    def _num_vision_tokens(self, source: str | bytes) -> int:
+    def _num_vision_tokens(self, source: ImageSource) -> int:
         height, width = self._resized(*read_size(source), name_of(source))
         return (height // self._factor) * (width // self._factor)
 

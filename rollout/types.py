@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ImageSource = str | bytes
-"""One page image: a path, or its compressed bytes (png, jpeg, ...). Never a pixel tensor."""
+from rollout.packed import PackedImage
+
+ImageSource = str | bytes | PackedImage
+"""One page image: a path, its compressed bytes (png, jpeg, ...), or where these lie. Never a pixel tensor."""
 
 FinishReason = Literal["stop", "length"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import PIL
 
 from rollout.images import PromptError, check_decodes
+from rollout.packed import PackedImage
 from rollout.types import ImageSource
 
 CHECKED_FILE = ".checked_images"
@@ -71,6 +72,7 @@ def _digest(source: ImageSource) -> str:
     if isinstance(source, bytes):
         what = source
     else:
-        found = os.stat(source)
-        what = f"{os.path.abspath(source)}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
+        file, place = (source.file, f"{source.group}/{source.row}") if isinstance(source, PackedImage) else (source, "")
+        found = os.stat(file)
+        what = f"{os.path.abspath(file)}{place}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
     return hashlib.blake2b(what, digest_size=_DIGEST_BYTES, key=PIL.__version__.encode()).hexdigest()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rewards.api import Credit, Response, RewardError, Span, check_score, load_reward
+from rollout.images import bytes_of
 from rollout.types import RolloutGroup
 from rsgrpo.config import TrainConfig
 from rsgrpo.errors import InputError, RsgrpoError
@@ -176,7 +177,7 @@ def to_response(group: RolloutGroup, index: int) -> Response:
         num_tokens=len(rollout.token_ids_T),
         truncated=rollout.finish_reason == "length",
         question=prompt.question,
-        images=prompt.images,
+        images=tuple(source if isinstance(source, str) else bytes_of(source) for source in prompt.images),
     )
 
 

@@ -16,13 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rollout.inputs import InputProcessor, InputsError
+from rollout.inputs import InputsError
 from rollout.types import Prompt
 from rsgrpo.checked_images import CheckedImages
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.errors import InputError
 from rsgrpo.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
-from rsgrpo.rows import MAX_LISTED_ROWS, Row, find_images, image_paths, read_rows
+from rsgrpo.rows import MAX_LISTED_ROWS, Row, find_images, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def load_prompts(
     source: str,
     data: DataConfig,
     prompt: PromptConfig,
-    processor: InputProcessor,
+    processor: TokenCounter,
     *,
     checked: CheckedImages | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -77,7 +77,7 @@ def check_rows(
     rows: Sequence[Row],
     data: DataConfig,
     prompt: PromptConfig,
-    processor: InputProcessor,
+    processor: TokenCounter,
     *,
     source: str,
     folder: Path,
@@ -108,8 +108,7 @@ def sort_rows(
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Return the prompts of the rows that can be used, and why the others cannot, both in file order."""
     template = read_template(prompt)
-    wanted = {path for row in rows for path in image_paths(row.columns.get(data.image_key))}
-    images = find_images(folder, data.image_dir, wanted)
+    images = find_images(folder, data.image_dir)
     checker = RowChecker(data, template, prompt.system, images, processor, checked or CheckedImages())
     outcomes: list[Prompt | BadRow] = []
     with ThreadPoolExecutor(data.num_workers or min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:

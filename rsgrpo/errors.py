@@ -17,6 +17,10 @@ class RsgrpoError(Exception):
     exit_code = RUN_ERROR
 
 
+class SourceBroke(RsgrpoError):
+    """Rows that are read while a run trains come no more: nothing is wrong with the run, and it can go on later."""
+
+
 class InputError(RsgrpoError):
     """What the user gave cannot work (a setting, rows, a reward, a model, a file), and nothing has been started."""
 

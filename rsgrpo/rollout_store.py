@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rewards.api import Credit, Span
+from rollout.images import bytes_of
 from rollout.types import ImageSource
 from rsgrpo.errors import RsgrpoError
 
@@ -310,12 +311,13 @@ def _store_image(run_dir: Path, image: ImageSource) -> str:
     """Return the path under which the image is found again; bytes are written once, named by their content."""
     if isinstance(image, str):
         return os.path.abspath(image)
-    reference = f"{FOLDER}/{IMAGE_FOLDER}/{hashlib.sha256(image).hexdigest()[:32]}"
+    content = bytes_of(image)
+    reference = f"{FOLDER}/{IMAGE_FOLDER}/{hashlib.sha256(content).hexdigest()[:32]}"
     path = run_dir / reference
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(image)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     return reference
 

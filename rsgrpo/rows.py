@@ -8,18 +8,19 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rollout.packed import PackedImage
 from rollout.types import ImageSource
-from rsgrpo.errors import InputError
-from rsgrpo.hub_data import published_folder
+from rsgrpo.errors import InputError, SourceBroke
+from rsgrpo.hub_data import hub_errors, published_files, published_folder
+from rsgrpo.packs import image_key, index_packs, is_pack, packs_in
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 STREAMED_SUFFIXES = (".jsonl", ".parquet")
-IMAGE_FILE = "images.parquet"
 MAX_LISTED_ROWS = 20
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"-\d+-of-\d+$")
@@ -46,14 +47,14 @@ class ImageFolder:
     """Where image entries of rows are looked up.
 
     folder: start of relative paths.
-    packed: images that came in an `images.parquet`, by the path they are stored under.
+    packed: images that lie in an `images.parquet`, by `rsgrpo.packs.image_key`.
     """
 
     folder: Path
-    packed: Mapping[str, bytes] = field(default_factory=dict)
+    packed: Mapping[str, PackedImage] = field(default_factory=dict)
 
     def resolve(self, entry: Any) -> ImageSource:
-        """Return a path or compressed bytes for a path, bytes, {"bytes", "path"} or PIL image.
+        """Return a path, compressed bytes or where they lie for a path, bytes, {"bytes", "path"} or PIL image.
 
         Raises:
             ValueError: the entry is none of these.
@@ -63,7 +64,7 @@ class ImageFolder:
         if isinstance(entry, bytes | bytearray | memoryview):
             return bytes(entry)
         if isinstance(entry, Path | str) and str(entry):
-            packed = self.packed.get(str(entry))
+            packed = self.packed.get(image_key(str(entry)))
             return str(self.folder / entry) if packed is None else packed
         if hasattr(entry, "save") and hasattr(entry, "mode"):  # a PIL image
             buffer = io.BytesIO()
@@ -115,7 +116,8 @@ def open_rows(source: str) -> tuple[Iterator[Row], Path]:
     """Open a data source to be read once from its start, a few rows in memory at a time.
 
     source: a .jsonl or .parquet file; a folder with one such file or its shards; a hub id, which `datasets` streams.
-        ":NAME" after a folder or hub id chooses a file or split.
+        ":NAME" after a folder or hub id chooses a file or split. A hub data set with an `images.parquet` is fetched
+        and read from disk.
 
     Returns:
         The rows, and the folder that relative image paths start from.
@@ -129,7 +131,11 @@ def open_rows(source: str) -> tuple[Iterator[Row], Path]:
     elif Path(name).is_dir():
         files, folder = _data_files(Path(name), split), Path(name)
     elif _HUB_ID.fullmatch(name) and Path(source).suffix not in FILE_SUFFIXES:
-        return _stream_hub(name, split)
+        names = published_files(name)
+        if names is not None and not any(map(is_pack, names)):
+            return _stream_hub(name, split), Path(".")
+        folder = _fetched(name, split)  # images are wanted in any order, and packs must lie on this machine for that
+        files = _data_files(folder, split)
     else:
         raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
     whole = [path.name for path in files if path.suffix not in STREAMED_SUFFIXES]
@@ -159,7 +165,7 @@ def _batches(path: Path) -> Iterator[Row]:
         raise InputError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _stream_hub(name: str, split: str) -> tuple[Iterator[Row], Path]:
+def _stream_hub(name: str, split: str) -> Iterator[Row]:
     """Stream a hub data set through `datasets`; images stay compressed."""
     import datasets
 
@@ -169,7 +175,7 @@ def _stream_hub(name: str, split: str) -> tuple[Iterator[Row], Path]:
         if chosen not in loaded:
             raise InputError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
         stream = loaded[chosen]
-    except (OSError, ValueError) as error:
+    except hub_errors() as error:
         raise InputError(
             f"the hub data set {name} cannot be streamed: {error}; without a network, download it and name the folder"
         ) from error
@@ -178,22 +184,38 @@ def _stream_hub(name: str, split: str) -> tuple[Iterator[Row], Path]:
         if isinstance(kind, datasets.Image):
             raw = datasets.Image(decode=False)
             stream = stream.cast_column(column, raw if kind is feature else datasets.List(raw))
-    return (_row(f"row {number} of {name}", number, row) for number, row in enumerate(stream, start=1)), Path(".")
+    return _streamed(stream, name)
 
 
-def find_images(folder: Path, image_dir: str, wanted: set[str]) -> ImageFolder:
-    """Return where images are: `image_dir`, else the data's folder; with those of its `images.parquet` in memory.
+def _streamed(stream: Iterable[Any], name: str) -> Iterator[Row]:
+    """Yield what comes over the network; `datasets` itself has tried again for minutes before it gives up."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
 
-    wanted: the path strings that rows use; packed images under other paths are not kept.
+    faults = (DatasetsError, pyarrow.ArrowException, *hub_errors())
+    number = 0
+    try:
+        for number, columns in enumerate(stream, start=1):
+            yield _row(f"row {number} of {name}", number, columns)
+    except faults as error:
+        cause = error.__cause__ or error
+        raise SourceBroke(
+            f"the hub data set {name} broke off after row {number}: {type(cause).__name__}: {cause}\n"
+            "The same command goes on from the last checkpoint; where the network does not hold, download the data set "
+            f"(`hf download {name} --repo-type dataset --local-dir FOLDER`) and name the folder"
+        ) from error
+
+
+def find_images(folder: Path, image_dir: str) -> ImageFolder:
+    """Return where images are: `image_dir`, else the data's folder, and what lies packed in its `images.parquet`.
 
     Raises:
-        InputError: `image_dir` is not a folder, or `images.parquet` lacks its columns.
+        InputError: `image_dir` is not a folder, or `images.parquet` cannot be read or lacks its columns.
     """
     start = Path(image_dir) if image_dir else folder
     if not start.is_dir():
         raise InputError(f"data.image_dir {image_dir} is not a folder")
-    packed_path = start / IMAGE_FILE
-    return ImageFolder(start, _read_packed(packed_path, wanted) if packed_path.is_file() else {})
+    return ImageFolder(start, index_packs(packs_in(start)))
 
 
 def image_entries(value: Any) -> list[Any]:
@@ -281,39 +303,6 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _read_packed(path: Path, wanted: set[str]) -> dict[str, bytes]:
-    return {name: content for name, content in packed_images(path) if name in wanted}
-
-
-def packed_images(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield (path, compressed bytes) of an `images.parquet`, a few at a time in memory.
-
-    It has a column `path`, and `image` or `bytes` with bytes or {"bytes", "path"}; rows without either are left out.
-
-    Raises:
-        InputError: it cannot be read, or lacks its columns.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            column = next((name for name in ("image", "bytes") if name in names), None)
-            if column is None:
-                raise InputError(f"{path} needs a column `image` (or `bytes`), it has {', '.join(names)}")
-            columns = [name for name in (column, "path") if name in names]
-            for batch in file.iter_batches(batch_size=64, columns=columns):
-                for row in batch.to_pylist():
-                    value = row[column]
-                    inner = value if isinstance(value, Mapping) else {"bytes": value, "path": row.get("path")}
-                    name = row.get("path") or inner.get("path")
-                    if name and inner.get("bytes") is not None:
-                        yield name, inner["bytes"]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}") from error
-
-
 def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         import datasets
@@ -326,7 +315,7 @@ def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
 
 def _data_files(folder: Path, split: str) -> list[Path]:
     """Return the one data file of a folder, or the shards of one; `split` chooses among several by name."""
-    there = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE)
+    there = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and not is_pack(path.name))
     files = [path for path in there if not split or _SHARD.sub("", path.stem) == split]
     names = {_SHARD.sub("", path.stem) + path.suffix for path in files}
     if len(names) != 1:
@@ -341,11 +330,8 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 
 def _read_hub(name: str, split: str) -> tuple[list[Row], Path]:
     """Read a hub data set as the folder it is published as, or through `datasets` where it has no data files on top."""
-    local = f"data/{name.partition('/')[2]}"
-    folder = published_folder(
-        name, local=local, setting=f"data.train (or data.val) to {local}{':' * bool(split)}{split}"
-    )
-    files = [path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and path.name != IMAGE_FILE]
+    folder = _fetched(name, split)
+    files = [path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and not is_pack(path.name)]
     if files:
         return _read_folder(folder, split)
     import datasets
@@ -355,6 +341,12 @@ def _read_hub(name: str, split: str) -> tuple[list[Row], Path]:
     except (OSError, ValueError) as error:
         raise InputError(f"the hub data set {name} has no rows that can be read: {error}") from error
     return _from_datasets(loaded, name, split), folder
+
+
+def _fetched(name: str, split: str) -> Path:
+    local = f"data/{name.partition('/')[2]}"
+    setting = f"data.train (or data.val) to {local}{':' * bool(split)}{split}"
+    return published_folder(name, local=local, setting=setting)
 
 
 def _from_datasets(loaded: Any, name: str, split: str) -> list[Row]:

@@ -27,7 +27,7 @@ from rsgrpo.config import TrainConfig
 from rsgrpo.console import Console
 from rsgrpo.credit import RewardSet
 from rsgrpo.data import PromptDataset, PromptStream, load_prompts
-from rsgrpo.errors import InputError
+from rsgrpo.errors import InputError, SourceBroke
 from rsgrpo.gate import choose_prompts, require_gate
 from rsgrpo.guards import GuardBroken, Guards
 from rsgrpo.hub import push_folder, require_login
@@ -122,9 +122,10 @@ class Run:
             WorkerFailed: a worker failed; the text says when it did and what goes on.
         """
         with self._leaving:
-            if isinstance(error, StopRequested):
+            if isinstance(error, StopRequested | SourceBroke):
                 self.save()
-                self.console.warning(f"stopped by {error} after step {self.step}; the same command goes on from there")
+                why = f"by {error}" if isinstance(error, StopRequested) else "for want of rows"
+                self.console.warning(f"stopped {why} after step {self.step}; the same command goes on from there")
         if isinstance(error, WorkerFailed):
             newest = self.checkpoints.newest()
             where = f"step {newest.step}" if newest else "the beginning"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config import FilterConfig
 from rsgrpo.credit import group_mean, has_signal
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import RsgrpoError, SourceBroke
 from rsgrpo.types import ScoredGroup
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Collector:
         """Return `num_groups` groups for this step, and what was dropped on the way (`rollout/*`).
 
         Raises:
+            SourceBroke: no more prompts come; what was kept is in `surplus`.
             RsgrpoError: `filter.max_tries` rounds did not fill the step; shows the histogram of what was sampled.
         """
         kept, self.surplus = self.surplus, []
@@ -57,7 +58,11 @@ class Collector:
         while len(kept) < num_groups:
             if tries == self.filter.max_tries:
                 raise RsgrpoError(self._explain(num_groups, kept, seen, errors))
-            prompts = self.next_prompts(self._round_size(num_groups, num_groups - len(kept)))
+            try:
+                prompts = self.next_prompts(self._round_size(num_groups, num_groups - len(kept)))
+            except SourceBroke:
+                self.surplus = kept
+                raise
             for group in self._in_order(prompts, derive_seed(self.sampling.seed, "train", step, tries)):
                 if isinstance(group, RolloutGroup):
                     log.warning("step %d: prompt %s could not be sampled: %s", step, group.prompt.id, group.error)
@@ -121,10 +126,17 @@ class Lookahead:
     num_groups: int
     ready: tuple[int, tuple[list[ScoredGroup], dict[str, float]]] | None = None
     _running: tuple[int, Future[tuple[list[ScoredGroup], dict[str, float]]]] | None = None
+    _broke: SourceBroke | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampling"))
 
     def take(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
-        """Return the batch of `step`: what `start` collected, else it is collected now."""
+        """Return the batch of `step`: what `start` collected, else it is collected now.
+
+        Raises:
+            SourceBroke: as `Collector.collect`, now or while `start` collected.
+        """
+        if self._broke is not None:
+            raise self._broke
         if self.ready is not None and self.ready[0] == step:
             batch = self.ready[1]
             self.ready = None
@@ -136,11 +148,18 @@ class Lookahead:
         self._running = (step, self._thread.submit(self.collector.collect, self.num_groups, step))
 
     def settle(self) -> None:
-        """Wait until what was started is there; raise what it raised."""
+        """Wait until what was started is there; raise what it raised.
+
+        That no more prompts come is raised by `take`: the step that is being learnt can be finished and saved first.
+        """
         if self._running is not None:
             step, batch = self._running
             self._running = None
-            self.ready = (step, batch.result())
+            error = batch.exception()
+            if isinstance(error, SourceBroke):
+                self._broke = error
+            else:
+                self.ready = (step, batch.result())
 
 
 def _split_repeats(prompts: Sequence[Prompt]) -> list[list[Prompt]]:

@@ -10,16 +10,15 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rollout.types import Prompt
 from rsgrpo.checked_images import CheckedImages
 from rsgrpo.config import DataConfig, PromptConfig
 from rsgrpo.data import PromptDataset
-from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError, SourceBroke
 from rsgrpo.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
-from rsgrpo.rows import IMAGE_FILE, ImageFolder, Row, open_rows
+from rsgrpo.rows import ImageFolder, Row, find_images, open_rows
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,10 @@ class StreamedPrompts:
         """
         self.dropped: Counter[str] = Counter()
         self._data, self._seed = data, seed
+        self.epoch = self._position = 0
         self._rows: Iterator[Row]
+        self._images: ImageFolder | None = None
+        self._broke: SourceBroke | None = None
         self._processor, self._template, self._system = processor, read_template(prompt), prompt.system
         self._enter(epoch=0)
 
@@ -49,8 +51,20 @@ class StreamedPrompts:
         """Return the next n prompts.
 
         Raises:
+            SourceBroke: no more rows can be read now. The stream stands where it stood before, for a checkpoint.
             RsgrpoError: a row is bad and bad rows are not to be dropped, or a whole pass had no usable row.
         """
+        if self._broke is not None:
+            raise self._broke
+        stood: tuple[int, int] = self.epoch, self._position
+        try:
+            return self._take(n)
+        except SourceBroke as error:
+            self._broke = error
+            self.epoch, self._position = stood
+            raise
+
+    def _take(self, n: int) -> list[Prompt]:
         batch: list[Prompt] = []
         while len(batch) < n:
             row = next(self._rows, None)
@@ -67,8 +81,8 @@ class StreamedPrompts:
 
     def first(self, n: int) -> PromptDataset:
         """Return the first n prompts of the source at most, to look at before a run; the stream does not move."""
-        rows, folder = open_rows(self._data.train)
-        checker = self._checker(ImageFolder(folder))
+        rows, _ = open_rows(self._data.train)
+        checker = self._checker()
         good = (prompt for row in rows if isinstance(prompt := checker.check(row), Prompt))
         found = [prompt for prompt, _ in zip(good, range(n), strict=False)]
         if not found:
@@ -101,25 +115,19 @@ class StreamedPrompts:
 
     def _enter(self, epoch: int) -> None:
         rows, folder = open_rows(self._data.train)
-        if (folder / IMAGE_FILE).is_file() and not self._data.image_dir:
-            raise InputError(
-                f"data.streaming reads one row after the other, and {folder / IMAGE_FILE} would have to be in memory "
-                f"whole: unpack it (`python -m recipes.prepare unpack {folder} --out FOLDER`) and train on FOLDER"
-            )
         self.epoch, self._position, self._num_good = epoch, 0, 0
-        self._images = ImageFolder(folder)
-        self._check = self._checker(self._images)
+        self._images = self._images or find_images(folder, self._data.image_dir)
+        self._check = self._checker()
         order = random.Random(f"{self._seed}/{epoch}")
         self._rows = shuffled(rows, self._data.shuffle_buffer, order) if self._data.shuffle else iter(rows)
 
-    def _checker(self, images: ImageFolder) -> RowChecker:
-        if self._data.image_dir:
-            images = ImageFolder(Path(self._data.image_dir))
-        return RowChecker(self._data, self._template, self._system, images, self._processor, CheckedImages())
+    def _checker(self) -> RowChecker:
+        assert self._images is not None, "the source has been opened"
+        return RowChecker(self._data, self._template, self._system, self._images, self._processor, CheckedImages())
 
     def _checked(self, row: Row) -> Prompt | None:
         if self._position % ROWS_REMEMBERED == 0:
-            self._check = self._checker(self._images)  # it remembers the images of all rows that it checked
+            self._check = self._checker()  # it remembers the images of all rows that it checked
         found = self._check.check(row)
         if isinstance(found, BadRow):
             if (self._data.overlong if found.reason == OVERLONG else self._data.bad_rows) == "error":

@@ -7,7 +7,6 @@ that imports wandb or TensorBoard, and it does so only when asked. It knows noth
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
+from rollout.images import file_of
 from rollout.types import ImageSource
 from rsgrpo.config import TrackingConfig
 from rsgrpo.rollout_store import Split, remove_rollouts_after, write_rollouts
@@ -215,7 +215,7 @@ def page_strip(images: Sequence[ImageSource], height: int = THUMBNAIL_HEIGHT) ->
         return None
     pages = []
     for source in images:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(file_of(source)) as image:
             page = ImageOps.exif_transpose(image).convert("RGB")
         pages.append(page.resize((max(1, round(page.width * height / page.height)), height)))
     gap = 4

@@ -21,6 +21,7 @@ from recipes.evaluate import EvaluateConfig, evaluate, folder_name, spell_out
 from recipes.evaluation_page import worst_cases
 from recipes.predictions import load_predictions
 from recipes.scoring import evaluate_predictions
+from rollout.packed import PackedImage
 from rsgrpo import cli
 from rsgrpo.errors import ConfigError, RsgrpoError
 
@@ -132,7 +133,9 @@ def test_images_may_be_packed_in_a_parquet_file(data):
     content = (folder / "images/1.png").read_bytes()
     table = pyarrow.table({"image": [{"bytes": content, "path": "images/1.png"}]})
     pyarrow.parquet.write_table(table, folder / "images.parquet")
-    assert load_benchmark("SlideVQA", folder=str(data), topk=3)[0].images[1] == content
+    page = load_benchmark("SlideVQA", folder=str(data), topk=3)[0].images[1]
+    assert isinstance(page, PackedImage)
+    assert page.read() == content
 
 
 def test_repeated_ids_and_rows_without_gold_are_refused(data):

@@ -16,7 +16,8 @@ from recipes.mini_data import BENCHMARKS, TRAIN, TRAIN_FILES, wear, write_mini
 from recipes.questions import to_prompt
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError
-from rsgrpo.rows import packed_images, read_rows
+from rsgrpo.packs import packed_images
+from rsgrpo.rows import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -139,13 +139,9 @@ def test_what_must_be_read_whole_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "rows.json").write_text("[]")
     with pytest.raises(InputError, match=r"reads \.jsonl and \.parquet files, rows\.json is read whole only"):
         stream_of(str(tmp_path / "rows.json"))
-    source = write(tmp_path, [row_of(0)])
-    (tmp_path / "images.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match=r"unpack it \(`python -m recipes\.prepare unpack"):
-        stream_of(source)
     with pytest.raises(InputError, match="does not exist"):
         stream_of("none.jsonl")
-    with pytest.raises(InputError, match="the hub data set org/name cannot be streamed"):
+    with pytest.raises(InputError, match="org/name is not on this machine and cannot be fetched from the hub"):
         stream_of("org/name:train")
 
 

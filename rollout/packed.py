@@ -1,0 +1,88 @@
+"""An image that lies in a parquet file: a reference that reads its bytes when they are asked for.
+
+Keeps the row groups that were read last, so that memory stays bounded however large the file is. Which image lies
+where is `rsgrpo.packs`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+GROUPS_KEPT = 4  # in each process
+
+
+class _Turn:
+    """One thread at a time decodes a row group, so that it is decoded once, and one is in memory beside those kept."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget who holds it: in a forked process that thread does not exist."""
+        self.lock = threading.Lock()
+
+
+_turn = _Turn()
+os.register_at_fork(after_in_child=_turn.renew)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedImage:
+    """One compressed image in one row of a parquet file.
+
+    It may be used from any thread and after a fork. Pickled it becomes its bytes: whoever unpickles it, on another
+    machine perhaps, needs no file.
+
+    file: the parquet file. changed_ns: its time of change when it was indexed.
+    column: of the bytes, "image" or, inside a struct, "image.bytes".
+    group, row: row group, and row in it, from 0.
+    name: the path that the image is stored under.
+    """
+
+    file: str
+    changed_ns: int
+    column: str
+    group: int
+    row: int
+    name: str
+
+    def read(self) -> bytes:
+        """Return the image's bytes.
+
+        Raises:
+            OSError, ValueError: the file is not what it was when it was indexed, or has no bytes in this row.
+        """
+        with _turn.lock:
+            found = _column_of(self.file, self.changed_ns, self.column, self.group)
+        content = found[self.row].as_py()
+        if content is None:
+            raise OSError(f"{self.file} has no bytes for {self.name}")
+        return content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytes, (self.read(),)
+
+
+@lru_cache(maxsize=GROUPS_KEPT)
+def _column_of(file: str, changed_ns: int, column: str, group: int) -> Any:
+    """Return one row group of a column of bytes, a pyarrow.ChunkedArray."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    if os.stat(file).st_mtime_ns != changed_ns:
+        raise OSError(f"{file} has changed since it was indexed")
+    # A file object is not to be shared between threads, and Arrow's own threads do not outlive a fork: neither is here.
+    with pyarrow.parquet.ParquetFile(file, metadata=_metadata(file, changed_ns), pre_buffer=False) as opened:
+        found = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
+    return pyarrow.compute.struct_field(found, [0]) if "." in column else found
+
+
+@lru_cache(maxsize=64)
+def _metadata(file: str, changed_ns: int) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(file)
