@@ -1,4 +1,4 @@
-"""Documents for the retrieval tests, made without any library but Pillow."""
+"""Documents for the retrieval tests, made without any library but Pillow, and a store of some."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
+
+from recipes.retrieval.documents import RenderSettings
+from recipes.retrieval.ingest import ingest
+from rsgrpo.console import Console
 
 
 def write_pdf(path: Path, texts: Sequence[str], *, width: int = 200, height: int = 100, seed: str = "") -> None:
@@ -50,3 +54,13 @@ def write_encrypted_pdf(path: Path) -> None:
 def write_image(path: Path, colour: str = "red", width: int = 40, height: int = 30) -> None:
     """Write a plain image in the format that the extension says."""
     Image.new("RGB", (width, height), colour).save(path)
+
+
+def coloured_store(folder: Path) -> Path:
+    """Ingest FOLDER/docs, a red, a lime and a blue page, and return the store."""
+    (folder / "docs").mkdir()
+    for colour in ("red", "lime", "blue"):
+        write_image(folder / "docs" / f"{colour}.png", colour, 56, 56)
+    quiet = Console(io.StringIO())
+    ingest([folder / "docs"], folder / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+    return folder / "store"

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from learner_material import make_groups, make_learner
 from safetensors import safe_open
 from test_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    Qwen2VLImageProcessor,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
-)
+from tiny_qwen3 import save_qwen3
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForConditionalGeneration
 
 from rollout.config import InputsConfig
 from rollout.inputs import InputProcessor
@@ -27,49 +17,7 @@ from rsgrpo.packing import build_micro_batch
 
 @pytest.fixture(scope="module")
 def qwen3_path(tiny_model_path, tmp_path_factory) -> str:
-    """Folder of a random Qwen3-VL with the tiny model's tokenizer: four decoder layers, two of them with DeepStack."""
-    folder = tmp_path_factory.mktemp("tiny-qwen3")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    token_id: Any = tokenizer.convert_tokens_to_ids
-    text_config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 10_000.0},
-        "initializer_range": 0.05,
-        "pad_token_id": token_id("<|endoftext|>"),
-    }
-    vision_config = {
-        "depth": 3,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "out_hidden_size": 64,
-        "patch_size": 14,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1],
-        "initializer_range": 0.05,
-    }
-    torch.manual_seed(0)
-    config = Qwen3VLConfig(
-        text_config=text_config,
-        vision_config=vision_config,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-    )
-    Qwen3VLForConditionalGeneration(config).save_pretrained(folder)
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
-    video = Qwen3VLVideoProcessor(patch_size=14)
-    Qwen3VLProcessor(images, tokenizer, video, chat_template=tokenizer.chat_template).save_pretrained(folder)
-    images.save_pretrained(folder)
-    return str(folder)
+    return save_qwen3(tiny_model_path, tmp_path_factory.mktemp("tiny-qwen3"))
 
 
 @pytest.fixture(scope="module")

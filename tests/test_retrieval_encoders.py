@@ -20,19 +20,15 @@ from sentence_transformers import MultiVectorEncoder
 from recipes import retrieve
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.encode_store import update_index
-from recipes.retrieval.encoders import (
-    VISRAG_QUERY_PREFIX,
-    EncoderError,
-    EncoderSettings,
-    load_encoder,
-)
+from recipes.retrieval.encoders import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.index import IndexFault, VectorIndex
 from recipes.retrieval.ingest import ingest
 from recipes.retrieval.retriever import Retriever
 from recipes.retrieval.sentence_encoders import LateEncoder, SentenceEncoder
 from recipes.retrieval.store import Page, PageStore
 from rsgrpo.console import Console
-from tests.retrieval_material import write_image
+from tests.retrieval_material import coloured_store, write_image
 
 PIXELS = {"min_pixels": 784, "max_pixels": 784 * 16}
 
@@ -162,12 +158,7 @@ def test_a_damaged_page_of_the_store_is_made_anew_as_its_error_says(store, encod
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    (tmp_path / "docs").mkdir()
-    for colour in ("red", "lime", "blue"):
-        write_image(tmp_path / "docs" / f"{colour}.png", colour, 56, 56)
-    console = Console(io.StringIO())
-    ingest([tmp_path / "docs"], tmp_path / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
-    return tmp_path / "store"
+    return coloured_store(tmp_path)
 
 
 def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, encoder, tmp_path):

@@ -204,33 +204,6 @@ with index.locked():
     assert exact(index, [vectors["p0007"]], 1)[0][0].page_id == "p0007"
 
 
-def test_faiss_finds_what_the_exact_search_finds(tmp_path):
-    pytest.importorskip("faiss", reason="needs the retrieval extra")
-    from recipes.retrieval.faiss_search import FaissError, FaissSearch, build
-
-    vectors = random_vectors(2000)
-    queries = list(random_vectors(20, seed=5).values())
-    index = make(tmp_path, vectors, shard=700)
-    index.remove(["p0001"])
-    with pytest.raises(FaissError, match=r"has no FAISS file of kind flat; run: python -m recipes\.retrieve index"):
-        FaissSearch(index, "flat")
-    wanted = exact(index, queries, 10)
-    build(index, "flat")
-    assert FaissSearch(index, "flat").search(queries, 10) == wanted
-    build(index, "ivf")
-    found = FaissSearch(index, "ivf", num_probes=40).search(queries, 10)
-    recall = np.mean(
-        [len({h.page_id for h in a} & {h.page_id for h in b}) / 10 for a, b in zip(found, wanted, strict=True)]
-    )
-    assert recall > 0.9
-    assert len(FaissSearch(index, "flat").search(queries[:1], 5000)[0]) == 1999
-    index.remove(["p0002"])
-    with pytest.raises(FaissError, match="older than the index"):
-        FaissSearch(index, "flat")
-    with pytest.raises(FaissError, match="one vector each"):
-        build(make(tmp_path / "late", {"a": np.eye(2)}, multi=True), "flat")
-
-
 def page(page_id: str, image: str = "", text: str = "") -> Page:
     return Page(page_id, "doc.pdf", 1, image, 10, 10, text)
 

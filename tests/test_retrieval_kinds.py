@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -20,14 +19,13 @@ from transformers import AutoTokenizer
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import retrieve
-from recipes.retrieval.documents import RenderSettings
-from recipes.retrieval.encoders import Encoder, EncoderSettings, identify, load_encoder
+from recipes.retrieval.encoders import Encoder, EncoderSettings, identify
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.imported_vectors import ImportedEncoder
-from recipes.retrieval.ingest import ingest
 from recipes.retrieval.store import Page, PageStore
-from rsgrpo.console import Console
-from tests.retrieval_material import write_image
-from tests.retrieval_models import save_bert, save_clip, save_late, save_qwen3
+from tests.retrieval_material import coloured_store
+from tests.retrieval_models import save_bert, save_clip, save_late
+from tests.tiny_qwen3 import save_qwen3
 
 ROOT = Path(__file__).parent.parent
 QUERIES = ["what amount is on page 2?", "7", "insufficient to answer"]
@@ -136,12 +134,7 @@ class Toy(PreTrainedModel):
 
 @pytest.fixture
 def coloured(tmp_path: Path) -> Path:
-    (tmp_path / "docs").mkdir()
-    for colour in ("red", "lime", "blue"):
-        write_image(tmp_path / "docs" / f"{colour}.png", colour, 56, 56)
-    console = Console(io.StringIO())
-    ingest([tmp_path / "docs"], tmp_path / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
-    return tmp_path / "store"
+    return coloured_store(tmp_path)
 
 
 def test_a_model_of_remote_code_runs_out_of_process_by_consent_and_is_imported(

@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
-from recipes.retrieval.encoders import EncoderError, EncoderSettings, load_encoder
+from recipes.retrieval.encoders import EncoderError, EncoderSettings
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.store import Page
 from recipes.retrieval.vllm_encoder import folder_pooling, pool
 from rsgrpo.errors import RsgrpoError
-from tests.retrieval_models import save_qwen3
+from tests.tiny_qwen3 import save_qwen3
 
 pytestmark = pytest.mark.filterwarnings(  # vLLM imports what torch calls deprecated
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
