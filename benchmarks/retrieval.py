@@ -23,10 +23,11 @@ import numpy as np
 
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.encode_store import encode_here
-from recipes.retrieval.encoders import EncoderSettings, load_encoder
+from recipes.retrieval.encoders import EncoderSettings
 from recipes.retrieval.faiss_search import FaissSearch, build
 from recipes.retrieval.index import VectorIndex
 from recipes.retrieval.ingest import ingest
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.search import Hit, exact
 from recipes.retrieval.store import PageStore
 from rsgrpo.console import Console

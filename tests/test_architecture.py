@@ -103,6 +103,29 @@ def test_a_heavy_dependency_has_one_home(dependency):
     assert wrong == []
 
 
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one circle of imports, from the first back to itself, or nothing."""
+    done: set[str] = set()
+
+    def walk(path: list[str]) -> list[str]:
+        for found in sorted(graph[path[-1]]):
+            if found in path:
+                return [*path[path.index(found) :], found]
+            if found not in done and (around := walk([*path, found])):
+                return around
+        done.add(path[-1])
+        return []
+
+    return next((around for module in graph if module not in done and (around := walk([module]))), [])
+
+
+def test_no_import_leads_back_to_where_it_started():
+    modules = {relative(path).removesuffix(".py").replace("/", "."): path for path in FILES if path.stem != "__init__"}
+    graph = {module: set(imports(path)) & modules.keys() for module, path in modules.items()}
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle(graph) == []
+
+
 def test_imports_are_seen_at_the_top_and_inside_functions(tmp_path):
     (tmp_path / "module.py").write_text("import a.b\n\ndef late():\n    from c.d import e\n    return e\n")
     assert list(imports(tmp_path / "module.py")) == ["a.b", "c.d"]

@@ -400,7 +400,7 @@ def attributes_read() -> set[str]:
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf/train_retriever/recipe").glob("*.yaml")))
 def test_every_recipe_of_the_retriever_composes(recipe):
-    from recipes.train_retriever import RetrieverConfig
+    from recipes.retrieval.retriever_config import RetrieverConfig
 
     assert cli.compose(RetrieverConfig, "train_retriever", [f"recipe={recipe}"])
 

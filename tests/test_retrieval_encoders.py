@@ -21,9 +21,9 @@ from recipes import retrieve
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.encode_store import update_index
 from recipes.retrieval.encoders import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings
-from recipes.retrieval.load import load_encoder
 from recipes.retrieval.index import IndexFault, VectorIndex
 from recipes.retrieval.ingest import ingest
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.retriever import Retriever
 from recipes.retrieval.sentence_encoders import LateEncoder, SentenceEncoder
 from recipes.retrieval.store import Page, PageStore

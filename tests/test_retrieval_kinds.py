@@ -20,8 +20,8 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import retrieve
 from recipes.retrieval.encoders import Encoder, EncoderSettings, identify
-from recipes.retrieval.load import load_encoder
 from recipes.retrieval.imported_vectors import ImportedEncoder
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.store import Page, PageStore
 from tests.retrieval_material import coloured_store
 from tests.retrieval_models import save_bert, save_clip, save_late

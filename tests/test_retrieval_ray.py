@@ -20,9 +20,10 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 from recipes.retrieval.documents import RenderSettings
 from recipes.retrieval.encode_ray import RaySettings, encode_on_ray
 from recipes.retrieval.encode_store import encode_here, fill_index
-from recipes.retrieval.encoders import EncoderSettings, identify, load_encoder
+from recipes.retrieval.encoders import EncoderSettings, identify
 from recipes.retrieval.index import VectorIndex
 from recipes.retrieval.ingest import ingest
+from recipes.retrieval.load import load_encoder
 from recipes.retrieval.search import exact
 from recipes.retrieval.store import Page, PageStore
 from rsgrpo.console import Console

@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 
 from recipes.retrieval.encoders import EncoderSettings, identify
 from recipes.retrieval.pairs import Pair, read_pairs
+from recipes.retrieval.retriever_config import RetrieverConfig
 from recipes.retrieval.sentence_encoders import SentenceEncoder, load_sentence_transformer
 from recipes.retrieval.store import Page
 from recipes.retrieval.training import HeldOut, InBatchLoss, as_dataset, encode, inputs_of, mine_negatives, train
-from recipes.train_retriever import RetrieverConfig, main, split
+from recipes.train_retriever import main, split
 from rsgrpo import cli
 from rsgrpo.console import Console
 from rsgrpo.errors import RsgrpoError

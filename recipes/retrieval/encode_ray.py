@@ -19,14 +19,8 @@ import ray
 import ray.data
 from PIL import Image
 
-from recipes.retrieval.encoders import (
-    EncoderError,
-    EncoderSettings,
-    ModelIdentity,
-    PageInput,
-    PageLoader,
-    load_model_encoder,
-)
+from recipes.retrieval.encoders import EncoderError, EncoderSettings, ModelIdentity, PageInput, PageLoader
+from recipes.retrieval.load import load_model_encoder
 from recipes.retrieval.store import Page
 from rsgrpo.errors import InputError, RsgrpoError
 

@@ -1,6 +1,6 @@
 """What turns pages and queries into vectors: one protocol, the settings, and what every encoder shares.
 
-Knows neither indexes nor models; `load_encoder` opens the module that does.
+Knows neither indexes nor how models run: `recipes.retrieval.load` opens the module that does.
 """
 
 from __future__ import annotations
@@ -117,34 +117,6 @@ class EncoderSettings:
             raise InputError(f"--min-pixels {self.min_pixels} must be in [1, --max-pixels {self.max_pixels}]")
 
 
-def load_encoder(settings: EncoderSettings) -> Encoder:
-    """Load the encoder that the settings name.
-
-    Raises:
-        EncoderError: there is no such model, or the settings do not fit it.
-    """
-    if settings.kind == "imported":
-        from recipes.retrieval.imported_vectors import ImportedEncoder
-
-        return ImportedEncoder(Path(settings.model))
-    return load_model_encoder(settings)
-
-
-def load_model_encoder(settings: EncoderSettings) -> ModelEncoder:
-    """Load an encoder that runs a model.
-
-    Raises:
-        EncoderError: as `load_encoder`.
-    """
-    if settings.engine == "vllm":
-        from recipes.retrieval.vllm_encoder import VllmEncoder
-
-        return VllmEncoder(settings)
-    from recipes.retrieval.sentence_encoders import LateEncoder, SentenceEncoder
-
-    return LateEncoder(settings) if settings.kind == "late" else SentenceEncoder(settings)
-
-
 def fingerprint(description: Mapping[str, Any]) -> str:
     """Return the digest of what an encoder is made from."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
@@ -170,7 +142,7 @@ def folder_digest(folder: Path) -> str:
     """Return the digest of a model folder: small files whole, large ones by length and both ends."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
-        if not file.is_file() or file.suffix in (".md", ".txt~", ".png") or file.name.startswith("."):
+        if not file.is_file() or file.suffix in (".md", ".png") or file.name.startswith("."):
             continue
         num_bytes = file.stat().st_size
         digest.update(f"{file.relative_to(folder).as_posix()} {num_bytes}\n".encode())

@@ -63,8 +63,9 @@ def open_encoder(options: argparse.Namespace) -> Encoder:
     Raises:
         InputError: it cannot be loaded, or the index names one that has changed since.
     """
-    from recipes.retrieval.encoders import identify, load_encoder
+    from recipes.retrieval.encoders import identify
     from recipes.retrieval.index import IndexFault, VectorIndex
+    from recipes.retrieval.load import load_encoder
 
     settings = encoder_settings(options)
     if not options.model and settings.kind != "imported":
@@ -98,7 +99,7 @@ def search_settings(options: argparse.Namespace) -> SearchSettings:
     Raises:
         InputError: the reranker cannot be opened.
     """
-    from recipes.retrieval.encoders import load_encoder
+    from recipes.retrieval.load import load_encoder
     from recipes.retrieval.origin import recall
     from recipes.retrieval.retriever import SearchSettings
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +24,12 @@ from transformers import PrinterCallback, TrainerCallback
 
 from recipes.retrieval.encoders import RETRIEVER_FILE, EncoderSettings, ModelIdentity, identify
 from recipes.retrieval.pairs import Pair
+from recipes.retrieval.retriever_config import RetrieverConfig
 from recipes.retrieval.search import rank
 from recipes.retrieval.sentence_encoders import load_sentence_transformer
 from rollout.images import PromptError, decode
 from rsgrpo.console import Console, short
 from rsgrpo.errors import InputError, RsgrpoError
-
-if TYPE_CHECKING:
-    from recipes.train_retriever import RetrieverConfig
 
 NDCG_AT = 10
 SHOWN = {
