@@ -27,6 +27,25 @@ def write_pdf(path: Path, texts: Sequence[str], *, width: int = 200, height: int
         )
         kids.append(f"{len(objects)} 0 R")
     objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(kids)} >>"
+    path.write_bytes(_file_of(objects, seed))
+
+
+def write_form(path: Path, value: str) -> None:
+    """Write a PDF whose only page is one text field, with a value and no picture of it."""
+    field = f"/FT /Tx /T (name) /V ({value}) /F 4 /Rect [20 20 180 60] /P 3 0 R /DA (/F1 12 Tf 0 g)"
+    fonts = "/DA (/F1 12 Tf 0 g) /DR << /Font << /F1 5 0 R >> >>"
+    objects = [
+        f"<< /Type /Catalog /Pages 2 0 R /AcroForm << /Fields [4 0 R] {fonts} >> >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 200 100] /Annots [4 0 R] >>",
+        f"<< /Type /Annot /Subtype /Widget {field} >>",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    path.write_bytes(_file_of(objects))
+
+
+def _file_of(objects: Sequence[str], seed: str = "") -> bytes:
+    """Return the PDF of some numbered objects, the catalogue first."""
     out = io.BytesIO()
     out.write(f"%PDF-1.4\n%{seed}\n".encode())
     offsets = []
@@ -37,7 +56,7 @@ def write_pdf(path: Path, texts: Sequence[str], *, width: int = 200, height: int
     out.write(f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n".encode())
     out.write("".join(f"{offset:010d} 00000 n \n" for offset in offsets).encode())
     out.write(f"trailer\n<< /Size {len(objects) + 1} /Root 1 0 R >>\nstartxref\n{start}\n%%EOF\n".encode())
-    path.write_bytes(out.getvalue())
+    return out.getvalue()
 
 
 def write_encrypted_pdf(path: Path) -> None:

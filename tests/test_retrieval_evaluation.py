@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from recipes.retrieval.answer_rules import RULES, exact, first_letter, relaxed, 
 from recipes.retrieval.evaluation import (
     Query,
     evaluate_run,
+    merge_runs,
     read_qrels,
     read_queries,
     read_run,
@@ -157,6 +160,73 @@ def test_visrag_test_sets_become_plain_files(tmp_path):
     assert read_queries(tmp_path / "out" / "queries.jsonl") == [Query("q1", "what?", ("7",))]
     with pytest.raises(RsgrpoError, match="has no corpus/"):
         unpack(str(tmp_path), tmp_path / "again")
+
+
+def visrag_set(source: Path, page: str, image: bytes, grade: Any = 1) -> Path:
+    """Write a set of one page, one query and one judgment."""
+    parts: dict[str, dict[str, Any]] = {
+        "corpus": {"corpus-id": page, "image": {"bytes": image, "path": None}},
+        "queries": {"query-id": "q1", "query": "one\u2028line", "answer": ["7"]},
+        "qrels": {"query-id": "q1", "corpus-id": page, "score": grade},
+    }
+    for part, row in parts.items():
+        (source / part).mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist([row]), source / part / "train.parquet")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("page", "name"), [(".hidden", "%2Ehidden.png"), ("..", "%2E..png"), ("../up.jpg", "%2E.%2Fup.jpg")]
+)
+def test_a_page_of_any_name_is_a_file_that_an_ingest_sees(tmp_path, page, name):
+    unpack(str(visrag_set(tmp_path / "set", page, b"x", 1.0)), tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out" / "documents").iterdir()] == [name]
+    assert read_qrels(tmp_path / "out" / "qrels.tsv") == {"q1": {name: 1}}
+    assert [query.text for query in read_queries(tmp_path / "out" / "queries.jsonl")] == ["one\u2028line"]
+
+
+def test_damaged_visrag_sets_say_where(tmp_path):
+    with pytest.raises(RsgrpoError, match=r"a score of qrels is a whole number, got 0\.5"):
+        unpack(str(visrag_set(tmp_path / "half", "a", b"x", 0.5)), tmp_path / "out")
+    twice = visrag_set(tmp_path / "twice", "a", b"x")
+    pq.write_table(pa.Table.from_pylist([{"corpus-id": "a", "image": b"y"}]), twice / "corpus" / "more.parquet")
+    with pytest.raises(RsgrpoError, match="corpus-id a stands twice, with different images"):
+        unpack(str(twice), tmp_path / "out")
+    file = visrag_set(tmp_path / "cut", "a", b"x") / "queries" / "train.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(RsgrpoError, match=r"queries/train\.parquet cannot be read: .*; fetch it again"):
+        unpack(str(tmp_path / "cut"), tmp_path / "out")
+
+
+def test_runs_of_several_stores_merge_by_score(tmp_path, capsys):
+    write_run(tmp_path / "a.run", {"q1": [Hit("a", 0.9), Hit("b", 0.5)], "q2": [Hit("b", 0.1)]}, "t")
+    write_run(tmp_path / "b.run", {"q1": [Hit("c", 0.9), Hit("d", 0.7), Hit("b", 0.6)]}, "t")
+    runs = [tmp_path / "a.run", tmp_path / "b.run"]
+    ranked = [Hit("a", 0.9), Hit("c", 0.9), Hit("d", 0.7), Hit("b", 0.6)]  # b counts once, by its better score
+    assert merge_runs(runs, 10) == ({"q1": ranked, "q2": [Hit("b", 0.1)]}, "t")
+    command = ["merge", *map(str, runs), "--out", str(tmp_path / "all.run")]
+    assert retrieve.main([*command, "-k", "2"]) == 0
+    assert read_run(tmp_path / "all.run") == {"q1": ranked[:2], "q2": [Hit("b", 0.1)]}
+    assert merge_runs([tmp_path / "all.run"], 2)[1] == "t"  # so that it may be merged again
+    write_run(tmp_path / "b.run", {"q1": [Hit("c", 0.9)]}, "other")
+    capsys.readouterr()
+    assert retrieve.main(command) == 2
+    assert "different tags (t in" in capsys.readouterr().err
+    assert retrieve.main([*command, "-k", "0"]) == 2
+    assert "k must be >= 1, got 0" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    (tmp_path / "q.jsonl").write_bytes(b'\xef\xbb\xbf{"_id": "1", "text": "a"}\r\n{"_id": "2", "text": "b"}\r\n')
+    assert [query.text for query in read_queries(tmp_path / "q.jsonl")] == ["a", "b"]
+    (tmp_path / "q.tsv").write_bytes(b"\xef\xbb\xbf1\tx\t1\r\n2\ty\t0\r\n")
+    assert read_qrels(tmp_path / "q.tsv") == {"1": {"x": 1}, "2": {"y": 0}}
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_a_failure(tmp_path, capsys):
+    write_run(tmp_path / "a.run", RUN, "t")
+    assert retrieve.main(["merge", str(tmp_path / "a.run"), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: [Errno 21] Is a directory: '{tmp_path}'\n"
 
 
 def test_evaluate_from_the_command_line(tmp_path, capsys):

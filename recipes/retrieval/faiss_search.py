@@ -111,7 +111,8 @@ class FaissSearch:
         self._index = index
         try:
             self._ids = np.load(file.with_suffix(".ids.npy"), mmap_mode="r")
-            self._faiss = faiss.read_index(os.fspath(file))
+            with open(file, "rb") as stream:  # FAISS itself opens no path that is not UTF-8
+                self._faiss = faiss.read_index(faiss.PyCallbackIOReader(stream.read))  # type: ignore[attr-defined]
         except (OSError, ValueError, EOFError, RuntimeError) as error:
             raise FaissError(f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}") from error
         if self._faiss.ntotal != len(self._ids):

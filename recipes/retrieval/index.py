@@ -80,11 +80,9 @@ class VectorIndex:
             raise IndexFault(f"{file} cannot be read: {error}; delete {folder} and index again") from error
         if found != FORMAT:
             raise IndexFault(f"{folder} has format {found}, this program reads {FORMAT}; make it anew")
-        wrong = [name for name, kind in _MANIFEST.items() if not isinstance(manifest.get(name), kind)]
-        if manifest.get("dtype") not in DTYPES:
-            wrong.append("dtype")
-        if wrong or not all(_is_entry(entry) for entry in manifest["shards"]):
-            raise IndexFault(f"{file} is damaged ({(wrong or ['shards'])[0]}); delete {folder} and index again")
+        wrong = _wrong_entry(manifest)
+        if wrong:
+            raise IndexFault(f"{file} is damaged ({wrong}); delete {folder} and index again")
         return cls(folder, manifest)
 
     @classmethod
@@ -334,6 +332,15 @@ def missing_pages(index: VectorIndex, page_ids: Iterable[str]) -> tuple[set[str]
     return wanted - have, have - wanted
 
 
-def _is_entry(entry: Any) -> bool:
-    """Say whether an entry of the manifest names a shard by nothing but its number."""
-    return isinstance(entry, dict) and isinstance(entry.get("num_pages"), int) and str(entry.get("name")).isdigit()
+def _wrong_entry(manifest: dict[str, Any]) -> str:
+    """Return which entry of a manifest cannot be, "" when all can."""
+    for name, kind in _MANIFEST.items():
+        if name not in manifest or not isinstance(manifest[name], kind):
+            return name
+    if manifest["dtype"] not in DTYPES:
+        return "dtype"
+    for shard in manifest["shards"]:
+        numbered = isinstance(shard, dict) and str(shard.get("name")).isdigit()  # names become paths
+        if not numbered or not isinstance(shard.get("num_pages"), int):
+            return "shards"
+    return "dim" if manifest["shards"] and not manifest["dim"] else ""

@@ -7,9 +7,12 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from PIL import Image
 
 from recipes.retrieval.documents import DocumentError, RenderSettings, is_candidate, limit_memory, render
 from recipes.retrieval.store import (
@@ -76,6 +79,8 @@ def ingest(
     for root in roots:
         if not root.exists():
             raise InputError(f"{shown(root)} does not exist; name a folder or a file")
+        if not root.is_dir() and not root.is_file():
+            raise InputError(f"{shown(root)} is neither a folder nor a file with content (a pipe, a device)")
         if (out / "pages").resolve() in (root.resolve() / "pages", *root.resolve().parents, root.resolve()):
             raise InputError(f"{shown(root)} is the store itself; name the folder of the documents")
     found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
@@ -207,6 +212,7 @@ def render_document(task: _Task, alive: Callable[[], None]) -> tuple[str, int, s
         The content's hash, its number of pages, and which pages it lacks.
     """
     limit_memory()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error beyond it is a row of the catalogue
     store, path = PageStore(Path(task.store)), Path(os.fsdecode(task.path))
     try:
         content = hash_file(path)

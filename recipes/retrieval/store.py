@@ -18,6 +18,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -105,8 +106,9 @@ def page_id(content: str, number: int) -> str:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """Return a path as valid text; bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """Return a path as valid text of one line; bytes that are not UTF-8, and control characters, become \\xNN."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def hash_file(path: Path) -> str:
@@ -172,11 +174,7 @@ class PageStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Be the only writer.
-
-        Raises:
-            StoreError: another process writes, or the folder cannot be written.
-        """
+        """Be the only writer; raises as `single_writer`."""
         with single_writer(self.folder):
             yield
 
@@ -189,8 +187,8 @@ class PageStore:
         file = self.folder / "documents.parquet"
         if not file.exists() and not self._pages_file.exists():
             return []
-        with _reading(file, f"delete it and {self._pages_file.name}, and ingest all folders in one command"):
-            return [DocumentRow(**row) for row in pq.read_table(file).to_pylist()]
+        with _reading(file, f"delete it and {self._pages_file.name}, and ingest all folders in one command") as stream:
+            return [DocumentRow(**row) for row in pq.read_table(stream).to_pylist()]
 
     def pages(self) -> Iterator[Page]:
         """Yield all pages, in order of document and number; memory stays bounded.
@@ -199,7 +197,7 @@ class PageStore:
             StoreError: the catalogue is damaged; so do `page_ids` and `find`.
         """
         names = [field.name for field in fields(Page)]
-        with self._reading_pages(), pq.ParquetFile(self._pages_file) as file:
+        with self._reading_pages() as stream, pq.ParquetFile(stream) as file:
             for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=names):
                 for row in batch.to_pylist():
                     row["image"] = str((self.folder / row["image"]).absolute())
@@ -207,8 +205,8 @@ class PageStore:
 
     def page_ids(self) -> list[str]:
         """Return the ids of all pages, in the order of `pages`."""
-        with self._reading_pages():
-            return pq.read_table(self._pages_file, columns=["page_id"])["page_id"].to_pylist()
+        with self._reading_pages() as stream:
+            return pq.read_table(stream, columns=["page_id"])["page_id"].to_pylist()
 
     def find(self, page_ids: Iterable[str]) -> dict[str, Page]:
         """Return those of the wanted pages that are there."""
@@ -216,8 +214,8 @@ class PageStore:
         if not wanted:
             return {}
         found = {}
-        with self._reading_pages():
-            table = pq.read_table(self._pages_file, columns=names, filters=[("page_id", "in", wanted)])
+        with self._reading_pages() as stream:
+            table = pq.read_table(stream, columns=names, filters=[("page_id", "in", wanted)])
             for row in table.to_pylist():
                 row["image"] = str((self.folder / row["image"]).absolute())
                 found[row["page_id"]] = Page(**row)
@@ -277,13 +275,13 @@ class PageStore:
             raise StoreError(f"{self.folder / 'store.json'} cannot be read: {error}; make the store anew") from error
         raise StoreError(f"{self.folder} has format {written['format']}, this program reads {FORMAT}; make it anew")
 
-    def _reading_pages(self) -> AbstractContextManager[None]:
+    def _reading_pages(self) -> AbstractContextManager[pa.NativeFile]:
         return _reading(self._pages_file, "delete it and run the last ingest again; nothing is rendered anew")
 
     def _record(self, content: str) -> dict[str, Any]:
         file = self.content_folder(content) / "pages.json"
-        with _reading(file, f"delete {file.parent} and ingest all folders of the store in one command"):
-            return json.loads(file.read_text())
+        with _reading(file, f"delete {file.parent} and ingest all folders of the store in one command") as stream:
+            return json.loads(stream.read())
 
     def _page_rows(self, rows: list[DocumentRow]) -> Iterator[dict[str, Any]]:
         by_content: dict[str, list[DocumentRow]] = {}
@@ -362,14 +360,15 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(file: Path, remedy: str) -> Iterator[None]:
-    """Turn a file that is gone or damaged into an error that says what to do.
+def _reading(file: Path, remedy: str) -> Iterator[pa.NativeFile]:
+    """Open a file; if it is gone or damaged, say what to do.
 
     Raises:
         StoreError: names the file.
     """
     try:
-        yield
+        with pa.OSFile(os.fsencode(file)) as stream:  # bytes, for paths that are not UTF-8
+            yield stream
     except FileNotFoundError as error:
         raise StoreError(f"{file} is gone; {remedy}") from error
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
@@ -390,7 +389,7 @@ def replace_table(file: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema)
     """Write a parquet file in one step, a few thousand rows at a time."""
     temporary = file.with_name(f".{file.name}.writing")
     remaining = iter(rows)
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with pa.OSFile(os.fsencode(temporary), "wb") as sink, pq.ParquetWriter(sink, schema) as writer:
         while batch := list(itertools.islice(remaining, _ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     with open(temporary, "rb") as stream:
