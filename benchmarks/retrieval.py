@@ -3,7 +3,8 @@
 `vectors` times every kind of search on synthetic unit vectors (clusters of 100 around random centres) against one plain
 numpy scan of float32 in memory, with recall@10 against that scan; each in a process of its own, whose memory counts.
 Seconds of `vectors` are the process's CPU seconds: set OMP_NUM_THREADS=1, and other work on the machine matters little.
-`ingest DOCS` times rendering, and `encode STORE` a model, by batch size.
+`ingest DOCS` times rendering. `encode STORE` times a model by batch size against a plain loop that loads and encodes a
+page at a time with the same model; the vectors of every batch size are checked equal to those of the loop.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,14 +32,18 @@ from recipes.retrieval.index import VectorIndex
 from recipes.retrieval.ingest import ingest
 from recipes.retrieval.load import load_encoder
 from recipes.retrieval.search import Hit, exact
-from recipes.retrieval.store import PageStore
+from recipes.retrieval.store import Page, PageStore
 from rsgrpo.console import Console
+
+if TYPE_CHECKING:  # processes that only search load no model
+    from recipes.retrieval.sentence_encoders import SentenceEncoder
 
 K = 10
 CLUSTER = 100
 NOISE = 0.6
 SHARD = 20_000
 SEARCHES = ("exact", "flat", "ivf")
+TOLERANCE = 1e-5  # of a number of a vector of length 1, in float32
 
 
 class Synthetic:
@@ -172,18 +179,58 @@ def cpu_seconds() -> float:
 
 
 def encode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Time an encoder, with loading and resizing as `index` does them."""
+    """Time a plain loop, then an encoder with loading and resizing as `index` does them.
+
+    Raises:
+        RuntimeError: a batch size gives other vectors.
+    """
     pages = [page for page, _ in zip(PageStore.open(options.store).pages(), range(options.pages), strict=False)]
+    settings = EncoderSettings(options.model, options.kind, options.encode_with, max_pixels=options.max_pixels)
+    wanted_ND, loop_rate = None, 0.0
+    if options.encode_with == "transformers" and options.kind in ("image", "text"):
+        from recipes.retrieval.sentence_encoders import SentenceEncoder
+
+        encoder = SentenceEncoder(settings)
+        row, wanted_ND = rated(partial(one_by_one, encoder), pages)
+        loop_rate = row["pages_per_cpu_s"]
+        yield {"batch_size": "plain loop"} | row
     for batch_size in options.batch_sizes:
-        settings = EncoderSettings(
-            options.model, options.kind, options.encode_with, max_pixels=options.max_pixels, batch_size=batch_size
-        )
-        encoder = load_encoder(settings)
-        encoder.encode_pages(pages[:1])
-        before = time.process_time()
-        seconds, _ = timed(lambda e=encoder, b=batch_size: list(encode_here(e, pages, 8 * b)), time.perf_counter)  # type: ignore[misc]
-        rates = {"pages_per_s": len(pages) / seconds, "pages_per_cpu_s": len(pages) / (time.process_time() - before)}
-        yield {"batch_size": batch_size, "pages": len(pages)} | {name: round(rate, 1) for name, rate in rates.items()}
+        batched = load_encoder(replace(settings, batch_size=batch_size))
+        row, found_ND = rated(lambda p, e=batched, b=batch_size: vectors_of(encode_here(e, p, 8 * b)), pages)  # type: ignore[misc]
+        if wanted_ND is not None:
+            row |= {
+                "ratio": round(row["pages_per_cpu_s"] / loop_rate, 2),
+                "difference": float(np.abs(found_ND - wanted_ND).max()),
+            }
+            if row["difference"] > TOLERANCE:
+                raise RuntimeError(f"batch size {batch_size} moves a vector by {row['difference']}, over {TOLERANCE}")
+        yield {"batch_size": batch_size} | row
+
+
+def rated(work: Callable[[list[Page]], np.ndarray], pages: list[Page]) -> tuple[dict[str, Any], np.ndarray]:
+    """Return how fast pages are encoded, by the clock and by CPU seconds, and their vectors."""
+    work(pages[:2])  # libraries start their threads
+    before = time.process_time()
+    seconds, vectors_ND = timed(lambda: work(pages), time.perf_counter)
+    rates = {"pages_per_s": len(pages) / seconds, "pages_per_cpu_s": len(pages) / (time.process_time() - before)}
+    return {"pages": len(pages)} | {name: round(rate, 2) for name, rate in rates.items()}, vectors_ND
+
+
+def one_by_one(encoder: SentenceEncoder, pages: list[Page]) -> np.ndarray:
+    """Return the vectors of a loop that knows neither batches nor threads."""
+    import torch
+
+    rows = []
+    for page in pages:
+        with torch.inference_mode():
+            features = encoder.model.preprocess([encoder.loader(page)])
+            rows.append(encoder.model(features)["sentence_embedding"][0].numpy())
+    return np.stack([row / np.linalg.norm(row) for row in rows])
+
+
+def vectors_of(encoded: Iterator[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Return the vectors alone."""
+    return np.stack([vector for _, vector in encoded])
 
 
 def main() -> None:
@@ -205,7 +252,7 @@ def main() -> None:
     encoding.add_argument("--encode-with", default="transformers")
     encoding.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28)
     encoding.add_argument("--pages", type=int, default=64)
-    encoding.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    encoding.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
     options = parser.parse_args()
     if options.what == "vectors":
         for num_pages in options.pages:

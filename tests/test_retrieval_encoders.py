@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,9 @@ from recipes.retrieval.retriever import Retriever
 from recipes.retrieval.sentence_encoders import LateEncoder, SentenceEncoder
 from recipes.retrieval.store import Page, PageStore
 from rsgrpo.console import Console
-from tests.retrieval_material import coloured_store, write_image
+from tests.retrieval_material import coloured_store, write_image, write_pdf
 
+ROOT = Path(__file__).parent.parent
 PIXELS = {"min_pixels": 784, "max_pixels": 784 * 16}
 
 
@@ -185,6 +190,34 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
     found = Retriever(store, tmp_path / "index", encoder).search(["7"], 10)[0]
     assert sorted(page.document for page in found) == ["blue.png", "lime.png", "white.png"]
     assert [page.rank for page in found] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_model_path, encoder, tmp_path):
+    pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
+    write_pdf(tmp_path / "a.pdf", [f"page {row} amount {row * row}" for row in range(120)])
+    store, console = tmp_path / "store", Console(io.StringIO())
+    ingest([tmp_path / "a.pdf"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    command = ["index", str(store), "--model", tiny_model_path, "--max-pixels", "12544", "--device", "cpu"]
+    command += ["--min-pixels", "784", "--shard-pages", "2", "--batch-size", "1"]
+    shards = store / "index" / "shards"
+    process = subprocess.Popen([sys.executable, "-m", "recipes.retrieve", *command], cwd=ROOT)
+    while process.poll() is None and len(list(shards.glob("*.ids"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = len(VectorIndex.open(store / "index"))
+    assert 4 <= kept < 120
+    index = VectorIndex.create(store / "index", encoder)
+    pages = PageStore.open(store)
+    report = update_index(pages, encoder, index, shard_pages=50, batch_pages=8, console=console)
+    assert (report.num_added, report.num_deleted, report.num_pages) == (120 - kept, 0, 120)
+    ids = list(VectorIndex.open(store / "index").page_ids())
+    assert len(set(ids)) == len(ids)
+    assert sorted(ids) == sorted(pages.page_ids())
+    some = list(pages.pages())[::17]
+    for page, vector in zip(some, encoder.encode_pages(some), strict=True):
+        np.testing.assert_allclose(index.vectors([page.page_id])[page.page_id][0], vector, atol=1e-3)  # fp16
 
 
 def test_an_empty_index_finds_nothing(store, encoder, tmp_path):
