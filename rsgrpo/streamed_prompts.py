@@ -10,6 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from rollout.types import Prompt
@@ -84,7 +85,7 @@ class StreamedPrompts:
         rows, _ = open_rows(self._data.train)
         checker = self._checker()
         good = (prompt for row in rows if isinstance(prompt := checker.check(row), Prompt))
-        found = [prompt for prompt, _ in zip(good, range(n), strict=False)]
+        found = list(islice(good, n))
         if not found:
             raise InputError(f"data source {self._data.train} has no usable row")
         return PromptDataset(found)
