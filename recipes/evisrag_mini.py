@@ -48,19 +48,19 @@ class Stage:
     run: Callable[[], None]
 
 
-def stages(engine: str) -> list[Stage]:
-    """Return what is to be done, in order."""
+def stages(engine: str, seed: int = 0) -> list[Stage]:
+    """Return what is to be done, in order. seed: of warm start and RL."""
     # The demo's warm start learnt from these very rows, with these very settings: where it is, it is not made again.
     warm_start = DEMO_WARM_START if (DEMO_WARM_START / LAST_OF_EXPORT).is_file() else OWN_WARM_START
     models = {"warm-start": warm_start, "rs-grpo": TRAINED}
     found = [
         Stage("data", HUB / PROMPT_FILE, command("recipes.prepare", "mini")),
         Stage("unpack", CHECKED, unpack),
-        Stage("sft", warm_start / LAST_OF_EXPORT, command("recipes.sft", "recipe=evisrag_mini")),
+        Stage("sft", warm_start / LAST_OF_EXPORT, command("recipes.sft", "recipe=evisrag_mini", f"seed={seed}")),
         Stage(
             "rs-grpo",
             TRAINED / LAST_OF_EXPORT,
-            command("rsgrpo.train", "recipe=evisrag_mini", f"model.path={warm_start}"),
+            command("rsgrpo.train", "recipe=evisrag_mini", f"model.path={warm_start}", f"seed={seed}"),
         ),
     ]
     for benchmark in BENCHMARKS:
@@ -249,17 +249,33 @@ def require_engine(engine: str) -> None:
         )
 
 
+def require_seed(seed: int) -> None:
+    """Refuse to go on with what another seed began, and remember which one this folder is of.
+
+    Raises:
+        InputError: it is of another.
+    """
+    file = ROOT / "seed"
+    begun = file.read_text(encoding="ascii").strip() if file.is_file() else "0" if ROOT.exists() else str(seed)
+    if begun != str(seed):
+        raise InputError(f"{ROOT} was begun with seed {begun}, now it is {seed}: run it in another folder")
+    ROOT.mkdir(exist_ok=True)
+    file.write_text(f"{seed}\n", encoding="ascii")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all stages that are not done; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     top = argparse.ArgumentParser(prog="python -m recipes.evisrag_mini", description=__doc__.split("\n")[0])
     top.add_argument("--engine", choices=["vllm", "hf"], default="vllm", help="evaluates, infers and serves")
-    engine = top.parse_args(argv).engine
+    top.add_argument("--seed", type=int, default=0, help="of SFT and RL; the data's is that of `recipes.prepare demo`")
+    options = top.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for all stages: waiting threads must not spin
     started, times = time.monotonic(), []
     try:
-        require_engine(engine)
-        for stage in stages(engine):
+        require_engine(options.engine)
+        require_seed(options.seed)
+        for stage in stages(options.engine, options.seed):
             if stage.makes.is_file():
                 times.append((stage.name, f"there already: {stage.makes}"))
                 continue

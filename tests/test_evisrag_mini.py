@@ -122,7 +122,7 @@ def test_each_stage_starts_from_what_those_before_it_make(tmp_path, monkeypatch)
         stage.run()
     said = [" ".join(command) for command in commands]
     assert said[1] == "recipes.prepare unpack evisrag-mini/hub/EVisRAG-Train --out evisrag-mini/train"
-    assert "rsgrpo.train recipe=evisrag_mini model.path=evisrag-mini/sft/export" in said
+    assert "rsgrpo.train recipe=evisrag_mini model.path=evisrag-mini/sft/export seed=0" in said
     assert sum("recipes.evaluate" in line and "model=evisrag-mini/rl/export" in line for line in said) == 2
     assert sum("against=" in line and "warm-start/predictions.jsonl" in line for line in said) == 2
     assert all("rollout=hf" in line for line in said if "recipes.evaluate" in line)
@@ -143,6 +143,14 @@ def test_without_vllm_the_other_engine_is_a_choice_and_no_silent_change(monkeypa
     evisrag_mini.require_engine("hf")
     assert evisrag_mini.main([]) == 2
     assert capsys.readouterr().err.startswith("error: vLLM is not installed here")
+
+
+def test_a_folder_is_of_one_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evisrag_mini.require_seed(3)
+    evisrag_mini.require_seed(3)
+    with pytest.raises(InputError, match="evisrag-mini was begun with seed 3, now it is 0: run it in another folder"):
+        evisrag_mini.require_seed(0)
 
 
 def test_a_stage_that_fails_ends_the_command_with_its_own_line(tmp_path, monkeypatch, capsys):
