@@ -5,8 +5,6 @@ Pages are sent decoded and resized as training sees them. Nothing of engines, fi
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import logging
 import os
@@ -21,23 +19,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from PIL import Image
 
 from recipes.answerer import Output
+from recipes.data_urls import page_url
 from recipes.questions import IMAGE_MARK
 from rollout.config import InputsConfig
-from rollout.images import PromptError, decode, smart_resize
-from rollout.types import ImageSource, Prompt, SamplingParams
+from rollout.images import PromptError
+from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.limits import above, at_least, require
 
 log = logging.getLogger(__name__)
 
-PATCH = 28  # sides of merged vision tokens of the Qwen2-VL family; a server resizes such images no further
 CONNECT_TIMEOUT_S = 10.0
 MAX_DELAY_S = 60.0
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 HOPELESS = (401, 403, 404)
+_OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError)  # a reply that is no chat completion
 
 
 class EndpointError(RsgrpoError):
@@ -147,7 +145,7 @@ class Endpoint:
         try:
             body = self._body(prompt) | {"stream": True}
             with closing(self._open(body, stream=True)) as response:
-                for delta, reason in _events(response):
+                for delta, reason in _events(response, self._config.timeout_s):
                     finish_reason = reason or finish_reason
                     if delta:
                         text += delta
@@ -155,7 +153,7 @@ class Endpoint:
         except PromptError as error:
             yield Output(prompt, text, "error", str(error))
             return
-        except (httpx.HTTPError, httpx.StreamError, ValueError, KeyError) as error:
+        except (httpx.HTTPError, httpx.StreamError, *_OTHER_FORM) as error:
             yield Output(prompt, text, "error", f"the answer broke off: {type(error).__name__}: {error}")
             return
         yield Output(prompt, text, finish_reason)
@@ -181,19 +179,27 @@ class Endpoint:
     def _ask(self, prompt: Prompt) -> Output:
         try:
             response = self._open(self._body(prompt))
-            choice = response.json()["choices"][0]
-            text, reason = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
-            usage = response.json().get("usage") or {}
         except PromptError as error:
             return Output(prompt, "", "error", str(error))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            return Output(prompt, "", "error", f"the reply is no chat completion: {type(error).__name__}: {error}")
+        try:
+            reply = response.json()
+            choice = reply["choices"][0]
+            text, reason = _text(choice["message"].get("content")), _text(choice.get("finish_reason")) or "stop"
+            usage = reply.get("usage")
+        except _OTHER_FORM as error:
+            said = f"{type(error).__name__}: {error}; it begins {response.content[:80]!r}"
+            return Output(prompt, "", "error", f"the reply is no chat completion: {said}")
+        counts = usage if isinstance(usage, dict) else {}
+        num_prompt, num_response = (
+            count if isinstance(count := counts.get(name), int) else None
+            for name in ("prompt_tokens", "completion_tokens")
+        )
         return Output(
             prompt,
             text,
             reason,
-            num_prompt_tokens=usage.get("prompt_tokens"),
-            num_response_tokens=usage.get("completion_tokens"),
+            num_prompt_tokens=num_prompt,
+            num_response_tokens=num_response,
         )
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
@@ -243,15 +249,20 @@ class Endpoint:
             self._await_turn()
             try:
                 request = self._client.build_request(method, path, json=body)
-                response = self._client.send(request, stream=stream)
-            except httpx.TransportError as error:
+                response = self._client.send(request, stream=True)
+                if not stream:
+                    response = _read(response, config.timeout_s)
+            except (httpx.TransportError, httpx.DecodingError) as error:
                 fault = f"{type(error).__name__}: {error}"
                 wait_s = delay_s
             else:
-                if response.status_code < 400:
+                if response.status_code < 300:
                     self._last_success = time.monotonic()
                     return response
                 fault = f"HTTP {response.status_code}: {_detail(response)}"
+                if response.is_redirect:
+                    where = response.headers.get("location")
+                    raise EndpointError(f"endpoint {config.url} sends on to {where}: set endpoint.url to that")
                 if response.status_code in HOPELESS:
                     raise EndpointError(f"endpoint {config.url} refuses every request, {fault}; {self._hint(response)}")
                 if response.status_code < 500 and response.status_code not in RETRIED:
@@ -285,19 +296,6 @@ class Endpoint:
         return f"put the key into the environment variable {self._config.api_key_env} (endpoint.api_key_env)"
 
 
-def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:
-    """Return a page as a data URL: decoded and resized as for training, as PNG.
-
-    Raises:
-        PromptError: it cannot be read.
-    """
-    image = decode(source)
-    height, width = smart_resize(image.height, image.width, PATCH, min_pixels, max_pixels)
-    buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def _seed(sampling: SamplingParams, prompt_id: str) -> int:
     """Return a seed that differs by prompt, so that tries under other ids are other draws; greedy needs none."""
     return (sampling.seed + (zlib.crc32(prompt_id.encode()) if sampling.temperature else 0)) % 2**31
@@ -307,27 +305,70 @@ def _succeeded(future: Future[Output]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _events(response: httpx.Response) -> Iterator[tuple[str, str]]:
+def _read(response: httpx.Response, timeout_s: float) -> httpx.Response:
+    """Return a reply whole; httpx limits the time of each read, this one that of all together."""
+    with closing(response):
+        content = b"".join(_in_time(response.iter_bytes(), timeout_s))
+    kept = {name: response.headers[name] for name in ("retry-after", "location") if name in response.headers}
+    return httpx.Response(response.status_code, headers=kept, content=content)
+
+
+def _in_time(chunks: Iterator[bytes], timeout_s: float) -> Iterator[bytes]:
+    """Yield what comes, for so long.
+
+    Raises:
+        httpx.ReadTimeout: there was no end by then.
+    """
+    deadline = time.monotonic() + timeout_s
+    for chunk in chunks:
+        yield chunk
+        if time.monotonic() > deadline:
+            raise httpx.ReadTimeout(f"no end within {timeout_s:g} s")
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a stream. Only a line feed ends one: a text may hold what else Python takes for an end."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    yield rest
+
+
+def _text(value: Any) -> str:
+    """Return a text of a reply, "" for none; what is no Unicode in it cannot be written anywhere and is replaced.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, str | None):
+        raise TypeError(f"a text was expected, got {value!r:.80}")
+    return (value or "").encode(errors="replace").decode()
+
+
+def _events(response: httpx.Response, timeout_s: float) -> Iterator[tuple[str, str]]:
     """Yield (text, finish reason) of a streamed answer; of a server that does not stream, all at once.
 
     Raises:
         httpx.StreamError: the server says that it failed, or falls silent before the end.
+        httpx.ReadTimeout: there was no end in time.
     """
+    chunks = _in_time(response.iter_bytes(), timeout_s)
     if "text/event-stream" not in response.headers.get("content-type", ""):
-        choice = json.loads(response.read())["choices"][0]
-        yield choice["message"].get("content") or "", choice.get("finish_reason") or ""
+        choice = json.loads(b"".join(chunks))["choices"][0]
+        yield _text(choice["message"].get("content")), _text(choice.get("finish_reason"))
         return
     is_finished = False
-    for line in response.iter_lines():
-        payload = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if payload == "[DONE]":
+    for line in _lines(chunks):
+        payload = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+        if payload == b"[DONE]":
             return
         event = json.loads(payload) if payload else {}
         if fault := event.get("error"):
             raise httpx.StreamError(str(fault.get("message", fault) if isinstance(fault, dict) else fault))
         for choice in event.get("choices") or []:
             is_finished = is_finished or bool(choice.get("finish_reason"))
-            yield (choice.get("delta") or {}).get("content") or "", choice.get("finish_reason") or ""
+            yield _text((choice.get("delta") or {}).get("content")), _text(choice.get("finish_reason"))
     if not is_finished:
         raise httpx.StreamError("the stream ended before the answer did")
 
