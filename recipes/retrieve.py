@@ -155,6 +155,10 @@ def _index(options: argparse.Namespace) -> int:
             from recipes.retrieval.faiss_search import build
 
             console.info(f"wrote {build(index, options.faiss)}")
+        if encoder_settings(options).kind == "text":
+            num_blank = sum(not page.text for page in store.pages())
+            if num_blank:
+                console.warning(f"{num_blank} pages have no text and look alike here; ingest to a new store with --ocr")
         rows = [("added", report.num_added), ("deleted", report.num_deleted), ("pages", report.num_pages)]
         console.summary(f"index {index.folder}", [(what, str(count)) for what, count in rows])
     return 0

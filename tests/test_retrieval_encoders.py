@@ -32,6 +32,7 @@ from recipes.retrieval.retriever import Retriever
 from recipes.retrieval.sentence_encoders import LateEncoder, SentenceEncoder
 from recipes.retrieval.store import Page, PageStore
 from rsgrpo.console import Console
+from rsgrpo.errors import RsgrpoError
 from tests.retrieval_material import coloured_store, write_image, write_pdf
 
 ROOT = Path(__file__).parent.parent
@@ -134,9 +135,40 @@ def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, tiny_model_pa
     np.testing.assert_allclose(np.stack(saved.encode_pages(pages)), np.stack(encoder.encode_pages(pages)), atol=1e-6)
 
 
+def test_a_damaged_model_or_a_device_that_is_not_there_is_one_line(tmp_path, tiny_model_path, encoder):
+    encoder.model.save(str(tmp_path / "whole"))
+    for name, size, fault in (
+        ("model.safetensors", 1000, "cannot be loaded: SafetensorError"),
+        ("config.json", 1, "cannot be loaded: OSError"),
+        ("modules.json", 0, "cannot be loaded: ValueError"),
+    ):  # fmt: skip
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        file = tmp_path / name / name
+        file.write_bytes(file.read_bytes()[:size] if size else b"{}")
+        with pytest.raises(EncoderError, match=fault):
+            load_encoder(settings(str(tmp_path / name)))
+    (tmp_path / "whole" / "retriever.json").write_text("{")
+    with pytest.raises(EncoderError, match=r"retriever\.json cannot be read: .*; export the retriever again"):
+        load_encoder(settings(str(tmp_path / "whole")))
+    with pytest.raises(EncoderError, match="cannot be loaded: RuntimeError: Expected one of cpu, cuda"):
+        load_encoder(settings(tiny_model_path, device="abacus"))
+
+
+def test_a_query_that_says_nothing_or_is_no_text_is_refused(store, encoder, tmp_path):
+    VectorIndex.create(tmp_path / "index", encoder)
+    retriever = Retriever(store, tmp_path / "index", encoder)
+    with pytest.raises(RsgrpoError, match="a query is empty"):
+        retriever.search(["7", " \n"], 1)
+    with pytest.raises(RsgrpoError, match=r"the query 'caf\\udce9' is not valid UTF-8"):
+        retriever.search(["caf\udce9"], 1)
+
+
 def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, pages, tmp_path):
     with pytest.raises(EncoderError, match="no trained projection"):
         LateEncoder(settings(tiny_model_path, kind="late"))
+    SentenceEncoder(settings(tiny_model_path)).model.save(str(tmp_path / "single"))
+    with pytest.raises(EncoderError, match="a random one would be made up"):  # each process its own: nothing compares
+        LateEncoder(settings(str(tmp_path / "single"), kind="late"))
     MultiVectorEncoder(tiny_model_path, device="cpu").save(str(tmp_path / "late"))
     late = LateEncoder(settings(str(tmp_path / "late"), kind="late"))
     first, second = late.encode_pages(pages[:2])

@@ -256,9 +256,13 @@ def _with_trained_defaults(settings: EncoderSettings, folder: Path) -> EncoderSe
     """Fill what is at its default with what a trained folder says of itself."""
     if not (folder / RETRIEVER_FILE).exists():
         return settings
-    trained = json.loads((folder / RETRIEVER_FILE).read_text())
     defaults = {"query_prefix": None, "min_pixels": DEFAULT_MIN_PIXELS, "max_pixels": DEFAULT_MAX_PIXELS}
-    return replace(settings, **{name: trained[name] for name in trained if getattr(settings, name) == defaults[name]})
+    try:
+        trained = json.loads((folder / RETRIEVER_FILE).read_text())
+        taken = {name: trained[name] for name in trained if getattr(settings, name) == defaults[name]}
+        return replace(settings, **taken)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EncoderError(f"{folder / RETRIEVER_FILE} cannot be read: {error}; export the retriever again") from error
 
 
 def _image_processor(folder: Path, settings: EncoderSettings) -> Any:

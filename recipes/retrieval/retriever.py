@@ -73,7 +73,12 @@ class Retriever:
             self._reranker[1].require(second)
 
     def hits(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """Return the ids and scores of the k best pages of each query."""
+        """Return the ids and scores of the k best pages of each query.
+
+        Raises:
+            InputError: a query is empty or no valid text, or k < 1.
+        """
+        _check_queries(queries)
         vectors = self.encoder.encode_queries(queries)
         wide = k if self._reranker is None else max(k, self._num_candidates)
         found = exact(self.index, vectors, wide) if self._faiss is None else self._faiss.search(vectors, wide)
@@ -101,6 +106,14 @@ class Retriever:
                 )
             results.append([found_page(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1)])
         return results
+
+
+def _check_queries(queries: Sequence[str]) -> None:
+    for query in queries:
+        if not query.strip():
+            raise InputError("a query is empty; write what the page should show")
+        if any("\ud800" <= character <= "\udfff" for character in query):
+            raise InputError(f"the query {query!r} is not valid UTF-8")
 
 
 def found_page(rank: int, hit: Hit, page: Page) -> FoundPage:

@@ -6,10 +6,15 @@ over all tokens, length 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -51,7 +56,8 @@ class SentenceEncoder:
 
     def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
         """Return (D,) per loaded page."""
-        vectors_ND = self.model.encode_document(list(inputs), **self._options())
+        with _blaming(self.identity.folder, "run"):
+            vectors_ND = self.model.encode_document(list(inputs), **self._options())
         return unit_rows(vectors_ND, page_ids)
 
     def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
@@ -84,11 +90,14 @@ class LateEncoder:
         self.settings, self.loader = self.identity.settings, self.identity.loader
         self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
         folder = self.identity.folder
-        self.model = MultiVectorEncoder(str(folder), **_load_options(self.settings))
+        with _blaming(folder, "loaded"):
+            self.model = MultiVectorEncoder(str(folder), **_load_options(self.settings))
         _pad_at_a_harmless_side(self.model)
-        made_up = [module for module in self.model if type(module).__name__ == "Dense"]
-        if made_up and not (folder / "modules.json").exists():
-            raise EncoderError(f"{folder} has no trained projection for late interaction; name a ColPali-style model")
+        if any(type(module).__name__ == "Dense" for module in self.model) and not _has_projection(folder):
+            raise EncoderError(
+                f"{folder} has no trained projection for late interaction, and a random one would be made up; name a "
+                "ColPali-style model"
+            )
 
     def encode_pages(self, pages: Sequence[Page]) -> list[np.ndarray]:
         """Return (T, D) per page."""
@@ -104,9 +113,10 @@ class LateEncoder:
         return self._rows(self.model.encode_query, [prefix + query for query in queries], queries)
 
     def _rows(self, encode: Callable[..., Any], inputs: Sequence[Any], names: Sequence[str]) -> list[np.ndarray]:
-        found = encode(
-            list(inputs), batch_size=self.settings.batch_size, show_progress_bar=False, convert_to_numpy=True
-        )
+        with _blaming(self.identity.folder, "run"):
+            found = encode(
+                list(inputs), batch_size=self.settings.batch_size, show_progress_bar=False, convert_to_numpy=True
+            )
         return [np.stack(unit_rows(rows_TD, [name] * len(rows_TD))) for rows_TD, name in zip(found, names, strict=True)]
 
 
@@ -121,16 +131,41 @@ def load_sentence_transformer(identity: ModelIdentity) -> Any:
     if (folder / "modules.json").exists():
         if settings.pooling:
             raise EncoderError(f"--pooling {settings.pooling}: {folder} has modules.json, which fixes the pooling")
-        return SentenceTransformer(str(folder), **options)
+        with _blaming(folder, "loaded"):
+            return SentenceTransformer(str(folder), **options)
     if not (folder / "config.json").exists():
         raise EncoderError(f"{folder} is no model folder: it has neither modules.json nor config.json")
     consent = {"trust_remote_code": settings.trust_remote_code}
-    transformer = Transformer(
-        str(folder), model_kwargs=options["model_kwargs"] | consent, config_kwargs=consent, processor_kwargs=consent
-    )
-    mode = POOLING_MODES[settings.pooling or "weighted_mean"]
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
-    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=settings.device or None)
+    with _blaming(folder, "loaded"):
+        transformer = Transformer(
+            str(folder), model_kwargs=options["model_kwargs"] | consent, config_kwargs=consent, processor_kwargs=consent
+        )
+        mode = POOLING_MODES[settings.pooling or "weighted_mean"]
+        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
+        return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=settings.device or None)
+
+
+def _has_projection(folder: Path) -> bool:
+    """Say whether a folder has a trained projection of single tokens; those that pool first have none that serves."""
+    file = folder / "modules.json"
+    names = [module["type"].rpartition(".")[2] for module in json.loads(file.read_text())] if file.exists() else []
+    return "Dense" in names and "Pooling" not in names
+
+
+@contextmanager
+def _blaming(folder: Path, what: str) -> Iterator[None]:
+    """Turn what libraries raise over a model's files, its device or its memory into one line.
+
+    Raises:
+        EncoderError: names the folder.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EncoderError(f"{folder} does not fit into memory; lower --batch-size or --max-pixels") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EncoderError(f"model {folder} cannot be {what}: {type(error).__name__}: {reason}") from error
 
 
 def _pad_at_a_harmless_side(model: Any) -> None:
