@@ -92,6 +92,7 @@ class Endpoint:
         self._sampling = sampling
         self._inputs = inputs
         self._stop = threading.Event()
+        self._fault: EndpointError | None = None  # the first, which stopped the others
         self._last_success = 0.0
         self._turn_lock = threading.Lock()
         self._next_turn = 0.0
@@ -118,6 +119,7 @@ class Endpoint:
             EndpointError: the endpoint is down; what had arrived has been yielded before.
         """
         self._stop.clear()
+        self._fault = None
         pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="endpoint")
         futures = [pool.submit(self._ask, prompt) for prompt in prompts]
         waiting = set(futures)
@@ -125,11 +127,10 @@ class Endpoint:
             for future in as_completed(futures):
                 waiting.discard(future)
                 yield future.result()
-        except EndpointError:
-            self._stop.set()
+        except EndpointError as error:
             pool.shutdown(wait=True, cancel_futures=True)
             yield from (future.result() for future in waiting if _succeeded(future))
-            raise
+            raise (self._fault or error) from None
         finally:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -181,6 +182,10 @@ class Endpoint:
             response = self._open(self._body(prompt))
         except PromptError as error:
             return Output(prompt, "", "error", str(error))
+        except EndpointError as error:
+            self._fault = self._fault or error
+            self._stop.set()  # at once: the others need not find out for themselves
+            raise
         try:
             reply = response.json()
             choice = reply["choices"][0]
@@ -247,6 +252,8 @@ class Endpoint:
         fault, delay_s = "", config.backoff_s
         for attempt in range(1, config.max_tries + 1):
             self._await_turn()
+            if self._stop.is_set():
+                raise EndpointError("stopped")
             try:
                 request = self._client.build_request(method, path, json=body)
                 response = self._client.send(request, stream=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -233,7 +234,7 @@ def require_pages(questions: Sequence[Question], image_dir: str) -> None:
         InputError: lists the first.
     """
     paths = {source for question in questions for source in question.images if isinstance(source, str)}
-    missing = sorted(path for path in paths if not Path(path).is_file())
+    missing = sorted(path for path in paths if not os.path.isfile(path))
     if missing:
         listed = ", ".join(missing[:MAX_LISTED_PAGES]) + (", ..." if len(missing) > MAX_LISTED_PAGES else "")
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
     Raises:
         InputError: one is not a file.
     """
-    missing = [path for path in paths if not Path(path).is_file()]
+    missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise InputError(f"there is no image {', '.join(missing)} (a question stands before --image)")
     return paths

@@ -168,7 +168,7 @@ def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: 
             raise ValueError(f"column {name!r} cannot be taken over")
     images = [folder.resolve(entry) for entry in image_entries(_first(columns, IMAGE_KEYS))]
     for source in images:
-        if isinstance(source, str) and not Path(source).is_file():
+        if isinstance(source, str) and not os.path.isfile(source):
             raise ValueError(f"image {source} does not exist; see --image-dir")
         try:
             read_size(source)
@@ -196,7 +196,9 @@ def _turns(turns: Any) -> tuple[str, str, str]:
     said = [(str(turn.get("from", turn.get("role"))), turn.get("value", turn.get("content"))) for turn in turns]
     system = ""
     if said and said[0][0] == "system":
-        system = str(said.pop(0)[1])
+        system = said.pop(0)[1]
+        if not isinstance(system, str):
+            raise ValueError(f"the system message must be text, got {system!r:.80}")
     roles = [role for role, _ in said]
     if len(said) != 2 or roles[0] not in USER_ROLES or roles[1] not in ASSISTANT_ROLES:
         raise ValueError(f"a row is one question and its answer, this conversation has {', '.join(roles) or 'none'}")

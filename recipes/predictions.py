@@ -94,12 +94,17 @@ def _prediction(place: str, row: Any) -> Prediction:
         raise InputError(f"{place} names no question: it needs one of {', '.join(ID_KEYS)}; it has {', '.join(row)}")
     if row.get("finish_reason") == FAILED:
         errors = row.get("errors") or ["unknown error"]
-        return Prediction(str(row_id), "", FAILED, "; ".join(map(str, errors)))
+        return Prediction(_writable(row_id), "", FAILED, "; ".join(map(str, errors)))
     key = next((key for key in TEXT_KEYS if _is_output(row.get(key), key)), None)
     if key is None:
         raise InputError(f"{place} has no output: it needs one of {', '.join(TEXT_KEYS)}; it has {', '.join(row)}")
     text = row[key][0] if isinstance(row[key], list) else row[key]
-    return Prediction(str(row_id), str(text), str(row.get("finish_reason") or ""))
+    return Prediction(_writable(row_id), _writable(text), str(row.get("finish_reason") or ""))
+
+
+def _writable(value: Any) -> str:
+    """Return a text; half a character in it, which no file can hold, becomes a question mark."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _is_output(value: Any, key: str) -> bool:

@@ -5,6 +5,7 @@ Knows what a row must have to be trained on; nothing of file formats (`rsgrpo.ro
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class RowChecker:
             raise RowFault("unreadable image", str(error)) from error
 
     def _check_image(self, source: ImageSource) -> None:
-        if isinstance(source, str) and not Path(source).is_file():
+        if isinstance(source, str) and not os.path.isfile(source):
             raise RowFault("missing image", f"image {source} does not exist; see data.image_dir")
         fault = self._checked.fault_of(source)
         if fault:

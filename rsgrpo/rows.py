@@ -284,11 +284,16 @@ def _parse(text: bytes) -> Any:
         ValueError: it is broken; the message says how and where.
     """
     try:
-        return json.loads(text.removeprefix(b"\xef\xbb\xbf"))
+        value = json.loads(text.removeprefix(b"\xef\xbb\xbf"))
+        if b"\\ud" in text or b"\\uD" in text:  # half a character can be read, and written nowhere
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid Unicode: {error.object[error.start]!a} stands without its other half") from error
     except RecursionError as error:
         raise ValueError("not usable JSON: it is nested too deeply") from error
 

@@ -146,3 +146,44 @@ def test_folders_that_cannot_be_used_are_named(arguments, complaint, capsys, her
     (here / "packed" / "images.parquet").write_bytes(b"no parquet")
     assert prepare.main(arguments) == 2
     assert complaint in says(capsys)
+
+
+@pytest.mark.parametrize("command", ["validate", "convert"])
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        ("a" * 5000 + ".png", "does not exist"),
+        ("a\0b.png", "does not exist"),
+        ("", "an image must be a path"),
+        (None, "an image must be a path"),
+        (["page.png"], "an image must be a path"),
+        ({"bytes": 5, "path": None}, "an image must be a path"),
+    ],
+)
+def test_an_image_that_is_no_path_to_a_file_is_one_rows_fault(command, image, complaint, capsys, here):
+    assert COMMANDS[command]([write_rows(here, {**row_of(1, ""), "image": [image]})]) in (1, 2)
+    shown = says(capsys)
+    assert "line 1 of rows.jsonl" in shown
+    assert complaint in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("column", ["id", "question", "image"])
+def test_half_a_character_is_a_broken_row_and_a_whole_one_is_not(command, column, serve, capsys, here):
+    row = row_of(1, write_page(here)) | {"evidence": ["16%"]}
+    half = json.dumps(row | {column: ["\ud83d"] if column == "image" else "\ud83d"})
+    whole = json.dumps(row | {"id": "q2", "question": chr(0x1F600)})
+    assert "\\ud83d\\ude00" in whole
+    assert COMMANDS[command]([write_rows(here, half, whole), "--endpoint", serve().url]) in (1, 2)
+    shown = says(capsys)
+    assert "line 1 of rows.jsonl" in shown
+    assert r"not valid Unicode: '\ud83d' stands without its other half" in shown
+    assert "line 2" not in shown
+
+
+def test_half_a_character_in_a_prediction_is_scored_and_shown_as_a_question_mark(here):
+    write_rows(here, row_of(1, write_page(here)))
+    (here / "preds.jsonl").write_text('{"id": "q1", "pred": "\\ud83d <answer>16%</answer>"}\n')
+    evaluate.evaluate(EvaluateConfig(benchmark="rows.jsonl", predictions="preds.jsonl", name="scored", prompt=PROMPT))
+    results = json.loads((here / "runs/evaluation/scored/results.json").read_text())
+    assert results["scores"]["strict"]["global"]["em"]["value"] == 1.0

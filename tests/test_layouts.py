@@ -236,6 +236,10 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("human", "gpt") | {"tools": "x"}, "column 'tools' cannot be taken over"),
         (turns("human", "gpt") | {"images": ["a.png"]}, "0 <image> marks for 1 images"),
         ({"conversations": "text"}, "a conversation must be a list"),
+        (
+            {"conversations": [{"from": "system", "value": None}, *turns("human", "gpt")["conversations"]]},
+            "the system message must be text, got None",
+        ),
         ({"instruction": "x"}, "an alpaca row needs"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "column 'history'"),
         ([1], "a row must be a JSON object, got list"),
