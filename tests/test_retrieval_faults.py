@@ -22,7 +22,7 @@ from PIL import Image
 from recipes import retrieve
 from recipes.retrieval.documents import DocumentError, RenderSettings, is_candidate, office_to_pdf, render
 from recipes.retrieval.index import IndexFault, VectorIndex
-from recipes.retrieval.ingest import IngestReport, ingest
+from recipes.retrieval.ingest import IngestReport, RenderTask, ingest, render_document
 from recipes.retrieval.search import exact
 from recipes.retrieval.store import PageStore, StoreError
 from recipes.retrieval.workers import run_tasks
@@ -169,6 +169,18 @@ def test_an_error_that_cannot_travel_costs_one_task():
     )}  # fmt: skip
     assert str(found[1].error) == "Needy: this and that"
     assert [found[task].result for task in (0, 2)] == [0, 2]
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_pages_under_the_old_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.retrieval.ingest.limit_memory", lambda: None)
+    write_image(tmp_path / "a.png", "red")
+    store = PageStore.create(tmp_path / "store", RenderSettings().pixels())
+    task = RenderTask(os.fsencode(tmp_path / "a.png"), str(store.folder), RenderSettings())
+    with pytest.raises(DocumentError, match="changed while it was read"):
+        render_document(task, lambda: write_image(tmp_path / "a.png", "blue"))
+    assert not list(store.folder.glob("pages/*/*"))
+    content, num_pages, fault = render_document(task, lambda: None)
+    assert (store.has_content(content), num_pages, fault) == (True, 1, "")
 
 
 def test_a_slow_libreoffice_is_stopped_with_all_its_processes(tmp_path, monkeypatch):

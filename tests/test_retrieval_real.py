@@ -138,7 +138,9 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     assert sorted(indexed) == sorted(ids)
     capsys.readouterr()
     assert retrieve.main([*index, "--faiss", "flat"]) == 0
-    capsys.readouterr()
+    num_scans = sum(not page.text for page in PageStore.open(store).pages())
+    assert num_scans > 30
+    assert f"{num_scans} pages have no text and look alike here" in capsys.readouterr().out
     places_of_form = found_by(store, text, FORM_TITLE, capsys)
     assert places_of_form[0] == (FORM, 1)
     assert found_by(store, [*text, "--backend", "flat"], FORM_TITLE, capsys) == places_of_form

@@ -48,7 +48,7 @@ class IngestReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class RenderTask:
     """One file for a worker, and the store that its pages go to."""
 
     path: bytes
@@ -172,7 +172,7 @@ def _render_all(
     by_path = {row.path: row for row in waiting}
     committed = time.monotonic()
     timeout_s = page_timeout_s + settings.office_timeout_s
-    tasks = (_Task(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting)
+    tasks = (RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting)
     with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
         outcomes = run_tasks(
             render_document, tasks, num_workers=max(1, min(num_workers, len(waiting))), timeout_s=timeout_s,
@@ -205,7 +205,7 @@ def _row(row: DocumentRow, outcome: Outcome, store: PageStore) -> DocumentRow:
     return replace(row, content=content, num_pages=num_pages, error=fault)
 
 
-def render_document(task: _Task, alive: Callable[[], None]) -> tuple[str, int, str]:
+def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, int, str]:
     """Hash and render one document, in a worker; pages that are there already are not made again.
 
     Returns:
@@ -225,5 +225,7 @@ def render_document(task: _Task, alive: Callable[[], None]) -> tuple[str, int, s
             pages, fault = render(path, folder, task.settings, alive)
         except MemoryError as error:
             raise DocumentError("it needs more memory than a document may take") from error
+        if hash_file(path) != content:
+            raise DocumentError("the file changed while it was read; run the same command again")
         write_record(folder, pages, fault)
     return content, len(pages), fault
