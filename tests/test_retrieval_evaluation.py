@@ -103,6 +103,8 @@ def test_faulty_qrels_and_queries_name_the_line(tmp_path):
     for text, fault in (
         ('{"_id": 1}\n', "file:1: a query is"),
         ("[]\n", "file:1"),
+        ('{"_id": null, "text": "a"}\n', "file:1: a query is"),
+        ('{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file:1: a query is"),
         ('{"_id": 1, "text": "a"}\n{"id": "1", "query": "b"}\n', "file:2: query id 1 stands twice"),
     ):
         file.write_text(text)
@@ -186,8 +188,9 @@ def test_a_page_of_any_name_is_a_file_that_an_ingest_sees(tmp_path, page, name):
 
 
 def test_damaged_visrag_sets_say_where(tmp_path):
-    with pytest.raises(RsgrpoError, match=r"a score of qrels is a whole number, got 0\.5"):
-        unpack(str(visrag_set(tmp_path / "half", "a", b"x", 0.5)), tmp_path / "out")
+    for grade in (0.5, math.nan, "high"):
+        with pytest.raises(RsgrpoError, match=rf"a score of qrels is a whole number, got {grade!r}"):
+            unpack(str(visrag_set(tmp_path / str(grade), "a", b"x", grade)), tmp_path / "out")
     twice = visrag_set(tmp_path / "twice", "a", b"x")
     pq.write_table(pa.Table.from_pylist([{"corpus-id": "a", "image": b"y"}]), twice / "corpus" / "more.parquet")
     with pytest.raises(RsgrpoError, match="corpus-id a stands twice, with different images"):

@@ -191,7 +191,7 @@ def read_queries(file: Path) -> list[Query]:
         try:
             row = json.loads(line)
             found = _query(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}:{number}: a query is a JSON object with _id and text: {error!r}") from error
         if found.id in queries:
             raise InputError(f"{file}:{number}: query id {found.id} stands twice")
@@ -209,7 +209,7 @@ def _query(row: Mapping[str, Any]) -> Query:
 
 def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
     for key in keys:
-        if key in row:
+        if row.get(key) is not None:
             return row[key]
     raise KeyError(keys[0])
 

@@ -46,7 +46,7 @@ def unpack(source: str, out: Path) -> tuple[int, int, int]:
         if page not in names:
             raise InputError(f"{folder}: qrels name the page {page}, which the corpus lacks")
         grade = _value(row, "qrels", ("score",))
-        if not (isinstance(grade, int | float) and grade == int(grade)):
+        if not (isinstance(grade, int) or (isinstance(grade, float) and grade.is_integer())):
             raise InputError(f"{folder}: a score of qrels is a whole number, got {grade!r}")
         lines.append(f"{_value(row, 'qrels', ('query-id',))}\t{names[page]}\t{int(grade)}\n")
     (out / "qrels.tsv").write_text("".join(lines))
@@ -61,10 +61,12 @@ def _file_name(page: str) -> str:
 
 
 def _query(row: dict[str, Any]) -> dict[str, Any]:
-    answer = row.get("answer", [])
+    answer, text = row.get("answer", []), _value(row, "queries", ("query", "text"))
+    if not isinstance(text, str):
+        raise InputError(f"queries: the text of a query is a string, got {text!r}")
     return {
         "_id": str(_value(row, "queries", ("query-id", "_id", "id"))),
-        "text": _value(row, "queries", ("query", "text")),
+        "text": text,
         "answers": answer if isinstance(answer, list) else [str(answer)],
     }
 
