@@ -35,7 +35,8 @@ def forms(split: Split, rng: Random) -> Iterator[tuple[str, Image.Image]]:
 
 def two_shapes(split: Split, rng: Random) -> Iterator[tuple[str, Image.Image]]:
     """Yield queries and pages of two easy-VQA images each; those that are held out differ in content."""
-    pool, seen = shape_pool(split), set()
+    pool = shape_pool(split)
+    seen: set[str] = set()
     while len(seen) < NUM_PAGES[split]:
         left, right = rng.choice(pool), rng.choice(pool)
         query = f"{left.color} {left.shape}, {right.color} {right.shape}"

@@ -1,18 +1,10 @@
-"""The page over a store: what it shows as HTML, what may be added, and all of it in a real browser."""
+"""The page over a store: what it shows as HTML, and what may be added and asked."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +22,7 @@ from recipes.retrieval.retriever import FoundPage
 from rollout.types import Prompt
 from rsgrpo.console import Console
 from rsgrpo.errors import InputError
-from tests.retrieval_material import write_image, write_pdf
+from tests.retrieval_material import write_image
 
 ROOT = Path(__file__).parent.parent
 ANSWER = (
@@ -151,140 +143,3 @@ def test_a_wrong_command_line_is_one_line(arguments, says, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert says in shown
     assert shown.count("\n") == 1
-
-
-# In a browser
-
-
-def browser_path() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-@pytest.fixture
-def chromium() -> Iterator[Any]:
-    """A page of a headless browser."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (the dev extra)")
-    pytest.importorskip("gradio", reason="needs the app extra")
-    program = browser_path()
-    if program is None:
-        pytest.skip("no Chromium on PATH")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1300, "height": 900}, accept_downloads=True)
-        page.set_default_timeout(60_000)
-        yield page
-        browser.close()
-
-
-@pytest.fixture
-def running(tmp_path: Path, tiny_model_path: str) -> Iterator[Any]:
-    """Start the program over TMP/store; returns its address."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(*more: str) -> str:
-        command = [sys.executable, "-m", "recipes.app", str(tmp_path / "store"), "--model", tiny_model_path]
-        command += ["--answer-model", tiny_model_path, "--max-pixels", "3136", "--answer-max-pixels", "3136"]
-        command += ["--port", "0", "--device", "cpu", "--workers", "1", *more]
-        with (tmp_path / "errors.txt").open("w") as errors:
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-        processes.append(process)
-        stop = threading.Timer(180, process.kill)
-        stop.start()
-        line = process.stdout.readline() if process.stdout else ""
-        stop.cancel()
-        assert line.startswith("open http://127.0.0.1:"), (tmp_path / "errors.txt").read_text()
-        return line.split()[1]
-
-    yield start
-    for process in processes:
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-            process.communicate()
-
-
-def ask(page: Any, question: str) -> None:
-    page.locator("#question textarea").fill(question)
-    page.get_by_role("button", name="Ask", exact=True).click()
-    page.wait_for_selector("#answer .answer, #answer .faults")
-
-
-@pytest.mark.slow
-def test_documents_are_added_and_asked_in_a_browser(chromium, running, tmp_path):
-    script = tmp_path / "script.jsonl"
-    script.write_text(json.dumps({"id": "question", "responses": [ANSWER]}) + "\n")
-    asked_of: list[str] = []
-    chromium.on("request", lambda request: asked_of.append(request.url))
-    url = running("--engine", "fake", "--script", str(script), "-k", "2")
-    chromium.goto(url)
-    assert "0 pages" in chromium.locator("#heading").inner_text()
-
-    write_image(tmp_path / "red.png", "red", 112, 56)
-    write_pdf(tmp_path / "two.pdf", ["one", "two"])
-    (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 <b>nothing else")
-    files = [str(tmp_path / name) for name in ("red.png", "two.pdf", "broken.pdf")]
-    chromium.locator("#files input[type=file]").set_input_files(files)
-    chromium.locator("#files [aria-label='broken.pdf']").wait_for()
-    chromium.get_by_role("button", name="Add", exact=True).click()
-    chromium.get_by_text("2 added or changed, 0 unchanged; 3 pages in all").wait_for()
-    assert "broken.pdf: the PDF is broken or has no pages" in chromium.locator("#added").inner_text()
-    assert "3 pages" in chromium.locator("#heading").inner_text()
-
-    ask(chromium, "how many apples?")
-    assert "7 & more" in chromium.locator("#answer .answer").inner_text()
-    assert chromium.locator("#found figure").count() == 2
-    framed = chromium.locator("#found figure.cited")
-    assert framed.count() == 1
-    assert framed.get_attribute("data-rank") == "2"
-    assert framed.evaluate("e => getComputedStyle(e).borderTopColor") == "rgb(46, 125, 50)"
-    shown = chromium.locator("#found figure img").first
-    chromium.wait_for_function("document.querySelector('#found figure img').naturalWidth > 0")  # it was served
-    assert shown.is_visible()
-
-    whole = chromium.locator("#page-2")
-    assert not whole.is_visible()
-    chromium.locator("#answer .cards button").click()
-    assert whole.is_visible()
-    chromium.keyboard.press("Escape")
-    assert not whole.is_visible()
-
-    with chromium.expect_download() as download:
-        chromium.locator("#trace").click()
-    trace = json.loads(Path(download.value.path()).read_text())
-    assert trace["question"] == "how many apples?"
-    assert [(page["rank"], page["cited"]) for page in trace["pages"]] == [(1, False), (2, True)]
-    assert trace["pages"][0]["score"] >= trace["pages"][1]["score"]
-    assert trace["result"]["raw"] == ANSWER
-    assert trace["seconds"]["whole"] >= trace["seconds"]["retrieval"] > 0
-
-    refused = chromium.request.get(f"{url}gradio_api/file={tmp_path / 'script.jsonl'}")
-    assert refused.status in (403, 404)  # only the store's pages are served
-    chromium.locator("#question textarea").fill("")
-    chromium.get_by_role("button", name="Ask", exact=True).click()
-    chromium.get_by_text("the question is empty").wait_for()
-    assert {url.split("/")[2] for url in asked_of if url.startswith("http")} == {url.split("/")[2]}
-
-
-@pytest.mark.slow
-def test_the_answer_of_a_real_model_streams_into_the_page(chromium, running, tmp_path):
-    (tmp_path / "docs").mkdir()
-    for colour in ("red", "blue"):
-        write_image(tmp_path / "docs" / f"{colour}.png", colour, 56, 56)
-    ingest = ["ingest", str(tmp_path / "docs"), "--out", str(tmp_path / "store"), "--workers", "1"]
-    subprocess.run([sys.executable, "-m", "recipes.retrieve", *ingest], cwd=ROOT, check=True, capture_output=True)
-    chromium.goto(running("-k", "2", "--max-tokens", "64"))  # pages that the index lacks are encoded at the start
-    assert "2 pages" in chromium.locator("#heading").inner_text()
-    chromium.locator("#question textarea").fill("what amount is on page 1?")
-    chromium.get_by_role("button", name="Ask", exact=True).click()
-    seen, deadline = set(), time.monotonic() + 60
-    while not chromium.locator("#answer .answer, #answer .faults").count() and time.monotonic() < deadline:
-        seen.add(chromium.locator("#response textarea").input_value())
-        time.sleep(0.02)
-    assert len(seen - {""}) > 1  # it came in pieces
-    assert "raise --max-tokens" in chromium.locator("#answer").inner_text() or chromium.locator(".answer").count()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -94,7 +95,7 @@ def answer_stream(
 def prompts_of(asked: Asked, setting: Setting, template: str, system: str = "") -> list[Prompt]:
     """Return the prompts of one question: one, or one per page for `weighted`."""
     if not asked.pages:
-        raise RsgrpoError(f"question {asked.id} has no pages to answer from")
+        raise RsgrpoError(f"{short(asked.question)!r} has no pages to answer from")
     paths = tuple(page.image for page in asked.pages)
     question = Question(asked.id, asked.question)
     if setting == "multi_image":
@@ -114,9 +115,16 @@ def with_text(asked: Asked) -> str:
         RsgrpoError: no page has text.
     """
     if not any(page.text.strip() for page in asked.pages):
-        raise RsgrpoError(f"question {asked.id}: none of its pages has text; use their images, or ingest with --ocr")
+        raise RsgrpoError(
+            f"none of the pages of {short(asked.question)!r} has text; use their images, or ingest with --ocr"
+        )
     parts = [f"[{page.rank}]\n{page.text.replace(IMAGE_MARK, '')}" for page in asked.pages]
     return "\n\n".join([*parts, asked.question])
+
+
+def short(question: str) -> str:
+    """Return as much of a question as a message needs."""
+    return textwrap.shorten(question, 80)
 
 
 def paste(paths: Sequence[str], direction: Literal["horizontal", "vertical"]) -> bytes:

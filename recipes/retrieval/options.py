@@ -133,6 +133,7 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--script", default="", help="answers of the fake engine")
     who.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
     who.add_argument("--max-tokens", type=int, default=2048, help="of an answer")
+    who.add_argument("--max-prompt-tokens", type=int, help="of question and pages; default: that of recipes.infer")
     who.add_argument("--answer-max-pixels", type=int, default=0, help="area of a resized page; 0: the engine's default")
     who.add_argument("--setting", choices=SETTINGS, default="multi_image", help="how pages become prompts")
 
@@ -154,7 +155,10 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
     arguments += ["--max-images", str(options.k), "--device", options.device or "auto"]
     if options.answer_max_pixels:
         arguments += ["--max-pixels", str(options.answer_max_pixels)]
-        arguments += ["--min-pixels", str(min(infer.parser().get_default("min_pixels"), options.answer_max_pixels))]
+        smallest = infer.pixel_limits(options.answer_model)[0]
+        arguments += ["--min-pixels", str(min(smallest, options.answer_max_pixels))]
+    if options.max_prompt_tokens:
+        arguments += ["--max-prompt-tokens", str(options.max_prompt_tokens)]
     prompt = named_prompt(options.prompt)
     template = read_template(prompt)
     if not template:
