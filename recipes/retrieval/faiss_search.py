@@ -114,7 +114,7 @@ class FaissSearch:
             with open(file, "rb") as stream:  # FAISS itself opens no path that is not UTF-8
                 self._faiss = faiss.read_index(faiss.PyCallbackIOReader(stream.read))  # type: ignore[attr-defined]
         except (OSError, ValueError, EOFError, RuntimeError) as error:
-            raise FaissError(f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}") from error
+            raise FaissError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
         if self._faiss.ntotal != len(self._ids):
             raise FaissError(f"{file} has {self._faiss.ntotal} vectors for {len(self._ids)} pages; {remedy}")
         if kind == "ivf":

@@ -372,7 +372,7 @@ def _reading(file: Path, remedy: str) -> Iterator[pa.NativeFile]:
     except FileNotFoundError as error:
         raise StoreError(f"{file} is gone; {remedy}") from error
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise StoreError(f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}") from error
+        raise StoreError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
 
 
 def replace_file(file: Path, content: bytes) -> None:
