@@ -75,3 +75,16 @@ def test_a_table_of_text_is_read_in_its_encoding_and_by_its_separator(tmp_path, 
     (tmp_path / "table.csv").write_bytes(content)
     (text,) = texts_of(tmp_path / "table.csv", tmp_path)
     assert shown in text
+
+
+@pytest.mark.parametrize("content", ["Äpfel über alles\n".encode("latin-1"), "Äpfel über alles\r\n".encode("utf-16")])
+def test_text_is_read_in_its_encoding(tmp_path, content):
+    (tmp_path / "note.txt").write_bytes(content)
+    assert texts_of(tmp_path / "note.txt", tmp_path) == ["Äpfel über alles"]
+
+
+def test_text_is_text_whatever_its_words_look_like(tmp_path):
+    (tmp_path / "page.md").write_text(
+        "In HTML this is like an `<svg>`.\n"
+    )  # LibreOffice left alone takes it for a drawing
+    assert texts_of(tmp_path / "page.md", tmp_path) == ["In HTML this is like an `<svg>`."]

@@ -186,8 +186,9 @@ def _import_filter(source: Path) -> list[str]:
         text, charset = codecs.getincrementaldecoder("utf-8-sig")().decode(content), _CSV_UTF8
     except UnicodeDecodeError:
         text, charset = content.decode("latin-1"), _CSV_LATIN1
-    if source.suffix != ".csv":  # a byte order mark of UTF-16 goes before the name that is given
-        return [f"--infilter=Text (encoded):{'UTF8' if charset == _CSV_UTF8 else 'ISO_8859_1'},LF,,,"]
+    if source.suffix != ".csv":
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # a mark goes before the name
+        return [f"--infilter=Text (encoded):{'UTF8' if marked or charset == _CSV_UTF8 else 'ISO_8859_1'},LF,,,"]
     try:
         separator = csv.Sniffer().sniff(text, delimiters=",;\t|").delimiter
     except csv.Error:
