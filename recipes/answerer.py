@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class Answerer(Protocol):
         """
         ...
 
-    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Output]:
         """Yield pieces of text as they are written, where that is possible, and at last the output."""
         ...
 

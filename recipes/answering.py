@@ -174,7 +174,7 @@ class EngineAnswerer:
             except ValueError as error:  # the engine's own errors; what a prompt is to blame for came as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 
-    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Output]:
         """Yield the text in pieces where the engine tells them (the embedded one does), then the output."""
         engine = self.start()
         if not isinstance(engine, StreamingEngine):

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass
@@ -135,7 +135,7 @@ class Endpoint:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Output]:
         """Yield the text in pieces as it is written, then the output.
 
         Raises:

@@ -1,7 +1,7 @@
 """Answer over HTTP: `python -m recipes.serve --model runs/x/export`, asked like any OpenAI-compatible server.
 
-Beside the usual choices stand the parsed fields. Owns HTTP and the queue; what a request may say is
-`recipes.chat_request`, who answers `recipes.answering`. The home of `aiohttp`.
+Beside the usual choices stand the parsed fields. Owns HTTP; what a request may say is
+`recipes.chat_request`, the queue `recipes.desk`, who answers `recipes.answering`. The home of `aiohttp`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ import argparse
 import asyncio
 import json
 import logging
-import queue
 import sys
-import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from recipes.answerer import Answerer, Output
 from recipes.answering import EngineAnswerer
 from recipes.batch import result_line
 from recipes.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
+from recipes.desk import Desk, Piece
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.questions import named_prompt
 from rollout.config import ConfigError
@@ -34,12 +33,9 @@ from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.limits import at_least
 
-log = logging.getLogger(__name__)
-
 RETRY_AFTER_S = 5
 BODY_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 60.0
-Piece = str | Output | RsgrpoError
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,95 +58,6 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         at_least(1, request_bytes=self.request_bytes, max_requests=self.max_requests, batch_size=self.batch_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """A prompt that waits. hear: is called with what comes. streams: also with pieces of the text."""
-
-    prompt: Prompt
-    hear: Callable[[Piece], None]
-    streams: bool
-
-
-class Desk:
-    """Hands prompts to an answerer from threads of its own; what comes back is given to a callback.
-
-    An engine takes what waits as one batch, then the next; a prompt that wants its text in pieces it takes alone. An
-    endpoint takes every prompt as it comes.
-    """
-
-    def __init__(self, answerer: Answerer, *, num_threads: int, batch_size: int) -> None:
-        self._answerer = answerer
-        self._waiting: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
-        in_batches = isinstance(answerer, EngineAnswerer)
-        work = partial(self._in_batches, batch_size) if in_batches else self._one_by_one
-        self._threads = [
-            threading.Thread(target=work, name=f"desk-{number}", daemon=True)
-            for number in range(1 if in_batches else num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def ask(self, prompt: Prompt, hear: Callable[[Piece], None], *, streams: bool) -> None:
-        """Queue a prompt; `hear` is called from another thread, at last with an output or with an error.
-
-        streams: call it with pieces of text before.
-        """
-        self._waiting.put(Wish(prompt, hear, streams))
-
-    def close(self) -> None:
-        """Let the threads finish what they do, drop what waits, and end."""
-        while not self._waiting.empty():
-            self._waiting.get()
-        for _ in self._threads:
-            self._waiting.put(None)
-        for thread in self._threads:
-            thread.join()
-
-    def _one_by_one(self) -> None:
-        while (wish := self._waiting.get()) is not None:
-            self._alone(wish)
-
-    def _alone(self, wish: Wish) -> None:
-        _deliver(self._answerer.stream(wish.prompt), {wish.prompt.id: wish.hear}, streams=True)
-
-    def _in_batches(self, batch_size: int) -> None:
-        wish = self._waiting.get()
-        while wish is not None:
-            if wish.streams:
-                self._alone(wish)
-                wish = self._waiting.get()
-                continue
-            batch, following = [wish], True
-            while len(batch) < batch_size and following and not self._waiting.empty():
-                wish = self._waiting.get()
-                following = wish is not None and not wish.streams
-                if wish is not None and following:
-                    batch.append(wish)
-            hears = {member.prompt.id: member.hear for member in batch}
-            _deliver(self._answerer.answer([member.prompt for member in batch]), hears, streams=False)
-            if following:
-                wish = self._waiting.get()
-
-
-def _deliver(pieces: Iterable[str | Output], hears: dict[str, Callable[[Piece], None]], *, streams: bool) -> None:
-    """Pass pieces on; whoever has heard no output in the end hears an error."""
-    fault: RsgrpoError = RsgrpoError("the model returned no answer")
-    try:
-        for piece in pieces:
-            if isinstance(piece, Output):
-                hears.pop(piece.prompt.id)(piece)
-            elif streams:
-                for hear in hears.values():
-                    hear(piece)
-    except RsgrpoError as error:
-        fault = error
-    except Exception as error:  # a bug of an engine must not leave clients waiting for ever, nor end this thread
-        log.exception("the answerer failed")
-        fault = RsgrpoError(f"the model failed: {type(error).__name__}")
-    for hear in hears.values():
-        hear(fault)
 
 
 class Server:
@@ -216,6 +123,10 @@ class Server:
             return _error(408, f"the request did not arrive within {BODY_TIMEOUT_S:.0f} s")
         except web.HTTPRequestEntityTooLarge:
             return _error(413, f"the request is larger than {self._limit_text()}")
+        except web.RequestPayloadError as error:
+            reply = _error(400, f"the body cannot be read: {error}")
+            reply.force_close()  # where the next request would begin is not known
+            return reply
         name = self._answerer.name
         chat = await asyncio.to_thread(
             read_request, body, request_id, name, config.template, config.system, config.sampling, config.limits
@@ -225,8 +136,9 @@ class Server:
 
     async def _whole(self, chat: ChatRequest) -> web.Response:
         output = None
-        async for piece in self._pieces(chat.prompt, streams=False):
-            output = piece
+        async with aclosing(self._pieces(chat.prompt, streams=False)) as pieces:
+            async for piece in pieces:
+                output = piece
         if isinstance(output, RsgrpoError):
             return _error(502, str(output), retry=True)
         assert isinstance(output, Output)
@@ -248,26 +160,27 @@ class Server:
             event = self._reply(chat.prompt.id, "chat.completion.chunk", choices, output)
             await response.write(f"data: {_to_json(event)}\n\n".encode())
 
-        async for piece in self._pieces(chat.prompt, streams=True):
-            if isinstance(piece, RsgrpoError) or (isinstance(piece, Output) and piece.finish_reason == "error"):
-                message = piece.error if isinstance(piece, Output) else str(piece)
+        async with aclosing(self._pieces(chat.prompt, streams=True)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, RsgrpoError) or (isinstance(piece, Output) and piece.finish_reason == "error"):
+                    message = piece.error if isinstance(piece, Output) else str(piece)
+                    if not response.prepared:
+                        return _error(422 if isinstance(piece, Output) else 502, message)
+                    await response.write(f"data: {_to_json(_error_body(502, message))}\n\n".encode())
+                    break
                 if not response.prepared:
-                    return _error(422 if isinstance(piece, Output) else 502, message)
-                await response.write(f"data: {_to_json(_error_body(502, message))}\n\n".encode())
-                break
-            if not response.prepared:
-                await response.prepare(request)
-            if isinstance(piece, str):
-                was_sent = True
-                await send([{"index": 0, "delta": {"role": "assistant", "content": piece}, "finish_reason": None}])
-            else:
-                rest = {} if was_sent else {"role": "assistant", "content": piece.text}
-                await send([{"index": 0, "delta": rest, "finish_reason": piece.finish_reason}], piece)
+                    await response.prepare(request)
+                if isinstance(piece, str):
+                    was_sent = True
+                    await send([{"index": 0, "delta": {"role": "assistant", "content": piece}, "finish_reason": None}])
+                else:
+                    rest = {} if was_sent else {"role": "assistant", "content": piece.text}
+                    await send([{"index": 0, "delta": rest, "finish_reason": piece.finish_reason}], piece)
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
-    async def _pieces(self, prompt: Prompt, *, streams: bool) -> AsyncIterator[Piece]:
+    async def _pieces(self, prompt: Prompt, *, streams: bool) -> AsyncGenerator[Piece, None]:
         """Yield what the desk hears, up to the output or the error."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece]()
 
@@ -275,12 +188,15 @@ class Server:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(heard.put_nowait, piece)
 
-        self._desk.ask(prompt, hear, streams=streams)
-        while True:
-            piece = await heard.get()
-            yield piece
-            if not isinstance(piece, str):
-                return
+        left = self._desk.ask(prompt, hear, streams=streams)
+        try:
+            while True:
+                piece = await heard.get()
+                yield piece
+                if not isinstance(piece, str):
+                    return
+        finally:
+            left.set()
 
     def _reply(self, reply_id: str, kind: str, choices: list[dict[str, Any]], output: Output | None) -> dict[str, Any]:
         model = self._answerer.name
@@ -368,6 +284,7 @@ def serve(options: argparse.Namespace) -> None:
             host=options.host,
             port=options.port,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            handler_cancellation=True,  # a client that leaves is not answered
             print=lambda *_: print(f"serving {answerer.name} at http://{options.host}:{options.port}/v1", flush=True),
         )
     except OSError as error:

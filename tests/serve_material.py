@@ -7,7 +7,7 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class FakeAnswerer:
         self.gate = threading.Event()
         self.gate.set()
 
-    def stream(self, prompt: Prompt) -> Iterator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Output]:
         self.prompts.append(prompt)
         assert self.gate.wait(10)
         if self.text == "down":

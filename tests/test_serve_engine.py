@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from aiohttp.test_utils import TestClient, TestServer
 from serve_material import COMPLETE, TEMPLATE, data_url, request_of
 
-from recipes import serve
 from recipes.answerer import Output
 from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer
 from recipes.chat_request import RequestLimits, ServedSampling
-from recipes.serve import Desk, ServeConfig, Server
+from recipes.desk import Desk, Piece
+from recipes.serve import ServeConfig, Server
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams
 
@@ -23,7 +23,7 @@ from rollout.types import Prompt, SamplingParams
 def test_an_engine_is_given_what_waits_as_one_batch(monkeypatch):
     engine = EngineAnswerer(AnswerModelConfig("m"), AnswerRolloutConfig(), InputsConfig(), SamplingParams())
     batches: list[list[str]] = []
-    heard: list[serve.Piece] = []
+    heard: list[Piece] = []
     gate = threading.Event()
 
     def answer(prompts: Sequence[Prompt]) -> Iterator[Output]:
@@ -56,16 +56,16 @@ def test_an_engine_writes_for_one_listener_at_a_time_and_for_the_others_in_batch
         worked.append([prompt.id for prompt in prompts])
         yield from (Output(prompt, "text", "stop") for prompt in prompts)
 
-    def stream(prompt: Prompt) -> Iterator[str | Output]:
+    def stream(prompt: Prompt) -> Generator[str | Output]:
         worked.append([f"{prompt.id} in pieces"])
         yield from ("te", "xt", Output(prompt, "text", "stop"))
 
-    def hear(piece: serve.Piece) -> None:
+    def hear(piece: Piece) -> None:
         heard.append(piece)
         if not isinstance(piece, str):
             done.release()
 
-    heard: list[serve.Piece] = []
+    heard: list[Piece] = []
     monkeypatch.setattr(engine, "answer", answer)
     monkeypatch.setattr(engine, "stream", stream)
     desk = Desk(engine, num_threads=9, batch_size=3)
