@@ -109,6 +109,8 @@ def test_a_question_needs_words_and_pages(tmp_path):
         next(library(tmp_path / "store").ask("  ", 3, "multi_image"))
     with pytest.raises(InputError, match="the question has 4,001 characters, more than 4,000"):
         next(library(tmp_path / "store").ask("é" * 4_001, 3, "multi_image"))
+    with pytest.raises(InputError, match="the question holds half a character"):
+        next(library(tmp_path / "store").ask("how\ud83d?", 3, "multi_image"))
     with pytest.raises(InputError, match="add documents first"):
         next(library(tmp_path / "store").ask("how much?", 3, "multi_image"))
 

@@ -244,8 +244,8 @@ def test_the_page_says_when_its_endpoint_dies_and_goes_on_when_it_is_back(
         port = str(free.getsockname()[1])
     served = tmp_path / "served"
     shutil.copytree(tiny_model_path, served)  # it babbles to the limit
-    serve = ["--model", str(served), "--port", port, "--prompt", "raw", "--device", "cpu", "--max-pixels", "3136"]
-    server, _ = program("recipes.serve", *serve, "--max-tokens", "2000")
+    serve = ["--model", str(served), "--port", port, "--prompt", "raw", *SMALL, "--max-tokens", "2000"]
+    server, _ = program("recipes.serve", *serve)
     endpoint = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--answer-max-pixels", "3136", "--prompt", "demo"]
     chromium.goto(running(*endpoint, "-k", "2", "--max-tokens", "2000"))
 

@@ -153,6 +153,8 @@ class Library:
             raise InputError("the question is empty")
         if len(question) > MAX_QUESTION_CHARACTERS:
             raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
+        if question != question.encode(errors="ignore").decode():
+            raise InputError("the question holds half a character (a lone surrogate); type it anew")
         if self._retriever is None or not self.num_pages:
             raise InputError("there are no pages yet: add documents first")
         start, seconds = time.monotonic(), {}
