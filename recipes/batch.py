@@ -127,7 +127,7 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
             line = json.loads(text)
             lines[str(line["id"])] = line
             line["finish_reason"], line["prompt_hash"], line["model"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"line {number} of {path} is no answer that this program wrote ({type(error).__name__}: {error}); "
                 "choose another output file"

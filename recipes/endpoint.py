@@ -35,7 +35,7 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_DELAY_S = 60.0
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 HOPELESS = (401, 403, 404)
-_OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError)  # a reply that is no chat completion
+_OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # no chat completion
 
 
 class EndpointError(RsgrpoError):

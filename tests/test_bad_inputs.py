@@ -187,3 +187,14 @@ def test_half_a_character_in_a_prediction_is_scored_and_shown_as_a_question_mark
     evaluate.evaluate(EvaluateConfig(benchmark="rows.jsonl", predictions="preds.jsonl", name="scored", prompt=PROMPT))
     results = json.loads((here / "runs/evaluation/scored/results.json").read_text())
     assert results["scores"]["strict"]["global"]["em"]["value"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\0\n", "[" * 100_000, '{"id": ' + "9" * 5000 + ', "pred": "x"}', '{"pred": "x"}', '{"id": "q1", "pred": null}'],
+)
+def test_a_prediction_file_that_cannot_be_read_is_named_with_its_line(text, here):
+    write_rows(here, row_of(1, write_page(here)))
+    (here / "preds.jsonl").write_text(text)
+    with pytest.raises(InputError, match=r"line 1 of preds\.jsonl"):
+        evaluate.evaluate(EvaluateConfig(benchmark="rows.jsonl", predictions="preds.jsonl", prompt=PROMPT))

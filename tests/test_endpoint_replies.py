@@ -83,8 +83,9 @@ def in_pieces(pieces: Sequence[bytes], headers: dict[str, str], wait_s: float = 
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"choices": [{"mess', b"<html>Welcome</html>", b"", [1], None, {"choices": []}, {"error": {"message": "no"}},
-     completion(message=None), completion(message={"content": [{"type": "text", "text": "yes"}]}),
+    [b'{"choices": [{"mess', b"<html>Welcome</html>", b"", b"[" * 100_000, [1], None, {"choices": []},
+     {"error": {"message": "no"}}, completion(message=None),
+     completion(message={"content": [{"type": "text", "text": "yes"}]}),
      completion(message={"content": 5}), '{"choices": "é"}'.encode("latin-1")],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
