@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen_smart_resize
 
 from rollout.config import ConfigError, InputsConfig
-from rollout.images import check_decodes, decode, read_size, smart_resize
+from rollout.images import check_decodes, decode, file_of, read_size, smart_resize
 from rollout.inputs import InputProcessor, InputsError, PromptError
 from rollout.types import Prompt
 
@@ -152,7 +152,7 @@ def test_tokens_equal_those_of_the_folders_own_processor(tiny_model_path, page_i
     assert ("You are a helpful assistant." in rendered) == bool(template and not system)
     theirs = reference(
         text=rendered,
-        images=[Image.open(path).convert("RGB") for path in prompt.images],
+        images=[Image.open(file_of(source)).convert("RGB") for source in prompt.images],
         images_kwargs={"size": {"shortest_edge": SMALL.min_pixels, "longest_edge": SMALL.max_pixels}},
     )
     assert processor.encode(prompt).token_ids_T == theirs["input_ids"][0]
