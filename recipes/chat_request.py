@@ -254,5 +254,7 @@ def _allowed_file(address: str, place: int, limits: RequestLimits) -> str:
                 return str(real)
         except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links: no such file
             continue
-    allowed = "a file in an allowed folder" if limits.folders else "a data URL; this server was given no --allow-folder"
+    allowed = "a data URL; this server was given no --allow-folder"
+    if limits.folders:
+        allowed = "a file in an allowed folder, its path taken from there"
     raise RequestError(403, f"image {place} must be {allowed}; got {address!r:.80}")

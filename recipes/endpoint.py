@@ -26,7 +26,7 @@ from recipes.questions import IMAGE_MARK
 from rollout.config import InputsConfig
 from rollout.images import PromptError
 from rollout.types import Prompt, SamplingParams
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.limits import above, at_least, require
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ class Endpoint:
 
         Raises:
             EndpointError: the endpoint does not answer.
+            InputError: it has a prompt of its own.
         """
         self._config = config
         self._sampling = sampling
@@ -166,7 +167,8 @@ class Endpoint:
 
     def _only_model(self) -> str:
         try:
-            models = [entry["id"] for entry in self._request("GET", "models").json()["data"]]
+            entries = self._request("GET", "models").json()["data"]
+            models = [entry["id"] for entry in entries]
         except (PromptError, ValueError, KeyError, TypeError) as error:
             raise EndpointError(
                 f"endpoint {self._config.url} lists no models ({error}); name the model: endpoint.model"
@@ -175,6 +177,8 @@ class Endpoint:
             raise EndpointError(
                 f"endpoint {self._config.url} serves {', '.join(models) or 'no model'}; choose one: endpoint.model"
             )
+        if entries[0].get("has_template") is True:  # the prompt in it would stand around ours
+            raise InputError(f"endpoint {self._config.url} is `recipes.serve`: start it with --prompt raw")
         return str(models[0])
 
     def _ask(self, prompt: Prompt) -> Output:

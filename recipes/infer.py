@@ -97,7 +97,7 @@ def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bo
             elif text == "/json":
                 out.write(f"{json.dumps(last, ensure_ascii=False, indent=2)}\n")
             elif text.startswith("/"):
-                out.write(f"{HELP}\n")
+                out.write(f"there is no {text.split()[0]}\n{HELP}\n")
             elif text:
                 last = session.ask(text)
         except RsgrpoError as error:
@@ -112,7 +112,9 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
     """
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise InputError(f"there is no image {', '.join(missing)} (a question stands before --image)")
+        raise InputError(
+            f"there is no image {', '.join(missing)} (on the command line a question stands before --image)"
+        )
     return paths
 
 
@@ -145,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_argument_group("what is asked")
     what.add_argument("--question", dest="named_question", help="the same as QUESTION, by name")
     what.add_argument("--image", "--images", nargs="+", action="extend", default=[], help="the pages, in order")
-    what.add_argument("--batch", metavar="FILE", help="rows with id, question (or query) and image: see docs/data.md")
+    what.add_argument("--batch", metavar="FILE", help="rows with id, question, image: see docs/inference.md")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
     what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
     what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
@@ -238,7 +240,8 @@ def pixel_limits(model: str) -> tuple[int, int]:
 
 def answer(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit code."""
-    from rsgrpo.prompts import read_template
+    images = checked_images(options.image)
+    from rsgrpo.prompts import read_template  # loads transformers
 
     prompt = named_prompt(options.prompt)
     template, system = read_template(prompt), options.system or prompt.system
@@ -246,7 +249,6 @@ def answer(options: argparse.Namespace) -> int:
         raise InputError("--batch brings its own questions and pages: leave the question and --image out")
     if not options.batch and not template:
         raise InputError(f"--prompt {options.prompt} has no template to put a question into; choose another")
-    images = checked_images(options.image)
     answerer = answerer_of(options)
     try:
         if options.batch:

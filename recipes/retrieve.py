@@ -252,7 +252,7 @@ def _ask(options: argparse.Namespace) -> int:
     print(f"answer: {answered.line['answer'] or answered.line['raw']}{note}")
     texts = {slot["index"]: slot["text"] for slot in answered.line["evidence"] if slot["relevant"]}
     for page in answered.cited:
-        number = answered.sources.index(page) + 1
+        number = answered.index_of(page)
         print(f"  [{number}] {page.document}, page {page.number}: {texts.get(number, '')}".rstrip(": "))
     print("\n".join(["pages:", *table_lines(pages)]))
     return 0

@@ -97,6 +97,7 @@ class Server:
 
     async def _models(self, _: web.Request) -> web.Response:
         model = {"id": self._answerer.name, "object": "model", "created": 0, "owned_by": "rsgrpo"}
+        model["has_template"] = bool(self._config.template)  # clients with a template of their own must know
         return web.json_response({"object": "list", "data": [model]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

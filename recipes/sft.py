@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from rollout.config import RolloutConfig
 from rsgrpo import cli
-from rsgrpo.checks import validate_sft
+from rsgrpo.checks import require_inputs, validate_sft
 from rsgrpo.config import AlgorithmConfig, SftConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def sft(config: SftConfig) -> None:
         StopRequested: a signal asked it to stop; what it had learnt is in a checkpoint.
     """
     validate_sft(config)
+    require_inputs(config)
     # Read once, when torch is loaded: threads that wait must not spin on cores where others work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from recipes.gold_responses import GoldResponses

@@ -15,6 +15,7 @@ from rewards.api import Response
 from rewards.evisrag import well_formed
 from rollout.config import InputsConfig
 from rollout.types import Prompt
+from rsgrpo.checks import require_found
 from rsgrpo.config import DataConfig
 from rsgrpo.data import sort_rows
 from rsgrpo.errors import InputError
@@ -120,6 +121,7 @@ def _renamed(row: Row) -> Row:
 def _counter(model: str, inputs: InputsConfig) -> TokenCounter:
     if not model:
         return Uncounted(inputs)
+    require_found("model", model)
     from rollout.inputs import InputProcessor, InputsError
 
     try:

@@ -1,7 +1,7 @@
 """What makes a configuration impossible: keys that contradict each other, files that are not there.
 
 Every message names the key, the value and what would work; sums are shown. Ranges of single keys are checked by the
-classes that hold them, with `rsgrpo.limits`. Only `require_found` looks at the disk.
+classes that hold them, with `rsgrpo.limits`. Only `require_inputs` and `require_found` look at the disk.
 """
 
 from __future__ import annotations
@@ -67,6 +67,14 @@ def require_found(key: str, path: str) -> None:
     """Refuse a model or data path that is neither on disk nor shaped like a hub id ("org/name", "org/name:split")."""
     on_disk = os.path.exists(path)
     require(on_disk or (bool(HUB_ID.fullmatch(path)) and not path.startswith("demo/")), how_to_get(key, path))
+
+
+def require_inputs(config: TrainConfig | SftConfig) -> None:
+    """Refuse a model or rows that are not there, before anything heavy is loaded."""
+    require_found("model.path", config.model.path)
+    require_found("data.train", config.data.train)
+    if config.data.val:
+        require_found("data.val", config.data.val)
 
 
 def _check_inputs_exist(config: TrainConfig | SftConfig) -> None:

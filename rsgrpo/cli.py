@@ -34,6 +34,7 @@ from rsgrpo.stopping import StopRequested
 
 ConfigT = TypeVar("ConfigT")
 
+SHOWN_KEYS = {"learner": "learner.lr=1e-5 tracking=wandb_offline", "rollout": "prompt=direct rollout=vllm"}
 MAX_NAME_CHARS = 120
 INTERRUPTED = 130
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
@@ -201,7 +202,7 @@ def help_text(schema: type, config_name: str = "config") -> str:
     width = max(map(len, found))
     recipe = _easiest(found["recipe"])
     lines = [f"  {group:<{width}}  {', '.join(options)}" for group, options in found.items()]
-    keys_shown = "learner.lr=1e-5 tracking=wandb_offline" if "learner" in found else "prompt=direct rollout=vllm"
+    keys_shown = next((keys for group, keys in SHOWN_KEYS.items() if group in found), "lr=1e-5")
     return "\n".join(
         [
             f"usage: {program} recipe=RECIPE [group=option ...] [key=value ...]",

@@ -21,7 +21,6 @@ from rollout.inputs import InputProcessor, InputsError
 from rollout.types import SamplingParams
 from rsgrpo.checked_images import CHECKED_FILE, CheckedImages
 from rsgrpo.checkpoint import Checkpoint, CheckpointFolder
-from rsgrpo.checks import require_found
 from rsgrpo.cluster import Cluster
 from rsgrpo.config import TrainConfig
 from rsgrpo.console import Console
@@ -271,10 +270,6 @@ class Run:
     def _load_data(self) -> tuple[PromptDataset, list, PromptStream | StreamedPrompts]:
         """Return training prompts (of a streamed source the first ones), validation prompts, and what steps take."""
         config = self.config
-        require_found("model.path", config.model.path)
-        require_found("data.train", config.data.train)
-        if config.data.val:
-            require_found("data.val", config.data.val)
         try:
             processor = InputProcessor(
                 config.model.path,

@@ -20,7 +20,7 @@ import numpy as np
 
 from rsgrpo import cli
 from rsgrpo.advantages import credit_group, term_names, term_weights
-from rsgrpo.checks import validate
+from rsgrpo.checks import require_inputs, validate
 from rsgrpo.config import TrainConfig
 from rsgrpo.metrics import rollout_metrics, scope_metrics, score_metrics
 from rsgrpo.types import TrainGroup
@@ -36,6 +36,7 @@ def train(config: TrainConfig) -> None:
         StopRequested: a signal asked it to stop; what it had learnt is in a checkpoint.
     """
     validate(config)
+    require_inputs(config)
     from rsgrpo.run import Run  # loads torch: after the configuration has been checked
 
     with Run(config) as run:

@@ -14,6 +14,7 @@ from recipes.answerer import Output
 from recipes.endpoint import Endpoint, EndpointConfig, EndpointError
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams
+from rsgrpo.errors import InputError
 
 EVENTS = {"Content-Type": "text/event-stream"}
 Reply = Callable[[QuietHandler], None]
@@ -149,3 +150,12 @@ def test_an_event_of_another_form_ends_the_stream_and_keeps_its_text(event):
     output, _ = ask(in_pieces([events(delta("half"), event)], EVENTS), stream=True)
     assert (output.finish_reason, output.text) == ("error", "half")
     assert output.error.startswith("the answer broke off: ")
+
+
+def test_our_own_server_is_refused_where_it_would_put_our_prompt_into_its_own():
+    class Handler(QuietHandler):
+        def do_GET(self) -> None:
+            self.send_json(200, {"data": [{"id": "m", "owned_by": "rsgrpo", "has_template": True}]})
+
+    with serving(Handler) as url, pytest.raises(InputError, match="start it with --prompt raw"):
+        Endpoint(EndpointConfig(url=f"{url}/v1"), SamplingParams(), InputsConfig())

@@ -121,6 +121,16 @@ def test_an_answer_cites_document_and_page(pages):
     assert [(page.document, page.number) for page in answered.cited] == [("blue.pdf", 2)]
 
 
+def test_an_answer_from_one_pasted_image_can_only_cite_all_its_pages(pages):
+    answerer = ScriptedAnswerer({"q": (ANSWER.replace("[2]", "[3]").replace("no relevant information", "seven"), None)})
+    for setting in ("horizontal", "vertical"):
+        (answered,) = answer_all([Asked("q", "which?", pages)], setting, answerer, TEMPLATE)
+        assert [(page.document, answered.index_of(page)) for page in answered.cited] == [
+            ("red.pdf", 1),
+            ("blue.pdf", 1),
+        ]
+
+
 def test_weighted_selection_takes_the_surest_answer(pages):
     # softmax(.9, .8) = .525, .475; .525 * .1 < .475 * .9
     script: dict[str, tuple[str, float | None]]

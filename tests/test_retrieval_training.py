@@ -127,8 +127,11 @@ def test_a_retriever_learns_its_pairs_and_its_folder_is_an_encoder(tiny_model_pa
     settings = config(tiny_model_path, tmp_path, total_steps=60, lr=1e-3, save_every=60, temperature=0.1)
     out = tmp_path / "run"
     out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 0, "kept": 1}\n{"step": 14, "loss": 9.0}\n{"step": 15, "lo')  # killed
     metrics = train(settings, pairs, pairs, out, QUIET)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert "kept" in rows.pop(0)
+    assert all(row.get("loss") != 9.0 for row in rows)
     steps = [row for row in rows if "in_batch_accuracy" in row]
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     assert metrics["recall@1"] >= 0.75

@@ -134,7 +134,7 @@ def test_no_file_outside_of_the_allowed_folders_is_read(tmp_path, address):
     os.symlink(allowed / "loop.png", allowed / "loop.png")
     status, message = refusal(request_of(address), folders=[allowed])
     assert status == 403
-    assert message.startswith("image 1 must be a file in an allowed folder; got ")
+    assert message.startswith("image 1 must be a file in an allowed folder, its path taken from there; got ")
 
 
 def test_without_an_allowed_folder_no_file_is_read(tmp_path):

@@ -46,19 +46,24 @@ class Answered:
     """What came of a question.
 
     line: the parsed result, as `recipes.infer` writes it. sources: the pages that the answer may cite, in the order of
-    its indexes. weights: per page, of `weighted`; empty elsewhere.
+    its indexes. weights: per page, of `weighted`; empty elsewhere. pasted: they are one image, and share index 1.
     """
 
     asked: Asked
     line: dict[str, Any]
     sources: tuple[FoundPage, ...]
     weights: tuple[float, ...] = ()
+    pasted: bool = False
 
     @property
     def cited(self) -> list[FoundPage]:
         """Return the pages that the answer's evidence or citations name, in order of rank."""
         numbers = {slot["index"] for slot in self.line["evidence"] if slot["relevant"]} | set(self.line["citations"])
-        return [page for number, page in enumerate(self.sources, start=1) if number in numbers]
+        return [page for page in self.sources if self.index_of(page) in numbers]
+
+    def index_of(self, page: FoundPage) -> int:
+        """Return the index by which the answer names a page: of pasted pages it can only name all."""
+        return 1 if self.pasted else self.sources.index(page) + 1
 
 
 def answer_all(
@@ -162,7 +167,8 @@ def page_weights(scores: Sequence[float], mean_logprobs: Sequence[float]) -> lis
 
 def _answered(asked: Asked, setting: Setting, outputs: dict[str, Output], model: str) -> Answered:
     if setting != "weighted":
-        return Answered(asked, result_line(outputs[asked.id], model), asked.pages)
+        pasted = setting in ("horizontal", "vertical")
+        return Answered(asked, result_line(outputs[asked.id], model), asked.pages, pasted=pasted)
     found = [outputs[f"{asked.id}#{page.rank}"] for page in asked.pages]
     usable = [(page, output) for page, output in zip(asked.pages, found, strict=True) if not output.error]
     if not usable:

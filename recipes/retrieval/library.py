@@ -177,7 +177,7 @@ class Library:
     def trace(self, asking: Asking) -> dict[str, Any]:
         """Return all of a question as JSON: what was found, what was asked, what came back, if anything did."""
         answered, search = asking.answered, self._search
-        numbers = {page.page_id: number for number, page in enumerate(answered.sources, 1)} if answered else {}
+        numbers = {page.page_id: answered.index_of(page) for page in answered.sources} if answered else {}
         cited = {page.page_id for page in answered.cited} if answered else set()
         pages = [
             asdict(page) | {"index": numbers.get(page.page_id), "cited": page.page_id in cited} for page in asking.pages

@@ -40,6 +40,11 @@ def recall(index: Path, asked: EncoderSettings) -> EncoderSettings:
         kept = json.loads((index / FILE).read_text())
         settings = EncoderSettings(**{name: kept[name] for name in KEPT})
     except FileNotFoundError as error:
+        if not index.exists():
+            raise InputError(
+                f"there is no index {index} yet; `python -m recipes.retrieve index STORE --model MODEL` makes it, or "
+                "name the retriever with --model"
+            ) from error
         raise InputError(
             f"{index} does not say which model made it; name the retriever with --model (a folder or hub name)"
         ) from error

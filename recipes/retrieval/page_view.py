@@ -58,8 +58,8 @@ def answer_html(asking: Asking) -> str:
     texts = {slot["index"]: slot["text"] for slot in line["evidence"] if slot["relevant"]}
     cards = [
         _card(number, page, texts.get(number, ""))
-        for number, page in enumerate(asking.answered.sources, start=1)
-        if page in asking.answered.cited
+        for page in asking.answered.cited
+        for number in [asking.answered.index_of(page)]
     ]
     if cards:
         parts.append(f'<div class="cards">{"".join(cards)}</div>')

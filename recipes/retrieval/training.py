@@ -113,6 +113,12 @@ class Journal(TrainerCallback):
     def __init__(self, file: Path, loss: InBatchLoss, console: Console) -> None:
         self._file, self._loss, self._console = file, loss, console
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Drop the lines of steps after the checkpoint that the run goes on from."""
+        if state.is_world_process_zero and self._file.exists():
+            lines = self._file.read_text().splitlines()
+            self._file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= state.global_step))
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write one line."""
         if not state.is_world_process_zero or not logs:
@@ -126,6 +132,14 @@ class Journal(TrainerCallback):
         if shown:
             values = "  ".join(f"{SHOWN[name]} {short(float(row[name]), 3)}" for name in shown)
             self._console.info(f"step {state.global_step}/{state.max_steps}  {values}")
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of metrics.jsonl; infinity where a kill cut it off."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 def encode(model: Any, items: Sequence[Any], to_inputs: Callable[[Sequence[Any]], list[Any]], batch: int) -> np.ndarray:
