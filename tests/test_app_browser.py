@@ -182,7 +182,8 @@ def test_documents_are_added_and_asked_in_a_browser(chromium, running, tmp_path,
     assert "broken.pdf: the PDF is broken or has no pages" in chromium.locator("#added").inner_text()
     assert "3 pages" in chromium.locator("#heading").inner_text()
 
-    ask(chromium, "how many apples?")
+    chromium.locator("#question textarea").fill("how many apples?")
+    chromium.locator("#question textarea").press("Enter")
     assert "7 & more" in answered(chromium)
     assert chromium.locator("#found figure").count() == 2
     framed = chromium.locator("#found figure.cited")
