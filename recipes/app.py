@@ -149,12 +149,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
         with gr.Row():
             with gr.Column(scale=2):
                 question = gr.Textbox(
-                    label="Question",
-                    lines=1,
-                    max_lines=4,
-                    max_length=MAX_QUESTION_CHARACTERS,
-                    elem_id="question",
-                    autofocus=True,
+                    label="Question", max_length=MAX_QUESTION_CHARACTERS, elem_id="question", autofocus=True
                 )
                 with gr.Row():
                     k = gr.Slider(1, MAX_K, value=options.k, step=1, label="Pages")
