@@ -279,6 +279,12 @@ class Run:
             )
         except InputsError as error:
             raise InputError(str(error)) from error
+        except OSError as error:
+            path, reason = config.model.path, next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(
+                f"model.path={path} cannot be loaded: {reason}\nA hub model needs a network once: `hf download {path}` "
+                "elsewhere, and model.path=FOLDER here"
+            ) from error
         checked = CheckedImages(Path(config.output_dir) / CHECKED_FILE)
 
         def load(kind: str, source: str) -> PromptDataset:
