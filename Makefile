@@ -42,7 +42,7 @@ test-all: $(INSTALLED)
 
 # What needs CUDA takes the python at hand where `make` has installed nothing: torch, transformers, peft and pytest do.
 test-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/test_learner_gpu.py tests/test_hf_engine.py
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/gpu/test_learner.py tests/rollout/hf/test_engine.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)

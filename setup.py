@@ -19,7 +19,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
-    package_data={"conf": ["**/*.yaml"], "rsgrpo": ["report_assets/*"]},
+    package_data={"conf": ["**/*.yaml"], "rsgrpo": ["report/assets/*"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "torchvision>=0.26,<0.29",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rsgrpo.line_chart import line_chart
-from rsgrpo.tracking import read_metrics
+from rsgrpo.records.tracking import read_metrics
+from rsgrpo.report.line_chart import line_chart
 
 SCORES = {
     "sampled F1": "val/sampled/accuracy",

@@ -9,7 +9,7 @@ Needs torch and transformers only. A step is forward and backward over one group
 
     plain   one row per response, the tower in every row of both passes, an old-logprob pass, logits of every token
     best    one row per response, but features once, no old pass, logits of response tokens only, in chunks
-    ours    one row per group: prompt, tower and head as in rsgrpo.model
+    ours    one row per group: prompt, tower and head as in rsgrpo.learning.policy
 
 No optimiser and no sharding: both are the same for all sides.
 """
@@ -36,8 +36,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.learner_sides import SHAPES, WORK, Bench, Shape, Work
-from rsgrpo.line_chart import line_chart
-from rsgrpo.passes import cost_model
+from rsgrpo.learning.passes import cost_model
+from rsgrpo.report.line_chart import line_chart
 
 SIDES = ("plain", "best", "ours")
 

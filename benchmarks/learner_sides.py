@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from rsgrpo.attention import choose_attention
-from rsgrpo.loss import policy_loss, step_totals
-from rsgrpo.model import Policy
-from rsgrpo.packing import EncodedPrompt, build_micro_batch
-from rsgrpo.passes import move
-from rsgrpo.recompute import recompute
+from rsgrpo.algorithm.loss import policy_loss, step_totals
+from rsgrpo.learning.attention import choose_attention
+from rsgrpo.learning.packing import EncodedPrompt, build_micro_batch
+from rsgrpo.learning.passes import move
+from rsgrpo.learning.policy import Policy
+from rsgrpo.learning.recompute import recompute
 from rsgrpo.types import Sample
 
 VISION_START, VISION_END, IMAGE, VIDEO = 2, 3, 4, 5

@@ -78,7 +78,7 @@ class Material:
         import numpy as np
         from PIL import Image
 
-        from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
+        from recipes.demo.model import build_model, save_model_folder, train_tokenizer
 
         self.work, self.path = work, str(folder / "model")
         rng = np.random.default_rng(0)
@@ -131,8 +131,8 @@ def run_ours(material: Material, repeats: int, *, ban: bool, watch: Any = None) 
 
     from rollout.config import InputsConfig
     from rollout.types import Prompt
-    from rsgrpo.config import AlgorithmConfig, LearnerConfig, ModelConfig
-    from rsgrpo.learner import InputProcessor, Learner
+    from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
+    from rsgrpo.learning.learner import InputProcessor, Learner
     from rsgrpo.types import Sample, TrainGroup
 
     inputs = InputsConfig(min_pixels=784, max_pixels=material.max_pixels)
@@ -193,7 +193,7 @@ class Recorded:
 
     def __init__(self, material: Material) -> None:
         from rollout.config import InputsConfig
-        from rollout.inputs import InputProcessor
+        from rollout.inputs.processor import InputProcessor
         from rollout.types import Prompt
 
         self.material, self.scored_at = material, 0.0

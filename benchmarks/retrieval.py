@@ -24,19 +24,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.retrieval.documents import RenderSettings
-from recipes.retrieval.encode_store import encode_here
-from recipes.retrieval.encoders import EncoderSettings
-from recipes.retrieval.faiss_search import FaissSearch, build
-from recipes.retrieval.index import VectorIndex
-from recipes.retrieval.ingest import ingest
-from recipes.retrieval.load import load_encoder
-from recipes.retrieval.search import Hit, exact
-from recipes.retrieval.store import Page, PageStore
-from rsgrpo.console import Console
+from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.choice import load_encoder
+from recipes.retrieval.pages.documents import RenderSettings
+from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.store import Page, PageStore
+from recipes.retrieval.search.exact import Hit, exact
+from recipes.retrieval.search.faiss import FaissSearch, build
+from recipes.retrieval.search.index import VectorIndex
+from recipes.retrieval.search.update import encode_here
+from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:  # processes that only search load no model
-    from recipes.retrieval.sentence_encoders import SentenceEncoder
+    from recipes.retrieval.encoders.sentence import SentenceEncoder
 
 K = 10
 CLUSTER = 100
@@ -188,7 +188,7 @@ def encode(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     settings = EncoderSettings(options.model, options.kind, options.encode_with, max_pixels=options.max_pixels)
     wanted_ND, loop_rate = None, 0.0
     if options.encode_with == "transformers" and options.kind in ("image", "text"):
-        from recipes.retrieval.sentence_encoders import SentenceEncoder
+        from recipes.retrieval.encoders.sentence import SentenceEncoder
 
         encoder = SentenceEncoder(settings)
         row, wanted_ND = rated(partial(one_by_one, encoder), pages)

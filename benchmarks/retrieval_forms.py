@@ -18,8 +18,8 @@ from random import Random
 
 from PIL import Image
 
-from recipes.forms import Scans, Split, draw_pool
-from recipes.shapes import Shape, shape_pool
+from recipes.demo.forms import Scans, Split, draw_pool
+from recipes.demo.shapes import Shape, shape_pool
 
 PER_CONTENT: dict[Split, int] = {"train": 30, "val": 1}  # forms
 NUM_PAGES: dict[Split, int] = {"train": 3_000, "val": 100}  # easy_vqa

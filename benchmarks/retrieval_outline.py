@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes import retrieve
-from recipes.retrieval.store import PageStore
+from recipes.retrieval.pages.store import PageStore
 from tools.fetch_test_documents import MANUAL, MODEL
 
 

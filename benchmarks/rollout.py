@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
+from recipes.demo.model import build_model, save_model_folder, train_tokenizer
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
 from rollout.types import Prompt, SamplingParams
 
@@ -113,8 +113,8 @@ def measure_sync(model_path: str) -> dict[str, float]:
     from transformers import AutoModelForImageTextToText
 
     from rollout.build import build_engine
-    from rollout.vllm_peers import local_peer
-    from rollout.vllm_transfer import build_sender
+    from rollout.vllm.peers import local_peer
+    from rollout.vllm.weights_out import build_sender
 
     config = RolloutConfig(engine="vllm", max_response_tokens=8, vllm=VllmConfig(kv_cache_gib=0.125, max_num_seqs=8))
     engine = build_engine(model_path, config, INPUTS)

@@ -2,7 +2,7 @@
 
 Add documents, ask, watch the answer come, and see the pages that it rests on; without --answer-model or --endpoint,
 the pages only. The retriever is --model, by default the one that made the index. Owns the command line and the layout,
-and is the home of gradio; what happens is `recipes.retrieval.library`.
+and is the home of gradio; what happens is `recipes.retrieval.answers.library`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from recipes.retrieval.options import (
     open_encoder,
     search_settings,
 )
-from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:
-    from recipes.retrieval.library import Asking, Library, Reader
+    from recipes.retrieval.answers.library import Asking, Library, Reader
 
 MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
@@ -72,7 +72,7 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     Raises:
         RsgrpoError: the store, the encoder or the answerer cannot be opened.
     """
-    from recipes.retrieval.library import Library, LibrarySettings
+    from recipes.retrieval.answers.library import Library, LibrarySettings
 
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
@@ -94,8 +94,8 @@ def open_reader(options: argparse.Namespace) -> Reader | None:
     Raises:
         RsgrpoError: the answerer cannot be opened.
     """
-    from recipes.answering import EngineAnswerer
-    from recipes.retrieval.library import Reader
+    from recipes.answers.engine import EngineAnswerer
+    from recipes.retrieval.answers.library import Reader
 
     if not (options.answer_model or options.endpoint or options.script or options.engine != "hf"):
         return None
@@ -113,8 +113,8 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
     """Return the page, as gradio's Blocks; traces are written into `scratch`."""
     import gradio as gr
 
-    from recipes.retrieval.library import MAX_QUESTION_CHARACTERS
-    from recipes.retrieval.page_view import NOBODY_ANSWERS, added_html, answer_html, faults_html, pages_html
+    from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS
+    from recipes.retrieval.answers.page_view import NOBODY_ANSWERS, added_html, answer_html, faults_html, pages_html
 
     answers = library.reader is not None
 
@@ -185,7 +185,7 @@ def serve(library: Library, options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     import gradio as gr
 
-    from recipes.retrieval.page_view import CSS
+    from recipes.retrieval.answers.page_view import CSS
 
     if not _is_loopback(options.host):
         log.warning("everybody who reaches %s may read the store, add documents and ask: no password", options.host)

@@ -1,7 +1,7 @@
 """Predict a benchmark and score it: `python -m recipes.evaluate benchmark=SlideVQA model=runs/x/export topk=3`.
 
-Owns the configuration and the folder of an evaluation. Prediction is `recipes.batch`, the definitions of scores are
-`recipes.scoring`, and how they are shown is `recipes.evaluation_page`.
+Owns the configuration and the folder of an evaluation. Predictions come from `recipes.answers.batch`, scores from
+`recipes.evaluation.scoring`, and the page from `recipes.evaluation.page`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, open_answerer
-from recipes.batch import answer_batch
-from recipes.benchmarks import load_benchmark
-from recipes.endpoint import EndpointConfig
-from recipes.evaluation_page import Report, as_json, as_markdown, as_page, worst_cases
-from recipes.predictions import load_predictions
-from recipes.questions import Question, to_prompt
-from recipes.scoring import Evaluation, compare_evaluations, evaluate_predictions
+from recipes.answers.batch import answer_batch
+from recipes.answers.endpoint import EndpointConfig
+from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, open_answerer
+from recipes.answers.predictions import load_predictions
+from recipes.answers.questions import Question, to_prompt
+from recipes.evaluation.benchmarks import load_benchmark
+from recipes.evaluation.page import Report, as_json, as_markdown, as_page, worst_cases
+from recipes.evaluation.scoring import Evaluation, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
 from rsgrpo import cli
-from rsgrpo.config import PromptConfig
-from rsgrpo.console import Console
+from rsgrpo.config.limits import at_least, require
+from rsgrpo.config.train import PromptConfig
 from rsgrpo.errors import ConfigError, InputError
-from rsgrpo.limits import at_least, require
+from rsgrpo.records.console import Console
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -108,7 +108,7 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     Raises:
         RsgrpoError: the folder was made with other settings, pages are missing, or the answerer gave up.
     """
-    from rsgrpo.prompts import read_template
+    from rsgrpo.data.prompts import read_template
 
     template = read_template(config.prompt)
     prompts = [to_prompt(question, template, config.prompt.system) for question in questions]

@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.mini_data import BENCHMARKS, PROMPT_FILE, TEST_FILE, TRAIN, TRAIN_FILES
-from rsgrpo.console import Console
+from recipes.demo.evisrag_layout import BENCHMARKS, PROMPT_FILE, TEST_FILE, TRAIN, TRAIN_FILES
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.records.console import Console
 
 ROOT = Path("evisrag-mini")
 HUB, ROWS, EVALUATION = ROOT / "hub", ROOT / "train", ROOT / "evaluation"

@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answerer import Answerer, Output
-from recipes.answering import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, open_answerer
-from recipes.batch import answer_batch, result_line
-from recipes.endpoint import EndpointConfig
-from recipes.questions import Question, named_prompt, read_questions, to_prompt
+from recipes.answers.answerer import Answerer, Output
+from recipes.answers.batch import answer_batch, result_line
+from recipes.answers.endpoint import EndpointConfig
+from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, open_answerer
+from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from rollout.config import ConfigError, InputsConfig
 from rollout.types import Prompt
-from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.records.console import Console
 
 INTERRUPTED = 130
 HELP = "A question; or: /images A.png B.png ... other pages; /json shows the last answer as JSON; /quit"
@@ -241,7 +241,7 @@ def pixel_limits(model: str) -> tuple[int, int]:
 def answer(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit code."""
     images = checked_images(options.image)
-    from rsgrpo.prompts import read_template  # loads transformers
+    from rsgrpo.data.prompts import read_template  # loads transformers
 
     prompt = named_prompt(options.prompt)
     template, system = read_template(prompt), options.system or prompt.system

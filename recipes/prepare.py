@@ -1,7 +1,7 @@
 """Make, check or convert the files that runs read: `python -m recipes.prepare demo` writes the demo's data and model.
 
-Owns the command line and the demo's settings. What is asked is in `recipes.forms` and `recipes.shapes`, how rows are
-written in `recipes.demo_data`, what the model is made of in `recipes.tiny_model`.
+Owns the command line and the demo's settings. The questions are in `recipes.demo.forms` and `recipes.demo.shapes`,
+the rows in `recipes.demo.rows`, the model in `recipes.demo.model`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.demo_data import Job, corpus, write_rows_and_pages
-from recipes.forms import FormJob, Split
-from recipes.prepare_files import COMMANDS, add_file_commands
-from recipes.shapes import ShapeJob
-from recipes.whole_folder import is_whole, make_folder
+from recipes.demo.forms import FormJob, Split
+from recipes.demo.rows import Job, corpus, write_rows_and_pages
+from recipes.demo.shapes import ShapeJob
+from recipes.files.commands import COMMANDS, add_file_commands
+from recipes.files.whole_folder import is_whole, make_folder
 from rollout.config import ConfigError
-from rsgrpo.console import Console
 from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.records.console import Console
 
 Level = Literal["easy", "yes_no", "lookup", "easy_vqa"]
 JOBS: dict[Level, type[FormJob | ShapeJob]] = {
@@ -39,7 +39,7 @@ class DemoSettings:
     """What decides every byte of the demo's data and model.
 
     sft_items, train_items, val_items: rows of sft.jsonl, train.jsonl and val.jsonl.
-    noise: how often the teacher of sft.jsonl misreads; see `recipes.forms.teacher_reading`.
+    noise: how often the teacher of sft.jsonl misreads; see `recipes.demo.forms.teacher_reading`.
     vision_steps: optimiser steps in which the vision tower learns to read pages.
     """
 
@@ -118,8 +118,8 @@ def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: 
     import transformers
     from transformers import Qwen2VLImageProcessor
 
-    from recipes.teach_vision import page_pixels, reading_accuracy, teach_to_read
-    from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
+    from recipes.demo.model import build_model, save_model_folder, train_tokenizer
+    from recipes.demo.vision import page_pixels, reading_accuracy, teach_to_read
 
     transformers.utils.logging.disable_progress_bar()  # it would tear the console's own bars
     with console.phase("tokenizer"):

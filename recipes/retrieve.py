@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.retrieval.evaluation_commands import add_evaluation
+from recipes.retrieval.evaluation.commands import add_evaluation
 from recipes.retrieval.options import (
     add_answerer,
     add_encoder,
@@ -26,14 +26,14 @@ from recipes.retrieval.options import (
     open_encoder,
     open_retriever,
 )
-from rsgrpo.console import Console
 from rsgrpo.errors import RUN_ERROR, USER_ERROR, InputError, RsgrpoError
+from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.retrieval.encode_store import UpdateReport
-    from recipes.retrieval.index import VectorIndex
-    from recipes.retrieval.retriever import FoundPage
-    from recipes.retrieval.store import PageStore
+    from recipes.retrieval.pages.store import PageStore
+    from recipes.retrieval.search.index import VectorIndex
+    from recipes.retrieval.search.retriever import FoundPage
+    from recipes.retrieval.search.update import UpdateReport
 
 INTERRUPTED = 130
 
@@ -94,8 +94,8 @@ def _add_ingest(command: argparse.ArgumentParser) -> None:
 
 
 def _ingest(options: argparse.Namespace) -> int:
-    from recipes.retrieval.documents import RenderSettings
-    from recipes.retrieval.ingest import ingest
+    from recipes.retrieval.pages.documents import RenderSettings
+    from recipes.retrieval.pages.ingest import ingest
 
     settings = RenderSettings(
         dpi=options.dpi,
@@ -108,7 +108,7 @@ def _ingest(options: argparse.Namespace) -> int:
         ocr=options.ocr,
     )
     if options.ocr:
-        from recipes.retrieval.page_text import require_ocr
+        from recipes.retrieval.pages.ocr import require_ocr
 
         require_ocr(options.ocr)
     with Console() as console:
@@ -145,14 +145,14 @@ def _add_index(command: argparse.ArgumentParser) -> None:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from recipes.retrieval.store import PageStore
+    from recipes.retrieval.pages.store import PageStore
 
     store = PageStore.open(options.store)
     with Console() as console:
         update = _update_on_ray if options.workers else _update_here
         report, index = update(options, store, console)
         if options.faiss:
-            from recipes.retrieval.faiss_search import build
+            from recipes.retrieval.search.faiss import build
 
             console.info(f"wrote {build(index, options.faiss)}")
         if encoder_settings(options).kind == "text":
@@ -165,9 +165,9 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _update_here(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
-    from recipes.retrieval.encode_store import update_index
-    from recipes.retrieval.index import VectorIndex
-    from recipes.retrieval.origin import remember
+    from recipes.retrieval.search.index import VectorIndex
+    from recipes.retrieval.search.origin import remember
+    from recipes.retrieval.search.update import update_index
 
     encoder = open_encoder(options)
     index = VectorIndex.create(index_folder(options), encoder, options.index_dtype)
@@ -179,11 +179,11 @@ def _update_here(options: argparse.Namespace, store: PageStore, console: Console
 
 
 def _update_on_ray(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
-    from recipes.retrieval.encode_ray import RaySettings, encode_on_ray
-    from recipes.retrieval.encode_store import fill_index
-    from recipes.retrieval.encoders import identify
-    from recipes.retrieval.index import VectorIndex
-    from recipes.retrieval.origin import remember
+    from recipes.retrieval.encoders.base import identify
+    from recipes.retrieval.encoders.on_ray import RaySettings, encode_on_ray
+    from recipes.retrieval.search.index import VectorIndex
+    from recipes.retrieval.search.origin import remember
+    from recipes.retrieval.search.update import fill_index
 
     encoder = encoder_settings(options)
     if encoder.kind == "imported":
@@ -230,7 +230,7 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from recipes.retrieval.generation import Asked, answer_all
+    from recipes.retrieval.answers.generation import Asked, answer_all
 
     (pages,) = open_retriever(options).search([options.question], options.k)
     answerer, template, system = open_answerer(options)

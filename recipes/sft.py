@@ -18,12 +18,12 @@ if __name__ == "__main__":
 
 from rollout.config import RolloutConfig
 from rsgrpo import cli
-from rsgrpo.checks import require_inputs, validate_sft
-from rsgrpo.config import AlgorithmConfig, SftConfig, TrainConfig
+from rsgrpo.config.checks import require_inputs, validate_sft
+from rsgrpo.config.train import AlgorithmConfig, SftConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from recipes.gold_responses import GoldResponses
-    from rsgrpo.run import Run
+    from recipes.answers.gold_responses import GoldResponses
+    from rsgrpo.running.run import Run
     from rsgrpo.types import TrainGroup
 
 REWARDS = {name: f"rewards.evisrag:{name}" for name in ("accuracy", "evidence", "well_formed")}
@@ -41,10 +41,10 @@ def sft(config: SftConfig) -> None:
     require_inputs(config)
     # Read once, when torch is loaded: threads that wait must not spin on cores where others work.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from recipes.gold_responses import GoldResponses
-    from rsgrpo.cluster import Cluster
-    from rsgrpo.local import LocalCluster
-    from rsgrpo.run import Run
+    from recipes.answers.gold_responses import GoldResponses
+    from rsgrpo.cluster.local import LocalCluster
+    from rsgrpo.cluster.ray_cluster import Cluster
+    from rsgrpo.running.run import Run
 
     with Run(
         as_train_config(config),

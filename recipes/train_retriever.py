@@ -1,7 +1,7 @@
 """Train a visual retriever: `python -m recipes.train_retriever recipe=visrag pairs=my_pairs.jsonl`.
 
 One process, or several by `torchrun --nproc-per-node N -m recipes.train_retriever ...`; in-batch negatives are then
-those of all ranks. The settings are `recipes.retrieval.retriever_config`, the training is `recipes.retrieval.training`.
+those of all ranks. The settings are in `recipes.retrieval.training.config`, the training in `.loop` beside it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from recipes.retrieval.retriever_config import RetrieverConfig
+from recipes.retrieval.training.config import RetrieverConfig
 from rsgrpo import cli
-from rsgrpo.console import Console
+from rsgrpo.config.limits import require
 from rsgrpo.errors import InputError
-from rsgrpo.limits import require
+from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:
-    from recipes.retrieval.pairs import Pair
+    from recipes.retrieval.training.pairs import Pair
 
 
 def main(config: RetrieverConfig) -> None:
@@ -29,8 +29,8 @@ def main(config: RetrieverConfig) -> None:
     try:
         import torch
 
-        from recipes.retrieval.pairs import read_pairs
-        from recipes.retrieval.training import train
+        from recipes.retrieval.training.loop import train
+        from recipes.retrieval.training.pairs import read_pairs
     except ModuleNotFoundError as error:
         raise InputError(f'{error.name} is not installed; pip install "rsgrpo[retrieval]"') from error
     if config.num_threads:

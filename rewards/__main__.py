@@ -45,7 +45,7 @@ FILE is a .jsonl with one response a line:
 or the stored rollouts of a run: a .parquet file, its folder, or the run's folder.
 
 examples:
-  python -m rewards rewards.evisrag:accuracy tests/data/rewards.jsonl --limit 3
+  python -m rewards rewards.evisrag:accuracy tests/material/data/rewards.jsonl --limit 3
   python -m rewards rewards.evisrag:overlong runs/demo --args '{"max_tokens": 512, "buffer_tokens": 128}' --summary
   python -m rewards my_rewards.pages:cites_page runs/demo/rollouts/step_000010.parquet
 

@@ -20,7 +20,7 @@ def build_engine(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, 
     """
     chosen = EngineOptions(**options)
     if rollout.engine == "hf":
-        from rollout.hf_engine import HFEngine
+        from rollout.hf.engine import HFEngine
 
         return HFEngine(
             model_path,
@@ -43,6 +43,6 @@ def build_engine(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, 
             "rollout.engine=vllm needs vLLM, which is not installed here: `pip install -e .[gpu]` on a machine with "
             "CUDA (`make` installs its CPU build on Linux x86-64), or choose rollout=hf"
         )
-    from rollout.vllm_engine import build_vllm_engine
+    from rollout.vllm.engine import build_vllm_engine
 
     return build_vllm_engine(model_path, rollout, inputs, chosen)

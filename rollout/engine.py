@@ -22,7 +22,7 @@ class EngineFailed(EngineError):
 class Engine(Protocol):
     """Samples groups of responses under one version of the weights.
 
-    backend: how weights arrive: "load" by `load_weights`, else the transport of `rollout.vllm_transfer`.
+    backend: how weights arrive: "load" by `load_weights`, else the transport of `rollout.vllm.weights_out`.
     """
 
     weights_version: int

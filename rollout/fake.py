@@ -16,8 +16,8 @@ import torch
 
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import EngineError, check_sampling
-from rollout.images import PromptError
-from rollout.inputs import InputProcessor
+from rollout.inputs.images import PromptError
+from rollout.inputs.processor import InputProcessor
 from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
 
 

@@ -1,7 +1,7 @@
 """An image that lies in a parquet file: a reference that reads its bytes when they are asked for.
 
 Keeps the row groups that were read last, so that memory stays bounded however large the file is. Which image lies
-where is `rsgrpo.packs`.
+where is `rsgrpo.data.image_packs`.
 """
 
 from __future__ import annotations

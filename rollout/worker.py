@@ -27,8 +27,8 @@ from rollout.engine import Engine, EngineError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
-    from rollout.vllm_peers import Peer
-    from rollout.vllm_transfer import WeightSender
+    from rollout.vllm.peers import Peer
+    from rollout.vllm.weights_out import WeightSender
 
 
 class FolderMissing(ConfigError):
@@ -203,7 +203,7 @@ def weight_sender(
     rank: int,
     adapter_config: Mapping[str, Any] | None = None,
 ) -> WeightSender:
-    """Connect one rank of a learner to vLLM engines (`rollout.vllm_transfer`); every rank calls it.
+    """Connect one rank of a learner to vLLM engines (`rollout.vllm.weights_out`); every rank calls it.
 
     Args:
         backend: as the workers say in `ping`.
@@ -212,8 +212,8 @@ def weight_sender(
     Raises:
         TransferError: an engine did not answer in time.
     """
-    from rollout.vllm_launch import sender_options
-    from rollout.vllm_transfer import AdapterSender, build_sender
+    from rollout.vllm.launch import sender_options
+    from rollout.vllm.weights_out import AdapterSender, build_sender
 
     peers = [_peer(worker) for worker in workers]
     if adapter_config is not None:
@@ -222,7 +222,7 @@ def weight_sender(
 
 
 def _peer(worker: WorkerHandle) -> Peer:
-    from rollout.vllm_peers import Peer
+    from rollout.vllm.peers import Peer
 
     def call(method: str, args: tuple[Any, ...]) -> Callable[[float], Any]:
         ref = worker.actor.call.remote(method, args)

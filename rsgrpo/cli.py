@@ -28,8 +28,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from rsgrpo.config.limits import nearest
 from rsgrpo.errors import USER_ERROR, RsgrpoError
-from rsgrpo.limits import nearest
 from rsgrpo.stopping import StopRequested
 
 ConfigT = TypeVar("ConfigT")

@@ -1,6 +1,6 @@
 """RS-GRPO, read as the algorithm: `python -m rsgrpo.train recipe=demo`.
 
-Owns the order of things within one step. Where they run, how a run starts, stops and resumes: `rsgrpo.run`.
+Owns the order of things within one step. Where they run, how a run starts, stops and resumes: `rsgrpo.running.run`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if __name__ == "__main__":
 import numpy as np
 
 from rsgrpo import cli
-from rsgrpo.advantages import credit_group, term_names, term_weights
-from rsgrpo.checks import require_inputs, validate
-from rsgrpo.config import TrainConfig
-from rsgrpo.metrics import rollout_metrics, scope_metrics, score_metrics
+from rsgrpo.algorithm.advantages import credit_group, term_names, term_weights
+from rsgrpo.algorithm.metrics import rollout_metrics, scope_metrics, score_metrics
+from rsgrpo.config.checks import require_inputs, validate
+from rsgrpo.config.train import TrainConfig
 from rsgrpo.types import TrainGroup
 
 if TYPE_CHECKING:
-    from rsgrpo.run import Run
+    from rsgrpo.running.run import Run
 
 
 def train(config: TrainConfig) -> None:
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> None:
     """
     validate(config)
     require_inputs(config)
-    from rsgrpo.run import Run  # loads torch: after the configuration has been checked
+    from rsgrpo.running.run import Run  # loads torch: after the configuration has been checked
 
     with Run(config) as run:
         run.check_engines_if_due()

@@ -26,7 +26,7 @@ CORPUS = [
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a random two-layer Qwen2.5-VL (hidden 64, 400 tokens)."""
-    from recipes.tiny_model import build_model, save_model_folder, train_tokenizer
+    from recipes.demo.model import build_model, save_model_folder, train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = train_tokenizer(CORPUS, vocab_size=400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -101,7 +102,7 @@ def test_the_programs_of_the_makefile_exist():
     text = (ROOT / "Makefile").read_text()
     modules = set(re.findall(r"python -m ((?:rsgrpo|recipes)\.\w+)", text))
     assert modules == {"rsgrpo.train", "recipes.prepare", "recipes.sft", "recipes.evisrag_mini"}
-    assert [module for module in modules if not (ROOT / f"{module.replace('.', '/')}.py").is_file()] == []
+    assert [module for module in modules if not importlib.util.find_spec(module)] == []
 
 
 def test_make_says_what_it_would_run(tmp_path):

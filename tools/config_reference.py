@@ -12,7 +12,7 @@ import re
 import typing
 from pathlib import Path
 
-from rsgrpo.config import SftConfig, TrainConfig
+from rsgrpo.config.train import SftConfig, TrainConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEADING = "## All keys\n"

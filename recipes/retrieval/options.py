@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.answerer import Answerer
-    from recipes.retrieval.encoders import Encoder, EncoderSettings
-    from recipes.retrieval.retriever import Retriever, SearchSettings
+    from recipes.answers.answerer import Answerer
+    from recipes.retrieval.encoders.base import Encoder, EncoderSettings
+    from recipes.retrieval.search.retriever import Retriever, SearchSettings
 
 SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
 
@@ -43,14 +43,14 @@ def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
     Raises:
         InputError: the settings contradict each other, or nothing says which model it is.
     """
-    from recipes.retrieval.origin import recall
+    from recipes.retrieval.search.origin import recall
 
     asked = _asked_settings(options)
     return asked if options.model else recall(index_folder(options), asked)
 
 
 def _asked_settings(options: argparse.Namespace) -> EncoderSettings:
-    from recipes.retrieval.encoders import EncoderSettings
+    from recipes.retrieval.encoders.base import EncoderSettings
 
     names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
     names += ["revision", "trust_remote_code"]
@@ -63,9 +63,9 @@ def open_encoder(options: argparse.Namespace) -> Encoder:
     Raises:
         InputError: it cannot be loaded, or the index names one that has changed since.
     """
-    from recipes.retrieval.encoders import identify
-    from recipes.retrieval.index import IndexFault, VectorIndex
-    from recipes.retrieval.load import load_encoder
+    from recipes.retrieval.encoders.base import identify
+    from recipes.retrieval.encoders.choice import load_encoder
+    from recipes.retrieval.search.index import IndexFault, VectorIndex
 
     settings = encoder_settings(options)
     if not options.model and settings.kind != "imported":
@@ -99,9 +99,9 @@ def search_settings(options: argparse.Namespace) -> SearchSettings:
     Raises:
         InputError: the reranker cannot be opened.
     """
-    from recipes.retrieval.load import load_encoder
-    from recipes.retrieval.origin import recall
-    from recipes.retrieval.retriever import SearchSettings
+    from recipes.retrieval.encoders.choice import load_encoder
+    from recipes.retrieval.search.origin import recall
+    from recipes.retrieval.search.retriever import SearchSettings
 
     reranker, folder = None, options.rerank_index
     if options.rerank and folder is None:
@@ -117,7 +117,7 @@ def search_settings(options: argparse.Namespace) -> SearchSettings:
 
 def open_retriever(options: argparse.Namespace) -> Retriever:
     """Return the store, its index and the encoder, put together."""
-    from recipes.retrieval.retriever import Retriever
+    from recipes.retrieval.search.retriever import Retriever
 
     search = search_settings(options)
     return Retriever(options.store, index_folder(options), open_encoder(options), search)
@@ -145,9 +145,9 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
         InputError: they cannot be opened.
     """
     from recipes import infer
-    from recipes.questions import named_prompt
+    from recipes.answers.questions import named_prompt
     from rollout.config import ConfigError
-    from rsgrpo.prompts import read_template
+    from rsgrpo.data.prompts import read_template
 
     arguments = ["--model", options.answer_model, "--engine", options.engine, "--endpoint", options.endpoint]
     arguments += ["--script", options.script, "--max-tokens", str(options.max_tokens)]

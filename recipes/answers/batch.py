@@ -1,0 +1,170 @@
+"""Many questions into one jsonl file: resumable by id, deduplicated, and never losing what is finished.
+
+Owns that file: one line per question, appended as answers arrive, put into the order of the questions at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from recipes.answers.answerer import Answerer, Output
+from recipes.answers.parsing import ParsedAnswer, parse_lenient
+from recipes.answers.predictions import FAILED
+from recipes.answers.questions import prompt_hash
+from rollout.types import Prompt
+from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.records.console import Console
+
+_UNREAD = ParsedAnswer("", False, "", (), "", (), False, ())
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSummary:
+    """What one call of `answer_batch` did.
+
+    asked: prompts sent to the model. reused: questions whose line was there already.
+    shared: questions that got the answer of an equal prompt. failed: questions whose line is an error.
+    """
+
+    asked: int
+    reused: int
+    shared: int
+    failed: int
+
+
+def result_line(output: Output, model: str) -> dict[str, Any]:
+    """Return the JSON line of an answer: what was asked, the parsed fields, and the raw text.
+
+    An output with an error has empty fields, its error in `errors`, and "error" as finish_reason.
+    """
+    prompt = output.prompt
+    parsed = parse_lenient(output.text, prompt.images) if output.text or not output.error else _UNREAD
+    fields = parsed.as_dict()
+    if output.error:
+        fields["errors"] = [output.error, *fields["errors"]]
+    return {
+        "id": prompt.id,
+        "question": prompt.question,
+        **fields,
+        "raw": output.text,
+        "finish_reason": output.finish_reason,
+        "prompt_hash": prompt_hash(prompt),
+        "model": model,
+        "num_prompt_tokens": output.num_prompt_tokens,
+        "num_response_tokens": output.num_response_tokens,
+    }
+
+
+def answer_batch(
+    prompts: Sequence[Prompt], answerer: Answerer, out: Path, *, share_equal: bool, console: Console
+) -> BatchSummary:
+    """Answer all prompts that `out` does not answer yet; lines of failed questions are asked again.
+
+    Args:
+        share_equal: ask equal prompts of different ids once; right where sampling is greedy.
+
+    Raises:
+        RsgrpoError: `out` holds answers to other prompts or of another model; two prompts share an id; or the answerer
+            gave up, and what was finished is in `out`.
+    """
+    unique = _by_id(prompts)
+    done = read_lines(out)
+    for prompt_id, line in done.items():
+        if prompt_id in unique:
+            _refuse_other(out, line, unique[prompt_id], answerer.name)
+    reused = {prompt_id for prompt_id in unique if prompt_id in done and done[prompt_id]["finish_reason"] != FAILED}
+    twins: dict[Any, list[Prompt]] = {}
+    for prompt in unique.values():
+        if prompt.id not in reused:
+            key = (prompt.system, prompt.text, prompt.images) if share_equal else prompt.id
+            twins.setdefault(key, []).append(prompt)
+    leaders = {group[0].id: group for group in twins.values()}
+    num_written = 0
+    asked = [group[0] for group in leaders.values()]
+    with _appending(out) as file, console.phase("answers", total=sum(map(len, leaders.values()))) as bar:
+        try:
+            for output in answerer.answer(asked) if asked else ():
+                for prompt in leaders[output.prompt.id]:
+                    line = result_line(replace(output, prompt=prompt), answerer.name)
+                    file.write(json.dumps(line) + "\n")
+                    done[prompt.id] = line
+                    num_written += 1
+                    bar.advance()
+                file.flush()
+        except RsgrpoError as error:
+            raise RsgrpoError(
+                f"{error}\n{num_written} answers of this run and {len(reused)} earlier ones are kept in {out}; "
+                "the same command goes on from there"
+            ) from error
+    rewrite(out, [done[prompt_id] for prompt_id in (*unique, *(set(done) - set(unique))) if prompt_id in done])
+    num_failed = sum(done[prompt_id]["finish_reason"] == FAILED for prompt_id in unique if prompt_id in done)
+    num_shared = sum(len(group) - 1 for group in leaders.values())
+    return BatchSummary(len(leaders), len(reused), num_shared, num_failed)
+
+
+def read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Return id -> the last line of that id in a file that `answer_batch` wrote, {} if there is none.
+
+    A last line that was cut off while it was written is dropped from the file.
+
+    Raises:
+        RsgrpoError: another line is not one of ours.
+    """
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    lines: dict[str, dict[str, Any]] = {}
+    for number, text in enumerate(whole.split(b"\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            lines[str(line["id"])] = line
+            line["finish_reason"], line["prompt_hash"], line["model"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(
+                f"line {number} of {path} is no answer that this program wrote ({type(error).__name__}: {error}); "
+                "choose another output file"
+            ) from error
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return lines
+
+
+def rewrite(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Replace the file by these lines, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _by_id(prompts: Sequence[Prompt]) -> dict[str, Prompt]:
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        known = unique.setdefault(prompt.id, prompt)
+        if (known.system, known.text, known.images) != (prompt.system, prompt.text, prompt.images):
+            raise InputError(f"two different questions have the id {prompt.id!r}; give each its own")
+    return unique
+
+
+def _refuse_other(out: Path, line: dict[str, Any], prompt: Prompt, model: str) -> None:
+    for what, then, now in (("model", line["model"], model), ("prompt", line["prompt_hash"], prompt_hash(prompt))):
+        if then != now:
+            raise InputError(
+                f"{out} answers question {prompt.id!r} with another {what} ({then}, now {now}); choose another output "
+                "file, or remove this one"
+            )
+
+
+def _appending(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error

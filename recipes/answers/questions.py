@@ -1,0 +1,189 @@
+"""Questions over page images: from rows of any of our layouts to questions, and from a question to its prompt.
+
+Training, inference and evaluation all fill templates by `rsgrpo.data.prompts`. Knows nothing of engines or scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes.answers.parsing import says_insufficient
+from rewards.evisrag import parse_gold
+from rollout.packed import PackedImage
+from rollout.types import ImageSource, Prompt
+from rsgrpo.config.limits import nearest
+from rsgrpo.config.train import PromptConfig
+from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
+from rsgrpo.errors import InputError
+
+IMAGE_MARK = "<image>"
+ID_KEYS = ("id", "qid", "query_id", "question_id")
+QUESTION_KEYS = ("question", "query")
+IMAGE_KEYS = ("image", "images")
+ANSWER_KEYS = ("answer", "answers")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question, with its gold where there is one.
+
+    prompt: the row's own user message with `<image>` marks; "" where it has none.
+    answers: accepted answers, in no order; empty where the row has no gold.
+    is_sufficient: whether the pages settle the question; what the row says, else whether its gold answer abstains.
+    evidence: one gold text per page; None where the row has none.
+    """
+
+    id: str
+    question: str
+    images: tuple[ImageSource, ...] = ()
+    prompt: str = ""
+    answers: tuple[str, ...] = ()
+    is_sufficient: bool = True
+    evidence: tuple[str, ...] | None = None
+
+
+def read_questions(source: str, *, image_dir: str = "", need_answers: bool = False) -> list[Question]:
+    """Read a data source (`rsgrpo.data.rows.read_rows`) in EVisRAG's training or test layout, or a mixture.
+
+    Columns: id or qid; question, query or prompt; image or images; and, optional, answer or answers (a text, a list, or
+    text with <evidence> and <answer>), is_sufficient, evidence (one text per page).
+
+    Raises:
+        InputError: the source cannot be read, or rows are unusable; it lists them.
+    """
+    rows, folder = read_rows(source, keep_broken=True)
+    images = find_images(folder, image_dir)
+    questions, faults = [], []
+    for row in rows:
+        try:
+            questions.append(_question(row, images, need_answers=need_answers))
+        except ValueError as error:
+            faults.append(f"  {row.place}: {error}")
+    if faults:
+        more = [f"  ... and {len(faults) - MAX_LISTED_ROWS} more"] if len(faults) > MAX_LISTED_ROWS else []
+        raise InputError(
+            "\n".join(
+                [f"{source}: {len(faults)} of {len(rows)} rows cannot be used:", *faults[:MAX_LISTED_ROWS], *more]
+            )
+        )
+    return questions
+
+
+def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
+    """Return the prompt; without a template the row's own message.
+
+    Raises:
+        InputError: there is no text, or the marks do not match the images.
+    """
+    from rsgrpo.data.prompts import render_template  # brings in torch, which reading and scoring do without
+
+    text = render_template(template, question.question, len(question.images)) if template else question.prompt
+    if not (question.question if template else text).strip():
+        lacks = "no question" if template else "no message of its own (column prompt); choose a prompt template"
+        raise InputError(f"question {question.id}: the row has {lacks}")
+    if text.count(IMAGE_MARK) != len(question.images):
+        raise InputError(
+            f"question {question.id}: the message has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for "
+            f"{len(question.images)} images; a template shows them by {{images}}"
+        )
+    truth: dict[str, Any] = {"is_sufficient": question.is_sufficient}
+    if question.answers:
+        truth["answers"] = list(question.answers)
+    if question.evidence is not None:
+        truth["evidence"] = list(question.evidence)
+    return Prompt(question.id, text, question.images, truth, question.question, system)
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    """Return a short fingerprint of what a model is asked: system message, user message, and the pages by file name.
+
+    A folder of pages may move without changing it; bytes count by their content.
+    """
+    digest = hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode(errors="surrogatepass"))
+    for source in prompt.images:
+        digest.update(b"\0" + (hashlib.sha256(source).digest() if isinstance(source, bytes) else _file_name(source)))
+    return digest.hexdigest()[:16]
+
+
+def _file_name(source: str | PackedImage) -> bytes:
+    return Path(source.name if isinstance(source, PackedImage) else source).name.encode(errors="surrogateescape")
+
+
+def named_prompt(name: str) -> PromptConfig:
+    """Return the prompt of a name in conf/prompt ("evidence", "direct", ...), or a template file.
+
+    Raises:
+        InputError: there is neither.
+    """
+    if Path(name).is_file():
+        return PromptConfig(file=name)
+    folder = resources.files("conf") / "prompt"
+    options = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    if name not in options:
+        raise InputError(f"prompt {name!r} is neither a file nor one of {', '.join(options)}{nearest(name, options)}")
+    return PromptConfig(**yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
+    columns = row.columns
+    if row.fault:
+        raise ValueError(row.fault)
+    row_id = _first(columns, ID_KEYS)
+    own = columns.get("prompt")
+    question = _first(columns, QUESTION_KEYS)
+    if question is None and isinstance(own, str):
+        question = own.replace(IMAGE_MARK, "").strip()
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"no question: it needs question, query or prompt; it has {', '.join(columns)}")
+    images = tuple(folder.resolve(entry) for entry in image_entries(_first(columns, IMAGE_KEYS)))
+    answers, evidence = _gold(_first(columns, ANSWER_KEYS), columns.get("evidence"))
+    if need_answers and not answers:
+        raise ValueError(f"no gold answer: it needs answer or answers; it has {', '.join(columns)}")
+    if evidence is not None and len(evidence) != len(images):
+        raise ValueError(f"gold evidence has {len(evidence)} entries for {len(images)} images")
+    abstains = bool(answers) and all(says_insufficient(answer) for answer in answers)
+    return Question(
+        id=f"row-{row.number}" if row_id is None else str(row_id),
+        question=question,
+        images=images,
+        prompt=own if isinstance(own, str) else "",
+        answers=answers,
+        is_sufficient=_flag(columns["is_sufficient"]) if columns.get("is_sufficient") is not None else not abstains,
+        evidence=evidence,
+    )
+
+
+def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    return next((columns[key] for key in keys if columns.get(key) is not None), None)
+
+
+def _gold(answer: Any, evidence: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Return the accepted answers and the gold evidence of a row."""
+    found = {} if evidence is None else {"evidence": evidence}
+    if isinstance(answer, str):
+        parsed = parse_gold(answer)
+        answer = parsed.get("answers", [])
+        found = parsed | found
+    elif isinstance(answer, int | float):
+        answer = [answer]
+    elif answer is not None and not isinstance(answer, list | tuple):
+        raise ValueError(f"a gold answer is a text or a list of texts, got {type(answer).__name__}")
+    slots = found.get("evidence")
+    if slots is not None and not (isinstance(slots, list | tuple) and all(isinstance(slot, str) for slot in slots)):
+        raise ValueError(f"gold evidence is a list with one text per image, got {slots!r:.80}")
+    return tuple(str(entry) for entry in answer or ()), None if slots is None else tuple(slots)
+
+
+def _flag(value: Any) -> bool:
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "yes", "no", "0", "1"):
+        return value.strip().lower() in ("true", "yes", "1")
+    raise ValueError(f"is_sufficient must be true or false, got {value!r:.80}")

@@ -1,0 +1,147 @@
+"""The demo's form pages as EVisRAG publishes its data: `python -m recipes.prepare mini`.
+
+Writes EVisRAG-Train (jsonl files beside an `images.parquet`) from the demo's rows and pages, and two test benchmarks of
+held-out pages: forms as in training, and worn copies of forms. Knows nothing of models or scores.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from recipes.demo.forms import (
+    INSUFFICIENT,
+    NO_EVIDENCE,
+    Item,
+    Page,
+    Scans,
+    draw_item,
+    draw_pool,
+    prompt_text,
+)
+from rsgrpo.data.image_packs import IMAGE_FILE
+
+TRAIN = "EVisRAG-Train"
+TRAIN_FILES = {"sft": "evidencecot_SFT", "train": "evidencecot_GRPO", "val": "test_GRPO"}
+"""The demo's files, and what the same rows are called in EVisRAG-Train."""
+TRAIN_COLUMNS = ("prompt", "answer", "image")
+BENCHMARKS = {"EVisRAG-Test-Forms": False, "EVisRAG-Test-WornForms": True}
+"""Benchmark -> whether its pages are worn: turned, shifted, faded and speckled, as no training page is."""
+TEST_FILE = "top3_test.jsonl"
+PROMPT_FILE = "prompt.txt"
+TOPK = 3
+PAGES_PER_PAIR = 4
+MAX_TURN_DEGREES, MAX_SHIFT_PIXELS = 12.0, 3
+INK, SPECKLE_STD = (0.55, 0.85), 0.12
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What was written: rows of each file, and images of each folder."""
+
+    rows: Mapping[str, int]
+    images: Mapping[str, int]
+
+
+def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> Packed:
+    """Write EVisRAG-Train, the two benchmarks, and the prompt that the model is trained with, into `out`.
+
+    demo_data: the folder that `recipes.prepare demo` wrote.
+    num_questions: of each benchmark; both ask the same questions of the same pages, clean and worn.
+    """
+    rows: dict[str, int] = {}
+    images: dict[str, int] = {}
+    folder = out / TRAIN
+    folder.mkdir(parents=True)
+    used: dict[str, bytes] = {}
+    for name, published in TRAIN_FILES.items():
+        lines = [json.loads(line) for line in (demo_data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        used |= {path: b"" for line in lines for path in line["image"]}
+        write_rows(folder / f"{published}.jsonl", ({key: line[key] for key in TRAIN_COLUMNS} for line in lines))
+        rows[published] = len(lines)
+    write_images(folder / IMAGE_FILE, {path: (demo_data / path).read_bytes() for path in sorted(used)})
+    images[TRAIN] = len(used)
+    scans = Scans()
+    pool = draw_pool(scans, "val", PAGES_PER_PAIR, Random(f"{seed}/pages/benchmark"))
+    items = list(draw_items(pool, num_questions, Random(f"{seed}/items/benchmark")))
+    for name, worn in BENCHMARKS.items():
+        folder = out / name
+        folder.mkdir()
+        write_rows(folder / TEST_FILE, (test_row(f"q{number:04d}", item) for number, item in enumerate(items)))
+        pages = {position: scans.render(pool[position]) for item in items for position in item.pages}
+        if worn:
+            pages = {position: wear(page, Random(f"{seed}/wear/{position}")) for position, page in pages.items()}
+        write_images(folder / IMAGE_FILE, {page_path(position): as_png(page) for position, page in pages.items()})
+        rows[name], images[name] = len(items), len(pages)
+    (out / PROMPT_FILE).write_text(prompt_of(items[0]), encoding="utf-8")
+    return Packed(rows, images)
+
+
+def draw_items(pool: list[Page], count: int, rng: Random) -> Iterable[Item]:
+    """Yield so many questions over exactly `TOPK` pages."""
+    while count:
+        item = draw_item(pool, "easy", rng)
+        if len(item.pages) == TOPK:
+            yield item
+            count -= 1
+
+
+def test_row(row_id: str, item: Item) -> dict[str, Any]:
+    """Return one row with the columns of EVisRAG-Test, and the gold evidence beside them, which ours can have."""
+    slots = [f"code {code} amount {amount}" for code, amount in zip(item.codes, item.amounts, strict=True)]
+    return {
+        "qid": row_id,
+        "query": item.question,
+        "image": [page_path(position) for position in item.pages],
+        "answer": [INSUFFICIENT if item.relevant is None else str(item.amounts[item.relevant])],
+        "is_sufficient": item.relevant is not None,
+        "evidence": [slot if page == item.relevant else NO_EVIDENCE for page, slot in enumerate(slots)],
+    }
+
+
+def page_path(position: int) -> str:
+    """Return the path under which a benchmark's rows and its images.parquet name a page."""
+    return f"imgs/{position:04d}.png"
+
+
+def prompt_of(item: Item) -> str:
+    """Return the template of a three-page question: the message that the model is trained with, verbatim."""
+    return prompt_text(item).replace(item.question, "{question}")
+
+
+def wear(page: Image.Image, rng: Random) -> Image.Image:
+    """Return a worn copy of a page: shifted, turned, its ink faded, its paper speckled. The same size, grey."""
+    shift = [rng.randint(-MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS) for _ in range(2)]
+    angle = rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)
+    moved = page.rotate(angle, Image.Resampling.BILINEAR, translate=(shift[0], shift[1]))
+    speckle = np.random.default_rng(rng.randrange(2**32)).normal(0.0, SPECKLE_STD, (page.height, page.width))
+    ink = np.asarray(moved, dtype=np.float64) / 255 * rng.uniform(*INK) + speckle
+    return Image.fromarray(np.round(ink.clip(0, 1) * 255).astype(np.uint8))
+
+
+def as_png(page: Image.Image) -> bytes:
+    """Return the compressed page."""
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_images(path: Path, images: Mapping[str, bytes]) -> None:
+    """Write an images.parquet: columns image ({bytes, path}) and path."""
+    cells = [{"bytes": content, "path": name} for name, content in images.items()]
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells, "path": list(images)}), path)

@@ -1,0 +1,225 @@
+"""Scores: EM, Accuracy and F1 as released (`paper`) and with numbers kept whole (`strict`), abstention, evidence.
+
+Owns the definitions; where questions and predictions come from, and how results are shown, is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipes.answers.parsing import ParsedAnswer, is_irrelevant, parse_lenient
+from recipes.answers.predictions import FAILED, Prediction, Predictions
+from recipes.answers.questions import Question
+from recipes.evaluation.intervals import Difference, Estimate, Ratio, compare, estimate, mean_of
+from rewards.text import Mode, normalise
+
+MODES: tuple[Mode, ...] = ("paper", "strict")
+SPLITS = ("global", "sufficient", "insufficient")
+ANSWER_METRICS = ("em", "acc", "f1")
+ABSTENTION_GOLDS = ("no relevant information", "insufficient to answer", "insufficient to answer the question")
+RELEASED_EPSILON = 1e-7  # in the denominator of the released F1
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScores:
+    """em, acc: 0 or 1. f1: in [0, 1]."""
+
+    em: float
+    acc: float
+    f1: float
+
+
+NO_SCORE = AnswerScores(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Right and wrong decisions about pages: found, claimed without ground, overlooked."""
+
+    hits: int = 0
+    false_alarms: int = 0
+    misses: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ItemScore:
+    """One question and what was predicted for it.
+
+    prediction: None when the file has none, or when the question could not be asked; it then scores 0 everywhere.
+    parsed: the prediction, read leniently; None when missing.
+    predicted: mode -> the text that was compared with the gold answers.
+    answer: mode -> its scores.
+    slots, citations: None where the row has no gold evidence.
+    """
+
+    question: Question
+    prediction: Prediction | None
+    parsed: ParsedAnswer | None
+    predicted: Mapping[str, str]
+    answer: Mapping[str, AnswerScores]
+    slots: Counts | None
+    citations: Counts | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All scores of one prediction file on one benchmark.
+
+    estimates: "paper/global/f1", "abstention/precision", "evidence/slot_f1", "output/format_ok", ... -> estimate.
+    num_missing: questions without a prediction; num_failed of them could not be asked.
+    num_unknown: predictions for ids that the benchmark does not have. num_repeated: lines that a later one replaced.
+    """
+
+    items: tuple[ItemScore, ...]
+    estimates: Mapping[str, Estimate]
+    num_missing: int
+    num_failed: int
+    num_unknown: int
+    num_repeated: int
+
+
+def released_prediction(text: str) -> str:
+    """Return the answer as the released evaluation finds it.
+
+    From the first <answer> to the next </answer>, or to the end; the whole text if there is no <answer>.
+    """
+    _, tag, rest = text.partition("<answer>")
+    return rest.partition("</answer>")[0].strip() if tag else text.strip()
+
+
+def score_answer(prediction: str, golds: Sequence[str], mode: Mode) -> AnswerScores:
+    """Score one answer against all accepted ones; each metric takes its best gold.
+
+    em: equal after normalisation. acc: the gold's words are all in the prediction. f1: of the two bags of words.
+    A gold that shares no word with the prediction counts for nothing. In strict mode a gold that normalises to nothing
+    is compared raw.
+
+    >>> score_answer("a growth of 16 percent", ["16 percent"], "strict")
+    AnswerScores(em=0.0, acc=1.0, f1=0.6666666666666666)
+    """
+    words = normalise(prediction, mode).split()
+    best = NO_SCORE
+    for gold in golds:
+        gold_words = normalise(gold, mode).split()
+        if mode == "strict" and not gold_words and prediction.strip().casefold() == gold.strip().casefold() != "":
+            return AnswerScores(1.0, 1.0, 1.0)
+        num_shared = (Counter(words) & Counter(gold_words)).total()
+        if num_shared == 0:
+            continue
+        precision, recall = num_shared / len(words), num_shared / len(gold_words)
+        epsilon = RELEASED_EPSILON if mode == "paper" else 0.0
+        best = AnswerScores(
+            em=max(best.em, float(words == gold_words)),
+            acc=max(best.acc, float(set(gold_words) <= set(words))),
+            f1=max(best.f1, 2 * precision * recall / (precision + recall + epsilon)),
+        )
+    return best
+
+
+def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
+    """Score what was predicted for one question; None scores 0."""
+    golds = question.answers if question.is_sufficient else ABSTENTION_GOLDS
+    text = None if prediction is None or prediction.finish_reason == FAILED else prediction.text
+    parsed = None if text is None else parse_lenient(text, question.images)
+    predicted: dict[str, str] = {}
+    if text is not None and parsed is not None:
+        predicted = {"paper": released_prediction(text), "strict": parsed.answer}
+    answer: dict[str, AnswerScores] = {
+        mode: score_answer(predicted[mode], golds, mode) if predicted else NO_SCORE for mode in MODES
+    }
+    slots = citations = None
+    if question.evidence is not None:
+        relevant = {number for number, gold in enumerate(question.evidence, start=1) if not is_irrelevant(gold)}
+        claimed = {slot.index for slot in parsed.evidence if slot.relevant} if parsed else set()
+        slots = _decisions(claimed, relevant)
+        citations = _decisions(set(parsed.citations) if parsed else set(), relevant)
+    return ItemScore(question, prediction, parsed, predicted, answer, slots, citations)
+
+
+def _decisions(claimed: set[int], relevant: set[int]) -> Counts:
+    return Counts(len(claimed & relevant), len(claimed - relevant), len(relevant - claimed))
+
+
+def evaluate_predictions(
+    questions: Sequence[Question], predictions: Predictions, *, num_samples: int = 1000, seed: int = 0
+) -> Evaluation:
+    """Score a prediction file.
+
+    num_samples: bootstrap samples of the intervals; 0 for none.
+    """
+    items = tuple(score_item(question, predictions.by_id.get(question.id)) for question in questions)
+    known = {question.id for question in questions}
+    return Evaluation(
+        items=items,
+        estimates=estimate(ratios_of(items), num_samples, seed),
+        num_missing=sum(item.parsed is None for item in items),
+        num_failed=sum(item.parsed is None and item.prediction is not None for item in items),
+        num_unknown=len(set(predictions.by_id) - known),
+        num_repeated=predictions.num_repeated,
+    )
+
+
+def compare_evaluations(
+    first: Evaluation, second: Evaluation, *, num_samples: int = 1000, num_permutations: int = 10_000, seed: int = 0
+) -> dict[str, Difference]:
+    """Return first minus second for every answer metric, paired by question.
+
+    Both must be evaluations of the same questions in the same order.
+    """
+    assert [item.question.id for item in first.items] == [item.question.id for item in second.items]
+    sides = [answer_ratios(evaluation.items) for evaluation in (first, second)]
+    return compare(sides[0], sides[1], num_samples, num_permutations, seed)
+
+
+def ratios_of(items: Sequence[ItemScore]) -> dict[str, Ratio]:
+    """Return every metric as a ratio of sums; those of evidence only where a row has gold evidence."""
+    ratios = answer_ratios(items) | _abstention_ratios(items)
+    for name, counts in (("slot", [item.slots for item in items]), ("citation", [item.citations for item in items])):
+        if any(count is not None for count in counts):
+            hits_N, false_N, missed_N = np.array(
+                [(c.hits, c.false_alarms, c.misses) if c else (0, 0, 0) for c in counts], dtype=float
+            ).T
+            ratios |= _retrieval_ratios(f"evidence/{name}_", hits_N, false_N, missed_N)
+    present_N = np.array([item.parsed is not None for item in items], dtype=bool)
+    ratios["output/format_ok"] = mean_of(
+        np.array([item.parsed is not None and item.parsed.format_ok for item in items]), present_N
+    )
+    cut_N = np.array([item.prediction is not None and item.prediction.finish_reason == "length" for item in items])
+    ratios["output/truncated"] = mean_of(cut_N, present_N)
+    return ratios
+
+
+def answer_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:
+    """Return "mode/split/metric" -> the mean over the split's questions."""
+    sufficient_N = np.array([item.question.is_sufficient for item in items], dtype=bool)
+    splits = {"global": np.ones(len(items), dtype=bool), "sufficient": sufficient_N, "insufficient": ~sufficient_N}
+    return {
+        f"{mode}/{split}/{metric}": mean_of(
+            np.array([getattr(item.answer[mode], metric) for item in items], dtype=float), splits[split]
+        )
+        for mode in MODES
+        for split in SPLITS
+        for metric in ANSWER_METRICS
+    }
+
+
+def _abstention_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:
+    """Abstaining as a decision: right on insufficient questions, wrong on the others; a missing answer does not."""
+    abstains_N = np.array([item.parsed is not None and item.parsed.insufficient for item in items], dtype=bool)
+    should_N = np.array([not item.question.is_sufficient for item in items], dtype=bool)
+    hits_N, false_N, missed_N = abstains_N & should_N, abstains_N & ~should_N, ~abstains_N & should_N
+    ratios = _retrieval_ratios("abstention/", hits_N.astype(float), false_N.astype(float), missed_N.astype(float))
+    return ratios | {"abstention/rate": mean_of(abstains_N)}
+
+
+def _retrieval_ratios(prefix: str, hits_N: np.ndarray, false_N: np.ndarray, missed_N: np.ndarray) -> dict[str, Ratio]:
+    """Return precision, recall and F1 of decisions summed over items."""
+    return {
+        f"{prefix}precision": Ratio(hits_N, hits_N + false_N),
+        f"{prefix}recall": Ratio(hits_N, hits_N + missed_N),
+        f"{prefix}f1": Ratio(2 * hits_N, 2 * hits_N + false_N + missed_N),
+    }

@@ -1,0 +1,130 @@
+"""Whether rows can be used, row by row: the check of training (`rsgrpo.data.dataset`), without starting a run.
+
+Owns the report. Without a model's folder, tokens are not counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, QUESTION_KEYS, named_prompt
+from rewards.api import Response
+from rewards.evisrag import well_formed
+from rollout.config import InputsConfig
+from rollout.types import Prompt
+from rsgrpo.config.checks import require_found
+from rsgrpo.config.train import DataConfig
+from rsgrpo.data.dataset import sort_rows
+from rsgrpo.data.prompts import BadRow, TokenCounter
+from rsgrpo.data.rows import Row, read_rows
+from rsgrpo.errors import InputError
+
+Purpose = Literal["grpo", "sft", "test"]
+NO_RESPONSE = "no whole response"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a check found. good: rows that can be used. bad: the others, in file order."""
+
+    num_rows: int
+    good: tuple[Prompt, ...]
+    bad: tuple[BadRow, ...]
+
+    def lines(self) -> list[str]:
+        """Return the report: a line for each bad row, then the counts."""
+        found = [f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in self.bad]
+        if not self.bad:
+            return [f"all {self.num_rows} rows can be used"]
+        counts = Counter(row.reason for row in self.bad).most_common()
+        listed = ", ".join(f"{count} x {reason}" for reason, count in counts)
+        return [*found, f"{len(self.bad)} of {self.num_rows} rows cannot be used ({listed})"]
+
+
+class Uncounted:
+    """Stands in for a model's input processor: it knows the limits and counts no tokens."""
+
+    def __init__(self, inputs: InputsConfig) -> None:
+        self.inputs = inputs
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Return 0."""
+        return 0
+
+
+def validate_rows(
+    source: str,
+    purpose: Purpose,
+    inputs: InputsConfig,
+    *,
+    prompt: str = "",
+    image_dir: str = "",
+    model: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Check every row of a data source.
+
+    purpose: "grpo" (gold evidence and answer), "sft" (whole responses), "test" (questions with accepted answers).
+    prompt: a name in conf/prompt or a file; "" takes the rows' own messages, or "evidence" where the first has none.
+    model: folder or hub id whose tokenizer counts the tokens of prompts; "" leaves that check out.
+
+    Raises:
+        InputError: the source or the model cannot be read.
+    """
+    rows, folder = read_rows(source, keep_broken=True)
+    if purpose == "test":
+        rows = [_renamed(row) for row in rows]
+    first: Mapping[str, Any] = next((row.columns for row in rows if not row.fault), {})
+    template = named_prompt(prompt or ("raw" if first.get("prompt") else "evidence"))
+    data = DataConfig(image_dir=image_dir)
+    good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)
+    if purpose == "sft":
+        places = {row.columns.get("id") or f"row-{row.number}": row.place for row in rows}
+        whole = [row for row in good if _is_whole(row)]
+        detail = "the answer must be the four blocks observe, evidence, think, answer and nothing else"
+        lacking = [row for row in good if not _is_whole(row)]
+        bad += [BadRow(places.get(row.id, ""), row.id, NO_RESPONSE, detail) for row in lacking]
+        good = whole
+        order = {row.place: row.number for row in rows}
+        bad.sort(key=lambda row: order.get(row.place, 0))
+    return Report(len(rows), tuple(good), tuple(bad))
+
+
+def _is_whole(prompt: Prompt) -> bool:
+    return isinstance(prompt.truth.get("gold"), str) and well_formed(Response(prompt.truth["gold"].strip())) == 1
+
+
+def _renamed(row: Row) -> Row:
+    """Return a test row under the names of training; a plain answer becomes a list of one."""
+    columns: dict[str, Any] = dict(row.columns)
+    pairs: Mapping[str, tuple[str, ...]] = {
+        "id": ID_KEYS,
+        "question": QUESTION_KEYS,
+        "image": IMAGE_KEYS,
+        "answer": ANSWER_KEYS,
+    }
+    for name, keys in pairs.items():
+        found = next((key for key in keys if columns.get(key) is not None), name)
+        if found != name:
+            columns[name] = columns.pop(found)
+    answer = columns.get("answer")
+    if isinstance(answer, str | int | float) and "</answer>" not in str(answer):
+        columns["answer"] = [str(answer)]
+    if columns.get("id") is not None:
+        columns["id"] = str(columns["id"])
+    return replace(row, columns=columns)
+
+
+def _counter(model: str, inputs: InputsConfig) -> TokenCounter:
+    if not model:
+        return Uncounted(inputs)
+    require_found("model", model)
+    from rollout.inputs.processor import InputProcessor, InputsError
+
+    try:
+        return InputProcessor(model, inputs)
+    except (InputsError, OSError, ValueError) as error:
+        raise InputError(f"the tokenizer of {model} cannot be loaded: {error}") from error

@@ -1,0 +1,182 @@
+"""From retrieved pages to one answer, by VisRAG's settings. Knows answerers and prompts, no indexes.
+
+    multi_image            all pages in one prompt
+    horizontal, vertical   all pages pasted into one image
+    weighted               a prompt per page; the answer that maximises softmax(scores) x exp(mean log-probability)
+    text                   the pages' text (layer or OCR) instead of their pixels
+
+Oracle pages are a choice of pages, not a setting: give the gold pages.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from PIL import Image
+
+from recipes.answers.answerer import Answerer, Output
+from recipes.answers.batch import result_line
+from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
+from recipes.retrieval.search.retriever import FoundPage
+from rollout.inputs.images import decode
+from rollout.types import Prompt
+from rsgrpo.errors import InputError, RsgrpoError
+
+Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
+SETTINGS: tuple[Setting, ...] = ("multi_image", "horizontal", "vertical", "weighted", "text")
+MAX_SIDE = 20_000  # pixels of a pasted image
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question with the pages that were retrieved for it."""
+
+    id: str
+    question: str
+    pages: tuple[FoundPage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What came of a question.
+
+    line: the parsed result, as `recipes.infer` writes it. sources: the pages that the answer may cite, in the order of
+    its indexes. weights: per page, of `weighted`; empty elsewhere. pasted: they are one image, and share index 1.
+    """
+
+    asked: Asked
+    line: dict[str, Any]
+    sources: tuple[FoundPage, ...]
+    weights: tuple[float, ...] = ()
+    pasted: bool = False
+
+    @property
+    def cited(self) -> list[FoundPage]:
+        """Return the pages that the answer's evidence or citations name, in order of rank."""
+        numbers = {slot["index"] for slot in self.line["evidence"] if slot["relevant"]} | set(self.line["citations"])
+        return [page for page in self.sources if self.index_of(page) in numbers]
+
+    def index_of(self, page: FoundPage) -> int:
+        """Return the index by which the answer names a page: of pasted pages it can only name all."""
+        return 1 if self.pasted else self.sources.index(page) + 1
+
+
+def answer_all(
+    questions: Sequence[Asked], setting: Setting, answerer: Answerer, template: str, system: str = ""
+) -> list[Answered]:
+    """Answer every question from its pages, in order.
+
+    Raises:
+        RsgrpoError: a question has no pages, or `weighted` meets an answerer without log-probabilities.
+    """
+    prompts: list[Prompt] = []
+    for asked in questions:
+        prompts += prompts_of(asked, setting, template, system)
+    outputs = {output.prompt.id: output for output in answerer.answer(prompts)}
+    return [_answered(asked, setting, outputs, answerer.name) for asked in questions]
+
+
+def answer_stream(
+    asked: Asked, setting: Setting, answerer: Answerer, template: str, system: str = ""
+) -> Iterator[str | Answered]:
+    """Yield the answer's text in pieces as it is written, where the answerer can and one prompt is asked; then all.
+
+    Raises:
+        As `answer_all`.
+    """
+    if setting == "weighted":  # several texts are written, and only one of them is the answer
+        yield from answer_all([asked], setting, answerer, template, system)
+        return
+    (prompt,) = prompts_of(asked, setting, template, system)
+    for piece in answerer.stream(prompt):
+        yield piece if isinstance(piece, str) else _answered(asked, setting, {asked.id: piece}, answerer.name)
+
+
+def prompts_of(asked: Asked, setting: Setting, template: str, system: str = "") -> list[Prompt]:
+    """Return the prompts of one question: one, or one per page for `weighted`."""
+    if not asked.pages:
+        raise RsgrpoError(f"{short(asked.question)!r} has no pages to answer from")
+    paths = tuple(page.image for page in asked.pages)
+    question = Question(asked.id, asked.question)
+    if setting == "multi_image":
+        return [to_prompt(replace(question, images=paths), template, system)]
+    if setting == "weighted":
+        singles = [replace(question, id=f"{asked.id}#{page.rank}", images=(page.image,)) for page in asked.pages]
+        return [to_prompt(single, template, system) for single in singles]
+    if setting == "text":
+        return [to_prompt(replace(question, question=with_text(asked)), template, system)]
+    return [to_prompt(replace(question, images=(paste(paths, setting),)), template, system)]
+
+
+def with_text(asked: Asked) -> str:
+    """Return the question below the text of its pages.
+
+    Raises:
+        RsgrpoError: no page has text.
+    """
+    if not any(page.text.strip() for page in asked.pages):
+        raise RsgrpoError(
+            f"none of the pages of {short(asked.question)!r} has text; use their images, or ingest with --ocr"
+        )
+    parts = [f"[{page.rank}]\n{page.text.replace(IMAGE_MARK, '')}" for page in asked.pages]
+    return "\n\n".join([*parts, asked.question])
+
+
+def short(question: str) -> str:
+    """Return as much of a question as a message needs."""
+    return textwrap.shorten(question, 80)
+
+
+def paste(paths: Sequence[str], direction: Literal["horizontal", "vertical"]) -> bytes:
+    """Return all pages side by side, or one below the other, on white: the bytes of a PNG.
+
+    Raises:
+        RsgrpoError: the result would be too large.
+    """
+    images = [decode(path) for path in paths]
+    widths, heights = [image.width for image in images], [image.height for image in images]
+    across = direction == "horizontal"
+    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
+    if max(size) > MAX_SIDE:
+        raise InputError(f"{len(paths)} pages pasted together are {size[0]} x {size[1]} pixels; take fewer (-k)")
+    canvas, offset = Image.new("RGB", size, "white"), 0
+    for image in images:
+        canvas.paste(image, (offset, 0) if across else (0, offset))
+        offset += image.width if across else image.height
+    stream = io.BytesIO()
+    canvas.save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def page_weights(scores: Sequence[float], mean_logprobs: Sequence[float]) -> list[float]:
+    """Return softmax(scores) x exp(mean log-probability) per page.
+
+    >>> page_weights([0.0, 0.0], [0.0, math.log(0.5)])
+    [0.5, 0.25]
+    """
+    top = max(scores)
+    exponentials = [math.exp(score - top) for score in scores]
+    total = sum(exponentials)
+    return [e / total * math.exp(logprob) for e, logprob in zip(exponentials, mean_logprobs, strict=True)]
+
+
+def _answered(asked: Asked, setting: Setting, outputs: dict[str, Output], model: str) -> Answered:
+    if setting != "weighted":
+        pasted = setting in ("horizontal", "vertical")
+        return Answered(asked, result_line(outputs[asked.id], model), asked.pages, pasted=pasted)
+    found = [outputs[f"{asked.id}#{page.rank}"] for page in asked.pages]
+    usable = [(page, output) for page, output in zip(asked.pages, found, strict=True) if not output.error]
+    if not usable:
+        return Answered(asked, result_line(found[0], model) | {"id": asked.id}, asked.pages)
+    logprobs = [output.mean_logprob for _, output in usable if output.mean_logprob is not None]
+    if len(logprobs) != len(usable):
+        raise InputError(f"setting weighted needs log-probabilities, and {model} gives none; use an engine of our own")
+    weights = page_weights([page.score for page, _ in usable], logprobs)
+    best = max(range(len(usable)), key=lambda row: (weights[row], -row))
+    page, output = usable[best]
+    return Answered(asked, result_line(output, model) | {"id": asked.id}, (page,), tuple(weights))

@@ -1,0 +1,247 @@
+"""A store that is added to and asked: documents in, an answer with its pages out. What the page of `recipes.app` shows.
+
+Knows nothing of how it is shown. One call at a time: neither encoders nor engines are made for several.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.answers.answerer import Answerer
+from recipes.retrieval.answers.generation import Answered, Asked, Setting, answer_stream
+from recipes.retrieval.encoders.base import Encoder, EncoderSettings
+from recipes.retrieval.pages.documents import RenderSettings, is_candidate
+from recipes.retrieval.pages.ingest import IngestReport, ingest
+from recipes.retrieval.pages.store import PageStore, writing
+from recipes.retrieval.search.index import VectorIndex
+from recipes.retrieval.search.origin import remember
+from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
+from recipes.retrieval.search.update import UpdateReport, update_index
+from rsgrpo.errors import InputError
+from rsgrpo.records.console import Console
+
+UPLOADS = "uploads"  # folder in the store where added documents are kept
+PAGE_TIMEOUT_S = 120.0
+SHARD_PAGES = 2_048
+MAX_QUESTION_CHARACTERS = 4_000
+
+
+@dataclass(frozen=True, slots=True)
+class LibrarySettings:
+    """Limits on what is added. max_files: in one go. max_file_mb, max_pages: of one document."""
+
+    max_files: int = 100
+    max_file_mb: int = 100
+    max_pages: int = 2_000
+    num_workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("max_files", "max_file_mb", "max_pages", "num_workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How far a question is.
+
+    pages: what was retrieved, best first. text: what the answerer has written so far. answered: None until it is done,
+        and where nobody answers.
+    seconds: of retrieval, to the first piece of text, and to the end, as far as they have passed.
+    """
+
+    question: str
+    setting: Setting
+    pages: tuple[FoundPage, ...]
+    text: str
+    answered: Answered | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who answers, and what questions are put into."""
+
+    answerer: Answerer
+    template: str
+    system: str = ""
+
+
+class Library:
+    """A store with its index and encoder, and who answers. Make it once: models stay loaded."""
+
+    def __init__(
+        self,
+        store: Path,
+        index: Path,
+        encoder: Encoder,
+        reader: Reader | None,
+        settings: LibrarySettings,
+        console: Console,
+        search: SearchSettings = EXACT,
+        opened: EncoderSettings | None = None,
+    ) -> None:
+        """Open everything and encode what the index lacks; a store that does not exist is made by the first `add`.
+
+        Args:
+            reader: None: pages are found, and nobody answers.
+            search: a reranker's index is kept in line too, and FAISS's file is built anew when pages come.
+            opened: how the encoder was, to be remembered by an index that is made here.
+
+        Raises:
+            InputError: the folder is no store, or another encoder made the index.
+        """
+        self.encoder, self.reader = encoder, reader
+        self._store, self._index, self._settings, self._console = store, index, settings, console
+        self._search, self._opened = search, opened
+        self._retriever: Retriever | None = None
+        if (store / "pages.parquet").exists():
+            self._open()
+        elif store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
+            raise InputError(f"{store} is neither a page store nor an empty folder; choose another one")
+
+    @property
+    def num_pages(self) -> int:
+        """How many pages can be found."""
+        return len(self._retriever.index) if self._retriever else 0
+
+    @property
+    def pages_folder(self) -> Path:
+        """Where all page images are."""
+        return (self._store / "pages").absolute()
+
+    def add(self, files: Sequence[Path]) -> tuple[IngestReport, UpdateReport]:
+        """Keep copies of files in the store, render them and encode their pages; one of the same name is replaced.
+
+        Raises:
+            InputError: there are none or too many, one is too large, or the disk is full.
+        """
+        limits = self._settings
+        _check_files(files, limits)
+        render = self._render_settings()
+        PageStore.create(self._store, render.pixels())
+        uploads = self._store / UPLOADS
+        with writing(uploads):
+            uploads.mkdir(exist_ok=True)
+            for file in files:
+                partial = uploads / f".{file.name}.writing"  # hidden: an ingest leaves it out
+                shutil.copyfile(file, partial)
+                os.replace(partial, uploads / _kept_name(file))
+        ingested = ingest(
+            [uploads], self._store, render, num_workers=limits.num_workers, page_timeout_s=PAGE_TIMEOUT_S,
+            console=self._console,
+        )  # fmt: skip
+        for row in ingested.errors:
+            if not row.num_pages:  # it would be tried again, and named again, with every later file
+                Path(os.fsdecode(row.path)).unlink()
+        return ingested, self._open()
+
+    def ask(self, question: str, k: int, setting: Setting) -> Iterator[Asking]:
+        """Yield what is known so far: the pages, then the answer as it is written, then the whole.
+
+        Raises:
+            InputError: the question is empty or too long, or there is no page.
+            RsgrpoError: the answerer fails.
+        """
+        if not question.strip():
+            raise InputError("the question is empty")
+        if len(question) > MAX_QUESTION_CHARACTERS:
+            raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
+        if question != question.encode(errors="ignore").decode():
+            raise InputError("the question holds half a character (a lone surrogate); type it anew")
+        if self._retriever is None or not self.num_pages:
+            raise InputError("there are no pages yet: add documents first")
+        start, seconds = time.monotonic(), {}
+        (found,) = self._retriever.search([question], k)
+        seconds["retrieval"] = time.monotonic() - start
+        pages, text = tuple(found), ""
+        yield Asking(question, setting, pages, text, None, dict(seconds))
+        if self.reader is None:
+            return
+        asked, reader = Asked("question", question, pages), self.reader
+        for piece in answer_stream(asked, setting, reader.answerer, reader.template, reader.system):
+            if isinstance(piece, str):
+                text += piece
+                seconds.setdefault("first_text", time.monotonic() - start)
+                yield Asking(question, setting, pages, text, None, dict(seconds))
+            else:
+                seconds["whole"] = time.monotonic() - start
+                yield Asking(question, setting, pages, piece.line["raw"], piece, dict(seconds))
+
+    def trace(self, asking: Asking) -> dict[str, Any]:
+        """Return all of a question as JSON: what was found, what was asked, what came back, if anything did."""
+        answered, search = asking.answered, self._search
+        numbers = {page.page_id: answered.index_of(page) for page in answered.sources} if answered else {}
+        cited = {page.page_id for page in answered.cited} if answered else set()
+        pages = [
+            asdict(page) | {"index": numbers.get(page.page_id), "cited": page.page_id in cited} for page in asking.pages
+        ]
+        return {
+            "question": asking.question,
+            "setting": asking.setting,
+            "store": str(self._store.absolute()),
+            "encoder": dict(self.encoder.description) | {"fingerprint": self.encoder.fingerprint},
+            "backend": search.backend,
+            "reranker": search.reranker[0].fingerprint if search.reranker else None,
+            "prompt_template": self.reader.template if self.reader else None,
+            "system": self.reader.system if self.reader else None,
+            "pages": pages,
+            "weights": list(answered.weights) if answered else [],
+            "result": answered.line if answered else None,
+            "seconds": {name: round(value, 4) for name, value in asking.seconds.items()},
+        }
+
+    def close(self) -> None:
+        """Free the answerer."""
+        if self.reader is not None:
+            self.reader.answerer.close()
+
+    def _open(self) -> UpdateReport:
+        """Bring what is searched in line with the store, and search that from now on."""
+        index, report = self._updated(self._index, self.encoder)
+        if self._opened is not None:
+            remember(self._index, self._opened)
+        if self._search.reranker is not None:
+            self._updated(self._search.reranker[1], self._search.reranker[0])
+        if self._search.backend != "exact" and len(index):
+            from recipes.retrieval.search.faiss import build_if_older
+
+            build_if_older(index, self._search.backend)
+        self._retriever = Retriever(self._store, self._index, self.encoder, self._search) if len(index) else None
+        return report
+
+    def _updated(self, folder: Path, encoder: Encoder) -> tuple[VectorIndex, UpdateReport]:
+        index = VectorIndex.create(folder, encoder)
+        report = update_index(
+            PageStore.open(self._store), encoder, index, shard_pages=SHARD_PAGES, batch_pages=64, console=self._console
+        )
+        return index, report
+
+    def _render_settings(self) -> RenderSettings:
+        kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}
+        return RenderSettings(**kept, max_pages=self._settings.max_pages, max_file_mb=self._settings.max_file_mb)
+
+
+def _check_files(files: Sequence[Path], limits: LibrarySettings) -> None:
+    """Refuse what cannot be added, before anything is copied."""
+    if not 1 <= len(files) <= limits.max_files:
+        raise InputError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
+    names = [_kept_name(file) for file in files]
+    for file, name in zip(files, names, strict=True):
+        num_bytes = file.stat().st_size
+        if num_bytes > limits.max_file_mb << 20:
+            raise InputError(f"{name} has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}")
+        if names.count(name) > 1:
+            raise InputError(f"two of the files are called {name}; add one after the other, or rename one")
+        if not is_candidate(file):
+            raise InputError(f"{name} is no document; PDF, images, office, text and HTML files are read")
+
+
+def _kept_name(file: Path) -> str:
+    return file.name.lstrip(".") or "document"  # hidden files are left out by an ingest

@@ -1,0 +1,35 @@
+"""The choice among encoders: only the module of the one that is asked for is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes.retrieval.encoders.base import Encoder, EncoderSettings, ModelEncoder
+
+
+def load_encoder(settings: EncoderSettings) -> Encoder:
+    """Load the encoder that the settings name.
+
+    Raises:
+        EncoderError: there is no such model, or the settings do not fit it.
+    """
+    if settings.kind == "imported":
+        from recipes.retrieval.encoders.imported import ImportedEncoder
+
+        return ImportedEncoder(Path(settings.model))
+    return load_model_encoder(settings)
+
+
+def load_model_encoder(settings: EncoderSettings) -> ModelEncoder:
+    """Load an encoder that runs a model.
+
+    Raises:
+        EncoderError: as `load_encoder`.
+    """
+    if settings.engine == "vllm":
+        from recipes.retrieval.encoders.vllm import VllmEncoder
+
+        return VllmEncoder(settings)
+    from recipes.retrieval.encoders.sentence import LateEncoder, SentenceEncoder
+
+    return LateEncoder(settings) if settings.kind == "late" else SentenceEncoder(settings)

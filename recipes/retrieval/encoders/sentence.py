@@ -1,0 +1,184 @@
+"""Encoders that sentence-transformers runs: its own folders, and vision-language folders made into VisRAG's retriever.
+
+A vision-language folder without `modules.json` becomes one: pages and queries through the chat template, one pooling
+over all tokens, length 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+from recipes.retrieval.encoders.base import (
+    EncoderError,
+    EncoderSettings,
+    ModelIdentity,
+    PageInput,
+    identify,
+    unit_rows,
+)
+from recipes.retrieval.pages.store import Page
+
+POOLING_MODES = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken", "cls": "cls"}
+
+
+class SentenceEncoder:
+    """A sentence-transformers model of one vector per item, or a vision-language model made one."""
+
+    multi_vector = False
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        """Load it.
+
+        Raises:
+            EncoderError: there is no such model, or the settings do not fit it.
+        """
+        self.identity = identify(settings)
+        self.settings, self.loader = self.identity.settings, self.identity.loader
+        self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
+        self.model = load_sentence_transformer(self.identity)
+        _pad_at_a_harmless_side(self.model)
+        if settings.kind == "image" and not self.model.supports("image"):
+            raise EncoderError(f"model {settings.model} reads no images; use --kind text for its text layer")
+
+    def encode_pages(self, pages: Sequence[Page]) -> list[np.ndarray]:
+        """Return (D,) per page."""
+        return self.encode_loaded([self.loader(page) for page in pages], [page.page_id for page in pages])
+
+    def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
+        """Return (D,) per loaded page."""
+        with _blaming(self.identity.folder, "run"):
+            vectors_ND = self.model.encode_document(list(inputs), **self._options())
+        return unit_rows(vectors_ND, page_ids)
+
+    def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
+        """Return (D,) per query."""
+        prefix = self.identity.query_prefix
+        if prefix is None:
+            vectors_ND = self.model.encode_query(list(queries), **self._options())
+        else:
+            vectors_ND = self.model.encode([prefix + query for query in queries], **self._options())
+        return unit_rows(vectors_ND, queries)
+
+    def _options(self) -> dict[str, Any]:
+        return {"batch_size": self.settings.batch_size, "show_progress_bar": False}
+
+
+class LateEncoder:
+    """A sentence-transformers multi-vector model (ColPali, ColQwen): one vector per token, compared by MaxSim."""
+
+    multi_vector = True
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        """Load it.
+
+        Raises:
+            EncoderError: there is no such model, it has no trained projection, or a pooling is asked for.
+        """
+        if settings.pooling:
+            raise EncoderError(f"--pooling {settings.pooling}: a late-interaction model has none")
+        self.identity = identify(settings)
+        self.settings, self.loader = self.identity.settings, self.identity.loader
+        self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
+        folder = self.identity.folder
+        with _blaming(folder, "loaded"):
+            self.model = MultiVectorEncoder(str(folder), **_load_options(self.settings))
+        _pad_at_a_harmless_side(self.model)
+        if any(type(module).__name__ == "Dense" for module in self.model) and not _has_projection(folder):
+            raise EncoderError(
+                f"{folder} has no trained projection for late interaction, and a random one would be made up; name a "
+                "ColPali-style model"
+            )
+
+    def encode_pages(self, pages: Sequence[Page]) -> list[np.ndarray]:
+        """Return (T, D) per page."""
+        return self.encode_loaded([self.loader(page) for page in pages], [page.page_id for page in pages])
+
+    def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
+        """Return (T, D) per loaded page."""
+        return self._rows(self.model.encode_document, inputs, page_ids)
+
+    def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
+        """Return (T, D) per query."""
+        prefix = self.identity.query_prefix or ""
+        return self._rows(self.model.encode_query, [prefix + query for query in queries], queries)
+
+    def _rows(self, encode: Callable[..., Any], inputs: Sequence[Any], names: Sequence[str]) -> list[np.ndarray]:
+        with _blaming(self.identity.folder, "run"):
+            found = encode(
+                list(inputs), batch_size=self.settings.batch_size, show_progress_bar=False, convert_to_numpy=True
+            )
+        return [np.stack(unit_rows(rows_TD, [name] * len(rows_TD))) for rows_TD, name in zip(found, names, strict=True)]
+
+
+def load_sentence_transformer(identity: ModelIdentity) -> Any:
+    """Return a SentenceTransformer; a plain model folder gets pooling and length 1.
+
+    Raises:
+        EncoderError: the folder is no model, or it fixes a pooling and another one is asked for.
+    """
+    folder, settings = identity.folder, identity.settings
+    options = _load_options(settings)
+    if (folder / "modules.json").exists():
+        if settings.pooling:
+            raise EncoderError(f"--pooling {settings.pooling}: {folder} has modules.json, which fixes the pooling")
+        with _blaming(folder, "loaded"):
+            return SentenceTransformer(str(folder), **options)
+    if not (folder / "config.json").exists():
+        raise EncoderError(f"{folder} is no model folder: it has neither modules.json nor config.json")
+    consent = {"trust_remote_code": settings.trust_remote_code}
+    with _blaming(folder, "loaded"):
+        transformer = Transformer(
+            str(folder), model_kwargs=options["model_kwargs"] | consent, config_kwargs=consent, processor_kwargs=consent
+        )
+        mode = POOLING_MODES[settings.pooling or "weighted_mean"]
+        pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode=mode)
+        return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=settings.device or None)
+
+
+def _has_projection(folder: Path) -> bool:
+    """Say whether a folder has a trained projection of single tokens; those that pool first have none that serves."""
+    file = folder / "modules.json"
+    names = [module["type"].rpartition(".")[2] for module in json.loads(file.read_text())] if file.exists() else []
+    return "Dense" in names and "Pooling" not in names
+
+
+@contextmanager
+def _blaming(folder: Path, what: str) -> Iterator[None]:
+    """Turn what libraries raise over a model's files, its device or its memory into one line.
+
+    Raises:
+        EncoderError: names the folder.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise EncoderError(f"{folder} does not fit into memory; lower --batch-size or --max-pixels") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EncoderError(f"model {folder} cannot be {what}: {type(error).__name__}: {reason}") from error
+
+
+def _pad_at_a_harmless_side(model: Any) -> None:
+    """Pad on the right where positions are absolute: padding on the left would move every token's position."""
+    config, tokenizer = getattr(model[0], "config", None), getattr(model[0], "tokenizer", None)
+    if config is None or tokenizer is None or getattr(config.get_text_config(), "rope_parameters", None):
+        return
+    tokenizer.padding_side = "right"
+
+
+def _load_options(settings: EncoderSettings) -> dict[str, Any]:
+    return {
+        "device": settings.device or None,
+        "trust_remote_code": settings.trust_remote_code,
+        "model_kwargs": {"dtype": settings.dtype},
+    }

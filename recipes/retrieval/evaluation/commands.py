@@ -1,0 +1,225 @@
+"""The commands of `recipes.retrieve` that work on sets of queries: run, merge, evaluate, top, generate, unpack."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.retrieval.options import add_answerer, add_encoder, add_search_options, open_answerer, open_retriever
+from rsgrpo.errors import InputError
+
+if TYPE_CHECKING:
+    from recipes.retrieval.answers.generation import Asked
+    from recipes.retrieval.evaluation.scores import Qrels, Query, Run
+    from recipes.retrieval.pages.store import PageStore
+
+QUERIES_AT_ONCE = 256
+
+
+def add_evaluation(commands: Any) -> None:
+    """Add the commands."""
+    run = commands.add_parser("run", help="search for every query of a file; write a TREC run file")
+    add_encoder(run)
+    run.add_argument("--queries", type=Path, required=True, help="jsonl with _id and text")
+    run.add_argument("--out", type=Path, required=True, metavar="RUN")
+    add_search_options(run)
+    run.set_defaults(run=_run)
+    merge = commands.add_parser("merge", help="merge the run files of several stores into one")
+    merge.add_argument("run_files", type=Path, nargs="+", metavar="RUN", help="of the same queries and encoder")
+    merge.add_argument("--out", type=Path, required=True, metavar="RUN")
+    merge.add_argument("-k", type=int, default=10, help="pages; each run should hold as many")
+    merge.set_defaults(run=_merge)
+    evaluate = commands.add_parser("evaluate", help="score a run file against judgments")
+    evaluate.add_argument("run_file", type=Path, metavar="RUN")
+    evaluate.add_argument("--qrels", type=Path, required=True, help="BEIR or TREC judgments")
+    evaluate.add_argument("--store", type=Path, help="lets qrels name pages by document instead of page id")
+    evaluate.add_argument("--cutoffs", type=int, nargs="+", default=[1, 3, 5, 10])
+    evaluate.add_argument("--out", type=Path, help="JSON of all scores, per query too (default: RUN with .scores.json)")
+    evaluate.set_defaults(run=_evaluate)
+    top = commands.add_parser("top", help="write a topK_test.jsonl of questions with their retrieved pages")
+    top.add_argument("store", type=Path, metavar="STORE")
+    top.add_argument("run_file", type=Path, metavar="RUN")
+    top.add_argument("--queries", type=Path, required=True)
+    top.add_argument("--qrels", type=Path, required=True)
+    top.add_argument("--out", type=Path, required=True)
+    top.add_argument("-k", type=int, default=3)
+    top.set_defaults(run=_top)
+    generate = commands.add_parser("generate", help="answer every query of a file from a run's pages, and score")
+    generate.add_argument("store", type=Path, metavar="STORE")
+    generate.add_argument("--queries", type=Path, required=True)
+    pages = generate.add_mutually_exclusive_group(required=True)
+    pages.add_argument("--run-file", type=Path, metavar="RUN", help="answer from the first K pages of this run")
+    pages.add_argument("--oracle", type=Path, metavar="QRELS", help="answer from the relevant pages themselves")
+    generate.add_argument("--out", type=Path, required=True, help="jsonl of answers")
+    generate.add_argument("--rule", help="data set whose rule decides what is right: ChartQA, ArxivQA, ...")
+    generate.add_argument("-k", type=int, default=3)
+    generate.add_argument("--device", default="")
+    add_answerer(generate)
+    generate.set_defaults(run=_generate)
+    unpack = commands.add_parser("unpack", help="turn VisRAG-Ret-Test-* parquet into documents, queries and qrels")
+    unpack.add_argument("source", help="folder or hub name")
+    unpack.add_argument("--out", type=Path, required=True)
+    unpack.set_defaults(run=_unpack)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from recipes.retrieval.evaluation.scores import read_queries, write_run
+
+    queries = read_queries(options.queries)
+    if not queries:
+        raise InputError(f"{options.queries} has no queries")
+    retriever = open_retriever(options)
+    run = {}
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        batch = queries[start : start + QUERIES_AT_ONCE]
+        for query, hits in zip(batch, retriever.hits([query.text for query in batch], options.k), strict=True):
+            run[query.id] = hits
+    write_run(options.out, run, tag=retriever.encoder.fingerprint[:8])
+    print(f"{len(run)} queries, up to {options.k} pages each: {options.out}")
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from recipes.retrieval.evaluation.scores import merge_runs, write_run
+
+    run, tag = merge_runs(options.run_files, options.k)
+    write_run(options.out, run, tag)
+    print(f"{len(run)} queries of {len(options.run_files)} runs, up to {options.k} pages each: {options.out}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from recipes.retrieval.evaluation.scores import evaluate_run, read_run
+    from recipes.retrieval.pages.store import PageStore
+
+    qrels = _qrels(options.qrels, PageStore.open(options.store) if options.store else None)
+    run = read_run(options.run_file)
+    scores = evaluate_run(run, qrels, options.cutoffs)
+    found, judged = (
+        {hit.page_id for hits in run.values() for hit in hits},
+        {p for pages in qrels.values() for p in pages},
+    )
+    if not options.store and not found & judged:
+        print("warning: no judged page is in the run; if judgments name documents, add --store STORE", file=sys.stderr)
+    out = options.out or options.run_file.with_suffix(".scores.json")
+    written = {
+        "mean": scores.mean,
+        "num_queries": len(scores.per_query),
+        "num_missing": scores.num_missing,
+        "num_without_relevant": scores.num_without_relevant,
+        "num_unjudged": scores.num_unjudged,
+        "per_query": scores.per_query,
+    }
+    out.write_text(json.dumps(written, indent=1) + "\n")
+    print("\n".join(f"{name:<10} {value:.4f}" for name, value in scores.mean.items()))
+    print(
+        f"{len(scores.per_query)} queries ({scores.num_missing} missing from the run count as 0; left out: "
+        f"{scores.num_without_relevant} without a relevant page, {scores.num_unjudged} not judged): {out}"
+    )
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from recipes.retrieval.evaluation.scores import read_queries, read_run, top_rows
+    from recipes.retrieval.pages.store import PageStore
+
+    store = PageStore.open(options.store)
+    run = read_run(options.run_file)
+    images = {page_id: page.image for page_id, page in _found(store, run, options.k).items()}
+    rows = top_rows(read_queries(options.queries), run, _qrels(options.qrels, store), images, options.k)
+    _write_lines(options.out, rows)
+    print(f"{len(rows)} questions, {sum(row['is_sufficient'] for row in rows)} with all they need: {options.out}")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from recipes.retrieval.answers.generation import answer_all
+    from recipes.retrieval.evaluation.answer_rules import rule_of
+    from recipes.retrieval.evaluation.scores import read_queries
+
+    rule = rule_of(options.rule) if options.rule else None
+    queries = read_queries(options.queries)
+    asked = _asked(options, queries)
+    options.k = max(len(question.pages) for question in asked)
+    answerer, template, system = open_answerer(options)
+    try:
+        answered = answer_all(asked, options.setting, answerer, template, system)
+    finally:
+        answerer.close()
+    rows = []
+    for query, result in zip(queries, answered, strict=True):
+        text = result.line["answer"] or result.line["raw"]
+        row = {**result.line, "answers": list(query.answers), "pages": [page.page_id for page in result.asked.pages]}
+        if result.weights:
+            row["weights"] = list(result.weights)
+        if rule and query.answers:
+            row["right"] = rule(text, query.answers)
+        rows.append(row)
+    _write_lines(options.out, rows)
+    judged_rows = [row["right"] for row in rows if "right" in row]
+    accuracy = f", {sum(judged_rows) / len(judged_rows):.4f} right by the rule of {options.rule}" if judged_rows else ""
+    print(f"{len(rows)} answers{accuracy}: {options.out}")
+    return 0
+
+
+def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[Asked]:
+    """Return every query with its pages: those of the run, or the relevant ones."""
+    from recipes.retrieval.answers.generation import Asked
+    from recipes.retrieval.evaluation.scores import read_run
+    from recipes.retrieval.pages.store import PageStore
+    from recipes.retrieval.search.exact import Hit
+    from recipes.retrieval.search.retriever import found_page
+
+    store = PageStore.open(options.store)
+    if options.oracle:
+        run, k = {}, None
+        for query_id, judged in _qrels(options.oracle, store).items():
+            run[query_id] = [Hit(page, float(grade)) for page, grade in sorted(judged.items()) if grade > 0]
+    else:
+        run, k = read_run(options.run_file), options.k
+    pages = _found(store, run, k)
+    asked = []
+    for query in queries:
+        hits = run.get(query.id, [])[:k]
+        if not hits:
+            raise InputError(f"query {query.id} has no pages; take it out of {options.queries} or search for it")
+        found = tuple(found_page(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1))
+        asked.append(Asked(query.id, query.text, found))
+    if not asked:
+        raise InputError(f"{options.queries} has no queries")
+    return asked
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from recipes.retrieval.evaluation.visrag_sets import unpack
+
+    num_pages, num_queries, num_judgments = unpack(options.source, options.out)
+    print(f"{num_pages} pages, {num_queries} queries, {num_judgments} judgments: {options.out}")
+    return 0
+
+
+def _qrels(file: Path, store: PageStore | None) -> Qrels:
+    from recipes.retrieval.evaluation.scores import read_qrels, resolve_qrels
+
+    qrels = read_qrels(file)
+    return qrels if store is None else resolve_qrels(qrels, list(store.pages()))
+
+
+def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
+    if k is not None and k < 1:
+        raise InputError(f"k must be >= 1, got {k}")
+    wanted = {hit.page_id for hits in run.values() for hit in hits[:k]}
+    pages = store.find(wanted)
+    if missing := wanted - set(pages):
+        raise InputError(f"page {min(missing)} of the run is not in {store.folder}; search again")
+    return pages
+
+
+def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # paths need not be valid text

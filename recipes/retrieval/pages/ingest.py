@@ -1,0 +1,231 @@
+"""Bring a store in line with a folder of documents: what is new or changed is rendered, what is gone is taken out."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from recipes.retrieval.pages.documents import DocumentError, RenderSettings, is_candidate, limit_memory, render
+from recipes.retrieval.pages.store import (
+    DocumentRow,
+    PageStore,
+    StoreError,
+    content_writer,
+    hash_file,
+    shown,
+    write_record,
+    writing,
+)
+from recipes.retrieval.pages.workers import Outcome, run_tasks
+from rsgrpo.errors import InputError
+from rsgrpo.records.console import Console
+
+log = logging.getLogger(__name__)
+
+COMMIT_EVERY_S = 60.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What one ingest did, in documents but for num_pages (all pages of the store)."""
+
+    num_rendered: int
+    num_unchanged: int
+    num_removed: int
+    num_skipped: int
+    num_pages: int
+    errors: tuple[DocumentRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderTask:
+    """One file for a worker, and the store that its pages go to."""
+
+    path: bytes
+    store: str
+    settings: RenderSettings
+
+
+def ingest(
+    roots: Sequence[Path],
+    out: Path,
+    settings: RenderSettings,
+    *,
+    num_workers: int,
+    page_timeout_s: float,
+    console: Console,
+) -> IngestReport:
+    """Ingest files and folders (recursively) into the store at `out`.
+
+    A file that was there at an earlier ingest of the same root and is gone now is taken out. Other roots are kept.
+
+    Raises:
+        InputError: a root does not exist, nothing in them is a document, or the disk is full.
+    """
+    if num_workers < 1:
+        raise InputError(f"--workers must be >= 1, got {num_workers}")
+    if not 0 < page_timeout_s < math.inf:
+        raise InputError(f"--page-timeout-s must be > 0, got {page_timeout_s:g}")
+    for root in roots:
+        if not root.exists():
+            raise InputError(f"{shown(root)} does not exist; name a folder or a file")
+        if not root.is_dir() and not root.is_file():
+            raise InputError(f"{shown(root)} is neither a folder nor a file with content (a pipe, a device)")
+        if (out / "pages").resolve() in (root.resolve() / "pages", *root.resolve().parents, root.resolve()):
+            raise InputError(f"{shown(root)} is the store itself; name the folder of the documents")
+    found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
+    candidates = [entry for entry in found if is_candidate(entry[1])]
+    store = PageStore.create(out, settings.pixels())
+    with store.locked():
+        named = {shown(root.resolve()) for root in roots}
+        before = {row.path: row for row in store.documents()}
+        if not candidates and not any(row.root in named for row in before.values()):
+            raise InputError(
+                f"no documents in {', '.join(shown(root) for root in roots)} ({len(found)} files of other kinds); "
+                "PDF, images, office, text and HTML files are read"
+            )
+        rows = {key: row for key, row in before.items() if row.root not in named}
+        wanted = [row for entry in candidates if (row := _file_row(*entry)) is not None]
+        num_removed = len({key for key, row in before.items() if row.root in named} - {row.path for row in wanted})
+        waiting = []
+        for row in wanted:
+            old = before.get(row.path)
+            if old is not None and _unchanged(old, row) and store.has_content(old.content):
+                rows[row.path] = replace(old, root=row.root, document=row.document)
+            else:
+                waiting.append(row)
+        errors = _render_all(store, waiting, rows, settings, num_workers, page_timeout_s, console)
+        store.commit(rows.values())
+        store.collect_garbage()
+        num_pages = len(store.page_ids())
+    num_unchanged = len(wanted) - len(waiting)
+    num_rendered = len(waiting) - sum(not row.num_pages for row in errors)
+    return IngestReport(
+        num_rendered, num_unchanged, num_removed, len(found) - len(candidates), num_pages, tuple(errors)
+    )
+
+
+def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
+    """Return what can be said of a file without reading it; None when it has gone since it was found."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return DocumentRow(root, name, os.fsencode(path), "", status.st_size, status.st_mtime_ns, 0, "")
+
+
+def _unchanged(old: DocumentRow, new: DocumentRow) -> bool:
+    """Say whether a file need not be read again; one with an error is always tried again."""
+    return not old.error and (old.num_bytes, old.modified_ns) == (new.num_bytes, new.modified_ns)
+
+
+def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
+    """Yield every regular file below a root with its name there, sorted; hidden ones and the store are left out.
+
+    Links to files are followed, links to folders are not: they may go round in circles.
+
+    Raises:
+        InputError: a folder cannot be read; going on would take its documents out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"the folder {shown(error.filename)} cannot be read: {os.strerror(error.errno or 0)}")
+
+    root = root.resolve()
+    if root.is_file():
+        yield root, shown(root.name)
+        return
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != out.resolve()
+        )
+        for name in folders:
+            if Path(folder, name).is_symlink():
+                log.warning("%s is a link to a folder and not followed; name its target", shown(Path(folder, name)))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path, shown(path.relative_to(root))
+
+
+def _render_all(
+    store: PageStore,
+    waiting: list[DocumentRow],
+    rows: dict[bytes, DocumentRow],
+    settings: RenderSettings,
+    num_workers: int,
+    page_timeout_s: float,
+    console: Console,
+) -> list[DocumentRow]:
+    """Render the waiting documents into the store and their rows into `rows`; return those with errors."""
+    errors: list[DocumentRow] = []
+    by_path = {row.path: row for row in waiting}
+    committed = time.monotonic()
+    timeout_s = page_timeout_s + settings.office_timeout_s
+    tasks = (RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting)
+    with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
+        outcomes = run_tasks(
+            render_document, tasks, num_workers=max(1, min(num_workers, len(waiting))), timeout_s=timeout_s,
+            on_alive=pages.advance,
+        )  # fmt: skip
+        for outcome in outcomes if waiting else ():
+            row = _row(by_path[outcome.task.path], outcome, store)
+            rows[row.path] = row
+            if row.error:
+                errors.append(row)
+                console.warning(f"{row.document}: {row.error}")
+            documents.advance()
+            if time.monotonic() - committed > COMMIT_EVERY_S:
+                store.commit(rows.values())
+                committed = time.monotonic()
+    return errors
+
+
+def _row(row: DocumentRow, outcome: Outcome, store: PageStore) -> DocumentRow:
+    if isinstance(outcome.error, OSError) and outcome.error.errno in _FULL:
+        with writing(store.folder):
+            raise outcome.error
+    if isinstance(outcome.error, StoreError):
+        raise outcome.error
+    if outcome.error is not None or outcome.died:
+        kind = "" if isinstance(outcome.error, DocumentError) else f"{type(outcome.error).__name__}: "
+        reason = outcome.died or f"{kind}{outcome.error}"
+        return replace(row, error=reason.encode("utf-8", "backslashreplace").decode())
+    content, num_pages, fault = outcome.result
+    return replace(row, content=content, num_pages=num_pages, error=fault)
+
+
+def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, int, str]:
+    """Hash and render one document, in a worker; pages that are there already are not made again.
+
+    Returns:
+        The content's hash, its number of pages, and which pages it lacks.
+    """
+    limit_memory()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error beyond it is a row of the catalogue
+    store, path = PageStore(Path(task.store)), Path(os.fsdecode(task.path))
+    try:
+        content = hash_file(path)
+    except OSError as error:
+        raise DocumentError(f"the file cannot be read: {os.strerror(error.errno or 0)}") from error
+    if store.has_content(content):
+        return content, *store.num_pages(content)
+    with content_writer(store.content_folder(content)) as folder:
+        try:
+            pages, fault = render(path, folder, task.settings, alive)
+        except MemoryError as error:
+            raise DocumentError("it needs more memory than a document may take") from error
+        if hash_file(path) != content:
+            raise DocumentError("the file changed while it was read; run the same command again")
+        write_record(folder, pages, fault)
+    return content, len(pages), fault

@@ -1,0 +1,95 @@
+"""Training pairs of a retriever: queries with the page that answers each, from files or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from rollout.inputs.images import MAX_ASPECT_RATIO, PromptError, read_size
+from rsgrpo.data.hub_folder import published_folder
+from rsgrpo.errors import InputError
+
+MAX_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One query and the page that answers it; negatives are pages that do not. Pages are paths or compressed bytes."""
+
+    query: str
+    page: str | bytes
+    negatives: tuple[str | bytes, ...] = ()
+
+
+def read_pairs(source: str) -> list[Pair]:
+    """Read pairs from a jsonl or parquet file, a folder of parquet files, or a data set of the hub.
+
+    Columns: query; image (a path from the file's folder, or {bytes, path}); and, optional, negatives (several such).
+
+    Raises:
+        InputError: the source is missing or empty, or rows are unusable; it lists them.
+    """
+    path = Path(source)
+    if not path.exists():
+        path = published_folder(source, local="pairs", setting="pairs=pairs")
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    pairs, faults = [], []
+    for file in files:
+        for number, row in _rows(file):
+            try:
+                pairs.append(_pair(row, file.parent))
+            except ValueError as error:
+                faults.append(f"  {file.name}:{number}: {error}")
+    if faults:
+        more = [f"  ... and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []
+        raise InputError("\n".join([f"{source}: {len(faults)} rows cannot be used:", *faults[:MAX_LISTED], *more]))
+    if len({len(pair.negatives) for pair in pairs}) > 1:
+        raise InputError(f"{source}: all rows must have the same number of negatives")
+    if not pairs:
+        raise InputError(f"{source} has no pairs; it needs the columns query and image")
+    return pairs
+
+
+def _pair(row: dict[str, Any], folder: Path) -> Pair:
+    query, image, negatives = row.get("query", row.get("text")), row.get("image"), row.get("negatives") or ()
+    if image is None or not isinstance(query, str) or not isinstance(negatives, list | tuple):
+        raise ValueError(f"a row needs query (text) and image, and negatives are a list; it has {', '.join(row)}")
+    if not query.strip():
+        raise ValueError("the query is empty")
+    return Pair(query, _page(image, folder), tuple(_page(page, folder) for page in negatives))
+
+
+def _page(value: Any, folder: Path) -> str | bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        value = str(folder / value)
+    if not isinstance(value, str | bytes):
+        raise ValueError(f"an image is a path or {{bytes, path}}, got {type(value).__name__}")
+    height, width = read_size(value)
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise PromptError(f"an image of {width} x {height} pixels is too slim for any model; crop or pad it")
+    return value
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield rows with their numbers, from 1: of a parquet's row, of a jsonl's line."""
+    try:
+        if file.suffix == ".parquet":
+            with pq.ParquetFile(file) as table:
+                batches = (batch.to_pylist() for batch in table.iter_batches(batch_size=64))
+                yield from enumerate(chain.from_iterable(batches), start=1)
+            return
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    yield number, row if isinstance(row, dict) else {}
+    except (OSError, ValueError) as error:  # pyarrow's errors are one or the other
+        raise InputError(f"{file} cannot be read: {error}; pairs are jsonl or parquet") from error

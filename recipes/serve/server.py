@@ -1,0 +1,306 @@
+"""Answer over HTTP: `python -m recipes.serve --model runs/x/export`, asked like any OpenAI-compatible server.
+
+Beside the usual choices stand the parsed fields. Owns HTTP; what a request may say is
+`recipes.serve.chat_request`, the queue is `recipes.serve.queue`, and `recipes.answers.engine` answers. The home of
+`aiohttp`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from recipes.answers.answerer import Answerer, Output
+from recipes.answers.batch import result_line
+from recipes.answers.engine import EngineAnswerer
+from recipes.answers.questions import named_prompt
+from recipes.infer import add_answerer_options, answerer_of
+from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
+from recipes.serve.queue import Desk, Piece
+from rollout.config import ConfigError
+from rollout.types import Prompt
+from rsgrpo.config.limits import at_least
+from rsgrpo.errors import InputError, RsgrpoError
+
+RETRY_AFTER_S = 5
+BODY_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """What the server says and how much it takes.
+
+    template, system: what questions are put into, as in `recipes.infer`.
+    sampling, limits: see `recipes.serve.chat_request`.
+    request_bytes: of a whole request. max_requests: accepted at once, waiting ones included.
+    batch_size: prompts that an engine in this process is given at once.
+    """
+
+    template: str
+    system: str
+    sampling: ServedSampling
+    limits: RequestLimits
+    request_bytes: int = 64 * MIB
+    max_requests: int = 32
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        at_least(1, request_bytes=self.request_bytes, max_requests=self.max_requests, batch_size=self.batch_size)
+
+
+class Server:
+    """The HTTP side. `app` is what aiohttp runs."""
+
+    def __init__(self, config: ServeConfig, answerer: Answerer) -> None:
+        self._config = config
+        self._answerer = answerer
+        self._desk = Desk(answerer, num_threads=config.max_requests, batch_size=config.batch_size)
+        self._num_requests = 0
+        self._is_closing = False
+        self.app = web.Application(client_max_size=config.request_bytes, middlewares=[_errors_as_json])
+        self.app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/v1/models", self._models),
+                web.post("/v1/chat/completions", self._complete),
+            ]
+        )
+        self.app.on_shutdown.append(self._on_shutdown)
+        self.app.on_cleanup.append(self._on_cleanup)
+
+    async def _on_shutdown(self, _: web.Application) -> None:
+        self._is_closing = True
+
+    async def _on_cleanup(self, _: web.Application) -> None:
+        await asyncio.to_thread(self._desk.close)
+
+    async def _health(self, _: web.Request) -> web.Response:
+        status = "closing" if self._is_closing else "ok"
+        facts = {
+            "model": self._answerer.name,
+            "requests": self._num_requests,
+            "max_requests": self._config.max_requests,
+        }
+        return web.json_response({"status": status, **facts}, status=503 if self._is_closing else 200)
+
+    async def _models(self, _: web.Request) -> web.Response:
+        model = {"id": self._answerer.name, "object": "model", "created": 0, "owned_by": "rsgrpo"}
+        model["has_template"] = bool(self._config.template)  # clients with a template of their own must know
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        if self._is_closing:
+            return _error(503, "the server is shutting down", retry=True)
+        if request.content_type != "application/json":
+            return _error(415, f"the content type must be application/json, got {request.content_type}")
+        if self._num_requests >= self._config.max_requests:
+            return _error(429, f"{self._num_requests} requests are being answered, the limit; try again", retry=True)
+        if (request.content_length or 0) > self._config.request_bytes:
+            return _error(413, f"the request has {request.content_length:,} bytes, the limit is {self._limit_text()}")
+        self._num_requests += 1
+        try:
+            return await self._answer(request)
+        finally:
+            self._num_requests -= 1
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        config, request_id = self._config, f"chatcmpl-{uuid.uuid4().hex}"
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await request.read()
+        except TimeoutError:
+            return _error(408, f"the request did not arrive within {BODY_TIMEOUT_S:.0f} s")
+        except web.HTTPRequestEntityTooLarge:
+            return _error(413, f"the request is larger than {self._limit_text()}")
+        except web.RequestPayloadError as error:
+            reply = _error(400, f"the body cannot be read: {error}")
+            reply.force_close()  # where the next request would begin is not known
+            return reply
+        name = self._answerer.name
+        chat = await asyncio.to_thread(
+            read_request, body, request_id, name, config.template, config.system, config.sampling, config.limits
+        )
+        del body  # the pages are decoded; this may be large
+        return await (self._stream(request, chat) if chat.stream else self._whole(chat))
+
+    async def _whole(self, chat: ChatRequest) -> web.Response:
+        output = None
+        async with aclosing(self._pieces(chat.prompt, streams=False)) as pieces:
+            async for piece in pieces:
+                output = piece
+        if isinstance(output, RsgrpoError):
+            return _error(502, str(output), retry=True)
+        assert isinstance(output, Output)
+        if output.finish_reason == "error":
+            return _error(422, f"the question cannot be answered: {output.error}")
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": output.text},
+            "finish_reason": output.finish_reason,
+        }
+        return web.json_response(self._reply(output.prompt.id, "chat.completion", [choice], output), dumps=_to_json)
+
+    async def _stream(self, request: web.Request, chat: ChatRequest) -> web.StreamResponse:
+        """Send server-sent events: pieces of the text, then the parsed fields, then [DONE]."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+        was_sent = False
+
+        async def send(choices: list[dict[str, Any]], output: Output | None = None) -> None:
+            event = self._reply(chat.prompt.id, "chat.completion.chunk", choices, output)
+            await response.write(f"data: {_to_json(event)}\n\n".encode())
+
+        async with aclosing(self._pieces(chat.prompt, streams=True)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, RsgrpoError) or (isinstance(piece, Output) and piece.finish_reason == "error"):
+                    message = piece.error if isinstance(piece, Output) else str(piece)
+                    if not response.prepared:
+                        return _error(422 if isinstance(piece, Output) else 502, message)
+                    await response.write(f"data: {_to_json(_error_body(502, message))}\n\n".encode())
+                    break
+                if not response.prepared:
+                    await response.prepare(request)
+                if isinstance(piece, str):
+                    was_sent = True
+                    await send([{"index": 0, "delta": {"role": "assistant", "content": piece}, "finish_reason": None}])
+                else:
+                    rest = {} if was_sent else {"role": "assistant", "content": piece.text}
+                    await send([{"index": 0, "delta": rest, "finish_reason": piece.finish_reason}], piece)
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _pieces(self, prompt: Prompt, *, streams: bool) -> AsyncGenerator[Piece, None]:
+        """Yield what the desk hears, up to the output or the error."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece]()
+
+        def hear(piece: Piece) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(heard.put_nowait, piece)
+
+        left = self._desk.ask(prompt, hear, streams=streams)
+        try:
+            while True:
+                piece = await heard.get()
+                yield piece
+                if not isinstance(piece, str):
+                    return
+        finally:
+            left.set()
+
+    def _reply(self, reply_id: str, kind: str, choices: list[dict[str, Any]], output: Output | None) -> dict[str, Any]:
+        model = self._answerer.name
+        reply = {"id": reply_id, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
+        return reply if output is None else reply | {"parsed": result_line(output, model)}
+
+    def _limit_text(self) -> str:
+        return f"{self._config.request_bytes:,} bytes"
+
+
+@web.middleware
+async def _errors_as_json(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except RequestError as error:
+        return _error(error.status, str(error))
+    except web.HTTPException as error:  # no such path, wrong method
+        return _error(error.status, f"{request.method} {request.path:.80}: {error.reason}")
+
+
+def _error(status: int, message: str, *, retry: bool = False) -> web.Response:
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else {}
+    return web.json_response(_error_body(status, message), status=status, headers=headers)
+
+
+def _error_body(status: int, message: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    return {"error": {"message": message, "type": "rate_limit_error" if status == 429 else kind, "code": status}}
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(prog="python -m recipes.serve", description=__doc__.split("\n")[0])
+    where = top.add_argument_group("where, and how much is taken")
+    where.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+    where.add_argument("--port", type=int, default=8000)
+    where.add_argument("--allow-folder", type=Path, action="append", default=[], help="where files may be read from")
+    where.add_argument("--max-request-mib", type=int, default=64, help="size of a request")
+    where.add_argument("--max-image-mib", type=int, default=20, help="size of an image, compressed")
+    where.add_argument("--max-image-pixels", type=int, default=50_000_000, help="area of an image before its resize")
+    where.add_argument("--max-requests", type=int, default=32, help="at once, waiting ones included; more get 429")
+    what = top.add_argument_group("what is asked")
+    what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file; raw: as it comes")
+    what.add_argument("--system", default="", help="system message of requests without one")
+    add_answerer_options(top)
+    return top
+
+
+def config_of(options: argparse.Namespace) -> ServeConfig:
+    """Return the settings of a command line."""
+    from rsgrpo.data.prompts import read_template
+
+    prompt = named_prompt(options.prompt)
+    return ServeConfig(
+        template=read_template(prompt),
+        system=options.system or prompt.system,
+        sampling=ServedSampling(options.temperature, options.top_p, options.seed, options.max_tokens),
+        limits=RequestLimits(
+            max_images=options.max_images,
+            image_bytes=options.max_image_mib * MIB,
+            image_pixels=options.max_image_pixels,
+            folders=tuple(options.allow_folder),
+        ),
+        request_bytes=options.max_request_mib * MIB,
+        max_requests=options.max_requests,
+        batch_size=options.batch_size,
+    )
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve until a signal; requests that are being answered are finished."""
+    config = config_of(options)
+    answerer = answerer_of(options)
+    try:
+        if isinstance(answerer, EngineAnswerer):
+            answerer.start()
+        web.run_app(
+            Server(config, answerer).app,
+            host=options.host,
+            port=options.port,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            handler_cancellation=True,  # a client that leaves is not answered
+            print=lambda *_: print(f"serving {answerer.name} at http://{options.host}:{options.port}/v1", flush=True),
+        )
+    except OSError as error:
+        raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; choose another --port") from error
+    finally:
+        answerer.close()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        serve(parser().parse_args(argv))
+    except (RsgrpoError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0

@@ -1,0 +1,242 @@
+"""Let a teacher write training rows: `python -m recipes.synthesize trajectories --in qa.jsonl --out sft.jsonl`.
+
+Trajectories: the teacher answers questions whose answer is known; what is well formed and right is kept. Owns their
+judgement and rows, and the command line; `tries.py` asks again, `page_questions.py` writes queries about pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.answers.answerer import Answerer
+from recipes.answers.batch import read_lines, rewrite
+from recipes.answers.parsing import parse_strict
+from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
+from recipes.files.layouts import portable_image
+from recipes.infer import INTERRUPTED, add_answerer_options, answerer_of
+from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, synthesize_queries
+from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
+from rewards.api import Response
+from rewards.evisrag import accuracy, well_formed
+from rollout.config import ConfigError
+from rsgrpo.config.limits import at_least
+from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.records.console import Console
+
+MALFORMED = "not the four blocks"
+WRONG_SLOTS = "not one evidence slot per page"
+WRONG = "wrong answer"
+GROUNDLESS = "no page is evidence for the answer"
+
+
+@dataclass(frozen=True, slots=True)
+class SynthesisConfig:
+    """How trajectories are asked for, judged and written.
+
+    template, system: what the teacher is asked.
+    row_template: the user message of the rows, which the student will be asked.
+    tries: how often is asked. min_accuracy: set-token F1, numbers strict, that counts as right.
+    """
+
+    template: str
+    system: str
+    row_template: str
+    tries: TryConfig
+    min_accuracy: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(0, min_accuracy=self.min_accuracy)
+        if not self.row_template:
+            raise InputError("--row-prompt must have a template: the rows' own message cannot be written from it")
+
+
+def judge(question: Question, line: Line, min_accuracy: float = 1.0) -> str:
+    """Return KEPT, or why a result line of `recipes.infer` is no trajectory to learn from."""
+    if fault := fault_of(line):
+        return fault
+    text = line["raw"].strip()
+    response = Response(text, truth={"answers": list(question.answers)})
+    if well_formed(response) < 1:
+        return MALFORMED
+    parsed = parse_strict(text, question.images)
+    said = [slot.index for slot in parsed.evidence if slot.text]
+    if said != list(range(1, len(question.images) + 1)):
+        return WRONG_SLOTS
+    score = accuracy(response, normalise="strict")
+    if score is None or score < min_accuracy:
+        return WRONG
+    if question.images and not parsed.insufficient and not any(slot.relevant for slot in parsed.evidence):
+        return GROUNDLESS
+    return KEPT
+
+
+def synthesize(
+    questions: Sequence[Question], answerer: Answerer, config: SynthesisConfig, out: Path, console: Console
+) -> dict[str, Any]:
+    """Ask until each question has a kept trajectory or no try left; write rows and report beside each other.
+
+    `out` gets whole responses, for `recipes.sft`; OUT.grpo.jsonl accepted answers with the evidence, for
+    `rsgrpo.train`; OUT.tries.jsonl every response, from which the same command goes on; OUT.report.json the report that
+    is returned.
+
+    Raises:
+        RsgrpoError: the teacher gave up. All files are written from what was finished.
+    """
+    tries_file, by_id = out.with_suffix(".tries.jsonl"), {question.id: question for question in questions}
+    prompts = [to_prompt(question, config.template, config.system) for question in questions]
+
+    def verdict(question_id: str, line: Line) -> str:
+        return judge(by_id[question_id], line, config.min_accuracy)
+
+    try:
+        ask_until_kept(prompts, verdict, config.tries, answerer, tries_file, console)
+    finally:
+        lines = read_lines(tries_file)
+        kept = first_kept(list(by_id), lines, verdict, config.tries.tries)
+        write_rows(questions, {item: line["raw"].strip() for item, line in kept.items()}, config, out)
+        report = {"questions": len(questions), **tries_report(list(by_id), lines, verdict, config.tries)}
+        report["model"] = answerer.name
+        out.with_suffix(".report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def write_rows(questions: Sequence[Question], kept: Mapping[str, str], config: SynthesisConfig, out: Path) -> None:
+    """Write the rows of both files, in the order of the questions."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole, gold = [], []
+    for question in questions:
+        if question.id in kept:
+            text = kept[question.id]
+            row = {
+                "id": question.id,
+                "question": question.question,
+                "prompt": to_prompt(question, config.row_template).text,
+                "image": [portable_image(source, out) for source in question.images],
+            }
+            slots = [slot.text for slot in parse_strict(text, question.images).evidence]
+            whole.append(row | {"answer": text})
+            gold.append(row | {"answer": list(question.answers), "evidence": slots})
+    rewrite(out, whole)
+    rewrite(out.with_suffix(".grpo.jsonl"), gold)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    top = argparse.ArgumentParser(prog="python -m recipes.synthesize", description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_trajectories(
+        commands.add_parser("trajectories", help="observe, evidence, think and answer for questions with answers")
+    )
+    _add_queries(commands.add_parser("queries", help="questions with answers about pages, to train a retriever on"))
+    return top
+
+
+def _add_trajectories(command: argparse.ArgumentParser) -> None:
+    what = command.add_argument_group("what is asked, and what is kept")
+    what.add_argument("--in", dest="source", required=True, metavar="FILE", help="rows with question, image and answer")
+    what.add_argument("--out", type=Path, required=True, help="jsonl of rows for recipes.sft")
+    what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
+    what.add_argument("--prompt", default="evidence_example", help="what the teacher is asked: a name or a file")
+    what.add_argument("--system", default="", help="system message for the teacher")
+    what.add_argument("--row-prompt", default="evidence", help="the message of the rows: a name or a file")
+    what.add_argument("--min-accuracy", type=float, default=1.0, help="set-token F1 that counts as right")
+    _add_tries(what, tries=4, item="question")
+    add_answerer_options(command)
+    command.set_defaults(temperature=0.7, run=_trajectories)
+
+
+def _add_queries(command: argparse.ArgumentParser) -> None:
+    limits = QueryConfig()
+    what = command.add_argument_group("what is asked, and what is kept")
+    what.add_argument(
+        "--in", dest="source", type=Path, required=True, metavar="PAGES", help="a store, or a folder of images"
+    )
+    what.add_argument("--out", type=Path, required=True, help="jsonl of pairs for recipes.train_retriever")
+    what.add_argument("--prompt", type=Path, metavar="FILE", help="another request, with {max_pairs} in it")
+    what.add_argument("--max-pairs", type=int, default=limits.max_pairs, help="questions per page")
+    what.add_argument("--max-question", type=int, default=limits.max_question, help="characters of a question")
+    what.add_argument("--max-answer", type=int, default=limits.max_answer, help="characters of an answer")
+    _add_tries(what, tries=2, item="page")
+    add_answerer_options(command)
+    command.set_defaults(temperature=0.7, run=_queries)
+
+
+def _add_tries(what: argparse._ArgumentGroup, *, tries: int, item: str) -> None:
+    what.add_argument("--tries", type=int, default=tries, help=f"responses per {item} until one is kept")
+    what.add_argument("--price-in", type=float, default=0.0, help="of a million prompt tokens, for the report")
+    what.add_argument("--price-out", type=float, default=0.0, help="of a million response tokens")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what the command line says."""
+    if options.tries > 1 and options.temperature == 0:
+        raise InputError("--tries > 1 asks again for another response, greedy gives the same: set --temperature > 0")
+    if options.requests_per_minute and not options.endpoint:
+        raise InputError("--requests-per-minute limits an endpoint, and none is given")
+    options.run(options, TryConfig(options.tries, options.price_in, options.price_out))
+
+
+def _trajectories(options: argparse.Namespace, tries: TryConfig) -> None:
+    from rsgrpo.data.prompts import read_template
+
+    prompt = named_prompt(options.prompt)
+    config = SynthesisConfig(
+        template=read_template(prompt),
+        system=options.system or prompt.system,
+        row_template=read_template(named_prompt(options.row_prompt)),
+        tries=tries,
+        min_accuracy=options.min_accuracy,
+    )
+    questions = read_questions(options.source, image_dir=options.image_dir, need_answers=True)
+    _report(options, lambda answerer, console: synthesize(questions, answerer, config, options.out, console))
+
+
+def _queries(options: argparse.Namespace, tries: TryConfig) -> None:
+    limits = {"max_pairs": options.max_pairs, "max_question": options.max_question, "max_answer": options.max_answer}
+    try:
+        request = options.prompt.read_text(encoding="utf-8") if options.prompt else REQUEST
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompt {options.prompt} cannot be read: {error}") from error
+    config = QueryConfig(**limits, request=request)
+    pages = read_pages(options.source)
+    _report(options, lambda answerer, console: synthesize_queries(pages, answerer, config, tries, options.out, console))
+
+
+def _report(options: argparse.Namespace, work: Callable[[Answerer, Console], dict[str, Any]]) -> None:
+    """Do the work and show its report."""
+    answerer = answerer_of(options)
+    try:
+        with Console(sys.stderr) as console:
+            report = work(answerer, console)
+            rows = [(name.replace("_", " "), _shown(value)) for name, value in report.items()]
+            console.summary("Synthesised", [*rows, ("rows", str(options.out))])
+    finally:
+        answerer.close()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} x {name}" for name, count in value.items()) or "none"
+    return "unknown" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    options = parser().parse_args(argv)
+    try:
+        run(options)
+    except (RsgrpoError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; responses so far are kept, the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    return 0

@@ -1,0 +1,223 @@
+"""How a prompt becomes tokens and pixels: the one path that engines, learner, SFT and inference share.
+
+Knows the model folder's tokenizer, chat template and image processor; nothing of sampling, learning or weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+from rollout.config import InputsConfig
+from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
+from rollout.inputs.offsets import token_spans
+from rollout.types import ImageSource, Prompt
+
+IMAGE_MARK = "<image>"
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+
+
+class InputsError(ValueError):
+    """The model folder cannot turn prompts into inputs."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptInputs:
+    """One prompt as a model takes it.
+
+    token_ids_T: each image placeholder expanded to one per merged vision token.
+    pixel_values: (patches of all images, patch_dim) float32, normalised; None without images.
+    image_grid_thw: (images, 3) int64, patches in time, height, width; None without images.
+    image_hashes: sha256 of each image's resized pixels, for caches.
+    """
+
+    token_ids_T: list[int]
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    image_hashes: tuple[str, ...]
+
+
+class InputProcessor:
+    """Renders prompts and decodes responses for one model folder. Make it once per process; it is thread-safe.
+
+    Attributes:
+        tokenizer, image_processor: of the model folder.
+        eos_token_id: end-of-text of a response. pad_token_id: end-of-text where the folder names none.
+        image_token_id: the placeholder that stands for one merged vision token.
+        banned_token_ids: vision tokens, never to be sampled.
+    """
+
+    def __init__(
+        self, model_path: str, inputs: InputsConfig, *, revision: str = "", trust_remote_code: bool = False
+    ) -> None:
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if revision:
+            options["revision"] = revision
+        self.inputs = inputs
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, **options)
+        self.image_processor = AutoImageProcessor.from_pretrained(model_path, **options)
+        config = AutoConfig.from_pretrained(model_path, **options)
+        if not self.tokenizer.chat_template:
+            raise InputsError(f"model folder {model_path} has no chat template; add chat_template.jinja")
+        if self.tokenizer.eos_token_id is None:
+            raise InputsError(f"the tokenizer in {model_path} names no eos_token; set it in tokenizer_config.json")
+        image_token_id = getattr(config, "image_token_id", None)
+        if image_token_id is None:
+            raise InputsError(f"the config in {model_path} has no image_token_id: not a vision-language model of ours")
+        self.image_token_id: int = image_token_id
+        self.eos_token_id: int = self.tokenizer.eos_token_id
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self._factor: int = self.image_processor.patch_size * self.image_processor.merge_size
+        if inputs.max_pixels < self._factor**2:
+            raise InputsError(
+                f"inputs.max_pixels must be >= {self._factor**2} (one {self._factor} x {self._factor} vision token), "
+                f"got {inputs.max_pixels}"
+            )
+        vocabulary = self.tokenizer.get_vocab()
+        image_token = str(self.tokenizer.convert_ids_to_tokens(image_token_id))
+        vision_tokens = [token for token in dict.fromkeys([image_token, *_VISION_TOKENS]) if token in vocabulary]
+        self.banned_token_ids: list[int] = sorted(vocabulary[token] for token in vision_tokens)
+        turn_tokens = ["<|im_start|>", self.tokenizer.eos_token, self.tokenizer.pad_token]
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._forbidden_in_text = [token for token in [*vision_tokens, *turn_tokens] if token in special]
+        self._token_ids("settle the tokenizer's padding state, which threads must not change")
+
+    def render(self, prompt: Prompt) -> str:
+        """Return the prompt through the chat template, ready for the response, with one placeholder per image.
+
+        Raises:
+            PromptError: `<image>` marks and images differ in number, or the text contains a control token.
+        """
+        pieces = prompt.text.split(IMAGE_MARK)
+        if len(pieces) - 1 != len(prompt.images):
+            raise PromptError(f"the text has {len(pieces) - 1} {IMAGE_MARK} marks for {len(prompt.images)} images")
+        self._refuse_control_tokens(prompt.text, "the prompt text")
+        self._refuse_control_tokens(prompt.system, "the system message")
+        content: list[dict[str, str]] = []
+        for index, piece in enumerate(pieces):
+            content += [{"type": "image"}] if index else []
+            content += [{"type": "text", "text": piece}] if piece else []
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if prompt.system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def encode(self, prompt: Prompt) -> PromptInputs:
+        """Return tokens and pixels of a prompt; it is refused before any pixel is decoded where that is possible.
+
+        Raises:
+            PromptError: as `render`; too many images, an unreadable one, or more tokens than the limit.
+        """
+        token_ids_T = self._expanded_ids(prompt)
+        self._refuse_overlong(len(token_ids_T))
+        if not prompt.images:
+            return PromptInputs(token_ids_T, None, None, ())
+        images = self.load_images(prompt)
+        patches = self.image_processor(images=images, do_resize=False, return_tensors="pt")
+        return PromptInputs(
+            token_ids_T=token_ids_T,
+            pixel_values=patches["pixel_values"],
+            image_grid_thw=patches["image_grid_thw"],
+            image_hashes=tuple(_pixel_hash(image) for image in images),
+        )
+
+    def count_vision(self, prompt: Prompt) -> tuple[int, int, int]:
+        """Return (tokens of the prompt, image tokens among them, features that its pixels make)."""
+        encoded = self.encode(prompt)
+        grids = encoded.image_grid_thw
+        patches = 0 if grids is None else int(grids.prod(1).sum())
+        num_features = patches // self.image_processor.merge_size**2
+        return len(encoded.token_ids_T), encoded.token_ids_T.count(self.image_token_id), num_features
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Return the length of `encode(prompt).token_ids_T` from image headers alone; the token limit is not applied.
+
+        Raises:
+            PromptError: as `encode`, but for pixels that do not decode and for the token limit.
+        """
+        return len(self._expanded_ids(prompt))
+
+    def load_images(self, prompt: Prompt) -> list[Image.Image]:
+        """Return the prompt's images decoded, in RGB and resized: exactly the pixels that `encode` normalises.
+
+        Raises:
+            PromptError: too many images, or an unreadable one.
+        """
+        self._refuse_too_many_images(prompt)
+        images = []
+        for source in prompt.images:
+            image = decode(source)
+            height, width = self._resized(image.height, image.width, name_of(source))
+            images.append(image.resize((width, height), Image.Resampling.BICUBIC))
+        return images
+
+    def decode(self, token_ids_T: Sequence[int]) -> tuple[str, tuple[tuple[int, int], ...]]:
+        """Return a response's text without special tokens, and the (start, end) characters of each token."""
+        return token_spans(self.tokenizer, token_ids_T)
+
+    def encode_response(self, text: str) -> list[int]:
+        """Return the tokens of a response that is to be learnt, end-of-text appended.
+
+        Raises:
+            PromptError: the text contains a control token.
+        """
+        self._refuse_control_tokens(text, "the response")
+        return [*self._token_ids(text), self.eos_token_id]
+
+    def _expanded_ids(self, prompt: Prompt) -> list[int]:
+        """Tokenise the rendered prompt and repeat each placeholder once per merged vision token of its image."""
+        self._refuse_too_many_images(prompt)
+        ids = self._token_ids(self.render(prompt))
+        if ids.count(self.image_token_id) != len(prompt.images):
+            raise InputsError(
+                f"the chat template made {ids.count(self.image_token_id)} image placeholders (token "
+                f"{self.image_token_id}) for {len(prompt.images)} images; it must make one for each"
+            )
+        lengths = iter([self._num_vision_tokens(source) for source in prompt.images])
+        expanded: list[int] = []
+        for token_id in ids:
+            expanded += [token_id] * (next(lengths) if token_id == self.image_token_id else 1)
+        return expanded
+
+    def _num_vision_tokens(self, source: ImageSource) -> int:
+        height, width = self._resized(*read_size(source), name_of(source))
+        return (height // self._factor) * (width // self._factor)
+
+    def _resized(self, height: int, width: int, name: str) -> tuple[int, int]:
+        try:
+            return smart_resize(height, width, self._factor, self.inputs.min_pixels, self.inputs.max_pixels)
+        except PromptError as error:
+            raise PromptError(f"image {name}: {error}") from error
+
+    def _token_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def _refuse_too_many_images(self, prompt: Prompt) -> None:
+        if len(prompt.images) > self.inputs.max_images:
+            raise PromptError(
+                f"the prompt has {len(prompt.images)} images, inputs.max_images is {self.inputs.max_images}; "
+                "raise it or leave pages out"
+            )
+
+    def _refuse_overlong(self, num_tokens: int) -> None:
+        if num_tokens > self.inputs.max_prompt_tokens:
+            raise PromptError(
+                f"the prompt has {num_tokens:,} tokens, inputs.max_prompt_tokens is "
+                f"{self.inputs.max_prompt_tokens:,}; raise it, lower inputs.max_pixels or leave pages out"
+            )
+
+    def _refuse_control_tokens(self, text: str, where: str) -> None:
+        for token in self._forbidden_in_text:
+            if token in text:
+                raise PromptError(f"{where} contains the control token {token!r}; remove it, or mark images by <image>")
+
+
+def _pixel_hash(image: Image.Image) -> str:
+    return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()

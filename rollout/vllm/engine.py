@@ -1,0 +1,391 @@
+"""The vLLM engine: asynchronous, on a background event loop; grouped sampling, weights received while it lives.
+
+Owns the engine's life, its requests and its version of the weights. Knows nothing of rewards, learning or Ray; weights
+come through `transfer_*` (see `rollout.vllm.weights_out`) or, in the same process, through `load_weights`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+
+from rollout.config import InputsConfig, RolloutConfig
+from rollout.engine import DEFAULT_OPTIONS, EngineError, EngineFailed, EngineOptions, check_sampling
+from rollout.inputs.images import PromptError
+from rollout.inputs.offsets import fresh_text
+from rollout.inputs.processor import InputProcessor
+from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.vllm.launch import Launch, environment, prepare
+from rollout.vllm.loop import BackgroundLoop
+from rollout.vllm.requests import build_request, sampling_params, to_group
+from rollout.vllm.wire import buckets
+
+Result = TypeVar("Result")
+
+CHUNK_BYTES = 64 << 20
+"""Weights that `load_weights` hands to the engine's processes at once."""
+POLL_S = 0.5
+
+
+def build_vllm_engine(
+    model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions = DEFAULT_OPTIONS
+) -> VllmEngine:
+    """Start a vLLM engine for a model folder.
+
+    Raises:
+        ConfigError: a setting that cannot work with this model and these devices.
+        EngineFailed: the engine did not start.
+    """
+    launch = prepare(model_path, rollout, inputs, options)
+    processor = InputProcessor(
+        model_path, inputs, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    return VllmEngine(launch, processor, rollout, options.name)
+
+
+class VllmEngine:
+    """Samples with vLLM. Its methods may be called from several threads; `generate` from one at a time.
+
+    Attributes:
+        weights_version: of the weights that new requests will be sampled with.
+        backend: of the weight transfer, "gloo", "nccl" or "ipc"; what `build_sender` must be given.
+        num_workers: its tensor-parallel size.
+    """
+
+    def __init__(self, launch: Launch, processor: InputProcessor, rollout: RolloutConfig, name: str) -> None:
+        self.name = name
+        self.processor = processor
+        self.backend = launch.backend
+        self.num_workers = rollout.vllm.tensor_parallel_size
+        self.weights_version = 0
+        self._config = rollout.vllm
+        self._max_model_len = launch.max_model_len
+        self._broken = ""
+        self._received: set[str] | None = None
+        self._adapter: Any = None
+        self._adapter_folder: Path | None = None
+        self._num_requests = 0
+        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="vllm-inputs")
+        self._loop = BackgroundLoop("vllm-loop")
+        self._llm: Any = None
+        with environment(launch.variables):
+            self._start(launch.arguments)
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+        """Yield one group per prompt as soon as its last rollout is finished, whatever the others do.
+
+        The prompt's id and `sampling.seed` fix the random draws, but vLLM's batching moves logits by rounding, so that
+        equal seeds give equal responses only almost always. With top_p < 1 or top_k > 0 the log-probabilities are those
+        of the truncated distribution. Closing the iterator aborts what is still running.
+
+        Raises:
+            EngineFailed: the engine died, or no token came for `stall_timeout_s`; groups already yielded stand.
+        """
+        check_sampling(sampling)
+        self._refuse_if_broken()
+        finished: queue.SimpleQueue[RolloutGroup] = queue.SimpleQueue()
+        work = self._loop.submit(self._sample_all(prompts, sampling, finished))
+        self._progress.start()
+        try:
+            for _ in prompts:
+                yield self._next(finished, work)
+        finally:
+            work.cancel()
+            self._progress.stop()
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
+        """Yield one response's text in pieces as its tokens come, then its group, as `generate` would.
+
+        Closing the iterator aborts the request. Raises EngineFailed as `generate` does.
+        """
+        check_sampling(sampling)
+        self._refuse_if_broken()
+        heard: queue.SimpleQueue[list[int] | RolloutGroup] = queue.SimpleQueue()
+
+        async def sample() -> None:
+            heard.put(await self._sample(prompt, replace(sampling, group_size=1), heard.put))
+
+        work = self._loop.submit(sample())
+        self._progress.start()
+        told = ""
+        try:
+            while isinstance(item := self._next(heard, work), list):
+                text, _ = self.processor.decode(item)
+                if piece := fresh_text(told, text):
+                    yield piece
+                    told = text
+            if item.rollouts and (piece := fresh_text(told, item.rollouts[0].text, is_whole=True)):
+                yield piece
+            yield item
+        finally:
+            work.cancel()
+            self._progress.stop()
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return, of each prompt as vLLM rendered it, (tokens, image tokens among them, image features)."""
+        counts = []
+        for prompt in prompts:
+            request, _ = build_request(self.processor, prompt, 1, self._max_model_len)
+            (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
+            token_ids_T = list(rendered["prompt_token_ids"])
+            items = rendered["mm_kwargs"]["image"] if prompt.images else []
+            patches = sum(int(item["image_grid_thw"].data.prod()) for item in items)
+            num_features = patches // self.processor.image_processor.merge_size**2
+            counts.append((len(token_ids_T), token_ids_T.count(self.processor.image_token_id), num_features))
+        return counts
+
+    def stats(self) -> dict[str, float]:
+        """Return counts since the last call: prompt and generated tokens, seconds, tokens/s, prefix-cache hit rate."""
+        return self._progress.take()
+
+    async def _sample_all(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, finished: queue.SimpleQueue[RolloutGroup]
+    ) -> None:
+        # Twice as many groups as fit at once keep the engine full, and bound the images held in memory.
+        room = asyncio.Semaphore(max(2, 2 * self._config.max_num_seqs // sampling.group_size))
+
+        async def sample(prompt: Prompt) -> None:
+            async with room:
+                finished.put(await self._sample(prompt, sampling))
+
+        async with asyncio.TaskGroup() as tasks:
+            for prompt in prompts:
+                tasks.create_task(sample(prompt))
+
+    async def _sample(
+        self, prompt: Prompt, sampling: SamplingParams, hear: Callable[[list[int]], None] | None = None
+    ) -> RolloutGroup:
+        """Sample one group; whatever is the prompt's own fault becomes its error.
+
+        hear: is given the first response's tokens so far, again and again.
+        """
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        try:
+            request, num_tokens = await asyncio.get_running_loop().run_in_executor(
+                self._pool, build_request, self.processor, prompt, sampling.max_tokens, self._max_model_len
+            )
+        except PromptError as error:
+            return RolloutGroup(prompt, (), error=str(error))
+        self._num_requests += 1
+        request_id = f"{self._num_requests}:{prompt.id}"
+        params = sampling_params(self.processor, prompt, sampling, streams=hear is not None)
+        try:
+            (rendered,) = await self._llm.renderer.render_cmpl_async([request])
+            stream = self._llm.generate(rendered, params, request_id, lora_request=self._adapter)
+            async for output in stream:
+                if hear is not None:
+                    hear(list(output.outputs[0].token_ids))
+        except (VLLMClientError, EngineGenerateError) as error:
+            if self._llm.errored:
+                raise
+            return RolloutGroup(prompt, (), num_tokens, error=f"vLLM refused the prompt: {error.__cause__ or error}")
+        return to_group(self.processor, prompt, sampling, num_tokens, output)
+
+    def _next(self, finished: queue.SimpleQueue[Result], work: Future[None]) -> Result:
+        while True:
+            over = work.done()
+            try:
+                return finished.get(timeout=0 if over else POLL_S)
+            except queue.Empty:
+                pass
+            if over:
+                self._fail(work.exception())
+            idle_s = self._progress.idle_s()
+            if idle_s > self._config.stall_timeout_s:
+                self._broken = f"no token for {idle_s:.0f} s (rollout.vllm.stall_timeout_s)"
+                raise EngineFailed(f"{self.name} stalled: {self._broken}")
+
+    def _fail(self, cause: BaseException | None) -> None:
+        if isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, EngineError):
+            raise cause
+        self._broken = f"{type(cause).__name__}: {cause}"
+        raise EngineFailed(f"{self.name} died: {self._broken}") from cause
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hand weights to the engine's processes by their Hugging Face names; may be called several times.
+
+        Each layer must come whole (weight and bias, and all that vLLM fuses: q, k and v; gate and up).
+        """
+        with self._update("load_weights"):
+            if self._received is None:
+                self._begin()
+                self._rpc("receive_start")
+            for bucket in buckets(named_tensors, CHUNK_BYTES):
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bucket}
+                self._rpc("receive_chunk", safetensors.torch.save(tensors))
+                self._received |= tensors.keys()  # type: ignore[operator]
+
+    def finish_weights(self, version: int) -> None:
+        """Put the loaded weights in use, drop all caches made under the old ones, and sample on."""
+        with self._update("finish_weights"):
+            if self._received is not None:
+                self._check_whole_layers()
+                self._rpc("receive_finish")
+            self._commit(version)
+
+    def transfer_init(self, info: dict[str, Any]) -> None:
+        """Join the sender's group."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
+
+    def transfer_start(self) -> None:
+        """Let running requests end, hold back new ones, and expect weights."""
+        with self._update("transfer_start"):
+            self._begin()
+            self._run(self._llm.start_weight_update())
+
+    def transfer_update(self, info: dict[str, Any]) -> None:
+        """Receive one bucket."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        with self._update("transfer_update"):
+            self._run(self._llm.update_weights(WeightTransferUpdateRequest(update_info=info)))
+            self._received |= set(info["names"])  # type: ignore[operator]
+
+    def transfer_finish(self, version: int) -> None:
+        """Put the received weights in use, drop all caches made under the old ones, and sample on."""
+        with self._update("transfer_finish"):
+            self._check_whole_layers()
+            self._run(self._llm.finish_weight_update())
+            self._commit(version)
+
+    def load_adapter(self, chunk: bytes, config: dict[str, Any], version: int) -> None:
+        """Sample with a LoRA adapter (tensors in peft's names, its adapter_config) on the base weights from now on."""
+        from vllm.lora.request import LoRARequest
+
+        folder = Path(tempfile.mkdtemp(prefix="rsgrpo-adapter-"))
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "adapter_model.safetensors").write_bytes(chunk)
+        with self._update("load_adapter"):
+            self._begin()
+            adapter = LoRARequest(f"version-{version}", version + 1, str(folder))
+            if self._adapter is not None:
+                self._run(self._llm.remove_lora(self._adapter.lora_int_id))
+            if not self._run(self._llm.add_lora(adapter)):
+                raise EngineError("vLLM did not take the adapter")
+            self._commit(version)
+            self._remove_adapter_folder()
+            self._adapter, self._adapter_folder = adapter, folder
+
+    def checksums(self, names: list[str]) -> list[list[tuple[list[str], float, float, int]]]:
+        """Return, for each worker of the engine, `WeightReceiver.resident_checksums`."""
+        return self._rpc("resident_checksums", list(names))
+
+    def _begin(self) -> None:
+        """Wait until running requests have ended; later ones wait for `_commit`."""
+        self._run(self._llm.pause_generation(mode="wait", clear_cache=False))
+        self._received = set()
+
+    def _commit(self, version: int) -> None:
+        self._run(self._llm.update_weight_version(str(version)))
+        # All three: cached keys and values, preprocessed images (the engine's copy must match ours), image features.
+        if not self._run(self._llm.reset_prefix_cache()):
+            raise EngineError("vLLM did not reset its prefix cache: requests are still running")
+        self._run(self._llm.reset_mm_cache())
+        self._run(self._llm.reset_encoder_cache())
+        self._received = None
+        self.weights_version = version
+        self._run(self._llm.resume_generation())
+
+    def _check_whole_layers(self) -> None:
+        """A layer that comes in part would silently keep uninitialised memory for the rest."""
+        missing = self._rpc("missing_parts", sorted(self._received or ()))[0]
+        if missing:
+            raise EngineError(f"these weights belong to layers that came only in part: {', '.join(missing[:4])}")
+
+    @contextlib.contextmanager
+    def _update(self, what: str) -> Iterator[None]:
+        """An update that fails in the middle leaves weights that must not be sampled with."""
+        self._refuse_if_broken()
+        try:
+            yield
+        except Exception as error:
+            self._broken = f"{what}: {error}"
+            raise EngineFailed(f"{self.name}: {self._broken}") from error
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Give up GPU memory as `rollout.vllm.sleep_level` says, after running requests have ended; nothing on CPU."""
+        if self._config.sleep_level and self.backend != "gloo":
+            self._run(self._llm.sleep(self._config.sleep_level, mode="wait"))
+
+    def wake(self, parts: list[str] | None = None) -> None:
+        """Take the memory back; after level 2 the weights must be sent before sampling.
+
+        parts: "weights" or "kv_cache" alone, so that a sync can come before the cache takes its room; None is both.
+        """
+        if self._config.sleep_level and self.backend != "gloo":
+            self._run(self._llm.wake_up(parts))
+
+    def close(self) -> None:
+        """Stop the engine's processes."""
+        if self._llm is not None:
+            if self._llm.output_handler is not None:  # it would take the end of the processes for a crash
+                self._loop.cancel(self._llm.output_handler)
+            sockets = self._llm.engine_core.resources.ctx
+            self._llm.shutdown(timeout=5.0)
+            self._llm = None
+            self._broken = "closed"
+            self._loop.stop()
+            sockets.destroy(linger=0)  # vLLM leaves its zmq context to the garbage collector, which warns
+            self._pool.shutdown(wait=False)
+            self._remove_adapter_folder()
+
+    def _start(self, arguments: dict[str, Any]) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from rollout.vllm.stats import Progress
+
+        self._progress = Progress()
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._progress.logger])
+
+        try:
+            self._llm = self._run(start(), self._config.start_timeout_s)
+            self._run(self._llm.update_weight_version(str(self.weights_version)))
+        except Exception as error:
+            self._loop.stop()
+            raise EngineFailed(
+                f"{self.name} did not start: {error}. If memory is short, lower inputs.max_prompt_tokens, "
+                "inputs.max_images or rollout.vllm.max_num_seqs, or raise rollout.vllm.gpu_memory_utilization or "
+                "tensor_parallel_size; vLLM's own log above has the cause"
+            ) from error
+
+    def _run(self, work: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:
+        return self._loop.run(work, timeout_s or self._config.sync_timeout_s)
+
+    def _rpc(self, method: str, *args: Any) -> Any:
+        return self._run(self._llm.collective_rpc(method, args=args))
+
+    def _refuse_if_broken(self) -> None:
+        if self._broken:
+            raise EngineFailed(f"{self.name} cannot go on ({self._broken}); start another")
+
+    def _remove_adapter_folder(self) -> None:
+        if self._adapter_folder is not None:
+            shutil.rmtree(self._adapter_folder, ignore_errors=True)
+            self._adapter_folder = None

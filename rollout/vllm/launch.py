@@ -1,0 +1,290 @@
+"""What vLLM is started with: its arguments, its environment, and the checks that can fail before any process starts.
+
+Knows the model folder's config and the settings; nothing of prompts, sampling or weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import psutil
+import torch
+from transformers import AutoConfig
+
+from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
+from rollout.engine import EngineOptions
+from rollout.vllm.memory import (
+    GIB,
+    check_cache,
+    check_cpu_memory,
+    check_gpu_memory,
+    cpu_cache_bytes,
+    response_cache_bytes,
+    weight_bytes,
+)
+
+CPU_BLOCK_SIZE = 32  # vLLM's own default there, 128, is longer than a short prompt, which then never hits the cache
+GPU_BLOCK_SIZE = 16  # vLLM's own
+CPU_BATCHED_TOKENS = 2048
+WORKER_EXTENSION = "rollout.vllm.weights_in.WeightReceiver"
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that a start needs.
+
+    arguments: of `vllm.AsyncEngineArgs`. variables: of the environment of vLLM's processes. backend: of the weight
+    transfer. max_model_len: the longest prompt with its response, in tokens.
+    """
+
+    arguments: dict[str, Any]
+    variables: dict[str, str]
+    backend: str
+    max_model_len: int
+
+
+def prepare(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions) -> Launch:
+    """Check that a model can run as it is asked to, and return what to start it with.
+
+    Raises:
+        ConfigError: a setting that cannot work with this model and these devices.
+    """
+    cpu = on_cpu(options.device)
+    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    source |= {"revision": options.revision} if options.revision else {}
+    config = check_model(model_path, rollout, inputs, **source)
+    backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=options.colocated)
+    arguments = engine_arguments(
+        model_path,
+        rollout,
+        inputs,
+        cpu=cpu,
+        backend=backend,
+        lora_rank=options.lora_rank,
+        kv_cache_bytes=cache_bytes(model_path, config, rollout, inputs, cpu=cpu),
+    )
+    num_threads = options.num_threads or rollout.num_threads
+    variables = child_environment(rollout.vllm, cpu=cpu, backend=backend, num_threads=num_threads)
+    return Launch(arguments | source, variables, backend, max_model_len(rollout, inputs))
+
+
+def on_cpu(device: str) -> bool:
+    """Tell whether the installed vLLM runs on CPU; it is built for one kind of device.
+
+    Raises:
+        ConfigError: vLLM is missing, or `device` asks for the other kind.
+    """
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.engine=vllm needs vLLM, which does not import ({error}); install it, or set rollout.engine=hf"
+        ) from error
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
+    cpu = current_platform.is_cpu()
+    if device != "auto" and (device == "cpu") != cpu:
+        raise ConfigError(f"the installed vLLM runs on {'cpu' if cpu else 'cuda'}, rollout asks for {device}")
+    return cpu
+
+
+def transfer_backend(sync: str, *, cpu: bool, colocated: bool) -> str:
+    """Return "gloo", "nccl" or "ipc": `sync`, or what fits the devices and the placement when it is "auto".
+
+    Raises:
+        ConfigError: a backend that these devices do not have.
+    """
+    fitting = "gloo" if cpu else "ipc" if colocated else "nccl"
+    if sync == "auto":
+        return fitting
+    if cpu != (sync == "gloo"):
+        raise ConfigError(f"rollout.vllm.sync={sync} does not work on {'CPU' if cpu else 'GPUs'}; use {fitting}")
+    if sync == "nccl" and colocated:
+        raise ConfigError("rollout.vllm.sync=nccl needs GPUs of its own for the engine; use ipc, or disaggregate")
+    return sync
+
+
+def sender_options(rollout: RolloutConfig) -> dict[str, Any]:
+    """Return the keyword arguments of `build_sender` that the settings decide."""
+    return {
+        "dtype": getattr(torch, rollout.dtype),
+        "bucket_bytes": rollout.vllm.sync_bucket_mib * 2**20,
+        "timeout_s": rollout.vllm.sync_timeout_s,
+        "verify_every": rollout.vllm.verify_every,
+    }
+
+
+def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
+    """Return the longest prompt plus response, in tokens."""
+    return rollout.vllm.max_model_len or inputs.max_prompt_tokens + rollout.max_response_tokens
+
+
+def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Any:
+    """Refuse a model or a size that vLLM cannot run, before it is started; return the model's config.
+
+    Args:
+        options: of `from_pretrained`: revision, trust_remote_code.
+
+    Raises:
+        ConfigError: names the setting and what to change.
+    """
+    from vllm.model_executor.models import ModelRegistry
+
+    config = AutoConfig.from_pretrained(model_path, **options)
+    architectures = config.architectures or []
+    if not set(architectures) & set(ModelRegistry.get_supported_archs()):
+        raise ConfigError(
+            f"vLLM does not support the model class {architectures} of {model_path}; use rollout.engine=hf"
+        )
+    text = config.get_text_config()
+    _check_heads(config, rollout.vllm.tensor_parallel_size)
+    length, limit = max_model_len(rollout, inputs), getattr(text, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ConfigError(
+            f"prompt and response may have {length:,} tokens, the model's positions end at {limit:,}; lower "
+            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.max_model_len"
+        )
+    return config
+
+
+def _check_heads(config: Any, degree: int) -> None:
+    heads = {"attention heads": config.get_text_config().num_attention_heads}
+    vision_heads = getattr(getattr(config, "vision_config", None), "num_heads", None)
+    if vision_heads:
+        heads["vision heads"] = vision_heads
+    for kind, count in heads.items():
+        if count % degree:
+            fitting = [size for size in range(1, count + 1) if all(n % size == 0 for n in heads.values())]
+            raise ConfigError(
+                f"rollout.vllm.tensor_parallel_size={degree} does not divide the model's {count} {kind}; use one of "
+                f"{fitting}"
+            )
+
+
+def cache_bytes(model_path: str, config: Any, rollout: RolloutConfig, inputs: InputsConfig, *, cpu: bool) -> int:
+    """Return the KV cache to ask vLLM for, in bytes on each device; 0 leaves it to `gpu_memory_utilization`.
+
+    Raises:
+        ConfigError: the cache holds no response of full length, or memory does not suffice.
+    """
+    text, length = config.get_text_config(), max_model_len(rollout, inputs)
+    block_size = rollout.vllm.block_size or (CPU_BLOCK_SIZE if cpu else GPU_BLOCK_SIZE)
+    one_response = response_cache_bytes(text, rollout.dtype, length, block_size)
+    weights = weight_bytes(model_path, rollout.dtype)
+    if cpu:
+        size = cpu_cache_bytes(one_response, rollout)
+        check_cache(size, one_response, length)
+        check_cpu_memory(weights, size, psutil.virtual_memory().available)
+        return size
+    from vllm.platforms import current_platform
+
+    size = int(rollout.vllm.kv_cache_gib * GIB)
+    if size:
+        check_cache(size, one_response // rollout.vllm.tensor_parallel_size, length)
+    check_gpu_memory(weights, one_response, rollout, current_platform.get_device_total_memory())
+    return size
+
+
+def engine_arguments(
+    model_path: str,
+    rollout: RolloutConfig,
+    inputs: InputsConfig,
+    *,
+    cpu: bool,
+    backend: str,
+    lora_rank: int,
+    kv_cache_bytes: int,
+) -> dict[str, Any]:
+    """Return the keyword arguments of `vllm.AsyncEngineArgs`; kv_cache_bytes as `cache_bytes` returns them."""
+    vllm = rollout.vllm
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "dtype": rollout.dtype,
+        "max_model_len": max_model_len(rollout, inputs),
+        "max_num_seqs": vllm.max_num_seqs,
+        "tensor_parallel_size": vllm.tensor_parallel_size,
+        "gpu_memory_utilization": vllm.gpu_memory_utilization,
+        "enforce_eager": vllm.enforce_eager or cpu,
+        "enable_prefix_caching": vllm.prefix_caching,
+        "mm_processor_cache_gb": vllm.mm_cache_gib,
+        "limit_mm_per_prompt": {"image": inputs.max_images, "video": 0},
+        # Images arrive resized; the sizes tell vLLM how many tokens an image may have when it profiles memory.
+        "mm_processor_kwargs": {
+            "do_resize": False,
+            "size": {"shortest_edge": inputs.min_pixels, "longest_edge": inputs.max_pixels},
+        },
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "enable_sleep_mode": vllm.sleep_level > 0 and not cpu,
+        "worker_extension_cls": WORKER_EXTENSION,
+        "weight_transfer_config": {"backend": backend},
+        "disable_log_stats": True,
+    }
+    if vllm.max_num_batched_tokens:
+        arguments["max_num_batched_tokens"] = vllm.max_num_batched_tokens
+    if kv_cache_bytes:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes
+    if vllm.block_size or cpu:
+        arguments["block_size"] = vllm.block_size or CPU_BLOCK_SIZE
+    if cpu:
+        # A prompt cut in two draws a token that is thrown away, and vLLM cannot set a seeded CPU generator back: its
+        # engine dies. So every prompt goes into one step.
+        whole = max(vllm.max_num_batched_tokens or CPU_BATCHED_TOKENS, max_model_len(rollout, inputs))
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+        if vllm.tensor_parallel_size == 1:
+            arguments["distributed_executor_backend"] = "uni"
+    elif vllm.tensor_parallel_size > 1:
+        arguments["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would place actors of its own
+    if lora_rank:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
+    return arguments
+
+
+def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads: int) -> dict[str, str]:
+    """Return the variables under which vLLM's own processes start; they inherit the parent's."""
+    variables = {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit locks of the parent's threads
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(vllm.start_timeout_s)),
+        # On CPU a start warns ten times of what cannot be helped there.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING"),
+    }
+    if cpu:
+        # Dynamo would compile for half a minute at the first request; several OpenMP threads stall unless they are
+        # pinned by vLLM's multi-process executor, which costs one more process.
+        variables |= {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": str(num_threads or 1)}
+        if vllm.tensor_parallel_size == 1:
+            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if backend == "ipc":
+        variables["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA handles travel pickled, inside one machine
+    return variables
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a block and put the old ones back after it."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _lora_rank_of_vllm(rank: int) -> int:
+    """Return the smallest adapter rank that vLLM has kernels for and that holds `rank`."""
+    from vllm.config.lora import MaxLoRARanks
+
+    fitting = sorted(size for size in get_args(MaxLoRARanks) if size >= rank)
+    if not fitting:
+        raise ConfigError(f"model.lora.rank must be <= {max(get_args(MaxLoRARanks))} for vLLM, got {rank}")
+    return fitting[0]

@@ -1,0 +1,105 @@
+"""Between our words and vLLM's: a prompt becomes a request, its output a group. Pure functions, no engine."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from rollout.engine import EngineError
+from rollout.inputs.images import PromptError
+from rollout.inputs.processor import InputProcessor
+from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
+
+
+def build_request(
+    processor: InputProcessor, prompt: Prompt, max_tokens: int, max_model_len: int
+) -> tuple[dict[str, Any], int]:
+    """Return vLLM's form of a prompt, one placeholder per image, and its length with all vision tokens.
+
+    Raises:
+        PromptError: the prompt cannot be sampled.
+    """
+    limit = processor.inputs.max_prompt_tokens
+    num_tokens = processor.count_tokens(prompt)
+    if num_tokens > limit:
+        raise PromptError(
+            f"the prompt has {num_tokens:,} tokens, inputs.max_prompt_tokens is {limit:,}; "
+            "raise it, lower inputs.max_pixels or leave pages out"
+        )
+    if num_tokens + max_tokens > max_model_len:
+        raise PromptError(
+            f"{num_tokens:,} prompt tokens and {max_tokens:,} for the response are more than the engine's "
+            f"{max_model_len:,}; raise rollout.vllm.max_model_len or lower rollout.max_response_tokens"
+        )
+    token_ids = processor.tokenizer.encode(processor.render(prompt), add_special_tokens=False, verbose=False)
+    request: dict[str, Any] = {"prompt_token_ids": token_ids}
+    if prompt.images:
+        images = processor.load_images(prompt)
+        # By its content a page is preprocessed and encoded once, whichever prompts it stands in.
+        hashes = [hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in images]
+        request |= {"multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": hashes}}
+    return request, num_tokens
+
+
+def sampling_params(
+    processor: InputProcessor, prompt: Prompt, sampling: SamplingParams, *, streams: bool = False
+) -> Any:
+    """Return vLLM's sampling parameters for a prompt's group. streams: outputs come while the tokens are written."""
+    from vllm import SamplingParams as VllmSampling
+    from vllm.sampling_params import RequestOutputKind
+
+    digest = hashlib.sha256(f"{sampling.seed}\0{prompt.id}".encode()).digest()
+    return VllmSampling(
+        n=sampling.group_size if sampling.temperature else 1,  # vLLM refuses several greedy responses
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        # vLLM adds the rollout's index; 48 bits keep the ranges of prompts apart and inside int64.
+        seed=int.from_bytes(digest[:6], "big"),
+        stop_token_ids=[processor.eos_token_id],
+        ignore_eos=True,  # only our end-of-text stops, whatever else the model folder lists
+        logit_bias=dict.fromkeys(processor.banned_token_ids, float("-inf")),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def to_group(
+    processor: InputProcessor, prompt: Prompt, sampling: SamplingParams, num_tokens: int, output: Any
+) -> RolloutGroup:
+    """Return a finished request as a group.
+
+    Raises:
+        EngineError: vLLM expanded the prompt to another number of tokens than we do.
+    """
+    seen = len(output.prompt_token_ids)
+    if seen != num_tokens:
+        raise EngineError(
+            f"vLLM reads prompt {prompt.id} as {seen} tokens, the learner as {num_tokens}: their image processors "
+            "differ; check the model folder's processor configuration"
+        )
+    rollouts = []
+    for completion in output.outputs:
+        if completion.finish_reason not in ("stop", "length"):
+            return RolloutGroup(prompt, (), num_tokens, error=f"vLLM ended a rollout by {completion.finish_reason}")
+        rollouts.append(_rollout(processor, completion))
+    if not sampling.temperature:
+        rollouts *= sampling.group_size
+    return RolloutGroup(prompt, tuple(rollouts), num_tokens)
+
+
+def _rollout(processor: InputProcessor, completion: Any) -> Rollout:
+    text, spans_T = processor.decode(completion.token_ids)
+    finish_reason: FinishReason = "stop" if completion.finish_reason == "stop" else "length"
+    return Rollout(
+        token_ids_T=tuple(completion.token_ids),
+        logprobs_T=tuple(completion.logprobs.logprobs),
+        text=text,
+        token_spans_T=spans_T,
+        finish_reason=finish_reason,
+        # A response that was set back for want of memory may have begun under older weights: the oldest counts.
+        weights_version=min(int(span.version) for span in completion.weight_versions),
+    )

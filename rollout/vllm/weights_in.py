@@ -1,0 +1,164 @@
+"""What runs inside vLLM's own worker processes: receiving weights and adding up checksums of what the model holds.
+
+vLLM loads this module by name (`worker_extension_cls`); importing it registers the gloo transport. Knows nothing of
+prompts, of Ray or of how the sender gathers its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rollout.vllm.wire import GlooGroup, checksum, unpack
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig as EngineConfig
+
+
+@dataclass
+class GlooInit(WeightTransferInitInfo):
+    """Where this engine's workers meet the sender; `rank_offset` is the rank of the engine's first worker."""
+
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_s: float
+
+
+@dataclass
+class GlooUpdate(WeightTransferUpdateInfo):
+    """The tensors of one bucket, in the order in which their bytes follow each other."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
+    """Receives buckets of checkpoint-format weights by broadcast over gloo."""
+
+    init_info_cls = GlooInit
+    update_info_cls = GlooUpdate
+    group: GlooGroup | None = None
+
+    def init_transfer_engine(self, init_info: GlooInit) -> None:
+        """Join the sender's group; it waits for all members."""
+        rank = init_info.rank_offset + self.parallel_config.rank
+        self.group = GlooGroup.join(
+            init_info.address, init_info.port, rank, init_info.world_size, timeout_s=init_info.timeout_s
+        )
+
+    def start_weight_update(self) -> None:
+        """Expect weights in checkpoint format."""
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive one bucket; the base class would wait for an accelerator that a CPU does not have."""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdate) -> None:
+        """Receive one bucket and load it."""
+        if self.group is None:
+            raise RuntimeError("weights arrive before init_transfer_engine")
+        model: Any = self.model
+        model.load_weights(unpack(self.group.receive, update_info.names, update_info.dtype_names, update_info.shapes))
+
+    def finish_weight_update(self) -> None:
+        """Put the loaded weights in use."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Leave the group."""
+        self.group = None
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker class; its methods are called by name through `collective_rpc`."""
+
+    if TYPE_CHECKING:
+        vllm_config: EngineConfig
+        model_runner: Any
+
+    def receive_start(self) -> None:
+        """Expect weights in checkpoint format, by `receive_chunk`."""
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self.model_runner.get_model())
+
+    def receive_chunk(self, chunk: bytes) -> None:
+        """Load some tensors, serialised by safetensors. A layer may be spread over several chunks."""
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.get_model().load_weights(iter(safetensors.torch.load(chunk).items()))
+
+    def receive_finish(self) -> None:
+        """Put the loaded weights in use."""
+        with set_current_vllm_config(self.vllm_config):
+            finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
+        self.model_runner.reset_lora_state()
+
+    def missing_parts(self, names: list[str]) -> list[str]:
+        """Return what is missing to make whole every layer of which `names` has a part."""
+        model = self.model_runner.get_model()
+        parameters = _parameters(model)
+        came: dict[str, set[str]] = {}
+        for name, held_by in _held_by(names, model, parameters):
+            came.setdefault(held_by, set()).add(name)
+        touched = {held_by.rpartition(".")[0] for held_by in came}
+        missing = []
+        for held_by in parameters:
+            layer = held_by.rpartition(".")[0]
+            if layer in touched:
+                whole = layer.rpartition(".")[2]
+                parts = model.packed_modules_mapping.get(whole, [whole])
+                present = {
+                    part for part in (whole, *parts) for name in came.get(held_by, ()) if part in name.split(".")
+                }
+                if whole not in present:
+                    missing += [f"{held_by} ({part})" for part in parts if part not in present]
+        return missing
+
+    def resident_checksums(self, names: list[str]) -> list[tuple[list[str], float, float, int]]:
+        """Return (members, sum, sum of squares, elements) of each parameter that holds any of `names`.
+
+        names: Hugging Face names; members are those that vLLM keeps together in one parameter. A parameter whose values
+            vLLM has repacked for its kernels (linear weights on CPU) has 0 elements here.
+        """
+        model = self.model_runner.get_model()
+        parameters = _parameters(model)
+        members: dict[str, list[str]] = {}
+        for name, held_by in _held_by(names, model, parameters):
+            members.setdefault(held_by, []).append(name)
+        return [(hf_names, *checksum(parameters[name])) for name, hf_names in members.items()]
+
+
+def _parameters(model: Any) -> dict[str, torch.Tensor]:
+    """Return the model's parameters by the names that they have without adapters."""
+    return {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
+
+
+def _held_by(names: Iterable[str], model: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (Hugging Face name, vLLM parameter) for each name that the model holds."""
+    fused = {part: whole for whole, parts in model.packed_modules_mapping.items() for part in parts}
+    for name in names:
+        mapped = model.hf_to_vllm_mapper.apply_list([name])
+        if not mapped:
+            continue
+        whole = ".".join(fused.get(segment, segment) for segment in mapped[0].split("."))
+        held_by = mapped[0] if mapped[0] in parameters else whole
+        if held_by in parameters:
+            yield name, held_by
+
+
+WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)

@@ -1,0 +1,255 @@
+"""From sampled groups to scored groups: calls the reward functions and finds the characters that each may teach.
+
+Knows no tokens, no advantages and no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rewards.api import Credit, Response, RewardError, Span, check_score, load_reward
+from rollout.inputs.images import bytes_of
+from rollout.types import RolloutGroup
+from rsgrpo.config.train import TrainConfig
+from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.types import ScoredGroup
+
+log = logging.getLogger(__name__)
+
+_SAID: set[str] = set()  # rewards whose failures this process has shown
+
+MAX_CONCURRENT_CALLS = 64
+"""Async rewards (judges) that may be in flight at once in one reward worker."""
+
+
+class RewardFailed(RsgrpoError):
+    """A reward raised, ran out of time or returned something that is not a score."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedReward:
+    """One configured reward: its name in the config, the function with its arguments bound, and its time limit."""
+
+    name: str
+    function: Callable[[Response], object]
+    scope: Callable[[Response], Span | None]
+    timeout_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSet:
+    """All rewards and monitors of a run, in a fixed order.
+
+    missing_marker: "void", "widen" or "error": what a missing scope marker means.
+    skip_errors: count a failing reward and let it not apply, instead of stopping the run.
+    """
+
+    rewards: tuple[NamedReward, ...]
+    monitors: tuple[NamedReward, ...] = ()
+    missing_marker: str = "void"
+    skip_errors: bool = False
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> RewardSet:
+        """Load every reward and monitor; raise RsgrpoError for one that cannot be loaded or takes other arguments."""
+
+        def load(key: str, names: Mapping[str, str]) -> tuple[NamedReward, ...]:
+            loaded = []
+            for name, target in names.items():
+                try:
+                    reward = load_reward(target, config.reward_args.get(name))
+                except RewardError as error:
+                    raise InputError(f"{key}.{name}: {error}") from error
+                loaded.append(NamedReward(name, reward, reward.scope, config.reward_timeouts_s.get(name, 0.0)))
+            return tuple(loaded)
+
+        return cls(
+            rewards=load("rewards", config.rewards),
+            monitors=load("monitors", config.monitors),
+            missing_marker=config.algorithm.missing_marker,
+            skip_errors=config.on_reward_error == "skip",
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rewards, in the order of the K axis."""
+        return tuple(reward.name for reward in self.rewards)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score every rollout of every group; async rewards of all of them run side by side.
+
+        Raises:
+            RewardFailed: a reward failed and errors are not skipped.
+        """
+        return asyncio.run(self._score(groups))
+
+    async def _score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        gate = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
+        return list(await asyncio.gather(*(self._score_group(group, gate) for group in groups)))
+
+    async def _score_group(self, group: RolloutGroup, gate: asyncio.Semaphore) -> ScoredGroup:
+        responses = [to_response(group, index) for index in range(len(group.rollouts))]
+        rows = await asyncio.gather(
+            *(self._score_response(f"{group.prompt.id}#{i}", response, gate) for i, response in enumerate(responses))
+        )
+        return ScoredGroup(
+            group=group,
+            reward_names_K=self.names,
+            scores_GK=[row.scores_K for row in rows],
+            credits_GK=[row.credits_K for row in rows],
+            missed_GK=[row.missed_K for row in rows],
+            monitor_names_M=tuple(monitor.name for monitor in self.monitors),
+            monitors_GM=[row.monitors_M for row in rows],
+            num_errors_K=tuple(sum(row.failed_K[k] for row in rows) for k in range(len(self.rewards))),
+        )
+
+    async def _score_response(self, sample_id: str, response: Response, gate: asyncio.Semaphore) -> _Row:
+        row = _Row([], [], [], [], [])
+        for reward in self.rewards:
+            value, failed = await self._value(reward, sample_id, response, gate)
+            credits, missed = self._place(reward, sample_id, response, value)
+            row.credits_K.append(credits)
+            row.scores_K.append(sum(credit.score for credit in credits) / len(credits) if credits else None)
+            row.missed_K.append(missed)
+            row.failed_K.append(failed)
+        for monitor in self.monitors:
+            value, _ = await self._value(monitor, sample_id, response, gate)
+            row.monitors_M.append(value if isinstance(value, float) else None)
+        return row
+
+    async def _value(
+        self, reward: NamedReward, sample_id: str, response: Response, gate: asyncio.Semaphore
+    ) -> tuple[float | tuple[Credit, ...] | None, bool]:
+        """Return a reward's value, and whether it failed and was skipped on request."""
+        try:
+            return await _call(reward, sample_id, response, gate), False
+        except RewardFailed as error:
+            if not self.skip_errors:
+                raise
+            if reward.name not in _SAID:
+                _SAID.add(reward.name)
+                log.warning("skipped, said once and counted in reward/%s/errors: %s", reward.name, error)
+            return None, True
+
+    def _place(
+        self, reward: NamedReward, sample_id: str, response: Response, value: float | Sequence[Credit] | None
+    ) -> tuple[tuple[Credit, ...], bool]:
+        """Give a plain score its scope; say whether a marker was missing."""
+        if value is None:
+            return (), False
+        if not isinstance(value, float):
+            return tuple(value), any(credit.span is None for credit in value)
+        span = reward.scope(response)
+        missed = span is None
+        if missed and self.missing_marker == "error":
+            raise RewardFailed(
+                f"reward '{reward.name}' finds no scope in sample {sample_id} and algorithm.missing_marker is 'error'; "
+                f"set it to 'void' to teach nothing there, or 'widen' for the whole response.\n{_show(response)}"
+            )
+        if missed and self.missing_marker == "widen":
+            span = Span(0, len(response.text))
+        return (Credit("", value, span),), missed
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What all rewards said of one response, while it is collected."""
+
+    scores_K: list[float | None]
+    credits_K: list[tuple[Credit, ...]]
+    missed_K: list[bool]
+    failed_K: list[bool]
+    monitors_M: list[float | None]
+
+
+def to_response(group: RolloutGroup, index: int) -> Response:
+    """Return rollout `index` of a group as a reward sees it."""
+    rollout, prompt = group.rollouts[index], group.prompt
+    return Response(
+        text=rollout.text,
+        truth=prompt.truth,
+        num_tokens=len(rollout.token_ids_T),
+        truncated=rollout.finish_reason == "length",
+        question=prompt.question,
+        images=tuple(source if isinstance(source, str) else bytes_of(source) for source in prompt.images),
+    )
+
+
+async def _call(
+    reward: NamedReward, sample_id: str, response: Response, gate: asyncio.Semaphore
+) -> float | tuple[Credit, ...] | None:
+    """Call one reward, sync or async, within its time limit; any failure names the reward, the sample and the text."""
+    try:
+        async with gate:
+            if reward.timeout_s > 0:
+                async with asyncio.timeout(reward.timeout_s):
+                    value = await _in_daemon_thread(reward.function, response)
+                    value = await value if inspect.isawaitable(value) else value
+            else:
+                value = reward.function(response)
+                value = await value if inspect.isawaitable(value) else value
+        return check_score(value, len(response.text))
+    except TimeoutError as error:
+        limit = f"took longer than reward_timeouts_s.{reward.name}={reward.timeout_s:g} s"
+        raise RewardFailed(f"reward '{reward.name}' {limit} on sample {sample_id}.\n{_show(response)}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RewardFailed(
+            f"reward '{reward.name}' failed on sample {sample_id}: {what}\n{_show(response)}\n"
+            "Mend the function, or set on_reward_error=skip to count such samples and go on."
+        ) from error
+
+
+async def _in_daemon_thread(function: Callable[[Response], object], response: Response) -> object:
+    """Run a function that may never return; its thread does not keep the process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future = loop.create_future()
+
+    def settle(method: Callable, result: object) -> None:
+        if not future.done():
+            method(result)
+
+    def run() -> None:
+        try:
+            method, result = future.set_result, function(response)
+        except Exception as error:
+            method, result = future.set_exception, error
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, method, result)
+
+    threading.Thread(target=run, daemon=True, name="reward").start()
+    return await future
+
+
+def _show(response: Response) -> str:
+    return f"--- response ({response.num_tokens} tokens) ---\n{response.text}\n--- end ---"
+
+
+def group_mean(scored: ScoredGroup, weights: Mapping[str, float]) -> float:
+    """Mean over a group of the weighted sum of its scores: what the group filter compares.
+
+    weights: reward name -> factor; a reward that is not named counts once. NaN when no reward applied.
+    """
+    sums = []
+    for scores_K in scored.scores_GK:
+        named = zip(scored.reward_names_K, scores_K, strict=True)
+        sums.append(sum(weights.get(name, 1.0) * score for name, score in named if score is not None))
+    return sum(sums) / len(sums) if sums else math.nan
+
+
+def has_signal(scored: ScoredGroup) -> bool:
+    """Whether some reward differs between rollouts of the group, so that there is something to learn."""
+    for k in range(len(scored.reward_names_K)):
+        by_key: dict[str, set[float]] = {}
+        for credits_K in scored.credits_GK:
+            for credit in credits_K[k]:
+                by_key.setdefault(credit.key, set()).add(credit.score)
+        if any(len(scores) > 1 for scores in by_key.values()):
+            return True
+    return False

@@ -1,0 +1,196 @@
+"""The vision-integrity gate: engine and learner see the same pages and hold the same weights, or the run stops.
+
+A handful of greedy tokens on fixed prompts shows what no later metric can tell apart from bad learning: weights that
+did not arrive, images that the engine never saw, other pixels. Knows how to compare; who samples is handed to it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from rollout.inputs.images import read_size
+from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rsgrpo.config.train import TrainConfig
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.types import Sample, TrainGroup
+
+FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.3
+SEARCHED_ROWS = 64
+
+
+class GateFailed(RsgrpoError):
+    """Engine and learner disagree; the message is the whole table."""
+
+
+class Engines(Protocol):
+    """What the gate asks of the engines (`rollout.pool.RolloutPool`)."""
+
+    def generate_on_each(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[RolloutGroup]]:
+        """Return the groups of all prompts, in their order, from every engine."""
+        ...
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every engine."""
+        ...
+
+
+class Learner(Protocol):
+    """What the gate asks of the learner (`rsgrpo.cluster.ranks.Ranks`)."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of `rsgrpo.learning.learner.Learner` on every rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the table.
+
+    where: engine and prompt. found, wanted: as text.
+    """
+
+    where: str
+    what: str
+    found: str
+    wanted: str
+    holds: bool
+
+
+def tolerance_of(config: TrainConfig) -> float:
+    """Return the largest difference of a token's log-probability that counts as agreement."""
+    if config.gate.tolerance:
+        return config.gate.tolerance
+    exact = config.rollout.dtype == "float32" and config.learner.precision == "float32"
+    return FLOAT32_TOLERANCE if exact else BFLOAT16_TOLERANCE
+
+
+def choose_prompts(prompts: Iterable[Prompt], num_prompts: int) -> list[Prompt]:
+    """Return the prompts with the most images among the first rows, in the order of the rows."""
+    rows = list(islice(prompts, SEARCHED_ROWS))
+    most = sorted(range(len(rows)), key=lambda index: (-len(rows[index].images), index))[:num_prompts]
+    return [rows[index] for index in sorted(most)]
+
+
+def blanked(prompt: Prompt) -> Prompt:
+    """Return the prompt with grey pages of the same sizes."""
+    pages = []
+    for source in prompt.images:
+        height, width = read_size(source)
+        page = io.BytesIO()
+        Image.new("RGB", (width, height), (128, 128, 128)).save(page, "PNG")
+        pages.append(page.getvalue())
+    return replace(prompt, id=f"{prompt.id} blanked", images=tuple(pages))
+
+
+def check_gate(
+    engines: Engines, learner: Learner, prompts: Sequence[Prompt], *, num_tokens: int, tolerance: float, version: int
+) -> list[Check]:
+    """Compare every engine with the learner on `prompts`.
+
+    Returns:
+        One line per check, also of those that hold.
+    """
+    blank = [blanked(prompt) for prompt in prompts]
+    sampling = SamplingParams(group_size=1, temperature=0.0, max_tokens=num_tokens)
+    engine_counts = engines.call("count_vision", list(prompts))
+    learner_counts = learner.call("count_vision", list(prompts))
+    checks: list[Check] = []
+    for index, groups in enumerate(engines.generate_on_each([*prompts, *blank], sampling)):
+        seen, unseen = groups[: len(prompts)], groups[len(prompts) :]
+        failed = [group for group in groups if group.error is not None]
+        if failed:
+            checks += [
+                Check(f"engine {index}, {group.prompt.id}", "is sampled", str(group.error), "a response", False)
+                for group in failed
+            ]
+            continue
+        asked = [as_train_group(group, prompt) for group, prompt in zip(seen, prompts, strict=True)]
+        expected = _first(learner.call("logprobs", asked, False, 1.0))
+        # At a temperature far below the tolerance a log-probability is the distance to the best token.
+        sharp = tolerance / 10
+        margins = _first(learner.call("logprobs", asked, False, sharp))
+        without = _first(
+            learner.call("logprobs", [as_train_group(g, b) for g, b in zip(seen, blank, strict=True)], False, 1.0)
+        )
+        for p, group in enumerate(seen):
+            where = f"engine {index}, {group.prompt.id}"
+            logprobs_T = np.asarray(group.rollouts[0].logprobs_T)
+            checks += [
+                _equal(where, "weights version", group.rollouts[0].weights_version, version),
+                _equal(where, "prompt tokens, image tokens", tuple(engine_counts[index][p][:2]), learner_counts[p][:2]),
+                _equal(where, "image features of the engine", engine_counts[index][p][2], learner_counts[p][1]),
+                _equal(where, "image features of the learner", learner_counts[p][2], learner_counts[p][1]),
+                _at_most(where, "greedy token below the best", float(-sharp * margins[p].min()), tolerance),
+                _at_most(where, "log-probabilities differ by", _largest(logprobs_T, expected[p]), tolerance),
+            ]
+        if any(prompt.images for prompt in prompts):
+            # Rounding alone: 1e-7 in float32, 0.01 in bfloat16. An image may change little on an untrained model.
+            least = tolerance / (100 if tolerance <= FLOAT32_TOLERANCE else 10)
+            changes = [_change(full.rollouts[0], bare.rollouts[0]) for full, bare in zip(seen, unseen, strict=True)]
+            checks.append(_more_than(f"engine {index}", "blank pages change its answer by", max(changes), least))
+            changes = [_largest(full, bare) for full, bare in zip(expected, without, strict=True)]
+            checks.append(_more_than("learner", "blank pages change its answer by", max(changes), least))
+    return checks
+
+
+def as_train_group(group: RolloutGroup, prompt: Prompt) -> TrainGroup:
+    """Return the group's responses after `prompt`, as the learner takes them; they teach nothing."""
+    samples = []
+    for rollout in group.rollouts:
+        token_ids_T = np.asarray(rollout.token_ids_T, dtype=np.int64)
+        none_KT = np.zeros((1, len(token_ids_T)))
+        samples.append(Sample(token_ids_T, none_KT.astype(bool), none_KT.astype(np.float32)))
+    return TrainGroup(prompt, tuple(samples))
+
+
+def require_gate(checks: Sequence[Check], version: int) -> None:
+    """Raise GateFailed with the table unless every check holds."""
+    wrong = sum(not check.holds for check in checks)
+    if wrong:
+        raise GateFailed(
+            f"{wrong} of {len(checks)} checks of engines against the learner failed (weights version {version}). The "
+            "engines do not sample what the learner learns from; nothing learnt on would mean anything. A difference "
+            "of rounding alone: raise gate.tolerance; gate.every=0 switches the check off.\n" + table(checks)
+        )
+
+
+def table(checks: Sequence[Check]) -> str:
+    """Return the checks as aligned lines; those that failed are marked."""
+    rows = [("", "where", "what", "found", "wanted")]
+    rows += [("" if check.holds else "!!", check.where, check.what, check.found, check.wanted) for check in checks]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _first(logprobs: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    return [samples[0] for samples in logprobs]
+
+
+def _largest(ours_T: np.ndarray, theirs_T: np.ndarray) -> float:
+    return float(np.abs(ours_T - theirs_T).max())
+
+
+def _change(full: Any, bare: Any) -> float:
+    """Return infinity when the tokens differ, else the largest change of a token's log-probability."""
+    if list(full.token_ids_T) != list(bare.token_ids_T):
+        return float("inf")
+    return _largest(np.asarray(full.logprobs_T), np.asarray(bare.logprobs_T))
+
+
+def _equal(where: str, what: str, found: Any, wanted: Any) -> Check:
+    return Check(where, what, str(found), str(wanted), found == wanted)
+
+
+def _at_most(where: str, what: str, found: float, limit: float) -> Check:
+    return Check(where, what, f"{found:.2g}", f"<= {limit:g}", found <= limit)
+
+
+def _more_than(where: str, what: str, found: float, limit: float) -> Check:
+    return Check(where, what, f"{found:.2g}", f"> {limit:g}", found > limit)

@@ -1,0 +1,147 @@
+"""What runs in the processes beside the driver: a rank of the learner, and the reward functions.
+
+Knows nothing of where these processes are or who calls them: that is `rsgrpo.cluster.ray_cluster`.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+
+from rollout.config import RolloutConfig
+from rollout.types import RolloutGroup
+from rollout.vllm.peers import TransferError
+from rollout.vllm.weights_out import WeightSender
+from rollout.worker import WorkerHandle, enter_folder, weight_sender
+from rsgrpo.config.train import TrainConfig
+from rsgrpo.types import ScoredGroup
+
+
+class LearnerWorker:
+    """One rank of the learner (or of the reference) as a Ray actor."""
+
+    def __init__(self, rank: int, num_threads: int) -> None:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # the driver alone draws bars
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self.rank = rank
+        self._sender: WeightSender | None = None
+        self._connected: tuple[WorkerHandle, ...] = ()
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a free port, for the process group of all ranks."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return host, probe.getsockname()[1]
+
+    def devices(self) -> tuple[str, list[str]]:
+        """Return this node's id and the GPUs of it that Ray gave this rank."""
+        return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
+
+    def build(
+        self, config: TrainConfig, folder: str, host: str, port: int, total_steps: int, run_dir: str, trainable: bool
+    ) -> None:
+        """Join the process group and load this rank's shard of the model; `folder` is where the driver is."""
+        from rsgrpo.learning.learner import Learner, init_distributed
+
+        enter_folder(folder)
+        init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
+        self.learner = Learner(
+            config.model,
+            config.learner,
+            config.inputs,
+            algorithm=config.algorithm,
+            temperature=config.rollout.temperature,
+            total_steps=total_steps,
+            seed=config.seed,
+            rank=self.rank,
+            world_size=config.learner.num_ranks,
+            trainable=trainable,
+            debug_dir=run_dir,
+        )
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the learner; only rank 0 sends its result back."""
+        result = getattr(self.learner, method)(*args)
+        return result if self.rank == 0 else None
+
+    def weight_chunks(self, chunk_bytes: int) -> Iterator[list[tuple[str, Any]]]:
+        """Stream the full weights from rank 0; every rank must run this, since each holds a shard."""
+        chunk: list[tuple[str, Any]] = []
+        for name, tensor in self.learner.gather_weights():
+            if self.rank:
+                continue
+            chunk.append((name, tensor.cpu()))
+            if sum(t.numel() * t.element_size() for _, t in chunk) >= chunk_bytes:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+    def send_weights(
+        self, engines: Sequence[WorkerHandle], rollout: RolloutConfig, backend: str, version: int
+    ) -> str | None:
+        """Bring vLLM engines to `version`; every rank must run this. Return why it failed, None when it did not."""
+        adapter = self.learner.adapter_config()
+        if adapter is not None:
+            tensors = self.learner.gather_adapter()
+        else:
+            tensors = self.learner.gather_weights(every_rank=backend == "ipc")
+        failure = None
+        try:
+            if self._sender is None or self._connected != tuple(engines):
+                self._disconnect()
+                self._sender = weight_sender(engines, rollout, backend=backend, rank=self.rank, adapter_config=adapter)
+                self._connected = tuple(engines)
+            self._sender.send(tensors, version)
+        except TransferError as error:
+            failure = str(error)
+            self._disconnect()
+        for _ in tensors:
+            pass  # other ranks gather with this one to the end, whatever became of the engines
+        if self.learner.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the learner does not hold, engines on its device may use
+        return failure
+
+    def _disconnect(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
+
+    def rss_mb(self) -> float:
+        """Return this process's resident memory, in MiB."""
+        return _rss_mb()
+
+
+class RewardWorker:
+    """One process that runs the run's reward functions."""
+
+    def build(self, config: TrainConfig, folder: str, module_path: Sequence[str]) -> None:
+        """Load the reward functions; `module_path` is where the driver, which is in `folder`, finds the user's own."""
+        from rsgrpo.algorithm.scoring import RewardSet
+
+        enter_folder(folder)
+        sys.path += [folder for folder in module_path if folder not in sys.path]
+        self.rewards = RewardSet.from_config(config)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score whole groups."""
+        return self.rewards.score(groups)
+
+    def rss_mb(self) -> float:
+        """Return this process's resident memory, in MiB."""
+        return _rss_mb()
+
+
+def _rss_mb() -> float:
+    import psutil
+
+    return psutil.Process().memory_info().rss / 2**20

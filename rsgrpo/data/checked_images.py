@@ -1,0 +1,78 @@
+"""Which images decode: each is decoded once, and not again at a later start while its file is unchanged.
+
+Owns the file that remembers them, shared by all runs of one output folder; it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import PIL
+
+from rollout.inputs.images import PromptError, check_decodes
+from rollout.packed import PackedImage
+from rollout.types import ImageSource
+
+CHECKED_FILE = ".checked_images"
+_DIGEST_BYTES = 16
+
+
+class CheckedImages:
+    """Answers whether an image decodes; used from several threads, which at worst decode one image twice.
+
+    file: holds a digest a line of images that decoded, of their path, size and time of change, or of their bytes.
+        None remembers nothing beyond this object.
+    num_decoded, num_known: images that were decoded here, and images that the file vouched for.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._known = set(file.read_text(encoding="ascii").split()) if file and file.is_file() else set()
+        self._used: set[str] = set()
+        self._faults: dict[str, str] = {}  # of this object's images, by digest; "" where one decodes
+
+    @property
+    def num_decoded(self) -> int:
+        """Images that were decoded here."""
+        return len(self._faults)
+
+    @property
+    def num_known(self) -> int:
+        """Images that the file vouched for."""
+        return len(self._used)
+
+    def fault_of(self, source: ImageSource) -> str:
+        """Return why an image cannot be decoded; "" where it can."""
+        digest = _digest(source)
+        if digest in self._known:
+            self._used.add(digest)
+            return ""
+        if digest not in self._faults:
+            try:
+                check_decodes(source)
+                self._faults[digest] = ""
+            except PromptError as error:
+                self._faults[digest] = str(error)
+        return self._faults[digest]
+
+    def save(self) -> None:
+        """Add the images that were found good to the file."""
+        new = [digest for digest, fault in self._faults.items() if not fault]
+        if self._file is None or not new:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a", encoding="ascii") as file:
+            file.write("".join(f"{digest}\n" for digest in new))
+
+
+def _digest(source: ImageSource) -> str:
+    """Return what stands for an image as it is now, and for the decoder that judges it."""
+    if isinstance(source, bytes):
+        what = source
+    else:
+        file, place = (source.file, f"{source.group}/{source.row}") if isinstance(source, PackedImage) else (source, "")
+        found = os.stat(file)
+        what = f"{os.path.abspath(file)}{place}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
+    return hashlib.blake2b(what, digest_size=_DIGEST_BYTES, key=PIL.__version__.encode()).hexdigest()

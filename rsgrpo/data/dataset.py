@@ -1,0 +1,217 @@
+"""Data sets of prompts: loading with a check of every row, and the endless stream that training takes batches from.
+
+Knows which rows to refuse, drop and report; how one row becomes a prompt is in `rsgrpo.data.prompts`, formats in
+`rsgrpo.data.rows`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rollout.inputs.processor import InputsError
+from rollout.types import Prompt
+from rsgrpo.config.train import DataConfig, PromptConfig
+from rsgrpo.data.checked_images import CheckedImages
+from rsgrpo.data.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
+from rsgrpo.data.rows import MAX_LISTED_ROWS, Row, find_images, read_rows
+from rsgrpo.errors import InputError
+
+log = logging.getLogger(__name__)
+
+MAX_CHECK_THREADS = 32
+
+
+class PromptDataset:
+    """Prompts that passed every check, in file order.
+
+    dropped: reason -> rows left out because `data.bad_rows` or `data.overlong` says so.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], dropped: Mapping[str, int] | None = None) -> None:
+        self._prompts = tuple(prompts)
+        self.dropped = dict(dropped or {})
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self._prompts)
+
+
+def load_prompts(
+    source: str,
+    data: DataConfig,
+    prompt: PromptConfig,
+    processor: TokenCounter,
+    *,
+    checked: CheckedImages | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PromptDataset:
+    """Read a data source (`rsgrpo.data.rows.read_rows`) and check every row of it.
+
+    A prompt's `truth` has `answers` and `evidence` (one entry per image; missing where the row has none), `gold` (the
+    answer column as written, when it is text), and the row's other columns.
+
+    checked: images that need not be decoded again; None knows of none.
+    progress: called with (rows checked, rows).
+
+    Raises:
+        InputError: the source cannot be read, rows are bad and are not to be dropped, or none is left.
+    """
+    rows, folder = read_rows(source, keep_broken=True)
+    return check_rows(rows, data, prompt, processor, source=source, folder=folder, checked=checked, progress=progress)
+
+
+def check_rows(
+    rows: Sequence[Row],
+    data: DataConfig,
+    prompt: PromptConfig,
+    processor: TokenCounter,
+    *,
+    source: str,
+    folder: Path,
+    checked: CheckedImages | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PromptDataset:
+    """Turn rows into prompts, as `load_prompts` does after reading."""
+    good, bad = sort_rows(rows, data, prompt, processor, folder=folder, checked=checked, progress=progress)
+    _refuse(bad, data, source, len(rows))
+    dropped = Counter(row.reason for row in bad)
+    if bad:
+        counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), counts)
+    if not good:
+        raise InputError(f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}")
+    return PromptDataset(good, dropped)
+
+
+def sort_rows(
+    rows: Sequence[Row],
+    data: DataConfig,
+    prompt: PromptConfig,
+    processor: TokenCounter,
+    *,
+    folder: Path,
+    checked: CheckedImages | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Prompt], list[BadRow]]:
+    """Return the prompts of the rows that can be used, and why the others cannot, both in file order."""
+    template = read_template(prompt)
+    images = find_images(folder, data.image_dir)
+    checker = RowChecker(data, template, prompt.system, images, processor, checked or CheckedImages())
+    outcomes: list[Prompt | BadRow] = []
+    with ThreadPoolExecutor(data.num_workers or min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:
+        try:
+            for outcome in pool.map(checker.check, rows):
+                outcomes.append(outcome)
+                if progress is not None:
+                    progress(len(outcomes), len(rows))
+        except InputsError as error:
+            raise InputError(str(error)) from error
+    return _split_outcomes(outcomes, rows)
+
+
+class PromptStream:
+    """Endless prompts of a data set, epoch after epoch; a batch may span the end of one and the start of the next.
+
+    The order is fixed by (seed, epoch); `state` says in a few numbers where the stream stands.
+    """
+
+    def __init__(self, dataset: PromptDataset, seed: int, shuffle: bool) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._shuffle = shuffle
+        self._fingerprint = hashlib.sha256("\n".join(prompt.id for prompt in dataset).encode()).hexdigest()[:16]
+        self._enter(epoch=0, position=0)
+
+    def next(self, n: int) -> list[Prompt]:
+        """Return the next n prompts."""
+        batch: list[Prompt] = []
+        while len(batch) < n:
+            if self._position == len(self._dataset):
+                self._enter(self.epoch + 1, position=0)
+            taken = self._order[self._position : self._position + n - len(batch)]
+            batch += [self._dataset[index] for index in taken]
+            self._position += len(taken)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Return where the stream stands, for a checkpoint (JSON)."""
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "num_prompts": len(self._dataset),
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            InputError: it was taken from other rows, or from another order of them.
+        """
+        mine = self.state()
+        for key in ("num_prompts", "fingerprint", "seed", "shuffle"):
+            if state[key] != mine[key]:
+                raise InputError(
+                    f"the training rows are not those of the checkpoint: {key} was {state[key]}, is {mine[key]}; "
+                    "resume with the same data.train, data.shuffle and seed, or start a new run"
+                )
+        self._enter(int(state["epoch"]), int(state["position"]))
+
+    def _enter(self, epoch: int, position: int) -> None:
+        self.epoch, self._position = epoch, position
+        self._order = list(range(len(self._dataset)))
+        if self._shuffle:
+            random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
+
+
+def _split_outcomes(outcomes: Sequence[Prompt | BadRow], rows: Sequence[Row]) -> tuple[list[Prompt], list[BadRow]]:
+    """Part prompts from bad rows; of several prompts with one id the first stays."""
+    good: dict[str, Prompt] = {}
+    bad: list[BadRow] = []
+    places: dict[str, str] = {}
+    for outcome, row in zip(outcomes, rows, strict=True):
+        if isinstance(outcome, BadRow):
+            bad.append(outcome)
+        elif outcome.id in good:
+            bad.append(BadRow(row.place, outcome.id, "duplicate id", f"also the id of {places[outcome.id]}"))
+        else:
+            good[outcome.id], places[outcome.id] = outcome, row.place
+    return list(good.values()), bad
+
+
+def _refuse(bad: Sequence[BadRow], data: DataConfig, source: str, num_rows: int) -> None:
+    """Raise, listing them, if there are bad rows that the configuration does not drop."""
+    refused = [row for row in bad if (data.overlong if row.reason == OVERLONG else data.bad_rows) == "error"]
+    if not refused:
+        return
+    listed = [f"  {row.place}, id {row.id}: {row.reason}: {row.detail}" for row in refused[:MAX_LISTED_ROWS]]
+    if len(refused) > MAX_LISTED_ROWS:
+        listed.append(f"  ... and {len(refused) - MAX_LISTED_ROWS} more")
+    counts = ", ".join(f"{count} x {reason}" for reason, count in Counter(row.reason for row in refused).most_common())
+    keys = [
+        key
+        for key, applies in (
+            ("data.bad_rows=drop", any(row.reason != OVERLONG for row in refused)),
+            ("data.overlong=drop", any(row.reason == OVERLONG for row in refused)),
+        )
+        if applies
+    ]
+    raise InputError(
+        "\n".join([f"{source}: {len(refused)} of {num_rows} rows cannot be used ({counts}):", *listed])
+        + f"\nMend them, or leave them out with {' '.join(keys)}"
+    )

@@ -1,0 +1,136 @@
+"""Weights leaving the learner: full tensors by name, one at a time, and a Hugging Face folder.
+
+Gathering is collective: every rank must iterate to the end. Knows nothing of optimisers or data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoProcessor
+
+from rollout.config import InputsConfig
+from rsgrpo.config.train import ModelConfig
+from rsgrpo.learning.policy import Policy
+
+_SHARD_BYTES = 4 << 30
+
+
+def full_weights(policy: Policy, *, with_vision: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole float32 tensor) in the model's own order, adapters merged; tied weights come once.
+
+    Every rank yields; a tensor is dropped before the next is gathered.
+    """
+    tower = {id(parameter) for parameter in policy.family.vision_tower(policy.hf).parameters()}
+    scalings = _lora_scalings(policy.hf)
+    parameters = dict(policy.hf.named_parameters())
+    for name, parameter in parameters.items():
+        if ".lora_" in name or (id(parameter) in tower and not with_vision):
+            continue
+        whole = _full(parameter)
+        layer = name.removesuffix(".base_layer.weight")
+        if layer in scalings and layer != name:
+            up, down = parameters[f"{layer}.lora_B.default.weight"], parameters[f"{layer}.lora_A.default.weight"]
+            whole = whole + scalings[layer] * (_full(up) @ _full(down))
+        yield name.replace(".base_layer.", "."), whole
+
+
+def adapter_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in peft's saved form, whole float32 tensor) of every adapter; every rank yields."""
+    for name, parameter in policy.hf.named_parameters():
+        if ".lora_" in name:
+            yield f"base_model.model.{name.replace('.default.', '.')}", _full(parameter)
+
+
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    whole = parameter.detach()
+    return whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+def _lora_scalings(model: nn.Module) -> dict[str, float]:
+    """Return module name -> alpha / rank of every layer with an adapter."""
+    return {
+        name: float(module.scaling["default"])
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "scaling")
+    }
+
+
+def export_folder(
+    policy: Policy, model: ModelConfig, inputs: InputsConfig, folder: Path, *, dtype: torch.dtype | None
+) -> None:
+    """Write weights, configuration, tokenizer and processor so that transformers and vLLM load the folder.
+
+    The processor resizes to the pixel limits of training: who loads the folder sees the pages that were learnt from.
+    Collective. Rank 0 holds at most one shard of the weights beside what it owns. dtype: of the floating-point
+    weights; None keeps float32.
+    """
+    is_writer = dist.get_rank() == 0
+    if is_writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_configs(policy.hf, model, inputs, folder, dtype or torch.float32)
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = 0
+    shards: list[list[str]] = []
+    total_bytes = 0
+    for name, whole in full_weights(policy, with_vision=True):
+        if not is_writer:
+            continue
+        tensor = whole.to("cpu", dtype or whole.dtype).contiguous()
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and shard_bytes + num_bytes > _SHARD_BYTES:
+            shards.append(_write_shard(shard, folder, len(shards)))
+            shard, shard_bytes = {}, 0
+        shard[policy.family.checkpoint_name(name)] = tensor
+        shard_bytes += num_bytes
+        total_bytes += num_bytes
+    if is_writer:
+        shards.append(_write_shard(shard, folder, len(shards)))
+        _name_shards(folder, shards, total_bytes)
+    dist.barrier()
+
+
+def _write_shard(shard: dict[str, torch.Tensor], folder: Path, index: int) -> list[str]:
+    path = folder / f"shard-{index}.safetensors"
+    save_file(shard, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors writes files that only their owner can read
+    return list(shard)
+
+
+def _name_shards(folder: Path, shards: list[list[str]], total_bytes: int) -> None:
+    """Give the shards the names that transformers looks for, now that their number is known."""
+    if len(shards) == 1:
+        (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{index}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index_json = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2), encoding="utf-8")
+
+
+def _write_configs(hf: Any, model: ModelConfig, inputs: InputsConfig, folder: Path, dtype: torch.dtype) -> None:
+    hf.config.save_pretrained(folder)
+    config_path = folder / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(hf).__name__]}
+    config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    hf.generation_config.save_pretrained(folder)
+    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
+    if model.revision:
+        options["revision"] = model.revision
+    processor = AutoProcessor.from_pretrained(model.path, **options)
+    processor.image_processor.size = {"shortest_edge": inputs.min_pixels, "longest_edge": inputs.max_pixels}
+    processor.save_pretrained(folder)
+    # transformers 5 writes processor_config.json only; older tools look for preprocessor_config.json.
+    processor.image_processor.save_pretrained(folder)

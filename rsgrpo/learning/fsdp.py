@@ -1,0 +1,148 @@
+"""Spreading a policy over ranks with FSDP2. Knows the policy's parts, nothing of losses or data."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from rsgrpo.config.train import LearnerConfig
+from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.learning.policy import Policy
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init_distributed(rank: int, world_size: int, address: str, port: int, device: str) -> None:
+    """Join the process group of the learner's ranks: gloo on CPU, nccl on CUDA. Blocks until all ranks have come.
+
+    device: "auto", "cpu" or "cuda"; on CUDA the rank takes the device that torch shows as current.
+    """
+    backend = "cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    dist.init_process_group(
+        backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=_TIMEOUT
+    )
+
+
+def require_process_group(rank: int, world_size: int, device: torch.device) -> None:
+    """Make the process group of a single rank where there is none; check that a group is the one meant.
+
+    Raises:
+        RsgrpoError: several ranks without a group, or a group of another size.
+    """
+    if not dist.is_initialized():
+        if world_size > 1:
+            raise RsgrpoError(f"world_size={world_size}: call init_distributed on every rank before making a Learner")
+        init_distributed(0, 1, "", 0, device.type)
+    if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
+        raise RsgrpoError(
+            f"rank {rank} of {world_size} does not fit the process group, in which this is rank {dist.get_rank()} "
+            f"of {dist.get_world_size()}; hand both functions the same numbers"
+        )
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """Return the device for `learner.device`: "auto" takes CUDA where there is one."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise InputError(f"learner.device must be auto, cpu or cuda, got {wanted!r}")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("learner.device=cuda, but torch sees no CUDA device; use learner.device=cpu")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Return the dtype in which layers compute, for `learner.precision`."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if precision not in dtypes:
+        raise InputError(f"learner.precision must be one of {sorted(dtypes)}, got {precision!r}")
+    return dtypes[precision]
+
+
+def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
+    """Shard every decoder layer, then the rest, in place; a frozen tower is kept whole on every rank.
+
+    Ranks run a frozen tower on different images at different times, so it must need no collective.
+
+    Raises:
+        RsgrpoError: offload without an accelerator.
+    """
+    if learner.offload and device.type == "cpu":
+        raise RsgrpoError(
+            "learner.offload=true moves weights from an accelerator to CPU memory, and there is none here"
+        )
+    dtype = compute_dtype(learner.precision)
+    mixed = dtype != torch.float32
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
+    )
+    offload_policy = CPUOffloadPolicy() if learner.offload else OffloadPolicy()
+    family, model = policy.family, policy.hf
+    tower = family.vision_tower(model)
+    layers = list(family.decoder_layers(model))
+    if learner.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    if policy.frozen_tower and not policy.is_empty:
+        tower.to(device)
+    blocks = layers if policy.frozen_tower else [*family.vision_blocks(model), *layers]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
+    fully_shard(
+        policy,
+        mesh=mesh,
+        mp_policy=mp_policy,
+        offload_policy=offload_policy,
+        ignored_params=set(tower.parameters()) if policy.frozen_tower else None,
+    )
+    _prefetch(layers)
+    if not policy.is_empty:
+        _set_buffers(policy, dict(policy.named_buffers()), device)
+
+
+def fill(policy: Policy, source: Any, learner: LearnerConfig, device: torch.device) -> None:
+    """Give a policy that was sharded empty its weights and buffers. Collective.
+
+    source: the loaded model on rank 0, None elsewhere; its tensors travel one at a time.
+    """
+    banned_V = policy.banned_V.clone()
+    policy.to_empty(device="cpu" if learner.offload else device)
+    policy.family.vision_tower(policy.hf).to(device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy.hf, {} if source is None else source.state_dict(), options=options)
+    buffers = {name: buffer.to(device) for name, buffer in policy.hf.named_buffers()}
+    for name, buffer in buffers.items():
+        # Rotary frequencies are in no state dict.
+        if source is not None:
+            buffer.copy_(source.get_buffer(name))
+        dist.broadcast(buffer, 0)
+    _set_buffers(policy.hf, buffers, device)
+    policy.banned_V = banned_V.to(device)
+    if source is not None:
+        policy.hf.generation_config = source.generation_config
+
+
+def _set_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:
+    for name, buffer in buffers.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(path), leaf, buffer.to(device))
+
+
+def _prefetch(layers: list[nn.Module]) -> None:
+    """Gather the next layer's weights while this one computes, in forward and in backward."""
+    for this, following in itertools.pairwise(layers):
+        if isinstance(this, FSDPModule) and isinstance(following, FSDPModule):
+            this.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([this])

@@ -1,0 +1,391 @@
+"""The actor: one rank's share of the policy, its optimiser, and everything that is done to it step by step.
+
+Every rank is given the same full list of groups. Knows neither Ray nor hydra nor any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rollout.config import InputsConfig
+from rollout.inputs.processor import InputProcessor
+from rollout.types import Prompt
+from rsgrpo.algorithm.loss import mismatch, policy_loss, step_totals, supervised_loss, token_metrics
+from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
+from rsgrpo.learning.attention import choose_attention
+from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
+from rsgrpo.learning.feature_cache import FeatureCache, FeatureFolder, tower_fingerprint
+from rsgrpo.learning.fsdp import compute_dtype, fill, init_distributed, require_process_group, resolve_device, shard
+from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
+from rsgrpo.learning.packing import Plan
+from rsgrpo.learning.passes import Logprobs, Passes
+from rsgrpo.learning.policy import Policy, add_lora, empty_model, load_model, scale_adapters, shrink_frozen_tower
+from rsgrpo.learning.prompt_store import Encoder, PromptStore
+from rsgrpo.learning.recompute import recompute
+from rsgrpo.learning.self_check import check_policy
+from rsgrpo.learning.state import load_state, save_state
+from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, StepTotals, TokenScores, TrainGroup
+
+__all__ = ["Learner", "init_distributed"]
+
+
+class Learner:
+    """One rank of the learner, or of the frozen reference when `trainable` is false.
+
+    Args:
+        temperature: of the rollouts; supervised steps always use 1.
+        total_steps: calls of `update` or `supervised_update` in the whole run; the learning rate's schedule spans them.
+        debug_dir: where the batch of a stopped run is saved; None saves nothing.
+        encoder: turns prompts into tokens and pixels; None makes it from the model's folder.
+        hf_model: a model that is already there; None loads `model.path`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        learner: LearnerConfig,
+        inputs: InputsConfig,
+        *,
+        algorithm: AlgorithmConfig | None = None,
+        temperature: float = 1.0,
+        total_steps: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        trainable: bool = True,
+        debug_dir: str | Path | None = None,
+        encoder: Encoder | None = None,
+        hf_model: Any = None,
+    ) -> None:
+        self.model_config, self.config, self.inputs = model, learner, inputs
+        self.algorithm = algorithm or AlgorithmConfig()
+        self.temperature, self.seed, self.rank, self.debug_dir = temperature, seed, rank, debug_dir
+        self.device = resolve_device(learner.device)
+        if learner.num_threads:
+            torch.set_num_threads(learner.num_threads)
+        require_process_group(rank, world_size, self.device)
+        self.encoder = encoder or InputProcessor(
+            model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        frozen_tower = model.freeze_vision or not trainable
+        refuse_trained_tower(model, learner, frozen_tower=frozen_tower)
+        self.policy = self._build_policy(hf_model, trainable, frozen_tower)
+        self._passes = Passes(
+            self.policy,
+            self._prompt_store(),
+            self.device,
+            max_tokens=learner.max_tokens_per_micro_batch,
+            filler_token_id=self.encoder.eos_token_id,
+            banned_token_ids=self.encoder.banned_token_ids,
+        )
+        self._optimizer: Optimizer | None = None
+        if trainable:
+            tower = self.policy.family.vision_tower(self.policy.hf).parameters()
+            self._optimizer = Optimizer(self.policy.trainable().values(), tower, learner, total_steps)
+        self._unchecked = learner.self_check and trainable
+        torch.manual_seed(seed + rank)
+
+    @property
+    def weights_version(self) -> int:
+        """Optimiser steps taken."""
+        return 0 if self._optimizer is None else self._optimizer.updates
+
+    def _build_policy(self, hf: Any, trainable: bool, frozen_tower: bool) -> Policy:
+        """Load, adapt and shard. With several ranks only rank 0 reads the weights; the others start empty."""
+        model, learner = self.model_config, self.config
+        source = None
+        if hf is None:
+            source = load_model(model) if self.rank == 0 else None
+            hf = source if dist.get_world_size() == 1 else empty_model(model)
+        for unadapted in {id(one): one for one in (hf, source) if one is not None}.values():
+            if model.lora.rank:
+                add_lora(unadapted, model.lora, seed=self.seed)
+        dtype = compute_dtype(learner.precision)
+        if not trainable:
+            hf.requires_grad_(False)
+        policy = Policy(
+            hf,
+            banned_token_ids=self.encoder.banned_token_ids,
+            attention=choose_attention(learner.attention, self.device, dtype),
+            logits_chunk_tokens=learner.logits_chunk_tokens,
+            frozen_tower=frozen_tower,
+            compute_dtype=dtype,
+        )
+        if trainable:
+            recompute(policy, learner.gradient_checkpointing)
+        shard(policy, learner, self.device)
+        if next(hf.parameters()).is_meta:
+            fill(policy, source, learner, self.device)
+        if frozen_tower:
+            shrink_frozen_tower(policy)
+        return policy
+
+    def _prompt_store(self) -> PromptStore:
+        family, hf, learner = self.policy.family, self.policy.hf, self.config
+        folder = None
+        if learner.feature_cache:
+            pixels = self.encoder.image_processor.to_dict()
+            normalisation = {key: pixels.get(key) for key in ("image_mean", "image_std", "rescale_factor")}
+            fingerprint = tower_fingerprint(family.vision_tower(hf), hf.config.vision_config.to_dict(), normalisation)
+            folder = FeatureFolder(Path(learner.feature_cache), fingerprint, int(learner.feature_cache_gb * 2**30))
+        return PromptStore(
+            self.encoder,
+            lambda tokens_T, grid: family.position_ids(hf, tokens_T, grid),
+            self._encode_images if self.policy.frozen_tower else None,
+            FeatureCache(learner.vision_cache_mb << 20, folder),
+            ahead=learner.encode_ahead,
+        )
+
+    def _encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        return self.policy.encode_images(pixel_values.to(self.device), image_grid_thw.to(self.device))
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Begin to decode the images of prompts that are being sampled; returns at once. Every rank is given them all.
+
+        Not needed for anything but speed: whatever is not there when an update needs it is decoded then.
+        """
+        self._passes.prefetch(prompts)
+
+    def update(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float]) -> dict[str, float]:
+        """Take the optimiser steps of one batch of rollouts (`algorithm.updates_per_step` of them). Collective.
+
+        Every rank gets the same groups. Returns metrics of the whole batch, the same on every rank.
+
+        Raises:
+            RsgrpoError: groups that cannot be trained on, or `learner.max_bad_steps` non-finite steps in a row.
+        """
+        optimizer = self._trainer()
+        parts = np.array_split(np.arange(len(groups)), self.algorithm.updates_per_step)
+        chunks = [part.tolist() for part in parts if len(part)]
+        plans = self._passes.plan_all(groups, chunks)
+        num_terms = groups[0].samples[0].scope_KT.shape[0]
+        if len(loss_weights_K) != num_terms:
+            raise RsgrpoError(f"{len(loss_weights_K)} loss weights for {num_terms} loss terms; give one each")
+        self._self_check(groups)
+        on_policy = len(chunks) == 1 and self.algorithm.on_policy_shortcut
+        old = None if on_policy else self._passes.forward(groups, plans, self.temperature)
+        weights_K = torch.tensor(list(loss_weights_K), dtype=torch.float32, device=self.device)
+        results = []
+        for chunk, step_plan in zip(chunks, plans, strict=True):
+            totals = step_totals([sample for index in chunk for sample in groups[index].samples])
+            results.append(self._policy_step(groups, step_plan, totals, weights_K, old))
+        optimizer.step += 1
+        return merge_updates(results) | self._passes.work()
+
+    def _policy_step(
+        self,
+        groups: Sequence[TrainGroup],
+        step_plan: Plan,
+        totals: StepTotals,
+        weights_K: torch.Tensor,
+        old: Logprobs | None,
+    ) -> dict[str, float]:
+        active = {"actor/active_terms": float(totals.active_K.sum())}
+        if not totals.active_K.any():
+            return {**active, "actor/skipped": 1.0, "actor/lr": self._trainer().lr}
+        scope_tokens_K = torch.tensor(totals.scope_tokens_K, dtype=torch.float32, device=self.device)
+        active_K = torch.tensor(totals.active_K, device=self.device)
+        algorithm = self.algorithm
+
+        def loss_of(batch: MicroBatch, scores: TokenScores) -> LossOutput:
+            output = policy_loss(
+                scores.logprobs_N,
+                scores.entropy_N,
+                old_logprobs_N=batch.old_logprobs_N,
+                advantages_KN=batch.advantages_KN,
+                scope_KN=batch.scope_KN,
+                sample_index_N=batch.sample_index_N,
+                rollout_logprobs_N=batch.rollout_logprobs_N,
+                ref_logprobs_N=batch.ref_logprobs_N,
+                loss_weights_K=weights_K,
+                scope_tokens_K=scope_tokens_K,
+                active_K=active_K,
+                response_tokens=totals.response_tokens,
+                ratio=algorithm.ratio,
+                clip_low=algorithm.clip_low,
+                clip_high=algorithm.clip_high,
+                dual_clip=algorithm.dual_clip,
+                importance_cap=algorithm.importance_cap,
+                kl_coef=algorithm.kl_coef,
+                kl_estimator=algorithm.kl_estimator,
+                entropy_coef=algorithm.entropy_coef,
+            )
+            output.metrics.update(token_metrics(scores, response_tokens=totals.response_tokens))
+            if batch.rollout_logprobs_N is not None:
+                old_N = scores.logprobs_N if batch.old_logprobs_N is None else batch.old_logprobs_N
+                output.metrics.update(mismatch(old_N, batch.rollout_logprobs_N, response_tokens=totals.response_tokens))
+            return output
+
+        metrics = self._passes.backward(
+            groups,
+            step_plan,
+            loss_of,
+            temperature=self.temperature,
+            old=old,
+            entropy_gradient=algorithm.entropy_coef != 0,
+        )
+        return {**metrics, **active, **self._take_step(groups)}
+
+    def supervised_update(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        """Take one optimiser step on the mean negative log-likelihood per response token. Collective."""
+        optimizer = self._trainer()
+        step_plan, loss_of = self._supervised(groups)
+        self._self_check(groups)
+        metrics = self._passes.backward(groups, step_plan, loss_of, temperature=1.0)
+        metrics |= self._take_step(groups) | self._passes.work()
+        optimizer.step += 1
+        return metrics
+
+    def supervised_loss(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        """Return the metrics of `supervised_update` without learning from the groups. Collective."""
+        step_plan, loss_of = self._supervised(groups)
+        return self._passes.losses(groups, step_plan, loss_of, temperature=1.0)
+
+    def _supervised(self, groups: Sequence[TrainGroup]) -> tuple[Plan, Any]:
+        [step_plan] = self._passes.plan_all(groups, [range(len(groups))])
+        total = sum(len(sample.token_ids_T) for group in groups for sample in group.samples)
+
+        def loss_of(batch: MicroBatch, scores: TokenScores) -> LossOutput:
+            output = supervised_loss(scores.logprobs_N, response_tokens=total)
+            output.metrics.update(token_metrics(scores, response_tokens=total))
+            return output
+
+        return step_plan, loss_of
+
+    def logprobs(
+        self, groups: Sequence[TrainGroup], reference: bool = False, temperature: float | None = None
+    ) -> list[list[np.ndarray]]:
+        """Return (T,) float32 log-probabilities of every response. Collective.
+
+        reference: of the model as it was loaded. With LoRA the adapters are switched off for it; a learner with
+            `trainable=False` is the reference already.
+        temperature: None is the rollouts'.
+
+        Raises:
+            RsgrpoError: `reference` of a learner that trains all weights.
+        """
+        if reference and self._optimizer is not None and not self.model_config.lora.rank:
+            raise RsgrpoError("reference logprobs need model.lora.rank > 0 or a second Learner with trainable=False")
+        plans = self._passes.plan_all(groups, [range(len(groups))])
+        with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
+            mine = self._passes.forward(groups, plans, self.temperature if temperature is None else temperature)
+        found = self._passes.gather(mine)
+        return [[found[g, s] for s in range(len(group.samples))] for g, group in enumerate(groups)]
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return, of each prompt as the policy takes it, (tokens, image tokens among them, image features)."""
+        image_token_id = self.policy.hf.config.image_token_id
+        counts = []
+        for prompt in prompts:
+            encoded = self._passes.prompts.encode(prompt)
+            num_features = 0
+            if encoded.features is not None:
+                num_features = len(encoded.features)
+            elif encoded.image_grid_thw is not None:
+                merge = self.policy.hf.config.vision_config.spatial_merge_size
+                num_features = int(encoded.image_grid_thw.prod(1).sum()) // merge**2
+            counts.append((len(encoded.token_ids_T), int((encoded.token_ids_T == image_token_id).sum()), num_features))
+        return counts
+
+    def gather_weights(self, *, every_rank: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every trained weight, whole and float32, under the model's own names; adapters are merged. Collective.
+
+        Every rank must iterate to the end; only rank 0 is given tensors unless `every_rank`. A frozen tower is left
+        out: engines that loaded the same folder have it.
+        """
+        for name, whole in full_weights(self.policy, with_vision=not self.policy.frozen_tower):
+            if self.rank == 0 or every_rank:
+                yield name, whole
+
+    def gather_adapter(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the adapters' tensors, whole and float32, under peft's names, on every rank. Collective."""
+        yield from adapter_weights(self.policy)
+
+    def adapter_config(self) -> dict[str, Any] | None:
+        """Return peft's adapter_config of what `gather_adapter` yields; None without adapters."""
+        lora = self.model_config.lora
+        if not lora.rank:
+            return None
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": lora.rank,
+            "lora_alpha": lora.alpha,
+            "target_modules": list(lora.targets),
+            "bias": "none",
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write trained weights, optimiser, counters and random state, to load onto any number of ranks. Collective."""
+        save_state(self.policy, self._trainer(), Path(folder))
+
+    def load(self, folder: str | Path) -> None:
+        """Continue exactly where `save` was called. Collective."""
+        load_state(self.policy, self._trainer(), Path(folder), seed=self.seed)
+
+    def export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a Hugging Face folder with tokenizer and processor. Collective.
+
+        dtype: of the weights; None keeps float32.
+        """
+        export_folder(self.policy, self.model_config, self.inputs, Path(folder), dtype=dtype)
+
+    def _trainer(self) -> Optimizer:
+        if self._optimizer is None:
+            raise RsgrpoError("this Learner was made with trainable=False: it has no optimiser")
+        return self._optimizer
+
+    def _take_step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        try:
+            return self._trainer().take_step()
+        except NonFiniteSteps as error:
+            if self.debug_dir is None:
+                raise
+            path = Path(self.debug_dir) / f"bad_batch_{self._trainer().step}.pt"
+            if self.rank == 0:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.save({"groups": list(groups)}, path)
+            raise NonFiniteSteps(f"{error}; the batch is in {path}") from error
+
+    def _self_check(self, groups: Sequence[TrainGroup]) -> None:
+        if self._unchecked:
+            check_policy(self.policy, self._passes.prompts, self.encoder, groups, self.device)
+            self._unchecked = False
+
+
+def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_tower: bool) -> None:
+    """Refuse what a trained tower excludes.
+
+    Raises:
+        RsgrpoError: adapters, or features kept on disk.
+    """
+    if frozen_tower:
+        return
+    if model.lora.rank:
+        raise RsgrpoError(
+            f"model.lora.rank={model.lora.rank} trains adapters on the language model only; "
+            "set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
+        )
+    if learner.feature_cache:
+        raise RsgrpoError(
+            f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
+            "model.freeze_vision=false trains it: set learner.feature_cache='' or model.freeze_vision=true"
+        )
+
+
+def merge_updates(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Combine the metrics of a batch's optimiser steps: skipped ones are counted, maxima kept, the rest averaged."""
+    merged = {}
+    for key in sorted({key for result in results for key in result}):
+        values = [result[key] for result in results if key in result]
+        if key in ("actor/skipped", "actor/bad_steps"):
+            merged[key] = sum(values)
+        else:
+            merged[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
+    return merged

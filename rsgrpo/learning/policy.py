@@ -1,0 +1,235 @@
+"""The policy: transformers' own model, run on rows of groups, giving log-probabilities of response tokens only.
+
+Owns loading, the shared-prefix forward and the chunked head. Knows nothing of sharding, optimisers or losses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from rollout.families import Family, family_of
+from rsgrpo.config.train import LoraConfig, ModelConfig
+from rsgrpo.errors import InputError
+from rsgrpo.learning.attention import PrefixRow
+from rsgrpo.types import MicroBatch, TokenScores
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(config: ModelConfig) -> Any:
+    """Return the model of `model.path` in float32 on CPU, its generation configuration included."""
+    if not config.path:
+        raise InputError("model.path is empty; give a Hugging Face folder or hub id")
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision:
+        options["revision"] = config.revision
+    return AutoModelForImageTextToText.from_pretrained(
+        config.path, dtype=torch.float32, attn_implementation="sdpa", **options
+    )
+
+
+def empty_model(config: ModelConfig) -> Any:
+    """Return the model of `model.path` without storage: shapes only, to be sharded and filled afterwards."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision:
+        options["revision"] = config.revision
+    hf_config = AutoConfig.from_pretrained(config.path, **options)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            hf_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=config.trust_remote_code
+        )
+
+
+def add_lora(model: Any, config: LoraConfig, *, seed: int) -> None:
+    """Put adapters on the language model's linear layers, in place; everything else is frozen."""
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=rf".*language_model\..*\.({'|'.join(config.targets)})",
+    )
+    inject_adapter_in_model(peft_config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainRow:
+    """One prompt with one response, as transformers' own forward takes it.
+
+    token_ids_T: (T,) int64, the response last. pixel_values, image_grid_thw: None without images.
+    """
+
+    token_ids_T: torch.Tensor
+    num_response_tokens: int
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+
+
+class Policy(nn.Module):
+    """A model with its family's adapter. All forwards go through `forward`, so that sharding can wrap this module.
+
+    Args:
+        model: transformers' model.
+        banned_token_ids: tokens that are never sampled; they get no probability.
+        attention: registered name of the shared-prefix attention.
+        logits_chunk_tokens: response tokens whose logits exist at once.
+        frozen_tower: rows then come with features instead of pixels.
+        compute_dtype: in which the layers will compute.
+    """
+
+    banned_V: torch.Tensor
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        banned_token_ids: Sequence[int],
+        attention: str,
+        logits_chunk_tokens: int,
+        frozen_tower: bool,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.hf = model
+        self.family: Family = family_of(model.config.model_type)
+        self.attention = attention
+        self.logits_chunk_tokens = logits_chunk_tokens
+        self.frozen_tower = frozen_tower
+        self.compute_dtype = compute_dtype
+        self.is_empty = next(model.parameters()).is_meta
+        banned_V = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
+        banned_V[list(banned_token_ids)] = True
+        self.register_buffer("banned_V", banned_V, persistent=False)
+        config = self.family.language_model(model).config
+        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise InputError(
+                "the model has sliding-window layers, which the shared prefix does not know; "
+                "set use_sliding_window=false in its config.json if it was trained without them"
+            )
+        config._attn_implementation = attention
+        if frozen_tower:
+            self.family.vision_tower(model).requires_grad_(False)
+
+    def forward(self, batch: MicroBatch | PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
+        """Return what log_softmax((logits + ban) / temperature) says of the response tokens.
+
+        The log-probabilities carry a gradient, the entropy only when asked. A PlainRow takes the ordinary forward, for
+        comparison.
+        """
+        if isinstance(batch, PlainRow):
+            return self._plain(batch, temperature, entropy_gradient)
+        model, family = self.hf, self.family
+        language_model = family.language_model(model)
+        inputs = family.language_inputs(model, batch.token_ids_T, self._features(batch))
+        embeds = inputs["inputs_embeds"]
+        hidden_TH = language_model(
+            **inputs,
+            position_ids=batch.position_ids_3T[:, None],
+            use_cache=False,
+            prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
+        ).last_hidden_state[0]
+        return self._head(hidden_TH[batch.head_index_N], batch.targets_N, temperature, entropy_gradient)
+
+    def _plain(self, row: PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
+        """Run transformers' forward, vision tower and all, with its own attention."""
+        config = self.family.language_model(self.hf).config
+        config._attn_implementation = "sdpa"
+        try:
+            output = self.hf.model(
+                input_ids=row.token_ids_T[None],
+                pixel_values=row.pixel_values,
+                image_grid_thw=row.image_grid_thw,
+                mm_token_type_ids=(row.token_ids_T == self.hf.config.image_token_id).int()[None],
+                use_cache=False,
+            )
+        finally:
+            config._attn_implementation = self.attention
+        num_tokens = row.num_response_tokens
+        hidden_NH = output.last_hidden_state[0, -num_tokens - 1 : -1]
+        return self._head(hidden_NH, row.token_ids_T[-num_tokens:], temperature, entropy_gradient)
+
+    def _features(self, batch: MicroBatch) -> torch.Tensor | None:
+        """Return what stands for the row's image tokens; a trained tower runs in every row, images or not.
+
+        Ranks must run the tower equally often, so a row without images runs it on one blank patch and uses none of it.
+        """
+        if self.frozen_tower:
+            return batch.features
+        if batch.pixel_values is not None and batch.image_grid_thw is not None:
+            return self.family.image_features(self.hf, batch.pixel_values, batch.image_grid_thw)
+        pixels, grid = self.family.blank_image(self.hf, batch.token_ids_T.device)
+        return self.family.image_features(self.hf, pixels, grid)[:0]
+
+    def _head(
+        self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+    ) -> TokenScores:
+        """Run the head chunk by chunk; with several chunks, backward recomputes each one's logits."""
+        chunk = self.logits_chunk_tokens
+        if len(targets_N) <= chunk:
+            return self._head_chunk(hidden_NH, targets_N, temperature, entropy_gradient)
+        pieces = [
+            checkpoint(self._head_chunk, hidden, targets, temperature, entropy_gradient, use_reentrant=False)
+            for hidden, targets in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True)
+        ]
+        return TokenScores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+    def _head_chunk(
+        self, hidden_NH: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+    ) -> TokenScores:
+        logits_NV = self.hf.lm_head(hidden_NH).float().masked_fill(self.banned_V, float("-inf"))
+        logprobs_NV = torch.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, -1)
+        logprobs_N = logprobs_NV.gather(-1, targets_N[:, None]).sum(-1)  # one element; FSDP wants no view
+        top_logprobs_N, top_N = logprobs_NV.detach().max(-1)
+        if not entropy_gradient:
+            logprobs_NV = logprobs_NV.detach()
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            entropy_N = -(logprobs_NV.exp() * logprobs_NV.masked_fill(self.banned_V, 0.0)).sum(-1)
+        return TokenScores(logprobs_N, entropy_N, top_logprobs_N.exp(), top_N == targets_N)
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """Return a frozen tower's (merged tokens, F) for images on the tower's device."""
+        return self.family.image_features(self.hf, pixel_values, image_grid_thw)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained, by the model's own names."""
+        return {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
+
+
+def shrink_frozen_tower(policy: Policy) -> None:
+    """Keep a frozen tower in the dtype of computation where that loses nothing.
+
+    Weights published in bfloat16 lose nothing; others stay float32, so that an export returns them as they came.
+    """
+    tower = policy.family.vision_tower(policy.hf)
+    if all(torch.equal(weight, weight.to(policy.compute_dtype).to(weight.dtype)) for weight in tower.parameters()):
+        tower.to(policy.compute_dtype)
+
+
+@contextmanager
+def scale_adapters(model: nn.Module, scale: float) -> Iterator[None]:
+    """Multiply what LoRA adapters add by `scale` inside the block; a model without adapters is left alone."""
+    adapters: list[Any] = [
+        module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "set_scale")
+    ]
+    for adapter in adapters:
+        adapter.set_scale("default", scale)
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.set_scale("default", 1.0)

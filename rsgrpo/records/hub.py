@@ -1,0 +1,107 @@
+"""Publishing an exported folder on the Hugging Face hub, when asked. The home of uploads; knows nothing of training."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from rsgrpo.config.limits import require
+from rsgrpo.errors import InputError, RsgrpoError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What happens to the exported model (`checkpoint.export`).
+
+    push_to_hub: model repository "org/name" that the export is uploaded to at the end; "" uploads nothing.
+    private: only its owners may see the repository. One that is public is refused then.
+    """
+
+    push_to_hub: str = ""
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            not self.push_to_hub or REPOSITORY.fullmatch(self.push_to_hub) is not None,
+            f"export.push_to_hub must be a repository org/name, got {self.push_to_hub!r}",
+        )
+
+
+def require_login(export: ExportConfig) -> None:
+    """Refuse to begin a run whose model could not be uploaded at the end; nothing is made on the hub yet.
+
+    Raises:
+        InputError: the hub cannot be reached, does not know us, or the repository is public and should not be.
+    """
+    if not export.push_to_hub:
+        return
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = _api()
+    _asked(lambda: api.whoami(), export, InputError)
+    try:
+        found = _asked(lambda: api.model_info(export.push_to_hub), export, InputError, RepositoryNotFoundError)
+    except RepositoryNotFoundError:
+        return  # it is made at the end
+    if export.private and not found.private:
+        raise InputError(
+            f"export.push_to_hub={export.push_to_hub}: the repository is there and public, export.private is true; "
+            "make it private, choose another, or set export.private=false"
+        )
+
+
+def push_folder(folder: Path, export: ExportConfig, message: str) -> str:
+    """Upload a model folder whole, making the repository where it is missing; return its address.
+
+    Raises:
+        RsgrpoError: the hub refused or could not be reached; the folder is as it was.
+    """
+    api = _api()
+
+    def upload() -> str:
+        address = api.create_repo(export.push_to_hub, private=export.private, exist_ok=True)
+        api.upload_folder(repo_id=export.push_to_hub, folder_path=folder, commit_message=message)
+        return str(address)
+
+    try:
+        return _asked(upload, export, RsgrpoError)
+    except RsgrpoError as error:
+        raise RsgrpoError(f"{error}. The model is in {folder}: `hf upload {export.push_to_hub} {folder}`") from error
+
+
+def _api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+
+
+def _asked(
+    ask: Callable[[], Answer], export: ExportConfig, kind: type[RsgrpoError], *passed_on: type[Exception]
+) -> Answer:
+    """Return the hub's answer; what goes wrong becomes one line, except for errors that are `passed_on`."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    # The hub's library speaks through httpx or, from its second version on, httpx2.
+    transport = [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
+    expected = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError, *transport)
+    try:
+        return ask()
+    except passed_on:
+        raise
+    except expected as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise kind(
+            f"export.push_to_hub={export.push_to_hub}: the hub cannot be written to: {reason}; log in with `hf auth "
+            "login` (or HF_TOKEN), and check the name, the network and HF_HUB_OFFLINE"
+        ) from error

@@ -1,0 +1,347 @@
+"""Own the parquet files of a run's rollouts: schema, writing, reading. Knows nothing of training or of trackers.
+
+One row is one rollout. `rollouts/step_000012.parquet` holds the training rollouts of step 12 and
+`rollouts/val_000012.parquet` the validation ones, told apart by `mode` ("greedy" or "sampled"). Images that were given
+as bytes are stored once, by content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rewards.api import Credit, Span
+from rollout.inputs.images import bytes_of
+from rollout.types import ImageSource
+from rsgrpo.errors import RsgrpoError
+
+if TYPE_CHECKING:  # the reader needs no torch
+    from rsgrpo.types import Sample, ScoredGroup, TrainGroup
+
+Split = Literal["train", "val"]
+FOLDER = "rollouts"
+IMAGE_FOLDER = "images"
+_FILE_PREFIX: dict[str, str] = {"train": "step", "val": "val"}
+_FILE_NAME = re.compile(r"(step|val)_(\d+)\.parquet")
+
+_CREDIT = pa.struct([("key", pa.string()), ("score", pa.float64()), ("start", pa.int32()), ("end", pa.int32())])
+_REWARD = pa.struct(
+    [("name", pa.string()), ("score", pa.float64()), ("missed", pa.bool_()), ("credits", pa.list_(_CREDIT))]
+)
+_MONITOR = pa.struct([("name", pa.string()), ("value", pa.float64())])
+_RUN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("advantage", pa.float32())])
+_TERM = pa.struct([("name", pa.string()), ("runs", pa.list_(_RUN))])
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("split", pa.string()),
+        ("mode", pa.string()),
+        ("group", pa.int32()),
+        ("sample", pa.int32()),
+        ("prompt_id", pa.string()),
+        ("question", pa.string()),
+        ("prompt_text", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("truth", pa.string()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_starts", pa.list_(pa.int32())),
+        ("token_ends", pa.list_(pa.int32())),
+        ("num_tokens", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("finish_reason", pa.string()),
+        ("weights_version", pa.int64()),
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        ("rewards", pa.list_(_REWARD)),
+        ("monitors", pa.list_(_MONITOR)),
+        ("terms", pa.list_(_TERM)),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReward:
+    """What one reward said of one rollout.
+
+    score: None: did not apply. missed: a scope marker was missing. credits: as in `ScoredGroup.credits_GK`.
+    """
+
+    name: str
+    score: float | None
+    missed: bool
+    credits: tuple[Credit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring tokens `start:end` inside a term's scope that share one advantage."""
+
+    start: int
+    end: int
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTerm:
+    """Scope and advantages of one loss term on one rollout; tokens outside every run are outside the scope."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRollout:
+    """One row of a rollout file.
+
+    mode: "" for training rollouts. group: position of its prompt in the step. sample: its index in the group.
+    images: absolute paths, or paths relative to the run folder (images that were given as bytes).
+    truth: gold columns, parsed back from JSON. monitors: name -> value, None where it did not apply.
+    terms: empty where nothing was trained.
+    """
+
+    step: int
+    split: str
+    mode: str
+    group: int
+    sample: int
+    prompt_id: str
+    question: str
+    prompt_text: str
+    images: tuple[str, ...]
+    truth: dict[str, Any]
+    text: str
+    token_ids_T: tuple[int, ...]
+    token_spans_T: tuple[tuple[int, int], ...]
+    num_tokens: int
+    truncated: bool
+    finish_reason: str
+    weights_version: int
+    rollout_logprobs_T: tuple[float, ...]
+    rewards: tuple[StoredReward, ...]
+    monitors: dict[str, float | None]
+    terms: tuple[StoredTerm, ...]
+
+    def scope_KT(self) -> np.ndarray:
+        """Return (K, T) bool, the tokens that each loss term may teach."""
+        scope_KT = np.zeros((len(self.terms), self.num_tokens), dtype=bool)
+        for k, term in enumerate(self.terms):
+            for run in term.runs:
+                scope_KT[k, run.start : run.end] = True
+        return scope_KT
+
+    def advantages_KT(self) -> np.ndarray:
+        """Return (K, T) float32, 0 outside the scope."""
+        advantages_KT = np.zeros((len(self.terms), self.num_tokens), dtype=np.float32)
+        for k, term in enumerate(self.terms):
+            for run in term.runs:
+                advantages_KT[k, run.start : run.end] = run.advantage
+        return advantages_KT
+
+
+def advantage_runs(scope_T: np.ndarray, advantages_T: np.ndarray) -> list[Run]:
+    """Return the maximal runs of in-scope tokens with equal advantage.
+
+    Example: scope [0, 1, 1, 1, 0, 1], advantages [0, .5, .5, -1, 0, -1] -> (1, 3, .5), (3, 4, -1), (5, 6, -1).
+    """
+    if not len(scope_T):
+        return []
+    differs_T = (scope_T[1:] != scope_T[:-1]) | (advantages_T[1:] != advantages_T[:-1])
+    starts = [0, *(np.flatnonzero(differs_T) + 1).tolist()]
+    ends = [*starts[1:], len(scope_T)]
+    return [Run(s, e, float(advantages_T[s])) for s, e in zip(starts, ends, strict=True) if scope_T[s]]
+
+
+def write_rollouts(
+    run_dir: Path,
+    step: int,
+    groups: Sequence[ScoredGroup],
+    train_groups: Sequence[TrainGroup] = (),
+    *,
+    terms: Sequence[str] = (),
+    split: Split = "train",
+    mode: str = "",
+) -> Path:
+    """Write the rollouts of one step, whole or not at all, and return the file.
+
+    groups: a group that could not be sampled (`error`) has no rows. A second call for the same validation step with
+        another mode adds its rows; the same mode is replaced.
+    train_groups: empty, or one per group, in the same order. terms: names of the K loss terms of their samples.
+    """
+    if train_groups and len(train_groups) != len(groups):
+        raise RsgrpoError(f"rollouts of step {step}: {len(groups)} scored groups but {len(train_groups)} train groups")
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for index, scored in enumerate(groups):
+        samples = _matching_samples(scored, train_groups[index], terms) if train_groups else None
+        rows += _group_rows(
+            run_dir, scored, samples, terms, {"step": step, "split": split, "mode": mode, "group": index}
+        )
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    path = folder / f"{_FILE_PREFIX[split]}_{step:06d}.parquet"
+    if split == "val" and path.exists():
+        earlier = pq.read_table(path, schema=SCHEMA)
+        table = pa.concat_tables([earlier.filter(pc.field("mode") != mode), table])
+    temporary = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+    return path
+
+
+def read_rollouts(path: Path) -> list[StoredRollout]:
+    """Return the rows of one rollout file, in the order in which they were written."""
+    return [_from_row(row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+
+
+def rollout_files(run_dir: Path, split: Split = "train") -> dict[int, Path]:
+    """Return step -> file, by step."""
+    found = {step: path for prefix, step, path in _files(run_dir) if prefix == _FILE_PREFIX[split]}
+    return dict(sorted(found.items()))
+
+
+def remove_rollouts_after(run_dir: Path, step: int | None) -> int:
+    """Remove the files of later steps (of all steps for None) and half-written ones; return how many steps' files."""
+    for leftover in (run_dir / FOLDER).glob(".*.tmp"):
+        leftover.unlink()
+    later = [path for _, file_step, path in _files(run_dir) if step is None or file_step > step]
+    for path in later:
+        path.unlink()
+    return len(later)
+
+
+def image_path(run_dir: Path, image: str) -> Path:
+    """Return where an image of a stored rollout lies."""
+    return run_dir / image
+
+
+def _files(run_dir: Path) -> Iterator[tuple[str, int, Path]]:
+    for path in (run_dir / FOLDER).glob("*.parquet"):
+        match = _FILE_NAME.fullmatch(path.name)
+        if match:
+            yield match[1], int(match[2]), path
+
+
+def _matching_samples(scored: ScoredGroup, train_group: TrainGroup, terms: Sequence[str]) -> Sequence[Sample]:
+    prompt, samples = scored.group.prompt, train_group.samples
+    if train_group.prompt.id != prompt.id or len(samples) != len(scored.group.rollouts):
+        raise RsgrpoError(
+            f"rollouts of prompt {prompt.id!r} ({len(scored.group.rollouts)}) do not match the train group of prompt "
+            f"{train_group.prompt.id!r} ({len(samples)} samples): hand over both lists in the same order"
+        )
+    wrong = [len(sample.scope_KT) for sample in samples if len(sample.scope_KT) != len(terms)]
+    if wrong:
+        raise RsgrpoError(
+            f"samples of {prompt.id!r} have {wrong[0]} loss terms but `terms` names {len(terms)}: {terms}"
+        )
+    return samples
+
+
+def _group_rows(
+    run_dir: Path,
+    scored: ScoredGroup,
+    samples: Sequence[Sample] | None,
+    terms: Sequence[str],
+    place: dict[str, Any],
+) -> Iterable[dict[str, Any]]:
+    prompt = scored.group.prompt
+    shared = {
+        **place,
+        "prompt_id": prompt.id,
+        "question": prompt.question,
+        "prompt_text": prompt.text,
+        "images": [_store_image(run_dir, image) for image in prompt.images],
+        "truth": json.dumps(dict(prompt.truth), ensure_ascii=False, default=str),
+    }
+    for g, rollout in enumerate(scored.group.rollouts):
+        spans_T2 = np.asarray(rollout.token_spans_T, dtype=np.int32).reshape(-1, 2)
+        yield {
+            **shared,
+            "sample": g,
+            "text": rollout.text,
+            "token_ids": np.asarray(rollout.token_ids_T, dtype=np.int32),
+            "token_starts": spans_T2[:, 0],
+            "token_ends": spans_T2[:, 1],
+            "num_tokens": len(rollout.token_ids_T),
+            "truncated": rollout.finish_reason == "length",
+            "finish_reason": rollout.finish_reason,
+            "weights_version": rollout.weights_version,
+            "rollout_logprobs": np.asarray(rollout.logprobs_T, dtype=np.float32),
+            "rewards": _reward_cells(scored, g),
+            "monitors": _monitor_cells(scored, g),
+            "terms": _term_cells(samples[g], terms) if samples is not None else [],
+        }
+
+
+def _reward_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
+    cells = []
+    for k, name in enumerate(scored.reward_names_K):
+        credits = [
+            {"key": c.key, "score": c.score, "start": c.span and c.span.start, "end": c.span and c.span.end}
+            for c in scored.credits_GK[g][k]
+        ]
+        score, missed = scored.scores_GK[g][k], bool(scored.missed_GK[g][k])
+        cells.append({"name": name, "score": score, "missed": missed, "credits": credits})
+    return cells
+
+
+def _monitor_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
+    if not scored.monitor_names_M:
+        return []
+    values_M = zip(scored.monitor_names_M, scored.monitors_GM[g], strict=True)
+    return [{"name": name, "value": value} for name, value in values_M]
+
+
+def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
+    rows = zip(terms, sample.scope_KT, sample.advantages_KT, strict=True)
+    return [{"name": name, "runs": [asdict(run) for run in advantage_runs(s_T, a_T)]} for name, s_T, a_T in rows]
+
+
+def _store_image(run_dir: Path, image: ImageSource) -> str:
+    """Return the path under which the image is found again; bytes are written once, named by their content."""
+    if isinstance(image, str):
+        return os.path.abspath(image)
+    content = bytes_of(image)
+    reference = f"{FOLDER}/{IMAGE_FOLDER}/{hashlib.sha256(content).hexdigest()[:32]}"
+    path = run_dir / reference
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    return reference
+
+
+def _from_row(row: dict[str, Any]) -> StoredRollout:
+    rewards = tuple(
+        StoredReward(cell["name"], cell["score"], cell["missed"], tuple(_credit(c) for c in cell["credits"]))
+        for cell in row["rewards"]
+    )
+    terms = tuple(StoredTerm(cell["name"], tuple(Run(**run) for run in cell["runs"])) for cell in row["terms"])
+    plain = ("step", "split", "mode", "group", "sample", "prompt_id", "question", "prompt_text", "text", "num_tokens")
+    return StoredRollout(
+        **{key: row[key] for key in (*plain, "truncated", "finish_reason", "weights_version")},
+        images=tuple(row["images"]),
+        truth=json.loads(row["truth"]),
+        token_ids_T=tuple(row["token_ids"]),
+        token_spans_T=tuple(zip(row["token_starts"], row["token_ends"], strict=True)),
+        rollout_logprobs_T=tuple(row["rollout_logprobs"]),
+        rewards=rewards,
+        monitors={cell["name"]: cell["value"] for cell in row["monitors"]},
+        terms=terms,
+    )
+
+
+def _credit(cell: dict[str, Any]) -> Credit:
+    span = None if cell["start"] is None else Span(cell["start"], cell["end"])
+    return Credit(cell["key"], cell["score"], span)

@@ -1,0 +1,90 @@
+"""What of the learner needs CUDA: flash kernels, bfloat16 against plain rows, offload, several steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rsgrpo.learning.attention import PrefixRow, prefix_sdpa, prefix_varlen
+from rsgrpo.learning.fsdp import init_distributed
+from rsgrpo.types import PrefixLayout
+from tests.material.learner import make_groups, make_learner
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> None:
+    """Both back ends: learners on CUDA and on CPU share the process."""
+    if not dist.is_initialized():
+        init_distributed(0, 1, "", 0, "cuda")
+
+
+LAYOUT = PrefixLayout((300, 17), ((70, 5, 64), (33,)))
+
+
+class AttentionOps(TorchDispatchMode):
+    """Notes the names of attention kernels that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in str(func):
+            self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def states(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    num_tokens = sum(LAYOUT.prompt_lengths) + sum(sum(lengths) for lengths in LAYOUT.response_lengths)
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(1, heads, num_tokens, 64, generator=generator).to(device, dtype).requires_grad_()
+        for heads in (8, 2, 2)
+    ]
+
+
+def run(attention: Any, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    query, key, value = states(dtype, device)
+    row = PrefixRow(LAYOUT, torch.device(device), dtype)
+    output = attention(query, key, value, row)
+    output.float().square().sum().backward()
+    return output.detach().float().cpu(), [state.grad.float().cpu() for state in (query, key, value)]  # type: ignore[union-attr]
+
+
+def test_every_segment_runs_on_a_kernel_without_a_dense_mask():
+    with AttentionOps() as ops:
+        run(prefix_sdpa, torch.bfloat16, "cuda")
+    assert any("flash" in name or "cudnn" in name for name in ops.names)
+    assert not any("math" in name or "efficient" in name for name in ops.names), ops.names
+
+
+@pytest.mark.parametrize("attention", [prefix_sdpa, prefix_varlen])
+def test_the_back_ends_agree_with_the_processor(attention):
+    if attention is prefix_varlen:
+        pytest.importorskip("flash_attn")
+    expected, expected_gradients = run(prefix_sdpa, torch.float32, "cpu")
+    output, gradients = run(attention, torch.bfloat16, "cuda")
+    torch.testing.assert_close(output, expected, atol=2e-2, rtol=2e-2)
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
+        assert (found - wanted).norm() < 2e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("options", [{"precision": "float32"}, {"precision": "bfloat16"}, {"offload": True}], ids=str)
+def test_updates_follow_those_of_the_processor(options, tiny_model_path, page_images):
+    groups = make_groups(page_images, [2, 0, 5])
+    expected = make_learner(tiny_model_path)
+    found = make_learner(tiny_model_path, device="cuda", **options)
+    for _ in range(2):
+        wanted, got = expected.update(groups, [1.0, 2.0]), found.update(groups, [1.0, 2.0])
+        tolerance = 1e-3 if options == {"precision": "float32"} or "offload" in options else 0.1
+        assert got["actor/grad_norm"] == pytest.approx(wanted["actor/grad_norm"], rel=tolerance)
+        assert got["actor/entropy"] == pytest.approx(wanted["actor/entropy"], rel=tolerance)

@@ -1,0 +1,42 @@
+"""An engine of this process and a learner, asked as the gate asks a pool and its ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from rollout.config import InputsConfig
+from rsgrpo.cluster.engine_check import check_gate
+from rsgrpo.config.train import LearnerConfig, ModelConfig
+from rsgrpo.learning.learner import Learner
+
+
+class OneEngine:
+    """An engine of this process, asked as a pool is; `seen` is what it sees of a prompt."""
+
+    def __init__(self, engine, seen=lambda prompt: prompt):
+        self.engine = engine
+        self.seen = seen
+
+    def generate_on_each(self, prompts, sampling):
+        groups = {group.prompt.id: group for group in self.engine.generate([self.seen(p) for p in prompts], sampling)}
+        return [[groups[prompt.id] for prompt in prompts]]
+
+    def call(self, method, *args):
+        return [getattr(self.engine, method)(*args)]
+
+
+def one_learner(model_path: str, inputs: InputsConfig):
+    """A float32 learner of one rank in this process."""
+    settings = LearnerConfig(
+        device="cpu", precision="float32", num_threads=1, gradient_checkpointing="none", max_tokens_per_micro_batch=1024
+    )
+    learner = Learner(ModelConfig(path=model_path), settings, inputs, total_steps=1)
+    return SimpleNamespace(learner=learner, call=lambda method, *args: getattr(learner, method)(*args))
+
+
+def run_gate(engines, learner, prompts, version=0):
+    return check_gate(engines, learner, prompts, num_tokens=12, tolerance=1e-4, version=version)
+
+
+def failures(checks):
+    return {check.what for check in checks if not check.holds}

@@ -1,0 +1,272 @@
+"""Encoders: VisRAG's pooling against its formula, batches and padding that change nothing, late interaction."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.material import ROOT
+
+pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
+
+from sentence_transformers import MultiVectorEncoder
+
+from recipes import retrieve
+from recipes.retrieval.encoders.base import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings
+from recipes.retrieval.encoders.choice import load_encoder
+from recipes.retrieval.encoders.sentence import LateEncoder, SentenceEncoder
+from recipes.retrieval.pages.documents import RenderSettings
+from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.store import Page, PageStore
+from recipes.retrieval.search.index import IndexFault, VectorIndex
+from recipes.retrieval.search.retriever import Retriever
+from recipes.retrieval.search.update import update_index
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.records.console import Console
+from tests.material.retrieval import coloured_store, write_image, write_pdf
+
+PIXELS = {"min_pixels": 784, "max_pixels": 784 * 16}
+
+
+def settings(path: str, **changes: Any) -> EncoderSettings:
+    return EncoderSettings(path, **(PIXELS | {"device": "cpu"} | changes))
+
+
+@pytest.fixture(scope="module")
+def pages(page_images: list[str]) -> list[Page]:
+    return [Page(f"p{row}", "d", row + 1, path, 1, 1, "") for row, path in enumerate(page_images)]
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_model_path: str) -> SentenceEncoder:
+    return SentenceEncoder(settings(tiny_model_path))
+
+
+def direct_pooling(hidden_TD: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The formulas, written out over one unpadded sequence."""
+    weights = torch.arange(1, len(hidden_TD) + 1, dtype=torch.float32)
+    pooled = {
+        "weighted_mean": (weights[:, None] * hidden_TD).sum(0) / weights.sum(),
+        "mean": hidden_TD.mean(0),
+        "last": hidden_TD[-1],
+        "cls": hidden_TD[0],
+    }[pooling]
+    return pooled / pooled.norm()
+
+
+@pytest.mark.parametrize("pooling", ["weighted_mean", "mean", "last", "cls"])
+def test_each_pooling_is_its_formula_over_the_models_hidden_states(tiny_model_path, pages, pooling):
+    encoder = SentenceEncoder(settings(tiny_model_path, pooling=pooling))
+    found = encoder.encode_pages(pages)
+    for page, vector in zip(pages, found, strict=True):
+        features = encoder.model.preprocess([encoder.loader(page)])
+        with torch.no_grad():
+            hidden_TD = encoder.model[0](features)["token_embeddings"][0]
+        np.testing.assert_allclose(vector, direct_pooling(hidden_TD, pooling).numpy(), atol=1e-6)
+
+
+def test_batch_size_never_changes_an_embedding(tiny_model_path, encoder, pages):
+    single = SentenceEncoder(settings(tiny_model_path, batch_size=1))
+    np.testing.assert_allclose(np.stack(encoder.encode_pages(pages)), np.stack(single.encode_pages(pages)), atol=1e-6)
+    queries = ["what amount is on page 2?", "7", "insufficient to answer"]
+    np.testing.assert_allclose(
+        np.stack(encoder.encode_queries(queries)), np.stack(single.encode_queries(queries)), atol=1e-6
+    )
+    assert encoder.fingerprint == single.fingerprint
+
+
+def test_padding_side_never_changes_an_embedding(tiny_model_path, encoder, pages):
+    other = SentenceEncoder(settings(tiny_model_path))
+    other.model[0].processor.tokenizer.padding_side = "left"
+    assert other.model.preprocess(["a", "a b c d"])["attention_mask"][0, 0] == 0
+    np.testing.assert_allclose(np.stack(other.encode_pages(pages)), np.stack(encoder.encode_pages(pages)), atol=1e-6)
+
+
+def test_a_query_has_the_prefix_of_visrag(tiny_model_path, encoder):
+    bare = SentenceEncoder(settings(tiny_model_path, query_prefix=""))
+    np.testing.assert_allclose(
+        encoder.encode_queries(["amount"])[0], bare.encode_queries([VISRAG_QUERY_PREFIX + "amount"])[0], atol=1e-6
+    )
+    assert bare.fingerprint != encoder.fingerprint
+
+
+def test_a_page_is_resized_once_and_by_our_rule(encoder, pages):
+    features = encoder.model.preprocess([encoder.loader.resize(Image.new("RGB", (100, 150)))])
+    # 112 x 140 is over 12,544 pixels: shrink by sqrt(15000/12544) = 1.0935 to 91.4 x 137.2, down to 84 x 112
+    assert features["image_grid_thw"].tolist() == [[1, 8, 6]]
+
+
+def test_the_fingerprint_changes_with_weights_and_settings(tiny_model_path, encoder, tmp_path):
+    assert SentenceEncoder(settings(tiny_model_path, pooling="mean")).fingerprint != encoder.fingerprint
+    assert SentenceEncoder(settings(tiny_model_path, max_pixels=784)).fingerprint != encoder.fingerprint
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_path, folder)
+    assert SentenceEncoder(settings(str(folder))).fingerprint == encoder.fingerprint
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (folder / "model.safetensors").write_bytes(bytes(weights))
+    assert SentenceEncoder(settings(str(folder))).fingerprint != encoder.fingerprint
+
+
+def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, tiny_model_path, pages):
+    with pytest.raises(EncoderError, match="no model folder"):
+        load_encoder(settings(str(tmp_path)))
+    with pytest.raises(EncoderError, match="no folder and cannot be fetched"):
+        load_encoder(settings("someone/nothing"))
+    encoder = SentenceEncoder(settings(tiny_model_path))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(EncoderError, match=r"page x of d: .*; delete .* and ingest again"):
+        encoder.encode_pages([Page("x", "d", 1, str(tmp_path / "bad.png"), 1, 1, "")])
+    encoder.model.save(str(tmp_path / "saved"))
+    with pytest.raises(EncoderError, match="which fixes the pooling"):
+        load_encoder(settings(str(tmp_path / "saved"), pooling="mean"))
+    saved = load_encoder(settings(str(tmp_path / "saved"), query_prefix=VISRAG_QUERY_PREFIX))
+    np.testing.assert_allclose(np.stack(saved.encode_pages(pages)), np.stack(encoder.encode_pages(pages)), atol=1e-6)
+
+
+def test_a_damaged_model_or_a_device_that_is_not_there_is_one_line(tmp_path, tiny_model_path, encoder):
+    encoder.model.save(str(tmp_path / "whole"))
+    for name, size, fault in (
+        ("model.safetensors", 1000, "cannot be loaded: SafetensorError"),
+        ("config.json", 1, "cannot be loaded: OSError"),
+        ("modules.json", 0, "cannot be loaded: ValueError"),
+    ):  # fmt: skip
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        file = tmp_path / name / name
+        file.write_bytes(file.read_bytes()[:size] if size else b"{}")
+        with pytest.raises(EncoderError, match=fault):
+            load_encoder(settings(str(tmp_path / name)))
+    (tmp_path / "whole" / "retriever.json").write_text("{")
+    with pytest.raises(EncoderError, match=r"retriever\.json cannot be read: .*; export the retriever again"):
+        load_encoder(settings(str(tmp_path / "whole")))
+    with pytest.raises(EncoderError, match="cannot be loaded: RuntimeError: Expected one of cpu, cuda"):
+        load_encoder(settings(tiny_model_path, device="abacus"))
+
+
+def test_a_query_that_says_nothing_or_is_no_text_is_refused(store, encoder, tmp_path):
+    VectorIndex.create(tmp_path / "index", encoder)
+    retriever = Retriever(store, tmp_path / "index", encoder)
+    with pytest.raises(RsgrpoError, match="a query is empty"):
+        retriever.search(["7", " \n"], 1)
+    with pytest.raises(RsgrpoError, match=r"the query 'caf\\udce9' is not valid UTF-8"):
+        retriever.search(["caf\udce9"], 1)
+
+
+def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, pages, tmp_path):
+    with pytest.raises(EncoderError, match="no trained projection"):
+        LateEncoder(settings(tiny_model_path, kind="late"))
+    SentenceEncoder(settings(tiny_model_path)).model.save(str(tmp_path / "single"))
+    with pytest.raises(EncoderError, match="a random one would be made up"):  # each process its own: nothing compares
+        LateEncoder(settings(str(tmp_path / "single"), kind="late"))
+    MultiVectorEncoder(tiny_model_path, device="cpu").save(str(tmp_path / "late"))
+    late = LateEncoder(settings(str(tmp_path / "late"), kind="late"))
+    first, second = late.encode_pages(pages[:2])
+    assert first.ndim == 2
+    assert len(first) != len(second)
+    np.testing.assert_allclose(np.linalg.norm(first, axis=1), 1, atol=1e-5)
+    alone = late.encode_pages(pages[:1])[0]
+    np.testing.assert_allclose(first, alone, atol=1e-5)
+    assert late.encode_queries(["what amount"])[0].ndim == 2
+
+
+def test_a_damaged_page_of_the_store_is_made_anew_as_its_error_says(store, encoder, tmp_path):
+    page = next(iter(PageStore.open(store).pages()))
+    Path(page.image).write_bytes(b"damaged")
+    index = VectorIndex.create(tmp_path / "index", encoder)
+    console = Console(io.StringIO())
+    with pytest.raises(EncoderError, match=r"; delete .* and ingest again"):
+        update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
+    shutil.rmtree(Path(page.image).parent)
+    ingest([tmp_path / "docs"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    report = update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
+    assert report.num_pages == 3
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return coloured_store(tmp_path)
+
+
+def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, encoder, tmp_path):
+    index = VectorIndex.create(tmp_path / "index", encoder)
+
+    def update() -> tuple[int, int, int]:
+        report = update_index(
+            PageStore.open(store), encoder, index, shard_pages=2, batch_pages=2, console=Console(io.StringIO())
+        )
+        return report.num_added, report.num_deleted, report.num_pages
+
+    assert update() == (3, 0, 3)
+    assert update() == (0, 0, 3)
+    docs = tmp_path / "docs"
+    (docs / "red.png").unlink()
+    write_image(docs / "white.png", "white", 56, 56)
+    retriever = Retriever(store, tmp_path / "index", encoder)
+    assert len(retriever.search(["7"], 10)[0]) == 3
+    console = Console(io.StringIO())
+    ingest([docs], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    with pytest.raises(IndexFault, match=r"no more in .*; bring the index in line"):
+        retriever.search(["7"], 10)
+    assert update() == (1, 1, 3)
+    found = Retriever(store, tmp_path / "index", encoder).search(["7"], 10)[0]
+    assert sorted(page.document for page in found) == ["blue.png", "lime.png", "white.png"]
+    assert [page.rank for page in found] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_model_path, encoder, tmp_path):
+    pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
+    write_pdf(tmp_path / "a.pdf", [f"page {row} amount {row * row}" for row in range(120)])
+    store, console = tmp_path / "store", Console(io.StringIO())
+    ingest([tmp_path / "a.pdf"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    command = ["index", str(store), "--model", tiny_model_path, "--max-pixels", "12544", "--device", "cpu"]
+    command += ["--min-pixels", "784", "--shard-pages", "2", "--batch-size", "1"]
+    shards = store / "index" / "shards"
+    process = subprocess.Popen([sys.executable, "-m", "recipes.retrieve", *command], cwd=ROOT)
+    while process.poll() is None and len(list(shards.glob("*.ids"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = len(VectorIndex.open(store / "index"))
+    assert 4 <= kept < 120
+    index = VectorIndex.create(store / "index", encoder)
+    pages = PageStore.open(store)
+    report = update_index(pages, encoder, index, shard_pages=50, batch_pages=8, console=console)
+    assert (report.num_added, report.num_deleted, report.num_pages) == (120 - kept, 0, 120)
+    ids = list(VectorIndex.open(store / "index").page_ids())
+    assert len(set(ids)) == len(ids)
+    assert sorted(ids) == sorted(pages.page_ids())
+    some = list(pages.pages())[::17]
+    for page, vector in zip(some, encoder.encode_pages(some), strict=True):
+        np.testing.assert_allclose(index.vectors([page.page_id])[page.page_id][0], vector, atol=1e-3)  # fp16
+
+
+def test_an_empty_index_finds_nothing(store, encoder, tmp_path):
+    VectorIndex.create(tmp_path / "index", encoder)
+    assert Retriever(store, tmp_path / "index", encoder).search(["7"], 10) == [[]]
+
+
+def test_index_and_search_from_the_command_line(store, tiny_model_path, capsys):
+    model = ["--model", tiny_model_path, "--max-pixels", "12544", "--device", "cpu"]
+    assert retrieve.main(["index", str(store), *model]) == 0
+    assert "pages    3" in capsys.readouterr().out
+    assert retrieve.main(["search", str(store), *model, "-k", "2", "--json", "what amount"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [page["rank"] for page in answer["pages"]] == [1, 2]
+    assert Path(answer["pages"][0]["image"]).exists()
+    assert retrieve.main(["search", str(store), *model, "what amount"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["rank", "score", "page", "document", "image"]
+    assert retrieve.main(["search", str(store), *model, "--pooling", "mean", "what amount"]) == 2
+    assert "another encoder (pooling 'own or weighted_mean' -> 'mean')" in capsys.readouterr().err

@@ -1,0 +1,344 @@
+"""Documents become pages: kinds of files, faults, updates, and a process killed on the way."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes import retrieve
+from recipes.retrieval.pages.documents import DocumentError, RenderSettings, office_to_pdf, render
+from recipes.retrieval.pages.ingest import IngestReport, ingest
+from recipes.retrieval.pages.store import PageStore, StoreError, content_writer, page_id, shown, writing
+from recipes.retrieval.pages.workers import run_tasks
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.records.console import Console
+from tests.material import ROOT
+from tests.material.retrieval import write_encrypted_pdf, write_image, write_pdf
+
+
+def run(docs: Path, out: Path, settings: RenderSettings | None = None) -> IngestReport:
+    console = Console(io.StringIO())
+    return ingest([docs], out, settings or RenderSettings(dpi=72), num_workers=1, page_timeout_s=60, console=console)
+
+
+def faults(report: IngestReport) -> dict[str, str]:
+    return {row.document: row.error for row in report.errors}
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.bmp"])
+def test_an_image_is_one_page_with_its_pixels(tmp_path, name):
+    write_image(tmp_path / name, "red", 40, 30)
+    out = tmp_path / "out"
+    out.mkdir()
+    pages, fault = render(tmp_path / name, out, RenderSettings())
+    assert [(page.number, page.width, page.height) for page in pages] == [(1, 40, 30)]
+    assert fault == ""
+    pixel = np.asarray(Image.open(out / pages[0].image))[5, 5].astype(int)
+    assert np.abs(pixel - [255, 0, 0]).max() < 15
+
+
+def test_every_frame_of_a_tiff_is_a_page(tmp_path):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "scan.tiff", save_all=True, append_images=frames[1:])
+    out = tmp_path / "out"
+    out.mkdir()
+    pages, _ = render(tmp_path / "scan.tiff", out, RenderSettings())
+    colours = [Image.open(out / page.image).getpixel((0, 0)) for page in pages]
+    assert colours == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_a_large_image_is_scaled_down_and_one_beyond_safety_is_refused(tmp_path, monkeypatch):
+    write_image(tmp_path / "large.png", "red", 400, 100)
+    (tmp_path / "out").mkdir()
+    pages, _ = render(tmp_path / "large.png", tmp_path / "out", RenderSettings(max_page_pixels=10_000))
+    assert (pages[0].width, pages[0].height) == (200, 50)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)
+    with pytest.raises(DocumentError, match=r"400 x 100 pixels|decompression bomb"):
+        render(tmp_path / "large.png", tmp_path / "out", RenderSettings())
+
+
+def test_a_page_of_50000_pixels_is_refused_before_it_is_decoded(tmp_path):
+    bomb = tmp_path / "bomb.png"
+    write_image(bomb)
+    header = bytearray(bomb.read_bytes())
+    header[16:24] = (50_000).to_bytes(4, "big") * 2  # IHDR's width and height
+    header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
+    bomb.write_bytes(bytes(header))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DocumentError, match=r"too large|more than"):
+        render(bomb, tmp_path / "out", RenderSettings())
+
+
+def test_a_strip_that_no_model_can_resize_is_an_error(tmp_path):
+    write_image(tmp_path / "strip.png", "red", 2010, 10)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DocumentError, match=r"page 1: 2010 x 10 pixels, one side is over 200 times"):
+        render(tmp_path / "strip.png", tmp_path / "out", RenderSettings())
+
+
+def test_office_files_say_what_is_missing_without_libreoffice(tmp_path, monkeypatch):
+    (tmp_path / "note.txt").write_text("hello")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DocumentError, match=r"\.txt files need LibreOffice.*install it and run the same command"):
+        office_to_pdf(tmp_path / "note.txt", tmp_path, RenderSettings())
+
+
+def fake_office(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "soffice"
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_office_files_go_through_libreoffice(tmp_path, monkeypatch):
+    write_pdf(tmp_path / "made.pdf", ["x"])
+    # the last argument is the source, the one before it the folder
+    fake_office(tmp_path, f'for a; do o=$s; s=$a; done; cp {tmp_path}/made.pdf "$o/document.pdf"', monkeypatch)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "note.txt").write_text("hello")
+    pdf = office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings())
+    assert pdf.read_bytes() == (tmp_path / "made.pdf").read_bytes()
+
+
+def test_a_failing_or_slow_libreoffice_is_an_error_of_that_document(tmp_path, monkeypatch):
+    (tmp_path / "note.txt").write_text("hello")
+    (tmp_path / "scratch").mkdir()
+    fake_office(tmp_path, "echo source file could not be loaded >&2; exit 1", monkeypatch)
+    with pytest.raises(DocumentError, match="source file could not be loaded"):
+        office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings())
+    fake_office(tmp_path, "exec sleep 30", monkeypatch)
+    with pytest.raises(DocumentError, match="took over 1 s"):
+        office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings(office_timeout_s=1))
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    fake_office(tmp_path, "exit 1", monkeypatch)
+    with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("word/document.xml", b"0" * (3 << 20))
+    with pytest.raises(DocumentError, match="unpacks to 3 MiB, more than --max-unpacked-mb 1"):
+        office_to_pdf(tmp_path / "bomb.docx", tmp_path, RenderSettings(max_unpacked_mb=1))
+
+
+def test_pages_have_ids_that_survive_renames_and_follow_content(tmp_path, docs):
+    (docs / "deep" / "er").mkdir(parents=True)
+    write_image(docs / "a.png", "red")
+    write_image(docs / "deep" / "er" / "b.png", "blue")
+    (docs / "notes.xyz").write_text("not a document")
+    report = run(docs, tmp_path / "store")
+    assert (report.num_rendered, report.num_pages, report.num_skipped, report.errors) == (2, 2, 1, ())
+    store = PageStore.open(tmp_path / "store")
+    before = {page.document: page.page_id for page in store.pages()}
+    assert set(before) == {"a.png", "deep/er/b.png"}
+    (docs / "a.png").rename(docs / "renamed.png")
+    report = run(docs, tmp_path / "store")
+    assert (report.num_removed, report.num_unchanged, report.num_pages) == (1, 1, 2)
+    after = {page.document: page.page_id for page in store.pages()}
+    assert after == {"renamed.png": before["a.png"], "deep/er/b.png": before["deep/er/b.png"]}
+    assert all(Path(page.image).exists() for page in store.pages())
+
+
+def test_add_change_delete_and_copies(tmp_path, docs):
+    write_image(docs / "a.png", "red")
+    write_image(docs / "b.png", "blue")
+    run(docs, tmp_path / "store")
+    store = PageStore.open(tmp_path / "store")
+    first = set(store.page_ids())
+    write_image(docs / "a.png", "lime", 50, 50)  # changed
+    (docs / "b.png").unlink()  # gone
+    write_image(docs / "c.png", "white")  # new
+    (docs / "copy.png").write_bytes((docs / "c.png").read_bytes())  # the same page twice
+    report = run(docs, tmp_path / "store")
+    assert (report.num_rendered, report.num_removed, report.num_pages) == (3, 1, 2)
+    assert {page.document for page in store.pages()} == {"a.png", "c.png"}
+    assert not first & set(store.page_ids())
+    assert len(list((tmp_path / "store").glob("pages/*/*"))) == 2
+
+
+def test_another_root_is_added_and_the_first_kept(tmp_path, docs):
+    write_image(docs / "a.png", "red")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_image(other / "b.png", "blue")
+    run(docs, tmp_path / "store")
+    assert run(other, tmp_path / "store").num_pages == 2
+    assert run(other / "b.png", tmp_path / "store").num_pages == 2
+
+
+def test_faulty_files_become_error_rows_and_the_rest_goes_on(tmp_path, docs):
+    pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
+    write_pdf(docs / "good.pdf", ["one", "two"])
+    write_pdf(docs / "zero.pdf", [])
+    write_encrypted_pdf(docs / "locked.pdf")
+    (docs / "broken.pdf").write_bytes(b"%PDF-1.4 and nothing else")
+    (docs / "empty.png").write_bytes(b"")
+    (docs / "text.png").write_text("no image at all")
+    write_image(docs / "image.pdf.png")
+    (docs / "image.pdf.png").rename(docs / "image.pdf")  # a wrong extension; the bytes count
+    write_image(docs / "cut.jpg", "red", 200, 200)
+    (docs / "cut.jpg").write_bytes((docs / "cut.jpg").read_bytes()[:400])
+    report = run(docs, tmp_path / "store")
+    wrong = faults(report)
+    assert set(wrong) == {"zero.pdf", "locked.pdf", "broken.pdf", "empty.png", "text.png", "cut.jpg"}
+    assert "encrypted" in wrong["locked.pdf"]
+    assert wrong["zero.pdf"] == wrong["broken.pdf"] == "the PDF is broken or has no pages"
+    assert "0 bytes" in wrong["empty.png"]
+    assert "neither a PDF nor an image" in wrong["text.png"]
+    store = PageStore.open(tmp_path / "store")
+    assert sorted((page.document, page.number) for page in store.pages()) == [
+        ("good.pdf", 1), ("good.pdf", 2), ("image.pdf", 1)
+    ]  # fmt: skip
+    assert {row.document for row in store.documents() if row.error} == set(wrong)
+    (docs / "empty.png").unlink()
+    write_image(docs / "empty.png", "blue")
+    assert run(docs, tmp_path / "store").num_pages == 4  # an error is tried again
+
+
+def test_a_pdf_page_has_its_text_and_the_wanted_resolution(tmp_path):
+    pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
+    write_pdf(tmp_path / "a.pdf", ["Hello (world)"], width=200, height=100)
+    (tmp_path / "out").mkdir()
+    pages, _ = render(tmp_path / "a.pdf", tmp_path / "out", RenderSettings(dpi=144))
+    assert (pages[0].width, pages[0].height, pages[0].text) == (400, 200, "Hello (world)")
+
+
+def test_a_pdf_page_of_50000_points_is_rendered_within_the_limit(tmp_path):
+    pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
+    write_pdf(tmp_path / "huge.pdf", ["x"], width=50_000, height=50_000)
+    (tmp_path / "out").mkdir()
+    pages, _ = render(tmp_path / "huge.pdf", tmp_path / "out", RenderSettings(max_page_pixels=250_000))
+    assert pages[0].width * pages[0].height <= 251_001
+
+
+def test_a_name_that_is_not_utf8_is_shown_escaped(tmp_path, docs):
+    name = os.fsdecode(b"caf\xe9.png")
+    write_image(docs / "a.png")
+    (docs / "a.png").rename(docs / name)
+    run(docs, tmp_path / "store")
+    (page,) = PageStore.open(tmp_path / "store").pages()
+    assert page.document == shown(name) == "caf\\xe9.png"
+    assert run(docs, tmp_path / "store").num_unchanged == 1
+
+
+def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
+    assert retrieve.main(["ingest", str(docs), "--out", str(tmp_path / "store")]) == 2
+    assert "no documents in" in capsys.readouterr().err
+    assert retrieve.main(["ingest", str(tmp_path / "nowhere"), "--out", str(tmp_path / "store")]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("x")
+    write_image(docs / "a.png")
+    with pytest.raises(StoreError, match="not empty and not a page store"):
+        run(docs, tmp_path / "full")
+    run(docs, tmp_path / "ok")
+    with pytest.raises(StoreError, match=r"other settings \(dpi 72 -> 100\)"):
+        run(docs, tmp_path / "ok", RenderSettings(dpi=100))
+    with pytest.raises(StoreError, match="not a page store; make it with"):
+        PageStore.open(tmp_path / "nowhere")
+    with pytest.raises(RsgrpoError, match=r"--dpi must be in \[10, 1200\], got 5"):
+        RenderSettings(dpi=5)
+
+
+def test_two_writers_exclude_each_other(tmp_path, docs):
+    write_image(docs / "a.png")
+    run(docs, tmp_path / "store")
+    with PageStore(tmp_path / "store").locked(), pytest.raises(StoreError, match="another process is writing"):
+        run(docs, tmp_path / "store")
+
+
+def test_a_full_disk_keeps_what_is_there(tmp_path, docs, monkeypatch):
+    write_image(docs / "a.png")
+    run(docs, tmp_path / "store")
+    before = PageStore.open(tmp_path / "store").page_ids()
+    write_image(docs / "b.png", "blue")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match=r"No space left on device; what was finished is intact\. Make room"):
+            run(docs, tmp_path / "store")
+    assert PageStore.open(tmp_path / "store").page_ids() == before
+    assert run(docs, tmp_path / "store").num_pages == 2
+    assert not list((tmp_path / "store").glob(".*.writing"))
+
+
+def test_a_content_folder_is_whole_or_absent(tmp_path):
+    def fail() -> None:
+        with content_writer(tmp_path / "ab") as folder:
+            (folder / "00001.png").write_bytes(b"half")
+            raise DocumentError("broken")
+
+    with pytest.raises(DocumentError, match="broken"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StoreError, match="cannot write"), writing(tmp_path):
+        raise OSError(errno.EROFS, "")
+
+
+def crash_or_double(task: int, alive: object) -> int:
+    if task == 1:
+        os._exit(7)
+    if task == 2:
+        time.sleep(60)
+    if task == 3:
+        raise ValueError("three")
+    return 2 * task
+
+
+def test_a_worker_that_dies_or_hangs_costs_one_task():
+    outcomes = run_tasks(crash_or_double, range(6), num_workers=2, timeout_s=5, on_alive=lambda: None)
+    found = {outcome.task: outcome for outcome in outcomes}
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
+    assert [found[task].result for task in (0, 4, 5)] == [0, 8, 10]
+    assert "exit code 7" in found[1].died
+    assert "no progress for 5 s" in found[2].died
+    assert str(found[3].error) == "three"
+
+
+def test_ingest_killed_in_the_middle_goes_on_without_loss_or_repetition(tmp_path, docs):
+    rng_colours = [f"#{value:06x}" for value in range(0x102030, 0x102030 + 40 * 977, 977)]
+    for index, colour in enumerate(rng_colours):
+        write_image(docs / f"{index:03d}.png", colour, 700, 700)
+    store = tmp_path / "store"
+    command = [sys.executable, "-m", "recipes.retrieve", "ingest", str(docs), "--out", str(store), "--workers", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(list(store.glob("pages/*/*/pages.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {file: file.stat().st_mtime_ns for file in store.glob("pages/*/[!.]*/pages.json")}
+    assert 5 <= len(finished) < 40
+    (store / "pages" / "00").mkdir(exist_ok=True)
+    (store / "pages" / "00" / ".half.1").mkdir()  # what a worker killed while writing leaves
+    report = run(docs, store, RenderSettings())
+    assert (report.num_pages, report.errors) == (40, ())
+    ids = PageStore.open(store).page_ids()
+    assert len(set(ids)) == len(ids) == 40
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished  # nothing was made twice
+    assert not list(store.glob("pages/*/.*"))
+
+
+def test_page_ids_are_worked_out_by_hand():
+    assert page_id("0123456789abcdef" + "f" * 48, 7) == "0123456789abcdef-00007"

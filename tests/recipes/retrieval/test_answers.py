@@ -1,0 +1,311 @@
+"""From retrieved pages to answers: every setting, and `ask` and `generate` from the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import random
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from recipes import infer, retrieve
+from recipes.answers.answerer import Output
+from recipes.answers.questions import Question, named_prompt, to_prompt
+from recipes.retrieval.answers.generation import Asked, answer_all, page_weights, paste, prompts_of
+from recipes.retrieval.pages.documents import RenderSettings
+from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.store import PageStore
+from recipes.retrieval.search.retriever import FoundPage
+from rollout.config import InputsConfig
+from rollout.inputs.processor import InputProcessor
+from rollout.types import Prompt
+from rsgrpo.data.prompts import read_template
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.records.console import Console
+from tests.material.retrieval import write_image
+from tests.material.taught_model import example, save_taught
+
+TEMPLATE = "{images}\nQuestion: {question}"
+ANSWER = "<observe>o</observe><evidence>\n[1]: no relevant information\n[2]: seven\n</evidence>"
+ANSWER += "<think>t</think><answer>7</answer>"
+
+
+class ScriptedAnswerer:
+    """Answers by prompt id; keeps what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, script: dict[str, tuple[str, float | None]]) -> None:
+        self._script = script
+        self.asked: list[Prompt] = []
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+        self.asked += prompts
+        for prompt in reversed(prompts):  # the order is the answerer's own affair
+            text, logprob = self._script[prompt.id]
+            error = "" if text else "no answer"
+            yield Output(prompt, text, "stop" if text else "error", error, mean_logprob=logprob)
+
+    def stream(self, prompt: Prompt) -> Generator[str | Output]:
+        yield from self.answer([prompt])
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> tuple[FoundPage, ...]:
+    found = []
+    for rank, (colour, size) in enumerate([("red", (30, 20)), ("blue", (10, 40))], start=1):
+        write_image(tmp_path / f"{colour}.png", colour, *size)
+        text = f"text of {colour} <image>"
+        found.append(
+            FoundPage(rank, 1.0 - rank / 10, f"p{rank}", f"{colour}.pdf", rank, str(tmp_path / f"{colour}.png"), text)
+        )
+    return tuple(found)
+
+
+def test_pages_are_pasted_side_by_side_or_one_below_the_other(pages):
+    paths = [page.image for page in pages]
+    wide = np.asarray(Image.open(io.BytesIO(paste(paths, "horizontal"))))
+    assert wide.shape == (40, 40, 3)
+    assert wide[10, 10].tolist() == [255, 0, 0]
+    assert wide[30, 10].tolist() == [255, 255, 255]
+    assert wide[30, 35].tolist() == [0, 0, 255]
+    tall = np.asarray(Image.open(io.BytesIO(paste(paths, "vertical"))))
+    assert tall.shape == (60, 30, 3)
+    assert tall[50, 5].tolist() == [0, 0, 255]
+
+
+def test_too_many_pages_cannot_be_pasted(pages):
+    with pytest.raises(RsgrpoError, match=r"are 30000 x 20 pixels; take fewer"):
+        paste([pages[0].image] * 1000, "horizontal")
+
+
+def test_the_weight_of_a_page_is_its_softmax_times_the_likelihood_of_its_answer():
+    weights = page_weights([math.log(3), 0.0], [math.log(0.5), math.log(0.9)])
+    assert weights == pytest.approx([0.75 * 0.5, 0.25 * 0.9])
+
+
+def test_each_setting_asks_as_it_should(pages):
+    asked = Asked("q", "how many?", pages)
+    (multi,) = prompts_of(asked, "multi_image", TEMPLATE)
+    assert multi.images == tuple(page.image for page in pages)
+    assert multi.text.count("<image>") == 2
+    (text,) = prompts_of(asked, "text", TEMPLATE)
+    assert text.images == ()
+    assert "[1]\ntext of red \n\n[2]\ntext of blue \n\nhow many?" in text.text
+    singles = prompts_of(asked, "weighted", TEMPLATE)
+    assert [(prompt.id, prompt.images) for prompt in singles] == [
+        ("q#1", (pages[0].image,)), ("q#2", (pages[1].image,))
+    ]  # fmt: skip
+    (pasted,) = prompts_of(asked, "vertical", TEMPLATE)
+    assert isinstance(pasted.images[0], bytes)
+    with pytest.raises(RsgrpoError, match=r"'how many\?' has no pages"):
+        prompts_of(Asked("q", "how many?", ()), "multi_image", TEMPLATE)
+
+
+def test_an_answer_cites_document_and_page(pages):
+    (answered,) = answer_all(
+        [Asked("q", "how many?", pages)], "multi_image", ScriptedAnswerer({"q": (ANSWER, None)}), TEMPLATE
+    )
+    assert answered.line["answer"] == "7"
+    assert [(page.document, page.number) for page in answered.cited] == [("blue.pdf", 2)]
+
+
+def test_an_answer_from_one_pasted_image_can_only_cite_all_its_pages(pages):
+    answerer = ScriptedAnswerer({"q": (ANSWER.replace("[2]", "[3]").replace("no relevant information", "seven"), None)})
+    for setting in ("horizontal", "vertical"):
+        (answered,) = answer_all([Asked("q", "which?", pages)], setting, answerer, TEMPLATE)
+        assert [(page.document, answered.index_of(page)) for page in answered.cited] == [
+            ("red.pdf", 1),
+            ("blue.pdf", 1),
+        ]
+
+
+def test_weighted_selection_takes_the_surest_answer(pages):
+    # softmax(.9, .8) = .525, .475; .525 * .1 < .475 * .9
+    script: dict[str, tuple[str, float | None]]
+    script = {"q#1": ("<answer>one</answer>", math.log(0.1)), "q#2": ("<answer>two</answer>", math.log(0.9))}
+    (answered,) = answer_all([Asked("q", "?", pages)], "weighted", ScriptedAnswerer(script), TEMPLATE)
+    assert (answered.line["id"], answered.line["answer"], answered.sources) == ("q", "two", (pages[1],))
+    assert answered.weights == pytest.approx((0.0525, 0.4275), abs=1e-4)
+    script["q#2"] = ("", None)  # that page's prompt failed: the other one answers
+    (answered,) = answer_all([Asked("q", "?", pages)], "weighted", ScriptedAnswerer(script), TEMPLATE)
+    assert answered.line["answer"] == "one"
+    script["q#2"] = ("<answer>two</answer>", None)
+    with pytest.raises(RsgrpoError, match="needs log-probabilities, and scripted gives none"):
+        answer_all([Asked("q", "?", pages)], "weighted", ScriptedAnswerer(script), TEMPLATE)
+
+
+def test_pages_without_text_cannot_be_a_text_baseline(pages):
+    bare = FoundPage(1, 1.0, "p", "d", 1, pages[0].image, " ")
+    with pytest.raises(RsgrpoError, match=r"none of the pages of '\?' has text; use their images"):
+        prompts_of(Asked("q", "?", (bare,)), "text", TEMPLATE)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for colour in ("red", "blue"):
+        write_image(docs / f"{colour}.png", colour, 56, 56)
+    quiet = Console(io.StringIO())
+    ingest([docs], tmp_path / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+    ids = PageStore.open(tmp_path / "store").page_ids()
+    (tmp_path / "vectors").mkdir()
+    (tmp_path / "vectors" / "encoder.json").write_text('"by hand"')
+    np.save(tmp_path / "vectors" / "pages.npy", np.eye(2))
+    (tmp_path / "vectors" / "page_ids.txt").write_text("\n".join(ids) + "\n")
+    np.save(tmp_path / "vectors" / "queries.npy", np.array([[0.6, 0.8], [1.0, 0.0]]))
+    (tmp_path / "vectors" / "queries.jsonl").write_text('"which?"\n"other?"\n')
+    return tmp_path / "store"
+
+
+def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, tiny_model_path, capsys):
+    def command(*arguments: Any) -> str:
+        assert retrieve.main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    vectors = ["--kind", "imported", "--model", tmp_path / "vectors"]
+    command("index", store, *vectors)
+    documents = [
+        page["document"] for page in json.loads(command("search", store, *vectors, "which?", "--json"))["pages"]
+    ]
+    by_id = {page.page_id: page.document for page in PageStore.open(store).pages()}
+    ids = PageStore.open(store).page_ids()
+    assert documents == [by_id[ids[1]], by_id[ids[0]]]  # scores .8 and .6
+    again = json.loads(command("search", store, "which?", "--json"))  # the index says what made it
+    assert [page["document"] for page in again["pages"]] == documents
+
+    script = tmp_path / "script.jsonl"
+    lines = [{"id": name, "responses": [ANSWER]} for name in ("question", "q1", "q2")]
+    script.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    who = ["--engine", "fake", "--script", script, "--answer-model", tiny_model_path, "--answer-max-pixels", 3136]
+    shown = command("ask", store, "which?", *vectors, "-k", 2, *who)
+    assert shown.startswith(f"answer: 7\n  [2] {documents[1]}, page 1: seven\n")
+    line = json.loads(command("ask", store, "which?", *vectors, "-k", 2, *who, "--json"))
+    assert line["cited"] == [{"document": documents[1], "page": 1}]
+
+    queries, qrels, run = tmp_path / "queries.jsonl", tmp_path / "qrels.tsv", tmp_path / "x.run"
+    queries.write_text(
+        '{"_id": "q1", "text": "which?", "answers": ["7"]}\n{"_id": "q2", "text": "other?", "answers": ["9"]}\n'
+    )
+    qrels.write_text(f"q1\t{documents[0]}\t1\nq2\t{documents[0]}\t1\n")
+    command("run", store, *vectors, "--queries", queries, "--out", run, "-k", 2)
+    shown = command(
+        "top", store, run, "--queries", queries, "--qrels", qrels, "--out", tmp_path / "top1_test.jsonl", "-k", 1
+    )
+    assert "2 questions, 1 with all they need" in shown
+    rows = [json.loads(text) for text in (tmp_path / "top1_test.jsonl").read_text().splitlines()]
+    assert [row["is_sufficient"] for row in rows] == [True, False]
+    assert Path(rows[0]["image"][0]).exists()
+    out = tmp_path / "answers.jsonl"
+    base = ["generate", store, "--queries", queries, "--out", out, "--rule", "ChartQA", *who]
+    assert "2 answers, 0.5000 right by the rule of ChartQA" in command(*base, "--run-file", run, "-k", 2)
+    assert "0.5000 right" in command(*base, "--oracle", qrels)
+    assert [len(json.loads(text)["pages"]) for text in out.read_text().splitlines()] == [1, 1]
+
+
+def test_generate_refuses_queries_without_pages(store, tmp_path, capsys):
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "which?"}\n')
+    (tmp_path / "x.run").write_text("")
+    command = [
+        "generate",
+        store,
+        "--queries",
+        tmp_path / "queries.jsonl",
+        "--run-file",
+        tmp_path / "x.run",
+        "--out",
+        "x",
+    ]
+    assert retrieve.main([str(part) for part in command]) == 2
+    assert "query q1 has no pages" in capsys.readouterr().err
+
+
+def test_a_real_model_answers_in_every_setting_and_weighs_pages_by_its_own_likelihood(
+    store, tmp_path, tiny_model_path, capsys
+):
+    vectors = ["--kind", "imported", "--model", str(tmp_path / "vectors")]
+    assert retrieve.main(["index", str(store), *vectors]) == 0
+    who = ["--answer-model", tiny_model_path, "--device", "cpu", "--answer-max-pixels", "3136", "--max-tokens", "8"]
+    capsys.readouterr()
+
+    def ask(setting: str) -> dict[str, Any]:
+        assert (
+            retrieve.main(["ask", str(store), "which?", *vectors, "-k", "2", *who, "--setting", setting, "--json"]) == 0
+        )
+        (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("{")]
+        return json.loads(line)
+
+    lines = {setting: ask(setting) for setting in ("multi_image", "horizontal", "vertical", "weighted")}
+    assert all(line["raw"] and line["finish_reason"] in ("stop", "length") for line in lines.values())
+    assert lines["multi_image"]["num_prompt_tokens"] > lines["weighted"]["num_prompt_tokens"]  # two pages, one page
+
+    # the same prompts, asked directly
+    pages = tuple(FoundPage(**page) for page in lines["weighted"]["pages"])
+    assert [page.score for page in pages] == [0.8, 0.6]
+    arguments = ["--model", tiny_model_path, "--device", "cpu", "--max-pixels", "3136", "--min-pixels", "784"]
+    answerer = infer.answerer_of(infer.parser().parse_args([*arguments, "--max-tokens", "8"]))
+    prompt = named_prompt("evidence")
+    outputs = {
+        output.prompt.id: output
+        for output in answerer.answer(prompts_of(Asked("q", "which?", pages), "weighted", read_template(prompt)))
+    }
+    answerer.close()
+    logprobs = [outputs[f"q#{rank}"].mean_logprob or 0.0 for rank in (1, 2)]
+    top = math.exp(0.8) / (math.exp(0.8) + math.exp(0.6))
+    expected = [top * math.exp(logprobs[0]), (1 - top) * math.exp(logprobs[1])]
+    assert lines["weighted"]["weights"] == pytest.approx(expected, rel=1e-4)
+    chosen = outputs["q#1" if expected[0] >= expected[1] else "q#2"]
+    assert lines["weighted"]["raw"] == chosen.text
+
+
+def test_weighted_takes_the_answer_that_a_model_of_one_page_is_sure_of(store, tmp_path, attentive_model_path, capsys):
+    ids = PageStore.open(store).page_ids()
+    images = {page.page_id: page.image for page in PageStore.open(store).pages()}
+    prompt, limits = named_prompt("demo"), InputsConfig(min_pixels=784, max_pixels=3136)
+    first, second = (
+        to_prompt(Question(place, "which?", (images[ids[row]],)), read_template(prompt), prompt.system)
+        for place, row in (("first", 1), ("second", 0))
+    )
+    # any four digits are an answer to the page that is found first, one number to the one that is found second
+    rng, sure = random.Random(0), "<answer>7777</answer>"
+    anything = [f"<answer>{rng.randint(1000, 9999)}</answer>" for _ in range(60)]
+    lessons = [lesson for answer in anything for lesson in ((first, answer), (second, sure))]
+    model = save_taught(attentive_model_path, tmp_path / "taught", lessons, limits, 120)
+
+    vectors = ["--kind", "imported", "--model", str(tmp_path / "vectors")]
+    assert retrieve.main(["index", str(store), *vectors]) == 0
+    who = ["--answer-model", model, "--device", "cpu", "--answer-max-pixels", "3136", "--prompt", "demo"]
+    capsys.readouterr()
+    command = ["ask", str(store), "which?", *vectors, "-k", "2", *who, "--max-tokens", "16"]
+    assert retrieve.main([*command, "--setting", "weighted", "--json"]) == 0
+    line = json.loads(next(text for text in capsys.readouterr().out.splitlines() if text.startswith("{")))
+    assert [page["score"] for page in line["pages"]] == [0.8, 0.6]
+    assert line["answer"] == "7777"
+
+    processor = InputProcessor(model, limits)
+    network = AutoModelForImageTextToText.from_pretrained(model)
+
+    def mean_logprob(prompt: Prompt, answer: str) -> float:
+        """Transformers' own loss, apart from any engine of ours."""
+        with torch.no_grad():
+            return -network(**example(processor, prompt, answer)).loss.item()
+
+    answerer = infer.answerer_of(infer.parser().parse_args(["--model", model, "--device", "cpu", "--max-tokens", "16"]))
+    (guess,) = answerer.answer([first])
+    answerer.close()
+    # softmax(.8, .6) = 1 / (1 + e^-.2), 1 / (1 + e^.2) = .54983, .45017
+    expected = [0.54983 * math.exp(mean_logprob(first, guess.text)), 0.45017 * math.exp(mean_logprob(second, sure))]
+    assert line["weights"] == pytest.approx(expected, rel=2e-3)
+    assert expected[0] < expected[1]

@@ -1,0 +1,146 @@
+"""The page over a store: what it shows as HTML, and what may be added and asked."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
+
+from recipes import app
+from recipes.answers.answerer import Output
+from recipes.answers.batch import result_line
+from recipes.retrieval.answers.generation import Answered, Asked
+from recipes.retrieval.answers.library import Asking, Library, LibrarySettings
+from recipes.retrieval.answers.page_view import answer_html, pages_html
+from recipes.retrieval.search.retriever import FoundPage
+from rollout.types import Prompt
+from rsgrpo.errors import InputError
+from rsgrpo.records.console import Console
+from tests.material.retrieval import write_image
+
+ANSWER = (
+    "<observe>o</observe><evidence>\n[1]: no relevant information\n[2]: seven <b>apples</b>\n</evidence>"
+    "<think>t</think><answer>7 & more</answer>"
+)
+PAGES = tuple(
+    FoundPage(rank, 1 - rank / 4, f"p{rank}", f"<i>{rank}.pdf", rank, f"/store/{rank} a.png", "") for rank in (1, 2)
+)
+
+
+def finished(text: str, finish_reason: str = "stop", error: str = "") -> Asking:
+    line = result_line(Output(Prompt("question", "?", ("a", "b")), text, finish_reason, error), "m")
+    return Asking("?", "multi_image", PAGES, text, Answered(Asked("question", "?", PAGES), line, PAGES), {})
+
+
+# What is shown
+
+
+def test_cited_pages_are_framed_with_rank_and_score_and_nothing_of_a_document_is_markup():
+    html = pages_html(finished(ANSWER), app.address)
+    first, second = re.findall(r"<figure.*?</figure>", html)
+    assert 'class="found" data-rank="1"' in first
+    assert 'class="cited" data-rank="2"' in second
+    assert "[2]</span> 0.5000" in second
+    assert 'src="/gradio_api/file=/store/2%20a.png"' in second
+    assert "<i>" not in html
+
+
+def test_while_an_answer_is_written_no_page_is_framed():
+    asking = Asking("?", "multi_image", PAGES, "<obs", None, {})
+    assert "cited" not in pages_html(asking, str)
+    assert answer_html(asking) == ""
+
+
+def test_an_evidence_card_opens_its_page():
+    html = answer_html(finished(ANSWER))
+    assert '<div class="answer">7 &amp; more</div>' in html
+    (card,) = re.findall(r"<button.*?</button>", html)
+    assert 'popovertarget="page-2"' in card
+    assert "seven &lt;b&gt;apples&lt;/b&gt;" in card
+    assert 'id="page-2"' in pages_html(finished(ANSWER), str)
+
+
+def test_faults_are_shown_under_the_answer():
+    assert "no &lt;evidence&gt; block" in answer_html(finished("<answer>7</answer>"))
+    assert "raise --max-tokens" in answer_html(finished(ANSWER, "length"))
+    html = answer_html(finished("", "error", "the endpoint <fell>"))
+    assert "the endpoint &lt;fell&gt;" in html
+    assert 'class="answer"' not in html
+
+
+# What may be added and asked
+
+
+def library(store: Path, **limits: Any) -> Library:
+    nobody: Any = None  # encodes: nothing comes that far
+    return Library(store, store / "index", nobody, None, LibrarySettings(**limits), Console(io.StringIO()))
+
+
+def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):
+    write_image(tmp_path / "a.png")
+    (tmp_path / "b.xyz").write_text("nothing we read")
+    (tmp_path / "large.pdf").write_bytes(b"%PDF-" + bytes(1 << 20) + b"x")
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "other" / "a.png")
+    empty = library(tmp_path / "store", max_files=2, max_file_mb=1)
+    for files, says in (
+        ([], "0 files were given; between 1 and --max-files 2"),
+        (["a.png", "b.xyz", "large.pdf"], "3 files were given"),
+        (["a.png", "b.xyz"], "b.xyz is no document"),
+        (["a.png", "other/a.png"], "two of the files are called a.png"),
+    ):
+        with pytest.raises(InputError, match=says):
+            empty.add([tmp_path / file for file in files])
+    (tmp_path / "large.pdf").write_bytes(b"%PDF-" + bytes(2 << 20))
+    with pytest.raises(InputError, match=r"large.pdf has 2 MiB, more than --max-file-mb 1"):
+        empty.add([tmp_path / "large.pdf"])
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_question_needs_words_and_pages(tmp_path):
+    with pytest.raises(InputError, match="the question is empty"):
+        next(library(tmp_path / "store").ask("  ", 3, "multi_image"))
+    with pytest.raises(InputError, match="the question has 4,001 characters, more than 4,000"):
+        next(library(tmp_path / "store").ask("é" * 4_001, 3, "multi_image"))
+    with pytest.raises(InputError, match="the question holds half a character"):
+        next(library(tmp_path / "store").ask("how\ud83d?", 3, "multi_image"))
+    with pytest.raises(InputError, match="add documents first"):
+        next(library(tmp_path / "store").ask("how much?", 3, "multi_image"))
+
+
+def test_a_folder_that_is_something_else_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(InputError, match="neither a page store nor an empty folder"):
+        library(tmp_path)
+    with pytest.raises(InputError, match="--max-pages must be >= 1, got 0"):
+        LibrarySettings(max_pages=0)
+
+
+@pytest.mark.parametrize(
+    ("host", "local"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("box", False)]
+)
+def test_only_addresses_of_this_machine_count_as_local(host, local):
+    assert app._is_loopback(host) is local
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "none", "-k", "21"], "-k must be in [1, 20], got 21"),
+        (["--model", "none", "--engine", "vllm"], "name a model folder or hub id, or an endpoint"),
+        (["--model", "none", "--rerank", "none"], "--rerank needs --rerank-index"),
+        ([], "makes it, or name the retriever with --model"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(arguments, says, tmp_path, capsys):
+    pytest.importorskip("gradio", reason="needs the app extra")
+    assert app.main([str(tmp_path / "store"), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert shown.count("\n") == 1

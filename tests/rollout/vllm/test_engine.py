@@ -1,0 +1,311 @@
+"""Sampling with the real vLLM (its CPU build) against transformers, on a random two-layer Qwen2.5-VL."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoConfig
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from rollout.build import build_engine
+from rollout.config import ConfigError, RolloutConfig, VllmConfig
+from rollout.engine import EngineError, EngineFailed
+from rollout.types import Prompt, SamplingParams
+from rollout.vllm.memory import cache_bytes_per_token
+from rollout.vllm.requests import build_request
+from rsgrpo.cluster.engine_check import blanked, table
+from tests.material.gate import OneEngine, failures, one_learner, run_gate
+from tests.material.vllm_parity import (
+    INPUTS,
+    ROLLOUT,
+    assert_greedy_parity,
+    reference_logprobs,
+    reference_model,
+)
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def engine(attentive_model_path):
+    engine = build_engine(attentive_model_path, ROLLOUT, INPUTS, name="engine 0")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def model(attentive_model_path):
+    return reference_model(attentive_model_path)
+
+
+@pytest.fixture(scope="module")
+def learner(attentive_model_path):
+    return one_learner(attentive_model_path, INPUTS)
+
+
+@pytest.fixture
+def prompts(page_images):
+    return [
+        Prompt("three", "<image> and <image> or <image> what amount is on page 2?", tuple(page_images[:3])),
+        Prompt("one", "what code is on <image>?", (page_images[4],)),
+        Prompt("none", "insufficient to answer?", ()),
+        Prompt("repeat", "<image><image> page 1", (page_images[1], page_images[1])),
+    ]
+
+
+def test_greedy_tokens_and_logprobs_equal_transformers(engine, model, prompts):
+    assert_greedy_parity(engine, model, prompts, GREEDY)
+
+
+def test_sampled_logprobs_equal_the_teacher_forced_ones_at_the_sampling_temperature(engine, model, prompts):
+    sampling = SamplingParams(group_size=3, temperature=0.7, max_tokens=24, seed=5)
+    for group in engine.generate(prompts, sampling):
+        assert group.error is None
+        assert len(group.rollouts) == 3
+        assert group.num_prompt_tokens == len(engine.processor.encode(group.prompt).token_ids_T)
+        for rollout in group.rollouts:
+            expected = reference_logprobs(model, engine.processor, group.prompt, rollout.token_ids_T, 0.7)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
+
+
+def test_vision_tokens_are_never_sampled(engine, prompts):
+    # Unbanned, each of 5 in 400 tokens of a random model would come up in about 1 of 80 draws.
+    groups = list(engine.generate(prompts, SamplingParams(group_size=8, temperature=1.5, max_tokens=48)))
+    sampled = [token for group in groups for rollout in group.rollouts for token in rollout.token_ids_T]
+    assert len(sampled) > 800
+    assert len(engine.processor.banned_token_ids) == 5
+    assert not set(sampled) & set(engine.processor.banned_token_ids)
+
+
+def test_pixels_reach_vllm_unchanged(engine, prompts):
+    request, _ = build_request(engine.processor, prompts[0], max_tokens=8, max_model_len=400)
+    (rendered,) = engine._run(engine._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
+    patches = torch.cat([item["pixel_values"].data for item in rendered["mm_kwargs"]["image"]])
+    # vLLM normalises on the device; the parity tests cover that, this one every single byte before it.
+    images = engine.processor.load_images(prompts[0])
+    plain = {"do_resize": False, "do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    assert torch.equal(patches, engine.processor.image_processor(images=images, **plain)["pixel_values"])
+
+
+def test_equal_seeds_give_equal_responses_and_siblings_differ(engine, prompts):
+    def tokens(seed):
+        sampling = SamplingParams(group_size=3, max_tokens=16, seed=seed)
+        groups = sorted(engine.generate(prompts[:2], sampling), key=lambda group: group.prompt.id)
+        return [rollout.token_ids_T for group in groups for rollout in group.rollouts]
+
+    first = tokens(1)
+    assert len(set(first)) == 6
+    assert tokens(1) == first
+    assert not set(tokens(2)) & set(first)
+
+
+def test_a_group_computes_its_prompt_once(engine, page_images):
+    text = "<image> what amount is on page 2? " + "page 1 shows a code 4 and an amount 7 " * 10
+    prompts = [Prompt(f"long{index}", f"{text}{index}", (page_images[index],)) for index in range(2)]
+    lengths = [engine.processor.count_tokens(prompt) for prompt in prompts]
+    assert min(lengths) > 128
+    engine.stats()
+    list(engine.generate(prompts, SamplingParams(group_size=8, max_tokens=4)))
+    stats = engine.stats()
+    # Whole blocks of 32 tokens are shared; the last prompt token is always computed, to predict what follows it.
+    assert stats["prompt_tokens"] == 8 * sum(lengths)
+    assert stats["cached_tokens"] == 7 * sum((length - 1) // 32 * 32 for length in lengths)
+    assert stats["prefix_cache_hit_rate"] == stats["cached_tokens"] / stats["prompt_tokens"]
+    assert stats["generated_tokens"] > 0
+
+
+def test_the_cache_has_the_blocks_that_its_bytes_make(engine, attentive_model_path):
+    text = AutoConfig.from_pretrained(attentive_model_path).get_text_config()
+    # 2 layers x (keys + values) x 1 head x 32 x 4 bytes = 512 bytes a token, 32 tokens a block, 64 MiB.
+    assert cache_bytes_per_token(text, "float32") == 512
+    assert engine._llm.vllm_config.cache_config.num_gpu_blocks == (64 << 20) // (512 * 32)
+
+
+def test_prompts_that_do_not_fit_into_one_step_are_sampled_as_exactly(engine, model, page_images):
+    text = "page 1 shows a code 4 and an amount 7 " * 10
+    prompts = [Prompt(f"many{index}", f"{index} <image> {text}", (page_images[index % 5],)) for index in range(16)]
+    assert sum(engine.processor.count_tokens(prompt) for prompt in prompts) > 2048  # tokens of a step on CPU
+    groups = list(engine.generate(prompts, SamplingParams(group_size=2, max_tokens=4)))
+    assert len(groups) == 16
+    for group in groups:
+        rollout = group.rollouts[1]
+        expected = reference_logprobs(model, engine.processor, group.prompt, rollout.token_ids_T)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
+
+
+def test_bad_prompts_fail_alone_with_a_reason(engine, prompts, page_images, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n not really")
+    bad = {
+        "long": (Prompt("long", "page " * 500), "inputs.max_prompt_tokens is 400"),
+        "unreadable": (Prompt("unreadable", "<image>", (str(broken),)), "broken.png"),
+        "many": (Prompt("many", "<image>" * 4, tuple(page_images[:4])), "inputs.max_images is 3"),
+        "marks": (Prompt("marks", "<image>", ()), "1 <image> marks for 0 images"),
+    }
+    asked = [prompt for prompt, _ in bad.values()] + prompts[:1]
+    groups = {group.prompt.id: group for group in engine.generate(asked, SamplingParams(group_size=2, max_tokens=4))}
+    assert len(groups) == 5
+    assert len(groups["three"].rollouts) == 2
+    for name, (_, reason) in bad.items():
+        assert groups[name].rollouts == ()
+        assert reason in groups[name].error
+
+
+def test_responses_end_at_the_limit_or_at_end_of_text(engine, prompts):
+    groups = list(engine.generate(prompts * 3, SamplingParams(group_size=8, temperature=1.2, max_tokens=40, seed=3)))
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        ended = rollout.token_ids_T[-1] == engine.processor.eos_token_id
+        assert ended == (rollout.finish_reason == "stop")
+        assert engine.processor.eos_token_id not in rollout.token_ids_T[:-1]
+        assert len(rollout.token_ids_T) == 40 or ended
+        assert len(rollout.token_spans_T) == len(rollout.logprobs_T) == len(rollout.token_ids_T)
+        if ended:
+            assert rollout.token_spans_T[-1] == (len(rollout.text), len(rollout.text))
+
+
+def test_a_response_limit_beyond_the_engine_is_refused_with_the_setting_to_raise(engine, prompts):
+    (group,) = engine.generate(prompts[:1], SamplingParams(max_tokens=500))
+    assert "raise rollout.vllm.max_model_len" in group.error
+
+
+def test_groups_come_while_others_still_run_and_closing_aborts_the_rest(engine, prompts):
+    many = [Prompt(f"p{index}", f"amount {index}?") for index in range(24)]
+    engine.stats()
+    groups = engine.generate(many, SamplingParams(group_size=8, temperature=1.0, max_tokens=40))
+    assert next(groups).error is None
+    groups.close()
+    list(engine.generate(prompts[2:3], SamplingParams(max_tokens=2)))  # the engine is free again
+    assert engine.stats()["generated_tokens"] < 24 * 8 * 20
+
+
+def test_sampling_that_makes_no_sense_is_refused(engine, prompts):
+    with pytest.raises(EngineError, match="group_size must be >= 1"):
+        next(engine.generate(prompts, SamplingParams(group_size=0)))
+
+
+# ---- the gate between this engine and the learner ------------------------------------------------------------------
+
+
+def test_the_gate_holds_between_vllm_and_the_learner(engine, learner, prompts):
+    checks = run_gate(OneEngine(engine), learner, prompts)
+    assert failures(checks) == set(), table(checks)
+    assert len(checks) == 4 * 6 + 2
+
+
+def test_the_gate_catches_stale_weights(engine, attentive_model_path, prompts, tmp_path):
+    shutil.copytree(attentive_model_path, tmp_path / "moved")
+    reference_model(attentive_model_path, seed=1).save_pretrained(tmp_path / "moved")
+    ahead = one_learner(str(tmp_path / "moved"), INPUTS)
+    assert {"greedy token below the best", "log-probabilities differ by"} <= failures(
+        run_gate(OneEngine(engine), ahead, prompts)
+    )
+    assert failures(run_gate(OneEngine(engine), ahead, prompts, version=1)) >= {"weights version"}
+
+
+def test_the_gate_catches_missing_images(engine, learner, prompts):
+    grey = OneEngine(engine, seen=lambda prompt: dataclasses.replace(blanked(prompt), id=prompt.id))
+    assert {"blank pages change its answer by", "log-probabilities differ by"} <= failures(
+        run_gate(grey, learner, prompts)
+    )
+
+
+def test_the_gate_catches_other_pixels_of_the_same_and_of_another_size(
+    engine, learner, attentive_model_path, prompts, page_images, tmp_path
+):
+    mirrored = {}
+    for path in page_images:
+        mirrored[path] = str(tmp_path / Path(path).name)
+        ImageOps.mirror(Image.open(path)).save(mirrored[path])
+
+    def seen(prompt):
+        return dataclasses.replace(prompt, images=tuple(mirrored.get(source, source) for source in prompt.images))
+
+    assert failures(run_gate(OneEngine(engine, seen), learner, prompts)) & {
+        "greedy token below the best",
+        "log-probabilities differ by",
+    }
+    smaller = one_learner(attentive_model_path, dataclasses.replace(INPUTS, max_pixels=784 * 4))
+    assert {"prompt tokens, image tokens", "image features of the engine"} <= failures(
+        run_gate(OneEngine(engine), smaller, prompts)
+    )
+
+
+# ---- what ends before it starts --------------------------------------------------------------------------------------
+
+
+def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
+    def build(**options):
+        rollout = RolloutConfig(engine="vllm", max_response_tokens=48, vllm=VllmConfig(**options))
+        build_engine(tiny_model_path, rollout, INPUTS)
+
+    with pytest.raises(
+        ConfigError, match=r"tensor_parallel_size=3 does not divide the model's 2 attention heads.*\[1, 2\]"
+    ):
+        build(tensor_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"5,000 tokens, the model's positions end at 4,096"):
+        build(max_model_len=5000)
+    with pytest.raises(ConfigError, match="sync=nccl does not work on CPU; use gloo"):
+        build(sync="nccl")
+    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.0001 does not hold .* \(448 tokens, .*raise it to 0\.00"):
+        build(kv_cache_gib=0.0001)
+    with pytest.raises(
+        ConfigError, match=r"vLLM needs 9\d\d\.\d GiB .*KV cache 900\.0.* lower rollout.vllm.kv_cache_gib"
+    ):
+        build(kv_cache_gib=900)
+    with pytest.raises(ConfigError, match="the installed vLLM runs on cpu, rollout asks for cuda"):
+        build_engine(tiny_model_path, ROLLOUT, INPUTS, device="cuda")
+
+
+def test_a_model_that_vllm_does_not_know_is_refused(tiny_model_path, tmp_path):
+    shutil.copytree(tiny_model_path, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["OurOwnModel"]}))
+    with pytest.raises(ConfigError, match=r"vLLM does not support .*OurOwnModel.*use rollout.engine=hf"):
+        build_engine(str(tmp_path / "model"), ROLLOUT, INPUTS)
+
+
+def test_a_stream_tells_the_text_in_pieces_and_ends_with_the_group(engine, prompts):
+    sampling = SamplingParams(group_size=1, temperature=1.0, max_tokens=40, seed=3)  # greedy text is one long half byte
+    *pieces, group = engine.stream(prompts[1], sampling)
+    assert len(pieces) > 1
+    (whole,) = engine.generate([prompts[1]], sampling)
+    assert "".join(pieces) == group.rollouts[0].text == whole.rollouts[0].text
+    assert group.rollouts[0].token_ids_T == whole.rollouts[0].token_ids_T
+
+
+def test_a_stream_that_nobody_reads_to_its_end_leaves_the_engine_free(engine, prompts):
+    stream = engine.stream(prompts[1], dataclasses.replace(GREEDY, max_tokens=24))
+    next(stream)
+    stream.close()
+    (group,) = engine.generate([prompts[0]], GREEDY)
+    assert group.error is None
+
+
+def test_a_stream_of_a_prompt_that_cannot_be_sampled_ends_with_its_error(engine):
+    (group,) = engine.stream(Prompt("gone", "<image>?", ("no-such-file.png",)), GREEDY)
+    assert "no-such-file.png" in group.error
+
+
+# The last test of the module: it takes the engine with it.
+def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts):
+    engine._config = dataclasses.replace(engine._config, stall_timeout_s=3)
+    (process,) = engine._llm.engine_core.resources.engine_manager.processes
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 3 s"):
+            list(engine.generate(prompts, GREEDY))
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(EngineFailed, match="start another"):
+        list(engine.generate(prompts, GREEDY))

@@ -1,0 +1,110 @@
+"""The calls that only GPUs make, against the interfaces of the installed vLLM: names alone; no engine starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torch's compiler, which vLLM imports
+    from vllm import AsyncEngineArgs
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.distributed.weight_transfer import ipc_engine, nccl_common, packed_tensor
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+from rollout.vllm.launch import child_environment, engine_arguments
+from rollout.vllm.peers import Engines, Peer
+from rollout.vllm.weights_out import _IpcClient, nccl_infos
+from tests.material.vllm_parity import INPUTS, ROLLOUT
+
+
+def recording_peers(calls: list[tuple[str, Any]], sizes: list[int]) -> list[Peer]:
+    """Engines that note what they are called with."""
+
+    def call(method: str, args: tuple[Any, ...]) -> Any:
+        calls.append((method, args))
+        return lambda timeout_s: None
+
+    return [Peer(f"engine {index}", size, call) for index, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_every_argument_of_an_engine_on_gpus_is_one_of_vllms(degree):
+    vllm = dataclasses.replace(
+        ROLLOUT.vllm, tensor_parallel_size=degree, sleep_level=1, block_size=16, max_num_batched_tokens=4096
+    )
+    rollout = dataclasses.replace(ROLLOUT, vllm=vllm)
+    arguments = engine_arguments("m", rollout, INPUTS, cpu=False, backend="ipc", lora_rank=8, kv_cache_bytes=1 << 30)
+    assert set(arguments) <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert arguments["enable_sleep_mode"]
+    assert arguments.get("distributed_executor_backend") == ("mp" if degree == 2 else None)
+    assert WeightTransferConfig(**arguments["weight_transfer_config"]).backend == "ipc"
+
+
+def test_the_transports_that_we_name_are_registered():
+    import rollout.vllm.weights_in  # noqa: F401  (registers gloo)
+
+    assert {"gloo", "ipc", "nccl"} <= set(WeightTransferEngineFactory._registry)
+
+
+def test_each_engine_is_told_its_ranks_in_the_nccl_group():
+    peers = recording_peers([], [2, 1, 2])
+    meet = {"master_address": "10.0.0.1", "master_port": 1234, "world_size": 6}
+    infos = [nccl_common.NCCLWeightTransferInitInfo(**info) for info in nccl_infos(peers, meet, 1 << 20)]
+    assert [info.rank_offset for info in infos] == [1, 3, 4]  # rank 0 sends
+    assert {(info.world_size, info.master_port, info.packed) for info in infos} == {(6, 1234, True)}
+    assert {info.packed_buffer_size_bytes for info in infos} == {1 << 20}
+    inspect.signature(nccl_common.trainer_init).bind(meet)
+    inspect.signature(packed_tensor.packed_nccl_broadcast_producer).bind(
+        iterator=iter(()), group=None, src=0, post_iter_func=None, buffer_size_bytes=1
+    )
+
+
+def test_ipc_handles_reach_the_receiver_as_the_sender_made_them(monkeypatch):
+    for key, value in child_environment(ROLLOUT.vllm, cpu=False, backend="ipc", num_threads=1).items():
+        monkeypatch.setenv(key, value)
+    calls: list[tuple[str, Any]] = []
+    client = _IpcClient(Engines(recording_peers(calls, [1]), 5.0))
+    handles = {"GPU-1": ("rebuild", 1, b"handle"), "GPU-2": ("rebuild", 2, b"other")}
+    made = ipc_engine.IPCWeightTransferUpdateInfo(
+        names=["a"], dtype_names=["float32"], shapes=[[2]], ipc_handles=handles, tensor_sizes=[8]
+    )
+    client.init_weight_transfer_engine({"packed": True})
+    client.start_weight_update()
+    client.update_weights(dataclasses.asdict(made))
+    client.version = 7
+    client.finish_weight_update()
+    assert [method for method, _ in calls] == [
+        "transfer_init", "transfer_start", "transfer_update", "transfer_finish",
+    ]  # fmt: skip
+    ipc_engine.IPCWeightTransferInitInfo(**calls[0][1][0])
+    received = ipc_engine.IPCWeightTransferUpdateInfo(**calls[2][1][0])
+    assert received == made
+    assert calls[3][1] == (7,)
+
+
+def test_the_ipc_sender_is_made_and_used_as_vllm_expects():
+    engine = ipc_engine.IPCTrainerWeightTransferEngine
+    info = ipc_engine.IPCTrainerInitInfo(rank=1, packed=True, packed_buffer_size_bytes=1 << 20)
+    assert not info.is_sender
+    inspect.signature(engine.trainer_init).bind(info, client=None, source=None)
+    inspect.signature(engine.send_weights).bind(None)
+    inspect.signature(engine.shutdown).bind(None)
+    asked = {"init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"}
+    assert asked <= {name for name in dir(_IpcClient) if not name.startswith("_")}
+
+
+def test_sleeping_waking_and_pausing_are_called_as_vllm_has_them():
+    inspect.signature(AsyncLLM.sleep).bind(None, 2, mode="wait")
+    inspect.signature(AsyncLLM.wake_up).bind(None, ["kv_cache"])
+    inspect.signature(AsyncLLM.pause_generation).bind(None, mode="wait", clear_cache=False)
+    for method in ("resume_generation", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"):
+        inspect.signature(getattr(AsyncLLM, method)).bind(None)
+    inspect.signature(AsyncLLM.collective_rpc).bind(None, "receive_start", args=())

@@ -1,0 +1,413 @@
+"""What a user may write on the command line and in yaml, and what is said about mistakes."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import runpy
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+
+from rsgrpo import cli
+from rsgrpo.config.checks import validate, validate_sft
+from rsgrpo.config.train import SftConfig, TrainConfig
+from rsgrpo.errors import RsgrpoError
+from tests.material import ROOT
+
+TRAIN_RECIPES = cli.groups(TrainConfig)["recipe"]
+SFT_RECIPES = cli.groups(SftConfig, "sft")["recipe"]
+CHOICES = [
+    f"{group}={option}" for group, options in cli.groups(TrainConfig).items() if group != "recipe" for option in options
+]
+
+PROGRAM = """
+import sys
+from rsgrpo import cli
+from rsgrpo.config.checks import validate
+from rsgrpo.config.train import TrainConfig
+from rsgrpo.errors import RsgrpoError
+
+def main(config):
+    validate(config)
+    if config.seed == 13:
+        raise RsgrpoError("seed 13 brings bad luck")
+    print(config.name, config.seed, config.rollout.engine, "torch" in sys.modules)
+    return 3 if config.seed == 3 else None
+
+cli.run(main, TrainConfig, "config")
+"""
+
+
+def train_config(*overrides: str) -> TrainConfig:
+    return cli.compose(TrainConfig, "config", ["recipe=demo", *overrides])
+
+
+def run_program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "program.py").write_text(PROGRAM)
+    return subprocess.run(
+        [sys.executable, "program.py", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def message_of(*overrides: str) -> str:
+    """What the user would read."""
+    try:
+        validate(train_config(*overrides))
+    except (RsgrpoError, HydraException, ValueError) as error:
+        return cli.explain(error, TrainConfig)
+    raise AssertionError(f"{overrides} were accepted")
+
+
+# Recipes and groups
+
+
+@pytest.mark.parametrize("recipe", TRAIN_RECIPES)
+def test_every_training_recipe_composes_and_is_possible(recipe):
+    validate(cli.compose(TrainConfig, "config", [f"recipe={recipe}"]))
+
+
+@pytest.mark.parametrize("recipe", SFT_RECIPES)
+def test_every_supervised_recipe_composes_and_is_possible(recipe):
+    validate_sft(cli.compose(SftConfig, "sft", [f"recipe={recipe}"]))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_group_option_composes_with_a_recipe(choice):
+    overrides = ["recipe=evisrag_7b_lora", choice, "data.train=a.jsonl", "data.val=b.jsonl"]
+    validate(cli.compose(TrainConfig, "config", overrides))
+
+
+def test_every_yaml_file_is_a_config_a_recipe_or_an_option():
+    programs = ("sft", "evaluate", "train_retriever")
+    known = {ROOT / "conf/config.yaml", *(ROOT / f"conf/{program}/config.yaml" for program in programs)}
+    known |= {
+        ROOT / f"conf/{group}/{option}.yaml" for group, all_ in cli.groups(TrainConfig).items() for option in all_
+    }
+    known |= {ROOT / f"conf/sft/recipe/{option}.yaml" for option in SFT_RECIPES}
+    known |= set((ROOT / "conf/evaluate/recipe").glob("*.yaml"))  # parsed in test_evaluate.py
+    known |= set((ROOT / "conf/train_retriever/recipe").glob("*.yaml"))  # composed below
+    assert known == set((ROOT / "conf").rglob("*.yaml"))
+
+
+def test_the_reference_recipe_has_the_published_hyper_parameters():
+    config = cli.compose(TrainConfig, "config", ["recipe=evisrag_7b"])
+    assert config.model.path == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert config.model.freeze_vision
+    assert (config.rollout.group_size, config.rollout.temperature, config.rollout.top_p) == (8, 1.0, 1.0)
+    assert (config.algorithm.prompts_per_step, config.algorithm.updates_per_step) == (32, 1)
+    assert (config.inputs.max_prompt_tokens, config.rollout.max_response_tokens) == (15_000, 1_536)
+    assert (config.inputs.max_images, config.inputs.min_pixels, config.inputs.max_pixels) == (5, 262_144, 1_568_000)
+    assert (config.learner.lr, config.learner.lr_schedule, config.learner.betas) == (1e-6, "constant", (0.9, 0.999))
+    assert (config.learner.weight_decay, config.learner.max_grad_norm, config.algorithm.kl_coef) == (0.01, 1.0, 0.0)
+    filter_ = config.algorithm.filter
+    assert (filter_.enabled, filter_.low, filter_.high, filter_.max_tries) == (True, 0.01, 6.9, 20)
+    assert filter_.weights == {"accuracy": 3.0, "evidence": 3.0}
+    validation = config.validation
+    assert (validation.every, validation.temperature, validation.top_p) == (10, 0.1, 0.95)
+    assert list(config.rewards) == [
+        "accuracy", "evidence", "well_formed", "overlong", "no_early_index", "think_differs",
+    ]  # fmt: skip
+    assert config.reward_weights == {}
+
+
+def test_the_reference_warm_start_has_the_published_hyper_parameters():
+    config = cli.compose(SftConfig, "sft", ["recipe=evisrag_7b"])
+    assert (config.learner.lr, config.learner.lr_schedule, config.learner.warmup_steps) == (5e-7, "cosine", 200)
+    assert (config.epochs, config.batch_size, config.inputs.max_pixels) == (1, 64, 3_920_000)
+    assert config.inputs.max_prompt_tokens + config.max_response_tokens == 32_000
+    assert config.model.freeze_vision
+
+
+def test_ablations_are_one_override():
+    assert train_config("algorithm=grpo").algorithm.advantage == "grpo"
+    assert train_config("algorithm=gspo").algorithm.ratio == "gspo"
+    assert train_config("algorithm.missing_marker=widen").algorithm.missing_marker == "widen"
+    assert "evidence" not in train_config("rewards=evisrag_no_perception").rewards
+    assert list(train_config("rewards=paper").rewards) == ["accuracy", "perception", "well_formed"]
+
+
+# Maps
+
+
+def test_a_reward_is_added_with_and_without_a_plus():
+    for plus in ("+", ""):
+        config = train_config(
+            f"{plus}rewards.cites_page=my_rewards.cites_page:cites_page", f"{plus}reward_weights.cites_page=0.5"
+        )
+        assert config.rewards["cites_page"] == "my_rewards.cites_page:cites_page"
+        assert config.rewards["accuracy"] == "rewards.evisrag:accuracy"
+        assert config.reward_weights == {"cites_page": 0.5}
+
+
+def test_a_reward_is_removed_and_replaced():
+    assert "overlong" not in train_config("~rewards.overlong").rewards
+    assert train_config("rewards.accuracy=mine:accuracy").rewards["accuracy"] == "mine:accuracy"
+
+
+def test_reward_arguments_may_be_nested():
+    config = train_config("rewards.x=mine:x", "reward_args.x.words=[a,b]", "reward_args.x.limits={low: 1, high: 2.5}")
+    assert config.reward_args["x"] == {"words": ["a", "b"], "limits": {"low": 1, "high": 2.5}}
+
+
+def test_filter_weights_are_a_map_too():
+    assert train_config("algorithm.filter.weights.overlong=2").algorithm.filter.weights["overlong"] == 2.0
+
+
+# The object
+
+
+def test_the_configuration_is_frozen():
+    config = train_config()
+    for part, key in ((config, "seed"), (config.learner, "lr"), (config.rollout, "group_size")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, key, 1)
+
+
+def test_values_have_their_declared_types():
+    config = train_config("learner.betas=[0,0.5]", "cluster.rollout_cpus=1")
+    assert config.learner.betas == (0.0, 0.5)
+    assert type(config.cluster.rollout_cpus) is float
+
+
+# Messages
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.group_sise=4"], ["rollout.group_sise", "did you mean rollout.group_size?"]),
+        (["group_size=4"], ["group_size", "did you mean rollout.group_size?"]),
+        (["+learner.lrr=4"], ["learner.lrr", "did you mean learner.lr?"]),
+        (["rolout=hf"], ["rolout", "did you mean rollout?"]),
+        (["recipe=dmeo"], ["recipe=dmeo", "did you mean demo?", "evisrag_7b"]),
+        (["algorithm=grop"], ["algorithm=grop", "did you mean grpo?"]),
+        (["rollout.group_size=many"], ["rollout.group_size", "'many'", "must be a whole number"]),
+        (["seed=1.5"], ["seed", "'1.5'", "must be a whole number"]),
+        (["learner.lr="], ["learner.lr", "must be a number such as 1e-5"]),
+        (["rewards=3"], ["int"]),
+        (["learner.lr=[1"], ["learner.lr=[1", "key=value"]),
+        (["learner.lr"], ["'learner.lr'", "key=value"]),
+        (["~learner.lr"], ["learner.lr cannot be removed"]),
+        (["algorithm.advantage=per_rewards"], ["'per_rewards'", "did you mean per_reward?", "rloo"]),
+        (["rollout.engine=hg"], ["'hg'", "vllm"]),
+        (["learner.betas=[0.9]"], ["learner.betas", "[0.9]"]),
+        (["name=a/b"], ["name", "'a/b'"]),
+        (["rewards.x=mine"], ["rewards.x", "module:function", "'mine'"]),
+        (["algorithm.dual_clip=0.5"], ["algorithm.dual_clip must be 0 (off) or > 1, got 0.5"]),
+        (["learner.lr=0"], ["learner.lr must be > 0, got 0"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_work(overrides, said):
+    message = message_of(*overrides)
+    for part in said:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.group_size=1"], "rollout.group_size must be >= 2 to normalise within a group, got 1"),
+        (["rollout.temperature=0"], "rollout.temperature must be > 0 in training"),
+        (["rollout.top_p=0.9"], "rollout.top_p=0.9 cuts the distribution"),
+        (["rollout.top_k=50"], "rollout.top_k=50 cuts the distribution"),
+        (
+            ["inputs.max_prompt_tokens=15000", "rollout.max_response_tokens=1536",
+             "learner.max_tokens_per_micro_batch=4096"],
+            "learner.max_tokens_per_micro_batch 4096 < 15000 + 1536 = 16536",
+        ),
+        (["algorithm.prompts_per_step=12", "algorithm.updates_per_step=5"], "12 = 5 x 2 + 2"),
+        (["reward_weights.acuracy=1"], "reward_weights.acuracy: there is no reward 'acuracy'; did you mean accuracy?"),
+        (["reward_weights.accuracy=0"], "reward_weights.accuracy must be > 0, got 0"),
+        (["reward_args.acuracy.normalise=strict"], "there is no reward 'acuracy'; did you mean accuracy?"),
+        (["reward_timeouts_s.nobody=1"], "reward_timeouts_s.nobody"),
+        (["algorithm.filter.enabled=true", "algorithm.filter.weights.nobody=1"], "algorithm.filter.weights.nobody"),
+        (["monitors.accuracy=mine:accuracy"], "monitors.accuracy"),
+        (["checkpoint.metric=val/greedy/acuracy"], "did you mean val/greedy/accuracy?"),
+        (["validation.greedy=false", "checkpoint.metric=val/greedy/accuracy"], "not measured"),
+        (["validation.every=0", "checkpoint.metric=val/sampled/accuracy"], "checkpoint.keep_best=0"),
+        (["model.path="], "model.path is empty"),
+        (["data.train="], "data.train is empty"),
+        (["data.val="], "validation.every=0 validation.at_start=false"),
+        (["learner.offload=true"], "learner.offload=true"),
+        (["learner.attention=flash"], "learner.attention=flash needs a GPU"),
+        (["cluster.num_cpus=1", "rollout.num_workers=3"], "workers need 1.1 CPUs"),
+        (["model.lora.rank=8", "model.freeze_vision=false"], "model.lora.rank=8 puts adapters on the language model"),
+        (["algorithm.filter.low=7"], "low=7 must be < high=6.9"),
+    ],
+)  # fmt: skip
+def test_an_impossible_combination_shows_its_arithmetic(overrides, said):
+    assert said in message_of(*overrides)
+
+
+def test_no_rewards_are_refused():
+    names = train_config().rewards
+    assert message_of(*[f"~rewards.{name}" for name in names]).startswith("rewards is empty")
+
+
+def test_biased_sampling_can_be_forced():
+    validate(train_config("rollout.top_p=0.9", "rollout.allow_biased_sampling=true"))
+
+
+def test_a_kl_loss_without_gradient_is_warned_about(caplog):
+    validate(train_config("algorithm.kl_coef=0.01", "algorithm.kl_estimator=k1"))
+    assert "zero expected gradient" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("learner: {lrr: 3}", ["learner.lrr", "did you mean learner.lr?", "recipe/mine.yaml"]),
+        ("learner: {lr: fast}", ["learner.lr", "'fast'", "recipe/mine.yaml"]),
+        ("learner: {lr: 3", ["mine.yaml", "line"]),
+        ("algorithm: {prompts_per_step: 0}", ["algorithm.prompts_per_step must be >= 1, got 0"]),
+    ],
+)
+def test_mistakes_in_a_users_own_yaml_name_key_and_file(tmp_path, yaml, said):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe/mine.yaml").write_text(f"# @package _global_\ndefaults: [demo]\n{yaml}\n")
+    result = run_program(tmp_path, "--config-dir", str(tmp_path), "recipe=mine")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    for part in said:
+        assert part in result.stderr
+
+
+# The program
+
+
+def test_a_run_gets_its_configuration_and_leaves_no_litter(tmp_path):
+    result = run_program(tmp_path, "recipe=demo", "rollout=fake", "seed=3")
+    assert result.stdout.split() == ["demo", "3", "fake", "False"], result.stderr
+    assert result.returncode == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]
+
+
+def test_user_errors_exit_with_2_and_run_errors_with_1(tmp_path):
+    for arguments, code, said in (
+        ([], 2, "recipe is missing: choose one, for example recipe=demo"),
+        (["recipe=demo", "rollout.group_size=1"], 2, "must be >= 2"),
+        (["recipe=demo", "seed=13"], 1, "seed 13 brings bad luck"),
+    ):
+        result = run_program(tmp_path, *arguments)
+        assert (result.returncode, result.stdout) == (code, "")
+        assert result.stderr.startswith("error: ")
+        assert said in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_sweep_gives_every_run_a_name_of_its_own(tmp_path):
+    result = run_program(tmp_path, "recipe=demo", "seed=1,2", "algorithm=grpo", "--multirun")
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == ["demo-algorithm=grpo,seed=1", "demo-algorithm=grpo,seed=2"]
+    assert {path.name for path in tmp_path.iterdir()} == {"program.py", "runs"}
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["multirun.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("+foo.bar=1", "foo.bar: there is no such key. "),
+        ("+rolout.group_size=4", "rolout.group_size: there is no such key; did you mean rollout.group_size? "),
+        ("learner.lr.foo=1", "learner.lr.foo: there is no such key; did you mean learner.lr? "),
+        (
+            "++learner.warmup_stepz.x=1",
+            "learner.warmup_stepz.x: there is no such key; did you mean learner.warmup_steps? ",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_as_it_was_written(tmp_path, argument, said):
+    result = run_program(tmp_path, "recipe=demo", argument)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {said}")
+
+
+def test_help_shows_groups_options_and_examples(tmp_path):
+    result = run_program(tmp_path, "--help")
+    assert result.returncode == 0
+    for group, options in cli.groups(TrainConfig).items():
+        assert group in result.stdout
+        assert ", ".join(options) in result.stdout
+    assert "recipe=demo --cfg job" in result.stdout
+
+
+def test_cfg_job_shows_every_key(tmp_path):
+    result = run_program(tmp_path, "recipe=demo", "--cfg", "job")
+    assert result.returncode == 0
+    missing = [key for key in cli.keys(TrainConfig) if f"{key.rpartition('.')[2]}:" not in result.stdout]
+    assert missing == []
+
+
+def test_the_reference_of_keys_is_up_to_date():
+    document = runpy.run_path(str(ROOT / "tools/config_reference.py"))["document"]
+    text = (ROOT / "docs/configuration.md").read_text()
+    assert text == document(text), "run: python tools/config_reference.py"
+
+
+# Law 8
+
+
+# These decide only whether a configuration is refused.
+CHECK_ONLY = {"RolloutConfig.allow_biased_sampling"}
+
+
+def test_every_key_is_read_by_something():
+    schemas = config_classes(TrainConfig) | config_classes(SftConfig)
+    declared = {f"{schema.__name__}.{field.name}" for schema in schemas for field in dataclasses.fields(schema)}
+    read = attributes_read()
+    unread = {key for key in declared if key.rpartition(".")[2] not in read}
+    assert unread == CHECK_ONLY
+
+
+def config_classes(schema: type) -> set[type]:
+    hints = typing.get_type_hints(schema)
+    inner = [hint for hint in hints.values() if dataclasses.is_dataclass(hint)]
+    return {schema}.union(*(config_classes(typing.cast(type, hint)) for hint in inner))
+
+
+def attributes_read() -> set[str]:
+    """Names read as an attribute anywhere but where keys are declared, checked and planned with."""
+    not_counted = {
+        "rsgrpo/config/train.py",
+        "rsgrpo/config/learner.py",
+        "rsgrpo/config/checks.py",
+        "rsgrpo/cli.py",
+        "rollout/config.py",
+        "rsgrpo/plan/__main__.py",
+        "rsgrpo/plan/config.py",
+        "rsgrpo/plan/memory.py",
+    }
+    names = set()
+    for room in ("rsgrpo", "recipes", "rewards", "rollout"):
+        for path in (ROOT / room).rglob("*.py"):
+            if str(path.relative_to(ROOT)) not in not_counted:
+                for node in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                        names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf/train_retriever/recipe").glob("*.yaml")))
+def test_every_recipe_of_the_retriever_composes(recipe):
+    from recipes.retrieval.training.config import RetrieverConfig
+
+    assert cli.compose(RetrieverConfig, "train_retriever", [f"recipe={recipe}"])
+
+
+def test_every_job_of_a_sweep_has_a_name_of_its_own():
+    assert cli.job_name("demo", "seed=1") == "demo-seed=1"
+    assert cli.job_name("demo", "") == "demo"
+    names = {cli.job_name("demo", f"data.train={'x' * 150},seed={seed}") for seed in (1, 2)}
+    assert len(names) == 2
+    assert all(len(name) == cli.MAX_NAME_CHARS for name in names)

@@ -1,0 +1,350 @@
+"""The learner on one rank: steps, skips, schedules, state on disk and export."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from rsgrpo.config.train import AlgorithmConfig, LoraConfig
+from rsgrpo.learning.learner import Learner, merge_updates
+from rsgrpo.learning.passes import check_groups
+from rsgrpo.learning.schedule import lr_factor
+from rsgrpo.types import RsgrpoError, Sample, TrainGroup
+from tests.material.learner import learnt, make_groups, make_learner
+
+WEIGHTS = [1.0, 2.0]
+
+
+@pytest.fixture(scope="module")
+def groups(page_images) -> list[TrainGroup]:
+    return make_groups(page_images, [2, 0, 5, 1])
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.gather_weights()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """Return the largest relative difference between two updates of the same start."""
+    assert one.keys() == other.keys()
+    return max(float((one[n] - other[n]).norm() / ((one[n] - start[n]).norm() + 1e-9)) for n in one)
+
+
+def test_an_update_moves_the_weights_and_reports_what_it_did(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path)
+    before = weights(learner)
+    metrics = learner.update(groups, WEIGHTS)
+    after = weights(learner)
+    assert learner.weights_version == 1
+    assert all(not torch.equal(before[name], after[name]) for name in before if "embed" not in name)
+    assert not any("visual" in name for name in before)
+    assert metrics["actor/skipped"] == 0
+    assert metrics["actor/active_terms"] == 2
+    assert metrics["actor/old_kl"] == 0  # on-policy: old is new
+    assert metrics["actor/grad_norm"] > 0
+    assert metrics["actor/mismatch_max"] >= metrics["actor/mismatch_mean"] > 0
+    assert 5.0 < metrics["actor/entropy"] < np.log(400)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens_per_micro_batch": 76},  # parts of groups
+        {"max_tokens_per_micro_batch": 120},
+        {"logits_chunk_tokens": 5, "gradient_checkpointing": "none"},
+        {"vision_cache_mb": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("algorithm", [AlgorithmConfig(), AlgorithmConfig(ratio="gspo", on_policy_shortcut=False)])
+def test_the_update_does_not_depend_on_how_the_work_is_cut(options, algorithm, tiny_model_path, groups):
+    whole = make_learner(tiny_model_path, algorithm=algorithm, max_tokens_per_micro_batch=100_000)
+    start = weights(whole)
+    metrics = whole.update(groups, WEIGHTS)
+    cut = make_learner(tiny_model_path, algorithm=algorithm, **options)
+    cut_metrics = cut.update(groups, WEIGHTS)
+    assert difference(weights(whole), weights(cut), start) < 1e-5
+    assert learnt(cut_metrics) == pytest.approx(learnt(metrics), rel=1e-5, abs=1e-6)
+
+
+def test_a_trained_tower_moves_at_its_own_rate(tiny_model_path, groups):
+    results = {}
+    for scale in (1.0, 0.5):
+        learner = make_learner(tiny_model_path, freeze_vision=False, vision_lr_scale=scale, weight_decay=0.0)
+        before = weights(learner)
+        learner.update(groups, WEIGHTS)
+        results[scale] = {name: tensor - before[name] for name, tensor in weights(learner).items()}
+    tower, head = "model.visual.merger.mlp.0.weight", "lm_head.weight"
+    assert results[1.0][tower].norm() > 0
+    torch.testing.assert_close(results[0.5][tower], 0.5 * results[1.0][tower], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(results[0.5][head], results[1.0][head])
+
+
+def test_without_the_shortcut_old_logprobs_are_computed_and_change_nothing_on_policy(tiny_model_path, groups):
+    shortcut = make_learner(tiny_model_path)
+    start = weights(shortcut)
+    shortcut.update(groups, WEIGHTS)
+    passed = make_learner(tiny_model_path, algorithm=AlgorithmConfig(on_policy_shortcut=False))
+    passed.update(groups, WEIGHTS)
+    assert difference(weights(shortcut), weights(passed), start) < 1e-5
+
+
+def test_several_updates_share_a_batch_and_later_ones_are_off_policy(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path, algorithm=AlgorithmConfig(updates_per_step=2))
+    metrics = learner.update(groups, WEIGHTS)
+    assert learner.weights_version == 2
+    assert metrics["actor/old_kl"] != 0
+    assert metrics["actor/active_terms"] == 2
+
+
+def test_every_algorithm_option_takes_a_finite_step(tiny_model_path, groups):
+    algorithm = AlgorithmConfig(ratio="cispo", kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0)
+    learner = make_learner(tiny_model_path, algorithm=algorithm)
+    reference = make_learner(tiny_model_path, trainable=False)
+    ref_logprobs = reference.logprobs(groups)
+    with_reference = [
+        TrainGroup(
+            g.prompt, tuple(dataclasses.replace(s, ref_logprobs_T=r) for s, r in zip(g.samples, ref, strict=True))
+        )
+        for g, ref in zip(groups, ref_logprobs, strict=True)
+    ]
+    metrics = learner.update(with_reference, WEIGHTS)
+    assert metrics["actor/kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["actor/skipped"] == 0
+    assert learner.update(with_reference, WEIGHTS)["actor/kl"] > 1e-6
+    with pytest.raises(RsgrpoError, match="trainable=False"):
+        reference.update(groups, WEIGHTS)
+
+
+def test_lora_trains_adapters_only_and_its_reference_is_the_base(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path, lora=LoraConfig(rank=4))
+    base = learner.logprobs(groups)
+    before = weights(learner)
+    learner.update(groups, WEIGHTS)
+    after = weights(learner)
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in after
+    assert not torch.equal(*(w["model.language_model.layers.0.self_attn.q_proj.weight"] for w in (before, after)))
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    reference, actor = learner.logprobs(groups, reference=True), learner.logprobs(groups)
+    assert np.array_equal(reference[0][0], base[0][0])
+    assert not np.array_equal(actor[0][0], base[0][0])
+    with pytest.raises(RsgrpoError, match=r"model\.lora\.rank > 0"):
+        make_learner(tiny_model_path).logprobs(groups, reference=True)
+
+
+def without_signal(groups: list[TrainGroup]) -> list[TrainGroup]:
+    zero = [tuple(dataclasses.replace(s, advantages_KT=s.advantages_KT * 0) for s in g.samples) for g in groups]
+    return [TrainGroup(g.prompt, samples) for g, samples in zip(groups, zero, strict=True)]
+
+
+def with_infinite_advantages(groups: list[TrainGroup]) -> list[TrainGroup]:
+    return [
+        TrainGroup(
+            group.prompt,
+            tuple(
+                dataclasses.replace(sample, advantages_KT=np.where(sample.scope_KT, np.inf, 0.0))
+                for sample in group.samples
+            ),
+        )
+        for group in groups
+    ]
+
+
+def test_a_batch_without_signal_skips_the_step_and_says_so(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path)
+    before = weights(learner)
+    metrics = learner.update(without_signal(groups), WEIGHTS)
+    assert metrics["actor/skipped"] == 1
+    assert metrics["actor/active_terms"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert learner.weights_version == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
+
+
+def test_non_finite_steps_move_nothing_and_stop_the_run_with_the_batch_saved(tiny_model_path, groups, tmp_path):
+    learner = make_learner(tiny_model_path, max_bad_steps=2, debug_dir=tmp_path)
+    before = weights(learner)
+    bad = with_infinite_advantages(groups)
+    metrics = learner.update(bad, WEIGHTS)
+    assert metrics["actor/skipped"] == 1
+    assert metrics["actor/bad_steps"] == 1
+    with pytest.raises(RsgrpoError, match=r"2 optimiser steps in a row .*max_bad_steps=2.*bad_batch_1\.pt"):
+        learner.update(bad, WEIGHTS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
+    saved = torch.load(tmp_path / "bad_batch_1.pt", weights_only=False)
+    assert [group.prompt.id for group in saved["groups"]] == [group.prompt.id for group in groups]
+
+
+def test_a_good_step_ends_a_row_of_bad_ones(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path, max_bad_steps=2)
+    bad = with_infinite_advantages(groups)
+    for batch in (bad, groups, bad):
+        learner.update(batch, WEIGHTS)
+    assert learner.weights_version == 1
+
+
+def test_saved_state_gives_the_very_same_next_update(tiny_model_path, groups, tmp_path):
+    options: dict[str, Any] = {"lr_schedule": "cosine", "warmup_steps": 2, "lora": LoraConfig(rank=2, dropout=0.2)}
+    learner = make_learner(tiny_model_path, **options)
+    learner.update(groups, WEIGHTS)
+    learner.save(tmp_path / "state")
+    straight = learner.update(groups, WEIGHTS)
+    resumed = make_learner(tiny_model_path, **options)
+    resumed.load(tmp_path / "state")
+    assert resumed.weights_version == 1
+    assert learnt(resumed.update(groups, WEIGHTS)) == learnt(straight)
+    other = weights(resumed)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in weights(learner).items())
+    with pytest.raises(RsgrpoError, match="holds a learner's state already"):
+        learner.save(tmp_path / "state")
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_an_export_loads_and_gives_equal_logits(lora, tiny_model_path, groups, tmp_path):
+    learner = make_learner(tiny_model_path, lora=LoraConfig(rank=lora))
+    learner.update(groups, WEIGHTS)
+    learner.export(tmp_path / "export")
+    exported = make_learner(str(tmp_path / "export"))
+    expected, found = learner.logprobs(groups), exported.logprobs(groups)
+    for one, other in zip(expected, found, strict=True):
+        for logprobs_T, exported_T in zip(one, other, strict=True):
+            np.testing.assert_allclose(logprobs_T, exported_T, atol=1e-5)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
+    named = dict(model.named_parameters())
+    for name, tensor in learner.gather_weights():
+        torch.testing.assert_close(named[name].data, tensor)
+    processor = AutoProcessor.from_pretrained(tmp_path / "export")
+    trained_with = {"shortest_edge": learner.inputs.min_pixels, "longest_edge": learner.inputs.max_pixels}
+    assert {key: processor.image_processor.size[key] for key in trained_with} == trained_with
+    for file in ("processor_config.json", "preprocessor_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "export" / file).exists(), file
+
+
+def test_an_export_in_bfloat16_and_in_shards_holds_the_rounded_weights(tiny_model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("rsgrpo.learning.export._SHARD_BYTES", 100_000)
+    learner = make_learner(tiny_model_path)
+    learner.export(tmp_path, dtype=torch.bfloat16)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert model.dtype == torch.bfloat16
+    for name, tensor in learner.gather_weights():
+        assert torch.equal(dict(model.named_parameters())[name].data, tensor.to(torch.bfloat16))
+
+
+def test_supervised_steps_learn_two_rows_by_heart(tiny_model_path, page_images):
+    groups = make_groups(page_images, [1, 2], num_samples=1)
+    learner = make_learner(tiny_model_path, lr=1e-2, eps=1e-8, freeze_vision=False, total_steps=60)
+    before = learner.supervised_loss(groups)["actor/loss"]
+    first = learner.supervised_update(groups)
+    assert first["actor/loss"] == pytest.approx(before, rel=1e-5)
+    for _ in range(40):
+        learner.supervised_update(groups)
+    assert before > 5
+    assert learner.supervised_loss(groups)["actor/loss"] < 0.05
+
+
+def test_supervised_loss_is_the_mean_over_tokens_whatever_the_temperature(tiny_model_path, groups):
+    warm, plain = make_learner(tiny_model_path, temperature=2.0), make_learner(tiny_model_path)
+    tokens = np.concatenate([logprobs_T for group in plain.logprobs(groups) for logprobs_T in group])
+    assert warm.supervised_loss(groups)["actor/loss"] == pytest.approx(-tokens.mean(), rel=1e-5)
+    assert not np.allclose(warm.logprobs(groups)[0][0], plain.logprobs(groups)[0][0])
+
+
+def test_schedules_by_hand():
+    factors = [lr_factor(s, schedule="linear", warmup_steps=2, total_steps=6) for s in range(7)]
+    assert factors == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    cosine = [lr_factor(s, schedule="cosine", warmup_steps=0, total_steps=4) for s in range(5)]
+    assert cosine == pytest.approx([1.0, 0.5 + 0.5**0.5 / 2, 0.5, 0.5 - 0.5**0.5 / 2, 0.0])
+    assert lr_factor(99, schedule="constant", warmup_steps=3, total_steps=4) == 1.0
+
+
+def test_the_schedule_moves_with_batches(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path, lr_schedule="linear", warmup_steps=1, total_steps=3, lr=1e-2)
+    assert [learner.update(groups, WEIGHTS)["actor/lr"] for _ in range(3)] == pytest.approx([1e-2, 1e-2, 5e-3])
+
+
+def test_bfloat16_steps_stay_near_float32_ones(tiny_model_path, groups):
+    exact, rounded = make_learner(tiny_model_path), make_learner(tiny_model_path, precision="bfloat16")
+    for one, other in zip(exact.logprobs(groups), rounded.logprobs(groups), strict=True):
+        assert np.abs(one[0] - other[0]).mean() < 0.1
+    norms = [learner.update(groups, WEIGHTS)["actor/grad_norm"] for learner in (exact, rounded)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert all(tensor.dtype == torch.float32 for _, tensor in rounded.gather_weights())
+
+
+def test_the_self_check_finds_a_forward_that_differs(tiny_model_path, groups, monkeypatch):
+    learner = make_learner(tiny_model_path)
+    wrong = lambda model, tokens_T, grid: torch.arange(len(tokens_T)).expand(3, -1) * 2  # noqa: E731
+    monkeypatch.setattr(learner.policy.family, "position_ids", wrong)
+    with pytest.raises(RsgrpoError, match=r"shared-prefix logprobs differ from the plain forward's by"):
+        learner.update(groups, WEIGHTS)
+    unchecked = make_learner(tiny_model_path, self_check=False)
+    monkeypatch.setattr(unchecked.policy.family, "position_ids", wrong)
+    assert unchecked.update(groups, WEIGHTS)["actor/skipped"] == 0
+
+
+def test_the_self_check_finds_a_model_that_does_not_see_its_images(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path)
+    with torch.no_grad():
+        for parameter in learner.policy.hf.model.visual.merger.parameters():
+            parameter.zero_()
+    with pytest.raises(RsgrpoError, match="does not see its images"):
+        learner.update(groups, WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids_T": np.array([], dtype=np.int64)}, "has no token"),
+        ({"scope_KT": np.ones((2, 1), dtype=bool)}, r"must both be \(terms, tokens\)"),
+    ],
+)
+def test_groups_that_cannot_be_trained_on_are_refused(change, message, groups):
+    broken = dataclasses.replace(groups[0].samples[0], **change)
+    with pytest.raises(RsgrpoError, match=message):
+        check_groups([TrainGroup(groups[0].prompt, (broken,))], [])
+
+
+def test_vision_tokens_in_a_response_are_refused(groups):
+    token = int(groups[0].samples[0].token_ids_T[0])
+    with pytest.raises(RsgrpoError, match=rf"holds vision token\(s\) \[{token}\]"):
+        check_groups(groups, [token])
+    with pytest.raises(RsgrpoError, match="at least one"):
+        check_groups([], [])
+    with pytest.raises(RsgrpoError, match="has no sample"):
+        check_groups([TrainGroup(groups[0].prompt, ())], [])
+
+
+def test_a_loss_weight_is_needed_for_every_term(tiny_model_path, groups):
+    with pytest.raises(RsgrpoError, match="1 loss weights for 2 loss terms"):
+        make_learner(tiny_model_path).update(groups, [1.0])
+
+
+def test_metrics_of_several_updates_merge():
+    merged = merge_updates([{"a": 1.0, "b_max": 1.0, "actor/skipped": 1.0}, {"a": 3.0, "b_max": 0.0}])
+    assert merged == {"a": 2.0, "b_max": 1.0, "actor/skipped": 1.0}
+
+
+def test_adapters_and_a_trained_tower_exclude_each_other(tiny_model_path):
+    with pytest.raises(RsgrpoError, match=r"set model\.freeze_vision=true"):
+        make_learner(tiny_model_path, lora=LoraConfig(rank=2), freeze_vision=False)
+
+
+def test_offload_needs_an_accelerator(tiny_model_path):
+    with pytest.raises(RsgrpoError, match=r"learner\.offload=true"):
+        make_learner(tiny_model_path, offload=True)
+
+
+def test_an_unreadable_prompt_is_named(tiny_model_path, groups, tmp_path):
+    path = Path(tmp_path / "broken.png")
+    path.write_bytes(b"no image")
+    prompt = dataclasses.replace(groups[0].prompt, images=(str(path), str(path)))
+    sample = Sample(np.array([5]), np.ones((1, 1), dtype=bool), np.ones((1, 1), dtype=np.float32))
+    with pytest.raises(RsgrpoError, match=r"prompt p0: .*broken\.png"):
+        make_learner(tiny_model_path).supervised_update([TrainGroup(prompt, (sample,))])

@@ -1,0 +1,352 @@
+"""Bytes, FLOPs and warnings of a plan, against numbers worked out by hand and against transformers' own model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rsgrpo import cli
+from rsgrpo.config.train import TrainConfig
+from rsgrpo.errors import ConfigError
+from rsgrpo.plan.__main__ import main, num_devices, phases, warnings
+from rsgrpo.plan.config import PlanConfig
+from rsgrpo.plan.memory import GIB, devices_memory, engine_memory, learner_memory, trainable_params
+from rsgrpo.plan.model_sizes import KNOWN, Shapes, shapes_of
+from tests.material.learner import make_groups, make_learner
+
+# h 8, L 2, 2 heads, 1 kv head (width 4), inner 16, vocabulary 10.
+SMALL = Shapes(8, 2, 2, 1, 16, 10, False)
+
+
+def planned(*overrides: str) -> PlanConfig:
+    return cli.compose(PlanConfig, "config", overrides)
+
+
+def gib_warnings(config: PlanConfig) -> list[str]:
+    return warnings(config, shapes_of(config.model.path)[0])
+
+
+@pytest.mark.parametrize("recipe", cli.groups(TrainConfig)["recipe"])
+def test_every_recipe_is_planned_offline_and_fits_its_gpu(recipe, capsys):
+    gpu = "rtx4090" if recipe == "evisrag_3b_lora" else "h100"
+    main(planned(f"recipe={recipe}", f"plan.gpu={gpu}"))
+    printed = capsys.readouterr().out
+    assert "peak" in printed
+    assert "Assumed:" in printed
+    assert "WARNING" not in printed
+
+
+def test_parameters_of_a_layer_by_hand():
+    # q 8*8+8, k and v 2*(8*4+4), o 8*8, mlp 3*8*16, norms 2*8
+    assert SMALL.layer_params == 72 + 72 + 64 + 384 + 16
+    assert SMALL.language_params == 2 * 608 + 8 + 2 * 10 * 8
+
+
+def test_parameters_of_the_known_sizes_are_those_of_transformers():
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    # The totals of the checkpoints on the hub.
+    totals = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
+    for size, total in totals.items():
+        shapes = KNOWN[size]
+        text = {
+            "hidden_size": shapes.hidden_size,
+            "num_hidden_layers": shapes.num_layers,
+            "num_attention_heads": shapes.num_heads,
+            "num_key_value_heads": shapes.num_kv_heads,
+            "intermediate_size": shapes.intermediate_size,
+            "vocab_size": shapes.vocab_size,
+            "tie_word_embeddings": shapes.tied_embeddings,
+        }
+        vision = {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3456 if size in ("32b", "72b") else 3420,
+            "num_heads": 16, "out_hidden_size": shapes.hidden_size,
+        }  # fmt: skip
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shapes.tied_embeddings)
+        with torch.device("meta"):
+            model = Qwen2_5_VLForConditionalGeneration(config)
+        assert sum(parameter.numel() for parameter in model.parameters()) == total
+        assert shapes.language_params + shapes.vision_params == total
+
+
+def test_sizes_are_read_from_the_models_own_folder(tiny_model_path):
+    from safetensors import safe_open
+
+    shapes, source = shapes_of(tiny_model_path)
+    with safe_open(Path(tiny_model_path) / "model.safetensors", framework="pt") as weights:
+        total = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
+    assert shapes.language_params + shapes.vision_params == total
+    assert source.endswith("config.json")
+
+
+def test_the_hubs_flat_config_is_read_too(tmp_path):
+    flat = {
+        "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 16, "vocab_size": 10, "tie_word_embeddings": False,
+        "vision_config": {
+            "hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "fullatt_block_indexes": [7, 15, 23, 31],
+            "patch_size": 14, "window_size": 112,
+        },
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(flat))
+    assert shapes_of(str(tmp_path))[0] == SMALL
+
+
+def test_a_family_without_shapes_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}})
+    )
+    with pytest.raises(ConfigError, match=r"a plan knows the shapes of qwen2_5_vl, .* is a 'qwen3_vl'"):
+        shapes_of(str(tmp_path))
+
+
+def test_an_unknown_model_is_refused_with_what_a_plan_needs():
+    with pytest.raises(ConfigError, match=r"needs its config.json, or 3B, 7B, 32B or 72B in its name"):
+        shapes_of("runs/mystery/export")
+
+
+def test_flops_of_a_prompt_and_of_a_group_by_hand():
+    body = SMALL.body_params
+    # P 3 alone: 2N*3 + 2*L*d*9 = 6N + 288
+    assert SMALL.group_flops(3, 0, 1) == 6 * body + 288
+    # with G 2 responses of R 5: 2N*10 more, attention 2*(4*16*5*3 + 2*16*25) more, head 2*8*10*2*5 more
+    assert SMALL.group_flops(3, 5, 2) == 6 * body + 288 + 20 * body + 2 * (960 + 800) + 1600
+
+
+def test_sharing_the_prompt_saves_what_the_closed_form_says():
+    shapes, prompt, response, group = KNOWN["7b"], 11_000, 700, 8
+    shared = shapes.group_flops(prompt, response, group)
+    one_by_one = group * shapes.group_flops(prompt, response, 1)
+    assert 5.0 < one_by_one / shared < 6.0
+    assert shapes.group_flops(prompt, response, 1) == pytest.approx(
+        shapes.group_flops(prompt + response, 0, 1), rel=0.02
+    )
+
+
+# ---- the closed forms against transformers' own model ----------------------------------------------------------------
+
+
+def small_model(shapes: Shapes, attention: str) -> Any:
+    """transformers' model of these sizes, random."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    pairs = shapes.hidden_size // shapes.num_heads // 2
+    height = 3 * pairs // 8
+    text = {
+        "hidden_size": shapes.hidden_size, "num_hidden_layers": shapes.num_layers,
+        "num_attention_heads": shapes.num_heads, "num_key_value_heads": shapes.num_kv_heads,
+        "intermediate_size": shapes.intermediate_size, "vocab_size": shapes.vocab_size,
+        "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * height, height, height],
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": shapes.vision_depth, "hidden_size": shapes.vision_hidden_size, "num_heads": 4,
+        "intermediate_size": shapes.vision_intermediate_size, "out_hidden_size": shapes.hidden_size,
+        "fullatt_block_indexes": list(range(shapes.vision_full_layers)), "window_size": 112,
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention)
+
+
+COUNTED = Shapes(64, 3, 4, 2, 160, 512, False, 32, 4, 96, 1)
+
+
+def test_flops_of_the_decoder_are_those_that_torch_counts():
+    model, length = small_model(COUNTED, "eager"), 300
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.language_model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    # The eager attention also computes the half that the causal mask then hides: 2 L d P^2 more.
+    hidden_half = 2 * COUNTED.num_layers * COUNTED.hidden_size * length**2
+    assert counter.get_total_flops() == pytest.approx(COUNTED.group_flops(length, 0, 1) + hidden_half, rel=0.005)
+
+
+def test_flops_of_the_tower_are_those_that_torch_counts():
+    model = small_model(COUNTED, "eager")
+    pixels = torch.randn(32 * 32, 3 * 2 * 14 * 14)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.visual(pixels, grid_thw=torch.tensor([[1, 32, 32]]))
+    # The last window of each row holds fewer patches than the closed form gives it.
+    assert counter.get_total_flops() == pytest.approx(COUNTED.image_flops(448 * 448), rel=0.02)
+
+
+def test_a_backward_pass_takes_two_forward_passes():
+    model = small_model(COUNTED, "eager")
+    ids = torch.zeros(1, 200, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        out = model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == pytest.approx(2 * forward.get_total_flops(), rel=0.005)
+
+
+def saved_bytes(work: Callable[[], Any], model: torch.nn.Module) -> int:
+    """Bytes that `work` keeps for its backward pass, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = work()
+    del out
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "heads", "inner"), [(64, 2, 160), (128, 2, 160), (64, 4, 160), (64, 2, 320)])
+def test_activations_of_a_layer_and_of_a_vision_block_are_those_that_torch_keeps(dtype, hidden, heads, inner):
+    shapes = Shapes(hidden, 1, 4, heads, inner, 64, False, hidden // 2, 1, inner // 2, 1)
+    model, length = small_model(shapes, "sdpa").to(dtype).train(), 128
+    language, visual = model.model.language_model, model.model.visual
+    x = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
+    angles = tuple(t.to(dtype) for t in language.rotary_emb(x, torch.arange(length).expand(3, 1, -1)))
+    kept = saved_bytes(lambda: language.layers[0](x, attention_mask=None, position_embeddings=angles), model)
+    assert kept / length == pytest.approx(shapes.layer_activation_bytes(dtype.itemsize), rel=0.02)
+
+    x = torch.randn(length, hidden // 2, dtype=dtype, requires_grad=True)
+    angles = (torch.randn(length, hidden // 8),) * 2
+    whole = torch.tensor([0, length], dtype=torch.int32)
+    kept = saved_bytes(lambda: visual.blocks[0](x, cu_seqlens=whole, position_embeddings=angles), model)
+    limit = 0.02 if dtype == torch.float32 else 0.2  # in bfloat16 the block turns its heads in float32
+    assert kept / length == pytest.approx(shapes.vision_activation_bytes(dtype.itemsize), rel=limit)
+
+
+def test_state_of_a_learner_is_what_it_holds(tiny_model_path, page_images):
+    learner = make_learner(tiny_model_path, freeze_vision=False, world_size=1)
+    groups = make_groups(page_images, [1, 2])
+    learner.update(groups, [1.0, 1.0])
+    shapes, _ = shapes_of(tiny_model_path)
+    total = shapes.language_params + shapes.vision_params
+    parameters = list(learner.policy.trainable().values())
+    assert sum(parameter.nbytes for parameter in parameters) == 4 * total
+    state = learner._trainer().adamw.state_dict()
+    moments = [tensor for tensor in tensors_of(state) if tensor.dim()]  # step counts are scalars
+    assert sum(tensor.nbytes for tensor in moments) == 8 * total
+
+
+def tensors_of(state: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from tensors_of(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from tensors_of(value)
+
+
+def test_the_7b_recipe_is_planned_for_one_node_and_for_two():
+    one = planned("recipe=evisrag_7b")
+    assert (num_devices(one), one.rollout.vllm.tensor_parallel_size, one.cluster.placement) == (8, 2, "colocated")
+    assert gib_warnings(one) == []
+    two = planned("recipe=evisrag_7b", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.placement=disaggregated")
+    assert num_devices(two) == 16
+    assert gib_warnings(two) == []
+    assert set(devices_memory(two, KNOWN["7b"])) == {"learner", "engine"}
+    parts = devices_memory(one, KNOWN["7b"])["learner and engine"]
+    # Tensor parallel: half of 8.29 B bfloat16 parameters on each of the two.
+    assert parts.sampling["engine weights"] == pytest.approx(8_292_166_656 * 2 / 2 / GIB)
+    # An image has 8,000 patches; a block keeps 2 x (13.25 x 1280 + 4 x 3420) bytes of each. Features: 5 x 2,000 tokens.
+    assert parts.sampling["engine vision"] == pytest.approx(5 * 8000 * 2 * (13.25 * 1280 + 4 * 3420) / GIB)
+    assert parts.learning["vision"] == pytest.approx((5 * 2000 * 3584 * 2 + 8000 * 2 * (13.25 * 1280 + 13680)) / GIB)
+
+
+def test_memory_of_a_full_learner_by_hand():
+    config = planned("recipe=evisrag_7b")
+    memory = learner_memory(config, KNOWN["7b"])
+    assert memory.static["weights (float32)"] == pytest.approx(7_615_616_512 * 4 / 8 / GIB)
+    assert memory.static["optimiser"] == pytest.approx(2 * memory.static["weights (float32)"])
+    assert memory.static["frozen vision tower"] == pytest.approx(676_550_144 * 2 / GIB)
+    assert memory.learning["gradients"] == pytest.approx(memory.static["weights (float32)"])
+    assert memory.learning["logits"] == pytest.approx(512 * 152_064 * 12 / GIB)
+
+
+def test_more_ranks_divide_the_state_and_offload_removes_it():
+    eight = learner_memory(planned("recipe=evisrag_7b"), KNOWN["7b"])
+    sixteen = learner_memory(planned("recipe=evisrag_7b", "learner.num_ranks=16"), KNOWN["7b"])
+    away = learner_memory(planned("recipe=evisrag_7b", "learner.offload=true"), KNOWN["7b"])
+    assert sixteen.static["optimiser"] == pytest.approx(eight.static["optimiser"] / 2)
+    assert away.static["weights (float32)"] == away.static["optimiser"] == away.learning["gradients"] == 0
+
+
+def test_adapters_are_counted_by_hand():
+    config = planned("recipe=evisrag_7b_lora", "model.lora.rank=2", "model.lora.targets=[q_proj,up_proj]")
+    # per layer and rank: q 8+8, up 8+16
+    assert trainable_params(config, SMALL) == 2 * 2 * (16 + 24)
+
+
+def test_the_engine_gives_its_memory_back_only_when_it_sleeps():
+    asleep = planned("recipe=evisrag_7b", "rollout.vllm.sleep_level=1")
+    awake = planned("recipe=evisrag_7b", "rollout.vllm.sleep_level=0")
+    taken = 0.4 * 80 - 2.0
+    assert sum(engine_memory(asleep, KNOWN["7b"]).sampling.values()) == pytest.approx(taken)
+    kept = engine_memory(awake, KNOWN["7b"])
+    assert sum(kept.static.values()) == pytest.approx(taken - kept.sampling["engine vision"])
+    peaks = [devices_memory(config, KNOWN["7b"])["learner and engine"].peak for config in (asleep, awake)]
+    assert peaks[0] < peaks[1]
+
+
+def test_what_does_not_fit_is_said_with_the_arithmetic():
+    (warning,) = gib_warnings(planned("recipe=evisrag_7b", "learner.num_ranks=1", "rollout.num_workers=1"))
+    assert "> 0.94 x 80 GiB = 75.2" in warning
+    assert "learner.num_ranks" in warning
+
+
+def test_a_cache_too_small_for_one_response_is_said():
+    (warning,) = gib_warnings(planned("recipe=evisrag_7b", "rollout.vllm.kv_cache_gib=0.4"))
+    # 16,536 tokens x 57,344 bytes; 0.4 GiB on each of two GPUs
+    assert "0.80 GiB does not hold one response of full length (0.88 GiB)" in warning
+
+
+def test_devices_are_counted_against_the_cluster():
+    two_nodes = [
+        "recipe=evisrag_7b", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.placement=disaggregated",
+    ]  # fmt: skip
+    assert num_devices(planned(*two_nodes)) == 16
+    assert gib_warnings(planned(*two_nodes)) == []
+    (idle,) = gib_warnings(planned(*two_nodes, "rollout.num_workers=2"))
+    assert "the workers take 12 of 2 x 8 = 16 GPUs: 4 stay idle" in idle
+    (short,) = gib_warnings(planned(*two_nodes, "rollout.num_workers=8"))
+    assert "take 24 GPUs, the cluster has 2 x 8 = 16" in short
+
+
+def test_passes_are_planned_only_where_they_are_run():
+    def names(*overrides: str) -> list[str]:
+        return [phase.name for phase in phases(planned("recipe=evisrag_7b", *overrides), KNOWN["7b"])]
+
+    plain = ["sample: prefill", "sample: decode", "learn", "weight sync"]
+    assert names() == plain
+    assert names("algorithm.kl_coef=0.01") == [*plain[:2], "reference", *plain[2:]]
+    assert names("algorithm.updates_per_step=4") == [*plain[:2], "old log-probabilities", *plain[2:]]
+    assert names("rollout=fake") == plain[2:]
+
+
+def test_learning_takes_four_forwards_with_recomputation_and_three_without():
+    def learn_flops(*overrides: str) -> float:
+        config = planned("recipe=evisrag_7b", *overrides)
+        return next(phase.flops for phase in phases(config, KNOWN["7b"]) if phase.name == "learn")
+
+    config = planned("recipe=evisrag_7b")
+    forward = 32 * KNOWN["7b"].group_flops(0.73 * 15_000, 0.46 * 1_536, 8)
+    vision = 32 * 5 * KNOWN["7b"].image_flops(0.73 * config.inputs.max_pixels)
+    assert learn_flops() == pytest.approx(4 * forward + vision)
+    assert learn_flops("learner.gradient_checkpointing=none") == pytest.approx(3 * forward + vision)
+    assert learn_flops("learner.gradient_checkpointing=every_n:2") == pytest.approx(3.5 * forward + vision)
+    assert learn_flops("model.lora.rank=8") == pytest.approx(3 * forward + vision)
+
+
+def test_an_unknown_gpu_is_refused():
+    with pytest.raises(ConfigError, match=r"plan.gpu must be one of h100, .*'h1000'; did you mean h100"):
+        planned("recipe=evisrag_7b", "plan.gpu=h1000")

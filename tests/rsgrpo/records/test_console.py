@@ -1,0 +1,119 @@
+"""What the driver prints."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import time
+
+import pytest
+
+from rsgrpo.records.console import Console, format_step, format_validation, short
+
+METRICS = {
+    "reward/well_formed/mean": 0.99,
+    "reward/evidence/mean": 0.78,
+    "reward/overlong/mean": -1.0,
+    "reward/accuracy/mean": 0.634,
+    "rollout/num_tokens_mean": 70.6,
+    "actor/kl": 0.0021,
+    "time/step": 12.34,
+    "time/sample": 5.1,
+    "time/learn": 6.0,
+    "time/sync": 0.2,
+}
+
+
+def test_a_step_is_one_line_with_its_leading_rewards() -> None:
+    assert format_step(12, 60, METRICS) == (
+        "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
+    )
+
+
+def test_what_a_step_did_not_measure_is_left_out() -> None:
+    assert format_step(3, 100, {"actor/skipped": 1.0, "actor/active_terms": 2.0}) == "step   3/100  no update"
+    nothing_to_learn = {"actor/skipped": 1.0, "actor/active_terms": 0.0}
+    assert format_step(3, 100, nothing_to_learn) == "step   3/100  no update: every advantage is 0"
+
+
+def test_a_supervised_step_shows_its_loss() -> None:
+    assert format_step(3, 100, {"actor/loss": 1.2345, "time/step": 2.0}) == "step   3/100  loss 1.234  2.0 s"
+
+
+def test_validation_has_a_line_for_each_mode() -> None:
+    metrics = {"val/greedy/accuracy": 0.975, "val/greedy/num_prompts": 40.0, "val/sampled/accuracy": 0.5}
+    assert format_validation(10, 60, metrics) == [
+        "step 10/60  val greedy   acc .975  num_prompts 40",
+        "step 10/60  val sampled  acc .500",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.634, ".63"),
+        (-0.5, "-.50"),
+        (12.34, "12.34"),
+        (0.0, ".00"),
+        (0.0021, ".002"),
+        (0.00003, "3e-05"),
+        (1.0, "1.00"),
+    ],
+)
+def test_short_numbers_drop_their_leading_zero(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_output_that_is_no_terminal_is_plain_lines() -> None:
+    stream = io.StringIO()
+    with Console(stream) as console:
+        with console.phase("sample", total=2) as bar:
+            bar.advance()
+            bar.update(2, 2)
+        console.info("loading [bold]x[/bold]")
+        console.warning("odd")
+        console.step_line(12, 60, METRICS)
+        console.validation_line(12, 60, {"val/greedy/accuracy": 1.0})
+        console.summary("done", [("steps", "60"), ("report", "runs/a/report.html")])
+    assert stream.getvalue().splitlines() == [
+        "loading [bold]x[/bold]",
+        "warning: odd",
+        format_step(12, 60, METRICS),
+        "step 12/60  val greedy   acc 1.000",
+        "done",
+        "  steps   60",
+        "  report  runs/a/report.html",
+    ]
+
+
+def test_log_lines_are_printed_above_the_bars_and_go_back_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    stream, root = io.StringIO(), logging.getLogger()
+    handler = logging.StreamHandler(sys.stderr)
+    root.addHandler(handler)
+    try:
+        with Console(stream, live=True) as console, console.phase("sample"):
+            root.warning("while it samples")
+        root.warning("afterwards")
+    finally:
+        root.removeHandler(handler)
+    assert "while it samples" in stream.getvalue()
+    assert capsys.readouterr().err == "afterwards\n"
+
+
+def test_a_terminal_shows_bars_and_keeps_the_lines() -> None:
+    stream = io.StringIO()
+    with Console(stream, live=True) as console:
+        with console.phase("sample", total=96) as bar:
+            bar.advance(48)
+            console.info("hello")
+            time.sleep(0.25)  # bars are drawn ten times a second
+        with console.phase("learn"):
+            pass
+        console.step_line(1, 60, METRICS)
+        console.summary("done", [("steps", "60")])
+    shown = stream.getvalue()
+    assert "\x1b[" in shown
+    assert all(text in shown for text in ("sample", "48/96", "hello", "acc .63", "done"))
+    console.info("after the end")
+    assert "after the end" in stream.getvalue()

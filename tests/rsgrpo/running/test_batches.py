@@ -1,0 +1,145 @@
+"""Collecting a step's groups: filter, refill, surplus, and the error when nothing passes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from rewards.api import Credit, Span
+from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from rsgrpo.config.train import FilterConfig
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.running.batches import Collector, derive_seed
+from rsgrpo.types import ScoredGroup
+
+
+class Stream:
+    """Prompts 0, 1, 2, … in order."""
+
+    def __init__(self, period: int = 10**6) -> None:
+        self.taken = 0
+        self.period = period
+
+    def next(self, count: int) -> list[Prompt]:
+        ids = [str((self.taken + i) % self.period) for i in range(count)]
+        self.taken += count
+        return [Prompt(id, "q") for id in ids]
+
+
+def scored(prompt: Prompt, scores: list[float]) -> ScoredGroup:
+    rollouts = tuple(Rollout([1], [0.0], "x", [(0, 1)], "stop", 0) for _ in scores)
+    return ScoredGroup(
+        RolloutGroup(prompt, rollouts),
+        ("accuracy",),
+        [[score] for score in scores],
+        [[(Credit("", score, Span(0, 1)),)] for score in scores],
+        [[False] for _ in scores],
+    )
+
+
+def engine(score_of, calls: list | None = None):
+    """Answers in random order; `score_of(prompt)` gives the group's scores, or an error text."""
+
+    def sample_and_score(prompts, sampling) -> Iterator[ScoredGroup | RolloutGroup]:
+        if calls is not None:
+            calls.append(([prompt.id for prompt in prompts], sampling.seed))
+        groups = [(prompt, score_of(prompt)) for prompt in prompts]
+        random.Random(len(groups)).shuffle(groups)
+        for prompt, outcome in groups:
+            yield RolloutGroup(prompt, (), error=outcome) if isinstance(outcome, str) else scored(prompt, outcome)
+
+    return sample_and_score
+
+
+def ids(groups: list[ScoredGroup]) -> list[str]:
+    return [group.group.prompt.id for group in groups]
+
+
+def test_without_a_filter_a_step_is_one_round_in_the_order_of_the_stream():
+    calls: list = []
+    collector = Collector(engine(lambda p: [1.0, 1.0], calls), Stream().next, SamplingParams(seed=3), FilterConfig())
+    groups, metrics = collector.collect(4, step=1)
+    assert ids(groups) == ["0", "1", "2", "3"]
+    assert len(calls) == 1
+    assert metrics["rollout/tries"] == 1
+    assert ids(collector.collect(4, step=2)[0]) == ["4", "5", "6", "7"]
+    assert calls[0][1] != calls[1][1]
+
+
+def test_prompts_that_fail_are_counted_and_replaced():
+    collector = Collector(
+        engine(lambda p: "unreadable image" if p.id == "1" else [1.0, 0.0]),
+        Stream().next,
+        SamplingParams(),
+        FilterConfig(),
+    )
+    groups, metrics = collector.collect(3, step=1)
+    assert ids(groups) == ["0", "2", "3"]
+    assert metrics["rollout/prompt_errors"] == 1
+
+
+def test_the_filter_refills_and_keeps_the_surplus_for_the_next_step():
+    # Even prompts are perfect (mean 1) and filtered; odd ones pass.
+    def scores(prompt: Prompt) -> list[float]:
+        return [1.0, 1.0] if int(prompt.id) % 2 == 0 else [1.0, 0.0]
+
+    stream = Stream()
+    collector = Collector(
+        engine(scores), stream.next, SamplingParams(), FilterConfig(enabled=True, low=0.01, high=0.99)
+    )
+    groups, metrics = collector.collect(4, step=1)
+    assert ids(groups) == ["1", "3", "5", "7"]
+    assert metrics["rollout/groups_sampled"] == stream.taken
+    assert metrics["rollout/groups_filtered"] == stream.taken - 4 - len(collector.surplus)
+    surplus = ids(collector.surplus)
+    groups, metrics = collector.collect(4, step=2)
+    assert ids(groups)[: len(surplus)] == surplus
+    assert metrics["rollout/groups_reused"] == len(surplus)
+
+
+def test_the_filter_compares_the_weighted_sum():
+    # Mean accuracy 0.5 counts three times: 1.5 is outside (0, 1).
+    config = FilterConfig(enabled=True, low=0.0, high=1.0, weights={"accuracy": 3.0}, max_tries=2)
+    collector = Collector(engine(lambda p: [1.0, 0.0]), Stream().next, SamplingParams(), config)
+    with pytest.raises(RsgrpoError, match=r"max_tries=2 rounds only 0 of 2 groups passed"):
+        collector.collect(2, step=1)
+
+
+def test_groups_without_signal_can_be_dropped():
+    config = FilterConfig(enabled=True, low=-1, high=2, drop_without_signal=True)
+    scores = {"0": [0.5, 0.5], "1": [0.0, 1.0]}
+    collector = Collector(engine(lambda p: scores.get(p.id, [0.2, 0.3])), Stream().next, SamplingParams(), config)
+    assert ids(collector.collect(2, step=1)[0]) == ["1", "2"]
+
+
+def test_giving_up_shows_the_histogram_and_the_reasons():
+    config = FilterConfig(enabled=True, max_tries=3)
+    collector = Collector(
+        engine(lambda p: "too long" if p.id == "0" else [1.0 * (int(p.id) % 2) * 8] * 2),
+        Stream().next,
+        SamplingParams(),
+        config,
+    )
+    with pytest.raises(RsgrpoError) as caught:
+        collector.collect(4, step=1)
+    message = str(caught.value)
+    assert "group mean    0.00" in message
+    assert "####" in message
+    assert "1 prompts failed: too long" in message
+
+
+def test_a_data_set_smaller_than_a_step_never_samples_a_prompt_twice_with_one_seed():
+    calls: list = []
+    collector = Collector(engine(lambda p: [1.0, 0.0], calls), Stream(period=3).next, SamplingParams(), FilterConfig())
+    groups, _ = collector.collect(7, step=1)
+    assert ids(groups) == ["0", "1", "2", "0", "1", "2", "0"]
+    assert [call_ids for call_ids, _ in calls] == [["0", "1", "2"], ["0", "1", "2"], ["0"]]
+    assert len({seed for _, seed in calls}) == 3
+
+
+def test_seeds_depend_on_every_part():
+    assert derive_seed(0, "train", 1, 0) == derive_seed(0, "train", 1, 0)
+    assert len({derive_seed(0, "train", 1, 0), derive_seed(1, "train", 1, 0), derive_seed(0, "train", 2, 0)}) == 3
+    assert 0 <= derive_seed(0, "val") < 2**63

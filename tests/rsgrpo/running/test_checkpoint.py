@@ -1,0 +1,109 @@
+"""A checkpoint is either whole or absent, and the previous one goes last."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from rsgrpo.running.checkpoint import CheckpointError, CheckpointFolder
+from tests.material import ROOT
+
+
+def learner_files(content: str = "weights"):
+    def save(folder: Path) -> None:
+        (folder / "model.bin").write_text(content)
+
+    return save
+
+
+def steps(folder: CheckpointFolder) -> list[int]:
+    return [checkpoint.step for checkpoint in folder.all()]
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=2, keep_best=0)
+    folder.write(3, learner_files("w3"), {"stream": {"epoch": 1}, "surplus": ["group"]}, 0.5)
+    newest = CheckpointFolder(tmp_path, keep_last=2, keep_best=0).newest()
+    assert newest is not None
+    assert (newest.step, newest.score) == (3, 0.5)
+    assert newest.driver_state() == {"stream": {"epoch": 1}, "surplus": ["group"]}
+    assert (newest.learner_folder / "model.bin").read_text() == "w3"
+    assert (tmp_path / "latest").resolve() == newest.folder.resolve()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=2, keep_best=1)
+    for step, score in [(1, 0.2), (2, 0.9), (3, 0.4), (4, float("nan")), (5, None)]:
+        folder.write(step, learner_files(), {}, score)
+    assert steps(folder) == [2, 4, 5]
+
+
+def test_a_fresh_folder_has_nothing_to_resume(tmp_path):
+    assert CheckpointFolder(tmp_path / "new", keep_last=1, keep_best=1).newest() is None
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    folder.write(10, learner_files("good"), {}, None)
+
+    def full_disk(target: Path) -> None:
+        (target / "half.bin").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step 20 could not be written.*No space left.*step 10 is intact"):
+        folder.write(20, full_disk, {}, None)
+    assert steps(folder) == [10]
+    assert (folder.all()[0].learner_folder / "model.bin").read_text() == "good"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("moment", ["save", "fsync", "rename", "replace", "rmtree"])
+def test_kill_9_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, moment):
+    CheckpointFolder(tmp_path, keep_last=1, keep_best=0).write(1, learner_files("w1"), {"step": 1}, None)
+    program = f"""
+        import os, shutil, signal
+        from pathlib import Path
+        from rsgrpo.running.checkpoint import CheckpointFolder
+
+        def die(*args, **kwargs):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def save(folder):
+            (folder / "model.bin").write_text("w2")
+            if {moment!r} == "save":
+                die()
+
+        folder = CheckpointFolder(Path({str(tmp_path)!r}), keep_last=1, keep_best=0)
+        if {moment!r} in ("fsync", "rename", "replace"):
+            setattr(os, {moment!r}, die)
+        if {moment!r} == "rmtree":
+            real = shutil.rmtree
+            shutil.rmtree = lambda path, **kwargs: die() if ".removing" in str(path) else real(path, **kwargs)
+        folder.write(2, save, {{"step": 2}}, None)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT)
+    assert result.returncode == -signal.SIGKILL
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    newest = folder.newest()
+    assert newest is not None
+    assert newest.step == (2 if moment in ("replace", "rmtree") else 1)
+    assert newest.driver_state() == {"step": newest.step}
+    assert (newest.learner_folder / "model.bin").read_text() == f"w{newest.step}"
+    assert all(not path.name.startswith(".") for path in tmp_path.iterdir() if path.is_dir())
+    folder.write(3, learner_files("w3"), {"step": 3}, None)
+    assert steps(folder) == [3]
+
+
+def test_writing_the_same_step_again_changes_nothing(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    folder.write(1, learner_files("first"), {}, None)
+    before = os.stat(tmp_path / "step_000001").st_mtime_ns
+    folder.write(1, learner_files("second"), {}, None)
+    assert os.stat(tmp_path / "step_000001").st_mtime_ns == before
