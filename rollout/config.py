@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-
-class ConfigError(ValueError):
-    """A setting of a room below the trainer that cannot work; names the key, the limit and the value."""
-
-    exit_code = 2  # as an rsgrpo.errors.InputError
+from rollout.errors import ConfigError as ConfigError
 
 
 @dataclass(frozen=True)

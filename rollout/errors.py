@@ -1,15 +1,21 @@
-"""The errors that a user can mend. Imports nothing, so that they can be raised before anything heavy is loaded.
+"""The errors that a user can fix, and how a program ends with one. Standard library only.
 
 Their class decides a program's exit code, the same for every command: see docs/configuration.md.
 """
 
 from __future__ import annotations
 
-USER_ERROR, RUN_ERROR = 2, 1
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+MAX_LISTED = 10
+"""Items that a message lists before it counts the rest."""
 
 
 class RsgrpoError(Exception):
-    """Base of every error that a user can mend; its text names the value, the limit and the fix.
+    """Base of every error that a user can fix; its text names the value, the limit and the fix.
 
     By itself it is a failure of the work: something that could not be known before it began.
     """
@@ -29,3 +35,49 @@ class InputError(RsgrpoError):
 
 class ConfigError(InputError):
     """A setting, or a combination of settings, that cannot work."""
+
+
+def listed(items: Sequence[str], limit: int = MAX_LISTED) -> str:
+    """Return the items on indented lines of their own; those beyond `limit` are counted.
+
+    >>> print(listed(["row 1: no answer", "row 2: no answer"], limit=1))
+      row 1: no answer
+      ... and 1 more
+    """
+    more = [f"... and {len(items) - limit} more"] if len(items) > limit else []
+    return "\n".join(f"  {line}" for line in [*items[:limit], *more])
+
+
+def run_program(work: Callable[[], int | None], *, kept: str = "", extras: Mapping[str, str] | None = None) -> int:
+    """Run a command line program's work and return its exit code; an error of the user's becomes one message.
+
+    Exit codes: what `work` returns (None is 0), 2 for wrong input, 1 for a failure, 130 after Ctrl-C.
+
+    Args:
+        kept: what a Ctrl-C leaves behind, such as "answers so far are kept; run the same command to resume".
+        extras: of an optional package, by import name, the extra of this project that installs it.
+    """
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except RsgrpoError as error:
+        return _ended(f"error: {error}", error.exit_code)
+    except ModuleNotFoundError as error:
+        extra = (extras or {}).get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        install = f'install the extra, for example with `pip install -e ".[{extra}]"`'
+        return _ended(f"error: {error.name} is not installed; {install}", USER_ERROR)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:  # a place that cannot be read or written: its text names it
+        return _ended(f"error: {error}", RUN_ERROR)
+    except KeyboardInterrupt:
+        return _ended(f"Stopped; {kept}." if kept else "Stopped.", INTERRUPTED)
+
+
+def _ended(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,94 @@
+"""Files that are whole or absent, and JSON lines with the line number of what is wrong in them.
+
+Every writer of this project replaces a file through `replaced`, so that a kill, a full disk or a power cut leaves the
+old content or the new one, never a part. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rollout.errors import InputError
+
+
+@contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; leaving without an exception makes its file the content of `path`.
+
+    The data reaches the disk before the name does. After an exception `path` is as it was and the temporary is gone.
+
+    >>> with replaced(folder / "scores.json") as unfinished:
+    ...     unfinished.write_text("{}")
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    target = Path(path)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        sync(unfinished)
+        os.replace(unfinished, target)
+        sync(target.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the content of a UTF-8 text file in one move."""
+    with replaced(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace the content of a file in one move."""
+    with replaced(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not Path(path).is_dir():  # some file systems do not sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every line that is not blank.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not a JSON object; names the file and the line.
+    """
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json_object(line, f"{os.fspath(path)}, line {number}")
+    except OSError as error:
+        raise InputError(f"{os.fspath(path)} cannot be read: {error.strerror}") from error
+
+
+def json_object(text: bytes | str, where: str) -> dict[str, Any]:
+    """Return the JSON object in `text`, a byte order mark aside.
+
+    Raises:
+        InputError: it is not one; the message begins with `where`.
+    """
+    try:
+        row = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"{where}: not valid JSON ({reason})") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: must be a JSON object, got {type(row).__name__}")
+    return row
