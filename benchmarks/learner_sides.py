@@ -229,7 +229,7 @@ class Bench:
         return total
 
     def plain(self) -> float:
-        """transformers' forward for every response, in an old-logprob pass and in the training pass."""
+        """Transformers' forward for every response, in an old-logprob pass and in the training pass."""
         config = self.model.model.language_model.config
         ours, config._attn_implementation = config._attn_implementation, "sdpa"
         total = 0.0

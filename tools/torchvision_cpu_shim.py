@@ -30,7 +30,7 @@ class _DeclareBeforeImport(importlib.abc.MetaPathFinder):
                 _DeclareBeforeImport.library = torch.library.Library("torchvision", "DEF")
                 for operator in ("nms", "qnms"):
                     _DeclareBeforeImport.library.define(operator + _SIGNATURE)
-        return None
+        return
 
 
 def _compiled_library_loads() -> bool:

@@ -29,7 +29,7 @@ def standardise(scores_G: np.ndarray) -> np.ndarray:
 
 
 def centre(scores_G: np.ndarray) -> np.ndarray:
-    """s - mean over the scores that are there (Dr. GRPO); 0 for the others."""
+    """S - mean over the scores that are there (Dr. GRPO); 0 for the others."""
     return _centre(scores_G, divide_by_std=False)
 
 

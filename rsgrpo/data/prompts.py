@@ -76,13 +76,13 @@ def read_template(prompt: PromptConfig) -> str:
 
 
 def render_template(template: str, question: str, num_images: int) -> str:
-    """Fill a template.
+    r"""Fill a template.
 
     {images} becomes one numbered line per image, {numbered_marks} the same without line breaks and colons,
     {image_marks} the images and nothing else.
 
-    >>> render_template("{images}\\n{question}", "what amount?", 2)
-    '[1]: <image>\\n[2]: <image>\\nwhat amount?'
+    >>> render_template("{images}\n{question}", "what amount?", 2)
+    '[1]: <image>\n[2]: <image>\nwhat amount?'
     """
     images = "\n".join(f"[{number}]: {IMAGE_MARK}" for number in range(1, num_images + 1))
     numbered = "".join(f"[{number}]{IMAGE_MARK}" for number in range(1, num_images + 1))

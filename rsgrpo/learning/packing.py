@@ -19,8 +19,9 @@ _HOME_SLACK = 1.05
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Predicted work: `per_token` for each token of the row, `per_pair` for each query-key pair, `per_response_token`
-    for the head. Only ratios matter.
+    """Predicted work; only ratios matter.
+
+    `per_token` for each token of the row, `per_pair` for each query-key pair, `per_response_token` for the head.
     """
 
     per_token: float = 1.0

@@ -72,7 +72,7 @@ def test_a_run_that_cannot_work_exits_with_2_and_leaves_no_run_folder(
     errors = capsys.readouterr().err
     assert "error: " in errors
     assert said in errors
-    assert [path for path in folder.rglob("config.yaml")] == []
+    assert list(folder.rglob("config.yaml")) == []
 
 
 COMMANDS: list[tuple[ModuleType, list[str]]] = [

@@ -158,8 +158,9 @@ def read_run(file: Path) -> dict[str, list[Hit]]:
 
 
 def read_qrels(file: Path) -> dict[str, dict[str, int]]:
-    """Read judgments: BEIR's 'query page grade' (with or without a header) or TREC's 'query 0 page grade', by tabs or
-    spaces.
+    """Read judgments, separated by tabs or spaces.
+
+    Either BEIR's 'query page grade' (with or without a header) or TREC's 'query 0 page grade'.
 
     Raises:
         InputError: a line is malformed, or a pair is judged twice differently.
@@ -215,8 +216,9 @@ def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, int]]:
-    """Return judgments by page id. A judged page may be named by its id, by its document, by document#number, or by its
-    document's name without extension.
+    """Return judgments by page id.
+
+    A judged page may be named by its id, its document, document#number, or its document's name without extension.
 
     Raises:
         InputError: a relevant page is not in the store, or a name fits several pages.

@@ -106,7 +106,7 @@ def page_id(content: str, number: int) -> str:
 
 
 def shown(path: str | os.PathLike[str]) -> str:
-    """Return a path as valid text of one line; bytes that are not UTF-8, and control characters, become \\xNN."""
+    r"""Return a path as valid text of one line; bytes that are not UTF-8, and control characters, become \xNN."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 

@@ -232,8 +232,10 @@ def train(
 
 
 def as_dataset(pairs: Sequence[Pair], seed: int) -> Dataset:
-    """Return the pairs, shuffled, in the order of columns that the loss reads: query, page, negatives; label numbers
-    the pages, equal ones equally."""
+    """Return the pairs, shuffled, with the columns in the order that the loss reads: query, page, negatives.
+
+    `label` numbers the pages, equal ones equally.
+    """
     ordered = list(pairs)
     Random(seed).shuffle(ordered)
     numbers = {page: number for number, page in enumerate(dict.fromkeys(p for pair in pairs for p in _pages(pair)))}

@@ -333,7 +333,7 @@ def test_a_bad_prompt_fails_alone(engine, prompts, page_images, tmp_path):
     broken.write_bytes(b"not a picture")
     bad = [
         Prompt("unreadable", "<image>?", (str(broken),)),
-        Prompt("too-many", "<image>" * 6, tuple([*page_images, page_images[0]])),
+        Prompt("too-many", "<image>" * 6, (*page_images, page_images[0])),
         Prompt("too-few", "<image><image>?", (page_images[0],)),
     ]
     groups = by_id(engine.generate([bad[0], *prompts[:2], *bad[1:]], SamplingParams(group_size=2, max_tokens=4)))

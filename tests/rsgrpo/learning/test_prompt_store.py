@@ -196,7 +196,7 @@ def test_a_torn_file_is_counted_and_computed_anew(tiny_model_path, groups, tmp_p
     first = make_learner(tiny_model_path, feature_cache=str(tmp_path))
     expected = first.update(groups, WEIGHTS)
     settled(first)
-    torn = sorted(tmp_path.glob("*/*.safetensors"))[0]
+    torn = min(tmp_path.glob("*/*.safetensors"))
     torn.write_bytes(torn.read_bytes()[:100])
     second = make_learner(tiny_model_path, feature_cache=str(tmp_path))
     metrics = second.update(groups, WEIGHTS)

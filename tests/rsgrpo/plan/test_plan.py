@@ -133,7 +133,7 @@ def test_sharing_the_prompt_saves_what_the_closed_form_says():
 
 
 def small_model(shapes: Shapes, attention: str) -> Any:
-    """transformers' model of these sizes, random."""
+    """Transformers' model of these sizes, random."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     pairs = shapes.hidden_size // shapes.num_heads // 2
