@@ -19,7 +19,7 @@ from recipes.answers.batch import answer_batch, result_line
 from recipes.answers.endpoint import EndpointConfig
 from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, open_answerer
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
-from rollout.config import ConfigError, InputsConfig
+from rollout.config import InputsConfig
 from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
@@ -278,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.question = options.question or options.named_question
     try:
         return answer(options)
-    except (RsgrpoError, ConfigError) as error:
+    except RsgrpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

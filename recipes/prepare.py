@@ -21,7 +21,6 @@ from recipes.demo.rows import Job, corpus, write_rows_and_pages
 from recipes.demo.shapes import ShapeJob
 from recipes.files.commands import COMMANDS, add_file_commands
 from recipes.files.whole_folder import is_whole, make_folder
-from rollout.config import ConfigError
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return COMMANDS[command](options, console)
             out, force = options.pop("out"), options.pop("force")
             prepare_demo(DemoSettings(**options), out, force=force, console=console)
-    except (RsgrpoError, ConfigError) as error:
+    except RsgrpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -76,6 +76,8 @@ class Reward(Protocol):
 
     name: str
     scope: Scope
+    short: str
+    leading: bool
 
     def __call__(self, response: Response, /, **arguments: Any) -> Any:
         """Return the score: a number, None (did not apply) or several credits; an awaitable of that if async."""
@@ -122,15 +124,17 @@ whole = between(None, None)
 @overload
 def reward(function: RewardFunction, /) -> Reward: ...
 @overload
-def reward(*, scope: Scope = whole) -> Callable[[RewardFunction], Reward]: ...
+def reward(*, scope: Scope = whole, short: str = "", leading: bool = False) -> Callable[[RewardFunction], Reward]: ...
 def reward(
-    function: RewardFunction | None = None, /, *, scope: Scope = whole
+    function: RewardFunction | None = None, /, *, scope: Scope = whole, short: str = "", leading: bool = False
 ) -> Reward | Callable[[RewardFunction], Reward]:
-    """Mark a function of one response as a reward: it stays the same function and gains `.scope` and `.name`.
+    """Mark a function of one response as a reward: it stays the same function and gains the attributes of `Reward`.
 
     Args:
         function: the function, where the decorator is written without parentheses.
         scope: the characters the reward may teach; `between(...)`, `whole`, or any function Response -> Span | None.
+        short: an abbreviation for narrow places such as the console's line; "" is the name in the run's configuration.
+        leading: whether displays with little room show this reward before others.
 
     Raises:
         RewardError: what is decorated is not a function of one response, or `scope` cannot be called.
@@ -142,7 +146,7 @@ def reward(
         if _response_parameter(function) is None:
             raise RewardError(f"@reward: '{function.__name__}' must take the response as its first argument")
         marked = cast(Reward, function)
-        marked.name, marked.scope = function.__name__, scope
+        marked.name, marked.scope, marked.short, marked.leading = function.__name__, scope, short, leading
         return marked
 
     if not callable(scope):
@@ -233,7 +237,8 @@ def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
     if not arguments:
         return function
     bound = cast(Reward, functools.partial(function, **arguments))
-    bound.name, bound.scope = function.name, function.scope
+    for attribute in ("name", "scope", "short", "leading"):
+        setattr(bound, attribute, getattr(function, attribute))
     return bound
 
 

@@ -25,7 +25,7 @@ _INDEX = re.compile(r"\[\d+\]")
 _SLOT_LABEL = re.compile(r"\[([1-9][0-9]{0,3})\]:")
 
 
-@reward(scope=between("<think>", None))
+@reward(scope=between("<think>", None), short="acc", leading=True)
 def accuracy(response: Response, *, normalise: Mode = "paper") -> float | None:
     """Set-token F1 of the answer block against the gold answer, best of several; 0 without a closed answer block."""
     golds = _golds(response.truth, "answers")
@@ -35,7 +35,7 @@ def accuracy(response: Response, *, normalise: Mode = "paper") -> float | None:
     return 0.0 if answer is None else max(set_f1(answer, gold, normalise) for gold in golds)
 
 
-@reward(scope=between(None, "<think>"))
+@reward(scope=between(None, "<think>"), short="evid", leading=True)
 def evidence(response: Response, *, normalise: Mode = "paper") -> float | None:
     """Weighted mean of the slot scores: slots with evidence weigh 3, slots without weigh 1. In [0, 1] for any number.
 
@@ -49,7 +49,7 @@ def evidence(response: Response, *, normalise: Mode = "paper") -> float | None:
     return sum(weight * score for weight, score in zip(weights, scores, strict=True)) / sum(weights)
 
 
-@reward
+@reward(short="fmt", leading=True)
 def well_formed(response: Response) -> float:
     """1 when the response is the four blocks in order, each tag once and only white space between them; else 0."""
     once = all(response.text.count(tag) == 1 for name in BLOCKS for tag in (f"<{name}>", f"</{name}>"))
@@ -83,7 +83,7 @@ def think_differs(response: Response) -> float:
     return -1.0 if think is not None and answer is not None and think.strip() == answer.strip() else 0.0
 
 
-@reward(scope=between(None, "<think>"))
+@reward(scope=between(None, "<think>"), short="perc", leading=True)
 def perception(response: Response, *, normalise: Mode = "paper") -> float | None:
     """Unweighted mean over slots, as the paper writes it: token F1, or 1 if a page without evidence is marked so."""
     golds = _golds(response.truth, "evidence")

@@ -8,10 +8,11 @@ from typing import Protocol
 
 import torch
 
+from rollout.errors import RsgrpoError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 
-class EngineError(ValueError):
+class EngineError(RsgrpoError):
     """An engine cannot start, sample as asked, or take the weights it is given."""
 
 

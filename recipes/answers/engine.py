@@ -149,17 +149,18 @@ class EngineAnswerer:
         from rollout.build import build_engine
 
         transformers.utils.logging.disable_progress_bar()  # it would tear our own bars
+        rollout = self._rollout.as_rollout_config()
         try:
             self._engine = build_engine(
                 self._model.path,
-                self._rollout.as_rollout_config(),
+                rollout,
                 self._inputs,
                 num_threads=self._rollout.num_threads,
                 device=self._rollout.device,
                 revision=self._model.revision,
                 trust_remote_code=self._model.trust_remote_code,
             )
-        except (ValueError, OSError, ImportError) as error:
+        except (RsgrpoError, ValueError, OSError, ImportError) as error:
             raise InputError(f"the model {self._model.path} cannot be started: {error}") from error
         return self._engine
 
@@ -171,7 +172,7 @@ class EngineAnswerer:
             try:
                 for group in engine.generate(prompts[start : start + at_once], self._sampling):
                     yield _output(group)
-            except ValueError as error:  # the engine's own errors; what a prompt is to blame for came as group.error
+            except RsgrpoError as error:  # what a prompt is to blame for came as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 
     def stream(self, prompt: Prompt) -> Generator[str | Output]:
@@ -184,7 +185,7 @@ class EngineAnswerer:
             with closing(engine.stream(prompt, self._sampling)) as pieces:
                 for piece in pieces:
                     yield piece if isinstance(piece, str) else _output(piece)
-        except ValueError as error:
+        except RsgrpoError as error:
             raise RsgrpoError(f"the engine failed: {error}") from error
 
     def close(self) -> None:

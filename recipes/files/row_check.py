@@ -122,9 +122,9 @@ def _counter(model: str, inputs: InputsConfig) -> TokenCounter:
     if not model:
         return Uncounted(inputs)
     require_found("model", model)
-    from rollout.inputs.processor import InputProcessor, InputsError
+    from rollout.inputs.processor import InputProcessor
 
     try:
         return InputProcessor(model, inputs)
-    except (InputsError, OSError, ValueError) as error:
+    except (InputError, OSError, ValueError) as error:
         raise InputError(f"the tokenizer of {model} cannot be loaded: {error}") from error

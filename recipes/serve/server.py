@@ -29,7 +29,6 @@ from recipes.answers.questions import named_prompt
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
 from recipes.serve.queue import Desk, Piece
-from rollout.config import ConfigError
 from rollout.types import Prompt
 from rsgrpo.config.limits import at_least
 from rsgrpo.errors import InputError, RsgrpoError
@@ -300,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         serve(parser().parse_args(argv))
-    except (RsgrpoError, ConfigError) as error:
+    except RsgrpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -25,7 +25,6 @@ from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, 
 from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
-from rollout.config import ConfigError
 from rsgrpo.config.limits import at_least
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
@@ -233,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
         run(options)
-    except (RsgrpoError, ConfigError) as error:
+    except RsgrpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

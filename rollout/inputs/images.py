@@ -15,13 +15,14 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image
 
+from rollout.errors import InputError
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
 
 MAX_ASPECT_RATIO = 200
 
 
-class PromptError(ValueError):
+class PromptError(InputError):
     """This one prompt cannot be used: too long, an unreadable image, too many images, misplaced image marks."""
 
 

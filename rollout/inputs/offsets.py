@@ -13,8 +13,10 @@ import numpy as np
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerBase
 
+from rollout.errors import InputError
 
-class OffsetsError(ValueError):
+
+class OffsetsError(InputError):
     """The tokenizer's tokens cannot be mapped to characters."""
 
 

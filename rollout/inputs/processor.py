@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rollout.config import InputsConfig
+from rollout.errors import InputError
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import token_spans
 from rollout.types import ImageSource, Prompt
@@ -23,7 +24,7 @@ IMAGE_MARK = "<image>"
 _VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
-class InputsError(ValueError):
+class InputsError(InputError):
     """The model folder cannot turn prompts into inputs."""
 
 

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from rollout.errors import RsgrpoError
+
 Wait = Callable[[float], Any]
 """Returns a call's result, or raises TimeoutError after so many seconds; it may be asked again."""
 
@@ -19,7 +21,7 @@ Wait = Callable[[float], Any]
 POLL_S = 0.02
 
 
-class TransferError(RuntimeError):
+class TransferError(RsgrpoError):
     """A weight sync did not finish, or left different weights; names the engine. The engine must be started anew."""
 
 

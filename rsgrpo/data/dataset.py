@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rollout.inputs.processor import InputsError
 from rollout.types import Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
@@ -112,13 +111,10 @@ def sort_rows(
     checker = RowChecker(data, template, prompt.system, images, processor, checked or CheckedImages())
     outcomes: list[Prompt | BadRow] = []
     with ThreadPoolExecutor(data.num_workers or min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:
-        try:
-            for outcome in pool.map(checker.check, rows):
-                outcomes.append(outcome)
-                if progress is not None:
-                    progress(len(outcomes), len(rows))
-        except InputsError as error:
-            raise InputError(str(error)) from error
+        for outcome in pool.map(checker.check, rows):
+            outcomes.append(outcome)
+            if progress is not None:
+                progress(len(outcomes), len(rows))
     return _split_outcomes(outcomes, rows)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from rollout.inputs.processor import InputProcessor, InputsError
+from rollout.inputs.processor import InputProcessor
 from rollout.types import SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.engine_check import choose_prompts, require_gate
@@ -277,8 +277,6 @@ class Run:
                 revision=config.model.revision,
                 trust_remote_code=config.model.trust_remote_code,
             )
-        except InputsError as error:
-            raise InputError(str(error)) from error
         except OSError as error:
             path, reason = config.model.path, next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(

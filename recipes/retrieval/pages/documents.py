@@ -292,7 +292,7 @@ def _image_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.I
                         continue
                     opened.load()
                     frame = to_rgb(opened.copy())
-                except (OSError, EOFError, ValueError, SyntaxError) as error:
+                except (OSError, EOFError, ValueError, SyntaxError, PromptError) as error:
                     yield f"{type(error).__name__}: {error}"
                     continue
                 yield _fit(frame, settings), ""

@@ -44,7 +44,7 @@ def read_pairs(source: str) -> list[Pair]:
         for number, row in _rows(file):
             try:
                 pairs.append(_pair(row, file.parent))
-            except ValueError as error:
+            except (ValueError, PromptError) as error:
                 faults.append(f"  {file.name}:{number}: {error}")
     if faults:
         more = [f"  ... and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []
