@@ -159,12 +159,28 @@ def test_the_learner_runs_without_ray_vllm_hydra_and_wandb():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("program", ["benchmarks.learner", "tests.gpu.test_learner", "tests.rollout.hf.test_engine"])
-def test_what_runs_on_a_bare_gpu_image_needs_torch_and_transformers_only(program):
+COLLECT_GPU_TESTS = """
+import os
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # hydra brings a plugin
+import pytest
+raise SystemExit(pytest.main(["--collect-only", "-qm", "gpu", "-p", "no:cacheprovider", "tests/gpu"]))
+"""
+
+
+@pytest.mark.parametrize("statement", ["import benchmarks.learner", COLLECT_GPU_TESTS], ids=["benchmark", "tests"])
+def test_what_runs_on_a_bare_gpu_image_needs_torch_and_transformers_only(statement):
     absent = {"ray", "vllm", "hydra", "omegaconf", "wandb", "tensorboard", "datasets", "rich", "pyarrow", "httpx"}
-    statement = f"import {program}"
     result = run_without(absent, statement)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    if statement == COLLECT_GPU_TESTS:
+        assert "tests/gpu/test_learner.py::" in result.stdout
+        assert "tests/gpu/test_hf.py::" in result.stdout
+        assert "vLLM is not installed" in result.stdout
+
+
+def test_what_needs_a_gpu_is_where_make_test_gpu_looks():
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark" + ".gpu" in path.read_text()]
+    assert {path.parent.name for path in marked} == {"gpu"}
 
 
 def test_rewards_run_without_torch_and_numpy():

@@ -5,12 +5,15 @@ Knows no tokenizer and no model; every size rule is given as an argument.
 
 from __future__ import annotations
 
+import base64
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -128,6 +131,26 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         raise PromptError(f"image {name_of(source)} does not exist") from error
     except _UNREADABLE as error:
         raise PromptError(f"image {name_of(source)} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def local_source(reference: str) -> str | bytes:
+    """Return what a reference names: the bytes in a `data:` URL, the path in a `file://` URL, or the path itself.
+
+    Raises:
+        PromptError: an address on the network (nothing is fetched), or a data URL that does not hold a base64 image.
+    """
+    scheme = reference[:8].partition(":")[0].lower()
+    if scheme == "data":
+        head, _, payload = reference.partition(",")
+        try:
+            if not re.fullmatch(r"data:image/[^,]+;base64", head, re.IGNORECASE):
+                raise ValueError(f"got {head!r:.60}")
+            return base64.b64decode(payload, validate=True)
+        except ValueError as error:
+            raise PromptError(f"an image data URL must be data:image/...;base64,...: {error}") from error
+    if scheme in ("http", "https"):
+        raise PromptError(f"image {reference!r:.80} is not on this machine; download it and give its path")
+    return unquote(reference[len("file://") :]) if reference[:7].lower() == "file://" else reference
 
 
 def file_of(source: ImageSource) -> str | io.BytesIO:

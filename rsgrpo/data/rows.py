@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rollout.inputs.images import local_source
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
 from rsgrpo.data.hub_folder import hub_errors, published_files, published_folder
@@ -56,11 +57,17 @@ class ImageFolder:
     def resolve(self, entry: Any) -> ImageSource:
         """Return a path, compressed bytes or where they lie for a path, bytes, {"bytes", "path"} or PIL image.
 
+        A path may also be a `file://` or `data:` URL, and stand in a chat message's {"type": "image", "image": path}.
+
         Raises:
             ValueError: the entry is none of these.
         """
+        if isinstance(entry, Mapping) and "image" in entry:
+            entry = entry["image"]
         if isinstance(entry, Mapping) and ("bytes" in entry or "path" in entry):
             entry = entry.get("path") if entry.get("bytes") is None else entry["bytes"]
+        if isinstance(entry, str):
+            entry = local_source(entry)
         if isinstance(entry, bytes | bytearray | memoryview):
             return bytes(entry)
         if isinstance(entry, Path | str) and str(entry):

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("ray", reason="Ray is not installed")
+pytest.importorskip("hydra", reason="hydra is not installed")
 
 from rollout.build import build_engine
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
 from rsgrpo.train import train
+from tests.material.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
-from tests.material.vllm_parity import INPUTS, ROLLOUT, reference_logprobs, reference_model
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs CUDA")]
@@ -55,9 +57,7 @@ def assert_same_logprobs(engine: Any, model: Any, prompts: list[Prompt], toleran
     groups = list(engine.generate(prompts, SamplingParams(group_size=2, max_tokens=12)))
     assert [group.error for group in groups] == [None] * len(prompts)
     for group in groups:
-        for rollout in group.rollouts:
-            expected = reference_logprobs(model, engine.processor, group.prompt, rollout.token_ids_T)
-            torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=tolerance, rtol=0)
+        assert_sampled_from(model, engine, group, tolerance=tolerance)
 
 
 def sent(engine: Any, backend: str, model: Any, version: int, device: str = "cuda") -> None:

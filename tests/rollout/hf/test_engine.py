@@ -20,6 +20,7 @@ from rollout.hf import decoding
 from rollout.hf import engine as hf_engine
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from tests.material.parity import assert_greedy, assert_sampled_from, reference_model
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 VISION = "model.visual."
@@ -27,18 +28,13 @@ VISION = "model.visual."
 
 @pytest.fixture(scope="module")
 def model(tiny_model_path):
-    return AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
+    return reference_model(tiny_model_path)
 
 
 @pytest.fixture(scope="module")
 def other_model(tiny_model_path):
     """The same architecture with other weights everywhere."""
-    other = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for tensor in other.parameters():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
-    return other
+    return reference_model(tiny_model_path, seed=7, scale=0.05)
 
 
 @pytest.fixture
@@ -60,36 +56,6 @@ def prompts(page_images):
 
 def by_id(groups) -> dict[str, RolloutGroup]:
     return {group.prompt.id: group for group in groups}
-
-
-def plain_logits(model, processor, prompt: Prompt, response_ids: list[int]) -> torch.Tensor:
-    """(T, V) logits of each response token by one forward of the whole sequence, vision tokens banned."""
-    inputs = processor.encode(prompt)
-    token_ids = torch.tensor([[*inputs.token_ids_T, *response_ids]])
-    vision = {}
-    if inputs.pixel_values is not None:
-        vision = {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.image_grid_thw}
-    kinds = (token_ids == processor.image_token_id).int()
-    model.model.rope_deltas = None
-    with torch.no_grad():
-        logits = model(input_ids=token_ids, mm_token_type_ids=kinds, use_cache=False, **vision).logits[0]
-    logits[:, processor.banned_token_ids] = float("-inf")
-    return logits[len(inputs.token_ids_T) - 1 : -1]
-
-
-def assert_teacher_forced(model, engine, group: RolloutGroup, temperature: float) -> None:
-    for rollout in group.rollouts:
-        logits = plain_logits(model, engine.processor, group.prompt, list(rollout.token_ids_T))
-        logprobs = torch.log_softmax(logits / temperature, dim=-1)
-        expected = logprobs.gather(-1, torch.tensor(rollout.token_ids_T)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
-
-
-def assert_greedy(model, engine, group: RolloutGroup) -> None:
-    (rollout,) = group.rollouts
-    logits = plain_logits(model, engine.processor, group.prompt, list(rollout.token_ids_T))
-    assert list(rollout.token_ids_T) == logits.argmax(-1).tolist()
-    assert_teacher_forced(model, engine, group, 1.0)
 
 
 def test_greedy_tokens_and_logprobs_equal_a_plain_forward(model, engine, prompts):
@@ -217,7 +183,7 @@ def test_sampled_logprobs_equal_teacher_forced_ones(model, engine, prompts):
     for group in engine.generate(prompts, sampling):
         assert len(group.rollouts) == 3
         assert len({tuple(rollout.token_ids_T) for rollout in group.rollouts}) == 3
-        assert_teacher_forced(model, engine, group, 0.7)
+        assert_sampled_from(model, engine, group, 0.7)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(engine, prompts):
@@ -270,7 +236,7 @@ def test_finished_rows_leave_the_batch_without_touching_the_others(monkeypatch, 
             assert stopped or len(rollout.token_ids_T) == 100
             assert eos not in rollout.token_ids_T[:-1]
             assert len(rollout.token_spans_T) == len(rollout.logprobs_T) == len(rollout.token_ids_T)
-        assert_teacher_forced(rigged, engine, group, 0.8)
+        assert_sampled_from(rigged, engine, group, 0.8)
         (alone,) = engine.generate([group.prompt], sampling)
         assert [r.token_ids_T for r in alone.rollouts] == [r.token_ids_T for r in group.rollouts]
 
@@ -278,18 +244,7 @@ def test_finished_rows_leave_the_batch_without_touching_the_others(monkeypatch, 
 def test_bfloat16_stays_close_to_float32(tiny_model_path, model, prompts):
     engine = HFEngine(tiny_model_path, RolloutConfig(dtype="bfloat16"), INPUTS)
     for group in engine.generate(prompts, SamplingParams(group_size=2, max_tokens=20)):
-        for rollout in group.rollouts:
-            logits = plain_logits(model, engine.processor, group.prompt, list(rollout.token_ids_T))
-            expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(rollout.token_ids_T)[:, None])[:, 0]
-            torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=0.05, rtol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_greedy_on_cuda_equals_a_plain_forward(tiny_model_path, model, prompts):
-    engine = HFEngine(tiny_model_path, RolloutConfig(), INPUTS, device="cuda")
-    for group in engine.generate(prompts, SamplingParams(temperature=0, max_tokens=24)):
-        assert_greedy(model, engine, group)
+        assert_sampled_from(model, engine, group, tolerance=0.05)
 
 
 def test_several_prefill_passes_join_into_one_batch(monkeypatch, model, engine, prompts):

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen_smart_resize
 
 from rollout.config import ConfigError, InputsConfig
-from rollout.inputs.images import check_decodes, decode, file_of, read_size, smart_resize
+from rollout.inputs.images import check_decodes, decode, file_of, local_source, read_size, smart_resize
 from rollout.inputs.processor import InputProcessor, InputsError, PromptError
 from rollout.types import Prompt
 
@@ -276,6 +276,17 @@ def test_grey_images_of_1_8_and_16_bits_and_cmyk_become_rgb():
     assert np.asarray(decode(png_bytes(Image.new("1", (2, 1), 1))))[0, 0].tolist() == [255] * 3
     cmyk = decode(png_bytes(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "JPEG"))
     assert np.abs(np.asarray(cmyk)[0, 0].astype(int) - [0, 255, 255]).max() < 5
+
+
+def test_a_reference_is_a_path_a_file_url_or_a_data_url_and_nothing_is_fetched():
+    assert local_source("pages/a b.png") == "pages/a b.png"
+    assert local_source("file:///pages/a%20b.png") == "/pages/a b.png"
+    assert local_source("data:image/png;base64,aGk=") == b"hi"
+    for wrong in ("data:text/html;base64,aGk=", "data:image/png,hi", "data:image/png;base64,?"):
+        with pytest.raises(PromptError, match="must be data:image"):
+            local_source(wrong)
+    with pytest.raises(PromptError, match="download it"):
+        local_source("https://example.org/page.png")
 
 
 # --- faults of one prompt ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 from rollout.vllm.launch import child_environment, engine_arguments
 from rollout.vllm.peers import Engines, Peer
 from rollout.vllm.weights_out import _IpcClient, nccl_infos
-from tests.material.vllm_parity import INPUTS, ROLLOUT
+from tests.material.parity import INPUTS, ROLLOUT
 
 
 def recording_peers(calls: list[tuple[str, Any]], sizes: list[int]) -> list[Peer]:

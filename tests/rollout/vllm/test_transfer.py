@@ -18,7 +18,7 @@ from rollout.engine import EngineFailed
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.peers import Engines, Peer, TransferError, local_peer
 from rollout.vllm.weights_out import AdapterSender, _Verifier, build_sender
-from tests.material.vllm_parity import INPUTS, ROLLOUT, assert_greedy_parity, reference_model
+from tests.material.parity import INPUTS, ROLLOUT, assert_greedy_parity, reference_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 

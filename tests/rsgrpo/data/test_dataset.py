@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import logging
@@ -195,14 +196,17 @@ def test_images_come_as_paths_bytes_mappings_and_pil(folder, processor):
         png(),
         {"bytes": png("blue"), "path": "x.png"},
         {"bytes": None, "path": "p1.png"},
+        {"type": "image", "image": (folder / "p1.png").as_uri()},
+        {"type": "image", "image": "data:image/png;base64," + base64.b64encode(png("red")).decode()},
         Image.new("L", (28, 28)),
     ]
     rows = [
         Row(f"row {n}", n, good_row(prompt="<image>q", image=[entry], answer=["7"])) for n, entry in enumerate(entries)
     ]
     prompts = list(check_rows(rows, DataConfig(image_dir=str(folder)), RAW, processor, source="rows", folder=elsewhere))
-    assert [prompt.images[0] for prompt in prompts[:4]] == [absolute, png(), png("blue"), str(folder / "p1.png")]
-    pil = prompts[4].images[0]
+    *sources, pil = [prompt.images[0] for prompt in prompts]
+    beside = str(folder / "p1.png")
+    assert sources == [absolute, png(), png("blue"), beside, beside, png("red")]
     assert isinstance(pil, bytes)
     assert pil.startswith(b"\x89PNG")
 

@@ -1,0 +1,74 @@
+"""What transformers says about a prompt and a response: the reference of the engines' tests."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from rollout.config import InputsConfig, RolloutConfig, VllmConfig
+from rollout.inputs.processor import InputProcessor
+from rollout.types import Prompt
+
+INPUTS = InputsConfig(min_pixels=784, max_pixels=784 * 16, max_images=3, max_prompt_tokens=400)
+ROLLOUT = RolloutConfig(
+    engine="vllm",
+    max_response_tokens=48,
+    vllm=VllmConfig(kv_cache_gib=0.0625, max_num_seqs=16, mm_cache_gib=0.25, stall_timeout_s=15, sync_timeout_s=120),
+)
+
+
+def reference_model(path, seed=None, scale=0.02):
+    """The folder's model in float32; with a seed, every parameter moved by noise."""
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model
+
+
+def reference_logits(model, processor: InputProcessor, prompt: Prompt, response) -> torch.Tensor:
+    """(T, V) logits of each response token by one forward of the whole sequence, vision tokens banned."""
+    encoded = processor.encode(prompt)
+    ids = torch.tensor([[*encoded.token_ids_T, *response]])
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processor.image_token_id).long()}
+    if encoded.pixel_values is not None and encoded.image_grid_thw is not None:
+        inputs |= {"pixel_values": encoded.pixel_values, "image_grid_thw": encoded.image_grid_thw}
+    model.model.rope_deltas = None  # of the prompt before
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits[0]
+    logits[:, processor.banned_token_ids] = float("-inf")
+    return logits[len(encoded.token_ids_T) - 1 : -1]
+
+
+def reference_logprobs(model, processor, prompt, response, temperature=1.0):
+    """log_softmax((logits + ban) / T) of each token of a response."""
+    logprobs = torch.log_softmax(reference_logits(model, processor, prompt, response) / temperature, dim=-1)
+    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def assert_sampled_from(model, engine, group, temperature=1.0, tolerance=1e-4):
+    """The group's log-probabilities are those of transformers, given its tokens."""
+    assert group.error is None
+    for rollout in group.rollouts:
+        expected = reference_logprobs(model, engine.processor, group.prompt, rollout.token_ids_T, temperature)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=tolerance, rtol=0)
+
+
+def assert_greedy(model, engine, group):
+    """The group's one response is the greedy one of transformers, log-probabilities to 1e-4."""
+    assert_sampled_from(model, engine, group)
+    (rollout,) = group.rollouts
+    best = reference_logits(model, engine.processor, group.prompt, rollout.token_ids_T).argmax(-1)
+    assert list(rollout.token_ids_T) == best.tolist()
+
+
+def assert_greedy_parity(engine, model, prompts, sampling):
+    """Every prompt's greedy response is transformers' own, with end-of-text nowhere but at its end."""
+    groups = list(engine.generate(prompts, sampling))
+    assert {group.prompt.id for group in groups} == {prompt.id for prompt in prompts}
+    for group in groups:
+        assert_greedy(model, engine, group)
+        token_ids = list(group.rollouts[0].token_ids_T)
+        assert engine.processor.eos_token_id not in token_ids[:-1]
+        assert len(token_ids) == sampling.max_tokens or token_ids[-1] == engine.processor.eos_token_id
