@@ -20,11 +20,38 @@ from recipes.answers.endpoint import EndpointConfig
 from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, open_answerer
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from rollout.config import InputsConfig
+from rollout.keys import named
 from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
 INTERRUPTED = 130
+OPTIONS = {
+    "model.path": "--model",
+    "model.revision": "--revision",
+    "model.trust_remote_code": "--trust-remote-code",
+    "inputs.min_pixels": "--min-pixels",
+    "inputs.max_pixels": "--max-pixels",
+    "inputs.max_images": "--max-images",
+    "inputs.max_prompt_tokens": "--max-prompt-tokens",
+    "rollout.engine": "--engine",
+    "rollout.temperature": "--temperature",
+    "rollout.top_p": "--top-p",
+    "rollout.max_response_tokens": "--max-tokens",
+    "rollout.max_batch_sequences": "--batch-size",
+    "rollout.dtype": "--dtype",
+    "rollout.device": "--device",
+    "rollout.num_threads": "--num-threads",
+    "rollout.script": "--script",
+    "endpoint.url": "--endpoint",
+    "endpoint.model": "--model",
+    "endpoint.api_key_env": "--api-key-env",
+    "endpoint.concurrency": "--concurrency",
+    "endpoint.timeout_s": "--timeout-s",
+    "endpoint.max_tries": "--max-tries",
+    "endpoint.requests_per_minute": "--requests-per-minute",
+}
+"""What `answerer_of` calls the keys of a configuration on a command line."""
 HELP = "A question; or: /images A.png B.png ... other pages; /json shows the last answer as JSON; /quit"
 
 
@@ -191,6 +218,7 @@ def _add_limits(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--num-threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
 
 
+@named(OPTIONS)
 def answerer_of(options: argparse.Namespace) -> Answerer:
     """Start what the command line chooses."""
     endpoint = EndpointConfig(

@@ -13,8 +13,16 @@ from typing import Any
 
 from recipes.files.whole_folder import MANIFEST, make_folder
 from rollout.config import InputsConfig
+from rollout.keys import named
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
+
+LIMITS = {
+    "min_pixels": "--min-pixels",
+    "max_pixels": "--max-pixels",
+    "max_images": "--max-images",
+    "max_prompt_tokens": "--max-prompt-tokens",
+}
 
 
 def run_unpack(options: dict[str, Any], console: Console) -> int:
@@ -32,11 +40,12 @@ def run_unpack(options: dict[str, Any], console: Console) -> int:
     return int(bool(done.missing))
 
 
+@named({f"inputs.{name}": option for name, option in LIMITS.items()})
 def run_validate(options: dict[str, Any], console: Console) -> int:
     """Say row by row what cannot be used."""
     from recipes.files.row_check import validate_rows
 
-    limits = [options[name] for name in ("min_pixels", "max_pixels", "max_images", "max_prompt_tokens")]
+    limits = [options[name] for name in LIMITS]
     with console.phase("rows") as bar:
         report = validate_rows(
             options["source"],
@@ -112,10 +121,8 @@ def add_file_commands(commands: Any) -> None:
     check.add_argument("--prompt", default="", help="a name in conf/prompt or a file; the rows' own, else evidence")
     check.add_argument("--image-dir", default="", help="folder that the rows' image paths start from")
     check.add_argument("--model", default="", help="folder or hub id whose tokenizer counts tokens")
-    for name in ("min_pixels", "max_pixels", "max_images", "max_prompt_tokens"):
-        check.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=getattr(limits, name), help=f"inputs.{name}"
-        )
+    for name, option in LIMITS.items():
+        check.add_argument(option, type=int, default=getattr(limits, name), help=f"inputs.{name}")
     convert = commands.add_parser(
         "convert", help="own questions, or sharegpt and alpaca files, to rows", formatter_class=formatter
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rollout.keys import named
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # a command loads only what it uses: models take half a minut
     from recipes.retrieval.encoders.base import Encoder, EncoderSettings
     from recipes.retrieval.search.retriever import Retriever, SearchSettings
 
+ANSWER_OPTIONS = {"--model": "--answer-model", "--max-pixels": "--answer-max-pixels", "--max-images": "-k"}
+"""What these commands call the options of `recipes.infer`."""
 SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
 
 
@@ -138,6 +141,7 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--setting", choices=SETTINGS, default="multi_image", help="how pages become prompts")
 
 
+@named(ANSWER_OPTIONS)
 def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
     """Return who answers, the prompt template and the system message.
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rollout.config import InputsConfig, RolloutConfig
+from rsgrpo.config.guards import GuardsConfig as GuardsConfig
+from rsgrpo.config.guards import check_names
 from rsgrpo.config.learner import AlgorithmConfig as AlgorithmConfig
 from rsgrpo.config.learner import FilterConfig as FilterConfig
 from rsgrpo.config.learner import LearnerConfig as LearnerConfig
 from rsgrpo.config.learner import LoraConfig as LoraConfig
 from rsgrpo.config.learner import ModelConfig as ModelConfig
 from rsgrpo.config.limits import above, at_least, one_of, require
-from rsgrpo.records.hub import ExportConfig as ExportConfig
-from rsgrpo.running.guards import GuardsConfig as GuardsConfig
-from rsgrpo.running.guards import check_names
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,24 @@ class CheckpointConfig:
         at_least(1, checkpoint__every=self.every, checkpoint__keep_last=self.keep_last)
         at_least(0, checkpoint__keep_best=self.keep_best)
         one_of("checkpoint.resume", self.resume, ("auto", "never"))
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What happens to the exported model (`checkpoint.export`).
+
+    push_to_hub: model repository "org/name" that the export is uploaded to at the end; "" uploads nothing.
+    private: only its owners may see the repository. One that is public is refused then.
+    """
+
+    push_to_hub: str = ""
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        require(
+            not self.push_to_hub or REPOSITORY.fullmatch(self.push_to_hub) is not None,
+            f"export.push_to_hub must be a repository org/name, got {self.push_to_hub!r}",
+        )
 
 
 @dataclass(frozen=True)

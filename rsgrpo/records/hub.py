@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rsgrpo.config.limits import require
+from rsgrpo.config.train import ExportConfig
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What happens to the exported model (`checkpoint.export`).
-
-    push_to_hub: model repository "org/name" that the export is uploaded to at the end; "" uploads nothing.
-    private: only its owners may see the repository. One that is public is refused then.
-    """
-
-    push_to_hub: str = ""
-    private: bool = True
-
-    def __post_init__(self) -> None:
-        require(
-            not self.push_to_hub or REPOSITORY.fullmatch(self.push_to_hub) is not None,
-            f"export.push_to_hub must be a repository org/name, got {self.push_to_hub!r}",
-        )
 
 
 def require_login(export: ExportConfig) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rsgrpo.config.train import CheckpointConfig, SftConfig, TrainConfig
+from rsgrpo.config.train import CheckpointConfig, ExportConfig, SftConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError, RsgrpoError
 from rsgrpo.records import hub
-from rsgrpo.records.hub import ExportConfig, push_folder, require_login
+from rsgrpo.records.hub import push_folder, require_login
 from rsgrpo.report.model_card import ancestors, model_card, write_model_card
 from tests.material.http_stub import QuietHandler, serving
 

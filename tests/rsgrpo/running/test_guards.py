@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import ray
 
+from rsgrpo.config.guards import GuardsConfig, parse_rule
 from rsgrpo.config.train import CheckpointConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.running.checkpoint import CheckpointFolder
-from rsgrpo.running.guards import GuardBroken, Guards, GuardsConfig, parse_rule
+from rsgrpo.running.guards import GuardBroken, Guards
 from rsgrpo.train import train
 from tests.material.training import tiny_run, write_rows
 

@@ -1,0 +1,151 @@
+"""Configuration keys: default, help and bounds beside each field, and the check that reads them. Standard library only.
+
+    @dataclass(frozen=True)
+    class InputsConfig:
+        max_images: int = key(5, "Maximum number of images per prompt; 0 allows text only.", ge=0)
+
+        def __post_init__(self) -> None:
+            check(self, "inputs")
+
+A field that is a `Literal` takes its options from its type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+from rollout.errors import ConfigError, RsgrpoError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """What is known about one key.
+
+    help: one sentence or two. ge, gt, le, lt: bounds of a number; None does not bound. off: a value that is allowed
+    beside them and switches the feature off. one_of: the only values allowed; empty allows all.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    off: float | None = None
+    one_of: Collection[Any] = ()
+
+    @property
+    def bounds(self) -> str:
+        """Return the bounds in words, such as ">= 1", "in (0, 1]" or "0 (off) or > 1"; "" where there are none."""
+        low, high = (self.ge if self.gt is None else self.gt), (self.le if self.lt is None else self.lt)
+        if low is not None and high is not None:
+            text = f"in {'[' if self.gt is None else '('}{low:g}, {high:g}{']' if self.lt is None else ')'}"
+        elif low is not None:
+            text = f"{'>=' if self.gt is None else '>'} {low:g}"
+        elif high is not None:
+            text = f"{'<=' if self.lt is None else '<'} {high:g}"
+        else:
+            return f"one of {', '.join(map(str, self.one_of))}" if self.one_of else ""
+        return text if self.off is None else f"{self.off:g} (off) or {text}"
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError unless `value` is allowed."""
+        if self.one_of:
+            require(
+                value in self.one_of,
+                f"{name} must be {self.bounds}; got {value!r}{nearest(str(value), map(str, self.one_of))}",
+            )
+        elif self.bounds and value != self.off:
+            holds = (
+                (self.ge is None or value >= self.ge)
+                and (self.gt is None or value > self.gt)
+                and (self.le is None or value <= self.le)
+                and (self.lt is None or value < self.lt)
+            )
+            require(holds, f"{name} must be {self.bounds}, got {value:g}")
+
+
+def key(
+    default: T,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    off: float | None = None,
+    one_of: Collection[Any] = (),
+) -> T:
+    """Return a dataclass field with a default, what it means, and its bounds (see `Key`)."""
+    about = {"key": Key(help, ge, gt, le, lt, off, one_of)}
+    if isinstance(default, (list, dict)):
+        return typing.cast(T, dataclasses.field(default_factory=default.copy, metadata=about))
+    return dataclasses.field(default=default, metadata=about)
+
+
+def keys_of(schema: type) -> Mapping[str, Key]:
+    """Return the keys that a dataclass declares itself, by field name; parts of it have their own."""
+    hints = typing.get_type_hints(schema)
+    found: dict[str, Key] = {}
+    for field in dataclasses.fields(schema):
+        about = field.metadata.get("key")
+        if about is not None:
+            literal = typing.get_origin(hints[field.name]) is Literal
+            options = typing.get_args(hints[field.name]) if literal else about.one_of
+            found[field.name] = dataclasses.replace(about, one_of=options)
+    return found
+
+
+def check(config: object, mounted_at: str = "") -> None:
+    """Raise ConfigError for the first key of a dataclass whose value is not allowed.
+
+    mounted_at: dotted path of the dataclass in the configuration, which messages name the key by.
+    """
+    for name, about in keys_of(type(config)).items():
+        about.check(f"{mounted_at}.{name}".lstrip("."), getattr(config, name))
+
+
+@contextmanager
+def named(options: Mapping[str, str]) -> Iterator[None]:
+    """Make errors name settings as the user of a command line wrote them.
+
+    >>> with named({"inputs.max_images": "--max-images"}):
+    ...     InputsConfig(max_images=-1)
+    ConfigError: --max-images must be >= 0, got -1
+
+    Where a message gives a key with a value (`rollout.engine=hf`), the option is given it too (`--engine hf`).
+    """
+    try:
+        yield
+    except RsgrpoError as error:
+        error.args = (as_named(str(error), options), *error.args[1:])
+        raise
+
+
+def as_named(text: str, options: Mapping[str, str]) -> str:
+    """Return a message with the keys in it replaced by the names that `options` has for them."""
+    known = "|".join(re.escape(name) for name in sorted(options, key=len, reverse=True))
+    return re.sub(
+        rf"(?<![\w./-])({known})(?![\w-]|\.\w)(=(?=\S))?",
+        lambda found: options[found[1]] + (" " if found[2] else ""),
+        text,
+    )
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless it holds."""
+    if not holds:
+        raise ConfigError(message)
+
+
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean X?", or nothing when no known word is close."""
+    best = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {best[0]}?" if best else ""
