@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait must not spin on the cores where another process works.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo evisrag-mini test test-all test-gpu check format install clean
+.PHONY: demo evisrag-mini test test-all test-gpu check lint wheel-check format install clean
 .DELETE_ON_ERROR:
 
 # Each step names the file that its program writes last, so that a step that was stopped is taken up again.
@@ -34,8 +34,9 @@ $(DATA_AND_MODEL): | $(INSTALLED)
 $(WARM_START): | $(DATA_AND_MODEL)
 	$(BIN)/python -m recipes.sft recipe=sft_demo
 
+# Budget: at most 12 minutes on 2 idle cores. The slowest tests are listed at the end; what is slower belongs to test-all.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu"
@@ -45,11 +46,18 @@ test-all: $(INSTALLED)
 test-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/gpu
 
-check: $(INSTALLED)
+# What continuous integration holds every change to; `make lint` is its part without tests.
+check: lint
+	$(MAKE) test
+
+lint: $(INSTALLED)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
-	$(MAKE) test
+
+# The built wheel in an empty environment and an empty folder: what a user has who has no clone.
+wheel-check: $(INSTALLED)
+	$(BIN)/python tools/try_wheel.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)

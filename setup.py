@@ -19,7 +19,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
-    package_data={"conf": ["**/*.yaml"], "rsgrpo": ["report/assets/*"]},
+    package_data={
+        "conf": ["**/*.yaml"],
+        "rsgrpo": ["py.typed", "report/assets/*"],
+        **{room: ["py.typed"] for room in ("recipes", "rewards", "rollout")},
+    },
     install_requires=[
         "torch>=2.11,<2.14",
         "torchvision>=0.26,<0.29",
@@ -65,6 +69,7 @@ setup(
             # For a parity test alone: its smart_resize (0.0.14) gives a page of 3640 x 42 pixels a side of 0, it
             # resizes before we can, and it brings PyAV and requests. rollout/inputs/images.py reads the pages.
             "qwen-vl-utils>=0.0.14,<0.1",
+            "pre-commit>=4,<5",
         ],
     },
 )

@@ -131,9 +131,17 @@ def test_vllms_dependencies_are_taken_without_sound_and_film():
     assert needed(declared) == ["numba==0.65.0", "mistral_common[image]>=1.11"]
 
 
-def test_continuous_integration_runs_the_tests():
+def test_continuous_integration_lints_checks_types_tests_and_tries_the_wheel():
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+    assert (ROOT / ".ci/run").read_text().splitlines()[-2:] == ["make wheel-check", "make check"]
+    makefile = (ROOT / "Makefile").read_text()
+    for step in ("ruff check", "ruff format --check", "mypy", "$(MAKE) test", "tools/try_wheel.py"):
+        assert step in makefile
+
+
+@pytest.mark.parametrize("room", ["rsgrpo", "rollout", "rewards", "recipes"])
+def test_types_are_published(wheel, room):
+    assert f"{room}/py.typed" in wheel.namelist()
 
 
 def test_the_licence_is_apache_2():
