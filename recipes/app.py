@@ -37,7 +37,8 @@ from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:
-    from recipes.retrieval.answers.library import Asking, Library, Reader
+    from recipes.answers.reader import Reader
+    from recipes.retrieval.answers.library import Asking, Library
 
 MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
@@ -94,15 +95,13 @@ def open_reader(options: argparse.Namespace) -> Reader | None:
     Raises:
         RsgrpoError: the answerer cannot be opened.
     """
-    from recipes.answers.engine import EngineAnswerer
-    from recipes.retrieval.answers.library import Reader
+    from recipes.answers.reader import Reader
 
     if not (options.answer_model or options.endpoint or options.script or options.engine != "hf"):
         return None
     answerer, template, system = open_answerer(argparse.Namespace(**vars(options) | {"k": MAX_K}))
     try:
-        if isinstance(answerer, EngineAnswerer):
-            answerer.start()  # so that the first question does not wait for it
+        answerer.start()  # so that the first question does not wait for it
     except BaseException:
         answerer.close()
         raise

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes.answers.batch import answer_batch
-from recipes.answers.endpoint import EndpointConfig
-from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, open_answerer
+from recipes.answers.engine import open_answerer
 from recipes.answers.predictions import load_predictions
 from recipes.answers.questions import Question, to_prompt
+from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.page import Report, as_json, as_markdown, as_page, worst_cases
 from recipes.evaluation.scoring import Evaluation, compare_evaluations, evaluate_predictions
@@ -114,7 +114,7 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     prompts = [to_prompt(question, template, config.prompt.system) for question in questions]
     require_pages(questions, config.image_dir)
     keep_settings(folder / SETTINGS_FILE, prediction_settings(config))
-    answerer = open_answerer(config.model, config.rollout, config.inputs, config.endpoint, seed=config.seed)
+    answerer = open_answerer(AnswerSpec(config.model, config.rollout, config.inputs, config.endpoint, config.seed))
     try:
         greedy = config.rollout.temperature == 0
         summary = answer_batch(prompts, answerer, folder / PREDICTIONS_FILE, share_equal=greedy, console=console)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answers.answerer import Answerer, Output
 from recipes.answers.batch import answer_batch, result_line
-from recipes.answers.endpoint import EndpointConfig
-from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer, open_answerer
+from recipes.answers.engine import open_answerer
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
+from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig, pixel_limits
+from recipes.answers.types import Answer, Answerer
 from rollout.config import InputsConfig
 from rollout.keys import named
 from rollout.types import Prompt
@@ -75,9 +75,9 @@ class Session:
         item = Question(f"question-{self._num_asked}", question, self.images)
         prompt = to_prompt(item, self._template, self._system)
         streamed = False
-        output = Output(prompt, "", "error", "no answer came")
+        output = Answer(prompt, "", "error", "no answer came")
         for piece in self._answerer.stream(prompt):
-            if isinstance(piece, Output):
+            if isinstance(piece, Answer):
                 output = piece
             elif show:
                 streamed = True
@@ -249,21 +249,7 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
         script=options.script,
     )
     model = AnswerModelConfig(options.model, options.revision, options.trust_remote_code)
-    return open_answerer(model, rollout, inputs, endpoint, seed=options.seed)
-
-
-def pixel_limits(model: str) -> tuple[int, int]:
-    """Return the smallest and largest page area for a model: what its folder was trained with, or the defaults.
-
-    An export of ours holds the limits of training. Hub folders hold far wider ones, at which a single page would take
-    16,000 tokens; for them, and for endpoints, the defaults serve.
-    """
-    limits, file = InputsConfig(), Path(model) / "preprocessor_config.json"
-    if file.is_file():
-        size = json.loads(file.read_text(encoding="utf-8")).get("size", {})
-        if size.get("longest_edge", limits.max_pixels + 1) <= limits.max_pixels:
-            return size["shortest_edge"], size["longest_edge"]
-    return limits.min_pixels, limits.max_pixels
+    return open_answerer(AnswerSpec(model, rollout, inputs, endpoint, options.seed))
 
 
 def answer(options: argparse.Namespace) -> int:
@@ -284,8 +270,7 @@ def answer(options: argparse.Namespace) -> int:
             return 0
         session = Session(answerer, template, system, images, sys.stdout)
         if not options.question:
-            if isinstance(answerer, EngineAnswerer):
-                answerer.start()  # so that the first question does not wait for it
+            answerer.start()  # so that the first question does not wait for it
             converse(session, sys.stdin, sys.stdout, prompts_user=sys.stdin.isatty())
             return 0
         line = session.ask(options.question, show=not options.json)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answers.answerer import Answerer, Output
 from recipes.answers.parsing import ParsedAnswer, parse_lenient
 from recipes.answers.predictions import FAILED
 from recipes.answers.questions import prompt_hash
+from recipes.answers.types import Answer, Answerer
 from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
@@ -37,7 +37,7 @@ class BatchSummary:
     failed: int
 
 
-def result_line(output: Output, model: str) -> dict[str, Any]:
+def result_line(output: Answer, model: str) -> dict[str, Any]:
     """Return the JSON line of an answer: what was asked, the parsed fields, and the raw text.
 
     An output with an error has empty fields, its error in `errors`, and "error" as finish_reason.

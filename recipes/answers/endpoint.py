@@ -15,18 +15,17 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
-from recipes.answers.answerer import Output
 from recipes.answers.data_urls import page_url
 from recipes.answers.questions import IMAGE_MARK
+from recipes.answers.spec import EndpointConfig
+from recipes.answers.types import Answer
 from rollout.config import InputsConfig
 from rollout.inputs.images import PromptError
 from rollout.types import Prompt, SamplingParams
-from rsgrpo.config.limits import above, at_least, require
 from rsgrpo.errors import InputError, RsgrpoError
 
 log = logging.getLogger(__name__)
@@ -42,45 +41,14 @@ class EndpointError(RsgrpoError):
     """The endpoint is down, refuses the key or does not know the model: nothing more can be asked."""
 
 
-@dataclass(frozen=True)
-class EndpointConfig:
-    """An OpenAI-compatible server that answers instead of an engine of our own.
-
-    url: base address, such as http://localhost:8000/v1; "" uses `rollout.engine`.
-    model: name the server knows the model by; "" takes the only one it serves.
-    api_key_env: environment variable that holds the key; the key itself is never written anywhere.
-    concurrency: requests at once.
-    timeout_s: the longest that one answer may take.
-    max_tries: requests for one answer before the endpoint counts as down.
-    backoff_s: wait after the first failure; it doubles with each further one.
-    requests_per_minute: requests are spread to be no more than these, retries included; 0 sets no limit.
-    """
-
-    url: str = ""
-    model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout_s: float = 600.0
-    max_tries: int = 6
-    backoff_s: float = 1.0
-    requests_per_minute: float = 0.0
-
-    def __post_init__(self) -> None:
-        require(
-            self.url == "" or self.url.startswith(("http://", "https://")),
-            f"endpoint.url must start with http:// or https://, such as http://localhost:8000/v1; got {self.url!r}",
-        )
-        at_least(1, endpoint__concurrency=self.concurrency, endpoint__max_tries=self.max_tries)
-        above(0, endpoint__timeout_s=self.timeout_s)
-        at_least(0, endpoint__backoff_s=self.backoff_s, endpoint__requests_per_minute=self.requests_per_minute)
-
-
 class Endpoint:
-    """An answerer (`recipes.answers.engine.Answerer`) behind HTTP. Close it after use.
+    """An answerer (`recipes.answers.types.Answerer`) behind HTTP. Close it after use.
 
     Attributes:
         name: of the model, as the server knows it.
     """
+
+    is_concurrent = True
 
     def __init__(self, config: EndpointConfig, sampling: SamplingParams, inputs: InputsConfig) -> None:
         """Connect, and ask for the model's name where it is not given.
@@ -113,7 +81,10 @@ class Endpoint:
             self._client.close()
             raise
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+    def start(self) -> None:
+        """Nothing to load: the model is the server's."""
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         """Yield one output per prompt as it arrives; a request that the server refuses becomes an output with `error`.
 
         Raises:
@@ -136,7 +107,7 @@ class Endpoint:
             self._stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def stream(self, prompt: Prompt) -> Generator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Answer]:
         """Yield the text in pieces as it is written, then the output.
 
         Raises:
@@ -153,12 +124,12 @@ class Endpoint:
                         text += delta
                         yield delta
         except PromptError as error:
-            yield Output(prompt, text, "error", str(error))
+            yield Answer(prompt, text, "error", str(error))
             return
         except (httpx.HTTPError, httpx.StreamError, *_OTHER_FORM) as error:
-            yield Output(prompt, text, "error", f"the answer broke off: {type(error).__name__}: {error}")
+            yield Answer(prompt, text, "error", f"the answer broke off: {type(error).__name__}: {error}")
             return
-        yield Output(prompt, text, finish_reason)
+        yield Answer(prompt, text, finish_reason)
 
     def close(self) -> None:
         """Close the connections."""
@@ -181,11 +152,11 @@ class Endpoint:
             raise InputError(f"endpoint {self._config.url} is `recipes.serve`: start it with --prompt raw")
         return str(models[0])
 
-    def _ask(self, prompt: Prompt) -> Output:
+    def _ask(self, prompt: Prompt) -> Answer:
         try:
             response = self._open(self._body(prompt))
         except PromptError as error:
-            return Output(prompt, "", "error", str(error))
+            return Answer(prompt, "", "error", str(error))
         except EndpointError as error:
             self._fault = self._fault or error
             self._stop.set()  # at once: the others need not find out for themselves
@@ -197,13 +168,13 @@ class Endpoint:
             usage = reply.get("usage")
         except _OTHER_FORM as error:
             said = f"{type(error).__name__}: {error}; it begins {response.content[:80]!r}"
-            return Output(prompt, "", "error", f"the reply is no chat completion: {said}")
+            return Answer(prompt, "", "error", f"the reply is no chat completion: {said}")
         counts = usage if isinstance(usage, dict) else {}
         num_prompt, num_response = (
             count if isinstance(count := counts.get(name), int) else None
             for name in ("prompt_tokens", "completion_tokens")
         )
-        return Output(
+        return Answer(
             prompt,
             text,
             reason,
@@ -312,7 +283,7 @@ def _seed(sampling: SamplingParams, prompt_id: str) -> int:
     return (sampling.seed + (zlib.crc32(prompt_id.encode()) if sampling.temperature else 0)) % 2**31
 
 
-def _succeeded(future: Future[Output]) -> bool:
+def _succeeded(future: Future[Answer]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 

@@ -11,7 +11,7 @@ from rollout.keys import named
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.answers.answerer import Answerer
+    from recipes.answers.types import Answerer
     from recipes.retrieval.encoders.base import Encoder, EncoderSettings
     from recipes.retrieval.search.retriever import Retriever, SearchSettings
 
@@ -150,6 +150,7 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
     """
     from recipes import infer
     from recipes.answers.questions import named_prompt
+    from recipes.answers.spec import pixel_limits
     from rollout.config import ConfigError
     from rsgrpo.data.prompts import read_template
 
@@ -159,7 +160,7 @@ def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
     arguments += ["--max-images", str(options.k), "--device", options.device or "auto"]
     if options.answer_max_pixels:
         arguments += ["--max-pixels", str(options.answer_max_pixels)]
-        smallest = infer.pixel_limits(options.answer_model)[0]
+        smallest = pixel_limits(options.answer_model)[0]
         arguments += ["--min-pixels", str(min(smallest, options.answer_max_pixels))]
     if options.max_prompt_tokens:
         arguments += ["--max-prompt-tokens", str(options.max_prompt_tokens)]

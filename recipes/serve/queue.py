@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 
-from recipes.answers.answerer import Answerer, Output
-from recipes.answers.engine import EngineAnswerer
+from recipes.answers.types import Answer, Answerer
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
 
 log = logging.getLogger(__name__)
 
-Piece = str | Output | RsgrpoError
+Piece = str | Answer | RsgrpoError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +46,7 @@ class Desk:
     def __init__(self, answerer: Answerer, *, num_threads: int, batch_size: int) -> None:
         self._answerer = answerer
         self._waiting: queue.SimpleQueue[Wish | None] = queue.SimpleQueue()
-        in_batches = isinstance(answerer, EngineAnswerer)
+        in_batches = not answerer.is_concurrent
         work = partial(self._in_batches, batch_size) if in_batches else self._one_by_one
         self._threads = [
             threading.Thread(target=work, name=f"desk-{number}", daemon=True)
@@ -109,12 +108,12 @@ class Desk:
                 wish = self._waiting.get()
 
 
-def _deliver(pieces: Iterable[str | Output], hears: dict[str, Callable[[Piece], None]], *, streams: bool) -> None:
+def _deliver(pieces: Iterable[str | Answer], hears: dict[str, Callable[[Piece], None]], *, streams: bool) -> None:
     """Pass pieces on; whoever has heard no output in the end hears an error."""
     fault: RsgrpoError = RsgrpoError("the model returned no answer")
     try:
         for piece in pieces:
-            if isinstance(piece, Output):
+            if isinstance(piece, Answer):
                 hears.pop(piece.prompt.id)(piece)
             elif streams:
                 for hear in hears.values():

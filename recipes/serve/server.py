@@ -22,10 +22,9 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.answers.answerer import Answerer, Output
 from recipes.answers.batch import result_line
-from recipes.answers.engine import EngineAnswerer
 from recipes.answers.questions import named_prompt
+from recipes.answers.types import Answer, Answerer
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
 from recipes.serve.queue import Desk, Piece
@@ -142,7 +141,7 @@ class Server:
                 output = piece
         if isinstance(output, RsgrpoError):
             return _error(502, str(output), retry=True)
-        assert isinstance(output, Output)
+        assert isinstance(output, Answer)
         if output.finish_reason == "error":
             return _error(422, f"the question cannot be answered: {output.error}")
         choice = {
@@ -157,16 +156,16 @@ class Server:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         was_sent = False
 
-        async def send(choices: list[dict[str, Any]], output: Output | None = None) -> None:
+        async def send(choices: list[dict[str, Any]], output: Answer | None = None) -> None:
             event = self._reply(chat.prompt.id, "chat.completion.chunk", choices, output)
             await response.write(f"data: {_to_json(event)}\n\n".encode())
 
         async with aclosing(self._pieces(chat.prompt, streams=True)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, RsgrpoError) or (isinstance(piece, Output) and piece.finish_reason == "error"):
-                    message = piece.error if isinstance(piece, Output) else str(piece)
+                if isinstance(piece, RsgrpoError) or (isinstance(piece, Answer) and piece.finish_reason == "error"):
+                    message = piece.error if isinstance(piece, Answer) else str(piece)
                     if not response.prepared:
-                        return _error(422 if isinstance(piece, Output) else 502, message)
+                        return _error(422 if isinstance(piece, Answer) else 502, message)
                     await response.write(f"data: {_to_json(_error_body(502, message))}\n\n".encode())
                     break
                 if not response.prepared:
@@ -199,7 +198,7 @@ class Server:
         finally:
             left.set()
 
-    def _reply(self, reply_id: str, kind: str, choices: list[dict[str, Any]], output: Output | None) -> dict[str, Any]:
+    def _reply(self, reply_id: str, kind: str, choices: list[dict[str, Any]], output: Answer | None) -> dict[str, Any]:
         model = self._answerer.name
         reply = {"id": reply_id, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
         return reply if output is None else reply | {"parsed": result_line(output, model)}
@@ -278,8 +277,7 @@ def serve(options: argparse.Namespace) -> None:
     config = config_of(options)
     answerer = answerer_of(options)
     try:
-        if isinstance(answerer, EngineAnswerer):
-            answerer.start()
+        answerer.start()
         web.run_app(
             Server(config, answerer).app,
             host=options.host,

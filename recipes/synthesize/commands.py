@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answers.answerer import Answerer
 from recipes.answers.batch import read_lines, rewrite
 from recipes.answers.parsing import parse_strict
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
+from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
 from recipes.infer import INTERRUPTED, add_answerer_options, answerer_of
 from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, synthesize_queries

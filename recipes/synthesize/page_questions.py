@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answers.answerer import Answerer
 from recipes.answers.batch import read_lines, rewrite
 from recipes.answers.questions import IMAGE_MARK
+from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
 from recipes.retrieval.pages.documents import IMAGES
 from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report

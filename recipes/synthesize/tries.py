@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes.answers.answerer import Answerer
 from recipes.answers.batch import answer_batch, read_lines
+from recipes.answers.types import Answerer
 from rollout.types import Prompt
 from rsgrpo.config.limits import at_least
 from rsgrpo.records.console import Console

@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from recipes.answers.answerer import Output
 from recipes.answers.batch import answer_batch
+from recipes.answers.types import Answer
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import RsgrpoError
@@ -37,11 +37,15 @@ class Scripted:
     """Answers from a function; counts what it was asked."""
 
     name = "model-a"
+    is_concurrent = False
 
     def __init__(self, reply: Callable[[Prompt], str] = lambda _: ANSWER, fail_after: int | None = None) -> None:
         self.asked: list[str] = []
         self._reply = reply
         self._fail_after = fail_after
+
+    def start(self):
+        pass
 
     def answer(self, prompts):
         for prompt in prompts:
@@ -49,7 +53,7 @@ class Scripted:
                 raise RsgrpoError("the endpoint is down")
             self.asked.append(prompt.id)
             text = self._reply(prompt)
-            yield Output(prompt, "", "error", text[1:]) if text.startswith("!") else Output(prompt, text, "stop")
+            yield Answer(prompt, "", "error", text[1:]) if text.startswith("!") else Answer(prompt, text, "stop")
 
     def stream(self, prompt):
         yield "<obs"

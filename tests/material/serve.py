@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp.test_utils import TestClient, TestServer
 from PIL import Image
 
-from recipes.answers.answerer import Output
+from recipes.answers.types import Answer
 from recipes.serve.chat_request import MIB, RequestLimits, ServedSampling
 from recipes.serve.server import ServeConfig, Server
 from rollout.types import Prompt
@@ -30,6 +30,7 @@ class FakeAnswerer:
     """Says ANSWER in pieces, remembers what it was asked, and waits for `gate` before it answers."""
 
     name = "served"
+    is_concurrent = True
 
     def __init__(self, text: str = ANSWER) -> None:
         self.text = text
@@ -37,7 +38,10 @@ class FakeAnswerer:
         self.gate = threading.Event()
         self.gate.set()
 
-    def stream(self, prompt: Prompt) -> Generator[str | Output]:
+    def start(self) -> None:
+        pass
+
+    def stream(self, prompt: Prompt) -> Generator[str | Answer]:
         self.prompts.append(prompt)
         assert self.gate.wait(10)
         if self.text == "down":
@@ -45,15 +49,15 @@ class FakeAnswerer:
         if self.text == "bug":
             raise ZeroDivisionError
         if self.text == "refused":
-            yield Output(prompt, "", "error", "the prompt is too long")
+            yield Answer(prompt, "", "error", "the prompt is too long")
             return
         yield self.text[:10]
         yield self.text[10:]
-        yield Output(prompt, self.text, "stop")
+        yield Answer(prompt, self.text, "stop")
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         for prompt in prompts:
-            yield from (piece for piece in self.stream(prompt) if isinstance(piece, Output))
+            yield from (piece for piece in self.stream(prompt) if isinstance(piece, Answer))
 
     def close(self) -> None:
         pass

@@ -13,8 +13,8 @@ import pytest
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import app
-from recipes.answers.answerer import Output
 from recipes.answers.batch import result_line
+from recipes.answers.types import Answer
 from recipes.retrieval.answers.generation import Answered, Asked
 from recipes.retrieval.answers.library import Asking, Library, LibrarySettings
 from recipes.retrieval.answers.page_view import answer_html, pages_html
@@ -34,7 +34,7 @@ PAGES = tuple(
 
 
 def finished(text: str, finish_reason: str = "stop", error: str = "") -> Asking:
-    line = result_line(Output(Prompt("question", "?", ("a", "b")), text, finish_reason, error), "m")
+    line = result_line(Answer(Prompt("question", "?", ("a", "b")), text, finish_reason, error), "m")
     return Asking("?", "multi_image", PAGES, text, Answered(Asked("question", "?", PAGES), line, PAGES), {})
 
 

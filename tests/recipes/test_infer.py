@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes.answers.answerer import Output
 from recipes.answers.batch import result_line
-from recipes.answers.endpoint import EndpointConfig
-from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, open_answerer
-from recipes.infer import Session, converse, main, pixel_limits
+from recipes.answers.engine import open_answerer
+from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, pixel_limits
+from recipes.answers.types import Answer
+from recipes.infer import Session, converse, main
 from rollout.config import InputsConfig
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
@@ -62,7 +62,7 @@ def test_a_conversation_goes_on_after_errors_and_changes_pages(tmp_path, page):
 
 
 def test_an_output_with_an_error_keeps_its_text():
-    line = result_line(Output(Prompt("q", "t"), "<answer>16", "error", "the answer broke off"), "m")
+    line = result_line(Answer(Prompt("q", "t"), "<answer>16", "error", "the answer broke off"), "m")
     assert (line["answer"], line["errors"][0], line["finish_reason"]) == ("16", "the answer broke off", "error")
 
 
@@ -137,19 +137,19 @@ def test_an_engine_answers_in_process(tmp_path, page, tiny_model_path):
     script = tmp_path / "script.jsonl"
     script.write_text(json.dumps({"id": "q0", "responses": [ANSWER]}) + "\n")
     rollout = AnswerRolloutConfig(engine="fake", script=str(script), max_batch_sequences=2)
-    answerer = open_answerer(AnswerModelConfig(tiny_model_path), rollout, SMALL, EndpointConfig())
+    answerer = open_answerer(AnswerSpec(AnswerModelConfig(tiny_model_path), rollout, SMALL))
     prompts = [*prompts_of(3, page)[:2], Prompt("q2", "<image>", (page,), {"answers": ["7"], "evidence": ["seven"]})]
     found = {output.prompt.id: output for output in answerer.answer(prompts)}
     assert (found["q0"].text, found["q0"].finish_reason) == (ANSWER, "length" if len(ANSWER) > 10_000 else "stop")
     assert "not in rollout.script" in found["q1"].error
     assert "<answer>7</answer>" in found["q2"].text
-    assert [output.text for output in answerer.stream(prompts[0]) if isinstance(output, Output)] == [ANSWER]
+    assert [output.text for output in answerer.stream(prompts[0]) if isinstance(output, Answer)] == [ANSWER]
     answerer.close()
 
 
 def test_a_model_that_cannot_start_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    answerer = open_answerer(AnswerModelConfig(str(tmp_path)), AnswerRolloutConfig(), SMALL, EndpointConfig())
+    answerer = open_answerer(AnswerSpec(AnswerModelConfig(str(tmp_path)), inputs=SMALL))
     with pytest.raises(RsgrpoError, match="cannot be started"):
         list(answerer.answer(prompts_of(1)))
     answerer.close()
@@ -160,7 +160,7 @@ def test_a_finished_file_starts_no_engine(tmp_path):
     first = Scripted()
     first.name = str(tmp_path)
     batch(prompts_of(2), first, out)
-    empty_folder = open_answerer(AnswerModelConfig(str(tmp_path)), AnswerRolloutConfig(), SMALL, EndpointConfig())
+    empty_folder = open_answerer(AnswerSpec(AnswerModelConfig(str(tmp_path)), inputs=SMALL))
     assert batch(prompts_of(2), empty_folder, out).reused == 2
 
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from recipes.answers.answerer import Answerer, Output
 from recipes.answers.batch import result_line
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
+from recipes.answers.types import Answer, Answerer
 from recipes.retrieval.search.retriever import FoundPage
 from rollout.inputs.images import decode
 from rollout.types import Prompt
@@ -165,7 +165,7 @@ def page_weights(scores: Sequence[float], mean_logprobs: Sequence[float]) -> lis
     return [e / total * math.exp(logprob) for e, logprob in zip(exponentials, mean_logprobs, strict=True)]
 
 
-def _answered(asked: Asked, setting: Setting, outputs: dict[str, Output], model: str) -> Answered:
+def _answered(asked: Asked, setting: Setting, outputs: dict[str, Answer], model: str) -> Answered:
     if setting != "weighted":
         pasted = setting in ("horizontal", "vertical")
         return Answered(asked, result_line(outputs[asked.id], model), asked.pages, pasted=pasted)

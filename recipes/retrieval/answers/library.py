@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answers.answerer import Answerer
+from recipes.answers.reader import Reader
 from recipes.retrieval.answers.generation import Answered, Asked, Setting, answer_stream
 from recipes.retrieval.encoders.base import Encoder, EncoderSettings
 from recipes.retrieval.pages.documents import RenderSettings, is_candidate
@@ -62,15 +62,6 @@ class Asking:
     text: str
     answered: Answered | None
     seconds: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Who answers, and what questions are put into."""
-
-    answerer: Answerer
-    template: str
-    system: str = ""
 
 
 class Library:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from recipes.answers.endpoint import Endpoint, EndpointConfig, EndpointError
+from recipes.answers.endpoint import Endpoint, EndpointError
+from recipes.answers.spec import EndpointConfig
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
 from tests.material.answering import GREEDY, SMALL, batch, lines_of, prompts_of, write_page

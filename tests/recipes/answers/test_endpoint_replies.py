@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from recipes.answers.answerer import Output
-from recipes.answers.endpoint import Endpoint, EndpointConfig, EndpointError
+from recipes.answers.endpoint import Endpoint, EndpointError
+from recipes.answers.spec import EndpointConfig
+from recipes.answers.types import Answer
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import InputError
@@ -20,7 +21,7 @@ EVENTS = {"Content-Type": "text/event-stream"}
 Reply = Callable[[QuietHandler], None]
 
 
-def ask(reply: Reply, *, stream: bool = False, timeout_s: float = 30.0) -> tuple[Output, int]:
+def ask(reply: Reply, *, stream: bool = False, timeout_s: float = 30.0) -> tuple[Answer, int]:
     """Ask once; return what came of it and the number of requests."""
     num_requests = 0
 
@@ -39,7 +40,7 @@ def ask(reply: Reply, *, stream: bool = False, timeout_s: float = 30.0) -> tuple
             *_, output = endpoint.stream(prompt) if stream else endpoint.answer([prompt])
         finally:
             endpoint.close()
-    assert isinstance(output, Output)
+    assert isinstance(output, Answer)
     return output, num_requests
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from recipes import infer, retrieve
-from recipes.answers.answerer import Output
 from recipes.answers.questions import Question, named_prompt, to_prompt
+from recipes.answers.types import Answer
 from recipes.retrieval.answers.generation import Asked, answer_all, page_weights, paste, prompts_of
 from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
@@ -42,19 +42,23 @@ class ScriptedAnswerer:
     """Answers by prompt id; keeps what it was asked."""
 
     name = "scripted"
+    is_concurrent = False
 
     def __init__(self, script: dict[str, tuple[str, float | None]]) -> None:
         self._script = script
         self.asked: list[Prompt] = []
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Output]:
+    def start(self) -> None:
+        """Nothing to load."""
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         self.asked += prompts
         for prompt in reversed(prompts):  # the order is the answerer's own affair
             text, logprob = self._script[prompt.id]
             error = "" if text else "no answer"
-            yield Output(prompt, text, "stop" if text else "error", error, mean_logprob=logprob)
+            yield Answer(prompt, text, "stop" if text else "error", error, mean_logprob=logprob)
 
-    def stream(self, prompt: Prompt) -> Generator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Answer]:
         yield from self.answer([prompt])
 
     def close(self) -> None:

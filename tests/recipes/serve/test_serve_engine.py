@@ -10,26 +10,27 @@ from typing import Any
 
 from aiohttp.test_utils import TestClient, TestServer
 
-from recipes.answers.answerer import Output
-from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer
+from recipes.answers.engine import LocalAnswerer
+from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec
+from recipes.answers.types import Answer
 from recipes.serve.chat_request import RequestLimits, ServedSampling
 from recipes.serve.queue import Desk, Piece
 from recipes.serve.server import ServeConfig, Server
 from rollout.config import InputsConfig
-from rollout.types import Prompt, SamplingParams
+from rollout.types import Prompt
 from tests.material.serve import COMPLETE, TEMPLATE, data_url, request_of
 
 
 def test_an_engine_is_given_what_waits_as_one_batch(monkeypatch):
-    engine = EngineAnswerer(AnswerModelConfig("m"), AnswerRolloutConfig(), InputsConfig(), SamplingParams())
+    engine = LocalAnswerer(AnswerSpec(AnswerModelConfig("m")))
     batches: list[list[str]] = []
     heard: list[Piece] = []
     gate = threading.Event()
 
-    def answer(prompts: Sequence[Prompt]) -> Iterator[Output]:
+    def answer(prompts: Sequence[Prompt]) -> Iterator[Answer]:
         batches.append([prompt.id for prompt in prompts])
         assert gate.wait(10)
-        yield from (Output(prompt, "text", "stop") for prompt in prompts[:2])
+        yield from (Answer(prompt, "text", "stop") for prompt in prompts[:2])
 
     monkeypatch.setattr(engine, "answer", answer)
     desk = Desk(engine, num_threads=9, batch_size=3)
@@ -43,22 +44,22 @@ def test_an_engine_is_given_what_waits_as_one_batch(monkeypatch):
         threading.Event().wait(0.01)
     desk.close()
     assert batches == [["first"], ["a", "b", "c"], ["d"]]
-    assert [type(piece).__name__ for piece in heard] == ["Output", "Output", "Output", "RsgrpoError", "Output"]
+    assert [type(piece).__name__ for piece in heard] == ["Answer", "Answer", "Answer", "RsgrpoError", "Answer"]
 
 
 def test_an_engine_writes_for_one_listener_at_a_time_and_for_the_others_in_batches(monkeypatch):
-    engine = EngineAnswerer(AnswerModelConfig("m"), AnswerRolloutConfig(), InputsConfig(), SamplingParams())
+    engine = LocalAnswerer(AnswerSpec(AnswerModelConfig("m")))
     worked: list[list[str]] = []
     gate, done = threading.Event(), threading.Semaphore(0)
 
-    def answer(prompts: Sequence[Prompt]) -> Iterator[Output]:
+    def answer(prompts: Sequence[Prompt]) -> Iterator[Answer]:
         assert gate.wait(10)
         worked.append([prompt.id for prompt in prompts])
-        yield from (Output(prompt, "text", "stop") for prompt in prompts)
+        yield from (Answer(prompt, "text", "stop") for prompt in prompts)
 
-    def stream(prompt: Prompt) -> Generator[str | Output]:
+    def stream(prompt: Prompt) -> Generator[str | Answer]:
         worked.append([f"{prompt.id} in pieces"])
-        yield from ("te", "xt", Output(prompt, "text", "stop"))
+        yield from ("te", "xt", Answer(prompt, "text", "stop"))
 
     def hear(piece: Piece) -> None:
         heard.append(piece)
@@ -84,8 +85,7 @@ def test_a_real_engine_streams_and_answers_in_one_server(tiny_model_path):
     """Transformers behind HTTP: pieces while they are written, then the parsed fields; and a whole answer beside it."""
     rollout = AnswerRolloutConfig(max_response_tokens=12, num_threads=1)
     inputs = InputsConfig(min_pixels=784, max_pixels=3136, max_prompt_tokens=400)
-    sampling = SamplingParams(temperature=0.0, max_tokens=12)
-    engine = EngineAnswerer(AnswerModelConfig(tiny_model_path), rollout, inputs, sampling)
+    engine = LocalAnswerer(AnswerSpec(AnswerModelConfig(tiny_model_path), rollout, inputs))
     limits = RequestLimits(max_images=2)
 
     async def play() -> Any:

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from recipes.answers.answerer import Output
-from recipes.answers.engine import AnswerModelConfig, AnswerRolloutConfig, EngineAnswerer
+from recipes.answers.engine import LocalAnswerer
+from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec
+from recipes.answers.types import Answer
 from recipes.serve.chat_request import MIB
 from recipes.serve.queue import Desk, Piece
 from rollout.config import InputsConfig
-from rollout.types import Prompt, SamplingParams
+from rollout.types import Prompt
 from tests.material.serve import COMPLETE, FakeAnswerer, png, refusal, request_of, talk
 
 HEAD = f"POST {COMPLETE} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
@@ -31,7 +32,7 @@ class EndlessAnswerer(FakeAnswerer):
         super().__init__()
         self.num_open = 0
 
-    def stream(self, prompt: Prompt) -> Generator[str | Output]:
+    def stream(self, prompt: Prompt) -> Generator[str | Answer]:
         self.prompts.append(prompt)
         self.num_open += 1
         try:
@@ -84,16 +85,15 @@ def test_who_leaves_while_waiting_is_never_asked_for():
     desk.ask(Prompt("left", "t"), heard.append, streams=False).set()
     desk.ask(Prompt("last", "t"), heard.append, streams=False)
     answerer.gate.set()
-    until(lambda: sum(isinstance(piece, Output) for piece in heard) == 2)
+    until(lambda: sum(isinstance(piece, Answer) for piece in heard) == 2)
     desk.close()
     assert [prompt.id for prompt in answerer.prompts] == ["first", "last"]
 
 
 def test_an_engine_stops_writing_when_its_listener_has_left(tiny_model_path):
-    rollout = AnswerRolloutConfig(max_response_tokens=400, num_threads=1)
-    sampling = SamplingParams(temperature=1.0, max_tokens=400, seed=1)
+    rollout = AnswerRolloutConfig(temperature=1.0, max_response_tokens=400, num_threads=1)
     inputs = InputsConfig(min_pixels=784, max_pixels=3136, max_prompt_tokens=400)
-    engine = EngineAnswerer(AnswerModelConfig(tiny_model_path), rollout, inputs, sampling)
+    engine = LocalAnswerer(AnswerSpec(AnswerModelConfig(tiny_model_path), rollout, inputs, seed=1))
     desk = Desk(engine, num_threads=1, batch_size=4)
     heard: list[Piece] = []
     begun = threading.Event()
@@ -110,8 +110,8 @@ def test_an_engine_stops_writing_when_its_listener_has_left(tiny_model_path):
     until(lambda: bool(answered))
     desk.close()
     engine.close()
-    assert isinstance(answered[-1], Output)
-    assert not any(isinstance(piece, Output) for piece in heard)
+    assert isinstance(answered[-1], Answer)
+    assert not any(isinstance(piece, Answer) for piece in heard)
     assert len(heard) < 400
 
 
@@ -131,7 +131,7 @@ def test_a_body_that_cannot_be_unpacked_or_unpacks_to_too_much_is_refused():
 
 
 def test_a_request_that_does_not_arrive_gives_its_place_back(monkeypatch):
-    monkeypatch.setattr("recipes.serve.BODY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("recipes.serve.server.BODY_TIMEOUT_S", 0.2)
 
     async def scene(client: Any) -> Any:
         slow = await asyncio.gather(*(say(client, f"{HEAD}Content-Length: 1000\r\n\r\n", b"{") for _ in range(3)))

@@ -1,0 +1,36 @@
+"""Questions about pages, asked: an answerer together with the template that it is asked with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from recipes.answers.questions import Question, to_prompt
+from recipes.answers.types import Answer, Answerer
+from rollout.types import ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Answers questions from pages.
+
+    template: what a question is put into. system: the system message, "" for none.
+    """
+
+    answerer: Answerer
+    template: str
+    system: str = ""
+
+    def ask(self, question: str, pages: Sequence[ImageSource], *, name: str = "question") -> Answer:
+        """Return the answer to one question. name: the prompt's id.
+
+        Raises:
+            RsgrpoError: the question cannot be asked, or nothing answers.
+        """
+        *_, answer = self.stream(question, pages, name=name)
+        assert isinstance(answer, Answer)
+        return answer
+
+    def stream(self, question: str, pages: Sequence[ImageSource], *, name: str = "question") -> Iterator[str | Answer]:
+        """Yield the text in pieces as it is written, where that is possible, and finally the answer; see `ask`."""
+        return self.answerer.stream(to_prompt(Question(name, question, tuple(pages)), self.template, self.system))

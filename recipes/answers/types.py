@@ -1,0 +1,64 @@
+"""What comes back for one prompt, and the protocol of everything that answers prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rollout.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one prompt.
+
+    finish_reason: "stop", "length", whatever else an endpoint says, or "error".
+    error: why there is no (complete) text; "" when there is.
+    mean_logprob: mean natural log-probability of the response's tokens; None where it is not known.
+    num_prompt_tokens, num_response_tokens: likewise.
+    """
+
+    prompt: Prompt
+    text: str
+    finish_reason: str
+    error: str = ""
+    mean_logprob: float | None = None
+    num_prompt_tokens: int | None = None
+    num_response_tokens: int | None = None
+
+
+class Answerer(Protocol):
+    """Answers prompts, one response each: an engine in this process, or an endpoint.
+
+    Attributes:
+        name: of the model.
+        is_concurrent: several threads may ask at once; if False, prompts are best given together.
+    """
+
+    name: str
+    is_concurrent: bool
+
+    def start(self) -> None:
+        """Load the model now, so that the first prompt does not wait for it.
+
+        Raises:
+            RsgrpoError: it cannot be loaded.
+        """
+        ...
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+        """Yield one answer per prompt, in any order; a fault of one prompt becomes its `error` and stops no other.
+
+        Raises:
+            RsgrpoError: no further prompt can be answered; whatever was finished has been yielded.
+        """
+        ...
+
+    def stream(self, prompt: Prompt) -> Generator[str | Answer]:
+        """Yield the text in pieces as it is written, where that is possible, and finally the answer."""
+        ...
+
+    def close(self) -> None:
+        """Release the model or the connections."""
+        ...
