@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from rsgrpo.algorithm.loss import policy_loss, step_totals
+from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals
 from rsgrpo.learning.attention import choose_attention
 from rsgrpo.learning.packing import EncodedPrompt, build_micro_batch
 from rsgrpo.learning.passes import move
-from rsgrpo.learning.policy import Policy
-from rsgrpo.learning.recompute import recompute
-from rsgrpo.types import Sample
+from rsgrpo.learning.policy import Policy, recompute
+from rsgrpo.types import MicroBatch, Sample, TokenScores
 
 VISION_START, VISION_END, IMAGE, VIDEO = 2, 3, 4, 5
 BANNED = [VISION_START, VISION_END, IMAGE, VIDEO]
@@ -176,16 +175,7 @@ class Bench:
     def change(self, work: Work) -> None:
         """Take another group."""
         self.work, self.batch = work, build_batch(work, self.shape, self.device)
-        device = self.device
-        totals = step_totals(self.batch.samples)
-        self._loss_options: dict[str, Any] = {
-            "rollout_logprobs_N": None,
-            "ref_logprobs_N": None,
-            "loss_weights_K": torch.ones(2, device=device),
-            "scope_tokens_K": torch.tensor(totals.scope_tokens_K, dtype=torch.float32, device=device),
-            "active_K": torch.tensor(totals.active_K, device=device),
-            "response_tokens": totals.response_tokens,
-        }
+        self._totals = step_totals(self.batch.samples, [1.0, 1.0], self.device)
 
     def _features(self) -> torch.Tensor | None:
         if self.batch.pixels is None or self.batch.grid is None:
@@ -196,54 +186,43 @@ class Bench:
         positions = self.policy.family.position_ids(self.model, self.batch.prompt_ids, self.batch.grid)
         return EncodedPrompt(self.batch.prompt_ids.cpu(), positions.cpu(), features)
 
-    def _loss(self, logprobs_N: torch.Tensor, entropy_N: torch.Tensor, old_N: Any, samples: list[Sample]) -> Any:
-        return policy_loss(
-            logprobs_N,
-            entropy_N,
-            old_logprobs_N=old_N,
-            advantages_KN=torch.from_numpy(np.concatenate([s.advantages_KT for s in samples], 1)).to(self.device),
-            scope_KN=torch.from_numpy(np.concatenate([s.scope_KT for s in samples], 1)).to(self.device),
-            sample_index_N=torch.zeros(len(logprobs_N), dtype=torch.int64, device=self.device),
-            **self._loss_options,
-        ).loss
+    def _row(self, prompt: EncodedPrompt, samples: list[Sample]) -> MicroBatch:
+        return move(build_micro_batch([(prompt, samples)]), self.device)
+
+    def _backward(self, scores: TokenScores, row: MicroBatch) -> float:
+        loss = policy_loss(scores, row, totals=self._totals, config=SurrogateConfig()).loss
+        torch.autograd.backward(loss)
+        return float(loss.detach())
 
     def ours(self) -> float:
         """One row for the group."""
-        prompt = self._prompt(self._features())
-        row = move(build_micro_batch([(prompt, self.batch.samples)]), self.device)
-        logprobs, entropy, *_ = self.policy(row, 1.0, False)
-        loss = self._loss(logprobs, entropy, None, self.batch.samples)
-        loss.backward()
-        return float(loss.detach())
+        row = self._row(self._prompt(self._features()), self.batch.samples)
+        return self._backward(self.policy(row, 1.0, False), row)
 
     def best(self) -> float:
         """One row per response, each with its prompt; nothing else is done twice."""
         prompt = self._prompt(self._features())
         total = 0.0
         for sample in self.batch.samples:
-            row = move(build_micro_batch([(prompt, [sample])]), self.device)
-            logprobs, entropy, *_ = self.policy(row, 1.0, False)
-            loss = self._loss(logprobs, entropy, None, [sample])
-            loss.backward()
-            total += float(loss.detach())
+            row = self._row(prompt, [sample])
+            total += self._backward(self.policy(row, 1.0, False), row)
         return total
 
     def plain(self) -> float:
         """Transformers' forward for every response, in an old-logprob pass and in the training pass."""
         config = self.model.model.language_model.config
         ours, config._attn_implementation = config._attn_implementation, "sdpa"
+        prompt = self._prompt(None)
         total = 0.0
         for sample in self.batch.samples:
+            row = self._row(prompt, [sample])
             with torch.no_grad():
-                old, _ = self._all_logits(sample)
-            logprobs, entropy = self._all_logits(sample)
-            loss = self._loss(logprobs, entropy, old, [sample])
-            loss.backward()
-            total += float(loss.detach())
+                old_N = self._all_logits(sample).logprobs_N
+            total += self._backward(self._all_logits(sample), replace(row, old_logprobs_N=old_N))
         config._attn_implementation = ours
         return total
 
-    def _all_logits(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    def _all_logits(self, sample: Sample) -> TokenScores:
         response = torch.from_numpy(sample.token_ids_T).to(self.device)
         tokens = torch.cat([self.batch.prompt_ids, response])[None]
         logits = self.model(
@@ -257,7 +236,9 @@ class Bench:
         logprobs_T = logprobs_TV.gather(-1, tokens[0, 1:, None])[:, 0]
         with torch.no_grad():
             entropy_T = -(logprobs_TV.exp() * logprobs_TV.masked_fill(self.policy.banned_V, 0.0)).sum(-1)
-        return logprobs_T[-len(response) :], entropy_T[-len(response) :]
+        start = -len(response)
+        unknown = torch.zeros_like(response, dtype=torch.bool)  # the plain side does not look for top tokens
+        return TokenScores(logprobs_T[start:], entropy_T[start:], unknown.float(), unknown)
 
     def gradients(self, side: Callable[[], float]) -> tuple[float, dict[str, torch.Tensor]]:
         """Return a side's loss and its gradients, on CPU."""

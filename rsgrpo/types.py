@@ -123,17 +123,19 @@ class TokenScores(NamedTuple):
     is_top_N: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StepTotals:
-    """What the loss of one optimiser step is divided by: the same on every rank and in every micro-batch.
+    """The weights and denominators of one optimiser step's loss: the same on every rank and in every micro-batch.
 
-    scope_tokens_K: (K,) float64, scope-k tokens in the whole step.
+    loss_weights_K: (K,) float32.
+    scope_tokens_K: (K,) float32, scope-k tokens in the whole step.
     active_K: (K,) bool, whether some in-scope token of term k has a non-zero advantage.
     response_tokens: all response tokens of the step.
     """
 
-    scope_tokens_K: np.ndarray
-    active_K: np.ndarray
+    loss_weights_K: torch.Tensor
+    scope_tokens_K: torch.Tensor
+    active_K: torch.Tensor
     response_tokens: int
 
 

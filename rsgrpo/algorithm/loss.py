@@ -1,36 +1,73 @@
-"""The loss as arithmetic: pure functions of tensors, every denominator an argument; no model, no configuration.
+"""The loss as arithmetic: pure functions of tensors whose denominators are arguments. Formulas: docs/algorithm.md.
 
-Axes: N response tokens of a micro-batch, one after the other; K loss terms. Every function returns a share of the
-step's loss: shares of micro-batches and ranks add up, because what they are divided by belongs to the whole step.
+Axes: N response tokens of a micro-batch, one response after the other; K loss terms. Every function returns a share of
+the step's loss. The shares of micro-batches and ranks add up, because their denominators belong to the whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 
-from rsgrpo.types import LossOutput, RsgrpoError, Sample, StepTotals, TokenScores
+from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, Sample, StepTotals, TokenScores
 
 LOG_RATIO_LIMIT = 20.0
-RATIOS = ("token", "gspo", "cispo")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+
+Ratio = Literal["token", "gspo", "cispo"]
+KlEstimator = Literal["k1", "k2", "k3"]
 
 
-def step_totals(samples: list[Sample]) -> StepTotals:
-    """Count what the loss of one optimiser step is divided by.
+@dataclass(frozen=True, slots=True)
+class SurrogateConfig:
+    """The keys of `algorithm` that the loss reads.
+
+    ratio: of new to old probabilities, per token, per response ("gspo"), or as a detached weight ("cispo").
+    clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high].
+    dual_clip: the most that a token with a negative advantage costs, in units of |A|; 0 is off.
+    importance_cap: cap of the detached weight exp(old - engine logprob) per token; 0 is off.
+    kl_coef, kl_estimator: weight and form of the KL term to the reference; 0 is off.
+    entropy_coef: weight of an entropy bonus.
+    """
+
+    ratio: Ratio = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    dual_clip: float = 3.0
+    importance_cap: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key, kinds in (("ratio", Ratio), ("kl_estimator", KlEstimator)):
+            if getattr(self, key) not in get_args(kinds):
+                raise RsgrpoError(f"algorithm.{key} must be one of {get_args(kinds)}, got {getattr(self, key)!r}")
+
+    @classmethod
+    def of(cls, keys: object) -> SurrogateConfig:
+        """Return the part of an AlgorithmConfig that the loss reads."""
+        return cls(**{field.name: getattr(keys, field.name) for field in fields(cls)})
+
+
+def step_totals(
+    samples: Sequence[Sample], loss_weights_K: Sequence[float], device: torch.device | str = "cpu"
+) -> StepTotals:
+    """Count the denominators of one optimiser step's loss.
 
     Every rank counts the same full list, so that no rank has to ask another.
     """
-    num_terms = samples[0].scope_KT.shape[0]
-    scope_tokens_K = np.zeros(num_terms, dtype=np.float64)
-    active_K = np.zeros(num_terms, dtype=bool)
-    for sample in samples:
-        scope_tokens_K += sample.scope_KT.sum(1)
-        active_K |= ((sample.advantages_KT != 0) & sample.scope_KT).any(1)
-    return StepTotals(scope_tokens_K, active_K, sum(len(sample.token_ids_T) for sample in samples))
+    scope_tokens_K = sum(sample.scope_KT.sum(1) for sample in samples)
+    active_K = np.any([((sample.advantages_KT != 0) & sample.scope_KT).any(1) for sample in samples], 0)
+    return StepTotals(
+        loss_weights_K=torch.tensor(loss_weights_K, dtype=torch.float32, device=device),
+        scope_tokens_K=torch.tensor(scope_tokens_K, dtype=torch.float32, device=device),
+        active_K=torch.tensor(active_K, device=device),
+        response_tokens=sum(len(sample.token_ids_T) for sample in samples),
+    )
 
 
 def token_log_ratio(logprobs_N: torch.Tensor, old_logprobs_N: torch.Tensor) -> torch.Tensor:
@@ -85,22 +122,22 @@ def surrogate(
     old_logprobs_N: torch.Tensor,
     advantages_KN: torch.Tensor,
     sample_index_N: torch.Tensor,
-    *,
-    ratio: str = "token",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 3.0,
+    config: SurrogateConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the surrogate of every term and token by `algorithm.ratio`, and where a clip decided."""
-    if ratio not in RATIOS:
-        raise RsgrpoError(f"algorithm.ratio must be one of {RATIOS}, got {ratio!r}")
-    if ratio == "gspo":
+    """Return the surrogate of every term and token by `config.ratio`, and where a clip decided."""
+    if config.ratio == "gspo":
         log_ratio_N = sequence_log_ratio(logprobs_N, old_logprobs_N, sample_index_N)
     else:
         log_ratio_N = token_log_ratio(logprobs_N, old_logprobs_N)
-    if ratio == "cispo":
-        return cispo_surrogate(log_ratio_N, logprobs_N, advantages_KN, clip_high=clip_high)
-    return clipped_surrogate(log_ratio_N, advantages_KN, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+    if config.ratio == "cispo":
+        return cispo_surrogate(log_ratio_N, logprobs_N, advantages_KN, clip_high=config.clip_high)
+    return clipped_surrogate(
+        log_ratio_N,
+        advantages_KN,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+    )
 
 
 def importance_weights(old_logprobs_N: torch.Tensor, rollout_logprobs_N: torch.Tensor, cap: float) -> torch.Tensor:
@@ -108,17 +145,17 @@ def importance_weights(old_logprobs_N: torch.Tensor, rollout_logprobs_N: torch.T
     return (old_logprobs_N - rollout_logprobs_N).detach().clamp(max=LOG_RATIO_LIMIT).exp().clamp(max=cap)
 
 
-def kl_estimate(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, estimator: str) -> torch.Tensor:
+def kl_estimate(logprobs_N: torch.Tensor, ref_logprobs_N: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
     """Return an estimate of KL(policy | reference) per token, with d = ref - new: k1 -d, k2 d²/2, k3 e^d - d - 1."""
     difference_N = ref_logprobs_N - logprobs_N
     if estimator == "k1":
         return -difference_N
-    if estimator == "k2":
-        return 0.5 * difference_N**2
-    if estimator == "k3":
-        bounded_N = difference_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        return bounded_N.exp() - bounded_N - 1
-    raise RsgrpoError(f"algorithm.kl_estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")
+    return 0.5 * difference_N**2 if estimator == "k2" else _k3(difference_N)
+
+
+def _k3(difference_N: torch.Tensor) -> torch.Tensor:
+    bounded_N = difference_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return bounded_N.exp() - bounded_N - 1
 
 
 def scoped_means(loss_KN: torch.Tensor, scope_KN: torch.Tensor, scope_tokens_K: torch.Tensor) -> torch.Tensor:
@@ -131,60 +168,45 @@ def weighted_mean(loss_K: torch.Tensor, loss_weights_K: torch.Tensor, active_K: 
     return (loss_weights_K * loss_K).sum() / loss_weights_K[active_K].sum()
 
 
-def policy_loss(
-    logprobs_N: torch.Tensor,
-    entropy_N: torch.Tensor,
-    *,
-    old_logprobs_N: torch.Tensor | None,
-    advantages_KN: torch.Tensor,
-    scope_KN: torch.Tensor,
-    sample_index_N: torch.Tensor,
-    rollout_logprobs_N: torch.Tensor | None,
-    ref_logprobs_N: torch.Tensor | None,
-    loss_weights_K: torch.Tensor,
-    scope_tokens_K: torch.Tensor,
-    active_K: torch.Tensor,
-    response_tokens: int,
-    importance_cap: float = 0.0,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    entropy_coef: float = 0.0,
-    **surrogate_options: Any,
-) -> LossOutput:
-    """Return this micro-batch's share of the step's loss.
+def policy_loss(scores: TokenScores, batch: MicroBatch, *, totals: StepTotals, config: SurrogateConfig) -> LossOutput:
+    """Return this micro-batch's share of the step's loss, and of the metrics of its tokens.
 
-    Args:
-        logprobs_N, entropy_N: of the policy, with gradient.
-        old_logprobs_N: of the policy that the step started from; None on an on-policy step: old = new.detach().
-        rollout_logprobs_N: of the engine; needed when importance_cap > 0.
-        ref_logprobs_N: of the reference; needed when kl_coef > 0.
-        loss_weights_K, scope_tokens_K, active_K, response_tokens: of the whole step.
-        surrogate_options: ratio, clip_low, clip_high and dual_clip of `surrogate`.
+    scores: of the policy, with gradient. Where the batch has no old logprobs the step is on-policy: old = new.detach().
 
     Raises:
-        RsgrpoError: an unknown ratio or estimator, or logprobs that a term needs are missing.
+        RsgrpoError: the batch lacks engine or reference logprobs that the configuration needs.
     """
-    old_N = logprobs_N.detach() if old_logprobs_N is None else old_logprobs_N
-    loss_KN, clipped_KN = surrogate(logprobs_N, old_N, advantages_KN, sample_index_N, **surrogate_options)
-    if importance_cap:
-        if rollout_logprobs_N is None:
+    old_N = scores.logprobs_N.detach() if batch.old_logprobs_N is None else batch.old_logprobs_N
+    loss_KN, clipped_KN = surrogate(scores.logprobs_N, old_N, batch.advantages_KN, batch.sample_index_N, config)
+    if config.importance_cap:
+        if batch.rollout_logprobs_N is None:
             raise RsgrpoError("algorithm.importance_cap > 0 needs the engine's logprobs, and a sample has none")
-        loss_KN = loss_KN * importance_weights(old_N, rollout_logprobs_N, importance_cap)
-    loss = weighted_mean(scoped_means(loss_KN, scope_KN, scope_tokens_K), loss_weights_K, active_K)
+        loss_KN = loss_KN * importance_weights(old_N, batch.rollout_logprobs_N, config.importance_cap)
+    active_K, scope_tokens_K = totals.active_K, totals.scope_tokens_K
+    loss = weighted_mean(scoped_means(loss_KN, batch.scope_KN, scope_tokens_K), totals.loss_weights_K, active_K)
     metrics = {
-        "actor/clip_frac": (clipped_KN & scope_KN & active_K[:, None]).sum() / scope_tokens_K[active_K].sum(),
-        "actor/old_kl": (old_N - logprobs_N).detach().sum() / response_tokens,
+        "actor/clip_frac": (clipped_KN & batch.scope_KN & active_K[:, None]).sum() / scope_tokens_K[active_K].sum(),
+        "actor/old_kl": (old_N - scores.logprobs_N).detach().sum() / totals.response_tokens,
     }
-    if kl_coef:
-        if ref_logprobs_N is None:
+    if config.kl_coef:
+        if batch.ref_logprobs_N is None:
             raise RsgrpoError("algorithm.kl_coef > 0 needs reference logprobs, and a sample has none")
-        kl = kl_estimate(logprobs_N, ref_logprobs_N, kl_estimator).sum() / response_tokens
-        loss = loss + kl_coef * kl
+        kl_N = kl_estimate(scores.logprobs_N, batch.ref_logprobs_N, config.kl_estimator)
+        kl = kl_N.sum() / totals.response_tokens
+        loss = loss + config.kl_coef * kl
         metrics["actor/kl"] = kl.detach()
-    if entropy_coef:
-        loss = loss - entropy_coef * entropy_N.sum() / response_tokens
-    metrics["actor/loss"] = loss.detach()
-    return LossOutput(loss, metrics)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * scores.entropy_N.sum() / totals.response_tokens
+    if batch.rollout_logprobs_N is not None:
+        metrics |= mismatch(old_N, batch.rollout_logprobs_N, response_tokens=totals.response_tokens)
+    metrics |= token_metrics(scores, response_tokens=totals.response_tokens)
+    return LossOutput(loss, {**metrics, "actor/loss": loss.detach()})
+
+
+def supervised_loss(scores: TokenScores, *, response_tokens: int) -> LossOutput:
+    """Return this micro-batch's share of the mean negative log-likelihood per response token of the step."""
+    loss = -scores.logprobs_N.sum() / response_tokens
+    return LossOutput(loss, {**token_metrics(scores, response_tokens=response_tokens), "actor/loss": loss.detach()})
 
 
 def token_metrics(scores: TokenScores, *, response_tokens: int) -> dict[str, torch.Tensor]:
@@ -198,18 +220,11 @@ def token_metrics(scores: TokenScores, *, response_tokens: int) -> dict[str, tor
 
 def mismatch(
     old_logprobs_N: torch.Tensor, rollout_logprobs_N: torch.Tensor, *, response_tokens: int
-) -> Mapping[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Compare the trainer's logprobs with the engine's: `mean` and `k3` are shares that add up, `max` is a maximum."""
     difference_N = (old_logprobs_N - rollout_logprobs_N).detach()
-    bounded_N = difference_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return {
         "actor/mismatch_mean": difference_N.abs().sum() / response_tokens,
-        "actor/mismatch_k3": (bounded_N.exp() - bounded_N - 1).sum() / response_tokens,
+        "actor/mismatch_k3": _k3(difference_N).sum() / response_tokens,
         "actor/mismatch_max": difference_N.abs().max(),
     }
-
-
-def supervised_loss(logprobs_N: torch.Tensor, *, response_tokens: int) -> LossOutput:
-    """Return this micro-batch's share of the mean negative log-likelihood per response token of the step."""
-    loss = -logprobs_N.sum() / response_tokens
-    return LossOutput(loss, {"actor/loss": loss.detach()})

@@ -1,11 +1,12 @@
-"""The actor: one rank's share of the policy, its optimiser, and everything that is done to it step by step.
+"""The actor: one rank's share of the policy and its optimiser. A step is pack, run every micro-batch, step.
 
-Every rank is given the same full list of groups. Knows neither Ray nor hydra nor any engine.
+Every rank is given the same full list of groups. Ray, hydra and engines are not needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,31 @@ import torch
 import torch.distributed as dist
 
 from rollout.config import InputsConfig
+from rollout.families.features import FeatureCache
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
-from rsgrpo.algorithm.loss import mismatch, policy_loss, step_totals, supervised_loss, token_metrics
+from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
 from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.attention import choose_attention
 from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
-from rsgrpo.learning.feature_cache import FeatureCache, FeatureFolder, tower_fingerprint
+from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
 from rsgrpo.learning.fsdp import compute_dtype, fill, init_distributed, require_process_group, resolve_device, shard
 from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
-from rsgrpo.learning.packing import Plan
-from rsgrpo.learning.passes import Logprobs, Passes
-from rsgrpo.learning.policy import Policy, add_lora, empty_model, load_model, scale_adapters, shrink_frozen_tower
-from rsgrpo.learning.prompt_store import Encoder, PromptStore
-from rsgrpo.learning.recompute import recompute
+from rsgrpo.learning.packing import Packing
+from rsgrpo.learning.passes import LossOf, Passes
+from rsgrpo.learning.policy import (
+    Policy,
+    add_lora,
+    empty_model,
+    load_model,
+    recompute,
+    scale_adapters,
+    shrink_frozen_tower,
+)
+from rsgrpo.learning.prompt_store import PromptEncoder, PromptStore
 from rsgrpo.learning.self_check import check_policy
 from rsgrpo.learning.state import load_state, save_state
-from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, StepTotals, TokenScores, TrainGroup
+from rsgrpo.types import RsgrpoError, TrainGroup
 
 __all__ = ["Learner", "init_distributed"]
 
@@ -40,10 +49,10 @@ class Learner:
 
     Args:
         temperature: of the rollouts; supervised steps always use 1.
-        total_steps: calls of `update` or `supervised_update` in the whole run; the learning rate's schedule spans them.
-        debug_dir: where the batch of a stopped run is saved; None saves nothing.
-        encoder: turns prompts into tokens and pixels; None makes it from the model's folder.
-        hf_model: a model that is already there; None loads `model.path`.
+        total_steps: calls of `update` or `supervised_update` in the whole run; the learning-rate schedule spans them.
+        debug_dir: where the batch of a run that stops on bad gradients is saved; None saves nothing.
+        encoder: turns prompts into tokens and pixels; None makes one from the model's folder.
+        hf_model: a model that is already loaded; None loads `model.path`.
     """
 
     def __init__(
@@ -60,11 +69,12 @@ class Learner:
         world_size: int = 1,
         trainable: bool = True,
         debug_dir: str | Path | None = None,
-        encoder: Encoder | None = None,
+        encoder: PromptEncoder | None = None,
         hf_model: Any = None,
     ) -> None:
         self.model_config, self.config, self.inputs = model, learner, inputs
         self.algorithm = algorithm or AlgorithmConfig()
+        self._surrogate = SurrogateConfig.of(self.algorithm)
         self.temperature, self.seed, self.rank, self.debug_dir = temperature, seed, rank, debug_dir
         self.device = resolve_device(learner.device)
         if learner.num_threads:
@@ -138,7 +148,8 @@ class Learner:
             self.encoder,
             lambda tokens_T, grid: family.position_ids(hf, tokens_T, grid),
             self._encode_images if self.policy.frozen_tower else None,
-            FeatureCache(learner.vision_cache_mb << 20, folder),
+            FeatureCache(learner.vision_cache_mb << 20),
+            folder,
             ahead=learner.encode_ahead,
         )
 
@@ -148,7 +159,7 @@ class Learner:
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Begin to decode the images of prompts that are being sampled; returns at once. Every rank is given them all.
 
-        Not needed for anything but speed: whatever is not there when an update needs it is decoded then.
+        This only saves time: an update decodes whatever is not ready when it is needed.
         """
         self._passes.prefetch(prompts)
 
@@ -158,123 +169,80 @@ class Learner:
         Every rank gets the same groups. Returns metrics of the whole batch, the same on every rank.
 
         Raises:
-            RsgrpoError: groups that cannot be trained on, or `learner.max_bad_steps` non-finite steps in a row.
+            RsgrpoError: groups that cannot be trained on, or `learner.max_bad_steps` consecutive non-finite steps.
         """
         optimizer = self._trainer()
         parts = np.array_split(np.arange(len(groups)), self.algorithm.updates_per_step)
         chunks = [part.tolist() for part in parts if len(part)]
-        plans = self._passes.plan_all(groups, chunks)
+        packings = self._passes.pack(groups, chunks)
         num_terms = groups[0].samples[0].scope_KT.shape[0]
         if len(loss_weights_K) != num_terms:
-            raise RsgrpoError(f"{len(loss_weights_K)} loss weights for {num_terms} loss terms; give one each")
+            raise RsgrpoError(f"got {len(loss_weights_K)} loss weights for {num_terms} loss terms; give one per term")
         self._self_check(groups)
         on_policy = len(chunks) == 1 and self.algorithm.on_policy_shortcut
-        old = None if on_policy else self._passes.forward(groups, plans, self.temperature)
-        weights_K = torch.tensor(list(loss_weights_K), dtype=torch.float32, device=self.device)
+        old = None if on_policy else self._passes.logprobs(groups, packings, self.temperature)
         results = []
-        for chunk, step_plan in zip(chunks, plans, strict=True):
-            totals = step_totals([sample for index in chunk for sample in groups[index].samples])
-            results.append(self._policy_step(groups, step_plan, totals, weights_K, old))
+        for chunk, packing in zip(chunks, packings, strict=True):
+            samples = [sample for index in chunk for sample in groups[index].samples]
+            totals = step_totals(samples, loss_weights_K, self.device)
+            num_active = float(totals.active_K.sum())
+            if num_active:
+                metrics = self._passes.run(
+                    groups,
+                    packing,
+                    partial(policy_loss, totals=totals, config=self._surrogate),
+                    temperature=self.temperature,
+                    old=old,
+                    entropy_gradient=self._surrogate.entropy_coef != 0,
+                )
+                metrics |= self._take_step(groups)
+            else:
+                metrics = {"actor/skipped": 1.0, "actor/lr": optimizer.lr}
+            results.append({"actor/active_terms": num_active, **metrics})
         optimizer.step += 1
         return merge_updates(results) | self._passes.work()
-
-    def _policy_step(
-        self,
-        groups: Sequence[TrainGroup],
-        step_plan: Plan,
-        totals: StepTotals,
-        weights_K: torch.Tensor,
-        old: Logprobs | None,
-    ) -> dict[str, float]:
-        active = {"actor/active_terms": float(totals.active_K.sum())}
-        if not totals.active_K.any():
-            return {**active, "actor/skipped": 1.0, "actor/lr": self._trainer().lr}
-        scope_tokens_K = torch.tensor(totals.scope_tokens_K, dtype=torch.float32, device=self.device)
-        active_K = torch.tensor(totals.active_K, device=self.device)
-        algorithm = self.algorithm
-
-        def loss_of(batch: MicroBatch, scores: TokenScores) -> LossOutput:
-            output = policy_loss(
-                scores.logprobs_N,
-                scores.entropy_N,
-                old_logprobs_N=batch.old_logprobs_N,
-                advantages_KN=batch.advantages_KN,
-                scope_KN=batch.scope_KN,
-                sample_index_N=batch.sample_index_N,
-                rollout_logprobs_N=batch.rollout_logprobs_N,
-                ref_logprobs_N=batch.ref_logprobs_N,
-                loss_weights_K=weights_K,
-                scope_tokens_K=scope_tokens_K,
-                active_K=active_K,
-                response_tokens=totals.response_tokens,
-                ratio=algorithm.ratio,
-                clip_low=algorithm.clip_low,
-                clip_high=algorithm.clip_high,
-                dual_clip=algorithm.dual_clip,
-                importance_cap=algorithm.importance_cap,
-                kl_coef=algorithm.kl_coef,
-                kl_estimator=algorithm.kl_estimator,
-                entropy_coef=algorithm.entropy_coef,
-            )
-            output.metrics.update(token_metrics(scores, response_tokens=totals.response_tokens))
-            if batch.rollout_logprobs_N is not None:
-                old_N = scores.logprobs_N if batch.old_logprobs_N is None else batch.old_logprobs_N
-                output.metrics.update(mismatch(old_N, batch.rollout_logprobs_N, response_tokens=totals.response_tokens))
-            return output
-
-        metrics = self._passes.backward(
-            groups,
-            step_plan,
-            loss_of,
-            temperature=self.temperature,
-            old=old,
-            entropy_gradient=algorithm.entropy_coef != 0,
-        )
-        return {**metrics, **active, **self._take_step(groups)}
 
     def supervised_update(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Take one optimiser step on the mean negative log-likelihood per response token. Collective."""
         optimizer = self._trainer()
-        step_plan, loss_of = self._supervised(groups)
+        packing, loss_of = self._supervised(groups)
         self._self_check(groups)
-        metrics = self._passes.backward(groups, step_plan, loss_of, temperature=1.0)
+        metrics = self._passes.run(groups, packing, loss_of, temperature=1.0)
         metrics |= self._take_step(groups) | self._passes.work()
         optimizer.step += 1
         return metrics
 
     def supervised_loss(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Return the metrics of `supervised_update` without learning from the groups. Collective."""
-        step_plan, loss_of = self._supervised(groups)
-        return self._passes.losses(groups, step_plan, loss_of, temperature=1.0)
+        packing, loss_of = self._supervised(groups)
+        return self._passes.run(groups, packing, loss_of, temperature=1.0, learn=False)
 
-    def _supervised(self, groups: Sequence[TrainGroup]) -> tuple[Plan, Any]:
-        [step_plan] = self._passes.plan_all(groups, [range(len(groups))])
+    def _supervised(self, groups: Sequence[TrainGroup]) -> tuple[Packing, LossOf]:
+        [packing] = self._passes.pack(groups, [range(len(groups))])
         total = sum(len(sample.token_ids_T) for group in groups for sample in group.samples)
-
-        def loss_of(batch: MicroBatch, scores: TokenScores) -> LossOutput:
-            output = supervised_loss(scores.logprobs_N, response_tokens=total)
-            output.metrics.update(token_metrics(scores, response_tokens=total))
-            return output
-
-        return step_plan, loss_of
+        return packing, lambda scores, batch: supervised_loss(scores, response_tokens=total)
 
     def logprobs(
         self, groups: Sequence[TrainGroup], reference: bool = False, temperature: float | None = None
     ) -> list[list[np.ndarray]]:
-        """Return (T,) float32 log-probabilities of every response. Collective.
+        """Return the (T,) float32 log-probabilities of every response. Collective.
 
-        reference: of the model as it was loaded. With LoRA the adapters are switched off for it; a learner with
-            `trainable=False` is the reference already.
-        temperature: None is the rollouts'.
+        Args:
+            reference: of the model as it was loaded. LoRA adapters are switched off for it; a learner with
+                `trainable=False` is the reference already.
+            temperature: None takes that of the rollouts.
 
         Raises:
             RsgrpoError: `reference` of a learner that trains all weights.
         """
         if reference and self._optimizer is not None and not self.model_config.lora.rank:
-            raise RsgrpoError("reference logprobs need model.lora.rank > 0 or a second Learner with trainable=False")
-        plans = self._passes.plan_all(groups, [range(len(groups))])
+            raise RsgrpoError(
+                "this learner trains all weights and has no reference model; set model.lora.rank > 0, or make a second "
+                "Learner with trainable=False"
+            )
+        packings = self._passes.pack(groups, [range(len(groups))])
         with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
-            mine = self._passes.forward(groups, plans, self.temperature if temperature is None else temperature)
+            mine = self._passes.logprobs(groups, packings, self.temperature if temperature is None else temperature)
         found = self._passes.gather(mine)
         return [[found[g, s] for s in range(len(group.samples))] for g, group in enumerate(groups)]
 
@@ -338,7 +306,7 @@ class Learner:
 
     def _trainer(self) -> Optimizer:
         if self._optimizer is None:
-            raise RsgrpoError("this Learner was made with trainable=False: it has no optimiser")
+            raise RsgrpoError("this Learner has no optimiser, because it was made with trainable=False")
         return self._optimizer
 
     def _take_step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
@@ -360,22 +328,18 @@ class Learner:
 
 
 def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_tower: bool) -> None:
-    """Refuse what a trained tower excludes.
-
-    Raises:
-        RsgrpoError: adapters, or features kept on disk.
-    """
+    """Raise RsgrpoError for what a trained tower excludes: adapters, and features kept on disk."""
     if frozen_tower:
         return
     if model.lora.rank:
         raise RsgrpoError(
-            f"model.lora.rank={model.lora.rank} trains adapters on the language model only; "
-            "set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
+            f"model.lora.rank={model.lora.rank} trains adapters on the language model only. "
+            "Set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
         )
     if learner.feature_cache:
         raise RsgrpoError(
             f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
-            "model.freeze_vision=false trains it: set learner.feature_cache='' or model.freeze_vision=true"
+            "model.freeze_vision=false trains it. Set learner.feature_cache='' or model.freeze_vision=true"
         )
 
 

@@ -1,8 +1,9 @@
-"""The optimiser of one rank: AdamW, a schedule, gradient clipping, and what happens to a step that went wrong."""
+"""The optimiser of one rank: AdamW, the learning-rate schedule, gradient clipping, and steps that went wrong."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,22 +11,41 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rsgrpo.config.train import LearnerConfig
-from rsgrpo.learning.schedule import lr_factor
 from rsgrpo.types import RsgrpoError
 
 logger = logging.getLogger(__name__)
+
+
+class NonFiniteSteps(RsgrpoError):
+    """Too many consecutive steps had a gradient norm that is not finite."""
+
+
+def lr_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """Return the factor on the learning rate of step 0, 1, …: linear warm-up, then constant or a decay to 0.
+
+    schedule: "constant", "linear" or "cosine".
+
+    >>> [lr_factor(step, schedule="linear", warmup_steps=2, total_steps=6) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class Optimizer:
     """AdamW over sharded parameters.
 
     Args:
-        parameters: trained ones. vision: those among them that take `learner.vision_lr_scale`.
+        parameters: the trained ones. vision: those among them that take `learner.vision_lr_scale`.
         total_steps: batches in the run, which the schedule spans.
 
     Attributes:
-        step: batches so far, skipped ones included: the schedule's clock. updates: optimiser steps taken.
-        bad_steps: non-finite steps in a row.
+        step: batches so far, skipped ones included; the schedule follows it. updates: optimiser steps taken.
+        bad_steps: consecutive non-finite steps.
     """
 
     def __init__(
@@ -54,34 +74,32 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the batch at hand."""
-        return self.config.lr * lr_factor(
-            self.step,
-            schedule=self.config.lr_schedule,
-            warmup_steps=self.config.warmup_steps,
-            total_steps=self.total_steps,
+        """The learning rate of the current batch."""
+        config = self.config
+        return config.lr * lr_factor(
+            self.step, schedule=config.lr_schedule, warmup_steps=config.warmup_steps, total_steps=self.total_steps
         )
 
     def take_step(self) -> dict[str, float]:
-        """Clip the gradients that backward left, move the weights, and forget the gradients. Collective.
+        """Clip the gradients that backward left, update the weights, and clear the gradients. Collective.
 
-        A non-finite gradient norm moves nothing and counts; so do the metrics `actor/skipped` and `actor/bad_steps`.
+        A non-finite gradient norm changes nothing; `actor/skipped` and `actor/bad_steps` count it.
 
         Raises:
-            RsgrpoError: the last of `learner.max_bad_steps` in a row.
+            NonFiniteSteps: the last of `learner.max_bad_steps` consecutive ones.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         lr = self.lr
-        if not torch.isfinite(torch.tensor(norm_value)):
+        if not math.isfinite(norm_value):
             self.adamw.zero_grad(set_to_none=True)
             self.bad_steps += 1
             logger.warning("gradient norm is %s: optimiser step skipped (%d in a row)", norm_value, self.bad_steps)
             if self.bad_steps >= self.config.max_bad_steps:
                 raise NonFiniteSteps(
-                    f"{self.bad_steps} optimiser steps in a row had a gradient norm of {norm_value} "
-                    f"(learner.max_bad_steps={self.config.max_bad_steps}); look at the batch, lower learner.lr "
-                    f"(now {lr:g}) or use learner.precision=float32"
+                    f"{self.bad_steps} consecutive optimiser steps had a gradient norm of {norm_value} "
+                    f"(learner.max_bad_steps={self.config.max_bad_steps}). Look at the batch, lower learner.lr "
+                    f"(now {lr:g}) or set learner.precision=float32"
                 )
             return {"actor/lr": lr, "actor/skipped": 1.0, "actor/bad_steps": float(self.bad_steps)}
         for group in self.adamw.param_groups:
@@ -91,7 +109,3 @@ class Optimizer:
         self.bad_steps = 0
         self.updates += 1
         return {"actor/lr": lr, "actor/grad_norm": norm_value, "actor/skipped": 0.0}
-
-
-class NonFiniteSteps(RsgrpoError):
-    """Too many non-finite steps in a row."""

@@ -1,12 +1,11 @@
 """Which groups go to which rank and into which micro-batch, and the row that a micro-batch becomes.
 
-The plan is a pure function of lengths, so that every rank makes the same one without asking the others. Knows nothing
-of models or losses.
+The packing is a pure function of lengths, so that every rank makes the same one without asking the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,23 +50,24 @@ class Unit:
     cost: float
 
 
-Plan = list[list[list[Unit]]]
+Packing = list[list[list[Unit]]]
 """For each rank its micro-batches, each a list of units; the same number on every rank, empty ones at the end."""
 
 
-def plan(
-    prompt_lengths: Sequence[int],
-    response_lengths: Sequence[Sequence[int]],
+def pack(
+    lengths: Mapping[int, tuple[int, Sequence[int]]],
     *,
     num_ranks: int,
     max_tokens: int,
     cost_model: CostModel | None = None,
     homes: Sequence[int | None] = (),
-) -> Plan:
+) -> Packing:
     """Spread whole groups over ranks by predicted cost and pack them into micro-batches of at most `max_tokens`.
 
-    homes: for each group the rank that has its images already, which it goes to unless that rank would have over 5%
-        more work than the busiest one without homes; None, or no list: any rank.
+    Args:
+        lengths: for each group, by its index, the tokens of its prompt and of each response.
+        homes: for each group index the rank that already has its images. The group goes there unless that rank would
+            get over 5% more work than the busiest rank of a packing without homes. None, or no list: any rank.
 
     Raises:
         RsgrpoError: a prompt with one of its responses is longer than `max_tokens`.
@@ -75,21 +75,20 @@ def plan(
     cost_model = cost_model or CostModel()
     units = [
         unit
-        for group, (prompt_length, lengths) in enumerate(zip(prompt_lengths, response_lengths, strict=True))
-        for unit in _split_group(group, prompt_length, lengths, max_tokens, cost_model)
+        for group, (prompt_length, response_lengths) in lengths.items()
+        for unit in _split_group(group, prompt_length, response_lengths, max_tokens, cost_model)
     ]
     ranks = _spread(units, num_ranks)
     if homes:
         busiest = max(sum(unit.cost for unit in rank_units) for rank_units in ranks)
         ranks = _spread(units, num_ranks, homes, _HOME_SLACK * busiest)
-    packed = [_pack(rank_units, max_tokens) for rank_units in ranks]
-    return _level(packed)
+    return _level([_fill_bins(rank_units, max_tokens) for rank_units in ranks])
 
 
 def _spread(
     units: Sequence[Unit], num_ranks: int, homes: Sequence[int | None] = (), most: float = 0.0
 ) -> list[list[Unit]]:
-    """Give each unit, costly ones first, to its home where that stays within `most`, else to the idlest rank."""
+    """Give each unit, costly ones first, to its home where that stays within `most`, else to the least busy rank."""
     ranks: list[list[Unit]] = [[] for _ in range(num_ranks)]
     loads = [0.0] * num_ranks
     for unit in sorted(units, key=lambda unit: (-unit.cost, unit.group, unit.samples)):
@@ -110,7 +109,7 @@ def _split_group(
         if prompt_length + length > max_tokens:
             raise RsgrpoError(
                 f"learner.max_tokens_per_micro_batch={max_tokens} cannot hold one response: prompt {prompt_length} + "
-                f"response {length} = {prompt_length + length} tokens; raise it to at least that"
+                f"response {length} = {prompt_length + length} tokens. Raise it to at least that"
             )
         if num_tokens + length > max_tokens:
             parts.append([])
@@ -125,8 +124,8 @@ def _split_group(
     return units
 
 
-def _pack(units: Sequence[Unit], max_tokens: int) -> list[list[Unit]]:
-    """First fit, largest first."""
+def _fill_bins(units: Sequence[Unit], max_tokens: int) -> list[list[Unit]]:
+    """Put units into as few micro-batches as first fit, largest first, finds."""
     bins: list[list[Unit]] = []
     loads: list[int] = []
     for unit in sorted(units, key=lambda unit: (-unit.num_tokens, unit.group, unit.samples)):
@@ -140,21 +139,19 @@ def _pack(units: Sequence[Unit], max_tokens: int) -> list[list[Unit]]:
     return bins
 
 
-def _level(packed: list[list[list[Unit]]]) -> Plan:
-    """Give every rank as many micro-batches as the one that has most: split full ones first, then add empty ones.
+def _level(packed: list[list[list[Unit]]]) -> Packing:
+    """Give every rank as many micro-batches as the busiest one: split its fullest ones first, then add empty ones.
 
-    A split costs nothing (units share no work); an empty one stands for a forward that only keeps collectives in step.
+    A split costs nothing, because units share no work; an empty micro-batch is a forward that only keeps collectives in
+    step.
     """
     most = max(len(bins) for bins in packed)
-    levelled: Plan = []
+    levelled: Packing = []
     for rank_bins in packed:
         bins = [list(units) for units in rank_bins]
         while len(bins) < most:
             largest = max(bins, key=len, default=[])
-            if len(largest) < 2:
-                bins.append([])
-                continue
-            half = len(largest) // 2
+            half = len(largest) // 2 or len(largest)
             bins.append(largest[half:])
             del largest[half:]
         levelled.append(bins)
@@ -179,55 +176,53 @@ class EncodedPrompt:
 
 def build_micro_batch(
     groups: Sequence[tuple[EncodedPrompt, Sequence[Sample]]],
-    old_logprobs: Sequence[Sequence[np.ndarray]] | None = None,
+    old_logprobs: Sequence[np.ndarray] | None = None,
 ) -> MicroBatch:
     """Lay groups out in one row.
 
     Args:
         groups: each prompt with the responses that follow it.
-        old_logprobs: for each group and response (T,) float32; None when no pass was needed.
+        old_logprobs: of each response in row order (T,) float32; None when no pass was needed.
     """
     tokens: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
     head_index: list[torch.Tensor] = []
     row = 0
-    for prompt, samples in groups:
+    for prompt, responses in groups:
         tokens.append(prompt.token_ids_T)
         positions.append(prompt.position_ids_3T)
         last_of_prompt = row + len(prompt.token_ids_T) - 1
         row = last_of_prompt + 1
         first_position = int(prompt.position_ids_3T.max()) + 1
-        for sample in samples:
+        for sample in responses:
             length = len(sample.token_ids_T)
             tokens.append(torch.tensor(sample.token_ids_T))
             positions.append(torch.arange(first_position, first_position + length).expand(3, -1))
             # The prompt's last token predicts the first response token, each response token the next one.
             head_index.append(torch.cat([torch.tensor([last_of_prompt]), torch.arange(row, row + length - 1)]))
             row += length
-    samples_in_order = [sample for _, samples in groups for sample in samples]
-    lengths = [len(sample.token_ids_T) for sample in samples_in_order]
-    token_ids_T = torch.cat(tokens)
     prompts = [prompt for prompt, _ in groups]
+    samples = [sample for _, responses in groups for sample in responses]
+    lengths = [len(sample.token_ids_T) for sample in samples]
+    advantages_KN = np.concatenate([sample.advantages_KT for sample in samples], 1)
     return MicroBatch(
         layout=PrefixLayout(
             tuple(len(prompt.token_ids_T) for prompt in prompts),
-            tuple(tuple(len(sample.token_ids_T) for sample in samples) for _, samples in groups),
+            tuple(tuple(len(sample.token_ids_T) for sample in responses) for _, responses in groups),
         ),
-        token_ids_T=token_ids_T,
+        token_ids_T=torch.cat(tokens),
         position_ids_3T=torch.cat(positions, 1),
         features=_cat([prompt.features for prompt in prompts]),
         pixel_values=_cat([prompt.pixel_values for prompt in prompts]),
         image_grid_thw=_cat([prompt.image_grid_thw for prompt in prompts]),
         head_index_N=torch.cat(head_index),
-        targets_N=torch.cat([torch.tensor(sample.token_ids_T) for sample in samples_in_order]),
+        targets_N=torch.cat([torch.tensor(sample.token_ids_T) for sample in samples]),
         sample_index_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        scope_KN=torch.from_numpy(np.concatenate([sample.scope_KT for sample in samples_in_order], 1)),
-        advantages_KN=torch.from_numpy(
-            np.concatenate([sample.advantages_KT for sample in samples_in_order], 1).astype(np.float32)
-        ),
-        rollout_logprobs_N=_cat_optional([sample.rollout_logprobs_T for sample in samples_in_order]),
-        ref_logprobs_N=_cat_optional([sample.ref_logprobs_T for sample in samples_in_order]),
-        old_logprobs_N=None if old_logprobs is None else _cat_optional([x for group in old_logprobs for x in group]),
+        scope_KN=torch.from_numpy(np.concatenate([sample.scope_KT for sample in samples], 1)),
+        advantages_KN=torch.from_numpy(advantages_KN.astype(np.float32)),
+        rollout_logprobs_N=_cat_if_all([sample.rollout_logprobs_T for sample in samples]),
+        ref_logprobs_N=_cat_if_all([sample.ref_logprobs_T for sample in samples]),
+        old_logprobs_N=None if old_logprobs is None else _cat_if_all(old_logprobs),
     )
 
 
@@ -236,6 +231,6 @@ def _cat(pieces: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return torch.cat(present) if present else None
 
 
-def _cat_optional(pieces: Sequence[np.ndarray | None]) -> torch.Tensor | None:
+def _cat_if_all(pieces: Sequence[np.ndarray | None]) -> torch.Tensor | None:
     present = [np.asarray(piece, dtype=np.float32) for piece in pieces if piece is not None]
     return torch.from_numpy(np.concatenate(present)) if len(present) == len(pieces) else None

@@ -1,11 +1,11 @@
 """The policy: transformers' own model, run on rows of groups, giving log-probabilities of response tokens only.
 
-Owns loading, the shared-prefix forward and the chunked head. Knows nothing of sharding, optimisers or losses.
+Loading, the shared-prefix forward, the chunked head, and which activations backward recomputes.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rollout.families import Family, family_of
-from rsgrpo.config.train import LoraConfig, ModelConfig
+from rsgrpo.config.learner import LoraConfig, ModelConfig, parse_checkpointing
 from rsgrpo.errors import InputError
 from rsgrpo.learning.attention import PrefixRow
 from rsgrpo.types import MicroBatch, TokenScores
-
-logger = logging.getLogger(__name__)
 
 
 def load_model(config: ModelConfig) -> Any:
@@ -233,3 +231,28 @@ def scale_adapters(model: nn.Module, scale: float) -> Iterator[None]:
     finally:
         for adapter in adapters:
             adapter.set_scale("default", 1.0)
+
+
+def recompute(policy: Policy, how: str) -> None:
+    """Set up gradient checkpointing of the policy's layers, as `learner.gradient_checkpointing` says.
+
+    "none" keeps all activations, "full" recomputes every layer from its input, "every_n:K" every K-th layer;
+    "attention" recomputes every layer except what its attention kernel returned.
+    """
+    every = parse_checkpointing(how)
+    if not every:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "attention":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    policy.hf.gradient_checkpointing_enable(options)
+    layers: list[Any] = list(policy.family.decoder_layers(policy.hf))
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index % every == 0
+
+
+def _keep_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep what the kernels of torch (`aten::_scaled_dot_product_...`) and of flash-attn return."""
+    name = str(operator)
+    is_attention = "scaled_dot_product" in name or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,31 +1,28 @@
-"""A step's prompts on their way into the policy: counted, encoded in background threads, their features reused.
-
-Owns the order of work; the encoding itself is rollout.inputs.processor', the tower is the policy's.
-"""
+"""A step's prompts on their way into the policy: counted, encoded ahead in threads, their image features reused."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 
+from rollout.families.features import FeatureCache
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import PromptInputs
 from rollout.types import Prompt
-from rsgrpo.learning.feature_cache import FeatureCache
+from rsgrpo.learning.feature_cache import FeatureFolder
 from rsgrpo.learning.packing import EncodedPrompt
 from rsgrpo.types import RsgrpoError
 
 Prepared = tuple[PromptInputs, torch.Tensor, list[torch.Tensor | None]]
-"""What threads make of a prompt: its inputs, (3, T) positions, and features that were found on disk."""
+"""What a thread makes of a prompt: its inputs, (3, T) positions, and the features of each image found on disk."""
 
 
-class Encoder(Protocol):
+class PromptEncoder(Protocol):
     """What the learner needs of `rollout.inputs.processor.InputProcessor`; benchmarks hand in a synthetic one."""
 
     eos_token_id: int
@@ -42,113 +39,110 @@ class Encoder(Protocol):
 
 
 class PromptStore:
-    """Encodes a step's prompts once each, ahead of use, and keeps them until others come.
+    """Encodes each prompt of a step once, ahead of its use, and keeps it for the next pass that needs it.
 
     Args:
         encoder: renders and decodes.
         position_ids: (token_ids_T, image_grid_thw) -> (3, T).
         encode_images: (pixel_values, image_grid_thw) of one image -> (merged tokens, F); None with a trained tower.
-        cache: features across steps; used with a frozen tower.
+        features, folder: of a frozen tower, across steps in memory and across runs on disk.
         ahead: prompts whose pixels may wait in memory.
-
-    Attributes:
-        wait_s: seconds that `get` has waited for encodings. num_encoded: prompts encoded.
     """
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: PromptEncoder,
         position_ids: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
         encode_images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
-        cache: FeatureCache,
+        features: FeatureCache,
+        folder: FeatureFolder | None = None,
         *,
         ahead: int,
     ) -> None:
-        self.cache = cache
-        self.wait_s, self.num_encoded = 0.0, 0
-        self._encoder = encoder
-        self._position_ids = position_ids
-        self._encode_images = encode_images
-        self._ahead = ahead
+        self._encoder, self._position_ids, self._encode_images = encoder, position_ids, encode_images
+        self._features, self._folder, self._ahead = features, folder, ahead
+        self._wait_s = 0.0
+        self._num_prompts = self._num_images = self._num_read = 0
         self._pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1), thread_name_prefix="encode")
-        self._prompts: Sequence[Prompt] = ()
-        self._same: dict[int, int] = {}
-        self._waiting: list[int] = []
-        self._early: OrderedDict[str, tuple[Prompt, Future[Prepared]]] = OrderedDict()
-        self._inputs: dict[int, Future[Prepared]] = {}
-        self._encoded: dict[int, EncodedPrompt] = {}
+        self._begun: dict[Hashable, Future[Prepared]] = {}  # oldest first
+        self._most_begun = ahead
+        self._waiting: dict[Hashable, Prompt] = {}  # in the order of need
+        self._encoded: dict[Hashable, EncodedPrompt] = {}
 
     def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
         """Return the token count of each prompt, from image headers alone.
 
-        unreadable: what stands for a prompt that cannot be read; None raises.
+        unreadable: the count of a prompt that cannot be read; None raises.
         """
         return list(self._pool.map(lambda prompt: self._count(prompt, unreadable), prompts))
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Begin to encode prompts that a later pass will want, the first `ahead` of them; returns at once."""
+        """Begin to encode prompts that a later pass will need, the first `ahead` of them; returns at once."""
         for prompt in prompts[: self._ahead]:
-            known, future = self._early.pop(prompt.id, (None, None))
-            if future is None or known != prompt:
-                future = self._submit(prompt)
-            self._early[prompt.id] = (prompt, future)
-        while len(self._early) > self._ahead:  # never asked for: the group filter dropped them
-            self._early.popitem(last=False)[1][1].cancel()
+            future = self._begun.pop(_key(prompt), None)
+            self._begun[_key(prompt)] = future or self._submit(prompt)
+        self._cancel_unneeded(())
 
-    def start(self, prompts: Sequence[Prompt], order: Sequence[int]) -> None:
-        """Begin a pass: encode `prompts` in the order in which they will be needed.
+    def start(self, prompts: Sequence[Prompt]) -> None:
+        """Begin a pass: encode `prompts` in this order, in which they will be needed.
 
-        What the last pass encoded is kept where the prompt comes again (reference logprobs, then the update).
+        Prompts that the last pass encoded are kept where they come again (reference logprobs, then the update).
         """
-        for future in self._inputs.values():
-            future.cancel()
-        before = {self._prompts[index].id: (self._prompts[index], done) for index, done in self._encoded.items()}
-        self._prompts = prompts
-        self._same, self._inputs, self._encoded = {}, {}, {}
-        first: dict[str, int] = {}
-        for index in order:
-            prompt = prompts[index]
-            same = first.setdefault(prompt.id, index)
-            self._same[index] = same if prompts[same] == prompt else index
-            known, done = before.get(prompt.id, (None, None))
-            if done is not None and known == prompt:
-                self._encoded[self._same[index]] = done
-        needed = dict.fromkeys(self._same[index] for index in order)
-        self._waiting = [index for index in needed if index not in self._encoded]
-        for index in list(self._waiting):
-            if prompts[index].id in self._early:
-                self._begin(index)
+        needed = {_key(prompt): prompt for prompt in prompts}
+        self._encoded = {key: done for key, done in self._encoded.items() if key in needed}
+        self._cancel_unneeded(needed)
+        self._most_begun = self._ahead + sum(key not in needed for key in self._begun)
+        self._waiting = {key: prompt for key, prompt in needed.items() if key not in self._encoded}
         self._fill()
 
-    def get(self, index: int) -> EncodedPrompt:
-        """Return prompt `index` of the step, waiting for its encoding where it is not done yet."""
-        index = self._same[index]
-        if index not in self._encoded:
-            if index not in self._inputs:
-                self._begin(index)
+    def get(self, prompt: Prompt) -> EncodedPrompt:
+        """Return a prompt of the pass, waiting for its encoding where it is not done yet."""
+        key = _key(prompt)
+        if key not in self._encoded:
+            self._waiting.pop(key, None)
+            future = self._begun.pop(key, None) or self._submit(prompt)
             since = time.perf_counter()
-            prepared = self._inputs.pop(index).result()
-            self.wait_s += time.perf_counter() - since
+            prepared = future.result()
+            self._wait_s += time.perf_counter() - since
             self._fill()
-            self._encoded[index] = self._finish(*prepared)
-        return self._encoded[index]
+            self._encoded[key] = self._finish(*prepared)
+        return self._encoded[key]
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Encode one prompt at once, outside any step."""
+        """Encode one prompt at once, outside any pass."""
         return self._finish(*self._prepare(prompt))
 
-    def _fill(self) -> None:
-        while self._waiting and len(self._inputs) < self._ahead:
-            self._begin(self._waiting[0])
+    def counts(self) -> dict[str, float]:
+        """Return what was done so far, by the names of docs/metrics.md."""
+        counts = {
+            "time/encode_wait": self._wait_s,
+            "perf/prompts_encoded": float(self._num_prompts),
+            "perf/images_encoded": float(self._num_images),
+            "perf/features_reused": float(self._features.hits),
+        }
+        if self._folder is not None:
+            counts |= {
+                "perf/features_read": float(self._num_read),
+                "perf/features_evicted": float(self._folder.evicted),
+                "perf/features_failed": float(self._folder.failures),
+            }
+        return counts
 
-    def _begin(self, index: int) -> None:
-        self._waiting.remove(index)
-        prompt = self._prompts[index]
-        known, future = self._early.pop(prompt.id, (None, None))
-        self._inputs[index] = future if future is not None and known == prompt else self._submit(prompt)
+    def _cancel_unneeded(self, needed: Collection[Hashable]) -> None:
+        """Keep the latest `ahead` encodings that no pass has asked for: the group filter may have dropped the rest."""
+        unneeded = [key for key in self._begun if key not in needed]
+        for key in unneeded[: max(0, len(unneeded) - self._ahead)]:
+            self._begun.pop(key).cancel()
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._begun) < self._most_begun:
+            key = next(iter(self._waiting))
+            prompt = self._waiting.pop(key)
+            if key not in self._begun:
+                self._begun[key] = self._submit(prompt)
 
     def _submit(self, prompt: Prompt) -> Future[Prepared]:
-        self.num_encoded += 1
+        self._num_prompts += 1
         return self._pool.submit(self._prepare, prompt)
 
     def _count(self, prompt: Prompt, unreadable: int | None) -> int:
@@ -165,29 +159,39 @@ class PromptStore:
         except PromptError as error:
             raise RsgrpoError(f"prompt {prompt.id}: {error}") from error
         positions_3T = self._position_ids(torch.tensor(inputs.token_ids_T), inputs.image_grid_thw)
-        return inputs, positions_3T, [self.cache.stored(image_hash) for image_hash in inputs.image_hashes]
+        folder = self._folder
+        on_disk = [
+            None if folder is None or image_hash in self._features else folder.get(image_hash)
+            for image_hash in inputs.image_hashes
+        ]
+        return inputs, positions_3T, on_disk
 
     def _finish(
-        self, inputs: PromptInputs, positions_3T: torch.Tensor, stored: Sequence[torch.Tensor | None]
+        self, inputs: PromptInputs, positions_3T: torch.Tensor, on_disk: Sequence[torch.Tensor | None]
     ) -> EncodedPrompt:
-        tokens_T = torch.tensor(inputs.token_ids_T)
-        if inputs.pixel_values is None or inputs.image_grid_thw is None:
+        tokens_T, pixels, grid = torch.tensor(inputs.token_ids_T), inputs.pixel_values, inputs.image_grid_thw
+        if pixels is None or grid is None:
             return EncodedPrompt(tokens_T, positions_3T)
         if self._encode_images is None:
-            return EncodedPrompt(
-                tokens_T, positions_3T, pixel_values=inputs.pixel_values, image_grid_thw=inputs.image_grid_thw
-            )
-        patches = inputs.pixel_values.split(inputs.image_grid_thw.prod(1).tolist())
+            return EncodedPrompt(tokens_T, positions_3T, pixel_values=pixels, image_grid_thw=grid)
         pieces = []
         # One image at a time: its features then do not depend on what it happened to be batched with.
-        for image_hash, pixels, grid, found in zip(
-            inputs.image_hashes, patches, inputs.image_grid_thw, stored, strict=True
-        ):
-            features = self.cache.get(image_hash, found)
+        patches = torch.split(pixels, grid.prod(1).tolist())
+        for image_hash, image, image_grid, found in zip(inputs.image_hashes, patches, grid, on_disk, strict=True):
+            features = self._features.get(image_hash)
             if features is None:
-                features = self._encode_images(pixels, grid[None]).cpu()
-                self.cache.put(image_hash, features)
-                if self.cache.folder is not None:
-                    self._pool.submit(self.cache.folder.put, image_hash, features)
+                features = found
+                self._num_read += found is not None
+                if features is None:
+                    features = self._encode_images(image, image_grid[None]).cpu()
+                    self._num_images += 1
+                    if self._folder is not None:
+                        self._pool.submit(self._folder.put, image_hash, features)
+                self._features.put(image_hash, features)
             pieces.append(features)
         return EncodedPrompt(tokens_T, positions_3T, features=torch.cat(pieces))
+
+
+def _key(prompt: Prompt) -> Hashable:
+    """Return what an encoding depends on, and the prompt's id."""
+    return prompt.id, prompt.system, prompt.text, tuple(prompt.images)

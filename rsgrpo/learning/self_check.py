@@ -16,7 +16,7 @@ from rollout.inputs.processor import PromptInputs
 from rsgrpo.learning.packing import build_micro_batch
 from rsgrpo.learning.passes import move
 from rsgrpo.learning.policy import PlainRow, Policy
-from rsgrpo.learning.prompt_store import Encoder, PromptStore
+from rsgrpo.learning.prompt_store import PromptEncoder, PromptStore
 from rsgrpo.types import MicroBatch, RsgrpoError, Sample, TrainGroup
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _NUM_SAMPLES = 2
 
 
 def check_policy(
-    policy: Policy, prompts: PromptStore, encoder: Encoder, groups: Sequence[TrainGroup], device: torch.device
+    policy: Policy, prompts: PromptStore, encoder: PromptEncoder, groups: Sequence[TrainGroup], device: torch.device
 ) -> None:
     """Compare the shared-prefix log-probabilities of the smallest group with the plain forward's. Collective.
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLForC
 from rollout.config import InputsConfig
 from rollout.inputs.processor import InputProcessor
 from rsgrpo.learning.packing import build_micro_batch
-from tests.laws.test_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
+from tests.laws.test_02_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
 from tests.material.learner import make_groups, make_learner
 from tests.material.tiny_qwen3 import save_qwen3
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rsgrpo.config.train import AlgorithmConfig, LoraConfig
 from rsgrpo.learning.learner import Learner, merge_updates
+from rsgrpo.learning.optimizer import lr_factor
 from rsgrpo.learning.passes import check_groups
-from rsgrpo.learning.schedule import lr_factor
 from rsgrpo.types import RsgrpoError, Sample, TrainGroup
 from tests.material.learner import learnt, make_groups, make_learner
 
@@ -174,7 +174,7 @@ def test_non_finite_steps_move_nothing_and_stop_the_run_with_the_batch_saved(tin
     metrics = learner.update(bad, WEIGHTS)
     assert metrics["actor/skipped"] == 1
     assert metrics["actor/bad_steps"] == 1
-    with pytest.raises(RsgrpoError, match=r"2 optimiser steps in a row .*max_bad_steps=2.*bad_batch_1\.pt"):
+    with pytest.raises(RsgrpoError, match=r"2 consecutive optimiser steps .*max_bad_steps=2.*bad_batch_1\.pt"):
         learner.update(bad, WEIGHTS)
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(learner).items())
     saved = torch.load(tmp_path / "bad_batch_1.pt", weights_only=False)
@@ -301,7 +301,7 @@ def test_the_self_check_finds_a_model_that_does_not_see_its_images(tiny_model_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"token_ids_T": np.array([], dtype=np.int64)}, "has no token"),
+        ({"token_ids_T": np.array([], dtype=np.int64)}, "has no tokens"),
         ({"scope_KT": np.ones((2, 1), dtype=bool)}, r"must both be \(terms, tokens\)"),
     ],
 )
@@ -313,11 +313,11 @@ def test_groups_that_cannot_be_trained_on_are_refused(change, message, groups):
 
 def test_vision_tokens_in_a_response_are_refused(groups):
     token = int(groups[0].samples[0].token_ids_T[0])
-    with pytest.raises(RsgrpoError, match=rf"holds vision token\(s\) \[{token}\]"):
+    with pytest.raises(RsgrpoError, match=rf"contains vision token\(s\) \[{token}\]"):
         check_groups(groups, [token])
     with pytest.raises(RsgrpoError, match="at least one"):
         check_groups([], [])
-    with pytest.raises(RsgrpoError, match="has no sample"):
+    with pytest.raises(RsgrpoError, match="has no samples"):
         check_groups([TrainGroup(groups[0].prompt, ())], [])
 
 
@@ -332,7 +332,7 @@ def test_metrics_of_several_updates_merge():
 
 
 def test_adapters_and_a_trained_tower_exclude_each_other(tiny_model_path):
-    with pytest.raises(RsgrpoError, match=r"set model\.freeze_vision=true"):
+    with pytest.raises(RsgrpoError, match=r"Set model\.freeze_vision=true"):
         make_learner(tiny_model_path, lora=LoraConfig(rank=2), freeze_vision=False)
 
 
