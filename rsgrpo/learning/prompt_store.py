@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -13,13 +13,15 @@ import torch
 from rollout.families.features import FeatureCache
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import PromptInputs
-from rollout.types import Prompt
+from rollout.types import ImageSource, Prompt
 from rsgrpo.learning.feature_cache import FeatureFolder
 from rsgrpo.learning.packing import EncodedPrompt
 from rsgrpo.types import RsgrpoError
 
 Prepared = tuple[PromptInputs, torch.Tensor, list[torch.Tensor | None]]
 """What a thread makes of a prompt: its inputs, (3, T) positions, and the features of each image found on disk."""
+
+Key = tuple[str, str, str, tuple[ImageSource, ...]]
 
 
 class PromptEncoder(Protocol):
@@ -64,10 +66,10 @@ class PromptStore:
         self._wait_s = 0.0
         self._num_prompts = self._num_images = self._num_read = 0
         self._pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1), thread_name_prefix="encode")
-        self._begun: dict[Hashable, Future[Prepared]] = {}  # oldest first
+        self._begun: dict[Key, Future[Prepared]] = {}  # oldest first
         self._most_begun = ahead
-        self._waiting: dict[Hashable, Prompt] = {}  # in the order of need
-        self._encoded: dict[Hashable, EncodedPrompt] = {}
+        self._waiting: dict[Key, Prompt] = {}  # in the order of need
+        self._encoded: dict[Key, EncodedPrompt] = {}
 
     def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
         """Return the token count of each prompt, from image headers alone.
@@ -128,7 +130,7 @@ class PromptStore:
             }
         return counts
 
-    def _cancel_unneeded(self, needed: Collection[Hashable]) -> None:
+    def _cancel_unneeded(self, needed: Collection[Key]) -> None:
         """Keep the latest `ahead` encodings that no pass has asked for: the group filter may have dropped the rest."""
         unneeded = [key for key in self._begun if key not in needed]
         for key in unneeded[: max(0, len(unneeded) - self._ahead)]:
@@ -192,6 +194,6 @@ class PromptStore:
         return EncodedPrompt(tokens_T, positions_3T, features=torch.cat(pieces))
 
 
-def _key(prompt: Prompt) -> Hashable:
+def _key(prompt: Prompt) -> Key:
     """Return what an encoding depends on, and the prompt's id."""
     return prompt.id, prompt.system, prompt.text, tuple(prompt.images)
