@@ -177,7 +177,7 @@ def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Rewa
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
         raise RewardError(f"{target!r} names a file; name the module instead: {dotted}:{name}")
-    module = _import(module_name, target)
+    module = import_user_module(module_name, target)
     shipped = sorted(key for key, value in vars(module).items() if _is_marked(value))
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, shipped or list(vars(module)), n=3)
@@ -196,8 +196,12 @@ def _is_marked(value: object) -> bool:
     return callable(value) and callable(getattr(value, "scope", None)) and isinstance(getattr(value, "name", None), str)
 
 
-def _import(module_name: str, target: str) -> ModuleType:
-    """Import a module, the current directory included; every failure is a RewardError that names the cause."""
+def import_user_module(module_name: str, target: str) -> ModuleType:
+    """Import the module of a `module:function`, the current directory included.
+
+    Raises:
+        RewardError: it cannot be imported; the text names the cause.
+    """
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -206,7 +210,7 @@ def _import(module_name: str, target: str) -> ModuleType:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise RewardError(f"importing '{module_name}' failed: {error}; install what it imports") from error
         raise RewardError(
-            f"no module '{error.name}' for the reward {target!r}; start from the folder that holds it "
+            f"no module '{error.name}' for {target!r}; start from the folder that holds it "
             f"(now {os.getcwd()}) or put that folder on PYTHONPATH"
         ) from error
     except Exception as error:

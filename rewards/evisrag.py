@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rewards.api import Credit, Response, RewardError, Span, between, reward
+from rewards.gold import GoldError, is_texts, plain
 from rewards.text import Mode, containment, normalise, set_f1
 
 NO_EVIDENCE = "no relevant information"
@@ -23,6 +24,8 @@ SHORT_GOLD_WORDS = 5
 _FOUR_BLOCKS = re.compile(r"\s*".join(rf"<{name}>.*?</{name}>" for name in BLOCKS), re.DOTALL)
 _INDEX = re.compile(r"\[\d+\]")
 _SLOT_LABEL = re.compile(r"\[([1-9][0-9]{0,3})\]:")
+_GOLD_TAG = re.compile(r"</?(answer|evidence)>")
+_PLAIN_HINT = "; for rows with plain answers, set data.gold=rewards.gold:plain"
 
 
 @reward(scope=between("<think>", None), short="acc", leading=True)
@@ -196,6 +199,47 @@ def parse_gold(text: str) -> dict[str, list[str]]:
         truth["answers"] = [answer.strip()]
     elif block is None:
         truth["answers"] = [text.strip()]
+    return truth
+
+
+def has_gold_tags(answer: Any) -> bool:
+    """Whether an answer column, a text or a list of texts, writes a tag of gold text."""
+    return _GOLD_TAG.search(" ".join(answer) if is_texts(answer) else str(answer)) is not None
+
+
+def read_gold(answer: Any, columns: Mapping[str, Any], num_images: int) -> dict[str, Any]:
+    """Return a row's truth (`rewards.gold`): its columns with `answers`, `evidence` (if known) and `gold` (if text).
+
+    answer: text with <evidence> and <answer> blocks; or, beside an `evidence` column, plain text; or a list of accepted
+        plain answers.
+    columns: the row's other ones; `evidence`, a list of one text per image, counts where the answer has no such block.
+
+    Raises:
+        GoldError: there is no gold answer, it lacks its tags, or the evidence is not one text per image.
+    """
+    evidence = columns.get("evidence")
+    truth = plain(answer, {name: value for name, value in columns.items() if name != "evidence"})
+    is_text = isinstance(answer, str)
+    if not is_text and has_gold_tags(answer):
+        raise GoldError("unusable gold", f"a list of answers must hold plain texts, got {answer!r:.80}")
+    if is_text and (evidence is None or has_gold_tags(answer)):
+        if _block_text(answer, "answer") is None:
+            raise GoldError("gold answer without <answer> tags", f"got {answer!r:.80}{_PLAIN_HINT}")
+        truth.update(parse_gold(answer))
+    if "evidence" not in truth:
+        if evidence is not None and not is_texts(evidence):
+            raise GoldError(
+                "unusable gold", f"column 'evidence' must be a list, one text per image, got {evidence!r:.80}"
+            )
+        if evidence is None and is_text:
+            raise GoldError("gold answer without <evidence> tags", f"got {answer!r:.80}{_PLAIN_HINT}")
+        if evidence is not None:
+            truth["evidence"] = list(evidence)
+    entries = truth.get("evidence")
+    if entries is not None and len(entries) != num_images:
+        raise GoldError(
+            "evidence entries differ from images", f"gold evidence has {len(entries)} entries for {num_images} images"
+        )
     return truth
 
 

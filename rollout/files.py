@@ -85,10 +85,31 @@ def json_object(text: bytes | str, where: str) -> dict[str, Any]:
         InputError: it is not one; the message begins with `where`.
     """
     try:
-        row = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"{where}: not valid JSON ({reason})") from error
+        row = parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: must be a JSON object, got {type(row).__name__}")
     return row
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return what a JSON text says, a byte order mark aside.
+
+    Raises:
+        ValueError: it is broken, or its texts cannot be written again; the message says how and where.
+    """
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair can be read but not written
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not valid Unicode: {error.object[error.start]!a} lacks its other half") from error
+    except RecursionError as error:
+        raise ValueError("not usable JSON: it is nested too deeply") from error

@@ -20,6 +20,7 @@ from PIL import Image
 
 from recipes.answers.batch import rewrite
 from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS
+from rewards.evisrag import read_gold
 from rollout.inputs.images import PromptError, bytes_of, read_size
 from rollout.types import ImageSource
 from rsgrpo.data.image_packs import packed_images, packs_in
@@ -215,7 +216,7 @@ def _alpaca(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own(columns: Mapping[str, Any], template: str, num_images: int) -> dict[str, Any]:
-    from rsgrpo.data.prompts import RowFault, read_gold, render_template  # brings in torch
+    from rsgrpo.data.prompts import render_template  # brings in torch
 
     question, answer = _first(columns, QUESTION_KEYS), _first(columns, ANSWER_KEYS)
     if not isinstance(question, str) or not question.strip():
@@ -226,13 +227,7 @@ def _own(columns: Mapping[str, Any], template: str, num_images: int) -> dict[str
     elif isinstance(answer, list):
         answer = [str(text) for text in answer]
     evidence = columns.get("evidence")
-    try:
-        gold = read_gold(answer, evidence)
-    except RowFault as fault:
-        raise ValueError(f"{fault.reason}: {fault.detail}") from fault
-    slots = gold.get("evidence")
-    if slots is not None and len(slots) != num_images:
-        raise ValueError(f"gold evidence has {len(slots)} entries for {num_images} images")
+    read_gold(answer, {"evidence": evidence}, num_images)
     fields = {"question": question, "prompt": render_template(template, question, num_images), "answer": answer}
     return fields if evidence is None else fields | {"evidence": evidence}
 

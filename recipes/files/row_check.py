@@ -79,7 +79,7 @@ def validate_rows(
         rows = [_renamed(row) for row in rows]
     first: Mapping[str, Any] = next((row.columns for row in rows if not row.fault), {})
     template = named_prompt(prompt or ("raw" if first.get("prompt") else "evidence"))
-    data = DataConfig(image_dir=image_dir)
+    data = DataConfig(image_dir=image_dir, gold="rewards.evisrag:read_gold")
     good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)
     if purpose == "sft":
         places = {row.columns.get("id") or f"row-{row.number}": row.place for row in rows}

@@ -30,6 +30,7 @@ class DataConfig:
     train, val: a .jsonl, .json or .parquet file, a folder, or a hub data set ("org/name" or "org/name:split").
     image_dir: folder that relative image paths start from; "" means the data file's own folder.
     prompt_key, answer_key, image_key, question_key, id_key: column names; question and id columns may be missing.
+    gold: "module:function" that makes the gold columns into a row's `truth`; `rewards.gold` has those that are shipped.
     bad_rows: "error" lists them and stops, "drop" drops and counts them.
     overlong: what happens to prompts over `inputs.max_prompt_tokens`: "error" or "drop".
     shuffle: a new order every epoch, fixed by `seed`.
@@ -46,6 +47,7 @@ class DataConfig:
     image_key: str = "image"
     question_key: str = "question"
     id_key: str = "id"
+    gold: str = "rewards.gold:detect"
     bad_rows: str = "error"
     overlong: str = "error"
     shuffle: bool = True

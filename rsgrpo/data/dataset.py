@@ -1,7 +1,6 @@
 """Data sets of prompts: loading with a check of every row, and the endless stream that training takes batches from.
 
-Knows which rows to refuse, drop and report; how one row becomes a prompt is in `rsgrpo.data.prompts`, formats in
-`rsgrpo.data.rows`.
+How one row becomes a prompt is in `rsgrpo.data.prompts`, formats are in `rsgrpo.data.rows`.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any
 from rollout.types import Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
-from rsgrpo.data.prompts import OVERLONG, BadRow, RowChecker, TokenCounter, read_template
+from rsgrpo.data.prompts import OVERLONG, BadRow, RowChecker, TokenCounter
 from rsgrpo.data.rows import MAX_LISTED_ROWS, Row, find_images, read_rows
-from rsgrpo.errors import InputError
+from rsgrpo.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
@@ -59,40 +58,22 @@ def load_prompts(
 ) -> PromptDataset:
     """Read a data source (`rsgrpo.data.rows.read_rows`) and check every row of it.
 
-    A prompt's `truth` has `answers` and `evidence` (one entry per image; missing where the row has none), `gold` (the
-    answer column as written, when it is text), and the row's other columns.
+    A prompt's `truth` is what the reader `data.gold` makes of the row's gold columns, with its other columns.
 
-    checked: images that need not be decoded again; None knows of none.
+    checked: images that need not be decoded again; None decodes all.
     progress: called with (rows checked, rows).
 
     Raises:
         InputError: the source cannot be read, rows are bad and are not to be dropped, or none is left.
     """
     rows, folder = read_rows(source, keep_broken=True)
-    return check_rows(rows, data, prompt, processor, source=source, folder=folder, checked=checked, progress=progress)
-
-
-def check_rows(
-    rows: Sequence[Row],
-    data: DataConfig,
-    prompt: PromptConfig,
-    processor: TokenCounter,
-    *,
-    source: str,
-    folder: Path,
-    checked: CheckedImages | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> PromptDataset:
-    """Turn rows into prompts, as `load_prompts` does after reading."""
     good, bad = sort_rows(rows, data, prompt, processor, folder=folder, checked=checked, progress=progress)
     _refuse(bad, data, source, len(rows))
-    dropped = Counter(row.reason for row in bad)
     if bad:
-        counts = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
-        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), counts)
+        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), _counted(bad))
     if not good:
         raise InputError(f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}")
-    return PromptDataset(good, dropped)
+    return PromptDataset(good, Counter(row.reason for row in bad))
 
 
 def sort_rows(
@@ -106,9 +87,7 @@ def sort_rows(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Prompt], list[BadRow]]:
     """Return the prompts of the rows that can be used, and why the others cannot, both in file order."""
-    template = read_template(prompt)
-    images = find_images(folder, data.image_dir)
-    checker = RowChecker(data, template, prompt.system, images, processor, checked or CheckedImages())
+    checker = RowChecker(data, prompt, find_images(folder, data.image_dir), processor, checked)
     outcomes: list[Prompt | BadRow] = []
     with ThreadPoolExecutor(data.num_workers or min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:
         for outcome in pool.map(checker.check, rows):
@@ -121,7 +100,7 @@ def sort_rows(
 class PromptStream:
     """Endless prompts of a data set, epoch after epoch; a batch may span the end of one and the start of the next.
 
-    The order is fixed by (seed, epoch); `state` says in a few numbers where the stream stands.
+    The order is fixed by (seed, epoch); `state` is the stream's position in a few numbers.
     """
 
     def __init__(self, dataset: PromptDataset, seed: int, shuffle: bool) -> None:
@@ -143,7 +122,7 @@ class PromptStream:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """Return where the stream stands, for a checkpoint (JSON)."""
+        """Return the position of the stream, for a checkpoint (JSON)."""
         return {
             "epoch": self.epoch,
             "position": self._position,
@@ -154,18 +133,12 @@ class PromptStream:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Continue where `state` was taken.
 
         Raises:
             InputError: it was taken from other rows, or from another order of them.
         """
-        mine = self.state()
-        for key in ("num_prompts", "fingerprint", "seed", "shuffle"):
-            if state[key] != mine[key]:
-                raise InputError(
-                    f"the training rows are not those of the checkpoint: {key} was {state[key]}, is {mine[key]}; "
-                    "resume with the same data.train, data.shuffle and seed, or start a new run"
-                )
+        require_same_rows(state, self.state(), ("num_prompts", "fingerprint", "seed", "shuffle"))
         self._enter(int(state["epoch"]), int(state["position"]))
 
     def _enter(self, epoch: int, position: int) -> None:
@@ -175,8 +148,27 @@ class PromptStream:
             random.Random(f"{self._seed}/{epoch}").shuffle(self._order)
 
 
+def require_same_rows(then: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Refuse to resume a stream whose state was taken from other rows, or from another order of them.
+
+    Raises:
+        InputError: the states differ in one of the keys.
+    """
+    for key in keys:
+        if then.get(key) != now[key]:
+            raise InputError(
+                f"the training rows are not those of the checkpoint: {key} was {then.get(key)}, is {now[key]}. Resume "
+                "with the same data.train, data.shuffle and seed, or start a new run"
+            )
+
+
+def is_refused(row: BadRow, data: DataConfig) -> bool:
+    """Whether the configuration wants a bad row to end the run; else it is dropped and counted."""
+    return (data.overlong if row.reason == OVERLONG else data.bad_rows) == "error"
+
+
 def _split_outcomes(outcomes: Sequence[Prompt | BadRow], rows: Sequence[Row]) -> tuple[list[Prompt], list[BadRow]]:
-    """Part prompts from bad rows; of several prompts with one id the first stays."""
+    """Part prompts from bad rows; of several prompts with one id the first is kept."""
     good: dict[str, Prompt] = {}
     bad: list[BadRow] = []
     places: dict[str, str] = {}
@@ -192,22 +184,17 @@ def _split_outcomes(outcomes: Sequence[Prompt | BadRow], rows: Sequence[Row]) ->
 
 def _refuse(bad: Sequence[BadRow], data: DataConfig, source: str, num_rows: int) -> None:
     """Raise, listing them, if there are bad rows that the configuration does not drop."""
-    refused = [row for row in bad if (data.overlong if row.reason == OVERLONG else data.bad_rows) == "error"]
+    refused = [row for row in bad if is_refused(row, data)]
     if not refused:
         return
-    listed = [f"  {row.place}, id {row.id}: {row.reason}: {row.detail}" for row in refused[:MAX_LISTED_ROWS]]
-    if len(refused) > MAX_LISTED_ROWS:
-        listed.append(f"  ... and {len(refused) - MAX_LISTED_ROWS} more")
-    counts = ", ".join(f"{count} x {reason}" for reason, count in Counter(row.reason for row in refused).most_common())
-    keys = [
-        key
-        for key, applies in (
-            ("data.bad_rows=drop", any(row.reason != OVERLONG for row in refused)),
-            ("data.overlong=drop", any(row.reason == OVERLONG for row in refused)),
-        )
-        if applies
-    ]
+    lines = [f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in refused]
+    keys = sorted({"data.overlong=drop" if row.reason == OVERLONG else "data.bad_rows=drop" for row in refused})
     raise InputError(
-        "\n".join([f"{source}: {len(refused)} of {num_rows} rows cannot be used ({counts}):", *listed])
-        + f"\nMend them, or leave them out with {' '.join(keys)}"
+        f"{source}: {len(refused)} of {num_rows} rows cannot be used ({_counted(refused)}):\n"
+        f"{listed(lines, MAX_LISTED_ROWS)}\nFix them, or leave them out with {' '.join(keys)}"
     )
+
+
+def _counted(bad: Sequence[BadRow]) -> str:
+    """Return reasons with their counts, the most frequent first."""
+    return ", ".join(f"{count} x {reason}" for reason, count in Counter(row.reason for row in bad).most_common())

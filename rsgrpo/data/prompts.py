@@ -1,7 +1,4 @@
-"""From one row to one prompt: rendering the user message, reading the gold answer, and every reason to refuse the row.
-
-Knows what a row must have to be trained on; nothing of file formats (`rsgrpo.data.rows`), of data sets or of sampling.
-"""
+"""From one row to one prompt: the user message, the gold columns, and every reason to refuse the row."""
 
 from __future__ import annotations
 
@@ -12,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from rewards.evisrag import parse_gold
+from rewards.api import RewardError
+from rewards.gold import GoldError, load_gold_reader
 from rollout.config import InputsConfig
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import IMAGE_MARK
@@ -26,8 +24,6 @@ OVERLONG = "over-long prompt"
 BROKEN = "broken row"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _PLACEHOLDERS = ("question", "images", "image_marks", "numbered_marks")
-_ANSWER_BLOCK = re.compile(r"<answer>.*?</answer>", re.DOTALL)
-_GOLD_TAG = re.compile(r"</?(answer|evidence)>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,7 @@ class BadRow:
 
 
 class RowFault(Exception):
-    """A row cannot be used: a kind of fault under which rows are counted, and what exactly is wrong."""
+    """A row cannot be used; the fields are those of `BadRow`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -64,14 +60,12 @@ def read_template(prompt: PromptConfig) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"prompt.file {prompt.file} cannot be read: {error}") from error
     names = _PLACEHOLDER.findall(template)
-    unknown = sorted({name for name in names if name not in _PLACEHOLDERS})
+    unknown = sorted(set(names) - set(_PLACEHOLDERS))
     if unknown:
-        raise InputError(
-            f"the prompt template has the unknown placeholder {{{unknown[0]}}}; use {{question}}, {{images}}, "
-            "{image_marks}, {numbered_marks}"
-        )
+        known = ", ".join(f"{{{name}}}" for name in _PLACEHOLDERS)
+        raise InputError(f"the prompt template has the unknown placeholder {{{unknown[0]}}}. Use {known}")
     if template and "question" not in names:
-        raise InputError("the prompt template must have {question}; to use the rows' own prompts, leave it empty")
+        raise InputError("the prompt template must have {question}. To use the rows' own prompts, leave it empty")
     return template
 
 
@@ -84,13 +78,12 @@ def render_template(template: str, question: str, num_images: int) -> str:
     >>> render_template("{images}\n{question}", "what amount?", 2)
     '[1]: <image>\n[2]: <image>\nwhat amount?'
     """
-    images = "\n".join(f"[{number}]: {IMAGE_MARK}" for number in range(1, num_images + 1))
-    numbered = "".join(f"[{number}]{IMAGE_MARK}" for number in range(1, num_images + 1))
+    numbers = range(1, num_images + 1)
     values = {
         "question": question,
-        "images": images,
+        "images": "\n".join(f"[{number}]: {IMAGE_MARK}" for number in numbers),
         "image_marks": IMAGE_MARK * num_images,
-        "numbered_marks": numbered,
+        "numbered_marks": "".join(f"[{number}]{IMAGE_MARK}" for number in numbers),
     }
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
@@ -106,45 +99,56 @@ class TokenCounter(Protocol):
 
 
 class RowChecker:
-    """Makes one row into a prompt or says why not; called from several threads."""
+    """Turns one row into a prompt or says why it cannot; called from several threads.
+
+    checked: images that need not be decoded again; it remembers every image, and may be replaced.
+
+    Raises:
+        InputError: the template or the gold reader of the configuration cannot be used.
+    """
 
     def __init__(
         self,
         data: DataConfig,
-        template: str,
-        system: str,
+        prompt: PromptConfig,
         images: ImageFolder,
         processor: TokenCounter,
-        checked: CheckedImages,
+        checked: CheckedImages | None = None,
     ) -> None:
-        self._data = data
-        self._template = template
-        self._system = system
-        self._images = images
-        self._processor = processor
-        self._checked = checked
+        self.checked = checked or CheckedImages()
+        self._data, self._images, self._processor = data, images, processor
+        self._template, self._system = read_template(prompt), prompt.system
+        try:
+            self._read_gold = load_gold_reader(data.gold)
+        except RewardError as error:
+            raise InputError(str(error)) from error
 
     def check(self, row: Row) -> Prompt | BadRow:
-        columns = row.columns
-        given_id = columns.get(self._data.id_key)
+        """Return the row's prompt, or the first reason not to use it."""
+        given_id = row.columns.get(self._data.id_key)
         row_id = f"row-{row.number}" if given_id is None else str(given_id)
         try:
             if row.fault:
                 raise RowFault(BROKEN, row.fault)
-            return self._prompt(row_id, columns)
-        except RowFault as fault:
+            return self._prompt(row_id, row.columns)
+        except (RowFault, GoldError) as fault:
             return BadRow(row.place, row_id, fault.reason, fault.detail)
 
     def _prompt(self, row_id: str, columns: Mapping[str, Any]) -> Prompt:
         images = self._row_images(columns)
         text, question = self._texts(columns, len(images))
-        truth = self._truth(columns, len(images))
+        used = (self._data.prompt_key, self._data.answer_key, self._data.image_key)
+        others = {name: value for name, value in columns.items() if name not in used}
+        truth = self._read_gold(columns.get(self._data.answer_key), others, len(images))
         prompt = Prompt(row_id, text, images, truth, question, self._system)
         num_marks = text.count(IMAGE_MARK)
         if num_marks != len(images):
             raise RowFault("<image> marks differ from images", f"{num_marks} <image> marks for {len(images)} images")
         for source in images:
-            self._check_image(source)
+            if isinstance(source, str) and not os.path.isfile(source):
+                raise RowFault("missing image", f"image {source} does not exist; see data.image_dir")
+            if fault := self.checked.fault_of(source):
+                raise RowFault("unreadable image", fault)
         try:
             num_tokens = self._processor.count_tokens(prompt)
         except PromptError as error:
@@ -164,18 +168,10 @@ class RowChecker:
         except ValueError as error:
             raise RowFault("unreadable image", str(error)) from error
 
-    def _check_image(self, source: ImageSource) -> None:
-        if isinstance(source, str) and not os.path.isfile(source):
-            raise RowFault("missing image", f"image {source} does not exist; see data.image_dir")
-        fault = self._checked.fault_of(source)
-        if fault:
-            raise RowFault("unreadable image", fault)
-
     def _texts(self, columns: Mapping[str, Any], num_images: int) -> tuple[str, str]:
         """Return the user message and the bare question."""
         data = self._data
-        own = columns.get(data.prompt_key)
-        question = columns.get(data.question_key)
+        own, question = columns.get(data.prompt_key), columns.get(data.question_key)
         if own is not None and not isinstance(own, str):
             raise RowFault("empty prompt", f"column {data.prompt_key!r} must be text, got {type(own).__name__}")
         question = (own or "").replace(IMAGE_MARK, "").strip() if question is None else str(question)
@@ -184,57 +180,3 @@ class RowChecker:
             column = data.question_key if self._template else data.prompt_key
             raise RowFault("empty prompt", f"column {column!r} is missing or empty; the row has {', '.join(columns)}")
         return text, question
-
-    def _truth(self, columns: Mapping[str, Any], num_images: int) -> dict[str, Any]:
-        data = self._data
-        used = (data.prompt_key, data.answer_key, data.image_key)
-        truth = {name: value for name, value in columns.items() if name not in used}
-        answer = columns.get(data.answer_key)
-        truth.update(read_gold(answer, truth.pop("evidence", None), data.answer_key))
-        entries = truth.get("evidence")
-        if entries is not None and len(entries) != num_images:
-            raise RowFault(
-                "evidence entries differ from images",
-                f"gold evidence has {len(entries)} entries for {num_images} images",
-            )
-        return truth
-
-
-def read_gold(answer: Any, evidence: Any, column: str = "answer") -> dict[str, Any]:
-    """Return the truth columns of a gold answer: `answers`, `evidence` (if known) and `gold` (if `answer` is text).
-
-    answer: text with <evidence> and <answer> blocks; or, beside an `evidence` column, plain text; or a list of accepted
-        plain answers.
-    evidence: the row's own list of texts, one per image; it counts where `answer` has no evidence block.
-
-    Raises:
-        RowFault: there is no gold answer, it lacks its tags, or a gold column has the wrong type.
-    """
-    truth: dict[str, Any] = {}
-    if isinstance(answer, str) and answer.strip():
-        truth = {"gold": answer, "answers": [answer.strip()]}
-        if _GOLD_TAG.search(answer) or evidence is None:
-            if not _ANSWER_BLOCK.search(answer):
-                raise RowFault("gold answer without <answer> tags", f"column {column!r}: {answer!r:.80}")
-            truth.update(parse_gold(answer))
-    elif _is_texts(answer) and answer:
-        if any(_GOLD_TAG.search(text) for text in answer):
-            raise RowFault("unusable gold", f"a list in column {column!r} must hold plain texts, got {answer!r:.80}")
-        truth = {"answers": list(answer)}
-    else:
-        raise RowFault("no gold answer", f"column {column!r} must have text or a list of texts, got {answer!r:.80}")
-    if "evidence" in truth:
-        return truth
-    if evidence is not None:
-        if not _is_texts(evidence):
-            raise RowFault(
-                "unusable gold", f"column 'evidence' must be a list, one text per image, got {evidence!r:.80}"
-            )
-        truth["evidence"] = list(evidence)
-    elif "gold" in truth:
-        raise RowFault("gold answer without <evidence> tags", f"column {column!r}: {answer!r:.80}")
-    return truth
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)

@@ -1,28 +1,27 @@
-"""From a data source to rows: files, folders and hub data sets, and where a row's images are.
-
-Knows formats and places; nothing of prompts, gold answers or models.
-"""
+"""From a data source to rows: files, folders and hub data sets, and where the images of a row are found."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rollout.files import parse_json
 from rollout.inputs.images import local_source
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
-from rsgrpo.data.hub_folder import hub_errors, published_files, published_folder
+from rsgrpo.data.hub_folder import published_files, published_folder
 from rsgrpo.data.image_packs import image_key, index_packs, is_pack, packs_in
-from rsgrpo.errors import InputError, SourceBroke
+from rsgrpo.errors import InputError, SourceBroke, listed
+from rsgrpo.records.hub import hub_errors
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 STREAMED_SUFFIXES = (".jsonl", ".parquet")
 MAX_LISTED_ROWS = 20
+ROWS_IN_MEMORY = 64
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -31,7 +30,7 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 class Row:
     """One row as it was written.
 
-    place: where it stands, for messages ("line 7 of train.jsonl").
+    place: where it was found, for messages ("line 7 of train.jsonl").
     number: from 1, in file order; it names a row without an id.
     columns: name -> value; empty where the row cannot be read.
     fault: why it cannot be read; "" where it can.
@@ -48,16 +47,16 @@ class ImageFolder:
     """Where image entries of rows are looked up.
 
     folder: start of relative paths.
-    packed: images that lie in an `images.parquet`, by `rsgrpo.data.image_packs.image_key`.
+    packed: the images in an `images.parquet`, by `rsgrpo.data.image_packs.image_key`.
     """
 
     folder: Path
     packed: Mapping[str, PackedImage] = field(default_factory=dict)
 
     def resolve(self, entry: Any) -> ImageSource:
-        """Return a path, compressed bytes or where they lie for a path, bytes, {"bytes", "path"} or PIL image.
+        """Return a path, compressed bytes or a packed image for a path, bytes, {"bytes", "path"} or PIL image.
 
-        A path may also be a `file://` or `data:` URL, and stand in a chat message's {"type": "image", "image": path}.
+        A path may also be a `file://` or `data:` URL, or the image of a chat message, {"type": "image", "image": path}.
 
         Raises:
             ValueError: the entry is none of these.
@@ -83,138 +82,71 @@ class ImageFolder:
 
 
 def read_rows(source: str, *, keep_broken: bool = False) -> tuple[list[Row], Path]:
-    """Read a data source whole.
+    """Read a data source whole: the rows of `open_rows`, and the folder that relative image paths start from.
 
-    source: a .jsonl, .json or .parquet file; a folder with one such file (or the shards of one), or written by
-        `datasets.save_to_disk`; a hub id. ":split" after a folder or hub id chooses a split.
-    keep_broken: return rows that are no JSON object as well, with their `fault`, for callers that list bad rows.
-
-    Returns:
-        The rows, and the folder that relative image paths start from.
+    keep_broken: also return rows that are not JSON objects, with their `fault`, for callers that list bad rows.
 
     Raises:
-        InputError: nothing is there, it cannot be read (file and lines are named), or it has no rows.
+        InputError: there is nothing, it cannot be read (the message names file and lines), or it has no rows.
     """
-    if not source:
-        raise InputError("no data source is given: set data.train (and data.val) to a file, a folder or a hub data set")
-    path = Path(source)
-    name, _, split = source.rpartition(":") if ":" in source else (source, "", "")
-    if path.is_file():
-        rows, folder = list(_read_file(path)), path.parent
-    elif path.is_dir():
-        rows, folder = _read_folder(path, "")
-    elif split and Path(name).is_dir():
-        rows, folder = _read_folder(Path(name), split)
-    elif path.suffix not in FILE_SUFFIXES and _HUB_ID.fullmatch(name):
-        rows, folder = _read_hub(name, split)
-    else:
-        raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
+    opened, folder = open_rows(source)
+    rows = list(opened)
     if not rows:
         raise InputError(f"data source {source} has no rows")
-    broken = [f"  {row.place}: {row.fault}" for row in rows if row.fault]
+    broken = [f"{row.place}: {row.fault}" for row in rows if row.fault]
     if broken and not keep_broken:
-        more = [f"  ... and {len(broken) - MAX_LISTED_ROWS} more"] if len(broken) > MAX_LISTED_ROWS else []
-        listed = "\n".join([*broken[:MAX_LISTED_ROWS], *more])
-        raise InputError(f"{source}: {len(broken)} of {len(rows)} rows cannot be read; mend or delete them:\n{listed}")
+        raise InputError(
+            f"{source}: {len(broken)} of {len(rows)} rows cannot be read. Fix or delete them:\n"
+            f"{listed(broken, MAX_LISTED_ROWS)}"
+        )
     return rows, folder
 
 
-def open_rows(source: str) -> tuple[Iterator[Row], Path]:
-    """Open a data source to be read once from its start, a few rows in memory at a time.
+def open_rows(source: str, *, streamed: bool = False) -> tuple[Iterator[Row], Path]:
+    """Open a data source to be read once from its start.
 
-    source: a .jsonl or .parquet file; a folder with one such file or its shards; a hub id, which `datasets` streams.
-        ":NAME" after a folder or hub id chooses a file or split. A hub data set with an `images.parquet` is fetched
-        and read from disk.
+    source: a .jsonl, .json or .parquet file; a folder with one such file (or the shards of one), or written by
+        `datasets.save_to_disk`; a hub id. ":NAME" after a folder or hub id chooses a file or split.
+    streamed: hold a few rows in memory at a time, and read a hub data set over the network, unless it has an
+        `images.parquet`: such images are wanted in any order, so that the files must be on this machine.
 
     Returns:
         The rows, and the folder that relative image paths start from.
 
     Raises:
-        InputError: nothing is there, or it can only be read whole.
+        InputError: nothing is there, or it can only be read whole. Reading the rows raises it where a file is broken.
     """
-    name, _, split = source.rpartition(":") if ":" in source else (source, "", "")
-    if Path(source).is_file():
-        files, folder = [Path(source)], Path(source).parent
-    elif Path(name).is_dir():
-        files, folder = _data_files(Path(name), split), Path(name)
-    elif _HUB_ID.fullmatch(name) and Path(source).suffix not in FILE_SUFFIXES:
-        names = published_files(name)
-        if names is not None and not any(map(is_pack, names)):
-            return _stream_hub(name, split), Path(".")
-        folder = _fetched(name, split)  # images are wanted in any order, and packs must lie on this machine for that
-        files = _data_files(folder, split)
-    else:
+    if not source:
+        raise InputError("No data source is given: set data.train (and data.val) to a file, a folder or a hub data set")
+    path = Path(source)
+    name, _, split = source.rpartition(":") if ":" in source and not path.is_dir() else (source, "", "")
+    if path.is_file():
+        return _file_rows([path], streamed), path.parent
+    if Path(name).is_dir():
+        return _folder_rows(Path(name), split, streamed), Path(name)
+    if path.suffix in FILE_SUFFIXES or not _HUB_ID.fullmatch(name):
         raise InputError(f"data source {source} does not exist; give a file, a folder or a hub id (org/name:split)")
-    whole = [path.name for path in files if path.suffix not in STREAMED_SUFFIXES]
-    if whole:
-        raise InputError(f"data.streaming reads {' and '.join(STREAMED_SUFFIXES)} files, {whole[0]} is read whole only")
-
-    def numbered() -> Iterator[Row]:
-        rows = (row for path in files for row in (_read_jsonl(path) if path.suffix == ".jsonl" else _batches(path)))
-        yield from (replace(row, number=number) for number, row in enumerate(rows, start=1))
-
-    return numbered(), folder
-
-
-def _batches(path: Path) -> Iterator[Row]:
-    """Yield the rows of a parquet file, a few at a time in memory."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=64):
-                for columns in batch.to_pylist():
-                    number += 1
-                    yield _row(f"row {number} of {path.name}", number, columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}") from error
-
-
-def _stream_hub(name: str, split: str) -> Iterator[Row]:
-    """Stream a hub data set through `datasets`; images stay compressed."""
+    if streamed:
+        files = published_files(name)
+        if files is not None and not any(map(is_pack, files)):
+            return _rows(_hub_stream(name, split)), Path(".")
+    local = f"data/{name.partition('/')[2]}"
+    folder = published_folder(
+        name, local=local, setting=f"data.train (or data.val) to {local}{':' * bool(split)}{split}"
+    )
+    if _files_in(folder):
+        return _folder_rows(folder, split, streamed), folder
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, streaming=True)
-        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
-        if chosen not in loaded:
-            raise InputError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
-        stream = loaded[chosen]
-    except hub_errors() as error:
-        raise InputError(
-            f"the hub data set {name} cannot be streamed: {error}; without a network, download it and name the folder"
-        ) from error
-    for column, feature in (stream.features or {}).items():
-        kind = getattr(feature, "feature", feature)
-        if isinstance(kind, datasets.Image):
-            raw = datasets.Image(decode=False)
-            stream = stream.cast_column(column, raw if kind is feature else datasets.List(raw))
-    return _streamed(stream, name)
-
-
-def _streamed(stream: Iterable[Any], name: str) -> Iterator[Row]:
-    """Yield what comes over the network; `datasets` itself has tried again for minutes before it gives up."""
-    import pyarrow
-    from datasets.exceptions import DatasetsError
-
-    faults = (DatasetsError, pyarrow.ArrowException, *hub_errors())
-    number = 0
-    try:
-        for number, columns in enumerate(stream, start=1):
-            yield _row(f"row {number} of {name}", number, columns)
-    except faults as error:
-        cause = error.__cause__ or error
-        raise SourceBroke(
-            f"the hub data set {name} broke off after row {number}: {type(cause).__name__}: {cause}\n"
-            "The same command goes on from the last checkpoint; where the network does not hold, download the data set "
-            f"(`hf download {name} --repo-type dataset --local-dir FOLDER`) and name the folder"
-        ) from error
+        loaded = datasets.load_dataset(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the hub data set {name} has no rows that can be read: {error}") from error
+    return _saved_rows(loaded, name, split), folder
 
 
 def find_images(folder: Path, image_dir: str) -> ImageFolder:
-    """Return where images are: `image_dir`, else the data's folder, and what lies packed in its `images.parquet`.
+    """Return where images are: `image_dir`, else the data's folder, and the images packed in its `images.parquet`.
 
     Raises:
         InputError: `image_dir` is not a folder, or `images.parquet` cannot be read or lacks its columns.
@@ -238,136 +170,138 @@ def image_paths(value: Any) -> list[str]:
     return [entry for entry in entries if isinstance(entry, str)]
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
-    if path.suffix == ".json":
-        return _number(_read_json(path), path.name)
-    if path.suffix == ".parquet":
-        return _number(_read_parquet(path), path.name)
-    raise InputError(f"data file {path} must end in one of {', '.join(FILE_SUFFIXES)}")
+def _rows(found: Iterable[tuple[str, Any]]) -> Iterator[Row]:
+    """Number (place, value) pairs; a value that is not an object, or an error in its place, is the row's fault."""
+    for number, (place, value) in enumerate(found, start=1):
+        if isinstance(value, dict):
+            yield Row(place, number, value)
+        elif isinstance(value, ValueError):
+            yield Row(place, number, {}, str(value))
+        else:
+            yield Row(place, number, {}, f"a row must be a JSON object, got {type(value).__name__}")
 
 
-def _number(rows: list[Any], name: str) -> Iterator[Row]:
-    return (_row(f"row {number} of {name}", number, row) for number, row in enumerate(rows, start=1))
+def _placed(values: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    return ((f"row {number} of {name}", value) for number, value in enumerate(values, start=1))
 
 
-def _row(place: str, number: int, value: Any) -> Row:
-    """Return a row of what stands there; to be anything but an object is its fault."""
-    if isinstance(value, dict):
-        return Row(place, number, value)
-    return Row(place, number, {}, f"a row must be a JSON object, got {type(value).__name__}")
+def _file_rows(files: Sequence[Path], streamed: bool) -> Iterator[Row]:
+    for path in files:
+        if path.suffix not in FILE_SUFFIXES:
+            raise InputError(f"data file {path} must end in one of {', '.join(FILE_SUFFIXES)}")
+        if streamed and path.suffix not in STREAMED_SUFFIXES:
+            allowed = " and ".join(STREAMED_SUFFIXES)
+            raise InputError(f"data.streaming reads {allowed} files; {path.name} can only be read whole")
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    return _rows(pair for path in files for pair in readers[path.suffix](path))
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
-        number = 0
-        for line_number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            number += 1
-            place = f"line {line_number} of {path.name}"
-            try:
-                row = _row(place, number, _parse(line))
-            except ValueError as error:
-                row = Row(place, number, {}, str(error))
-            yield row
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                value: Any
+                try:
+                    value = parse_json(line)
+                except ValueError as error:
+                    value = error
+                yield f"line {number} of {path.name}", value
 
 
-def _read_json(path: Path) -> list[Any]:
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = _parse(path.read_bytes())
+        rows = parse_json(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path} is {error}; mend it (broken rows can be dropped from a .jsonl only)") from error
+        raise InputError(f"{path} is {error}. Fix it (broken rows can be dropped only from a .jsonl file)") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path} must be a JSON list of objects; one object per line is a .jsonl file")
-    return rows
+        raise InputError(f"{path} must be a JSON list of objects; a file with one object per line ends in .jsonl")
+    return _placed(rows, path.name)
 
 
-def _parse(text: bytes) -> Any:
-    """Return what a JSON text says.
-
-    Raises:
-        ValueError: it is broken; the message says how and where.
-    """
-    try:
-        value = json.loads(text.removeprefix(b"\xef\xbb\xbf"))
-        if b"\\ud" in text or b"\\uD" in text:  # half a character can be read, and written nowhere
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not valid Unicode: {error.object[error.start]!a} stands without its other half") from error
-    except RecursionError as error:
-        raise ValueError("not usable JSON: it is nested too deeply") from error
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=ROWS_IN_MEMORY)
+            yield from _placed((row for batch in batches for row in batch.to_pylist()), path.name)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _read_folder(folder: Path, split: str) -> tuple[list[Row], Path]:
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and not is_pack(path.name))
+
+
+def _folder_rows(folder: Path, split: str, streamed: bool) -> Iterator[Row]:
+    """Return the rows of a folder's one data file, or of its shards; `split` chooses among several by name."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         import datasets
 
-        return _from_datasets(datasets.load_from_disk(str(folder)), str(folder), split), folder
-    files = _data_files(folder, split)
-    rows = [row for path in files for row in _read_file(path)]
-    return [replace(row, number=number) for number, row in enumerate(rows, start=1)], folder
-
-
-def _data_files(folder: Path, split: str) -> list[Path]:
-    """Return the one data file of a folder, or the shards of one; `split` chooses among several by name."""
-    there = sorted(path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and not is_pack(path.name))
+        return _saved_rows(datasets.load_from_disk(str(folder)), str(folder), split)
+    there = _files_in(folder)
     files = [path for path in there if not split or _SHARD.sub("", path.stem) == split]
     names = {_SHARD.sub("", path.stem) + path.suffix for path in files}
     if len(names) != 1:
-        listed = ", ".join(sorted(names)) or "none among " + (", ".join(path.name for path in there) or "no data files")
+        found = ", ".join(sorted(names)) or "none among " + (", ".join(path.name for path in there) or "no data files")
         wanted = f" named {split}" if split else ""
         raise InputError(
-            f"folder {folder} must hold one data file{wanted} ({', '.join(FILE_SUFFIXES)}), "
-            f"found {listed}; name the file, or {folder}:NAME"
+            f"folder {folder} must hold one data file{wanted} ({', '.join(FILE_SUFFIXES)}), found {found}. Name the "
+            f"file, or {folder}:NAME"
         )
-    return files
+    return _file_rows(files, streamed)
 
 
-def _read_hub(name: str, split: str) -> tuple[list[Row], Path]:
-    """Read a hub data set as the folder it is published as, or through `datasets` where it has no data files on top."""
-    folder = _fetched(name, split)
-    files = [path for path in folder.iterdir() if path.suffix in FILE_SUFFIXES and not is_pack(path.name)]
-    if files:
-        return _read_folder(folder, split)
+def _saved_rows(loaded: Any, name: str, split: str) -> Iterator[Row]:
+    """Return the rows of a Dataset, or of one split of a DatasetDict; images stay compressed."""
+    if isinstance(loaded, Mapping):
+        loaded = _chosen(loaded, name, split)
+    elif split:
+        raise InputError(f"data source {name} has no splits, got {name}:{split}")
+    batches = loaded.with_format("arrow").iter(batch_size=ROWS_IN_MEMORY)
+    return _rows(_placed((row for batch in batches for row in batch.to_pylist()), name))
+
+
+def _chosen(splits: Mapping[str, Any], name: str, split: str) -> Any:
+    """Return the split that is named, or the only one."""
+    chosen = split or (next(iter(splits)) if len(splits) == 1 else "")
+    if chosen not in splits:
+        raise InputError(f"data source {name} has the splits {', '.join(splits)}; choose one as {name}:SPLIT")
+    return splits[chosen]
+
+
+def _hub_stream(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """Stream a hub data set through `datasets`; images stay compressed."""
     import datasets
 
     try:
-        loaded = datasets.load_dataset(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the hub data set {name} has no rows that can be read: {error}") from error
-    return _from_datasets(loaded, name, split), folder
+        stream = _chosen(datasets.load_dataset(name, streaming=True), name, split)
+    except hub_errors() as error:
+        raise InputError(
+            f"the hub data set {name} cannot be streamed: {error}. Without a network, download it and name the folder"
+        ) from error
+    for column, feature in (stream.features or {}).items():
+        kind = getattr(feature, "feature", feature)
+        if isinstance(kind, datasets.Image):
+            raw = datasets.Image(decode=False)
+            stream = stream.cast_column(column, raw if kind is feature else datasets.List(raw))
+    return _until_it_breaks(stream, name)
 
 
-def _fetched(name: str, split: str) -> Path:
-    local = f"data/{name.partition('/')[2]}"
-    setting = f"data.train (or data.val) to {local}{':' * bool(split)}{split}"
-    return published_folder(name, local=local, setting=setting)
+def _until_it_breaks(stream: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """Yield what comes over the network; `datasets` itself retries for minutes before it gives up."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
 
-
-def _from_datasets(loaded: Any, name: str, split: str) -> list[Row]:
-    """Take rows out of a Dataset, or out of one split of a DatasetDict; images stay compressed."""
-    if isinstance(loaded, Mapping):
-        chosen = split or (next(iter(loaded)) if len(loaded) == 1 else "")
-        if chosen not in loaded:
-            raise InputError(f"data source {name} has the splits {', '.join(loaded)}; choose one as {name}:SPLIT")
-        loaded = loaded[chosen]
-    elif split:
-        raise InputError(f"data source {name} has no splits, got {name}:{split}")
-    return list(_number(loaded.with_format("arrow")[:].to_pylist(), name))
+    number = 0
+    try:
+        for number, columns in enumerate(stream, start=1):
+            yield f"row {number} of {name}", columns
+    except (DatasetsError, pyarrow.ArrowException, *hub_errors()) as error:
+        cause = error.__cause__ or error
+        raise SourceBroke(
+            f"the hub data set {name} broke off after row {number}: {type(cause).__name__}: {cause}\n"
+            "Run the same command to resume from the last checkpoint. If the network is unreliable, download the data "
+            f"set (`hf download {name} --repo-type dataset --local-dir FOLDER`) and name the folder"
+        ) from error

@@ -1,4 +1,4 @@
-"""Publishing an exported folder on the Hugging Face hub, when asked. The home of uploads; knows nothing of training."""
+"""The Hugging Face hub: what its library raises, and publishing an exported folder there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,24 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub's library raises when the network, the hub or a name is at fault.
+
+    The library speaks through httpx or, from its second version on, httpx2.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport = [sys.modules[module].HTTPError for module in ("httpx", "httpx2") if module in sys.modules]
+    return (HfHubHTTPError, OSError, ValueError, *transport)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require_login(export: ExportConfig) -> None:
-    """Refuse to begin a run whose model could not be uploaded at the end; nothing is made on the hub yet.
+    """Refuse to begin a run whose model could not be uploaded at the end; nothing is created on the hub yet.
 
     Raises:
         InputError: the hub cannot be reached, does not know us, or the repository is public and should not be.
@@ -28,23 +44,23 @@ def require_login(export: ExportConfig) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = _api()
-    _asked(lambda: api.whoami(), export, InputError)
+    _asked(api.whoami, export, InputError)
     try:
         found = _asked(lambda: api.model_info(export.push_to_hub), export, InputError, RepositoryNotFoundError)
     except RepositoryNotFoundError:
-        return  # it is made at the end
+        return  # it is created at the end
     if export.private and not found.private:
         raise InputError(
-            f"export.push_to_hub={export.push_to_hub}: the repository is there and public, export.private is true; "
-            "make it private, choose another, or set export.private=false"
+            f"export.push_to_hub={export.push_to_hub}: the repository exists and is public, but export.private is "
+            "true. Make it private, choose another one, or set export.private=false"
         )
 
 
 def push_folder(folder: Path, export: ExportConfig, message: str) -> str:
-    """Upload a model folder whole, making the repository where it is missing; return its address.
+    """Upload a model folder whole, creating the repository if needed; return its address.
 
     Raises:
-        RsgrpoError: the hub refused or could not be reached; the folder is as it was.
+        RsgrpoError: the hub refused or could not be reached; the folder is unchanged.
     """
     api = _api()
 
@@ -69,18 +85,12 @@ def _asked(
     ask: Callable[[], Answer], export: ExportConfig, kind: type[RsgrpoError], *passed_on: type[Exception]
 ) -> Answer:
     """Return the hub's answer; what goes wrong becomes one line, except for errors that are `passed_on`."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    # The hub's library speaks through httpx or, from its second version on, httpx2.
-    transport = [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
-    expected = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError, ValueError, *transport)
     try:
         return ask()
     except passed_on:
         raise
-    except expected as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except hub_errors() as error:
         raise kind(
-            f"export.push_to_hub={export.push_to_hub}: the hub cannot be written to: {reason}; log in with `hf auth "
-            "login` (or HF_TOKEN), and check the name, the network and HF_HUB_OFFLINE"
+            f"export.push_to_hub={export.push_to_hub}: the hub cannot be written to: {first_line(error)}. Log in with "
+            "`hf auth login` (or HF_TOKEN), and check the name, the network and HF_HUB_OFFLINE"
         ) from error

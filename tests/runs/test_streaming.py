@@ -117,8 +117,8 @@ def sent(prompts: Sequence[Prompt]) -> list[Prompt]:
 def break_after(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
     """Let every source that is opened from now on break off after so many rows."""
 
-    def open_broken(source: str) -> tuple[Iterator[Row], Path]:
-        rows, folder = open_rows(source)
+    def open_broken(source: str, **how: Any) -> tuple[Iterator[Row], Path]:
+        rows, folder = open_rows(source, **how)
 
         def until() -> Iterator[Row]:
             for row in rows:
@@ -226,7 +226,7 @@ def test_a_supervised_run_over_a_hub_that_fails_ends_with_a_checkpoint_and_goes_
     with data_set_hub(monkeypatch, str(tmp_path / "cache"), "org/rows", shards_of(rows)) as hub:
         run = config("org/rows:train", "hub")
         hub.breaks.add(SHARD.format("00001"))
-        with pytest.raises(SourceBroke, match="The same command goes on from the last checkpoint"):
+        with pytest.raises(SourceBroke, match="Run the same command to resume from the last checkpoint"):
             sft(run)
         assert [row["step"] for row in exact(run, "hub")] == [1]
         hub.breaks.clear()

@@ -16,7 +16,7 @@ from PIL import Image
 from recipes.answers.questions import Question
 from recipes.synthesize import commands as synthesize
 from recipes.synthesize.tries import CUT_OFF, FAILED, KEPT
-from rsgrpo.data.prompts import read_gold
+from rewards.evisrag import read_gold
 from tests.material.http_stub import start_endpoint
 
 NOTHING = "no relevant information"
@@ -136,9 +136,9 @@ def test_kept_rows_are_what_training_reads_and_the_report_counts_all(teach, sour
     assert rows[0]["answer"] == GOOD
     assert rows[0]["image"] == ["../mine/a.png", "../mine/b.png"]
     assert rows[0]["prompt"].startswith("[1]: <image>\n[2]: <image>\n")
-    assert read_gold(rows[0]["answer"], None)["evidence"] == ["Sweden 16%", NOTHING]
+    assert read_gold(rows[0]["answer"], {}, 2)["evidence"] == ["Sweden 16%", NOTHING]
     gold = rows_of(tmp_path / "new" / "sft.grpo.jsonl")
-    assert read_gold(gold[1]["answer"], gold[1]["evidence"]) == {
+    assert read_gold(gold[1]["answer"], {"evidence": gold[1]["evidence"]}, 2) == {
         "answers": ["16%"],
         "evidence": ["Sweden 16%", NOTHING],
     }

@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from rewards.evisrag import read_gold
+from rewards.gold import GoldError
 from rollout.config import InputsConfig
 from rollout.inputs.images import bytes_of
 from rollout.inputs.processor import InputProcessor
 from rsgrpo.config.train import DataConfig, PromptConfig
-from rsgrpo.data.dataset import PromptDataset, check_rows, load_prompts
-from rsgrpo.data.prompts import RowFault, read_gold, render_template
+from rsgrpo.data.dataset import PromptDataset, load_prompts, sort_rows
+from rsgrpo.data.prompts import render_template
 from rsgrpo.data.rows import Row, read_rows
 from rsgrpo.errors import RsgrpoError
 
 GOLD = "<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n<answer>7</answer>"
 RAW = PromptConfig()
+EVISRAG = "rewards.evisrag:read_gold"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def png(color="red") -> bytes:
 
 
 def load(source: str, processor: InputProcessor, prompt: PromptConfig = RAW, **data) -> PromptDataset:
-    return load_prompts(source, DataConfig(**data), prompt, processor)
+    return load_prompts(source, DataConfig(**{"gold": EVISRAG, **data}), prompt, processor)
 
 
 # --- what a prompt holds ----------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def test_the_gold_of_supervised_rows_is_kept_verbatim(folder, processor):
     ],
 )  # fmt: skip
 def test_gold_answers_come_in_several_forms(answer, evidence, expected):
-    assert read_gold(answer, evidence) == expected
+    assert read_gold(answer, {"evidence": evidence}, len(expected.get("evidence", ()))) == expected
 
 
 @pytest.mark.parametrize(
@@ -126,9 +129,31 @@ def test_gold_answers_come_in_several_forms(answer, evidence, expected):
     ],
 )
 def test_gold_answers_that_no_reward_could_use_are_refused(answer, evidence, reason):
-    with pytest.raises(RowFault) as caught:
-        read_gold(answer, evidence)
+    with pytest.raises(GoldError) as caught:
+        read_gold(answer, {"evidence": evidence}, 1)
     assert caught.value.reason == reason
+
+
+def test_rows_of_another_task_need_no_tags_and_no_evidence(folder, processor):
+    source = write(folder, good_row(answer="7"), good_row(answer=["7", "seven"], unit="EUR"), good_row())
+    plain, several, tagged = load(source, processor, gold="rewards.gold:detect")
+    assert plain.truth == {"gold": "7", "answers": ["7"]}
+    assert several.truth == {"answers": ["7", "seven"], "unit": "EUR"}
+    assert tagged.truth == {"gold": GOLD, "answers": ["7"], "evidence": ["code 4 amount 7", "no relevant information"]}
+    assert load(source, processor, gold="rewards.gold:plain")[2].truth == {"gold": GOLD, "answers": [GOLD]}
+
+
+@pytest.mark.parametrize(
+    ("gold", "match"),
+    [
+        ("plain", r"data\.gold must be module:function, .* got 'plain'"),
+        ("rewards.gold:gone", r"data\.gold=rewards\.gold:gone: module rewards\.gold has no function 'gone'"),
+        ("no_such_module:read", "no module 'no_such_module'"),
+    ],
+)
+def test_a_gold_reader_that_cannot_be_loaded_is_named(folder, processor, gold, match):
+    with pytest.raises(RsgrpoError, match=match):
+        load(write(folder, good_row()), processor, gold=gold)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------
@@ -203,7 +228,8 @@ def test_images_come_as_paths_bytes_mappings_and_pil(folder, processor):
     rows = [
         Row(f"row {n}", n, good_row(prompt="<image>q", image=[entry], answer=["7"])) for n, entry in enumerate(entries)
     ]
-    prompts = list(check_rows(rows, DataConfig(image_dir=str(folder)), RAW, processor, source="rows", folder=elsewhere))
+    prompts, bad = sort_rows(rows, DataConfig(image_dir=str(folder)), RAW, processor, folder=elsewhere)
+    assert not bad
     *sources, pil = [prompt.images[0] for prompt in prompts]
     beside = str(folder / "p1.png")
     assert sources == [absolute, png(), png("blue"), beside, beside, png("red")]
@@ -238,9 +264,13 @@ def test_images_are_looked_up_in_images_parquet_beside_the_file(tmp_path, proces
         ("train.jsonl", "\n[1]\n", r"\n  line 2 of train\.jsonl: a row must be a JSON object, got list$"),
         ("train.jsonl", "[" * 100_000, r"line 1 of train\.jsonl: not usable JSON: it is nested too deeply"),
         ("train.json", '[{"prompt": "a"}, 7]', r"\n  row 2 of train\.json: a row must be a JSON object, got int"),
-        ("train.json", "{", r"train\.json is not valid JSON: .* at character 1; mend it"),
+        ("train.json", "{", r"train\.json is not valid JSON: .* at character 1\. Fix it"),
         ("train.jsonl", "\n\n", r"train\.jsonl has no rows"),
-        ("train.json", '{"prompt": "a"}', r"must be a JSON list of objects; one object per line is a \.jsonl"),
+        (
+            "train.json",
+            '{"prompt": "a"}',
+            r"must be a JSON list of objects; a file .* ends in \.jsonl",
+        ),
         ("train.json", "[]", "has no rows"),
         ("train.parquet", "hello", "is not a readable parquet file"),
         ("train.csv", "a,b", r"must end in one of \.jsonl, \.json, \.parquet"),
@@ -255,7 +285,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, match):
 def test_sources_that_are_not_there_are_named(tmp_path):
     write(tmp_path, {}, name="a.jsonl")
     write(tmp_path, {}, name="b.jsonl")
-    with pytest.raises(RsgrpoError, match=r"one data file .* found a\.jsonl, b\.jsonl; name the file, or .*:NAME"):
+    with pytest.raises(RsgrpoError, match=r"one data file .* found a\.jsonl, b\.jsonl\. Name the file, or .*:NAME"):
         read_rows(str(tmp_path))
     with pytest.raises(RsgrpoError, match=r"named c .* found none among a\.jsonl, b\.jsonl"):
         read_rows(f"{tmp_path}:c")
@@ -274,7 +304,11 @@ BAD_ROWS = [
     (good_row(image=["p0.png", "text.png"]), "unreadable image", r"text\.png cannot be read"),
     (good_row(image=["p0.png", "cut.png"]), "unreadable image", r"cut\.png cannot be read"),
     (good_row(image=["p0.png", 5]), "unreadable image", "must be a path, bytes, .* got 5"),
-    (good_row(answer="7"), "gold answer without <answer> tags", "column 'answer': '7'"),
+    (
+        good_row(answer="7"),
+        "gold answer without <answer> tags",
+        "got '7'; for rows with plain",
+    ),
     (good_row(answer=...), "no gold answer", "got None"),
     (good_row(prompt="<image>what?"), "<image> marks differ from images", "1 <image> marks for 2 images"),
     (good_row(image=...), "evidence entries differ from images", "2 entries for 0 images"),
@@ -361,7 +395,7 @@ def test_twenty_bad_rows_are_listed_and_all_are_counted(folder, processor):
 
 
 def test_dropping_every_row_is_an_error(folder, processor):
-    with pytest.raises(RsgrpoError, match="no usable row left; the first was dropped because: column 'answer'"):
+    with pytest.raises(RsgrpoError, match="no usable row left; the first was dropped because: got '7'"):
         load(write(folder, good_row(answer="7")), processor, bad_rows="drop")
 
 
@@ -403,7 +437,7 @@ def test_a_template_file_takes_the_place_of_the_text(folder, processor):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        (PromptConfig(template="{question} {pages}"), r"unknown placeholder \{pages\}; use \{question\}, \{images\}"),
+        (PromptConfig(template="{question} {pages}"), r"unknown placeholder \{pages\}\. Use \{question\}, \{images\}"),
         (PromptConfig(template="{images} what?"), r"must have \{question\}"),
         (PromptConfig(file="gone.txt"), r"prompt\.file gone\.txt cannot be read"),
     ],

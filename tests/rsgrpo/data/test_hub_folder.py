@@ -52,7 +52,8 @@ def test_the_default_rows_are_files_of_the_published_data_set(cache, file):
     names = {"evidencecot_SFT.jsonl": 3, "evidencecot_GRPO.jsonl": 2, "test_GRPO.jsonl": 1}
     publish(cache, "openbmb/EVisRAG-Train", {name: [TRAIN_ROW] * count for name, count in names.items()})
     conf = ROOT / "conf" / "data" / f"{file}.yaml"
-    for key, source in yaml.safe_load(conf.read_text()).items():
+    settings = yaml.safe_load(conf.read_text())
+    for key, source in (("train", settings["train"]), ("val", settings["val"])):
         require_found(f"data.{key}", source)
         rows, folder = read_rows(source)
         assert len(rows) == names[f"{source.partition(':')[2]}.jsonl"]

@@ -137,11 +137,11 @@ def test_shards_with_images_inside_are_streamed_as_they_would_be_read(tmp_path):
 
 def test_what_must_be_read_whole_is_refused_with_the_way_out(tmp_path):
     (tmp_path / "rows.json").write_text("[]")
-    with pytest.raises(InputError, match=r"reads \.jsonl and \.parquet files, rows\.json is read whole only"):
+    with pytest.raises(InputError, match=r"reads \.jsonl and \.parquet files; rows\.json can only be read whole"):
         stream_of(str(tmp_path / "rows.json"))
     with pytest.raises(InputError, match="does not exist"):
         stream_of("none.jsonl")
-    with pytest.raises(InputError, match="org/name is not on this machine and cannot be fetched from the hub"):
+    with pytest.raises(InputError, match="org/name is not on this machine and cannot be downloaded from the hub"):
         stream_of("org/name:train")
 
 

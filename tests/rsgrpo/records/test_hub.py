@@ -117,7 +117,7 @@ def test_a_folder_is_uploaded_whole_into_a_private_repository(our_hub, exported)
 
 def test_a_public_repository_is_made_and_used_only_when_that_is_said(our_hub, exported):
     our_hub.is_private = False
-    with pytest.raises(InputError, match="the repository is there and public"):
+    with pytest.raises(InputError, match="the repository exists and is public"):
         require_login(ExportConfig(REPOSITORY))
     require_login(ExportConfig(REPOSITORY, private=False))
     our_hub.is_private = None
