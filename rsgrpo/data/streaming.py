@@ -40,6 +40,7 @@ class StreamedPrompts:
         """
         self.dropped: Counter[str] = Counter()
         self._data, self._seed = data, seed
+        self.epoch = self._position = self._num_good = 0
         self._broke: SourceBroke | None = None
         rows, folder = open_rows(data.train, streamed=True)
         self._checker = RowChecker(data, prompt, find_images(folder, data.image_dir), processor)
