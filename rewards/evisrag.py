@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rewards.api import Credit, Response, RewardError, Span, between, reward
-from rewards.gold import GoldError, is_texts, plain
 from rewards.text import Mode, containment, normalise, set_f1
+from rewards.truth import GoldError, is_texts, plain
 
 NO_EVIDENCE = "no relevant information"
 INSUFFICIENT = "insufficient to answer"
@@ -208,7 +208,7 @@ def has_gold_tags(answer: Any) -> bool:
 
 
 def read_gold(answer: Any, columns: Mapping[str, Any], num_images: int) -> dict[str, Any]:
-    """Return a row's truth (`rewards.gold`): its columns with `answers`, `evidence` (if known) and `gold` (if text).
+    """Return a row's truth (`rewards.truth`): its columns with `answers`, `evidence` (if known) and `gold` (if text).
 
     answer: text with <evidence> and <answer> blocks; or, beside an `evidence` column, plain text; or a list of accepted
         plain answers.

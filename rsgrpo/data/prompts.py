@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rewards.api import RewardError
-from rewards.gold import GoldError, load_gold_reader
+from rewards.truth import GoldError, load_gold_reader
 from rollout.config import InputsConfig
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import IMAGE_MARK
