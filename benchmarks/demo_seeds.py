@@ -1,6 +1,6 @@
 """Summarise demo runs of several seeds: scores before and after, the 95% t-interval of the gain, and the curves.
 
-    python -m benchmarks.demo_seeds RUN RUN RUN [--curves docs/demo]
+    python -m benchmarks.demo_seeds RUN RUN RUN [--curves docs/images/demo]
 
 Each RUN is the run folder of one seed, `<folder of the seed>/runs/demo`; docs/results.md says how they are made.
 """

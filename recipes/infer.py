@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     what = top.add_argument_group("what is asked")
     what.add_argument("--question", dest="named_question", help="the same as QUESTION, by name")
     what.add_argument("--image", "--images", nargs="+", action="extend", default=[], help="the pages, in order")
-    what.add_argument("--batch", metavar="FILE", help="rows with id, question, image: see docs/inference.md")
+    what.add_argument("--batch", metavar="FILE", help="rows with id, question, image: see docs/reference/inference.md")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
     what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
     what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")

@@ -1,6 +1,6 @@
 """The errors that a user can fix, and how a program ends with one. Standard library only.
 
-Their class decides a program's exit code, the same for every command: see docs/configuration.md.
+Their class decides a program's exit code, the same for every command: see docs/reference/configuration.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reward-scoped GRPO for vision-language models that answer over several page images with evidence.
 
-`from rsgrpo import NAME` gives the pieces of the loop; docs/python_api.md puts them together without Ray and hydra.
-Nothing heavy is imported before a name is asked for.
+`from rsgrpo import NAME` gives the pieces of the loop; docs/reference/python_api.md puts them together without Ray and
+hydra. Nothing heavy is imported before a name is asked for.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ def help_text(schema: type, config_name: str = "config") -> str:
             "",
             "All keys and their values:  " + f"{program} recipe={recipe} --cfg job",
             "Your own yaml files:        --config-dir FOLDER (with recipe/NAME.yaml in it)",
-            "What the keys mean:         docs/configuration.md",
+            "What the keys mean:         docs/reference/configuration.md",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""Write the "All keys" section of docs/configuration.md from the docstrings of the configuration classes.
+"""Write the "All keys" section of docs/reference/configuration.md from the docstrings of the configuration classes.
 
 Run it after a key was added or changed: `python tools/config_reference.py` (`make format` does). A test compares.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rsgrpo.config.train import SftConfig, TrainConfig
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "configuration.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "configuration.md"
 HEADING = "## All keys\n"
 
 

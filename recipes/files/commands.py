@@ -114,7 +114,7 @@ def add_file_commands(commands: Any) -> None:
     unpack.add_argument("folder", type=Path, help="a folder with images.parquet and .jsonl files")
     unpack.add_argument("--out", type=Path, help="folder that gets images and rows (default: FOLDER itself)")
     check = commands.add_parser("validate", help="say row by row what cannot be used", formatter_class=formatter)
-    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id: see docs/data.md")
+    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id: see docs/howto/data.md")
     check.add_argument(
         "--for", dest="purpose", choices=["grpo", "sft", "test"], default="grpo", help="what rows are for"
     )

@@ -1,6 +1,6 @@
 """From scores to per-token advantages, within one group. Pure functions of numbers; knows no model and no text.
 
-Formulas: docs/algorithm.md. A missing score (the reward did not apply) is NaN.
+Formulas: docs/reference/algorithm.md. A missing score (the reward did not apply) is NaN.
 """
 
 from __future__ import annotations

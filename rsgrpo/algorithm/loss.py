@@ -1,4 +1,6 @@
-"""The loss as arithmetic: pure functions of tensors whose denominators are arguments. Formulas: docs/algorithm.md.
+"""The loss as arithmetic: pure functions of tensors whose denominators are arguments.
+
+Formulas: docs/reference/algorithm.md.
 
 Axes: N response tokens of a micro-batch, one response after the other; K loss terms. Every function returns a share of
 the step's loss. The shares of micro-batches and ranks add up, because their denominators belong to the whole step.

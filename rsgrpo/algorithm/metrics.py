@@ -1,4 +1,4 @@
-"""The numbers that describe one batch of rollouts. Names: docs/metrics.md."""
+"""The numbers that describe one batch of rollouts. Names: docs/reference/metrics.md."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _KEEPS = {">=": operator.ge, "<=": operator.le}
 
 @dataclass(frozen=True)
 class GuardsConfig:
-    """What must stay true while a run trains (docs/metrics.md).
+    """What must stay true while a run trains (docs/reference/metrics.md).
 
     rules: name -> "metric >= number" or "metric <= number", of what a step logs: "monitor/marked_rate/mean >= 0.1".
     patience: steps in a row that break a rule before it counts as broken.

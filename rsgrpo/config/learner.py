@@ -73,7 +73,7 @@ class FilterConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """RS-GRPO and its relatives (docs/algorithm.md).
+    """RS-GRPO and its relatives (docs/reference/algorithm.md).
 
     advantage: "per_reward", "per_scope", "grpo", "dr_grpo" or "rloo".
     missing_marker: "void" (teach nothing), "widen" (teach the whole response) or "error".

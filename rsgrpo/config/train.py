@@ -34,7 +34,7 @@ class DataConfig:
     bad_rows: "error" lists them and stops, "drop" drops and counts them.
     overlong: what happens to prompts over `inputs.max_prompt_tokens`: "error" or "drop".
     shuffle: a new order every epoch, fixed by `seed`.
-    streaming: read training rows while the run trains, instead of all of them before it (docs/data.md).
+    streaming: read training rows while the run trains, instead of all of them before it (docs/howto/data.md).
     shuffle_buffer: rows that a streamed row is drawn from.
     num_workers: threads that check rows; 0 is one per CPU, at most 32.
     """
@@ -169,7 +169,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Engines are compared with the learner on fixed prompts; a difference stops the run (docs/rollout.md).
+    """Engines are compared with the learner on fixed prompts; a difference stops the run (docs/reference/rollout.md).
 
     every: steps between checks, which begin before the first step; 0 is never. Scripted engines are not checked.
     prompts: training rows that are compared, those with the most images. tokens: greedy tokens of each.

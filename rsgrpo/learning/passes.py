@@ -171,7 +171,7 @@ class Passes:
         return build_micro_batch([(prompt, [sample])])
 
     def work(self) -> dict[str, float]:
-        """Return what encoding prompts cost all ranks since the last call (docs/metrics.md). Collective."""
+        """Return what encoding prompts cost all ranks since the last call (docs/reference/metrics.md). Collective."""
         counts = self.prompts.counts()
         mine = {key: count - self._counted.get(key, 0.0) for key, count in counts.items()}
         self._counted = counts

@@ -115,7 +115,7 @@ class PromptStore:
         return self._finish(*self._prepare(prompt))
 
     def counts(self) -> dict[str, float]:
-        """Return what was done so far, by the names of docs/metrics.md."""
+        """Return what was done so far, by the names of docs/reference/metrics.md."""
         counts = {
             "time/encode_wait": self._wait_s,
             "perf/prompts_encoded": float(self._num_prompts),

@@ -336,7 +336,7 @@ def test_every_key_is_read_and_documented():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    text = (ROOT / "docs/evaluation.md").read_text() + (ROOT / "docs/inference.md").read_text()
+    text = (ROOT / "docs/reference/evaluation.md").read_text() + (ROOT / "docs/reference/inference.md").read_text()
     for schema in config_classes(EvaluateConfig):
         names = [item.name for item in dataclasses.fields(schema)]
         assert [name for name in names if name not in read] == []

@@ -268,7 +268,7 @@ def test_the_rewards_room_needs_only_the_standard_library():
 
 
 def test_the_examples_of_the_documentation_run():
-    text = (ROOT / "docs" / "rewards.md").read_text()
+    text = (ROOT / "docs" / "howto" / "rewards.md").read_text()
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(block, names)

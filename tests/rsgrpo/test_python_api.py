@@ -8,7 +8,7 @@ import re
 import rsgrpo
 from tests.material import ROOT
 
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs" / "reference"
 
 
 def test_every_public_name_can_be_imported():
@@ -34,6 +34,6 @@ def test_the_loop_of_the_documentation_runs(tmp_path, tiny_model_path, page_imag
     )
     [code] = re.findall(r"```python\n(.*?)```", (DOCS / "python_api.md").read_text(), re.DOTALL)
     code = code.replace("demo/sft/export", tiny_model_path).replace("demo/data/train.jsonl", str(rows))
-    exec(compile(code, "docs/python_api.md", "exec"), {})
+    exec(compile(code, "docs/reference/python_api.md", "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "actor/" in line] == ["1", "2"]

@@ -30,7 +30,7 @@ class ImportedEncoder:
             self._queries = self._table(folder, "queries.npy", queries) if queries else ({}, np.zeros((0, 0)))
         except (OSError, ValueError) as error:
             raise EncoderError(
-                f"imported embeddings in {folder} cannot be read: {error}; see docs/retrieval.md"
+                f"imported embeddings in {folder} cannot be read: {error}; see docs/reference/retrieval.md"
             ) from error
         self.folder = folder
         self.fingerprint = fingerprint(self.description)

@@ -351,7 +351,7 @@ def test_cfg_job_shows_every_key(tmp_path):
 
 def test_the_reference_of_keys_is_up_to_date():
     document = runpy.run_path(str(ROOT / "tools/config_reference.py"))["document"]
-    text = (ROOT / "docs/configuration.md").read_text()
+    text = (ROOT / "docs/reference/configuration.md").read_text()
     assert text == document(text), "run: python tools/config_reference.py"
 
 

@@ -298,7 +298,7 @@ def test_readers_of_a_run_load_neither_torch_nor_trackers() -> None:
 
 def test_every_metric_that_the_code_names_is_documented() -> None:
     root = ROOT
-    quoted = re.findall(r"`([\w/<>]+)`", (root / "docs" / "metrics.md").read_text())
+    quoted = re.findall(r"`([\w/<>]+)`", (root / "docs" / "reference" / "metrics.md").read_text())
     documented = re.compile("|".join(re.sub(r"<\w+>", r"\\w+", name) for name in quoted))
     key = re.compile(r'f?"((?:actor|data|monitor|perf|reward|rollout|scope|time|tracking|val)/[\w{}/]*[\w}])"')
     readers = {"rsgrpo/report", "rsgrpo/records/console.py"}
@@ -311,7 +311,7 @@ def test_every_metric_that_the_code_names_is_documented() -> None:
     }
     assert "actor/entropy" in found
     missing = [name for name in sorted(found) if not documented.fullmatch(re.sub(r"{[^}]*}", "x", name))]
-    assert not missing, f"add these to docs/metrics.md: {missing}"
+    assert not missing, f"add these to docs/reference/metrics.md: {missing}"
 
 
 def test_a_line_written_after_the_checkpoint_goes_even_when_its_step_stays(tmp_path):
