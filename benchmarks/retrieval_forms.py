@@ -18,8 +18,9 @@ from random import Random
 
 from PIL import Image
 
-from recipes.demo.forms import Scans, Split, draw_pool
-from recipes.demo.shapes import Shape, shape_pool
+from recipes.demo.forms import Scans, draw_pool
+from recipes.demo.items import Split
+from recipes.demo.shapes import ShapePage, shape_pool
 
 PER_CONTENT: dict[Split, int] = {"train": 30, "val": 1}  # forms
 NUM_PAGES: dict[Split, int] = {"train": 3_000, "val": 100}  # easy_vqa
@@ -46,7 +47,7 @@ def two_shapes(split: Split, rng: Random) -> Iterator[tuple[str, Image.Image]]:
             yield query, side_by_side(left, right)
 
 
-def side_by_side(left: Shape, right: Shape) -> Image.Image:
+def side_by_side(left: ShapePage, right: ShapePage) -> Image.Image:
     """Return a page of two images."""
     images = [Image.open(shape.file).convert("RGB") for shape in (left, right)]
     page = Image.new("RGB", (images[0].width + images[1].width, images[0].height))

@@ -1,14 +1,13 @@
 """The demo's form pages as EVisRAG publishes its data: `python -m recipes.prepare mini`.
 
 Writes EVisRAG-Train (jsonl files beside an `images.parquet`) from the demo's rows and pages, and two test benchmarks of
-held-out pages: forms as in training, and worn copies of forms. Knows nothing of models or scores.
+held-out pages: forms as in training, and worn copies of forms.
 """
 
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,16 +18,10 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from recipes.demo.forms import (
-    INSUFFICIENT,
-    NO_EVIDENCE,
-    Item,
-    Page,
-    Scans,
-    draw_item,
-    draw_pool,
-    prompt_text,
-)
+from recipes.demo.forms import FormJob, FormPage, Scans, draw_item, draw_pool
+from recipes.demo.items import Item, answer_text, evidence_slots, prompt_text, true_reading
+from recipes.demo.rows import write_rows
+from rollout.files import read_jsonl
 from rsgrpo.data.image_packs import IMAGE_FILE
 
 TRAIN = "EVisRAG-Train"
@@ -57,23 +50,23 @@ def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> Pac
     """Write EVisRAG-Train, the two benchmarks, and the prompt that the model is trained with, into `out`.
 
     demo_data: the folder that `recipes.prepare demo` wrote.
-    num_questions: of each benchmark; both ask the same questions of the same pages, clean and worn.
+    num_questions: of each benchmark; both ask the same questions about the same pages, clean and worn.
     """
     rows: dict[str, int] = {}
-    images: dict[str, int] = {}
     folder = out / TRAIN
     folder.mkdir(parents=True)
-    used: dict[str, bytes] = {}
+    used: set[str] = set()
     for name, published in TRAIN_FILES.items():
-        lines = [json.loads(line) for line in (demo_data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        used |= {path: b"" for line in lines for path in line["image"]}
+        lines = [row for _, row in read_jsonl(demo_data / f"{name}.jsonl")]
+        used.update(path for line in lines for path in line["image"])
         write_rows(folder / f"{published}.jsonl", ({key: line[key] for key in TRAIN_COLUMNS} for line in lines))
         rows[published] = len(lines)
     write_images(folder / IMAGE_FILE, {path: (demo_data / path).read_bytes() for path in sorted(used)})
-    images[TRAIN] = len(used)
+    images = {TRAIN: len(used)}
     scans = Scans()
     pool = draw_pool(scans, "val", PAGES_PER_PAIR, Random(f"{seed}/pages/benchmark"))
-    items = list(draw_items(pool, num_questions, Random(f"{seed}/items/benchmark")))
+    drawn = draw_items(pool, Random(f"{seed}/items/benchmark"))
+    items = [next(drawn) for _ in range(num_questions)]
     for name, worn in BENCHMARKS.items():
         folder = out / name
         folder.mkdir()
@@ -87,25 +80,24 @@ def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> Pac
     return Packed(rows, images)
 
 
-def draw_items(pool: list[Page], count: int, rng: Random) -> Iterable[Item]:
-    """Yield so many questions over exactly `TOPK` pages."""
-    while count:
+def draw_items(pool: list[FormPage], rng: Random) -> Iterator[Item]:
+    """Yield questions over exactly `TOPK` pages."""
+    while True:
         item = draw_item(pool, "easy", rng)
         if len(item.pages) == TOPK:
             yield item
-            count -= 1
 
 
 def test_row(row_id: str, item: Item) -> dict[str, Any]:
-    """Return one row with the columns of EVisRAG-Test, and the gold evidence beside them, which ours can have."""
-    slots = [f"code {code} amount {amount}" for code, amount in zip(item.codes, item.amounts, strict=True)]
+    """Return one row with the columns of EVisRAG-Test and, as the demo knows it, the gold evidence."""
+    truth = true_reading(item)
     return {
         "qid": row_id,
         "query": item.question,
         "image": [page_path(position) for position in item.pages],
-        "answer": [INSUFFICIENT if item.relevant is None else str(item.amounts[item.relevant])],
+        "answer": [answer_text(item, truth)],
         "is_sufficient": item.relevant is not None,
-        "evidence": [slot if page == item.relevant else NO_EVIDENCE for page, slot in enumerate(slots)],
+        "evidence": evidence_slots(FormJob.fact, truth),
     }
 
 
@@ -121,9 +113,8 @@ def prompt_of(item: Item) -> str:
 
 def wear(page: Image.Image, rng: Random) -> Image.Image:
     """Return a worn copy of a page: shifted, turned, its ink faded, its paper speckled. The same size, grey."""
-    shift = [rng.randint(-MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS) for _ in range(2)]
-    angle = rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES)
-    moved = page.rotate(angle, Image.Resampling.BILINEAR, translate=(shift[0], shift[1]))
+    shift = (rng.randint(-MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS), rng.randint(-MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS))
+    moved = page.rotate(rng.uniform(-MAX_TURN_DEGREES, MAX_TURN_DEGREES), Image.Resampling.BILINEAR, translate=shift)
     speckle = np.random.default_rng(rng.randrange(2**32)).normal(0.0, SPECKLE_STD, (page.height, page.width))
     ink = np.asarray(moved, dtype=np.float64) / 255 * rng.uniform(*INK) + speckle
     return Image.fromarray(np.round(ink.clip(0, 1) * 255).astype(np.uint8))
@@ -134,11 +125,6 @@ def as_png(page: Image.Image) -> bytes:
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_images(path: Path, images: Mapping[str, bytes]) -> None:

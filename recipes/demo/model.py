@@ -1,14 +1,12 @@
 """Make a small, randomly initialised Qwen2.5-VL in the ordinary Hugging Face layout.
 
-Owns sizes, tokenizer training and the chat template; knows nothing of data sets or training. The classes are
-transformers' own, so everything that works on this folder works on a hub checkpoint.
+The classes are transformers' own, so everything that works on this folder works on a hub checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -20,6 +18,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+
+MIN_PIXELS, MAX_PIXELS = 28 * 28, 28 * 28 * 64  # one to 64 merged vision tokens
 
 # In the order in which Qwen2.5 numbers them, right after the base vocabulary.
 SPECIAL_TOKENS = [
@@ -96,6 +96,8 @@ def build_model(
     """Return a float32 Qwen2.5-VL with random weights; the defaults have 1.7 M parameters."""
     ids = tokenizer.get_vocab()
     end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    pairs = hidden_size // num_heads // 2
+    side = 3 * pairs // 8  # Qwen2.5-VL splits 64 pairs into 16 (time), 24 (height), 24 (width)
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": vocab_size or len(tokenizer),
@@ -106,7 +108,11 @@ def build_model(
             "num_key_value_heads": num_kv_heads,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": _rope_parameters(hidden_size // num_heads),
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [pairs - 2 * side, side, side],
+                "rope_theta": 10_000.0,
+            },
             "use_sliding_window": False,
             "tie_word_embeddings": False,
             "bos_token_id": pad,
@@ -114,7 +120,19 @@ def build_model(
             "pad_token_id": pad,
             "initializer_range": init_std,
         },
-        vision_config=_vision_config(hidden_size, vision_hidden_size, vision_depth, init_std),
+        vision_config={
+            "depth": vision_depth,
+            "hidden_size": vision_hidden_size,
+            "intermediate_size": 2 * vision_hidden_size,
+            "num_heads": 4,
+            "out_hidden_size": hidden_size,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [vision_depth - 1],
+            "initializer_range": init_std,
+        },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
@@ -128,27 +146,9 @@ def build_model(
     return model
 
 
-def _rope_parameters(head_dim: int) -> dict[str, Any]:
-    pairs = head_dim // 2
-    height = 3 * pairs // 8  # Qwen2.5-VL splits 64 pairs as 16 (time), 24 (height), 24 (width)
-    sections = [pairs - 2 * height, height, height]
-    return {"rope_type": "default", "mrope_section": sections, "rope_theta": 10_000.0}
-
-
-def _vision_config(out_hidden_size: int, hidden_size: int, depth: int, init_std: float) -> dict[str, Any]:
-    return {
-        "depth": depth,
-        "hidden_size": hidden_size,
-        "intermediate_size": 2 * hidden_size,
-        "num_heads": 4,
-        "out_hidden_size": out_hidden_size,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": [depth - 1],
-        "initializer_range": init_std,
-    }
+def image_processor(max_pixels: int = MAX_PIXELS) -> Qwen2VLImageProcessor:
+    """Return the model's image processor."""
+    return Qwen2VLImageProcessor(min_pixels=MIN_PIXELS, max_pixels=max_pixels)
 
 
 def save_model_folder(
@@ -156,18 +156,16 @@ def save_model_folder(
     tokenizer: PreTrainedTokenizerFast,
     folder: str | Path,
     *,
-    min_pixels: int = 28 * 28,
-    max_pixels: int = 28 * 28 * 64,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write weights, tokenizer and processor as a folder that `from_pretrained` loads."""
-    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**limits),
+        image_processor=image_processor(max_pixels),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**limits),
+        video_processor=Qwen2VLVideoProcessor(min_pixels=MIN_PIXELS, max_pixels=max_pixels),
         chat_template=CHAT_TEMPLATE,
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    # transformers 5 writes processor_config.json only; older tools look for this file.
+    # transformers 5 writes processor_config.json only; older tools look for preprocessor_config.json.
     processor.image_processor.save_pretrained(folder)

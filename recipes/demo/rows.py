@@ -1,50 +1,16 @@
-"""The demo's rows and pages on disk, in the layout of EVisRAG-Train, whatever its job is.
-
-Owns file names and columns. What a page shows, what is asked and who errs: `recipes.demo.forms`, `recipes.demo.shapes`.
-"""
+"""The demo's rows and pages on disk, in the layout of EVisRAG-Train, whatever its job is."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-from PIL import Image
-
-from recipes.demo.forms import Asked, Split, prompt_text
+from recipes.demo.items import Item, Job, Split, gold_text, prompt_text, response_text, teacher_reading, true_reading
+from rollout.files import read_jsonl
 from rsgrpo.records.console import Console
-
-
-class Job(Protocol):
-    """What the demo's model is asked to do.
-
-    tower_fact, tower_words: what the manifest and the summary call what the vision tower learns to read.
-    num_labels: how many things a merged vision token may show.
-    """
-
-    tower_fact: str
-    tower_words: str
-    num_labels: int
-
-    def draw(self, split: Split, rng: Random) -> Any:
-        """Draw an item, something like `recipes.demo.forms.Asked`."""
-
-    def gold(self, item: Any) -> str:
-        """Return the right evidence and answer, which rewards compare with."""
-
-    def response(self, item: Any) -> str:
-        """Return the whole right response."""
-
-    def teacher_response(self, item: Any, noise: float, rng: Random) -> str:
-        """Return the whole response of a teacher who errs."""
-
-    def save_page(self, split: Split, page: int, path: Path) -> None:
-        """Write a page's image file."""
-
-    def lessons(self, split: Split) -> tuple[list[Image.Image], list[list[int]]]:
-        """Return pages of one size, and a label for each merged vision token of each."""
 
 
 def write_rows_and_pages(
@@ -58,11 +24,12 @@ def write_rows_and_pages(
     with console.phase("rows", total=sum(counts.values())) as bar:
         for name, count in counts.items():
             split: Split = "val" if name == "val" else "train"
-            with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-                for item_id, item, answer in draw_rows(job, name, split, count, seed=seed, noise=noise):
-                    used[split].update(item.pages)
-                    file.write(json.dumps(row_of(item_id, item, answer, split)) + "\n")
-                    bar.advance()
+            rows = []
+            for item_id, item, answer in draw_rows(job, name, split, count, seed=seed, noise=noise):
+                used[split].update(item.pages)
+                rows.append(row_of(item_id, item, answer, split))
+                bar.advance()
+            write_rows(folder / f"{name}.jsonl", rows)
     (folder / "images").mkdir()
     with console.phase("pages", total=sum(map(len, used.values()))) as bar:
         for split, positions in used.items():
@@ -74,22 +41,24 @@ def write_rows_and_pages(
 
 def draw_rows(
     job: Job, name: str, split: Split, count: int, *, seed: int, noise: float
-) -> Iterator[tuple[str, Asked, str]]:
+) -> Iterator[tuple[str, Item, str]]:
     """Yield (id, item, answer column) of one file.
 
-    sft: whole responses of the erring teacher. train: the right evidence and answer. val: whole right responses.
+    sft: whole responses of a teacher who makes mistakes. train: the right evidence and answer, which rewards compare
+    with. val: whole right responses, on which supervised steps measure their loss too.
     """
     items, teacher = Random(f"{seed}/items/{name}"), Random(f"{seed}/teacher/{name}")
     for number in range(count):
         item = job.draw(split, items)
-        if name == "train":  # rewards compare with the gold; a whole response is what supervised steps imitate
-            answer = job.gold(item)
+        if name == "train":
+            answer = gold_text(job, item)
         else:
-            answer = job.teacher_response(item, noise, teacher) if name == "sft" else job.response(item)
+            reading = teacher_reading(job, item, noise, teacher) if name == "sft" else true_reading(item)
+            answer = response_text(job, item, reading)
         yield f"{name}-{number:05d}", item, answer
 
 
-def row_of(item_id: str, item: Asked, answer: str, split: Split) -> dict[str, Any]:
+def row_of(item_id: str, item: Item, answer: str, split: Split) -> dict[str, Any]:
     """Return one row with the columns of EVisRAG-Train."""
     row = {
         "id": item_id,
@@ -106,12 +75,16 @@ def image_path(split: Split, position: int) -> str:
     return f"images/{split}-{position:04d}.png"
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def corpus(data: Path) -> Iterator[str]:
-    """Yield the texts that the demo's tokenizer is trained on: turns of the chat template and what stands in them."""
+    """Yield the texts that the demo's tokenizer is trained on: the chat template's turns and what they hold."""
     yield from ["user\n", "assistant\n"]
     for name in ("sft", "train"):
-        with open(data / f"{name}.jsonl", encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                yield from row["prompt"].split("<image>")
-                yield row["answer"]
+        for _, row in read_jsonl(data / f"{name}.jsonl"):
+            yield from row["prompt"].split("<image>")
+            yield row["answer"]

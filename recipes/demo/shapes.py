@@ -1,7 +1,7 @@
-"""Compose pages of easy-VQA, and questions about one of them: the demo's harder level.
+"""The demo's level easy_vqa: pages with a coloured shape and questions about one of them.
 
 The pages are the package `easy-vqa`'s own 64 x 64 images, each of one coloured shape, with its own questions, answers
-and split. Knows nothing of files, tokenizers or training.
+and split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 
 from PIL import Image
 
-from recipes.demo.forms import MAX_PAGES, MIN_PAGES, UNANSWERABLE_SHARE, Split, gold_blocks, whole_response
+from recipes.demo.items import MAX_PAGES, MIN_PAGES, Item, Split, draw_relevant
 from rsgrpo.errors import InputError
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -28,7 +28,7 @@ KINDS: tuple[Kind, ...] = ("color", "shape", "yes or no")
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ShapePage:
     """One page: its image file, what it shows, and the package's questions about it by kind."""
 
     file: str
@@ -38,23 +38,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class ShapeItem:
-    """A question over several pages.
-
-    pages: positions in the pool that the item was drawn from. shown: (color, shape) of each.
-    asked: the package's own question. question: the same, with the page that it is about.
-    relevant: position of that page; None when there is no such page.
-    """
-
-    pages: tuple[int, ...]
-    shown: tuple[tuple[str, str], ...]
-    asked: str
-    question: str
-    relevant: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
+class ShapeQuestion:
     """What a question of the package asks for: its kind, the colours and shapes it names, and whether it negates."""
 
     kind: Kind
@@ -73,17 +57,17 @@ class Question:
 
 
 @functools.cache
-def read_question(text: str) -> Question:
+def read_question(text: str) -> ShapeQuestion:
     """Return what a question of the package asks for."""
     words = re.findall(r"[a-z]+", text)
     named = tuple(word for word in words if word in COLORS or word in SHAPES)
     if words[0] == "what":
-        return Question("color" if "color" in words else "shape", named, False)
-    return Question("yes or no", named, "not" in words or "no" in words)
+        return ShapeQuestion("color" if "color" in words else "shape", named, False)
+    return ShapeQuestion("yes or no", named, "not" in words or "no" in words)
 
 
 @functools.cache
-def shape_pool(split: Split) -> tuple[Shape, ...]:
+def shape_pool(split: Split) -> tuple[ShapePage, ...]:
     """Return the package's images of one split that its questions describe wholly and ask about in every way.
 
     Raises:
@@ -111,74 +95,41 @@ def shape_pool(split: Split) -> tuple[Shape, ...]:
         shape = next((word for word in SHAPES if word in facts[image]), None)
         if color and shape and len(questions[image]) == len(KINDS):
             asked = {kind: tuple(questions[image][kind]) for kind in KINDS}
-            pool.append(Shape(files[image], color, shape, asked))
+            pool.append(ShapePage(files[image], color, shape, asked))
     return tuple(pool)
 
 
-def draw_shapes(pool: Sequence[Shape], rng: Random) -> ShapeItem:
+def draw_item(pool: Sequence[ShapePage], rng: Random) -> Item:
     """Draw two to four pages, and a question about one of them or about a page that is not there."""
     pages = tuple(rng.sample(range(len(pool)), rng.randint(MIN_PAGES, MAX_PAGES)))
-    relevant = None if rng.random() < UNANSWERABLE_SHARE else rng.randrange(len(pages))
+    relevant = draw_relevant(len(pages), rng)
     asked_about = pool[rng.choice(pages) if relevant is None else pages[relevant]]
     asked = rng.choice(asked_about.questions[rng.choice(KINDS)])
     number = 1 + (len(pages) if relevant is None else relevant)
     shown = tuple((pool[page].color, pool[page].shape) for page in pages)
-    return ShapeItem(pages, shown, asked, f"page {number}: {asked}", relevant)
+    return Item(pages, shown, f"page {number}: {asked}", relevant, read_question(asked).answer)
 
 
 class ShapeJob:
-    """The demo's job at the level easy_vqa; see `recipes.demo.rows.Job`."""
+    """Tells colours and shapes; see `recipes.demo.items.Job`."""
 
+    fact, misreadings = "{} {}", (COLORS, SHAPES)
     tower_fact, tower_words = "shape_accuracy", "held-out pages' color and shape"
     num_labels = len(COLORS) * len(SHAPES)
 
-    def draw(self, split: Split, rng: Random) -> ShapeItem:
+    def draw(self, split: Split, rng: Random) -> Item:
         """Draw an item."""
-        return draw_shapes(shape_pool(split), rng)
-
-    def gold(self, item: ShapeItem) -> str:
-        """Return the right evidence and answer."""
-        return gold_blocks(*_read(item, item.shown, item.relevant))
-
-    def response(self, item: ShapeItem) -> str:
-        """Return the whole right response."""
-        return _whole(item, item.shown, item.relevant)
-
-    def teacher_response(self, item: ShapeItem, noise: float, rng: Random) -> str:
-        """Return the whole response of a teacher who errs, and stays true to his errors.
-
-        Each colour and each shape is replaced with probability `noise` by a random one, and with probability 0.6
-        `noise` the chosen page by a random one or none.
-        """
-
-        def read(word: str, words: Sequence[str]) -> str:
-            return rng.choice(words) if rng.random() < noise else word
-
-        shown = tuple((read(color, COLORS), read(shape, SHAPES)) for color, shape in item.shown)
-        chosen = rng.choice([None, *range(len(item.pages))]) if rng.random() < 0.6 * noise else item.relevant
-        return _whole(item, shown, chosen)
+        return draw_item(shape_pool(split), rng)
 
     def save_page(self, split: Split, page: int, path: Path) -> None:
         """Write a page's image file, the package's own bytes."""
         path.write_bytes(Path(shape_pool(split)[page].file).read_bytes())
 
     def lessons(self, split: Split) -> tuple[list[Image.Image], list[list[int]]]:
-        """Return pages, and for each of their four merged vision tokens one label of color and shape."""
-        pool = shape_pool(split)
-        labels = [COLORS.index(page.color) * len(SHAPES) + SHAPES.index(page.shape) for page in pool]
-        pages = []
-        for page in pool:
+        """Return pages, and one label of color and shape for each of their four merged vision tokens."""
+        pages, labels = [], []
+        for page in shape_pool(split):
+            labels.append([COLORS.index(page.color) * len(SHAPES) + SHAPES.index(page.shape)] * 4)
             with Image.open(page.file) as image:
                 pages.append(image.convert("RGB"))
-        return pages, [[label] * 4 for label in labels]
-
-
-def _whole(item: ShapeItem, shown: Sequence[tuple[str, str]], chosen: int | None) -> str:
-    facts, chosen, answer = _read(item, shown, chosen)
-    return whole_response(facts, facts, chosen, answer)
-
-
-def _read(item: ShapeItem, shown: Sequence[tuple[str, str]], chosen: int | None) -> tuple[list[str], int | None, str]:
-    """Return what each page is said to show, the page that is answered from, and the answer that follows."""
-    answer = "" if chosen is None else read_question(item.asked).answer(*shown[chosen])
-    return [f"{color} {shape}" for color, shape in shown], chosen, answer
+        return pages, labels

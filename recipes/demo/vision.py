@@ -1,11 +1,9 @@
-"""Teach a small vision tower to read through a linear head, before it meets a language model.
-
-Owns this one supervised loop over page images; knows nothing of prompts, rewards or the learner.
-"""
+"""Teach a small vision tower to read through a linear head, before it meets a language model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -13,22 +11,37 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
 
 
-def page_pixels(
-    image_processor: Qwen2VLImageProcessor, pages: Sequence[Image.Image]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (num_pages, patches, patch_dim) pixels and the (3,) grid that all pages share."""
-    batch = image_processor(images=[page.convert("RGB") for page in pages], return_tensors="pt")
-    grids = batch["image_grid_thw"]
-    if not bool((grids == grids[0]).all()):
-        raise ValueError("pages must have one size to be read in one batch")
-    return batch["pixel_values"].reshape(len(pages), -1, batch["pixel_values"].shape[-1]), grids[0]
+@dataclass(frozen=True, slots=True)
+class Lessons:
+    """Pages of one size and what their merged vision tokens show.
+
+    pixels: (num_pages, patches, patch_dim) float32. grid: (3,) int64, shared by all pages.
+    labels: (num_pages, merged tokens) int64.
+    """
+
+    pixels: torch.Tensor
+    grid: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, image_processor: Qwen2VLImageProcessor, pages: Sequence[Image.Image], labels: Sequence[Sequence[int]]
+    ) -> Lessons:
+        """Return the lessons that these pages and labels make.
+
+        Raises:
+            ValueError: the pages differ in size.
+        """
+        batch = image_processor(images=[page.convert("RGB") for page in pages], return_tensors="pt")
+        pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        if not bool((grids == grids[0]).all()):
+            raise ValueError("pages must have one size to be read in one batch")
+        return cls(pixels.reshape(len(pages), -1, pixels.shape[-1]), grids[0], torch.tensor(labels))
 
 
 def teach_to_read(
     model: Qwen2_5_VLForConditionalGeneration,
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    grid: torch.Tensor,
+    lessons: Lessons,
     *,
     num_labels: int,
     num_steps: int,
@@ -39,7 +52,6 @@ def teach_to_read(
 ) -> nn.Linear:
     """Train the tower in place so that each merged vision token tells its label; return the linear head.
 
-    pixels: (num_pages, patches, patch_dim) float32. labels: (num_pages, merged tokens) int64. grid: (3,) int64.
     lr: of AdamW; it falls linearly to 0 over the steps.
     on_step: called with the loss of every step.
     """
@@ -51,9 +63,9 @@ def teach_to_read(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / num_steps)
     tower.train()
     for _ in range(num_steps):
-        chosen = torch.randint(len(pixels), (batch_pages,))
-        features = tower(pixels[chosen].flatten(0, 1), grid_thw=grid.expand(batch_pages, 3)).pooler_output
-        loss = nn.functional.cross_entropy(head(features), labels[chosen].flatten())
+        chosen = torch.randint(len(lessons.pixels), (batch_pages,))
+        scores = _label_scores(model, head, lessons.pixels[chosen], lessons.grid)
+        loss = nn.functional.cross_entropy(scores, lessons.labels[chosen].flatten())
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -64,13 +76,15 @@ def teach_to_read(
 
 
 @torch.no_grad()
-def reading_accuracy(
-    model: Qwen2_5_VLForConditionalGeneration,
-    head: nn.Linear,
-    pixels: torch.Tensor,
-    labels: torch.Tensor,
-    grid: torch.Tensor,
-) -> float:
-    """Return the share of tokens whose label tower and head read rightly."""
+def reading_accuracy(model: Qwen2_5_VLForConditionalGeneration, head: nn.Linear, lessons: Lessons) -> float:
+    """Return the share of tokens whose label tower and head read correctly."""
+    scores = _label_scores(model, head, lessons.pixels, lessons.grid)
+    return float((scores.argmax(-1) == lessons.labels.flatten()).float().mean())
+
+
+def _label_scores(
+    model: Qwen2_5_VLForConditionalGeneration, head: nn.Linear, pixels: torch.Tensor, grid: torch.Tensor
+) -> torch.Tensor:
+    """Return (pages x merged tokens, num_labels) scores."""
     features = model.model.visual(pixels.flatten(0, 1), grid_thw=grid.expand(len(pixels), 3)).pooler_output
-    return float((head(features).argmax(-1) == labels.flatten()).float().mean())
+    return head(features)

@@ -1,6 +1,6 @@
 """From other people's files to our rows: packed images, tables of questions, and LLaMA-Factory's SFT files.
 
-Owns how such a row is read and what cannot be taken over. `recipes.files.row_check` tells if a row can be trained on.
+Whether a row can be trained on is checked by `recipes.files.row_check`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from PIL import Image
 from recipes.answers.batch import rewrite
 from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS
 from rewards.evisrag import read_gold
+from rollout.files import write_bytes
 from rollout.inputs.images import PromptError, bytes_of, read_size
 from rollout.types import ImageSource
 from rsgrpo.data.image_packs import packed_images, packs_in
@@ -29,12 +30,11 @@ from rsgrpo.errors import InputError
 
 USER_ROLES, ASSISTANT_ROLES = ("human", "user"), ("gpt", "assistant")
 NOT_TAKEN = ("videos", "audios", "tools", "history", "chosen", "rejected")
-Advance = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What `unpack` did. missing: "place: path" of rows' images that are not there afterwards."""
+    """What `unpack` did. missing: "place: path" of each image that rows name and that is still missing."""
 
     num_written: int
     num_there: int
@@ -44,17 +44,17 @@ class Unpacked:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What `convert` did. faults: "place: why" of rows left out. system: the system message that all rows share."""
+    """What `convert` did. faults: "place: why" of each row left out. system: the system message of all rows."""
 
     num_rows: int
     faults: tuple[str, ...]
     system: str
 
 
-def unpack(folder: Path, out: Path, advance: Advance = lambda: None) -> Unpacked:
+def unpack(folder: Path, out: Path, advance: Callable[[], None] = lambda: None) -> Unpacked:
     """Write the images of `images*.parquet` to their paths below `out`, and copy the .jsonl files there.
 
-    A file that is there with the same bytes is left alone, so that a stopped call can be repeated.
+    A file that already has these bytes is left alone, so a stopped call can be repeated.
 
     Raises:
         InputError: there is nothing to unpack, a path leads out of `out`, or two images claim one path.
@@ -73,7 +73,8 @@ def unpack(folder: Path, out: Path, advance: Advance = lambda: None) -> Unpacked
             seen.add(target)
             num_there += is_there
             if not is_there:
-                _write_whole(target, content)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(target, content)
                 num_written += 1
             advance()
     rows: list[Row] = []
@@ -95,7 +96,7 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
     """Write rows of a table of questions, or of a sharegpt or alpaca file, in our layout to `out`.
 
     template: the user message of rows that bring a bare question.
-    keep_good: write the good rows although others cannot be taken over; otherwise nothing is written then.
+    keep_good: write the good rows even if others cannot be converted; otherwise nothing is written then.
 
     Raises:
         InputError: the file cannot be read, or its rows have different system messages.
@@ -115,8 +116,8 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
         written.append(converted)
         systems.setdefault(system, row.place)
     if len(systems) > 1:
-        listed = "; ".join(f"{place}: {system!r:.60}" for system, place in systems.items())
-        raise InputError(f"{source} has rows with different system messages, our rows share one ({listed}); split it")
+        named = "; ".join(f"{place}: {system!r:.60}" for system, place in systems.items())
+        raise InputError(f"{source} has rows with different system messages ({named}). Split it into a file for each.")
     if written and (keep_good or not faults):
         out.parent.mkdir(parents=True, exist_ok=True)
         rewrite(out, written)
@@ -124,7 +125,7 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Read a table with a header line. Cells of images are split at ";"; a cell that starts with "[" is a JSON list.
+    """Read a table with a header line. Image cells are split at ";"; a cell that starts with "[" is a JSON list.
 
     Raises:
         InputError: it cannot be read, or a line has more cells than the header.
@@ -136,7 +137,7 @@ def read_csv(path: Path) -> list[Row]:
             for number, cells in enumerate(table, start=1):
                 place = f"line {table.line_num} of {path.name}"
                 if None in cells:
-                    raise InputError(f"{place} has more cells than the header; quote cells that have a comma in them")
+                    raise InputError(f"{place} has more cells than the header. Quote cells that contain a comma.")
                 columns = {name: _cell(name, value, place) for name, value in cells.items() if value}
                 rows.append(Row(place, number, columns))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -147,7 +148,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def portable_image(source: ImageSource, out: Path) -> str:
-    """Return a page's path as seen from the file `out`; bytes, packed or not, become a file beside it."""
+    """Return a page's path relative to the file `out`; bytes, packed or not, become a file beside it."""
     if isinstance(source, str):
         return os.path.relpath(source, out.parent)
     content = bytes_of(source)
@@ -155,22 +156,27 @@ def portable_image(source: ImageSource, out: Path) -> str:
         suffix = (image.format or "img").lower()
     path = out.parent / f"{out.stem}_images" / f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if not path.is_file():
-        _write_whole(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
     return os.path.relpath(path, out.parent)
 
 
 def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: str) -> tuple[dict[str, Any], str]:
-    """Return our row and its system message; ValueError says why there is none."""
+    """Return our row and its system message.
+
+    Raises:
+        ValueError: the row cannot be converted; says why.
+    """
     columns = row.columns
     if row.fault:
         raise ValueError(row.fault)
     for name in NOT_TAKEN:
         if columns.get(name):
-            raise ValueError(f"column {name!r} cannot be taken over")
+            raise ValueError(f"column {name!r} cannot be converted")
     images = [folder.resolve(entry) for entry in image_entries(_first(columns, IMAGE_KEYS))]
     for source in images:
         if isinstance(source, str) and not os.path.isfile(source):
-            raise ValueError(f"image {source} does not exist; see --image-dir")
+            raise ValueError(f"image {source} does not exist (see --image-dir)")
         try:
             read_size(source)
         except PromptError as error:
@@ -202,7 +208,9 @@ def _turns(turns: Any) -> tuple[str, str, str]:
             raise ValueError(f"the system message must be text, got {system!r:.80}")
     roles = [role for role, _ in said]
     if len(said) != 2 or roles[0] not in USER_ROLES or roles[1] not in ASSISTANT_ROLES:
-        raise ValueError(f"a row is one question and its answer, this conversation has {', '.join(roles) or 'none'}")
+        raise ValueError(
+            f"a row must be one question and its answer, but this conversation has {', '.join(roles) or 'none'}"
+        )
     if not all(isinstance(text, str) and text.strip() for _, text in said):
         raise ValueError("a turn of the conversation has no text")
     return system, said[0][1], said[1][1]
@@ -211,7 +219,7 @@ def _turns(turns: Any) -> tuple[str, str, str]:
 def _alpaca(columns: Mapping[str, Any]) -> dict[str, Any]:
     instruction, further, answer = (columns.get(name) or "" for name in ("instruction", "input", "output"))
     if not all(isinstance(text, str) for text in (instruction, further, answer)) or not answer.strip():
-        raise ValueError("an alpaca row needs the texts instruction and output")
+        raise ValueError("an alpaca row needs instruction and output, both text")
     return {"prompt": f"{instruction}\n{further}" if further else instruction, "answer": answer}
 
 
@@ -241,7 +249,7 @@ def _cell(name: str, value: str, place: str) -> Any:
         try:
             return json.loads(value)
         except ValueError as error:
-            raise InputError(f"{place}: column {name!r} starts with [ and is no JSON list: {error}") from error
+            raise InputError(f"{place}: column {name!r} starts with [ but is not a JSON list: {error}") from error
     return [path.strip() for path in value.split(";") if path.strip()] if name in IMAGE_KEYS else value
 
 
@@ -250,10 +258,3 @@ def _inside(out: Path, name: str, pack: Path) -> Path:
     if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
         raise InputError(f"{pack} has an image with the path {name!r:.80}, which leads out of the folder")
     return out / path
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -1,12 +1,9 @@
-"""Whether rows can be used, row by row: the check of training (`rsgrpo.data.dataset`), without starting a run.
-
-Owns the report. Without a model's folder, tokens are not counted.
-"""
+"""Whether rows can be used, row by row: the check of training (`rsgrpo.data.dataset`), without starting a run."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,11 +20,20 @@ from rsgrpo.data.rows import Row, read_rows
 from rsgrpo.errors import InputError
 
 Purpose = Literal["grpo", "sft", "test"]
-NO_RESPONSE = "no whole response"
+TEST_COLUMNS: Mapping[str, Sequence[str]] = {
+    "id": ID_KEYS,
+    "question": QUESTION_KEYS,
+    "image": IMAGE_KEYS,
+    "answer": ANSWER_KEYS,
+}
+NO_RESPONSE = (
+    "no whole response",
+    "the answer must be the four blocks observe, evidence, think, answer and nothing else",
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class RowReport:
     """What a check found. good: rows that can be used. bad: the others, in file order."""
 
     num_rows: int
@@ -36,16 +42,18 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report: a line for each bad row, then the counts."""
-        found = [f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in self.bad]
         if not self.bad:
             return [f"all {self.num_rows} rows can be used"]
         counts = Counter(row.reason for row in self.bad).most_common()
-        listed = ", ".join(f"{count} x {reason}" for reason, count in counts)
-        return [*found, f"{len(self.bad)} of {self.num_rows} rows cannot be used ({listed})"]
+        kinds = ", ".join(f"{count} x {reason}" for reason, count in counts)
+        return [
+            *(f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in self.bad),
+            f"{len(self.bad)} of {self.num_rows} rows cannot be used ({kinds})",
+        ]
 
 
 class Uncounted:
-    """Stands in for a model's input processor: it knows the limits and counts no tokens."""
+    """Takes the place of a model's input processor: it knows the limits and counts no tokens."""
 
     def __init__(self, inputs: InputsConfig) -> None:
         self.inputs = inputs
@@ -55,7 +63,7 @@ class Uncounted:
         return 0
 
 
-def validate_rows(
+def check_rows(
     source: str,
     purpose: Purpose,
     inputs: InputsConfig,
@@ -64,12 +72,12 @@ def validate_rows(
     image_dir: str = "",
     model: str = "",
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> RowReport:
     """Check every row of a data source.
 
     purpose: "grpo" (gold evidence and answer), "sft" (whole responses), "test" (questions with accepted answers).
-    prompt: a name in conf/prompt or a file; "" takes the rows' own messages, or "evidence" where the first has none.
-    model: folder or hub id whose tokenizer counts the tokens of prompts; "" leaves that check out.
+    prompt: a name in conf/prompt or a file; "" takes the rows' own messages, or "evidence" if the first has none.
+    model: folder or hub id of the model whose tokenizer counts tokens; "" skips that check.
 
     Raises:
         InputError: the source or the model cannot be read.
@@ -83,14 +91,11 @@ def validate_rows(
     good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)
     if purpose == "sft":
         places = {row.columns.get("id") or f"row-{row.number}": row.place for row in rows}
-        whole = [row for row in good if _is_whole(row)]
-        detail = "the answer must be the four blocks observe, evidence, think, answer and nothing else"
-        lacking = [row for row in good if not _is_whole(row)]
-        bad += [BadRow(places.get(row.id, ""), row.id, NO_RESPONSE, detail) for row in lacking]
-        good = whole
+        bad += [BadRow(places.get(row.id, ""), row.id, *NO_RESPONSE) for row in good if not _is_whole(row)]
+        good = [row for row in good if _is_whole(row)]
         order = {row.place: row.number for row in rows}
         bad.sort(key=lambda row: order.get(row.place, 0))
-    return Report(len(rows), tuple(good), tuple(bad))
+    return RowReport(len(rows), tuple(good), tuple(bad))
 
 
 def _is_whole(prompt: Prompt) -> bool:
@@ -100,13 +105,7 @@ def _is_whole(prompt: Prompt) -> bool:
 def _renamed(row: Row) -> Row:
     """Return a test row under the names of training; a plain answer becomes a list of one."""
     columns: dict[str, Any] = dict(row.columns)
-    pairs: Mapping[str, tuple[str, ...]] = {
-        "id": ID_KEYS,
-        "question": QUESTION_KEYS,
-        "image": IMAGE_KEYS,
-        "answer": ANSWER_KEYS,
-    }
-    for name, keys in pairs.items():
+    for name, keys in TEST_COLUMNS.items():
         found = next((key for key in keys if columns.get(key) is not None), name)
         if found != name:
             columns[name] = columns.pop(found)

@@ -8,34 +8,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rollout.files import json_object
 from rsgrpo.errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of what the commands write; raised when the same settings give other files
 
 
-def is_whole(folder: Path, settings: dict[str, Any], *, force: bool) -> bool:
-    """Whether `folder` is there from these very settings.
+def reusable(folder: Path, settings: dict[str, Any], *, force: bool) -> dict[str, Any] | None:
+    """Return the facts of a folder that was made from these very settings; None if it is to be made.
 
     Raises:
         InputError: something else is there and `force` is not given.
     """
+    if force or not folder.exists():
+        return None
     manifest = folder / MANIFEST
-    found = json.loads(manifest.read_text()) if manifest.exists() else None
-    if found and (found["format"], found["settings"]) == (FORMAT, settings):
-        return not force
-    if folder.exists() and not force:
-        if found is None:
-            why = f"and it was not made by this command (no {MANIFEST} in it)"
-        else:
-            changed = [
-                f"{key}={found['settings'].get(key)!r} instead of {value!r}"
-                for key, value in settings.items()
-                if found["settings"].get(key) != value
-            ]
-            why = "made with " + (", ".join(changed) or f"format {found['format']} instead of {FORMAT}")
-        raise InputError(f"{folder} exists already, {why}: choose another --out, or replace it with --force")
-    return False
+    if not manifest.exists():
+        why = f"and it was not made by this command (no {MANIFEST} in it)"
+    else:
+        found = json_object(manifest.read_bytes(), str(manifest))
+        if (found["format"], found["settings"]) == (FORMAT, settings):
+            return found["facts"]
+        changed = [
+            f"{key}={found['settings'].get(key)!r} instead of {value!r}"
+            for key, value in settings.items()
+            if found["settings"].get(key) != value
+        ]
+        why = "made with " + (", ".join(changed) or f"format {found['format']} instead of {FORMAT}")
+    raise InputError(f"{folder} already exists, {why}. Choose another --out, or replace it with --force.")
 
 
 def make_folder(
@@ -46,8 +47,9 @@ def make_folder(
     Returns:
         The facts that `fill` returned, now or when the folder was made, and `state`: "made" or "reused".
     """
-    if is_whole(folder, settings, force=force):
-        return json.loads((folder / MANIFEST).read_text())["facts"] | {"state": "reused"}
+    found = reusable(folder, settings, force=force)
+    if found is not None:
+        return found | {"state": "reused"}
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)

@@ -139,7 +139,7 @@ def test_an_evaluation_of_an_endpoint_that_is_down_keeps_its_predictions(serve, 
     [
         (["unpack", "gone"], "gone has no images.parquet"),
         (["unpack", "packed"], "is not a readable parquet file"),
-        (["mini", "--demo", "gone"], "`python -m recipes.prepare demo` makes it"),
+        (["mini", "--demo", "gone"], "Run `python -m recipes.prepare demo`"),
     ],
 )
 def test_folders_that_cannot_be_used_are_named(arguments, complaint, capsys, here):

@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from recipes import prepare
 from recipes.answers.questions import Question, named_prompt, to_prompt
-from recipes.demo.forms import (
-    FIRST_VALIDATION_SCAN,
+from recipes.demo.forms import FIRST_VALIDATION_SCAN, FormJob, Scans, draw_item, draw_pool
+from recipes.demo.items import (
     Item,
     Reading,
-    Scans,
-    draw_item,
-    draw_pool,
     gold_text,
     prompt_text,
     response_text,
@@ -41,7 +36,8 @@ from rsgrpo.errors import RsgrpoError
 
 SMALL = ["--sft-items", "30", "--train-items", "20", "--val-items", "10", "--vision-steps", "1"]
 DEMO_INPUTS = InputsConfig(min_pixels=784, max_pixels=50176, max_images=4, max_prompt_tokens=256)
-ITEM = Item(pages=(250, 931), codes=(2, 9), amounts=(5, 3), question="what amount is on page 2?", relevant=1)
+JOB = FormJob("easy", 0)
+ITEM = Item((250, 931), (("2", "5"), ("9", "3")), "what amount is on page 2?", 1, lambda code, amount: amount)
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +78,13 @@ def test_the_shipped_template_renders_the_demos_own_prompts(demo):
     for row in read(demo, "val"):
         assert to_prompt(Question("q", row["question"], tuple(row["image"])), template).text == row["prompt"]
     gold = f"<evidence>\n[1]: {NO_EVIDENCE}\n[2]: code 9 amount 3\n</evidence>\n<answer>3</answer>"
-    assert gold_text(true_reading(ITEM)) == gold
-    misread = response_text(Reading(ITEM.codes, (5, 8), chosen=0))
+    assert gold_text(JOB, ITEM) == gold
+    misread = response_text(JOB, ITEM, Reading((("2", "5"), ("9", "8")), chosen=0))
     assert misread == (
         f"<observe>2 5, 9 8</observe>\n<evidence>\n[1]: code 2 amount 5\n[2]: {NO_EVIDENCE}\n</evidence>\n"
         "<think>page 1 has it</think>\n<answer>5</answer>"
     )
-    assert parse_gold(gold_text(Reading(ITEM.codes, ITEM.amounts, None))) == {
+    assert parse_gold(response_text(JOB, ITEM, Reading(ITEM.shown, None))) == {
         "evidence": [NO_EVIDENCE, NO_EVIDENCE],
         "answers": [INSUFFICIENT],
     }
@@ -143,9 +139,8 @@ def test_items_take_pages_of_their_digits_from_the_pool(scans):
     pool = draw_pool(scans, "val", 3, Random(1))
     rng = Random(2)
     for item in (draw_item(pool, "easy", rng) for _ in range(50)):
-        assert tuple(pool[page].code for page in item.pages) == item.codes
-        assert tuple(pool[page].amount for page in item.pages) == item.amounts
-        assert len(set(item.codes)) == len(item.codes)
+        assert tuple((str(pool[page].code), str(pool[page].amount)) for page in item.pages) == item.shown
+        assert len({code for code, _ in item.shown}) == len(item.shown)
 
 
 def test_pages_put_code_left_and_amount_right_and_jitter_moves_them(scans):
@@ -170,20 +165,19 @@ def test_easy_questions_name_the_relevant_page_or_one_that_is_not_there(scans):
 def test_a_yes_or_no_question_is_answered_rightly_by_half_of_all_misreadings(scans):
     for item in draw_items(scans, "yes_no", count=300):
         assert item.question == f"is the amount on page {1 + (item.relevant or 0)} over 4?" or item.relevant is None
-        truth = true_reading(item)
-        answer = found(r"<answer>(.*)</answer>", response_text(truth))
         if item.relevant is None:
-            assert answer == "insufficient to answer"
+            assert "<answer>insufficient to answer</answer>" in gold_text(JOB, item)
             continue
-        assert answer == ("yes" if item.amounts[item.relevant] in (5, 6, 7, 8, 9) else "no")
-        misread = [replace(truth, amounts=(amount,) * len(item.pages)) for amount in range(10)]
-        assert sum(f"<answer>{answer}</answer>" in response_text(reading) for reading in misread) == 5
+        answer = found(r"<answer>(.*)</answer>", gold_text(JOB, item))
+        assert answer == ("yes" if item.shown[item.relevant][1] in "56789" else "no")
+        misread = [Reading((("0", amount),) * len(item.pages), item.relevant) for amount in "0123456789"]
+        assert sum(f"<answer>{answer}</answer>" in response_text(JOB, item, reading) for reading in misread) == 5
 
 
 def test_lookup_questions_name_the_code_of_the_relevant_page_or_of_none(scans):
     for item in draw_items(scans, "lookup", count=300):
-        code = int(found(r"code (\d)", item.question))
-        assert (None if item.relevant is None else item.codes[item.relevant]) == (code if code in item.codes else None)
+        code, codes = found(r"code (\d)", item.question), [code for code, _ in item.shown]
+        assert (None if item.relevant is None else codes[item.relevant]) == (code if code in codes else None)
 
 
 def test_fifteen_percent_of_questions_cannot_be_answered(scans):
@@ -196,23 +190,23 @@ def test_fifteen_percent_of_questions_cannot_be_answered(scans):
 
 def test_the_teacher_errs_as_often_as_he_says(scans):
     items, rng = draw_items(scans), Random(3)
-    readings = [teacher_reading(item, 0.3, rng) for item in items]
+    readings = [teacher_reading(JOB, item, 0.3, rng) for item in items]
     pairs = [
-        (true, read)
+        pair
         for item, reading in zip(items, readings, strict=True)
-        for true, read in zip(item.amounts, reading.amounts, strict=True)
+        for pair in zip(item.shown, reading.shown, strict=True)
     ]
     # A random digit is right one time in ten: 0.3 x 0.9.
     assert np.mean([true != read for true, read in pairs]) == pytest.approx(0.27, abs=0.015)
     # A random choice of n pages or none is right one time in n + 1: 0.18 x (2/3 + 3/4 + 4/5) / 3.
     strayed = [item.relevant != reading.chosen for item, reading in zip(items, readings, strict=True)]
     assert np.mean(strayed) == pytest.approx(0.133, abs=0.02)
-    assert all(reading.codes == item.codes for item, reading in zip(items, readings, strict=True))
+    assert all(true[0] == read[0] for true, read in pairs)  # codes are read correctly
 
 
 def test_a_teacher_without_noise_is_right(scans):
     rng = Random(4)
-    assert all(teacher_reading(item, 0.0, rng) == true_reading(item) for item in draw_items(scans, count=100))
+    assert all(teacher_reading(JOB, item, 0.0, rng) == true_reading(item) for item in draw_items(scans, count=100))
 
 
 def test_the_teacher_stays_true_to_his_own_errors(demo):
@@ -294,20 +288,19 @@ def test_tags_fuse_with_what_follows_as_in_the_real_tokenizer(demo):
 
 
 def test_the_tower_learns_to_read(scans):
-    from transformers import Qwen2VLImageProcessor
-
-    from recipes.demo.model import build_model, train_tokenizer
-    from recipes.demo.vision import page_pixels, reading_accuracy, teach_to_read
+    from recipes.demo.model import build_model, image_processor, train_tokenizer
+    from recipes.demo.vision import Lessons, reading_accuracy, teach_to_read
 
     model = build_model(train_tokenizer(["0 1"], vocab_size=300))
     pool = [page for page in draw_pool(scans, "train", 20, Random(0)) if page.code < 2 and page.amount < 2]
-    pixels, grid = page_pixels(Qwen2VLImageProcessor(min_pixels=784, max_pixels=50176), [scans.render(p) for p in pool])
-    digits = torch.tensor([[page.code, page.amount] for page in pool])
+    lessons = Lessons.of(
+        image_processor(), [scans.render(page) for page in pool], [[page.code, page.amount] for page in pool]
+    )
     losses: list[float] = []
-    head = teach_to_read(model, pixels, digits, grid, num_labels=2, num_steps=25, batch_pages=16, on_step=losses.append)
+    head = teach_to_read(model, lessons, num_labels=2, num_steps=25, batch_pages=16, on_step=losses.append)
     assert len(losses) == 25
     assert losses[-1] < 0.5 * losses[0]
-    assert reading_accuracy(model, head, pixels, digits, grid) > 0.9
+    assert reading_accuracy(model, head, lessons) > 0.9
 
 
 def test_a_second_run_reuses_what_is_there(demo, capsys):
@@ -354,7 +347,11 @@ def test_a_folder_is_absent_until_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--noise", "1.5"], "in \\[0, 1\\], got 1.5"), (["--val-items", "0"], ">= 1, got 0")]
+    ("arguments", "message"),
+    [
+        (["--noise", "1.5"], r"--noise must be in \[0, 1\], got 1.5"),
+        (["--val-items", "0"], "--val-items must be >= 1, got 0"),
+    ],
 )
 def test_impossible_settings_name_option_and_limit(tmp_path, capsys, arguments, message):
     assert prepare.main(["demo", "--out", str(tmp_path), *arguments]) == 2

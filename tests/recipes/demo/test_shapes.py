@@ -13,8 +13,8 @@ pytest.importorskip("easy_vqa")
 import easy_vqa
 
 from recipes import prepare
-from recipes.demo.forms import Split
-from recipes.demo.shapes import COLORS, SHAPES, ShapeItem, ShapeJob, read_question, shape_pool
+from recipes.demo.items import Item, Split, response_text, teacher_reading, true_reading
+from recipes.demo.shapes import COLORS, SHAPES, ShapeJob, read_question, shape_pool
 from rewards import evisrag
 from rewards.api import Response
 from rollout.config import InputsConfig
@@ -23,12 +23,13 @@ from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.dataset import load_prompts
 
 SMALL = ["--sft-items", "40", "--train-items", "30", "--val-items", "20", "--vision-steps", "1"]
-ITEM = ShapeItem(
+JOB = ShapeJob()
+ITEM = Item(
     pages=(3, 5),
     shown=(("teal", "circle"), ("red", "triangle")),
-    asked="is there not a red shape?",
     question="page 2: is there not a red shape?",
     relevant=1,
+    answer=read_question("is there not a red shape?").answer,
 )
 
 
@@ -68,16 +69,16 @@ def test_what_a_question_asks_for_worked_by_hand():
 
 
 def test_a_right_response_worked_by_hand():
-    assert ShapeJob().response(ITEM) == (
+    assert response_text(JOB, ITEM, true_reading(ITEM)) == (
         "<observe>teal circle, red triangle</observe>\n<evidence>\n[1]: no relevant information\n[2]: red triangle\n"
         "</evidence>\n<think>page 2 has it</think>\n<answer>no</answer>"
     )
 
 
 def test_a_teacher_without_noise_is_right_and_one_with_noise_answers_as_he_read():
-    job = ShapeJob()
-    assert job.teacher_response(ITEM, 0.0, Random(0)) == job.response(ITEM)
-    responses = [job.teacher_response(ITEM, 1.0, Random(seed)) for seed in range(400)]
+    assert teacher_reading(JOB, ITEM, 0.0, Random(0)) == true_reading(ITEM)
+    readings = [teacher_reading(JOB, ITEM, 1.0, Random(seed)) for seed in range(400)]
+    responses = [response_text(JOB, ITEM, reading) for reading in readings]
     for response in responses:
         slot = response.partition("[2]: ")[2].partition("\n")[0]
         if slot != "no relevant information":
@@ -118,8 +119,9 @@ def test_rows_load_through_the_check_of_training_and_gold_scores_the_maximum(dem
 def test_the_words_of_questions_and_answers_are_few_tokens(tmp_path):
     from recipes.demo.model import train_tokenizer
 
-    job, rng = ShapeJob(), Random(0)
-    texts = [job.response(job.draw("train", rng)) for _ in range(500)]
+    rng = Random(0)
+    items = [JOB.draw("train", rng) for _ in range(500)]
+    texts = [response_text(JOB, item, true_reading(item)) for item in items]
     tokenizer = train_tokenizer(texts)
     for word in (*COLORS, *SHAPES):
         assert len(tokenizer.encode(f" {word}")) <= 2, word

@@ -217,7 +217,7 @@ def test_sharegpt_alpaca_and_messages_files_become_sft_rows(pages, capsys):
     (pages / "llama.json").write_text(json.dumps([sharegpt, messages, alpaca]))
     out = pages / "sft.jsonl"
     assert run("convert", pages / "llama.json", "--out", out) == 0
-    assert "all rows have the system message 'be exact'" in capsys.readouterr().out
+    assert "All rows have the system message 'be exact'" in capsys.readouterr().out
     rows = rows_of(out)
     assert [row["prompt"] for row in rows] == [PROMPT, PROMPT, "[1]<image>[2]<image>\nwhat share?"]
     assert {row["answer"] for row in rows} == {WHOLE}
@@ -233,7 +233,7 @@ def turns(*roles: str) -> dict[str, Any]:
     [
         (turns("human", "gpt", "human", "gpt"), "this conversation has human, gpt, human, gpt"),
         (turns("gpt"), "this conversation has gpt"),
-        (turns("human", "gpt") | {"tools": "x"}, "column 'tools' cannot be taken over"),
+        (turns("human", "gpt") | {"tools": "x"}, "column 'tools' cannot be converted"),
         (turns("human", "gpt") | {"images": ["a.png"]}, "0 <image> marks for 1 images"),
         ({"conversations": "text"}, "a conversation must be a list"),
         (
@@ -251,7 +251,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"question": "x", "answer": ["y"], "image": "a.png", "evidence": ["1", "2"]}, "2 entries for 1 images"),
     ],
 )
-def test_a_row_that_cannot_be_taken_over_is_named_and_stops_all_unless_dropped(pages, row, says, capsys):
+def test_a_row_that_cannot_be_converted_is_named_and_stops_all_unless_dropped(pages, row, says, capsys):
     (pages / "bad.png").write_bytes(b"no image")
     source = write_rows(pages / "mine.jsonl", [row, {"question": "x", "answer": "y", "image": "a.png"}])
     out = pages / "out.jsonl"
@@ -259,7 +259,7 @@ def test_a_row_that_cannot_be_taken_over_is_named_and_stops_all_unless_dropped(p
     captured = capsys.readouterr()
     assert captured.out.startswith("line 1 of mine.jsonl: ")
     assert says in captured.out
-    assert "1 of 2 rows cannot be taken over, nothing is written" in captured.err
+    assert "1 of 2 rows cannot be converted, and nothing was written" in captured.err
     assert not out.exists()
     assert run("convert", source, "--out", out, "--drop-bad") == 0
     assert len(rows_of(out)) == 1
@@ -269,7 +269,7 @@ def test_a_row_that_cannot_be_taken_over_is_named_and_stops_all_unless_dropped(p
     ("text", "says"),
     [
         ("question,answer\na,b,c\n", "more cells than the header"),
-        ("question,answer\na,[b\n", "is no JSON list"),
+        ("question,answer\na,[b\n", "is not a JSON list"),
         ("question,answer\n", "has no rows"),
         ('question,answer\n"a,b\n', "cannot be read as a table"),
     ],
