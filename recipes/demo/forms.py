@@ -122,7 +122,8 @@ def _is_over(code: str, amount: str) -> str:
 class FormJob:
     """Reads handwritten forms; see `recipes.demo.items.Job`."""
 
-    fact, misreadings = "code {} amount {}", ("", DIGITS)
+    fact = "code {} amount {}"
+    misreadings: tuple[Sequence[str], Sequence[str]] = ("", DIGITS)
     tower_fact, tower_words = "digit_accuracy", "held-out pages' digits"
     num_labels = 10
 

@@ -113,7 +113,8 @@ def draw_item(pool: Sequence[ShapePage], rng: Random) -> Item:
 class ShapeJob:
     """Tells colours and shapes; see `recipes.demo.items.Job`."""
 
-    fact, misreadings = "{} {}", (COLORS, SHAPES)
+    fact = "{} {}"
+    misreadings: tuple[Sequence[str], Sequence[str]] = (COLORS, SHAPES)
     tower_fact, tower_words = "shape_accuracy", "held-out pages' color and shape"
     num_labels = len(COLORS) * len(SHAPES)
 
