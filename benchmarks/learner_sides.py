@@ -183,7 +183,7 @@ class Bench:
         return self.policy.encode_images(self.batch.pixels, self.batch.grid)
 
     def _prompt(self, features: torch.Tensor | None) -> EncodedPrompt:
-        positions = self.policy.family.position_ids(self.model, self.batch.prompt_ids, self.batch.grid)
+        positions = self.policy.family.position_ids(self.model, self.batch.prompt_ids[None], self.batch.grid)[:, 0]
         return EncodedPrompt(self.batch.prompt_ids.cpu(), positions.cpu(), features)
 
     def _row(self, prompt: EncodedPrompt, samples: list[Sample]) -> MicroBatch:

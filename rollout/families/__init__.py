@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from rollout.errors import InputError
 from rollout.families.base import Family as Family
+from rollout.families.qwen2_vl import Qwen2VL, Qwen25VL
 from rollout.families.qwen3_vl import Qwen3VL
-from rollout.families.qwen25_vl import Qwen25VL
 
-_FAMILIES: dict[str, type[Family]] = {"qwen2_5_vl": Qwen25VL, "qwen3_vl": Qwen3VL}
+FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL)}
 
 
 def family_of(model_type: str) -> Family:
     """Return the adapter of a configuration's `model_type`.
 
     Raises:
-        InputError: a family without an adapter.
+        InputError: there is none.
     """
-    if model_type not in _FAMILIES:
+    if model_type not in FAMILIES:
         raise InputError(
-            f"model.path holds a {model_type!r} model; the learner knows {sorted(_FAMILIES)}: "
-            "add an adapter beside rollout/families/qwen25_vl.py and a parity test"
+            f"model.path is a {model_type!r} model; supported families are {', '.join(FAMILIES)}. To add one, write a "
+            "file beside rollout/families/qwen3_vl.py and run the tests of tests/rollout/families on it"
         )
-    return _FAMILIES[model_type]()
+    return FAMILIES[model_type]()

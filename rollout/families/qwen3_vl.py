@@ -1,4 +1,4 @@
-"""Qwen3-VL: as Qwen2.5-VL, and features of several depths of the tower enter the first decoder layers (DeepStack)."""
+"""Qwen3-VL: features from several depths of the tower also enter the first decoder layers (DeepStack)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ class Qwen3VL(Family):
     Features of an image token are the merger's output and one more of the same width per DeepStack layer, side by side.
     """
 
+    model_type = "qwen3_vl"
+
     def image_features(self, model: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         output = self._run_tower(model, pixel_values, image_grid_thw)
         return torch.cat([output.pooler_output, *output.deepstack_features], -1)
 
-    def language_inputs(self, model: Any, token_ids_T: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
-        # transformers builds no mask for an attention function that registers none.
-        embeds_TH = model.model.language_model.embed_tokens(token_ids_T)
+    def language_inputs(self, model: Any, token_ids_BT: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
+        embeds_BTH = model.get_input_embeddings()(token_ids_BT)
         if features is None:
-            return {"inputs_embeds": embeds_TH[None]}
-        is_image_T = token_ids_T == model.config.image_token_id
-        merged, *deeper = features.to(embeds_TH.dtype).split(embeds_TH.shape[-1], -1)
+            return {"inputs_embeds": embeds_BTH}
+        is_image_BT = token_ids_BT == model.config.image_token_id
+        merged, *deeper = torch.split(features.to(embeds_BTH.dtype), embeds_BTH.shape[-1], -1)
         return {
-            "inputs_embeds": embeds_TH.masked_scatter(is_image_T[:, None], merged)[None],
-            "visual_pos_masks": is_image_T[None],
+            "inputs_embeds": embeds_BTH.masked_scatter(is_image_BT[..., None], merged),
+            "visual_pos_masks": is_image_BT,
             "deepstack_visual_embeds": deeper,
         }

@@ -1,6 +1,6 @@
-"""From scores to per-token advantages, within one group. Pure functions of numbers; knows no model and no text.
+"""From scores to per-token advantages within one group, as pure functions. Formulas: docs/reference/algorithm.md.
 
-Formulas: docs/reference/algorithm.md. A missing score (the reward did not apply) is NaN.
+A missing score (the reward did not apply) is NaN.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ def credit_group(scored: ScoredGroup, kind: str, weights_K: Sequence[float]) -> 
 
 MaskedCredits = list[tuple[Credit, np.ndarray]]
 Terms = tuple[np.ndarray, np.ndarray]
+"""(K, T) scope and advantages of one rollout."""
+CreditSet = frozenset[tuple[int, str]]
+"""The (reward, key) of every credit that covers a token."""
 
 
 def _credit_masks(scored: ScoredGroup) -> list[list[MaskedCredits]]:
@@ -136,11 +139,11 @@ def _per_reward(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]]) -> lis
 def _per_scope(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]], weights_K: Sequence[float]) -> list[Terms]:
     """The paper's form: tokens covered by the same set of rewards share one standardised, weighted mean score."""
     num_rollouts = len(scored.group.rollouts)
-    tokens_G: list[dict[frozenset, np.ndarray]] = []
-    scores_by_set: dict[frozenset, np.ndarray] = {}
+    tokens_G: list[dict[CreditSet, np.ndarray]] = []
+    scores_by_set: dict[CreditSet, np.ndarray] = {}
     for index, rollout in enumerate(scored.group.rollouts):
         covering = [(k, credit, mask_T) for k, masked in enumerate(masks_GK[index]) for credit, mask_T in masked]
-        tokens: dict[frozenset, np.ndarray] = {}
+        tokens: dict[CreditSet, np.ndarray] = {}
         for t in range(len(rollout.token_ids_T)):
             here = [(k, credit) for k, credit, mask_T in covering if mask_T[t]]
             if not here:

@@ -209,19 +209,20 @@ async def _call(
 async def _in_daemon_thread(function: Callable[[Response], object], response: Response) -> object:
     """Run a function that may never return; its thread does not keep the process alive."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future = loop.create_future()
+    future: asyncio.Future[object] = loop.create_future()
 
-    def settle(method: Callable, result: object) -> None:
+    def settle(result: object, error: Exception | None) -> None:
         if not future.done():
-            method(result)
+            future.set_exception(error) if error else future.set_result(result)
 
     def run() -> None:
+        result, error = None, None
         try:
-            method, result = future.set_result, function(response)
-        except Exception as error:
-            method, result = future.set_exception, error
+            result = function(response)
+        except Exception as raised:
+            error = raised
         if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, method, result)
+            loop.call_soon_threadsafe(settle, result, error)
 
     threading.Thread(target=run, daemon=True, name="reward").start()
     return await future

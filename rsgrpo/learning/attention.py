@@ -98,7 +98,6 @@ query: (1, heads, T, head_dim). key, value: (1, kv_heads, T, head_dim).
 def register(name: str, kernel: Kernel) -> None:
     """Let transformers' layers attend by `kernel` where their configuration names it."""
 
-    @torch.compiler.disable
     def attend(
         module: nn.Module,
         query: torch.Tensor,
@@ -114,7 +113,8 @@ def register(name: str, kernel: Kernel) -> None:
         assert attention_mask is None, "a mask over the whole row was built"
         return kernel(query, key, value, prefix_row, scaling, dropout), None
 
-    AttentionInterface.register(name, attend)
+    uncompiled: Any = torch.compiler.disable
+    AttentionInterface.register(name, uncompiled(attend))
 
 
 def prefix_sdpa(
@@ -128,7 +128,7 @@ def prefix_sdpa(
     """Attend segment by segment with torch's own kernels (flash on CUDA)."""
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
-    queries, keys, values = (tensor.split(prefix_row.split_lengths, 2) for tensor in (query, key, value))
+    queries, keys, values = (torch.split(tensor, prefix_row.split_lengths, 2) for tensor in (query, key, value))
     outputs: list[torch.Tensor] = []
     layout = prefix_row.layout
     for prompt_length, lengths in zip(layout.prompt_lengths, layout.response_lengths, strict=True):
@@ -174,7 +174,8 @@ def prefix_varlen(
         softmax_scale=scale,
         causal=True,
     )
-    return output[None]
+    rows: torch.Tensor = output[None]
+    return rows
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -129,7 +129,8 @@ def _write_configs(hf: Any, model: ModelConfig, inputs: InputsConfig, folder: Pa
     options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     if model.revision:
         options["revision"] = model.revision
-    processor = AutoProcessor.from_pretrained(model.path, **options)
+    load_processor: Any = AutoProcessor.from_pretrained
+    processor = load_processor(model.path, **options)
     processor.image_processor.size = {"shortest_edge": inputs.min_pixels, "longest_edge": inputs.max_pixels}
     processor.save_pretrained(folder)
     # transformers 5 writes processor_config.json only; older tools look for preprocessor_config.json.

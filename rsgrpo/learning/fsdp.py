@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -27,7 +28,7 @@ def init_distributed(rank: int, world_size: int, address: str, port: int, device
     """
     backend = "cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo"
     if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return
     dist.init_process_group(
         backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=_TIMEOUT

@@ -146,7 +146,7 @@ class Learner:
             folder = FeatureFolder(Path(learner.feature_cache), fingerprint, int(learner.feature_cache_gb * 2**30))
         return PromptStore(
             self.encoder,
-            lambda tokens_T, grid: family.position_ids(hf, tokens_T, grid),
+            lambda tokens_T, grid: family.position_ids(hf, tokens_T[None], grid)[:, 0],
             self._encode_images if self.policy.frozen_tower else None,
             FeatureCache(learner.vision_cache_mb << 20),
             folder,
@@ -252,12 +252,10 @@ class Learner:
         counts = []
         for prompt in prompts:
             encoded = self._passes.prompts.encode(prompt)
-            num_features = 0
             if encoded.features is not None:
                 num_features = len(encoded.features)
-            elif encoded.image_grid_thw is not None:
-                merge = self.policy.hf.config.vision_config.spatial_merge_size
-                num_features = int(encoded.image_grid_thw.prod(1).sum()) // merge**2
+            else:
+                num_features = self.policy.family.num_features(self.encoder.image_processor, encoded.image_grid_thw)
             counts.append((len(encoded.token_ids_T), int((encoded.token_ids_T == image_token_id).sum()), num_features))
         return counts
 

@@ -42,7 +42,8 @@ def empty_model(config: ModelConfig) -> Any:
         options["revision"] = config.revision
     hf_config = AutoConfig.from_pretrained(config.path, **options)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
+        from_config: Any = AutoModelForImageTextToText.from_config
+        return from_config(
             hf_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=config.trust_remote_code
         )
 
@@ -57,7 +58,7 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> None:
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=rf".*language_model\..*\.({'|'.join(config.targets)})",
+        target_modules=family_of(model.config.model_type).adapted_layers(config.targets),
     )
     inject_adapter_in_model(peft_config, model)
     for name, parameter in model.named_parameters():
@@ -112,13 +113,7 @@ class Policy(nn.Module):
         banned_V = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
         banned_V[list(banned_token_ids)] = True
         self.register_buffer("banned_V", banned_V, persistent=False)
-        config = self.family.language_model(model).config
-        if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-            raise InputError(
-                "the model has sliding-window layers, which the shared prefix does not know; "
-                "set use_sliding_window=false in its config.json if it was trained without them"
-            )
-        config._attn_implementation = attention
+        self.family.attend_by(model, attention)
         if frozen_tower:
             self.family.vision_tower(model).requires_grad_(False)
 
@@ -131,11 +126,11 @@ class Policy(nn.Module):
         if isinstance(batch, PlainRow):
             return self._plain(batch, temperature, entropy_gradient)
         model, family = self.hf, self.family
-        language_model = family.language_model(model)
-        inputs = family.language_inputs(model, batch.token_ids_T, self._features(batch))
+        inputs = family.language_inputs(model, batch.token_ids_T[None], self._features(batch))
         embeds = inputs["inputs_embeds"]
-        hidden_TH = language_model(
+        hidden_TH = family.language_model(model)(
             **inputs,
+            **family.no_mask,
             position_ids=batch.position_ids_3T[:, None],
             use_cache=False,
             prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
@@ -181,7 +176,7 @@ class Policy(nn.Module):
             return self._head_chunk(hidden_NH, targets_N, temperature, entropy_gradient)
         pieces = [
             checkpoint(self._head_chunk, hidden, targets, temperature, entropy_gradient, use_reentrant=False)
-            for hidden, targets in zip(hidden_NH.split(chunk), targets_N.split(chunk), strict=True)
+            for hidden, targets in zip(torch.split(hidden_NH, chunk), torch.split(targets_N, chunk), strict=True)
         ]
         return TokenScores(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 

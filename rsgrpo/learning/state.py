@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from rsgrpo.learning.optimizer import Optimizer
 from rsgrpo.learning.policy import Policy
@@ -50,7 +52,7 @@ def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     state[f"random_{dist.get_rank()}"] = _random_state()
     with _told_apart(f"{folder} could not be written"):
-        dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, overwrite=False))
+        save(state, storage_writer=FileSystemWriter(folder, overwrite=False))
 
 
 def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int) -> None:
@@ -64,12 +66,12 @@ def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int)
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     key = f"random_{dist.get_rank()}"
-    written = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    written = FileSystemReader(folder).read_metadata().state_dict_metadata
     has_random_state = any(name.startswith(f"{key}.") for name in written)
     if has_random_state:
         state[key] = _random_state()
     with _told_apart(f"{folder} could not be read"):
-        dcp.load(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder)
     set_state_dict(
         policy,
         optimizer.adamw,

@@ -55,7 +55,7 @@ def samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
 
 def encoded(policy: Policy, inputs: PromptInputs) -> EncodedPrompt:
     tokens = torch.tensor(inputs.token_ids_T)
-    positions = policy.family.position_ids(policy.hf, tokens, inputs.image_grid_thw)
+    positions = policy.family.position_ids(policy.hf, tokens[None], inputs.image_grid_thw)[:, 0]
     if inputs.pixel_values is None or inputs.image_grid_thw is None:
         return EncodedPrompt(tokens, positions)
     if policy.frozen_tower:

@@ -280,7 +280,7 @@ def test_bfloat16_steps_stay_near_float32_ones(tiny_model_path, groups):
 
 def test_the_self_check_finds_a_forward_that_differs(tiny_model_path, groups, monkeypatch):
     learner = make_learner(tiny_model_path)
-    wrong = lambda model, tokens_T, grid: torch.arange(len(tokens_T)).expand(3, -1) * 2  # noqa: E731
+    wrong = lambda model, tokens_BT, grid: torch.arange(tokens_BT.shape[1]).expand(3, 1, -1) * 2  # noqa: E731
     monkeypatch.setattr(learner.policy.family, "position_ids", wrong)
     with pytest.raises(RsgrpoError, match=r"shared-prefix logprobs differ from the plain forward's by"):
         learner.update(groups, WEIGHTS)

@@ -27,7 +27,7 @@ from recipes.retrieval.encoders.imported import ImportedEncoder
 from recipes.retrieval.pages.store import Page, PageStore
 from tests.material.retrieval import coloured_store
 from tests.material.retrieval_models import save_bert, save_clip, save_late
-from tests.material.tiny_qwen3 import save_qwen3
+from tests.material.tiny_families import save_family
 
 QUERIES = ["what amount is on page 2?", "7", "insufficient to answer"]
 KINDS = {"qwen2.5": "image", "qwen3": "image", "clip": "image", "bert": "text", "late": "late"}
@@ -38,7 +38,7 @@ def folders(tiny_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> d
     folder = tmp_path_factory.mktemp("kinds")
     return {
         "qwen2.5": tiny_model_path,
-        "qwen3": save_qwen3(tiny_model_path, folder / "qwen3"),
+        "qwen3": save_family("qwen3_vl", tiny_model_path, folder / "qwen3"),
         "clip": save_clip(tiny_model_path, folder),
         "bert": save_bert(tiny_model_path, folder),
         "late": save_late(tiny_model_path, folder / "late"),

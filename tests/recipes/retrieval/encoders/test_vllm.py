@@ -16,7 +16,7 @@ from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.encoders.vllm import folder_pooling, pool
 from recipes.retrieval.pages.store import Page
 from rsgrpo.errors import RsgrpoError
-from tests.material.tiny_qwen3 import save_qwen3
+from tests.material.tiny_families import save_family
 
 pytestmark = pytest.mark.filterwarnings(  # vLLM imports what torch calls deprecated
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
@@ -36,7 +36,7 @@ def test_each_pooling_is_its_formula():
 @pytest.mark.parametrize(("family", "pooling"), [("qwen2.5", ""), ("qwen2.5 saved", "mean"), ("qwen3", "last")])
 def test_vllm_gives_the_vectors_of_transformers(family, pooling, tiny_model_path, page_images, tmp_path):
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    folder = save_qwen3(tiny_model_path, tmp_path / "qwen3") if family == "qwen3" else tiny_model_path
+    folder = save_family("qwen3_vl", tiny_model_path, tmp_path / "qwen3") if family == "qwen3" else tiny_model_path
     settings: dict[str, Any] = {"min_pixels": 32 * 32, "max_pixels": 16 * 32 * 32, "device": "cpu", "batch_size": 2}
     settings["query_prefix"] = "find: "
     plain = load_encoder(EncoderSettings(folder, pooling=pooling, **settings))

@@ -1,0 +1,35 @@
+"""Qwen2-VL and Qwen2.5-VL, every size: features replace the embeddings of image tokens."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from rollout.families.base import Family
+
+
+class Qwen2VL(Family):
+    """The adapter of transformers' `qwen2_vl`."""
+
+    model_type = "qwen2_vl"
+    # A mask per kind of layer is taken as it is.
+    no_mask: ClassVar[dict[str, Any]] = {"attention_mask": {"full_attention": None}}
+
+    def language_inputs(self, model: Any, token_ids_BT: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
+        embeds_BTH = model.get_input_embeddings()(token_ids_BT)
+        if features is not None:
+            is_image_BT1 = (token_ids_BT == model.config.image_token_id)[..., None]
+            embeds_BTH = embeds_BTH.masked_scatter(is_image_BT1, features.to(embeds_BTH.dtype))
+        return {"inputs_embeds": embeds_BTH}
+
+    def checkpoint_name(self, name: str) -> str:
+        if name.startswith(self.language_prefix):
+            return "model." + name.removeprefix(self.language_prefix)
+        return name.removeprefix("model.") if name.startswith(self.vision_prefix) else name
+
+
+class Qwen25VL(Qwen2VL):
+    """The adapter of transformers' `qwen2_5_vl`; the tower differs, and transformers knows how."""
+
+    model_type = "qwen2_5_vl"

@@ -1,0 +1,93 @@
+"""What a family must do to be supported: shared and plain rows agree, the learner trains it, its export loads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from rollout.config import InputsConfig
+from rollout.families import FAMILIES, family_of
+from rollout.inputs.processor import InputProcessor
+from rsgrpo.config.train import LoraConfig
+from rsgrpo.errors import InputError
+from rsgrpo.learning.packing import build_micro_batch
+from tests.laws.test_02_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
+from tests.material.learner import make_groups, make_learner
+from tests.material.tiny_families import save_family
+
+HUB_PREFIXES = {
+    "qwen2_vl": {"model.embed_tokens", "model.layers", "model.norm", "visual.blocks", "visual.merger",
+                 "visual.patch_embed", "lm_head.weight"},
+    "qwen3_vl": {"model.language_model", "model.visual", "lm_head.weight"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=HUB_PREFIXES)
+def model_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(model_type, tiny_model_path, tmp_path_factory) -> str:
+    return save_family(model_type, tiny_model_path, tmp_path_factory.mktemp(f"tiny-{model_type}"))
+
+
+@pytest.fixture(scope="module")
+def processor(path) -> InputProcessor:
+    return InputProcessor(path, InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16))
+
+
+def test_every_family_but_the_tests_own_has_a_tiny_model():
+    assert set(FAMILIES) == {*HUB_PREFIXES, "qwen2_5_vl"}
+
+
+def test_an_unknown_family_is_refused_with_the_list():
+    with pytest.raises(InputError, match="'llava' model; supported families are qwen2_vl, qwen2_5_vl, qwen3_vl"):
+        family_of("llava")
+
+
+@pytest.mark.parametrize(("counts", "train_tower"), [([2, 0, 5], False), ([2, 0, 5], True), ([0], True)], ids=str)
+def test_shared_equals_plain(counts, train_tower, path, processor, page_images):
+    policy = make_policy(path, processor, train_tower=train_tower)
+    groups = groups_of(processor, page_images, counts)
+    row = build_micro_batch([(encoded(policy, inputs), group) for inputs, group in groups])
+    plain, shared = backward(policy, plain_rows(groups)), backward(policy, [row])
+    if train_tower and not any(counts):  # the plain forward of text never runs the tower; here its gradient is zero
+        shared = (shared[0], {name: g for name, g in shared[1].items() if "visual" not in name})
+    assert_same(plain, shared)
+
+
+def test_features_from_inside_the_tower_matter(model_type, path, processor, page_images):
+    if model_type != "qwen3_vl":
+        pytest.skip("this family's tower gives its output only")
+    policy = make_policy(path, processor).eval()
+    [(inputs, group)] = groups_of(processor, page_images, [2])
+    prompt = encoded(policy, inputs)
+    assert prompt.features is not None
+    assert prompt.features.shape[1] == 3 * 64
+    with torch.no_grad():
+        before = policy(build_micro_batch([(prompt, group)]), 1.0, False).logprobs_N
+        prompt.features[:, 64:] = 0
+        after = policy(build_micro_batch([(prompt, group)]), 1.0, False).logprobs_N
+    assert not torch.allclose(before, after)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_learner_trains_it_and_its_export_loads_and_has_the_hubs_names(
+    lora, model_type, path, page_images, tmp_path
+):
+    learner = make_learner(path, lora=LoraConfig(rank=lora))
+    metrics = learner.update(make_groups(page_images, [1, 0, 2]), [1.0, 1.0])
+    assert metrics["actor/skipped"] == 0
+    learner.export(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert model.config.model_type == model_type
+    named = dict(model.named_parameters())
+    for name, tensor in learner.gather_weights():
+        torch.testing.assert_close(named[name].data, tensor)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:  # the names that vLLM's loader maps
+        prefixes = {".".join(name.split(".")[:2]) for name in file.keys()}  # noqa: SIM118
+    assert prefixes == HUB_PREFIXES[model_type]
+    assert AutoProcessor.from_pretrained(tmp_path).image_processor is not None
