@@ -41,7 +41,7 @@ HOMES = {
     "peft": ["rsgrpo/learning/policy.py", "recipes/retrieval/training/loop.py"],
     "faiss": ["recipes/retrieval/search/faiss.py"],
     "sentence_transformers": ["recipes/retrieval/encoders/sentence.py", "recipes/retrieval/training/loop.py"],
-    "httpx": ["recipes/answers/endpoint.py"],
+    "openai": ["recipes/answers/endpoint.py"],
     "aiohttp": ["recipes/serve/server.py"],
     "sklearn": ["recipes/demo/*.py"],
     "gradio": ["recipes/app.py"],
@@ -169,7 +169,7 @@ raise SystemExit(pytest.main(["--collect-only", "-qm", "gpu", "-p", "no:cachepro
 
 @pytest.mark.parametrize("statement", ["import benchmarks.learner", COLLECT_GPU_TESTS], ids=["benchmark", "tests"])
 def test_what_runs_on_a_bare_gpu_image_needs_torch_and_transformers_only(statement):
-    absent = {"ray", "vllm", "hydra", "omegaconf", "wandb", "tensorboard", "datasets", "rich", "pyarrow", "httpx"}
+    absent = {"ray", "vllm", "hydra", "omegaconf", "wandb", "tensorboard", "datasets", "rich", "pyarrow", "openai"}
     result = run_without(absent, statement)
     assert result.returncode == 0, result.stdout + result.stderr
     if statement == COLLECT_GPU_TESTS:

@@ -1,31 +1,34 @@
-"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming. The home of `httpx`.
+"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming. The home of `openai`.
 
-Pages are sent decoded and resized as training sees them. Nothing of engines, files or parsing is known here.
+Pages are sent as training sees them: decoded, resized, as PNG.
 """
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import io
 import json
 import logging
 import os
+import queue
 import random
 import threading
 import time
 import zlib
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, cast
 
-import httpx
+import openai
+from PIL import Image
 
-from recipes.answers.data_urls import page_url
 from recipes.answers.questions import IMAGE_MARK
 from recipes.answers.spec import EndpointConfig
 from recipes.answers.types import Answer
 from rollout.config import InputsConfig
-from rollout.inputs.images import PromptError
-from rollout.types import Prompt, SamplingParams
+from rollout.inputs.images import PromptError, decode, smart_resize
+from rollout.types import ImageSource, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,8 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_DELAY_S = 60.0
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 HOPELESS = (401, 403, 404)
-_OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # no chat completion
+PATCH = 28  # sides of merged vision tokens of the Qwen2-VL family; a server does not resize such images again
+_OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # not a chat completion
 
 
 class EndpointError(RsgrpoError):
@@ -42,7 +46,7 @@ class EndpointError(RsgrpoError):
 
 
 class Endpoint:
-    """An answerer (`recipes.answers.types.Answerer`) behind HTTP. Close it after use.
+    """An answerer (`recipes.answers.types.Answerer`) behind HTTP; its requests run on a thread of their own.
 
     Attributes:
         name: of the model, as the server knows it.
@@ -55,132 +59,147 @@ class Endpoint:
 
         Raises:
             EndpointError: the endpoint does not answer.
-            InputError: it has a prompt of its own.
+            InputError: it has a prompt template of its own.
         """
-        self._config = config
-        self._sampling = sampling
-        self._inputs = inputs
-        self._stop = threading.Event()
-        self._fault: EndpointError | None = None  # the first, which stopped the others
-        self._last_success = 0.0
-        self._turn_lock = threading.Lock()
-        self._next_turn = 0.0
+        self._config, self._sampling, self._inputs = config, sampling, inputs
+        self._places = asyncio.Semaphore(config.concurrency)
+        self._last_success = self._next_turn = 0.0
         key = os.environ.get(config.api_key_env, "")
+        self._headers = {} if key else {"Authorization": openai.Omit()}  # the client insists on a key: it is not sent
         try:
-            self._client = httpx.Client(
-                base_url=config.url.rstrip("/") + "/",
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=httpx.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
-                limits=httpx.Limits(max_connections=config.concurrency),
+            self._client = openai.AsyncOpenAI(
+                base_url=config.url,
+                api_key=key or "none",
+                timeout=openai.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
+                max_retries=0,  # they are counted, paced and stopped here
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
             )
-        except httpx.InvalidURL as error:
-            raise EndpointError(f"endpoint.url={config.url} is no address: {error}") from error
+        except Exception as error:  # httpx.InvalidURL, of whichever httpx the package brings
+            raise EndpointError(f"endpoint.url={config.url} is not a valid URL: {error}") from error
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._thread.start()
         try:
-            self.name = config.model or self._only_model()
+            self.name = config.model or asyncio.run_coroutine_threadsafe(self._only_model(), self._loop).result()
         except BaseException:
-            self._client.close()
+            self.close()
             raise
 
     def start(self) -> None:
         """Nothing to load: the model is the server's."""
 
-    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
-        """Yield one output per prompt as it arrives; a request that the server refuses becomes an output with `error`.
+    def answer(self, prompts: Sequence[Prompt]) -> Generator[Answer]:
+        """Yield one answer per prompt as it arrives; a request that the server refuses becomes an answer with `error`.
 
         Raises:
-            EndpointError: the endpoint is down; what had arrived has been yielded before.
+            EndpointError: the endpoint is down, which stops all requests at once; what had arrived has been yielded.
         """
-        self._stop.clear()
-        self._fault = None
-        pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="endpoint")
-        futures = [pool.submit(self._ask, prompt) for prompt in prompts]
-        waiting = set(futures)
-        try:
-            for future in as_completed(futures):
-                waiting.discard(future)
-                yield future.result()
-        except EndpointError as error:
-            pool.shutdown(wait=True, cancel_futures=True)
-            yield from (future.result() for future in waiting if _succeeded(future))
-            raise (self._fault or error) from None
-        finally:
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+
+        async def ask_all(tell: Callable[[str | Answer], None]) -> None:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for prompt in prompts:
+                        group.create_task(self._ask(prompt, tell))
+            except ExceptionGroup as errors:  # the first one stopped the others
+                raise errors.exceptions[0] from None
+
+        return cast(Generator[Answer], self._told(ask_all))
 
     def stream(self, prompt: Prompt) -> Generator[str | Answer]:
-        """Yield the text in pieces as it is written, then the output.
+        """Yield the text in pieces as it is written, then the answer.
 
         Raises:
             EndpointError: the endpoint is down.
         """
-        self._stop.clear()
-        text, finish_reason = "", "stop"
-        try:
-            body = self._body(prompt) | {"stream": True}
-            with closing(self._open(body, stream=True)) as response:
-                for delta, reason in _events(response, self._config.timeout_s):
-                    finish_reason = reason or finish_reason
-                    if delta:
-                        text += delta
-                        yield delta
-        except PromptError as error:
-            yield Answer(prompt, text, "error", str(error))
-            return
-        except (httpx.HTTPError, httpx.StreamError, *_OTHER_FORM) as error:
-            yield Answer(prompt, text, "error", f"the answer broke off: {type(error).__name__}: {error}")
-            return
-        yield Answer(prompt, text, finish_reason)
+        return self._told(lambda tell: self._ask_streaming(prompt, tell))
 
     def close(self) -> None:
-        """Close the connections."""
-        self._stop.set()
-        self._client.close()
+        """End what is under way and close the connections."""
+        if self._loop.is_closed():
+            return
 
-    def _only_model(self) -> str:
+        async def finish() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.close()
+            await asyncio.get_running_loop().shutdown_default_executor()
+
+        asyncio.run_coroutine_threadsafe(finish(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _told(self, work: Callable[[Callable[[str | Answer], None]], Coroutine[Any, Any, None]]) -> Generator[Any]:
+        """Yield what `work` tells while it runs on the endpoint's thread; leaving the generator cancels it."""
+        heard: queue.SimpleQueue[str | Answer | None] = queue.SimpleQueue()
+        done = asyncio.run_coroutine_threadsafe(work(heard.put), self._loop)
+        done.add_done_callback(lambda _: heard.put(None))
         try:
-            entries = self._request("GET", "models").json()["data"]
+            while (piece := heard.get()) is not None:
+                yield piece
+            done.result()
+        finally:
+            done.cancel()
+
+    async def _only_model(self) -> str:
+        config = self._config
+        try:
+            listing = self._client.models.with_raw_response.list
+            reply = await self._until_answered(lambda: listing(extra_headers=self._headers))
+            entries = json.loads(reply.content)["data"]
             models = [entry["id"] for entry in entries]
-        except (PromptError, ValueError, KeyError, TypeError) as error:
+        except (PromptError, *_OTHER_FORM) as error:
             raise EndpointError(
-                f"endpoint {self._config.url} lists no models ({error}); name the model: endpoint.model"
+                f"endpoint {config.url} does not list its models ({error}); name the model: endpoint.model"
             ) from error
         if len(models) != 1:
-            raise EndpointError(
-                f"endpoint {self._config.url} serves {', '.join(models) or 'no model'}; choose one: endpoint.model"
-            )
-        if entries[0].get("has_template") is True:  # the prompt in it would stand around ours
-            raise InputError(f"endpoint {self._config.url} is `recipes.serve`: start it with --prompt raw")
+            raise EndpointError(f"endpoint {config.url} serves {', '.join(models) or 'no model'}; set endpoint.model")
+        if entries[0].get("has_template") is True:  # it would put our prompt into its own
+            raise InputError(f"endpoint {config.url} is `recipes.serve`: start it with --prompt raw")
         return str(models[0])
 
-    def _ask(self, prompt: Prompt) -> Answer:
+    async def _ask(self, prompt: Prompt, tell: Callable[[str | Answer], None]) -> None:
+        async with self._places:
+            create = self._client.chat.completions.with_raw_response.create
+            try:
+                body = await asyncio.to_thread(self._body, prompt)
+                content = (await self._until_answered(lambda: create(**body))).content
+            except PromptError as error:
+                tell(Answer(prompt, "", "error", str(error)))
+                return
         try:
-            response = self._open(self._body(prompt))
-        except PromptError as error:
-            return Answer(prompt, "", "error", str(error))
-        except EndpointError as error:
-            self._fault = self._fault or error
-            self._stop.set()  # at once: the others need not find out for themselves
-            raise
-        try:
-            reply = response.json()
-            choice = reply["choices"][0]
-            text, reason = _text(choice["message"].get("content")), _text(choice.get("finish_reason")) or "stop"
-            usage = reply.get("usage")
+            text, reason, (num_prompt, num_response) = _read(content)
         except _OTHER_FORM as error:
-            said = f"{type(error).__name__}: {error}; it begins {response.content[:80]!r}"
-            return Answer(prompt, "", "error", f"the reply is no chat completion: {said}")
-        counts = usage if isinstance(usage, dict) else {}
-        num_prompt, num_response = (
-            count if isinstance(count := counts.get(name), int) else None
-            for name in ("prompt_tokens", "completion_tokens")
-        )
-        return Answer(
-            prompt,
-            text,
-            reason,
-            num_prompt_tokens=num_prompt,
-            num_response_tokens=num_response,
-        )
+            said = f"{type(error).__name__}: {error}; it begins {content[:80]!r}"
+            tell(Answer(prompt, "", "error", f"the reply is not a chat completion: {said}"))
+        else:
+            reason = reason or "stop"
+            tell(Answer(prompt, text, reason, num_prompt_tokens=num_prompt, num_response_tokens=num_response))
+
+    async def _ask_streaming(self, prompt: Prompt, tell: Callable[[str | Answer], None]) -> None:
+        text, finish_reason = "", "stop"
+        create = self._client.chat.completions.with_streaming_response.create
+        async with self._places, AsyncExitStack() as connection:
+            try:
+                body = await asyncio.to_thread(self._body, prompt)
+                reply = await self._until_answered(lambda: connection.enter_async_context(create(**body, stream=True)))
+            except PromptError as error:
+                tell(Answer(prompt, "", "error", str(error)))
+                return
+            try:
+                async with asyncio.timeout(self._config.timeout_s):
+                    async for piece, reason in _pieces(reply):
+                        finish_reason = reason or finish_reason
+                        if piece:
+                            text += piece
+                            tell(piece)
+            except Exception as error:  # of openai, httpx or json; the text so far is kept
+                fault = _broken_off(error, self._config.timeout_s)
+                tell(Answer(prompt, text, "error", f"the answer broke off: {fault}"))
+            else:
+                tell(Answer(prompt, text, finish_reason))
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
         """Return the request: text and pages in the order of the prompt's marks.
@@ -188,137 +207,136 @@ class Endpoint:
         Raises:
             PromptError: a page cannot be read, or there are too many.
         """
-        limit = self._inputs.max_images
-        if len(prompt.images) > limit:
-            raise PromptError(f"the prompt has {len(prompt.images)} images, inputs.max_images is {limit}")
+        inputs, sampling = self._inputs, self._sampling
+        if len(prompt.images) > inputs.max_images:
+            raise PromptError(f"the prompt has {len(prompt.images)} images, inputs.max_images is {inputs.max_images}")
         content: list[dict[str, Any]] = []
         for number, piece in enumerate(prompt.text.split(IMAGE_MARK)):
             if number:
-                url = page_url(prompt.images[number - 1], self._inputs.min_pixels, self._inputs.max_pixels)
+                url = page_url(prompt.images[number - 1], inputs.min_pixels, inputs.max_pixels)
                 content.append({"type": "image_url", "image_url": {"url": url}})
             if piece:
                 content.append({"type": "text", "text": piece})
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if prompt.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-        sampling = self._sampling
+        # The seed differs by prompt, so that tries under other ids are other draws; greedy needs none.
+        seed = sampling.seed + (zlib.crc32(prompt.id.encode()) if sampling.temperature else 0)
         return {
             "model": self.name,
             "messages": messages,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "seed": _seed(sampling, prompt.id),
-            **({"top_k": sampling.top_k} if sampling.top_k else {}),
+            "seed": seed % 2**31,
+            "extra_headers": self._headers,
+            "extra_body": {"top_k": sampling.top_k} if sampling.top_k else None,
         }
 
-    def _open(self, body: dict[str, Any], *, stream: bool = False) -> httpx.Response:
-        return self._request("POST", "chat/completions", body, stream=stream)
-
-    def _request(
-        self, method: str, path: str, body: dict[str, Any] | None = None, *, stream: bool = False
-    ) -> httpx.Response:
-        """Send a request until it is answered.
+    async def _until_answered(self, send: Callable[[], Awaitable[Any]]) -> Any:
+        """Send a request until it is answered; return the reply.
 
         Raises:
-            PromptError: the server refuses this request. EndpointError: no request can succeed.
+            PromptError: the server refuses this request.
+            EndpointError: no request can succeed.
         """
         config, started = self._config, time.monotonic()
         fault, delay_s = "", config.backoff_s
         for attempt in range(1, config.max_tries + 1):
-            self._await_turn()
-            if self._stop.is_set():
-                raise EndpointError("stopped")
+            await self._await_turn()
+            wait_s = delay_s
             try:
-                request = self._client.build_request(method, path, json=body)
-                response = self._client.send(request, stream=True)
-                if not stream:
-                    response = _read(response, config.timeout_s)
-            except (httpx.TransportError, httpx.DecodingError) as error:
-                fault = f"{type(error).__name__}: {error}"
-                wait_s = delay_s
-            else:
-                if response.status_code < 300:
-                    self._last_success = time.monotonic()
-                    return response
-                fault = f"HTTP {response.status_code}: {_detail(response)}"
-                if response.is_redirect:
-                    where = response.headers.get("location")
-                    raise EndpointError(f"endpoint {config.url} sends on to {where}: set endpoint.url to that")
-                if response.status_code in HOPELESS:
-                    raise EndpointError(f"endpoint {config.url} refuses every request, {fault}; {self._hint(response)}")
-                if response.status_code < 500 and response.status_code not in RETRIED:
-                    raise PromptError(f"the endpoint refuses the request, {fault}")
-                wait_s = _retry_after(response, delay_s)
+                async with asyncio.timeout(config.timeout_s):  # of the client's own, each ends a single read
+                    reply = await send()
+                self._last_success = time.monotonic()
+                return reply
+            except openai.APIStatusError as error:
+                fault = f"HTTP {error.status_code}: {_detail(error)}"
+                self._refuse_for_good(error, fault)
+                given = error.response.headers.get("retry-after", "")
+                wait_s = float(given) if given.isdigit() else delay_s
+            except (openai.APIConnectionError, TimeoutError) as error:
+                fault = _broken_off(error, config.timeout_s)
             if attempt < config.max_tries:
                 log.info("try %d of %d failed, next in %.1f s: %s", attempt, config.max_tries, wait_s, fault)
-                if self._stop.wait(min(wait_s, MAX_DELAY_S) * random.uniform(1.0, 1.2)):
-                    raise EndpointError("stopped")
+                await asyncio.sleep(min(wait_s, MAX_DELAY_S) * random.uniform(1.0, 1.2))
                 delay_s *= 2
         if self._last_success > started:  # others get through: it is this request that the server cannot answer
-            raise PromptError(f"the endpoint failed {config.max_tries} times, {fault}")
+            raise PromptError(f"the endpoint failed {config.max_tries} times, the last time with {fault}")
         raise EndpointError(
             f"endpoint {config.url} did not answer in {config.max_tries} tries, the last was {fault}; is the server "
             "running, and is endpoint.url right?"
         )
 
-    def _await_turn(self) -> None:
-        """Wait so that requests keep to `requests_per_minute`."""
-        if not self._config.requests_per_minute:
-            return
-        with self._turn_lock:
+    def _refuse_for_good(self, error: openai.APIStatusError, fault: str) -> None:
+        """Raise unless the same request may succeed later; see `_until_answered`."""
+        config, status = self._config, error.status_code
+        if status < 400 and (where := error.response.headers.get("location")):
+            raise EndpointError(f"endpoint {config.url} redirects to {where}: set endpoint.url to that")
+        if status in HOPELESS:
+            hint = f"put the key into the environment variable {config.api_key_env} (endpoint.api_key_env)"
+            if status == 404:
+                hint = f"check endpoint.url, which usually ends in /v1, and endpoint.model={config.model!r}"
+            raise EndpointError(f"endpoint {config.url} refuses every request, {fault}; {hint}")
+        if status < 500 and status not in RETRIED:
+            raise PromptError(f"the endpoint refuses the request, {fault}")
+
+    async def _await_turn(self) -> None:
+        """Wait so that requests keep to `requests_per_minute`, retries included."""
+        if self._config.requests_per_minute:
             turn = max(self._next_turn, time.monotonic())
             self._next_turn = turn + 60 / self._config.requests_per_minute
-        if self._stop.wait(max(0.0, turn - time.monotonic())):
-            raise EndpointError("stopped")
-
-    def _hint(self, response: httpx.Response) -> str:
-        if response.status_code == 404:
-            return f"check endpoint.url, which usually ends in /v1, and endpoint.model={self._config.model!r}"
-        return f"put the key into the environment variable {self._config.api_key_env} (endpoint.api_key_env)"
+            await asyncio.sleep(turn - time.monotonic())
 
 
-def _seed(sampling: SamplingParams, prompt_id: str) -> int:
-    """Return a seed that differs by prompt, so that tries under other ids are other draws; greedy needs none."""
-    return (sampling.seed + (zlib.crc32(prompt_id.encode()) if sampling.temperature else 0)) % 2**31
-
-
-def _succeeded(future: Future[Answer]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is None
-
-
-def _read(response: httpx.Response, timeout_s: float) -> httpx.Response:
-    """Return a reply whole; httpx limits the time of each read, this one that of all together."""
-    with closing(response):
-        content = b"".join(_in_time(response.iter_bytes(), timeout_s))
-    kept = {name: response.headers[name] for name in ("retry-after", "location") if name in response.headers}
-    return httpx.Response(response.status_code, headers=kept, content=content)
-
-
-def _in_time(chunks: Iterator[bytes], timeout_s: float) -> Iterator[bytes]:
-    """Yield what comes, for so long.
+def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:
+    """Return a page as a data URL: decoded and resized as for training, as PNG.
 
     Raises:
-        httpx.ReadTimeout: there was no end by then.
+        PromptError: it cannot be read.
     """
-    deadline = time.monotonic() + timeout_s
-    for chunk in chunks:
-        yield chunk
-        if time.monotonic() > deadline:
-            raise httpx.ReadTimeout(f"no end within {timeout_s:g} s")
+    image = decode(source)
+    height, width = smart_resize(image.height, image.width, PATCH, min_pixels, max_pixels)
+    buffer = io.BytesIO()
+    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a stream. Only a line feed ends one: a text may hold what else Python takes for an end."""
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    yield rest
+def _read(content: bytes) -> tuple[str, str, tuple[int | None, ...]]:
+    """Return text, finish reason, and prompt and response tokens of a chat completion.
+
+    Raises:
+        One of _OTHER_FORM: it is something else.
+    """
+    reply = json.loads(content)
+    choice, usage = reply["choices"][0], reply.get("usage")
+    counts = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
+    tokens = tuple(count if isinstance(count, int) else None for count in counts)
+    return _text(choice["message"].get("content")), _text(choice.get("finish_reason")), tokens
+
+
+async def _pieces(reply: Any) -> AsyncIterator[tuple[str, str]]:
+    """Yield (text, finish reason) of a streamed answer; from a server that does not stream, all at once.
+
+    Raises:
+        Exception: the server reports a failure, falls silent before the end, or sends something else.
+    """
+    if "text/event-stream" not in reply.headers.get("content-type", ""):
+        text, reason, _ = _read(await reply.read())
+        yield text, reason
+        return
+    is_finished = False
+    async for event in await reply.parse():
+        for choice in (event.choices if "choices" in event.model_fields_set else None) or ():
+            delta, reason = getattr(choice, "delta", None), _text(choice.finish_reason)
+            is_finished = is_finished or bool(reason)
+            yield _text(delta.content if delta is not None else None), reason
+    if not is_finished:
+        raise EOFError("the stream ended before the answer did")
 
 
 def _text(value: Any) -> str:
-    """Return a text of a reply, "" for none; what is no Unicode in it cannot be written anywhere and is replaced.
+    """Return a text of a reply, "" for none; what is not Unicode in it cannot be written anywhere and is replaced.
 
     Raises:
         TypeError: it is something else.
@@ -328,44 +346,20 @@ def _text(value: Any) -> str:
     return (value or "").encode(errors="replace").decode()
 
 
-def _events(response: httpx.Response, timeout_s: float) -> Iterator[tuple[str, str]]:
-    """Yield (text, finish reason) of a streamed answer; of a server that does not stream, all at once.
-
-    Raises:
-        httpx.StreamError: the server says that it failed, or falls silent before the end.
-        httpx.ReadTimeout: there was no end in time.
-    """
-    chunks = _in_time(response.iter_bytes(), timeout_s)
-    if "text/event-stream" not in response.headers.get("content-type", ""):
-        choice = json.loads(b"".join(chunks))["choices"][0]
-        yield _text(choice["message"].get("content")), _text(choice.get("finish_reason"))
-        return
-    is_finished = False
-    for line in _lines(chunks):
-        payload = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-        if payload == b"[DONE]":
-            return
-        event = json.loads(payload) if payload else {}
-        if fault := event.get("error"):
-            raise httpx.StreamError(str(fault.get("message", fault) if isinstance(fault, dict) else fault))
-        for choice in event.get("choices") or []:
-            is_finished = is_finished or bool(choice.get("finish_reason"))
-            yield _text((choice.get("delta") or {}).get("content")), _text(choice.get("finish_reason"))
-    if not is_finished:
-        raise httpx.StreamError("the stream ended before the answer did")
-
-
-def _detail(response: httpx.Response) -> str:
+def _detail(error: openai.APIStatusError) -> str:
     """Return what the server says is wrong, in one line."""
-    text = response.read().decode(errors="replace").strip()
-    try:
-        error = json.loads(text).get("error")
-        text = error["message"] if isinstance(error, dict) else str(error or text)
-    except (ValueError, KeyError, AttributeError):
-        pass  # not the usual form: the text itself will do
-    return " ".join(text.split())[:300] or "no reason given"
+    said: Any = error.body
+    if isinstance(said, dict):
+        said = said.get("message") or said.get("detail") or said
+    return " ".join(str(said or "").split())[:300] or "no reason given"
 
 
-def _retry_after(response: httpx.Response, default_s: float) -> float:
-    given = response.headers.get("retry-after", "")
-    return float(given) if given.isdigit() else default_s
+def _broken_off(error: Exception, timeout_s: float) -> str:
+    """Return in one line why a reply did not come, or did not come to its end."""
+    if isinstance(error, TimeoutError):
+        return f"no end within {timeout_s:g} s"
+    if isinstance(error, openai.APIConnectionError):
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    elif isinstance(error, openai.APIError):  # an event of the stream says that the server failed
+        return error.body if isinstance(error.body, str) else error.message
+    return f"{type(error).__name__}: {error}"

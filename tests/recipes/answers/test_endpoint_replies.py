@@ -94,7 +94,7 @@ def in_pieces(pieces: Sequence[bytes], headers: dict[str, str], wait_s: float = 
 def test_a_reply_that_is_no_completion_is_that_prompts_error_and_not_asked_again(content, stream):
     output, num_requests = ask(send(content), stream=stream)
     assert (output.finish_reason, output.text, num_requests) == ("error", "", 1)
-    assert output.error.startswith("the answer broke off" if stream else "the reply is no chat completion")
+    assert output.error.startswith("the answer broke off" if stream else "the reply is not a chat completion")
 
 
 def test_the_error_shows_how_a_strange_reply_begins():
@@ -117,7 +117,7 @@ def test_what_is_no_unicode_in_an_answer_can_still_be_written():
 
 
 def test_a_redirect_is_a_stop_that_names_the_other_address():
-    with pytest.raises(EndpointError, match=r"sends on to https://else\.where/v1: set endpoint\.url to that"):
+    with pytest.raises(EndpointError, match=r"redirects to https://else\.where/v1: set endpoint\.url to that"):
         ask(send(b"", 307, Location="https://else.where/v1"))
 
 
@@ -128,10 +128,10 @@ def test_a_reply_that_cannot_be_unpacked_is_tried_again():
 
 def test_an_answer_that_never_ends_ends_at_its_time_limit():
     since = time.monotonic()
-    with pytest.raises(EndpointError, match=r"the last was ReadTimeout: no end within 0\.3 s"):
+    with pytest.raises(EndpointError, match=r"the last was no end within 0\.3 s"):
         ask(in_pieces([b" "] * 100, {"Content-Length": "100000"}, 0.05), timeout_s=0.3)
     output, _ = ask(in_pieces([events(delta("x"))] * 100, EVENTS, 0.05), stream=True, timeout_s=0.3)
-    assert (output.finish_reason, output.error) == ("error", "the answer broke off: ReadTimeout: no end within 0.3 s")
+    assert (output.finish_reason, output.error) == ("error", "the answer broke off: no end within 0.3 s")
     assert set(output.text) == {"x"}
     assert time.monotonic() - since < 5
 
