@@ -36,6 +36,7 @@ setup(
         "wandb>=0.31,<1",
         "tensorboard>=2.18,<3",
         "rich>=13.7,<16",
+        "jinja2>=3.1,<4",
         "pyarrow>=17",
         "packaging>=24",
         "pillow>=10.4",

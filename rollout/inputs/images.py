@@ -23,6 +23,8 @@ from rollout.packed import PackedImage
 from rollout.types import ImageSource
 
 MAX_ASPECT_RATIO = 200
+MAX_PNG_SIDE = 256
+"""Larger thumbnails in pages are JPEG files."""
 
 
 class PromptError(InputError):
@@ -109,6 +111,30 @@ def decode(source: ImageSource) -> Image.Image:
         image.load()
         upright = image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
         return to_rgb(upright)
+
+
+def thumbnail(source: ImageSource, max_side: int) -> Image.Image:
+    """Return the upright RGB image, reduced to `max_side` pixels where it is larger.
+
+    Raises:
+        PromptError: as `decode`.
+    """
+    image = decode(source)
+    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return image
+
+
+def data_uri(source: ImageSource, max_side: int) -> str:
+    """Return a thumbnail as a `data:` URL for a page that holds its images: PNG where it is small, else JPEG.
+
+    Raises:
+        PromptError: as `decode`.
+    """
+    image = thumbnail(source, max_side)
+    kind = "PNG" if max(image.size) <= MAX_PNG_SIDE else "JPEG"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=78)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @contextmanager

@@ -165,7 +165,7 @@ class RowChecker:
             raise RowFault("too many images", f"{len(entries)} images, inputs.max_images is {limit}")
         try:
             return tuple(self._images.resolve(entry) for entry in entries)
-        except ValueError as error:
+        except (ValueError, PromptError) as error:
             raise RowFault("unreadable image", str(error)) from error
 
     def _texts(self, columns: Mapping[str, Any], num_images: int) -> tuple[str, str]:

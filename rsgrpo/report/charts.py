@@ -1,31 +1,33 @@
-"""Own which curves the report draws and in what order. Knows metric names, nothing of files or pages."""
+"""Which curves the report draws, in what order, and from which metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Curve = list[tuple[int, float]]
 """(step, value) by step, finite values only."""
 
-ACTOR_ORDER = (
-    "actor/entropy", "actor/grad_norm", "actor/loss", "actor/kl", "actor/clip_frac", "actor/mismatch_mean",
-    "actor/mismatch_k3", "actor/mismatch_max", "actor/lr",
-)  # fmt: skip
 VALIDATION_COUNTS = ("num_prompts", "prompt_errors")
-"""Names under `val/<mode>/` that are no scores."""
+"""Names under `val/<mode>/` that are not scores."""
 
-TITLES = {
+ACTOR_TITLES = {
     "actor/entropy": "Entropy",
     "actor/grad_norm": "Gradient norm",
     "actor/loss": "Loss",
     "actor/kl": "KL to the reference",
     "actor/clip_frac": "Clipped tokens",
-    "actor/lr": "Learning rate",
     "actor/mismatch_mean": "Engine and trainer: mean |Δ log p|",
-    "actor/mismatch_max": "Engine and trainer: max |Δ log p|",
     "actor/mismatch_k3": "Engine and trainer: k3",
-    "rollout/truncated_frac": "Truncated responses",
+    "actor/mismatch_max": "Engine and trainer: max |Δ log p|",
+    "actor/lr": "Learning rate",
+}
+SECTIONS = {
+    "monitor/": "monitors",
+    "rollout/": "responses",
+    "actor/": "learning",
+    "scope/": "scopes",
+    "perf/": "speed",
 }
 
 
@@ -58,65 +60,36 @@ def build_charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
     charts: list[dict[str, Any]] = []
     left = dict(curves)
 
-    def take(keys: Sequence[str], section: str, title: str, name: Callable[[str], str]) -> None:
-        keys = [key for key in keys if key in left]
-        if keys:
-            charts.append(_chart(section, title, [{"name": name(key), "points": left.pop(key)} for key in keys]))
+    def take(section: str, title: str, names: Mapping[str, str]) -> None:
+        """Move curves, key -> name in the legend, into a chart of their own."""
+        series = [{"name": name, "points": left.pop(key)} for key, name in names.items() if key in left]
+        if series:
+            charts.append({"section": section, "title": title, "series": series})
 
-    _validation_charts(left, take)
-    _reward_charts(left, charts)
-    for suffix, title in (("hit_rate", "Scope found (share of responses)"), ("token_frac", "Tokens in scope (share)")):
-        keys = [key for key in left if key.startswith("scope/") and key.endswith(f"/{suffix}")]
-        take(keys, "scopes", title, lambda key: key.split("/")[1])
-    _length_chart(left, charts)
-    for key in ACTOR_ORDER:
-        take([key], "learning", TITLES[key], str)
-    time_keys = sorted(key for key in left if key.startswith("time/"))
-    take(time_keys, "speed", "Seconds a step", lambda key: key.removeprefix("time/"))
-    sections = {
-        "monitor/": "monitors",
-        "rollout/": "responses",
-        "actor/": "learning",
-        "scope/": "scopes",
-        "perf/": "speed",
-    }
-    for key in sorted(left):
-        section = next((name for prefix, name in sections.items() if key.startswith(prefix)), "other")
-        take([key], section, TITLES.get(key, key), str)
-    return charts
-
-
-def _chart(section: str, title: str, series: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"section": section, "title": title, "series": series}
-
-
-def _validation_charts(left: dict[str, Curve], take: Callable[..., None]) -> None:
-    """One chart per score, with its greedy and sampled curves."""
-    found = {key: place for key in left if (place := split_validation(key))}
-    for wanted in dict.fromkeys(name for _, name in found.values()):
-        keys = [key for key, (_, name) in found.items() if name == wanted]
-        take(keys, "validation", wanted, lambda key: found[key][0] or "validation")
-
-
-def _reward_charts(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None:
-    """One chart per reward: its mean with a band of one standard deviation."""
+    places = {key: place for key in left if (place := split_validation(key))}
+    for wanted in dict.fromkeys(name for _, name in places.values()):
+        take(
+            "validation", wanted, {key: mode or "validation" for key, (mode, name) in places.items() if name == wanted}
+        )
     for key in [key for key in left if key.startswith("reward/") and key.endswith("/mean")]:
         name = key.split("/")[1]
-        mean, std = left.pop(key), dict(left.pop(f"reward/{name}/std", []))
-        series: dict[str, Any] = {"name": "mean", "points": mean}
+        std = dict(left.pop(f"reward/{name}/std", []))
+        take("rewards", name, {key: "mean"})
         if std:
-            series["low"] = [(step, value - std.get(step, 0.0)) for step, value in mean]
-            series["high"] = [(step, value + std.get(step, 0.0)) for step, value in mean]
-        charts.append(_chart("rewards", name, [series]))
-
-
-def _length_chart(left: dict[str, Curve], charts: list[dict[str, Any]]) -> None:
-    """Response lengths: the mean and the longest."""
-    mean = left.pop("rollout/num_tokens_mean", None)
-    if mean is None:
-        return
-    series = [{"name": "mean", "points": mean}]
-    longest = left.pop("rollout/num_tokens_max", None)
-    if longest is not None:
-        series.append({"name": "longest", "points": longest})
-    charts.append(_chart("responses", "Response tokens", series))
+            charts[-1]["series"][0] |= {
+                "low": [(step, value - std.get(step, 0.0)) for step, value in curves[key]],
+                "high": [(step, value + std.get(step, 0.0)) for step, value in curves[key]],
+            }
+    for suffix, title in (("hit_rate", "Scope found (share of responses)"), ("token_frac", "Tokens in scope (share)")):
+        found = [key for key in left if key.startswith("scope/") and key.endswith(f"/{suffix}")]
+        take("scopes", title, {key: key.split("/")[1] for key in found})
+    lengths = {"rollout/num_tokens_mean": "mean", "rollout/num_tokens_max": "longest"}
+    take("responses", "Response tokens", lengths)
+    for key, title in ACTOR_TITLES.items():
+        take("learning", title, {key: key})
+    times = sorted(key for key in left if key.startswith("time/"))
+    take("speed", "Seconds per step", {key: key.removeprefix("time/") for key in times})
+    for key in sorted(left):
+        section = next((name for prefix, name in SECTIONS.items() if key.startswith(prefix)), "other")
+        take(section, "Truncated responses" if key == "rollout/truncated_frac" else key, {key: key})
+    return charts

@@ -1,11 +1,11 @@
 """The README.md of an exported model: what it was made from, how, what it scores and how it got there.
 
-Reads a run folder and writes into its export. What it cannot know (licence, intended use) it leaves to a person, and
-says so.
+What a run's files cannot know (licence, intended use) is left to the publisher, and the card says so.
 """
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,18 +13,21 @@ from typing import Any
 
 import yaml
 
+from rewards.api import RewardError, load_reward
 from rsgrpo.config.checks import HUB_ID
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.prompts import read_template
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.report.charts import Curve, collect_curves, split_validation
-from rsgrpo.report.line_chart import line_chart
-from rsgrpo.report.page import CONFIG_FILE, config_changes, headline, validation_table
+from rsgrpo.report.page import CONFIG_FILE, config_changes, headline, label_of, leading_names, validation_table
+from rsgrpo.report.templates import render
 
 CARD_FILE, CURVES_FILE, SETTINGS_FILE, PROMPT_FILE = "README.md", "curves.svg", "training_config.yaml", "prompt.txt"
 MAX_ANCESTORS = 8
 MAX_POINTS = 9
 NOT_SHOWN = ("name", "output_dir", "cluster.", "tracking.", "learner.num_threads", "rollout.num_threads")
+COLOURS = ("#b3541e", "#7a7a7a", "#1f5fa8", "#2e7d4f")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 280, 56, 364, 30, 236
 
 
 def write_model_card(run_dir: Path, export: Path, settings: Mapping[str, Any]) -> None:
@@ -34,10 +37,9 @@ def write_model_card(run_dir: Path, export: Path, settings: Mapping[str, Any]) -
     """
     shutil.copy(run_dir / CONFIG_FILE, export / SETTINGS_FILE)
     curves = collect_curves(read_metrics(run_dir))
-    shown = _headline_curves(curves)
+    shown = _headline_curves(curves, leading_names(settings))
     if shown:
-        steps, series = shown
-        line_chart(export / CURVES_FILE, "held-out scores by training step", "step", steps, series, unit="")
+        line_chart(export / CURVES_FILE, "held-out scores by training step", "step", *shown, unit="")
     template = read_template(PromptConfig(**settings["prompt"]))
     if template:
         (export / PROMPT_FILE).write_text(template, encoding="utf-8")
@@ -47,7 +49,7 @@ def write_model_card(run_dir: Path, export: Path, settings: Mapping[str, Any]) -
 
 
 def ancestors(model_path: str) -> list[str]:
-    """Return the models a run started from, the nearest first: exports of ours name theirs, up to a model of others."""
+    """Return the models a run started from, nearest first: exports of ours name theirs, up to another's model."""
     found = [model_path]
     while len(found) < MAX_ANCESTORS and (settings := Path(found[-1]) / SETTINGS_FILE).is_file():
         found.append(str(yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["path"]))
@@ -62,72 +64,89 @@ def model_card(
     template: str = "",
     has_curves: bool = False,
 ) -> str:
-    """Return the card as markdown with the hub's front matter. template: the prompt, "" where rows bring their own."""
+    """Return the card as Markdown with the hub's front matter. template: the prompt, "" where rows bring their own."""
+    from huggingface_hub import ModelCardData
+
     data = settings["data"]
-    trained_by = "algorithm" in settings
-    method = f"reward-scoped GRPO (`{settings['algorithm']['advantage']}`)" if trained_by else "supervised fine-tuning"
-    lines = [
-        "---",
-        yaml.safe_dump(_front_matter(started_from, [data["train"], data["val"]]), sort_keys=False).rstrip(),
-        "---",
-        f"# {settings['name']}",
-        "",
-        f"A vision-language model trained by {method} with [rsgrpo](https://arxiv.org/abs/2510.09733), to answer "
-        "questions over several page images with evidence: it writes `<observe>`, `<evidence>` (one slot for each "
-        "page), `<think>` and `<answer>`.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| started from | {' ← '.join(f'`{name}`' for name in started_from)} |",
-        f"| trained on | `{data['train']}` |",
-        f"| validated on | {'`' + data['val'] + '`' if data['val'] else 'nothing'} |",
-    ]
-    if trained_by:
-        lines.append(f"| rewards | {', '.join(f'`{name}`' for name in settings['rewards'])} |")
-    inputs = settings["inputs"]
-    lines.append(
-        f"| page area | {inputs['min_pixels']:,} to {inputs['max_pixels']:,} pixels, as the processor has it |"
+    sources = {source.partition(":")[0] for source in (data["train"], data["val"]) if source and _is_hub_id(source)}
+    front_matter = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        base_model=started_from[-1] if _is_hub_id(started_from[-1]) else None,
+        datasets=sorted(sources) or None,
+        tags=["rsgrpo"],
     )
-    lines += ["", "## Scores on held-out rows", "", *_score_table(curves)]
-    if has_curves:
-        lines += ["", f"![Held-out scores by training step]({CURVES_FILE})"]
-    lines += ["", "## Use", "", *_usage(template)]
-    changes = [change for change in config_changes(dict(settings)) if not change[0].startswith(NOT_SHOWN)]
-    lines += ["", "## Settings", "", f"Those that are not rsgrpo's defaults; all of them are in `{SETTINGS_FILE}`.", ""]
-    lines += ["| key | value |", "|---|---|", *(f"| `{key}` | {_cell(value)} |" for key, value, _ in changes)]
-    lines += [
-        "",
-        "## To be written by whoever publishes it",
-        "",
-        "Licence, intended use and limits: this card was made from the run's files, which do not know them.",
+    method = "supervised fine-tuning"
+    if "algorithm" in settings:
+        method = f"reward-scoped GRPO (`{settings['algorithm']['advantage']}`)"
+    return render(
+        "card.md",
+        front_matter=front_matter.to_yaml(),
+        settings=settings,
+        method=method,
+        started_from=started_from,
+        rewards=[(name, target, _meaning(target)) for name, target in (settings.get("rewards") or {}).items()],
+        table=validation_table(curves, leading_names(settings)),
+        curves_file=CURVES_FILE if has_curves else "",
+        template=template,
+        prompt_file=PROMPT_FILE,
+        changes=[change for change in config_changes(settings) if not change[0].startswith(NOT_SHOWN)],
+        settings_file=SETTINGS_FILE,
+    )
+
+
+def line_chart(
+    path: Path, title: str, x_name: str, x: Sequence[float], series: Mapping[str, Sequence[float]], *, unit: str = " s"
+) -> None:
+    """Write values from 0 up (seconds, or what `unit` says) against `x` as a small SVG, a labelled line per series."""
+    top = max(max(values) for values in series.values()) * 1.05 or 1.0
+    span = (max(x) - min(x)) or 1.0
+
+    def column(value: float) -> float:
+        return round(LEFT + (value - min(x)) / span * (RIGHT - LEFT), 1)
+
+    def row(value: float) -> float:
+        return round(BOTTOM - value / top * (BOTTOM - TOP), 1)
+
+    lines = [
+        (name, colour, [(column(at), row(value)) for at, value in zip(x, values, strict=True)])
+        for (name, values), colour in zip(series.items(), COLOURS, strict=False)
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _front_matter(started_from: Sequence[str], sources: Sequence[str]) -> dict[str, Any]:
-    """Return what the hub indexes; only names that the hub has may stand there."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
-    if _is_hub_id(started_from[-1]):
-        front["base_model"] = started_from[-1]
-    datasets = sorted({source.partition(":")[0] for source in sources if source and _is_hub_id(source)})
-    if datasets:
-        front["datasets"] = datasets
-    return front | {"tags": ["rsgrpo", "evidence", "document-question-answering"]}
+    chart = render(
+        "curves.svg",
+        title=title,
+        x_name=x_name,
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=RIGHT,
+        bottom=BOTTOM,
+        rows=[(row(top * step / 4), f"{top * step / 4:.3g}{unit}") for step in range(5)],
+        columns=[(column(value), f"{value:g}") for value in x],
+        lines=lines,
+    )
+    path.write_text(chart, encoding="utf-8")
 
 
 def _is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name.partition(":")[0]).exists()
 
 
-def _headline_curves(curves: dict[str, Curve]) -> tuple[list[int], dict[str, list[float]]] | None:
+def _meaning(target: str) -> str:
+    """Return the first sentence of a reward's documentation; "" if it has none or cannot be imported here."""
+    try:
+        return (inspect.getdoc(load_reward(target)) or "").partition("\n")[0]
+    except RewardError:
+        return ""
+
+
+def _headline_curves(
+    curves: dict[str, Curve], leading: Sequence[str]
+) -> tuple[list[int], dict[str, list[float]]] | None:
     """Return the steps of validation and its leading scores, at most `MAX_POINTS`; None without a second validation."""
-    labels = {change.label for change in headline(curves)}
+    labels = {change.label for change in headline(curves, leading) if not change.lower_is_better}
     found = {
-        f"{name}, {mode}" if mode else f"{name}, validation": dict(curve)
-        for key, curve in curves.items()
-        if (place := split_validation(key))
-        for mode, name in [place]
-        if (f"{name}, {mode}" if mode else f"{name}, validation") in labels and name != "loss"
+        label_of(key): dict(curve) for key, curve in curves.items() if split_validation(key) and label_of(key) in labels
     }
     steps = sorted(set.intersection(*(set(curve) for curve in found.values()))) if found else []
     if len(steps) < 2:
@@ -135,34 +154,3 @@ def _headline_curves(curves: dict[str, Curve]) -> tuple[list[int], dict[str, lis
     stride = -(-(len(steps) - 1) // (MAX_POINTS - 1))
     steps = [*steps[:-1:stride], steps[-1]]
     return steps, {name: [curve[step] for step in steps] for name, curve in found.items()}
-
-
-def _score_table(curves: dict[str, Curve]) -> list[str]:
-    """Return first and last value of every validation score."""
-    table = validation_table(curves)
-    if not table["rows"]:
-        return ["The run had no validation."]
-    head = ["score", *(mode or "validation" for mode in table["modes"])]
-    rows = [
-        [row["name"], *("" if cell is None else f"{cell[0]:.3f} → {cell[1]:.3f}" for cell in row["cells"])]
-        for row in table["rows"]
-    ]
-    lines = ["Before → after training.", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def _usage(template: str) -> list[str]:
-    option = f" --prompt {PROMPT_FILE}" if template else ""
-    lines = [
-        f'    python -m recipes.infer "What was the revenue?" --image p1.png p2.png --model THIS_FOLDER{option}',
-        "",
-        "or any program that loads `AutoModelForImageTextToText` and `AutoProcessor`; it runs no code of its own.",
-    ]
-    if template:
-        lines += ["", f"It was trained with the prompt in `{PROMPT_FILE}`:", ""]
-        return lines + [f"    {row}" for row in template.split("\n")]
-    return [*lines, "", "The rows of training brought their own messages; ask in the same words."]
-
-
-def _cell(value: str) -> str:
-    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""Own the report: turn a run folder into one self-contained HTML page. Knows what is on disk, nothing of training.
+"""The report of a run: one self-contained HTML page from what is in its folder.
 
     python -m rsgrpo.report RUN [--out report.html] [--step N] [--max-groups 8]
 
@@ -9,33 +9,34 @@ own script and nothing from outside.
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
-import io
 import json
-import math
-import sys
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image, ImageOps
+from markupsafe import Markup
 
+from rewards.api import RewardError, load_reward
+from rollout.files import write_text
+from rollout.inputs.images import PromptError, data_uri
 from rsgrpo.config.train import SftConfig, TrainConfig
-from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.errors import InputError, run_program
 from rsgrpo.records.rollouts import StoredRollout, image_path, read_rollouts, rollout_files
 from rsgrpo.records.tracking import METRICS_FILE, read_metrics
 from rsgrpo.report.charts import Curve, build_charts, collect_curves, split_validation
+from rsgrpo.report.templates import asset, json_for_script, render, script_hash
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.html"
 MAX_GROUPS = 8
+MAX_HEADLINE = 4
 MAX_IMAGE_SIDE = 1000
-LEADING_METRICS = ("accuracy", "evidence", "well_formed", "f1", "loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,13 @@ def write_report(
     max_groups: groups shown of a step, those with a signal first.
 
     Raises:
-        InputError: the folder holds no run, or no rollouts of `step`.
+        InputError: the folder is not a run folder, or has no rollouts of `step`.
     """
     run_dir = Path(run_dir)
     if not (run_dir / METRICS_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
-        raise InputError(f"{run_dir} is no run folder: it has neither {METRICS_FILE} nor {CONFIG_FILE}")
+        raise InputError(f"{run_dir} is not a run folder (no {METRICS_FILE} or {CONFIG_FILE})")
     out = Path(out) if out else run_dir / REPORT_FILE
-    page = render_page(collect_report(run_dir, step=step, max_groups=max_groups))
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, render_page(collect_report(run_dir, step=step, max_groups=max_groups)))
     return out
 
 
@@ -75,13 +73,14 @@ def collect_report(run_dir: Path, *, step: int | None = None, max_groups: int = 
     lines = read_metrics(run_dir)
     curves = collect_curves(lines)
     config = _load_config(run_dir)
+    leading = leading_names(config)
     images: dict[str, str | None] = {}
     return {
         "name": config.get("name") or run_dir.resolve().name,
         "generated": time.strftime("%d %B %Y, %H:%M UTC", time.gmtime()),
         "facts": _facts(lines, curves),
-        "headline": [asdict(change) for change in headline(curves)],
-        "table": validation_table(curves),
+        "headline": [asdict(change) for change in headline(curves, leading)],
+        "table": validation_table(curves, leading),
         "charts": build_charts(curves),
         "weights": config.get("reward_weights") or {},
         "config": config_changes(config),
@@ -93,60 +92,79 @@ def collect_report(run_dir: Path, *, step: int | None = None, max_groups: int = 
 
 def render_page(payload: dict[str, Any]) -> str:
     """Return the HTML page with its style, script and data inside."""
-    assets = {
-        name: resources.files("rsgrpo").joinpath("report", "assets", name).read_text(encoding="utf-8")
-        for name in ("page.html", "style.css", "charts.js", "rollouts.js")
-    }
-    script = assets["charts.js"] + assets["rollouts.js"]
-    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = json.dumps(_json_ready(payload), allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    page = assets["page.html"].replace("{{script_hash}}", script_hash).replace("{{style}}", assets["style.css"])
-    return page.replace("{{script}}", script).replace("{{data}}", data)
+    script = asset("charts.js") + asset("rollouts.js")
+    return render(
+        "page.html",
+        title="RS-GRPO run report",
+        brand="RS-GRPO run report",
+        script=Markup(script),
+        script_hash=script_hash(script),
+        data=json_for_script(payload),
+    )
 
 
-def headline(curves: dict[str, Curve], limit: int = 4) -> list[Change]:
+def leading_names(config: Mapping[str, Any]) -> list[str]:
+    """Return a run's rewards and monitors that declare themselves `leading`, the loss last.
+
+    A function that cannot be imported here is taken for one that does not.
+    """
+    found = []
+    for name, target in {**(config.get("rewards") or {}), **(config.get("monitors") or {})}.items():
+        try:
+            found += [name] if load_reward(str(target)).leading else []
+        except RewardError as error:
+            log.info("the report does not know whether %s is a leading reward: %s", name, error)
+    return [*found, "loss"]
+
+
+def headline(curves: dict[str, Curve], leading: Sequence[str]) -> list[Change]:
     """Return the first and last value of the leading validation scores; without any, of the training rewards.
 
+    leading: names whose scores are shown, the most important first; if no validation has one of them, all are.
     A training reward is noisy: its first and last tenth of the run are averaged.
     """
-    found = {key: place for key in curves if (place := split_validation(key)) and place[1] in LEADING_METRICS}
+    places = {key: place for key in curves if (place := split_validation(key)) and place[1] != "num_tokens"}
+    found = {key: place for key, place in places.items() if place[1] in leading} or places
     changes = []
-    for key, (mode, name) in sorted(found.items(), key=lambda item: (_rank(item[1][1]), item[1][0] != "sampled")):
-        label = f"{name}, {mode}" if mode else f"{name}, validation"
-        changes.append(Change(label, curves[key][0][1], curves[key][-1][1], _lower_is_better(name)))
-    if changes:
-        return changes[:limit]
-    keys = [key for key in curves if key.startswith("reward/") and key.endswith("/mean")]
-    for key in sorted(keys, key=lambda key: _rank(key.split("/")[1])):
-        values = [value for _, value in curves[key]]
-        tenth = max(1, len(values) // 10)
-        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-        changes.append(Change(f"{key.split('/')[1]}, training", first, last, lower_is_better=False))
-    return changes[:limit]
+    for key, (_, name) in sorted(found.items(), key=lambda item: (_rank(item[1][1], leading), item[1][0] != "sampled")):
+        changes.append(Change(label_of(key), curves[key][0][1], curves[key][-1][1], name == "loss"))
+    if not changes:
+        means = [key for key in curves if key.startswith("reward/") and key.endswith("/mean")]
+        for key in sorted(means, key=lambda key: _rank(key.split("/")[1], leading)):
+            values = [value for _, value in curves[key]]
+            tenth = max(1, len(values) // 10)
+            first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+            changes.append(Change(f"{key.split('/')[1]}, training", first, last, lower_is_better=False))
+    return changes[:MAX_HEADLINE]
 
 
-def validation_table(curves: dict[str, Curve]) -> dict[str, Any]:
+def label_of(key: str) -> str:
+    """Return a validation score's label; "val/greedy/accuracy" -> "accuracy, greedy"."""
+    mode, name = split_validation(key) or ("", key)
+    return f"{name}, {mode or 'validation'}"
+
+
+def validation_table(curves: dict[str, Curve], leading: Sequence[str]) -> dict[str, Any]:
     """Return every validation score as {"modes", "rows": [{"name", "cells"}]}; a cell is [before, after] or None."""
     ends = {place: [curve[0][1], curve[-1][1]] for key, curve in curves.items() if (place := split_validation(key))}
     modes = sorted({mode for mode, _ in ends}, reverse=True)
-    names = sorted({name for _, name in ends}, key=lambda name: (_rank(name), name))
-    rows = [{"name": name, "cells": [ends.get((mode, name)) for mode in modes]} for name in names]
-    return {"modes": modes, "rows": rows}
+    names = sorted({name for _, name in ends}, key=lambda name: (_rank(name, leading), name))
+    return {
+        "modes": modes,
+        "rows": [{"name": name, "cells": [ends.get((mode, name)) for mode in modes]} for name in names],
+    }
 
 
-def config_changes(config: dict[str, Any]) -> list[list[str]]:
+def config_changes(config: Mapping[str, Any]) -> list[list[str]]:
     """Return [key, value, default] of every setting that differs from its default."""
     if not config:
         return []
-    defaults = _flatten(_plain(TrainConfig() if "algorithm" in config else SftConfig()))
-    changes = []
-    for key, value in _flatten(config).items():
-        default = defaults.get(key)
-        if _plain(value) != _plain(default):
-            changes.append([key, _show(value), _show(default) if key in defaults else ""])
-    return changes
+    defaults = _flatten(json.loads(json.dumps(asdict(TrainConfig() if "algorithm" in config else SftConfig()))))
+    return [
+        [key, _show(value), _show(defaults[key]) if key in defaults else ""]
+        for key, value in _flatten(config).items()
+        if value != defaults.get(key)
+    ]
 
 
 def _facts(lines: Sequence[dict[str, Any]], curves: dict[str, Curve]) -> list[list[str]]:
@@ -157,7 +175,7 @@ def _facts(lines: Sequence[dict[str, Any]], curves: dict[str, Curve]) -> list[li
         seconds = sorted(value for _, value in curves["time/step"])
         facts.append(["median step", f"{seconds[len(seconds) // 2]:.1f} s"])
     if "rollout/num_tokens_mean" in curves:
-        facts.append(["tokens a response, last step", f"{curves['rollout/num_tokens_mean'][-1][1]:.0f}"])
+        facts.append(["tokens per response, last step", f"{curves['rollout/num_tokens_mean'][-1][1]:.0f}"])
     return facts
 
 
@@ -233,36 +251,14 @@ def _has_signal(group: Sequence[StoredRollout]) -> bool:
 
 
 def _data_uri(path: Path) -> str | None:
-    """Return the image as a data URI, reduced to a screen's size; None where the file is gone."""
-    if not path.is_file():
+    """Return an image at a screen's size; None if the file is gone or is not an image any more."""
+    try:
+        return data_uri(str(path), MAX_IMAGE_SIDE)
+    except PromptError:
         return None
-    with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
-    small = max(image.size) <= 256
-    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG" if small else "JPEG", quality=78)
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _json_ready(value: Any) -> Any:
-    """Return the value with NaN and infinities as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -276,13 +272,9 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _rank(name: str) -> int:
+def _rank(name: str, leading: Sequence[str]) -> int:
     stem = name.split("/")[0]
-    return LEADING_METRICS.index(stem) if stem in LEADING_METRICS else len(LEADING_METRICS)
-
-
-def _lower_is_better(name: str) -> bool:
-    return name in ("loss", "nll")
+    return leading.index(stem) if stem in leading else len(leading)
 
 
 def _duration(seconds: float) -> str:
@@ -298,12 +290,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", help="run folder, e.g. runs/demo")
     parser.add_argument("--out", help=f"file to write (default: RUN/{REPORT_FILE})")
-    parser.add_argument("--step", type=int, help="show the rollouts of this step only")
-    parser.add_argument("--max-groups", type=int, default=MAX_GROUPS, help="groups to show of a step (default: 8)")
+    parser.add_argument("--step", type=int, help="only show the rollouts of this step")
+    parser.add_argument("--max-groups", type=int, default=MAX_GROUPS, help="groups shown per step (default: 8)")
     options = parser.parse_args(argv)
-    try:
-        path = write_report(options.run, options.out, step=options.step, max_groups=options.max_groups)
-    except RsgrpoError as error:
-        parser.exit(error.exit_code, f"error: {error}\n")
-    sys.stdout.write(f"{path}\n")
-    return 0
+
+    def work() -> None:
+        print(write_report(options.run, options.out, step=options.step, max_groups=options.max_groups))
+
+    return run_program(work)

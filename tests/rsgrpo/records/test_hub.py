@@ -195,6 +195,7 @@ def test_a_card_names_base_data_scores_settings_and_shows_the_curve(tmp_path):
     assert "![Held-out scores by training step](curves.svg)" in text
     assert "polyline" in (export / "curves.svg").read_text()
     assert "| `model.path` | Org/Base-3B |" in text
+    assert "| `accuracy` | `rewards.evisrag:accuracy` | Set-token F1 of the answer block" in text
     assert yaml.safe_load((export / "training_config.yaml").read_text())["name"] == "mine"
     assert not (export / "prompt.txt").exists()
 

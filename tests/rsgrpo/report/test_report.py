@@ -18,7 +18,15 @@ from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.records.rollouts import write_rollouts
 from rsgrpo.report.charts import build_charts, collect_curves, split_validation
-from rsgrpo.report.page import Change, collect_report, config_changes, headline, main, write_report
+from rsgrpo.report.page import (
+    Change,
+    collect_report,
+    config_changes,
+    headline,
+    leading_names,
+    main,
+    write_report,
+)
 from tests.material.synthetic_run import REWARDS, make_scored, make_train_group, page_bytes, write_run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)> &amp; 😀<think>{{data}}</think>"
@@ -79,7 +87,7 @@ def test_headline_compares_first_and_last_validation() -> None:
         "val/sampled/num_prompts": [(0, 40.0), (10, 40.0)],
         "reward/accuracy/mean": [(1, 0.1)],
     }
-    assert headline(curves) == [
+    assert headline(curves, ["accuracy", "loss"]) == [
         Change("accuracy, sampled", 0.5, 0.8, False),
         Change("accuracy, greedy", 0.9, 0.95, False),
         Change("loss, validation", 2.0, 1.0, True),
@@ -88,8 +96,17 @@ def test_headline_compares_first_and_last_validation() -> None:
 
 def test_without_validation_the_headline_is_the_training_rewards_by_tenths() -> None:
     curve = [(step, float(step)) for step in range(1, 21)]
-    assert headline({"reward/x/mean": curve, "actor/loss": curve}) == [Change("x, training", 1.5, 19.5, False)]
-    assert headline({}) == []
+    curves = {"reward/x/mean": curve, "actor/loss": curve}
+    assert headline(curves, ["loss"]) == [Change("x, training", 1.5, 19.5, False)]
+    assert headline({}, []) == []
+
+
+def test_what_leads_is_declared_by_the_rewards_and_without_any_everything_is_shown() -> None:
+    rewards = {"mine": "rewards.evisrag:accuracy", "overlong": "rewards.evisrag:overlong", "gone": "no_module:gone"}
+    config = {"rewards": rewards, "monitors": {"evidence": "rewards.evisrag:evidence"}}
+    assert leading_names(config) == ["mine", "evidence", "loss"]
+    curves = {"val/greedy/brevity": [(0, 0.5), (1, 0.75)], "val/greedy/num_tokens": [(0, 40.0), (1, 30.0)]}
+    assert headline(curves, leading_names({})) == [Change("brevity, greedy", 0.5, 0.75, False)]
 
 
 def test_a_validation_key_is_taken_apart() -> None:
@@ -194,14 +211,12 @@ def test_an_image_that_is_gone_is_said_to_be_gone(tmp_path: Path) -> None:
 
 
 def test_wrong_folders_and_steps_are_refused(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RsgrpoError, match="is no run folder"):
+    with pytest.raises(RsgrpoError, match="is not a run folder"):
         write_report(tmp_path)
     with pytest.raises(RsgrpoError, match=r"no rollouts of step 99.*stored steps: 1, 2, 3, 4, 5"):
         write_report(run_dir, step=99)
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path)])
-    assert stop.value.code == 2
-    assert "is no run folder" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 def test_the_command_line_writes_where_it_is_told(run_dir: Path, tmp_path: Path) -> None:
