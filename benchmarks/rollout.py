@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from recipes.demo.model import build_model, save_model_folder, train_tokenizer
-from rollout.config import InputsConfig, RolloutConfig, VllmConfig
+from rollout.config import EngineKind, InputsConfig, RolloutConfig, VllmConfig
 from rollout.types import Prompt, SamplingParams
 
 WORDS = ["page", "1", "2", "shows", "a", "code", "4", "and", "an", "amount", "7", "what", "is", "on", "no", "answer"]
@@ -57,7 +57,7 @@ def make_prompts(folder: Path, num_prompts: int, num_words: int, num_images: int
 
 
 def measure_sampling(
-    engine_name: str,
+    engine_name: EngineKind,
     separate: bool,
     caching: bool,
     model_path: str,
@@ -73,7 +73,10 @@ def measure_sampling(
         max_response_tokens=sampling.max_tokens,
         max_batch_sequences=64,
         num_threads=threads,
-        vllm=VllmConfig(kv_cache_gib=0.5, max_num_seqs=64, mm_cache_gib=0.5, prefix_caching=caching),
+        vllm=VllmConfig(
+            kv_cache_gib=0.5,
+            engine_args={"max_num_seqs": 64, "mm_processor_cache_gb": 0.5, "enable_prefix_caching": caching},
+        ),
     )
     started = time.perf_counter()
     engine = build_engine(model_path, config, INPUTS, num_threads=threads)
@@ -116,7 +119,9 @@ def measure_sync(model_path: str) -> dict[str, float]:
     from rollout.vllm.peers import local_peer
     from rollout.vllm.weights_out import build_sender
 
-    config = RolloutConfig(engine="vllm", max_response_tokens=8, vllm=VllmConfig(kv_cache_gib=0.125, max_num_seqs=8))
+    config = RolloutConfig(
+        engine="vllm", max_response_tokens=8, vllm=VllmConfig(kv_cache_gib=0.125, engine_args={"max_num_seqs": 8})
+    )
     engine = build_engine(model_path, config, INPUTS)
     model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32)
     seconds = {"parameters": float(sum(parameter.numel() for parameter in model.parameters()))}

@@ -25,8 +25,8 @@ from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.page import Report, as_json, as_markdown, as_page, worst_cases
 from recipes.evaluation.scoring import Evaluation, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
+from rollout.keys import check, key, require
 from rsgrpo import cli
-from rsgrpo.config.limits import at_least, require
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.records.console import Console
@@ -38,32 +38,23 @@ MAX_LISTED_PAGES = 5
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """One evaluation.
+    """One evaluation."""
 
-    benchmark: "ChartQA", "InfoVQA", "SlideVQA", "DocVQA" or "ViDoSeek", a folder of EVisRAG-Test's layout, or a file.
-    benchmark_dir: where benchmarks are kept by name; what is not there is fetched from the hub.
-    image_dir: folder that relative image paths start from; "" means the benchmark's own folder.
-    topk: pages per question; chooses `top<k>_test.jsonl`. 0 takes all pages of a file.
-    max_questions: the first so many; 0 is all.
-    predictions: score this file and predict nothing. against: a second prediction file to compare with.
-    name: of the folder in `output_dir`; "" is made from benchmark and model.
-    seed: of sampling, bootstrap and permutations. bootstrap_samples: 0 gives no intervals.
-    permutations: of the paired test. worst_cases: shown on the page.
-    """
-
-    benchmark: str = ""
-    benchmark_dir: str = "data"
-    image_dir: str = ""
-    topk: int = 3
-    max_questions: int = 0
-    predictions: str = ""
-    against: str = ""
-    name: str = ""
-    output_dir: str = "runs/evaluation"
-    seed: int = 0
-    bootstrap_samples: int = 1000
-    permutations: int = 10_000
-    worst_cases: int = 12
+    benchmark: str = key(
+        "", "ChartQA, InfoVQA, SlideVQA, DocVQA or ViDoSeek, a folder of EVisRAG-Test's layout, or a file."
+    )
+    benchmark_dir: str = key("data", "Folder of benchmarks chosen by name; missing ones are downloaded from the hub.")
+    image_dir: str = key("", 'Folder that relative image paths start from; "" means the benchmark\'s own folder.')
+    topk: int = key(3, "Pages per question, which selects top<k>_test.jsonl; 0 uses all pages of a file.", ge=0)
+    max_questions: int = key(0, "Use only the first questions, up to this number; 0 uses all.", ge=0)
+    predictions: str = key("", "Score this file and predict nothing.")
+    against: str = key("", "A second prediction file to compare with.")
+    name: str = key("", 'Name of the folder in output_dir; "" derives it from benchmark and model.')
+    output_dir: str = key("runs/evaluation", "Folder that holds evaluations.")
+    seed: int = key(0, "Seed of sampling, bootstrap and permutations.", ge=0)
+    bootstrap_samples: int = key(1000, "Bootstrap samples of the intervals; 0 gives no intervals.", ge=0)
+    permutations: int = key(10_000, "Permutations of the paired test.", ge=1)
+    worst_cases: int = key(12, "Worst answers to show on the page.", ge=0)
     model: AnswerModelConfig = field(default_factory=AnswerModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     inputs: InputsConfig = field(default_factory=InputsConfig)
@@ -71,9 +62,7 @@ class EvaluateConfig:
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
 
     def __post_init__(self) -> None:
-        at_least(0, topk=self.topk, max_questions=self.max_questions, seed=self.seed, worst_cases=self.worst_cases)
-        at_least(0, bootstrap_samples=self.bootstrap_samples)
-        at_least(1, permutations=self.permutations)
+        check(self)
         require(
             re.fullmatch(r"[\w.=,+-]*", self.name) is not None,
             f"name must be letters, digits and any of _.=,+- because it names the folder; got {self.name!r}",

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import json
 import re
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -29,10 +31,11 @@ T = TypeVar("T")
 class Key:
     """What is known about one key.
 
-    help: one sentence or two. ge, gt, le, lt: bounds of a number; None does not bound. off: a value that is allowed
-    beside them and switches the feature off. one_of: the only values allowed; empty allows all.
+    help: one sentence or two. ge, gt, le, lt: bounds of a number; None does not bound. off: a value outside of them
+    that is allowed as well and switches the feature off. one_of: the only values allowed; empty allows all.
     """
 
+    default: Any
     help: str
     ge: float | None = None
     gt: float | None = None
@@ -54,6 +57,11 @@ class Key:
         else:
             return f"one of {', '.join(map(str, self.one_of))}" if self.one_of else ""
         return text if self.off is None else f"{self.off:g} (off) or {text}"
+
+    @property
+    def shown_default(self) -> str:
+        """Return the default as a command line takes it."""
+        return self.default if isinstance(self.default, str) and self.default else json.dumps(self.default)
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError unless `value` is allowed."""
@@ -84,10 +92,37 @@ def key(
     one_of: Collection[Any] = (),
 ) -> T:
     """Return a dataclass field with a default, what it means, and its bounds (see `Key`)."""
-    about = {"key": Key(help, ge, gt, le, lt, off, one_of)}
+    about = {"key": Key(default, help, ge, gt, le, lt, off, one_of)}
     if isinstance(default, (list, dict)):
         return typing.cast(T, dataclasses.field(default_factory=default.copy, metadata=about))
     return dataclasses.field(default=default, metadata=about)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Section:
+    """One dataclass of a configuration.
+
+    path: where it is mounted; "" at the top. about: the first paragraph of its docstring. keys: by field name; parts
+    that are dataclasses have sections of their own.
+    """
+
+    path: str
+    about: str
+    keys: Mapping[str, Key]
+
+    def name(self, field: str) -> str:
+        """Return the dotted name of one of its keys."""
+        return f"{self.path}.{field}".lstrip(".")
+
+
+def sections(schema: type, path: str = "") -> Iterator[Section]:
+    """Yield a dataclass and those in it, outer ones first."""
+    hints = typing.get_type_hints(schema)
+    about = " ".join((inspect.getdoc(schema) or "").partition("\n\n")[0].split())
+    yield Section(path, about, keys_of(schema))
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from sections(hints[field.name], f"{path}.{field.name}".lstrip("."))
 
 
 def keys_of(schema: type) -> Mapping[str, Key]:

@@ -1,23 +1,23 @@
 """From a command line to one configuration object. The only module that knows hydra and omegaconf.
 
 `run` finds `conf/` wherever the program is started, and turns every mistake of the user into one readable message.
-Knows nothing of what the program does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import logging
 import os
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -28,15 +28,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from rsgrpo.config.limits import nearest
-from rsgrpo.errors import USER_ERROR, RsgrpoError
+from rollout.errors import INTERRUPTED, run_program
+from rollout.keys import Section, nearest, sections
+from rsgrpo.config.renamed import RENAMED
+from rsgrpo.errors import USER_ERROR, ConfigError, RsgrpoError
 from rsgrpo.stopping import StopRequested
 
 ConfigT = TypeVar("ConfigT")
 
 SHOWN_KEYS = {"learner": "learner.lr=1e-5 tracking=wandb_offline", "rollout": "prompt=direct rollout=vllm"}
 MAX_NAME_CHARS = 120
-INTERRUPTED = 130
+HELP_COLUMN, HELP_WIDTH = 36, 120
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -50,8 +52,8 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         config_name: "config" reads `conf/config.yaml`, any other NAME `conf/NAME/config.yaml`.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(schema, config_name))
-        sys.exit(0)
+        wanted = [argument for argument in sys.argv[1:] if "=" not in argument and not argument.startswith("-")]
+        sys.exit(run_program(lambda: print(help_text(schema, config_name, *wanted[:1]))))
     # The sweep flag may stand anywhere; the parser below wants it behind the overrides.
     arguments = sorted(sys.argv[1:], key=lambda argument: argument in ("-m", "--multirun"))
     sys.argv[1:] = [_entry(argument, schema) for argument in arguments]
@@ -64,24 +66,23 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     def fail(error: Exception, code: int) -> NoReturn:
         if full_trace:
             raise error
-        print(f"error: {explain(error, schema, config_name, sys.argv[1:])}", file=sys.stderr)
-        sys.exit(code)
+        sys.exit(_ended(explain(error, schema, config_name, sys.argv[1:]), code))
 
     def task(node: DictConfig) -> None:
         nonlocal started
         try:
-            config = _to_object(node)
+            config = _to_object(node, schema)
         except (RsgrpoError, OmegaConfBaseException, ValueError) as error:
             fail(error, USER_ERROR)
         started = True
         try:
             exit_code = main(config)
-        except StopRequested:  # the program has said so; exit handlers would wait for what the signal took as well
+        except StopRequested:  # the program has said so; exit handlers would wait for workers that the signal killed
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
         except KeyboardInterrupt:
-            print("stopped at once", file=sys.stderr)
+            print("Stopped.", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except RsgrpoError as error:
             fail(error, error.exit_code)
@@ -97,13 +98,18 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     sys.exit(0)
 
 
-def _to_object(node: DictConfig) -> Any:
+def _ended(message: str, code: int = USER_ERROR) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _to_object(node: DictConfig, schema: type[ConfigT]) -> ConfigT:
     """Turn a composed configuration into its dataclass; runs of a sweep get names of their own."""
-    config: Any = OmegaConf.to_object(node)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    config: Any = _built(schema, OmegaConf.to_container(node, resolve=True))
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
         config = dataclasses.replace(config, name=job_name(config.name, swept))
-    return config
+    return typing.cast(ConfigT, config)
 
 
 def job_name(name: str, swept: str) -> str:
@@ -125,7 +131,7 @@ def compose(schema: type[ConfigT], config_name: str = "config", overrides: typin
     _store_schema(schema)
     with hydra.initialize_config_module(_package(config_name), version_base="1.3"):
         node = hydra.compose("config", [_entry(override, schema) for override in overrides])
-        return typing.cast(ConfigT, OmegaConf.to_object(node))
+        return _to_object(node, schema)
 
 
 def explain(error: Exception, schema: type, config_name: str = "config", arguments: typing.Sequence[str] = ()) -> str:
@@ -169,19 +175,20 @@ def _explain_key(
     known = [*keys(schema), *groups(schema, config_name)]
     if key in known:
         return f"{key} cannot be removed with ~; set it to another value"
+    if key in RENAMED:
+        return f"{key} {RENAMED[key]}{where}"
     last = key.rpartition(".")[2]
     same_end = [name for name in known if name.rpartition(".")[2] == last]
     close = f"; did you mean {same_end[0]}?" if same_end else nearest(key, known)
-    return f"{key}: there is no such key{close or '.'} `--cfg job` shows all keys{where}"
+    return f"{key}: there is no such key{close or '.'} `--help` shows all keys{where}"
 
 
-def keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of a dataclass."""
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        yield prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from keys(typing.cast(type, hints[field.name]), f"{prefix}{field.name}.")
+def keys(schema: type) -> Iterator[str]:
+    """Yield every dotted key of a dataclass, its parts included."""
+    for section in sections(schema):
+        if section.path:
+            yield section.path
+        yield from map(section.name, section.keys)
 
 
 def groups(schema: type, config_name: str = "config") -> dict[str, list[str]]:
@@ -194,32 +201,56 @@ def groups(schema: type, config_name: str = "config") -> dict[str, list[str]]:
     return found
 
 
-def help_text(schema: type, config_name: str = "config") -> str:
-    """Return what `--help` prints."""
+def help_text(schema: type, config_name: str = "config", part: str = "") -> str:
+    """Return what `--help` prints; with the path of a part, such as "learner", the keys of that part alone.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    parts = list(sections(schema))
+    if part:
+        found = [section for section in parts if f"{section.path}.".startswith(f"{part}.")]
+        if not found:
+            raise ConfigError(f"--help {part}: there is no such part{nearest(part, [one.path for one in parts])}")
+        return "\n\n".join(map(_section_help, found))
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
-    found = groups(schema, config_name)
-    width = max(map(len, found))
-    recipe = _easiest(found["recipe"])
-    lines = [f"  {group:<{width}}  {', '.join(options)}" for group, options in found.items()]
-    keys_shown = next((keys for group, keys in SHOWN_KEYS.items() if group in found), "lr=1e-5")
-    return "\n".join(
-        [
-            f"usage: {program} recipe=RECIPE [group=option ...] [key=value ...]",
-            "",
-            "Groups and their options:",
-            *lines,
-            "",
-            "Examples:",
-            f"  {program} recipe={recipe}",
-            f"  {program} recipe={recipe} name=first {keys_shown}",
-            f"  {program} recipe={recipe} seed=1,2,3 --multirun",
-            "",
-            "All keys and their values:  " + f"{program} recipe={recipe} --cfg job",
-            "Your own yaml files:        --config-dir FOLDER (with recipe/NAME.yaml in it)",
-            "What the keys mean:         docs/reference/configuration.md",
-        ]
-    )
+    all_groups = groups(schema, config_name)
+    width = max(map(len, all_groups))
+    run = f"{program} recipe={_easiest(all_groups['recipe'])}"
+    example = next((shown for group, shown in SHOWN_KEYS.items() if group in all_groups), "lr=1e-5")
+    options = "\n".join(f"  {group:<{width}}  {', '.join(names)}" for group, names in all_groups.items())
+    return f"""usage: {program} recipe=RECIPE [group=option ...] [key=value ...]
+
+Groups and their options:
+{options}
+
+Keys and their defaults:
+
+{"".join(_section_help(section) + chr(10) * 2 for section in parts)}Examples:
+  {run}
+  {run} name=first {example}
+  {run} seed=1,2,3 --multirun
+
+The keys of one part:       {program} --help {parts[-1].path or "| less"}
+All values of a run:        {run} --cfg job
+Your own yaml files:        --config-dir FOLDER (with recipe/NAME.yaml in it)"""
+
+
+def _section_help(section: Section) -> str:
+    width = max(80, min(HELP_WIDTH, shutil.get_terminal_size((HELP_WIDTH, 24)).columns))
+    lines = [f"{section.path}: {section.about}" if section.path else section.about]
+    for field, about in section.keys.items():
+        name = f"  {section.name(field)}={about.shown_default}"
+        text = about.help + (f" ({about.bounds})" if about.bounds else "")
+        if len(name) >= HELP_COLUMN:
+            lines.append(name)
+            name = ""
+        wrapped = textwrap.wrap(
+            text, width, initial_indent=f"{name:<{HELP_COLUMN}}", subsequent_indent=" " * HELP_COLUMN
+        )
+        lines += wrapped
+    return "\n".join(lines)
 
 
 def _options(folder: Traversable) -> list[str]:
@@ -235,17 +266,34 @@ def _package(config_name: str) -> str:
 
 
 def _store_schema(schema: type) -> None:
-    node = OmegaConf.structured(schema)
-    _thaw(node)
-    ConfigStore.instance().store(name="_schema_", node=node)
+    ConfigStore.instance().store(name="_schema_", node=OmegaConf.structured(_loose(schema)))
 
 
-def _thaw(node: DictConfig) -> None:
-    """Let yaml files and overrides fill a frozen dataclass; the object that comes out at the end is frozen again."""
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        if OmegaConf.is_dict(node[key]):
-            _thaw(node[key])
+def _loose(schema: type) -> type:
+    """Return a twin of a dataclass that omegaconf can fill: not frozen, not checked, without Literal."""
+    hints, twins = typing.get_type_hints(schema), []
+    for field in dataclasses.fields(schema):
+        hint, default = hints[field.name], field.default
+        if typing.get_origin(hint) is Literal:
+            hint = type(typing.get_args(hint)[0])
+        if dataclasses.is_dataclass(hint):
+            hint = _loose(typing.cast(type, hint))
+            twin = dataclasses.field(default_factory=hint)
+        elif default is not dataclasses.MISSING:
+            twin = dataclasses.field(default=default)
+        else:
+            twin = dataclasses.field(default_factory=typing.cast(Callable[[], Any], field.default_factory))
+        twins.append((field.name, hint, twin))
+    return dataclasses.make_dataclass(schema.__name__, twins)
+
+
+def _built(schema: type, values: Any) -> Any:
+    """Return the dataclass with these values, which checks them."""
+    hints = typing.get_type_hints(schema)
+    parts = {
+        name: _built(hints[name], value) for name, value in values.items() if dataclasses.is_dataclass(hints[name])
+    }
+    return schema(**values | parts)
 
 
 def _entry(argument: str, schema: type) -> str:
@@ -253,21 +301,11 @@ def _entry(argument: str, schema: type) -> str:
     match = re.match(r"\+*(?P<key>[A-Za-z_][\w.]*)=", argument)
     if not match or match["key"].startswith("hydra."):
         return argument
-    in_map = any(match["key"].startswith(prefix + ".") for prefix in _flat_maps(schema))
+    maps = [
+        part.name(name) for part in sections(schema) for name, key in part.keys.items() if isinstance(key.default, dict)
+    ]
+    in_map = any(match["key"].startswith(prefix + ".") for prefix in maps)
     return ("++" if in_map else "") + argument.lstrip("+")
-
-
-@functools.cache
-def _flat_maps(schema: type) -> list[str]:
-    """Keys that hold a dict, such as `rewards`."""
-    found = []
-    for key in keys(schema):
-        holder: Any = schema
-        for part in key.split("."):
-            holder = typing.get_type_hints(holder)[part]
-        if typing.get_origin(holder) is dict:
-            found.append(key)
-    return found
 
 
 def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:

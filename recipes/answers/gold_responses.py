@@ -59,7 +59,7 @@ class GoldResponses:
         """Return the response's tokens, or None and why there are none."""
         text = prompt.truth.get("gold")
         if text is None:
-            return None, f"column {self.config.data.answer_key!r} holds a list of answers, not a response"
+            return None, f"column {self.config.data.columns['answer']!r} holds a list of answers, not a response"
         try:
             token_ids = self._processor.encode_response(text)
         except PromptError as error:

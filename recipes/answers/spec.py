@@ -5,50 +5,40 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from rollout.config import InputsConfig, RolloutConfig, VllmConfig
+from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, VllmConfig
+from rollout.keys import check, key, require
 from rollout.types import SamplingParams
-from rsgrpo.config.limits import above, at_least, one_of, require
 
 
 @dataclass(frozen=True)
 class AnswerModelConfig:
-    """The model that answers.
+    """The model that answers."""
 
-    path: Hugging Face folder or hub id; not needed with an endpoint. revision: hub commit, "" for the newest.
-    trust_remote_code: run code that the model's folder brings along.
-    """
-
-    path: str = ""
-    revision: str = ""
-    trust_remote_code: bool = False
+    path: str = key("", "Hugging Face folder or hub id; not needed with an endpoint.")
+    revision: str = key("", 'Commit, branch or tag on the hub; "" takes the newest.')
+    trust_remote_code: bool = key(False, "Run code that comes with the model.")
 
 
 @dataclass(frozen=True)
 class AnswerRolloutConfig:
-    """How answers are sampled, and by which engine; the keys mean what they mean in training.
+    """How answers are sampled, and by which engine; the keys mean what they mean in training."""
 
-    engine: "hf" (embedded), "vllm" or "fake" (scripted); not used with an endpoint.
-    temperature: 0 is greedy. max_response_tokens: end-of-text included.
-    max_batch_sequences: sequences that the embedded engine decodes at once.
-    dtype, num_threads, device: of the embedded engine. script: of the scripted one.
-    """
-
-    engine: str = "hf"
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_response_tokens: int = 2048
-    max_batch_sequences: int = 16
-    dtype: str = "float32"
-    num_threads: int = 0
-    device: str = "auto"
-    script: str = ""
+    engine: EngineKind = key("hf", "The engine: hf (embedded), vllm or fake (scripted); not used with an endpoint.")
+    temperature: float = key(0.0, "Sampling temperature; 0 is greedy.", ge=0)
+    top_p: float = key(1.0, "Nucleus sampling: keep the likeliest tokens up to this probability.", gt=0, le=1)
+    top_k: int = key(0, "Keep only the k likeliest tokens; 0 keeps all.", ge=0)
+    max_response_tokens: int = key(2048, "Longest answer in tokens, end-of-text included.", ge=1)
+    max_batch_sequences: int = key(16, "Sequences that the embedded engine decodes at once.", ge=1)
+    dtype: Dtype = key("float32", "Precision of the engine's weights and KV cache, embedded engine and vLLM alike.")
+    num_threads: int = key(0, "CPU threads of the engine; 0 leaves the number to torch.", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "Device of the engine; auto uses CUDA where there is any.")
+    script: str = key("", 'Answers of the fake engine: a jsonl of {"id", "responses"}.')
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
-        one_of("rollout.device", self.device, ("auto", "cpu", "cuda"))
-        self.as_rollout_config()
+        check(self, "rollout")
 
     def as_rollout_config(self) -> RolloutConfig:
         """Return what engines take."""
@@ -69,35 +59,25 @@ class AnswerRolloutConfig:
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """An OpenAI-compatible server that answers instead of an engine of our own.
+    """An OpenAI-compatible server that answers instead of an engine of our own."""
 
-    url: base address, such as http://localhost:8000/v1; "" uses `rollout.engine`.
-    model: name the server knows the model by; "" takes the only one it serves.
-    api_key_env: environment variable that holds the key; the key itself is never written anywhere.
-    concurrency: requests at once.
-    timeout_s: the longest that one answer may take.
-    max_tries: requests for one answer before the endpoint counts as down.
-    backoff_s: wait after the first failure; it doubles with each further one.
-    requests_per_minute: requests are spread to be no more than these, retries included; 0 sets no limit.
-    """
-
-    url: str = ""
-    model: str = ""
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout_s: float = 600.0
-    max_tries: int = 6
-    backoff_s: float = 1.0
-    requests_per_minute: float = 0.0
+    url: str = key("", 'Base address, such as http://localhost:8000/v1; "" uses rollout.engine.')
+    model: str = key("", 'Name by which the server knows the model; "" takes the only one it serves.')
+    api_key_env: str = key(
+        "OPENAI_API_KEY", "Environment variable that holds the key; the key is never written anywhere."
+    )
+    concurrency: int = key(8, "Concurrent requests.", ge=1)
+    timeout_s: float = key(600.0, "Time limit for one answer.", gt=0)
+    max_tries: int = key(6, "Requests per answer before the endpoint counts as down.", ge=1)
+    backoff_s: float = key(1.0, "Wait after the first failure; it doubles with each further one.", ge=0)
+    requests_per_minute: float = key(0.0, "Limit on the rate of requests, retries included; 0 sets no limit.", ge=0)
 
     def __post_init__(self) -> None:
+        check(self, "endpoint")
         require(
             self.url == "" or self.url.startswith(("http://", "https://")),
             f"endpoint.url must start with http:// or https://, such as http://localhost:8000/v1; got {self.url!r}",
         )
-        at_least(1, endpoint__concurrency=self.concurrency, endpoint__max_tries=self.max_tries)
-        above(0, endpoint__timeout_s=self.timeout_s)
-        at_least(0, endpoint__backoff_s=self.backoff_s, endpoint__requests_per_minute=self.requests_per_minute)
 
 
 @dataclass(frozen=True)

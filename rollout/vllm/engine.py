@@ -27,7 +27,7 @@ from rollout.inputs.images import PromptError
 from rollout.inputs.offsets import fresh_text
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.vllm.launch import Launch, environment, prepare
+from rollout.vllm.launch import Launch, environment, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
 from rollout.vllm.wire import buckets
@@ -365,14 +365,14 @@ class VllmEngine:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._progress.logger])
 
         try:
-            self._llm = self._run(start(), self._config.start_timeout_s)
+            self._llm = self._run(start(), start_timeout_s())
             self._run(self._llm.update_weight_version(str(self.weights_version)))
         except Exception as error:
             self._loop.stop()
             raise EngineFailed(
                 f"{self.name} did not start: {error}. If memory is short, lower inputs.max_prompt_tokens, "
-                "inputs.max_images or rollout.vllm.max_num_seqs, or raise rollout.vllm.gpu_memory_utilization or "
-                "tensor_parallel_size; vLLM's own log above has the cause"
+                "inputs.max_images or rollout.vllm.engine_args.max_num_seqs, or raise "
+                "rollout.vllm.gpu_memory_utilization or tensor_parallel_size; vLLM's own log above has the cause"
             ) from error
 
     def _run(self, work: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:

@@ -5,11 +5,10 @@ Knows the model folder's config and the settings; nothing of prompts, sampling o
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import psutil
@@ -18,6 +17,7 @@ from transformers import AutoConfig
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
 from rollout.engine import EngineOptions
+from rollout.keys import nearest, require
 from rollout.vllm.memory import (
     GIB,
     check_cache,
@@ -58,7 +58,7 @@ def prepare(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, optio
     source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     source |= {"revision": options.revision} if options.revision else {}
     config = check_model(model_path, rollout, inputs, **source)
-    backend = transfer_backend(rollout.vllm.sync, cpu=cpu, colocated=options.colocated)
+    backend = "gloo" if cpu else "ipc" if options.colocated else "nccl"
     arguments = engine_arguments(
         model_path,
         rollout,
@@ -93,22 +93,6 @@ def on_cpu(device: str) -> bool:
     return cpu
 
 
-def transfer_backend(sync: str, *, cpu: bool, colocated: bool) -> str:
-    """Return "gloo", "nccl" or "ipc": `sync`, or what fits the devices and the placement when it is "auto".
-
-    Raises:
-        ConfigError: a backend that these devices do not have.
-    """
-    fitting = "gloo" if cpu else "ipc" if colocated else "nccl"
-    if sync == "auto":
-        return fitting
-    if cpu != (sync == "gloo"):
-        raise ConfigError(f"rollout.vllm.sync={sync} does not work on {'CPU' if cpu else 'GPUs'}; use {fitting}")
-    if sync == "nccl" and colocated:
-        raise ConfigError("rollout.vllm.sync=nccl needs GPUs of its own for the engine; use ipc, or disaggregate")
-    return sync
-
-
 def sender_options(rollout: RolloutConfig) -> dict[str, Any]:
     """Return the keyword arguments of `build_sender` that the settings decide."""
     return {
@@ -121,7 +105,7 @@ def sender_options(rollout: RolloutConfig) -> dict[str, Any]:
 
 def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
     """Return the longest prompt plus response, in tokens."""
-    return rollout.vllm.max_model_len or inputs.max_prompt_tokens + rollout.max_response_tokens
+    return rollout.vllm.engine_args.get("max_model_len") or inputs.max_prompt_tokens + rollout.max_response_tokens
 
 
 def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Any:
@@ -147,7 +131,7 @@ def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *
     if limit and length > limit:
         raise ConfigError(
             f"prompt and response may have {length:,} tokens, the model's positions end at {limit:,}; lower "
-            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.max_model_len"
+            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.engine_args.max_model_len"
         )
     return config
 
@@ -173,7 +157,7 @@ def cache_bytes(model_path: str, config: Any, rollout: RolloutConfig, inputs: In
         ConfigError: the cache holds no response of full length, or memory does not suffice.
     """
     text, length = config.get_text_config(), max_model_len(rollout, inputs)
-    block_size = rollout.vllm.block_size or (CPU_BLOCK_SIZE if cpu else GPU_BLOCK_SIZE)
+    block_size = rollout.vllm.engine_args.get("block_size") or (CPU_BLOCK_SIZE if cpu else GPU_BLOCK_SIZE)
     one_response = response_cache_bytes(text, rollout.dtype, length, block_size)
     weights = weight_bytes(model_path, rollout.dtype)
     if cpu:
@@ -202,16 +186,20 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Return the keyword arguments of `vllm.AsyncEngineArgs`; kv_cache_bytes as `cache_bytes` returns them."""
     vllm = rollout.vllm
+    length = max_model_len(rollout, inputs)
+    # What engine_args may change comes first; what our own code relies on goes over it.
     arguments: dict[str, Any] = {
+        "max_num_seqs": vllm.max_num_seqs,
+        "enable_prefix_caching": vllm.prefix_caching,
+        "disable_log_stats": True,
+        **_known_arguments(vllm.engine_args),
+    }
+    fixed: dict[str, Any] = {
         "model": model_path,
         "dtype": rollout.dtype,
-        "max_model_len": max_model_len(rollout, inputs),
-        "max_num_seqs": vllm.max_num_seqs,
+        "max_model_len": length,
         "tensor_parallel_size": vllm.tensor_parallel_size,
         "gpu_memory_utilization": vllm.gpu_memory_utilization,
-        "enforce_eager": vllm.enforce_eager or cpu,
-        "enable_prefix_caching": vllm.prefix_caching,
-        "mm_processor_cache_gb": vllm.mm_cache_gib,
         "limit_mm_per_prompt": {"image": inputs.max_images, "video": 0},
         # Images arrive resized; the sizes tell vLLM how many tokens an image may have when it profiles memory.
         "mm_processor_kwargs": {
@@ -223,26 +211,49 @@ def engine_arguments(
         "enable_sleep_mode": vllm.sleep_level > 0 and not cpu,
         "worker_extension_cls": WORKER_EXTENSION,
         "weight_transfer_config": {"backend": backend},
-        "disable_log_stats": True,
     }
-    if vllm.max_num_batched_tokens:
-        arguments["max_num_batched_tokens"] = vllm.max_num_batched_tokens
     if kv_cache_bytes:
-        arguments["kv_cache_memory_bytes"] = kv_cache_bytes
-    if vllm.block_size or cpu:
-        arguments["block_size"] = vllm.block_size or CPU_BLOCK_SIZE
+        fixed["kv_cache_memory_bytes"] = kv_cache_bytes
     if cpu:
         # A prompt cut in two draws a token that is thrown away, and vLLM cannot set a seeded CPU generator back: its
         # engine dies. So every prompt goes into one step.
-        whole = max(vllm.max_num_batched_tokens or CPU_BATCHED_TOKENS, max_model_len(rollout, inputs))
-        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+        whole = max(arguments.get("max_num_batched_tokens", CPU_BATCHED_TOKENS), length)
+        fixed |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+        arguments.setdefault("block_size", CPU_BLOCK_SIZE)
         if vllm.tensor_parallel_size == 1:
-            arguments["distributed_executor_backend"] = "uni"
+            fixed["distributed_executor_backend"] = "uni"
     elif vllm.tensor_parallel_size > 1:
-        arguments["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would place actors of its own
+        fixed["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would place actors of its own
     if lora_rank:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
-    return arguments
+        fixed |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
+    for name in vllm.engine_args.keys() & fixed.keys() - {"max_model_len", "max_num_batched_tokens"}:
+        require(
+            vllm.engine_args[name] == fixed[name],
+            f"rollout.vllm.engine_args.{name} is always {fixed[name]!r} here: remove it",
+        )
+    return arguments | fixed
+
+
+def _known_arguments(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the user passes through to vLLM's engine.
+
+    Raises:
+        ConfigError: the installed vLLM has no such argument; names the nearest.
+    """
+    from vllm import AsyncEngineArgs
+
+    known = [field.name for field in fields(AsyncEngineArgs)]
+    for name in given:
+        require(
+            name in known,
+            f"rollout.vllm.engine_args.{name}: the installed vLLM has no such engine argument{nearest(name, known)}",
+        )
+    return given
+
+
+def start_timeout_s() -> int:
+    """Return how long an engine may take to load the model and profile memory; vLLM's own variable sets it."""
+    return int(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "900"))
 
 
 def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads: int) -> dict[str, str]:
@@ -250,7 +261,7 @@ def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads:
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit locks of the parent's threads
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(vllm.start_timeout_s)),
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(start_timeout_s()),
         # On CPU a start warns ten times of what cannot be helped there.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING"),
     }

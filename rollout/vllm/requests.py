@@ -29,7 +29,7 @@ def build_request(
     if num_tokens + max_tokens > max_model_len:
         raise PromptError(
             f"{num_tokens:,} prompt tokens and {max_tokens:,} for the response are more than the engine's "
-            f"{max_model_len:,}; raise rollout.vllm.max_model_len or lower rollout.max_response_tokens"
+            f"{max_model_len:,}; raise rollout.vllm.engine_args.max_model_len or lower rollout.max_response_tokens"
         )
     token_ids = processor.tokenizer.encode(processor.render(prompt), add_special_tokens=False, verbose=False)
     request: dict[str, Any] = {"prompt_token_ids": token_ids}

@@ -23,6 +23,8 @@ from rsgrpo.types import Sample, TrainGroup
 
 FLOAT32_TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 0.3
 SEARCHED_ROWS = 64
+CHECKED_PROMPTS, CHECKED_TOKENS = 2, 32
+"""Training rows that are compared, those with the most images, and greedy tokens of each."""
 
 
 class GateFailed(RsgrpoError):

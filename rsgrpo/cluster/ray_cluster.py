@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rollout.pool import RolloutPool, Supervision, WorkerError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import WorkerHandle, start_rollout_worker
-from rsgrpo.cluster.engine_check import Check, check_gate, tolerance_of
+from rsgrpo.cluster.engine_check import CHECKED_TOKENS, Check, check_gate, tolerance_of
 from rsgrpo.cluster.ranks import POLL_S, Ranks, WorkerFailed, describe_failure
 from rsgrpo.cluster.workers import LearnerWorker, RewardWorker
 from rsgrpo.config.placement import place
@@ -32,6 +32,9 @@ from rsgrpo.stopping import kept_handlers
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 log = logging.getLogger(__name__)
+
+SYNC_CHUNK_BYTES = 64 << 20
+"""Weights in flight at once on their way to embedded engines."""
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that workers may take to end after a signal."""
@@ -157,7 +160,7 @@ class Cluster:
         if plan.total_cpus > cpus + 1e-6 or plan.total_gpus > gpus + 1e-6:
             raise InputError(
                 f"{plan.describe()} (cluster.placement={self.config.cluster.placement}), the cluster has {cpus:g} and "
-                f"{gpus:g}. Lower learner.num_ranks, rollout.num_workers or cluster.*_cpus, or add nodes."
+                f"{gpus:g}. Lower learner.num_ranks, rollout.num_workers or cluster.cpus, or add nodes."
             )
         self._placement = placement_group(plan.bundles, strategy="PACK")
         timeout_s = self.config.cluster.startup_timeout_s
@@ -288,8 +291,7 @@ class Cluster:
 
     def check_engines(self, prompts: Sequence[Prompt], version: int) -> list[Check]:
         """Compare every engine with the learner on `prompts` (`rsgrpo.cluster.engine_check`)."""
-        gate, rollout = self.config.gate, self.config.rollout
-        num_tokens = min(gate.tokens, rollout.max_response_tokens)
+        num_tokens = min(CHECKED_TOKENS, self.config.rollout.max_response_tokens)
         tolerance = tolerance_of(self.config)
         try:
             return check_gate(
@@ -302,7 +304,7 @@ class Cluster:
         if self._backend == "load":
             with self._submitting:
                 version = self._version
-                chunks = self.learner.stream("weight_chunks", self.config.cluster.sync_chunk_mb << 20)
+                chunks = self.learner.stream("weight_chunks", SYNC_CHUNK_BYTES)
             self.rollouts.sync(chunks, version, engines)
             return
         with self._submitting:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 
-from rsgrpo.config.limits import nearest, require
+from rollout.keys import nearest, require
 from rsgrpo.config.placement import place
 from rsgrpo.config.train import SftConfig, TrainConfig
 

@@ -4,223 +4,172 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
-from rsgrpo.config.limits import above, at_least, one_of, require
+from rollout.config import Dtype
+from rollout.errors import ConfigError
+from rollout.keys import check, key, require
+
+Advantage = Literal["per_reward", "per_scope", "grpo", "dr_grpo", "rloo"]
+MissingMarker = Literal["void", "widen", "error"]
+Ratio = Literal["token", "gspo", "cispo"]
+KlEstimator = Literal["k1", "k2", "k3"]
+DeviceKind = Literal["auto", "cpu", "cuda"]
+LrSchedule = Literal["constant", "linear", "cosine"]
+AttentionKind = Literal["auto", "sdpa", "flash"]
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters on the language model.
+    """Low-rank adapters on the language model."""
 
-    rank: 0 trains all weights.
-    targets: names of the linear layers that get an adapter.
-    """
-
-    rank: int = 0
-    alpha: int = 32
-    dropout: float = 0.0
-    targets: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rank: int = key(0, "Rank of the adapters; 0 trains all weights.", ge=0)
+    alpha: int = key(32, "Scale of the adapters: their output is multiplied by alpha / rank.", gt=0)
+    dropout: float = key(0.0, "Dropout before the adapters.", ge=0, lt=1)
+    targets: list[str] = key(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "Names of the linear layers that get an adapter.",
     )
 
     def __post_init__(self) -> None:
-        at_least(0, model__lora__rank=self.rank)
-        above(0, model__lora__alpha=self.alpha)
-        require(0 <= self.dropout < 1, f"model.lora.dropout must be in [0, 1), got {self.dropout:g}")
+        check(self, "model.lora")
         require(not self.rank or bool(self.targets), "model.lora.targets is empty: name the layers that get an adapter")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy.
+    """The policy."""
 
-    path: Hugging Face folder or hub id. revision: hub commit, "" for the newest.
-    freeze_vision: keep the vision tower and its merger as they are; features are then computed once per image.
-    trust_remote_code: run code that the model's folder brings along.
-    """
-
-    path: str = ""
-    revision: str = ""
-    freeze_vision: bool = True
-    trust_remote_code: bool = False
+    path: str = key("", "Hugging Face folder or hub id of the model.")
+    revision: str = key("", 'Commit, branch or tag on the hub; "" takes the newest.')
+    freeze_vision: bool = key(
+        True, "Keep the vision tower and its merger as they are; features are then computed once per image."
+    )
+    trust_remote_code: bool = key(False, "Run code that comes with the model.")
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Which groups are worth a training step (dynamic sampling).
+    """Which groups are worth a training step (dynamic sampling)."""
 
-    enabled: drop groups outside (low, high) and refill the batch.
-    weights: reward name -> factor in the sum that is compared; a reward not named counts once.
-    drop_without_signal: also drop groups in which no reward has any spread.
-    max_tries: sampling rounds per step before the run stops with a histogram.
-    """
-
-    enabled: bool = False
-    low: float = 0.01
-    high: float = 6.9
-    weights: dict[str, float] = field(default_factory=dict)
-    drop_without_signal: bool = False
-    max_tries: int = 20
+    enabled: bool = key(False, "Drop groups whose mean weighted score is outside (low, high), and refill the batch.")
+    low: float = key(0.01, "Lower limit of a group's mean weighted score, exclusive.")
+    high: float = key(6.9, "Upper limit of a group's mean weighted score, exclusive.")
+    weights: dict[str, float] = key({}, "Reward name -> factor in that score; a reward not named counts once.")
+    drop_without_signal: bool = key(False, "Also drop groups in which no reward varies.")
+    max_tries: int = key(20, "Sampling rounds per step before the run stops and shows the score histogram.", ge=1)
 
     def __post_init__(self) -> None:
+        check(self, "algorithm.filter")
         require(
             self.low < self.high,
             f"algorithm.filter keeps sums in (low, high): low={self.low:g} must be < high={self.high:g}",
         )
-        at_least(1, algorithm__filter__max_tries=self.max_tries)
 
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """RS-GRPO and its relatives (docs/reference/algorithm.md).
+    """RS-GRPO and its relatives."""
 
-    advantage: "per_reward", "per_scope", "grpo", "dr_grpo" or "rloo".
-    missing_marker: "void" (teach nothing), "widen" (teach the whole response) or "error".
-    prompts_per_step: P. updates_per_step: optimiser steps that share one batch of rollouts.
-    ratio: "token", "gspo" or "cispo". clip_low, clip_high: the ratio is clipped to [1 - low, 1 + high].
-    dual_clip: bound on the loss of negative advantages, in units of |A|; 0 is off.
-    kl_coef: weight of the KL term to the reference model; 0 loads no reference. kl_estimator: "k1", "k2" or "k3".
-    entropy_coef: weight of an entropy bonus.
-    importance_cap: cap of the detached weight exp(old - rollout logprob) per token; 0 is off.
-    max_staleness: 0 samples every step with the newest weights; 1 samples step t + 1 while step t is learnt, with the
-        weights before it (needs importance_cap).
-    on_policy_shortcut: take old logprobs from the training pass itself where that is exact.
-    """
-
-    advantage: str = "per_reward"
-    missing_marker: str = "void"
-    prompts_per_step: int = 32
-    updates_per_step: int = 1
-    ratio: str = "token"
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    dual_clip: float = 3.0
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    importance_cap: float = 0.0
-    max_staleness: int = 0
-    on_policy_shortcut: bool = True
+    advantage: Advantage = key("per_reward", "How scores become advantages.")
+    missing_marker: MissingMarker = key(
+        "void",
+        "What a reward teaches where its scope's tag is missing: void (nothing), widen (the whole response) or error "
+        "(stop).",
+    )
+    prompts_per_step: int = key(32, "Prompts sampled per step (P).", ge=1)
+    updates_per_step: int = key(1, "Optimizer steps that share one batch of rollouts.", ge=1)
+    ratio: Ratio = key("token", "The importance ratio: per token, per response (gspo) or as a detached weight (cispo).")
+    clip_low: float = key(0.2, "The ratio is clipped from below at 1 - clip_low.", gt=0, lt=1)
+    clip_high: float = key(0.28, "The ratio is clipped from above at 1 + clip_high.", gt=0)
+    dual_clip: float = key(3.0, "Bound on the loss of negative advantages, in units of |A|; 0 is off.", gt=1, off=0)
+    kl_coef: float = key(0.0, "Weight of the KL term to the reference model; 0 loads no reference.", ge=0)
+    kl_estimator: KlEstimator = key("k3", "How the KL term is estimated; k1 has no gradient in expectation.")
+    entropy_coef: float = key(0.0, "Weight of an entropy bonus.", ge=0)
+    importance_cap: float = key(
+        0.0, "Cap of the detached weight exp(old - rollout logprob) of each token; 0 is off.", ge=1, off=0
+    )
+    max_staleness: Literal[0, 1] = key(
+        0,
+        "0 samples each step with the newest weights; 1 samples the next step while this one is learned, with the "
+        "weights before it (needs importance_cap).",
+    )
+    on_policy_shortcut: bool = key(True, "Take old logprobs from the training pass itself where that is exact.")
     filter: FilterConfig = field(default_factory=FilterConfig)
 
     def __post_init__(self) -> None:
-        one_of("algorithm.advantage", self.advantage, ("per_reward", "per_scope", "grpo", "dr_grpo", "rloo"))
-        one_of("algorithm.missing_marker", self.missing_marker, ("void", "widen", "error"))
-        one_of("algorithm.ratio", self.ratio, ("token", "gspo", "cispo"))
-        one_of("algorithm.kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
-        at_least(
-            1, algorithm__prompts_per_step=self.prompts_per_step, algorithm__updates_per_step=self.updates_per_step
-        )
-        at_least(0, algorithm__kl_coef=self.kl_coef, algorithm__entropy_coef=self.entropy_coef)
-        require(
-            self.max_staleness in (0, 1),
-            f"algorithm.max_staleness must be 0 (on-policy) or 1 (one step off), got {self.max_staleness}",
-        )
+        check(self, "algorithm")
         require(
             self.max_staleness == 0 or self.importance_cap > 0,
             "algorithm.max_staleness=1 learns from rollouts of older weights, which algorithm.importance_cap=0 does "
             "not correct: set algorithm.importance_cap=2",
         )
-        above(0, algorithm__clip_low=self.clip_low, algorithm__clip_high=self.clip_high)
-        require(self.clip_low < 1, f"algorithm.clip_low must be < 1 (the ratio stays > 0), got {self.clip_low:g}")
-        require(
-            self.dual_clip == 0 or self.dual_clip > 1,
-            f"algorithm.dual_clip must be 0 (off) or > 1, got {self.dual_clip:g}",
-        )
-        require(
-            self.importance_cap == 0 or self.importance_cap >= 1,
-            f"algorithm.importance_cap must be 0 (off) or >= 1, got {self.importance_cap:g}",
-        )
 
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The optimiser and how the model is spread over ranks (FSDP2).
+    """The optimizer, and how the model is spread over ranks (FSDP2)."""
 
-    num_ranks: learner processes, one per device.
-    device: "auto", "cpu" or "cuda". precision: "float32" or "bfloat16" (master weights and reduction stay float32).
-    num_threads: CPU threads of each rank; 0 leaves it to torch.
-    lr_schedule: "constant", "linear" or "cosine", after `warmup_steps`.
-    vision_lr_scale: factor on a trained tower's lr.
-    max_tokens_per_micro_batch: prompt once plus all responses of its groups.
-    logits_chunk_tokens: response tokens whose logits exist at once.
-    gradient_checkpointing: what backward computes again: "none", "full" (every layer), "every_n:K" (every K-th layer)
-        or "attention" (every layer, except what its attention kernel returned).
-    offload: keep parameters and optimiser state in CPU memory (accelerator only).
-    compile: torch.compile of each decoder layer.
-    attention: "auto", "sdpa" or "flash" (flash-attn varlen).
-    self_check: compare the shared-prefix forward with a plain one on the first group of a run.
-    encode_ahead: prompts whose images each rank decodes beforehand, in threads, while engines sample and while it
-        computes; a decoded image holds 19 KB per image token.
-    vision_cache_mb: CPU memory for image features of a frozen tower, which are kept across steps; 0 keeps none.
-    feature_cache: folder that keeps a frozen tower's features over runs; "" keeps none. feature_cache_gb: its limit;
-        features that were not used for longest go.
-    max_bad_steps: non-finite steps in a row before the run stops.
-    """
-
-    num_ranks: int = 1
-    device: str = "auto"
-    precision: str = "bfloat16"
-    num_threads: int = 0
-    lr: float = 1e-6
-    lr_schedule: str = "constant"
-    warmup_steps: int = 0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    vision_lr_scale: float = 1.0
-    max_tokens_per_micro_batch: int = 32_768
-    logits_chunk_tokens: int = 512
-    gradient_checkpointing: str = "full"
-    offload: bool = False
-    compile: bool = False
-    attention: str = "auto"
-    self_check: bool = True
-    encode_ahead: int = 8
-    vision_cache_mb: int = 4096
-    feature_cache: str = ""
-    feature_cache_gb: float = 100.0
-    max_bad_steps: int = 3
+    num_ranks: int = key(1, "Learner processes, one per device.", ge=1)
+    device: DeviceKind = key("auto", "Device of the learner; auto uses CUDA where there is any.")
+    precision: Dtype = key("bfloat16", "Precision of the computation; master weights and reductions stay float32.")
+    num_threads: int = key(0, "CPU threads of each rank; 0 leaves the number to torch.", ge=0)
+    lr: float = key(1e-6, "Learning rate.", gt=0)
+    lr_schedule: LrSchedule = key("constant", "Course of the learning rate after the warm-up.")
+    warmup_steps: int = key(0, "Steps over which the learning rate rises to lr.", ge=0)
+    betas: tuple[float, float] = key((0.9, 0.999), "AdamW's decay rates of the two moments, each in [0, 1).")
+    eps: float = key(1e-8, "AdamW's term in the denominator.", gt=0)
+    weight_decay: float = key(0.01, "AdamW's decoupled weight decay.", ge=0)
+    max_grad_norm: float = key(1.0, "Gradients are scaled down to this norm.", gt=0)
+    vision_lr_scale: float = key(1.0, "Factor on the learning rate of a trained vision tower.", gt=0)
+    max_tokens_per_micro_batch: int = key(
+        32_768, "Size of a micro-batch: each prompt once, plus all responses of its group.", ge=1
+    )
+    logits_chunk_tokens: int = key(512, "Response tokens whose logits are in memory at once.", ge=1)
+    gradient_checkpointing: str = key(
+        "full",
+        "What the backward pass recomputes: none, full (every layer), every_n:K (every K-th layer) or attention (every "
+        "layer, except what its attention kernel returned).",
+    )
+    offload: bool = key(False, "Keep parameters and optimizer state in CPU memory (GPUs only).")
+    compile: bool = key(False, "Compile each decoder layer with torch.compile.")
+    attention: AttentionKind = key(
+        "auto", "Attention kernel: sdpa, flash (flash-attn), or auto for flash-attn where it is installed."
+    )
+    self_check: bool = key(True, "Compare the shared-prefix forward pass with a plain one on the first group of a run.")
+    encode_ahead: int = key(
+        8,
+        "Prompts whose images each rank decodes in advance, in background threads; a decoded image takes 19 KB per "
+        "image token.",
+        ge=1,
+    )
+    vision_cache_mb: int = key(
+        4096, "CPU memory for the image features of a frozen tower, kept across steps; 0 keeps none.", ge=0
+    )
+    feature_cache: str = key("", 'Folder that keeps a frozen tower\'s features across runs; "" keeps none.')
+    feature_cache_gb: float = key(
+        100.0, "Size limit of feature_cache; the features unused for longest are deleted first.", gt=0
+    )
+    max_bad_steps: int = key(3, "Consecutive steps with a non-finite gradient tolerated before the run stops.", ge=1)
 
     def __post_init__(self) -> None:
-        one_of("learner.device", self.device, ("auto", "cpu", "cuda"))
-        one_of("learner.precision", self.precision, ("float32", "bfloat16"))
-        one_of("learner.lr_schedule", self.lr_schedule, ("constant", "linear", "cosine"))
-        one_of("learner.attention", self.attention, ("auto", "sdpa", "flash"))
-        parse_checkpointing(self.gradient_checkpointing)
-        require(
-            not (self.compile and self.gradient_checkpointing == "attention"),
-            "learner.compile=true takes no learner.gradient_checkpointing=attention: use full, every_n:K or none",
-        )
+        check(self, "learner")
         object.__setattr__(self, "betas", tuple(self.betas))
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             f"learner.betas must be two numbers in [0, 1), got {list(self.betas)}",
         )
-        above(
-            0,
-            learner__lr=self.lr,
-            learner__eps=self.eps,
-            learner__max_grad_norm=self.max_grad_norm,
-            learner__vision_lr_scale=self.vision_lr_scale,
-            learner__feature_cache_gb=self.feature_cache_gb,
-        )
-        at_least(0, learner__num_threads=self.num_threads, learner__warmup_steps=self.warmup_steps)
-        at_least(0, learner__weight_decay=self.weight_decay, learner__vision_cache_mb=self.vision_cache_mb)
-        at_least(
-            1,
-            learner__num_ranks=self.num_ranks,
-            learner__max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
-            learner__logits_chunk_tokens=self.logits_chunk_tokens,
-            learner__max_bad_steps=self.max_bad_steps,
-            learner__encode_ahead=self.encode_ahead,
+        parse_checkpointing(self.gradient_checkpointing)
+        require(
+            not (self.compile and self.gradient_checkpointing == "attention"),
+            "learner.compile=true does not work with learner.gradient_checkpointing=attention: use full, every_n:K or "
+            "none",
         )
 
     @property
     def recomputed_share(self) -> float:
-        """Share of the decoder layers that backward computes again."""
+        """Share of the decoder layers that the backward pass recomputes."""
         every = parse_checkpointing(self.gradient_checkpointing)
         return 1 / every if every else 0.0
 
@@ -231,8 +180,8 @@ def parse_checkpointing(how: str) -> int:
     if how in known:
         return known[how]
     match = re.fullmatch(r"every_n:([1-9]\d*)", str(how))
-    require(
-        match is not None,
-        f"learner.gradient_checkpointing must be none, full, attention or every_n:K (every_n:2), got {how!r}",
-    )
-    return int(match[1])  # type: ignore[index]
+    if match is None:
+        raise ConfigError(
+            f"learner.gradient_checkpointing must be none, full, attention or every_n:K (every_n:2), got {how!r}"
+        )
+    return int(match[1])

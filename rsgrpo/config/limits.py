@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
-from rsgrpo.errors import ConfigError
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ConfigError with `message` unless it holds."""
-    if not holds:
-        raise ConfigError(message)
+from rollout.keys import nearest as nearest
+from rollout.keys import require as require
 
 
 def one_of(key: str, value: str, options: Collection[str]) -> None:
     """Raise ConfigError, with the nearest option, unless `value` is one of them."""
-    if value not in options:
-        listed = ", ".join(options)
-        raise ConfigError(f"{key} must be one of {listed}; got {value!r}{nearest(value, options)}")
+    require(value in options, f"{key} must be one of {', '.join(options)}; got {value!r}{nearest(value, options)}")
 
 
 def at_least(limit: float, **values: float) -> None:
@@ -31,9 +23,3 @@ def above(limit: float, **values: float) -> None:
     """Raise ConfigError for a value that is not over `limit`."""
     for key, value in values.items():
         require(value > limit, f"{key.replace('__', '.')} must be > {limit:g}, got {value:g}")
-
-
-def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return "; did you mean X?", or nothing when no known word is close."""
-    best = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f"; did you mean {best[0]}?" if best else ""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rsgrpo.config.limits import require
+from rollout.keys import require
 from rsgrpo.config.train import TrainConfig
 
 
@@ -68,6 +68,7 @@ def place(config: TrainConfig, *, has_gpus: bool) -> Placement:
         ConfigError: colocated engines need more GPUs than the learner has ranks.
     """
     cluster, num_ranks, num_engines = config.cluster, config.learner.num_ranks, config.rollout.num_workers
+    cpus = cluster.cpus
     num_references = num_ranks if config.needs_reference_workers else 0
     colocated = cluster.placement == "colocated"
     learner_gpus = (0.5 if num_references else 1.0) if has_gpus else 0.0
@@ -81,16 +82,16 @@ def place(config: TrainConfig, *, has_gpus: bool) -> Placement:
         )
         # Ray gives out no two and a half GPUs, and may put two halves on one: so engines are told which they share.
         shared = [tuple(range(i * degree, (i + 1) * degree)) for i in range(num_engines)]
-        engines = [Seat(ranks[0], cluster.rollout_cpus, 0.0, ranks) for ranks in shared]
+        engines = [Seat(ranks[0], cpus["rollout"], 0.0, ranks) for ranks in shared]
     else:
         first, gpus = (0 if colocated else num_ranks), float(degree if has_gpus else 0)
-        engines = [Seat(first + i, cluster.rollout_cpus, gpus) for i in range(num_engines)]
+        engines = [Seat(first + i, cpus["rollout"], gpus) for i in range(num_engines)]
     first_reward = max(num_ranks, *(seat.bundle + 1 for seat in engines))
     return Placement(
         {
-            "learner": tuple(Seat(i, cluster.learner_cpus, learner_gpus) for i in range(num_ranks)),
-            "reference": tuple(Seat(i, cluster.learner_cpus, learner_gpus) for i in range(num_references)),
+            "learner": tuple(Seat(i, cpus["learner"], learner_gpus) for i in range(num_ranks)),
+            "reference": tuple(Seat(i, cpus["learner"], learner_gpus) for i in range(num_references)),
             "rollout": tuple(engines),
-            "reward": tuple(Seat(first_reward + i, cluster.reward_cpus, 0.0) for i in range(cluster.reward_workers)),
+            "reward": tuple(Seat(first_reward + i, cpus["reward"], 0.0) for i in range(cluster.reward_workers)),
         }
     )

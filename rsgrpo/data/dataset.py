@@ -89,7 +89,7 @@ def sort_rows(
     """Return the prompts of the rows that can be used, and why the others cannot, both in file order."""
     checker = RowChecker(data, prompt, find_images(folder, data.image_dir), processor, checked)
     outcomes: list[Prompt | BadRow] = []
-    with ThreadPoolExecutor(data.num_workers or min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MAX_CHECK_THREADS, os.cpu_count() or 1)) as pool:
         for outcome in pool.map(checker.check, rows):
             outcomes.append(outcome)
             if progress is not None:

@@ -125,7 +125,7 @@ class RowChecker:
 
     def check(self, row: Row) -> Prompt | BadRow:
         """Return the row's prompt, or the first reason not to use it."""
-        given_id = row.columns.get(self._data.id_key)
+        given_id = row.columns.get(self._data.columns["id"])
         row_id = f"row-{row.number}" if given_id is None else str(given_id)
         try:
             if row.fault:
@@ -137,9 +137,9 @@ class RowChecker:
     def _prompt(self, row_id: str, columns: Mapping[str, Any]) -> Prompt:
         images = self._row_images(columns)
         text, question = self._texts(columns, len(images))
-        used = (self._data.prompt_key, self._data.answer_key, self._data.image_key)
+        used = (self._data.columns["prompt"], self._data.columns["answer"], self._data.columns["image"])
         others = {name: value for name, value in columns.items() if name not in used}
-        truth = self._read_gold(columns.get(self._data.answer_key), others, len(images))
+        truth = self._read_gold(columns.get(self._data.columns["answer"]), others, len(images))
         prompt = Prompt(row_id, text, images, truth, question, self._system)
         num_marks = text.count(IMAGE_MARK)
         if num_marks != len(images):
@@ -159,7 +159,7 @@ class RowChecker:
         return prompt
 
     def _row_images(self, columns: Mapping[str, Any]) -> tuple[ImageSource, ...]:
-        entries = image_entries(columns.get(self._data.image_key))
+        entries = image_entries(columns.get(self._data.columns["image"]))
         limit = self._processor.inputs.max_images
         if len(entries) > limit:
             raise RowFault("too many images", f"{len(entries)} images, inputs.max_images is {limit}")
@@ -171,12 +171,12 @@ class RowChecker:
     def _texts(self, columns: Mapping[str, Any], num_images: int) -> tuple[str, str]:
         """Return the user message and the bare question."""
         data = self._data
-        own, question = columns.get(data.prompt_key), columns.get(data.question_key)
+        own, question = columns.get(data.columns["prompt"]), columns.get(data.columns["question"])
         if own is not None and not isinstance(own, str):
-            raise RowFault("empty prompt", f"column {data.prompt_key!r} must be text, got {type(own).__name__}")
+            raise RowFault("empty prompt", f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}")
         question = (own or "").replace(IMAGE_MARK, "").strip() if question is None else str(question)
         text = render_template(self._template, question, num_images) if self._template else (own or "")
         if not text.replace(IMAGE_MARK, "").strip() or (self._template and not question):
-            column = data.question_key if self._template else data.prompt_key
+            column = data.columns["question"] if self._template else data.columns["prompt"]
             raise RowFault("empty prompt", f"column {column!r} is missing or empty; the row has {', '.join(columns)}")
         return text, question

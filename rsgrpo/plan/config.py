@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rsgrpo.config.limits import at_least, one_of, require
+from rollout.keys import check, key
 from rsgrpo.config.train import ClusterConfig, TrainConfig
 
 
@@ -31,38 +31,25 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan cannot know.
+    """What a plan cannot know."""
 
-    gpu: one of DEVICES. Runs with learner.device=cpu take "cpu".
-    mfu: share of the device's FLOP/s that training and prefill reach. decode_bandwidth: share of its bytes/s in decode.
-    prompt_fill, response_fill: mean lengths as a share of the limits.
-    sync_gb_per_s: weights from learner to engines.
-    """
-
-    gpu: str = "h100"
-    mfu: float = 0.4
-    decode_bandwidth: float = 0.5
-    prompt_fill: float = 0.73
-    response_fill: float = 0.46
-    sync_gb_per_s: float = 20.0
+    gpu: str = key("h100", "Kind of GPU; runs with learner.device=cpu are planned for a CPU.", one_of=DEVICES)
+    mfu: float = key(0.4, "Share of the device's FLOP/s that training and prefill reach.", gt=0, le=1)
+    decode_bandwidth: float = key(0.5, "Share of the device's memory bandwidth that decoding reaches.", gt=0, le=1)
+    prompt_fill: float = key(0.73, "Mean prompt length as a share of inputs.max_prompt_tokens.", gt=0, le=1)
+    response_fill: float = key(0.46, "Mean response length as a share of rollout.max_response_tokens.", gt=0, le=1)
+    sync_gb_per_s: float = key(20.0, "Rate at which weights go from learner to engines.", gt=0)
 
     def __post_init__(self) -> None:
-        one_of("plan.gpu", self.gpu, DEVICES)
-        for key in ("mfu", "decode_bandwidth", "prompt_fill", "response_fill"):
-            require(0 < getattr(self, key) <= 1, f"plan.{key} must be in (0, 1], got {getattr(self, key):g}")
+        check(self, "plan")
 
 
 @dataclass(frozen=True)
 class PlannedCluster(ClusterConfig):
-    """The cluster and what it is made of. gpus_per_node: 0 is as many as the workers take, all on one node."""
+    """Ray, and what the cluster is made of."""
 
-    nodes: int = 1
-    gpus_per_node: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, cluster__nodes=self.nodes)
-        at_least(0, cluster__gpus_per_node=self.gpus_per_node)
+    nodes: int = key(1, "Number of nodes.", ge=1)
+    gpus_per_node: int = key(0, "GPUs of each node; 0 is as many as the workers need, all on one node.", ge=0)
 
 
 @dataclass(frozen=True)

@@ -254,10 +254,12 @@ class _WandbSink:
         self.run_id = run_id or secrets.token_hex(4)
         self.fallback_reason = ""
 
+        team, _, project = tracking.project.rpartition("/")
+
         def start(mode: str, run_id: str) -> Any:
             return wandb.init(
-                project=tracking.project,
-                entity=tracking.entity or None,
+                project=project,
+                entity=team or None,
                 name=name,
                 id=run_id,
                 resume="allow" if mode == "online" else None,

@@ -1,6 +1,6 @@
-"""A run that has left a bound of its metrics for several steps is stopped or warned about.
+"""Stop a run, or warn, when a metric has been out of its bounds for several steps.
 
-Rules are read by `rsgrpo.config.guards`. Where the run stands, and saving it, is `rsgrpo.running.run`.
+Rules are read by `rsgrpo.config.guards`; `rsgrpo.running.run` saves the run and ends it.
 """
 
 from __future__ import annotations
@@ -9,61 +9,60 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rsgrpo.config.guards import GuardsConfig, parse_rule, scored_name
-from rsgrpo.config.limits import nearest
+from rollout.keys import nearest
+from rsgrpo.config.guards import GuardsConfig, Rule, scored_name
 from rsgrpo.errors import InputError, RsgrpoError
 
 GUARD_EXIT_CODE = 3
 
 
 class GuardBroken(RsgrpoError):
-    """A metric has been out of its bound for too long; the run is saved, and ends with an exit code of its own."""
+    """A metric has been out of its bounds for too long; the run is saved and ends with an exit code of its own."""
 
     exit_code = GUARD_EXIT_CODE
 
 
 class Guards:
-    """Counts, for each rule, the steps in a row that broke it; steps that did not measure its metric do not count."""
+    """Counts, per rule, the consecutive steps that broke it; steps that did not measure its metric do not count."""
 
     def __init__(self, config: GuardsConfig, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Begin to count.
+        """Start counting.
 
-        earlier: the rows of metrics.jsonl of a run that is resumed.
+        earlier: rows of metrics.jsonl of a run that is resumed.
         """
-        self._config = config
-        self._rules = [parse_rule(name, rule) for name, rule in config.rules.items()]
-        self._streaks = dict.fromkeys(config.rules, 0)
+        self._stops = config.action == "stop"
+        self._streaks = dict.fromkeys(config.parsed(), 0)
         self._seen: set[str] = set()
         for row in earlier:
             self._count({key: math.nan if value is None else value for key, value in row.items()})
 
     def check(self, step: int, metrics: Mapping[str, float]) -> str:
-        """Count a step; return what to say of rules that are broken, "" if there is nothing.
+        """Count a step; return the message about broken rules, "" if there is none.
 
         Raises:
-            InputError: no step so far has measured a rule's metric, and it is none of a reward or monitor, which may
-                apply to no response of a step.
+            InputError: no step so far has measured a rule's metric, and it does not belong to a reward or monitor
+                (which may apply to no response of a step).
         """
-        for rule in self._rules:
+        for rule in self._streaks:
             if rule.metric not in metrics and rule.metric not in self._seen and scored_name(rule.metric) is None:
                 raise InputError(
-                    f"guards.rules.{rule.name}: step {step} measures no {rule.metric}{nearest(rule.metric, metrics)}"
+                    f"guards.rules={{{rule.metric}: ...}}: step {step} does not measure {rule.metric}"
+                    f"{nearest(rule.metric, metrics)}"
                 )
         self._count(metrics)
         return "; ".join(
-            f"{rule.text} (guards.rules.{rule.name}) has not held for {self._streaks[rule.name]} steps: at step {step} "
-            f"{rule.metric} is {metrics[rule.metric]:.4g}"
-            for rule in self._rules
-            if rule.metric in metrics and self._is_broken(self._streaks[rule.name])
+            f"{rule} (guards.rules) has not held for {streak} steps: at step {step} {rule.metric} is "
+            f"{metrics[rule.metric]:.4g}"
+            for rule, streak in self._streaks.items()
+            if rule.metric in metrics and self._is_broken(rule, streak)
         )
 
-    def _is_broken(self, streak: int) -> bool:
-        """Whether to speak up: once when it warns; when it stops also after a stop, if the run was started again."""
-        patience = self._config.patience
-        return streak >= patience if self._config.action == "stop" else streak == patience
+    def _is_broken(self, rule: Rule, streak: int) -> bool:
+        """Whether to report: once when it warns; when it stops, also right after a restart of the stopped run."""
+        return streak >= rule.patience if self._stops else streak == rule.patience
 
     def _count(self, metrics: Mapping[str, float]) -> None:
-        for rule in self._rules:
+        for rule, streak in self._streaks.items():
             if rule.metric in metrics:
                 self._seen.add(rule.metric)
-                self._streaks[rule.name] = 0 if rule.holds(metrics[rule.metric]) else self._streaks[rule.name] + 1
+                self._streaks[rule] = 0 if rule.holds(metrics[rule.metric]) else streak + 1

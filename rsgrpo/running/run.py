@@ -20,7 +20,7 @@ import yaml
 from rollout.inputs.processor import InputProcessor
 from rollout.types import SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
-from rsgrpo.cluster.engine_check import choose_prompts, require_gate
+from rsgrpo.cluster.engine_check import CHECKED_PROMPTS, choose_prompts, require_gate
 from rsgrpo.cluster.local import LocalCluster
 from rsgrpo.cluster.ranks import WorkerFailed
 from rsgrpo.cluster.ray_cluster import Cluster
@@ -199,9 +199,7 @@ class Run:
         if not every or self.config.rollout.engine == "fake" or (self._checked and self.step % every):
             return
         self._checked = True
-        prompts = choose_prompts(
-            (self.train_prompts[i] for i in range(len(self.train_prompts))), self.config.gate.prompts
-        )
+        prompts = choose_prompts((self.train_prompts[i] for i in range(len(self.train_prompts))), CHECKED_PROMPTS)
         with self.timed("gate"):
             checks = self.cluster.check_engines(prompts, self.step)
         require_gate(checks, self.step)

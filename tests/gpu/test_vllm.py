@@ -15,9 +15,11 @@ pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("hydra", reason="hydra is not installed")
 
 from rollout.build import build_engine
+from rollout.config import Dtype
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
+from rsgrpo.config.train import PlacementKind
 from rsgrpo.train import train
 from tests.material.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
@@ -32,9 +34,9 @@ GPU_TOLERANCE = 2e-3
 
 
 @contextmanager
-def started(model_path: str, *, dtype: str = "float32", colocated: bool = True, **vllm: Any) -> Iterator[Any]:
+def started(model_path: str, *, dtype: Dtype = "float32", colocated: bool = True, **vllm: Any) -> Iterator[Any]:
     """A small engine on the first GPU (tensor parallel: on the first ones)."""
-    options = {"kv_cache_gib": 0.25, "enforce_eager": True, "gpu_memory_utilization": 0.2, **vllm}
+    options = {"kv_cache_gib": 0.25, "engine_args": {"enforce_eager": True}, "gpu_memory_utilization": 0.2, **vllm}
     rollout = dataclasses.replace(ROLLOUT, dtype=dtype, vllm=dataclasses.replace(ROLLOUT.vllm, **options))
     engine = build_engine(model_path, rollout, INPUTS, colocated=colocated, name="engine 0")
     try:
@@ -80,7 +82,7 @@ def test_float32_logprobs_equal_transformers_and_bfloat16_stays_within_the_gates
 
 
 def test_compiled_graphs_sample_what_eager_does(attentive_model_path, prompts):
-    with started(attentive_model_path, enforce_eager=False) as engine:
+    with started(attentive_model_path, engine_args={}) as engine:
         assert_same_logprobs(engine, reference_model(attentive_model_path), prompts, GPU_TOLERANCE)
 
 
@@ -148,12 +150,12 @@ def run_of(tmp_path, tmp_path_factory, page_images, tiny_model_path, monkeypatch
     rows = write_rows(tmp_path / "rows.jsonl", page_images)
     config = tiny_run(tmp_path, rows, tiny_model_path)
 
-    def make(placement: str, *, num_ranks: int = 1, num_workers: int = 1, **vllm: Any) -> Any:
+    def make(placement: PlacementKind, *, num_ranks: int = 1, num_workers: int = 1, **vllm: Any) -> Any:
         options = {
             "kv_cache_gib": 0.25,
             "gpu_memory_utilization": 0.2,
             "verify_every": 1,
-            "enforce_eager": True,
+            "engine_args": {"enforce_eager": True},
             **vllm,
         }
         rollout = dataclasses.replace(

@@ -13,7 +13,12 @@ INPUTS = InputsConfig(min_pixels=784, max_pixels=784 * 16, max_images=3, max_pro
 ROLLOUT = RolloutConfig(
     engine="vllm",
     max_response_tokens=48,
-    vllm=VllmConfig(kv_cache_gib=0.0625, max_num_seqs=16, mm_cache_gib=0.25, stall_timeout_s=15, sync_timeout_s=120),
+    vllm=VllmConfig(
+        kv_cache_gib=0.0625,
+        engine_args={"max_num_seqs": 16, "mm_processor_cache_gb": 0.25},
+        stall_timeout_s=15,
+        sync_timeout_s=120,
+    ),
 )
 
 

@@ -62,7 +62,7 @@ def tiny_run(output_dir: Path, rows: Path, model_path: str, **changes: Any) -> T
             ),
             "validation": ValidationConfig(every=0, at_start=False),
             "checkpoint": CheckpointConfig(every=1, keep_last=2, keep_best=0, export=False),
-            "cluster": ClusterConfig(num_cpus=2, rollout_cpus=0.4, learner_cpus=0.4, reward_cpus=0.1),
+            "cluster": ClusterConfig(num_cpus=2, cpus={"rollout": 0.4, "learner": 0.4, "reward": 0.1}),
             **changes,
         }
     )

@@ -77,7 +77,7 @@ def config(tmp_path, rows, tiny_model_path) -> TrainConfig:
         ),
         validation=ValidationConfig(every=2, max_prompts=3, greedy=True, samples=2, temperature=1.0, top_p=1.0),
         checkpoint=CheckpointConfig(every=1, keep_last=2, metric="val/sampled/vowels", export=False),
-        cluster=ClusterConfig(num_cpus=2, rollout_cpus=0.5, learner_cpus=0.4, reward_cpus=0.1),
+        cluster=ClusterConfig(num_cpus=2, cpus={"rollout": 0.5, "learner": 0.4, "reward": 0.1}),
     )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def test_missing_demo_data_names_the_command_to_run(config):
 
 
 def test_too_few_cpus_are_refused_with_the_arithmetic(ray_cluster, config):
-    greedy = dataclasses.replace(config.cluster, num_cpus=0, learner_cpus=7.0)
+    greedy = dataclasses.replace(config.cluster, num_cpus=0, cpus={"learner": 7.0})
     with pytest.raises(RsgrpoError, match=r"need 7.6 CPUs and 0 GPUs.*the cluster has 2 and 0"):
         train(variant(config, cluster=greedy))
 

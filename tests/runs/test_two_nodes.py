@@ -54,7 +54,7 @@ def test_learner_ranks_on_two_nodes_train_from_relative_paths(tmp_path, two_node
         Path("runs"),
         Path("rows.jsonl"),
         "model",
-        cluster=ClusterConfig(address=two_nodes.address, rollout_cpus=0.2, learner_cpus=0.6, reward_cpus=0.1),
+        cluster=ClusterConfig(address=two_nodes.address, cpus={"rollout": 0.2, "learner": 0.6, "reward": 0.1}),
     )
     config = dataclasses.replace(config, learner=dataclasses.replace(config.learner, num_ranks=2))
     recipe = folder / "conf" / "recipe" / "mine.yaml"

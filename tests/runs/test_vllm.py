@@ -29,7 +29,12 @@ ROLLOUT = RolloutConfig(
     group_size=4,
     max_response_tokens=24,
     num_threads=1,
-    vllm=VllmConfig(kv_cache_gib=0.0625, max_num_seqs=16, mm_cache_gib=0.25, verify_every=1, sync_timeout_s=60),
+    vllm=VllmConfig(
+        kv_cache_gib=0.0625,
+        engine_args={"max_num_seqs": 16, "mm_processor_cache_gb": 0.25},
+        verify_every=1,
+        sync_timeout_s=60,
+    ),
 )
 
 
@@ -66,7 +71,7 @@ def write_own_pages(folder: Path, questions: Sequence[str]) -> DataConfig:
 def test_two_ranks_train_with_two_engines_on_policy_and_groups_share_their_prompt(ray_cluster, config, tmp_path):
     data = write_own_pages(tmp_path, ["page 1 shows a code 4 and an amount 7 " * 6] * 4)
     two_engines = dataclasses.replace(ROLLOUT, num_workers=2)
-    cluster = dataclasses.replace(config.cluster, rollout_cpus=0.3, learner_cpus=0.3)
+    cluster = dataclasses.replace(config.cluster, cpus={"rollout": 0.3, "learner": 0.3})
     learner = dataclasses.replace(config.learner, num_ranks=2)
     config = dataclasses.replace(config, data=data, rollout=two_engines, learner=learner, cluster=cluster)
     train(config)
@@ -116,7 +121,9 @@ def test_an_engine_killed_and_one_stalled_in_mid_step_are_replaced_and_the_run_g
     monkeypatch.syspath_prepend(str(tmp_path))
     rewards = {"breaks": "tests_breaking_reward:breaks_engines"}
     # One group at a time, so that others are still to come when the first is scored.
-    vllm = dataclasses.replace(ROLLOUT.vllm, max_num_seqs=4, stall_timeout_s=10)
+    vllm = dataclasses.replace(
+        ROLLOUT.vllm, engine_args={"max_num_seqs": 4, "mm_processor_cache_gb": 0.25}, stall_timeout_s=10
+    )
     few = dataclasses.replace(ROLLOUT, max_response_tokens=64, vllm=vllm)
     algorithm = dataclasses.replace(config.algorithm, prompts_per_step=4, max_staleness=1, importance_cap=2.0)
     changes: dict[str, Any] = {
@@ -166,7 +173,10 @@ def test_an_adapter_is_trained_and_prompts_that_cannot_be_sampled_are_replaced(
         reward_args={},
         model=dataclasses.replace(config.model, lora=LoraConfig(rank=4, alpha=8)),
         learner=dataclasses.replace(config.learner, lr=1e-2),
-        rollout=dataclasses.replace(ROLLOUT, vllm=dataclasses.replace(ROLLOUT.vllm, max_model_len=120)),
+        rollout=dataclasses.replace(
+            ROLLOUT,
+            vllm=dataclasses.replace(ROLLOUT.vllm, engine_args={**ROLLOUT.vllm.engine_args, "max_model_len": 120}),
+        ),
     )
     train(config)
     first, second = steps_of(config)
@@ -180,7 +190,7 @@ def test_an_adapter_is_trained_and_prompts_that_cannot_be_sampled_are_replaced(
     assert "step 2: prompt own2 could not be sampled" in said[0]
     assert "own2-1.png" in said[0]
     assert "prompt own3" in said[1]
-    assert "raise rollout.vllm.max_model_len" in said[1]
+    assert "raise rollout.vllm.engine_args.max_model_len" in said[1]
 
 
 def test_engines_that_cannot_start_say_what_to_change_before_anything_is_sampled(ray_cluster, config, tiny_model_path):

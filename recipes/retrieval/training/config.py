@@ -3,67 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from recipes.retrieval.encoders.base import EncoderSettings
-from rsgrpo.config.limits import one_of, require
+from rollout.keys import check, key
+
+Pooling = Literal["", "weighted_mean", "mean", "last", "cls"]
 
 
 @dataclass(frozen=True)
 class RetrieverConfig:
-    """One run.
+    """One run of `python -m recipes.train_retriever`."""
 
-    name, output_dir: the run writes to OUTPUT_DIR/NAME.
-    base_model: folder or hub id: a vision-language model, or a sentence-transformers model that reads images.
-    revision: hub commit. trust_remote_code: run code that the model's folder brings.
-    pairs, held_out: what `recipes.retrieval.training.pairs.read_pairs` reads; held_out may be "".
-    held_out_pairs: without `held_out`, so many of `pairs` (drawn by `seed`) are held out instead; 0: none.
-    pooling: weighted_mean, mean, last or cls; "" where the model's folder fixes it, else weighted_mean.
-    query_prefix: instruction before every query. min_pixels, max_pixels: area of a resized page.
-    batch_size: pairs per rank whose pages are each other's negatives. micro_batch_size: how many are in memory at once;
-        it changes no gradient.
-    temperature: of the softmax over pages. mined_negatives: pages per query, nearest by the model at the start.
-    freeze_vision, lora_rank: what is trained; rank 0 is everything.
-    """
-
-    name: str = "retriever"
-    output_dir: str = "runs"
-    base_model: str = ""
-    revision: str = ""
-    trust_remote_code: bool = False
-    pairs: str = ""
-    held_out: str = ""
-    held_out_pairs: int = 256
-    pooling: str = ""
-    query_prefix: str = "Represent this query for retrieving relevant documents: "
-    min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 1_280 * 28 * 28
-    batch_size: int = 128
-    micro_batch_size: int = 4
-    temperature: float = 0.02
-    mined_negatives: int = 0
-    total_steps: int = 1000
-    lr: float = 1e-5
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    freeze_vision: bool = False
-    lora_rank: int = 0
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 100
-    keep_last: int = 2
-    seed: int = 0
-    num_threads: int = 0
+    name: str = key("retriever", "Name of the run; its folder is <output_dir>/<name>.")
+    output_dir: str = key("runs", "Folder that holds run folders.")
+    base_model: str = key("", "Folder or hub id: a vision-language or a sentence-transformers model that reads images.")
+    revision: str = key("", 'Commit, branch or tag on the hub; "" takes the newest.')
+    trust_remote_code: bool = key(False, "Run code that comes with the model.")
+    pairs: str = key("", "Pairs of query and page: a file, a folder or a hub data set.")
+    held_out: str = key("", 'Pairs to measure with, in the same forms; "" holds out some of pairs.')
+    held_out_pairs: int = key(256, "Number of pairs held out, drawn by seed, where held_out is empty.", ge=0)
+    pooling: Pooling = key("", 'How token vectors become one; "" is what the model\'s folder says, else weighted_mean.')
+    query_prefix: str = key("Represent this query for retrieving relevant documents: ", "Text before every query.")
+    min_pixels: int = key(4 * 28 * 28, "Smallest area of a page after the resize, in pixels.", ge=1)
+    max_pixels: int = key(1_280 * 28 * 28, "Largest area of a page after the resize, in pixels.", ge=1)
+    batch_size: int = key(128, "Pairs per rank; their pages are each other's negatives.", ge=2)
+    micro_batch_size: int = key(4, "Pairs in memory at once; it does not change the gradient.", ge=1)
+    temperature: float = key(0.02, "Temperature of the softmax over pages.", gt=0)
+    mined_negatives: int = key(0, "Further negatives per query: the pages nearest to it by the initial model.", ge=0)
+    total_steps: int = key(1000, "Steps to train.", ge=1)
+    lr: float = key(1e-5, "Learning rate.", gt=0)
+    weight_decay: float = key(0.0, "AdamW's decoupled weight decay.", ge=0)
+    warmup_steps: int = key(100, "Steps over which the learning rate rises to lr.", ge=0)
+    bf16: bool = key(False, "Compute in bfloat16.")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
+    freeze_vision: bool = key(False, "Keep the vision tower as it is.")
+    lora_rank: int = key(0, "Rank of the adapters; 0 trains all weights.", ge=0)
+    log_every: int = key(10, "Steps between logged metrics.", ge=1)
+    eval_every: int = key(100, "Steps between measurements on held-out pairs.", ge=1)
+    save_every: int = key(100, "Steps between checkpoints.", ge=1)
+    keep_last: int = key(2, "Number of most recent checkpoints to keep.", ge=1)
+    seed: int = key(0, "The single source of every random draw.", ge=0)
+    num_threads: int = key(0, "CPU threads; 0 leaves the number to torch.", ge=0)
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "total_steps", "log_every", "eval_every", "save_every", "keep_last"):
-            require(getattr(self, name) >= 1, f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("held_out_pairs", "mined_negatives", "lora_rank", "warmup_steps", "num_threads"):
-            require(getattr(self, name) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
-        require(self.batch_size >= 2, f"batch_size must be >= 2 to have negatives in the batch, got {self.batch_size}")
-        require(self.temperature > 0, f"temperature must be > 0, got {self.temperature}")
-        one_of("pooling", self.pooling, ("", "weighted_mean", "mean", "last", "cls"))
+        check(self)
 
     def encoder(self) -> EncoderSettings:
         """Return how the model is loaded."""

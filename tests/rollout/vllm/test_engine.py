@@ -165,7 +165,7 @@ def test_responses_end_at_the_limit_or_at_end_of_text(engine, prompts):
 
 def test_a_response_limit_beyond_the_engine_is_refused_with_the_setting_to_raise(engine, prompts):
     (group,) = engine.generate(prompts[:1], SamplingParams(max_tokens=500))
-    assert "raise rollout.vllm.max_model_len" in group.error
+    assert "raise rollout.vllm.engine_args.max_model_len" in group.error
 
 
 def test_groups_come_while_others_still_run_and_closing_aborts_the_rest(engine, prompts):
@@ -243,9 +243,11 @@ def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
     ):
         build(tensor_parallel_size=3)
     with pytest.raises(ConfigError, match=r"5,000 tokens, the model's positions end at 4,096"):
-        build(max_model_len=5000)
-    with pytest.raises(ConfigError, match="sync=nccl does not work on CPU; use gloo"):
-        build(sync="nccl")
+        build(engine_args={"max_model_len": 5000})
+    with pytest.raises(ConfigError, match=r"engine_args\.max_num_seq: the installed vLLM has no .*mean max_num_seqs"):
+        build(engine_args={"max_num_seq": 4})
+    with pytest.raises(ConfigError, match=r"engine_args\.logprobs_mode is always 'processed_logprobs' here"):
+        build(engine_args={"logprobs_mode": "x"})
     with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.0001 does not hold .* \(448 tokens, .*raise it to 0\.00"):
         build(kv_cache_gib=0.0001)
     with pytest.raises(

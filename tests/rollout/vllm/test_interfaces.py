@@ -38,7 +38,7 @@ def recording_peers(calls: list[tuple[str, Any]], sizes: list[int]) -> list[Peer
 @pytest.mark.parametrize("degree", [1, 2])
 def test_every_argument_of_an_engine_on_gpus_is_one_of_vllms(degree):
     vllm = dataclasses.replace(
-        ROLLOUT.vllm, tensor_parallel_size=degree, sleep_level=1, block_size=16, max_num_batched_tokens=4096
+        ROLLOUT.vllm, tensor_parallel_size=degree, sleep_level=1, engine_args={"block_size": 16, "enforce_eager": True}
     )
     rollout = dataclasses.replace(ROLLOUT, vllm=vllm)
     arguments = engine_arguments("m", rollout, INPUTS, cpu=False, backend="ipc", lora_rank=8, kv_cache_bytes=1 << 30)

@@ -44,7 +44,7 @@ def test_a_response_takes_whole_blocks_and_one_more():
 def test_the_cache_on_cpu_is_what_all_responses_need_within_one_gib():
     one = 13 * 32 * 2048
     assert cpu_cache_bytes(one, rollout()) == 256 * one  # 208 MiB
-    assert cpu_cache_bytes(one, rollout(max_num_seqs=8)) == 8 * one
+    assert cpu_cache_bytes(one, rollout(engine_args={"max_num_seqs": 8})) == 8 * one
     assert cpu_cache_bytes(20 << 20, rollout()) == GIB
     assert cpu_cache_bytes(3 * GIB, rollout()) == 3 * GIB
     assert cpu_cache_bytes(one, rollout(kv_cache_gib=0.5)) == GIB // 2

@@ -17,7 +17,7 @@ def config(*, kl: float = 0.0, **cluster) -> TrainConfig:
         algorithm=AlgorithmConfig(kl_coef=kl),
         learner=LearnerConfig(num_ranks=2),
         rollout=RolloutConfig(num_workers=2),
-        cluster=ClusterConfig(rollout_cpus=0.5, learner_cpus=0.5, reward_cpus=0.1, reward_workers=1, **cluster),
+        cluster=ClusterConfig(cpus={"rollout": 0.5, "learner": 0.5, "reward": 0.1}, reward_workers=1, **cluster),
     )
 
 

@@ -85,7 +85,7 @@ def test_rows_without_id_are_numbered_and_all_keys_can_be_renamed(folder, proces
     source = write(
         folder, {"p": "<image>x", "a": "<evidence>[1]: y</evidence><answer>z</answer>", "i": "p0.png", "q": "x?"}
     )
-    dataset = load(source, processor, prompt_key="p", answer_key="a", image_key="i", question_key="q")
+    dataset = load(source, processor, columns={"prompt": "p", "answer": "a", "image": "i", "question": "q"})
     assert (dataset[0].id, dataset[0].question, dataset[0].truth["evidence"]) == ("row-1", "x?", ["y"])
 
 
@@ -403,7 +403,7 @@ def test_dropping_every_row_is_an_error(folder, processor):
 def test_progress_reaches_the_number_of_rows(folder, processor):
     calls = []
     load_prompts(
-        write(folder, *[good_row()] * 5), DataConfig(num_workers=3), RAW, processor,
+        write(folder, *[good_row()] * 5), DataConfig(), RAW, processor,
         progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
     assert calls == [(n, 5) for n in range(1, 6)]

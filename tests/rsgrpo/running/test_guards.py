@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import pytest
 import ray
 
-from rsgrpo.config.guards import GuardsConfig, parse_rule
+from rsgrpo.config.guards import GuardsConfig
 from rsgrpo.config.train import CheckpointConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.records.tracking import read_metrics
@@ -24,42 +27,62 @@ def says(guards: Guards, *values: float | None) -> list[str]:
     return [guards.check(step, row) for step, row in enumerate(rows, start=1)]
 
 
-def guards_of(patience: int = 2, action: str = "stop", earlier: list[dict] | None = None) -> Guards:
-    return Guards(GuardsConfig({"marks": f"{MARKED} >= 0.1"}, patience, action), earlier or [])
+def rules(metric: str = MARKED, **bounds: object) -> GuardsConfig:
+    return GuardsConfig({metric: bounds})
+
+
+def guards_of(patience: int = 2, action: Literal["stop", "warn"] = "stop", earlier: list[dict] | None = None) -> Guards:
+    return Guards(GuardsConfig({MARKED: {"min": 0.1, "patience": patience}}, action), earlier or [])
 
 
 @pytest.mark.parametrize(
-    ("text", "value", "holds"),
+    ("bounds", "value", "holds"),
     [
-        ("a/b >= 0.1", 0.1, True),
-        ("a/b>=.1", 0.099, False),
-        ("a/b <= -1e-3", -0.001, True),
-        ("a/b <= 2", 2.01, False),
-        ("a/b <= 2", float("nan"), False),
-        ("a/b >= 2", float("nan"), False),
+        ({"min": 0.1}, 0.1, True),
+        ({"min": 0.1}, 0.099, False),
+        ({"max": -1e-3}, -0.001, True),
+        ({"max": 2}, 2.01, False),
+        ({"min": 1, "max": 2}, 0.5, False),
+        ({"max": 2}, math.nan, False),
+        ({"min": 2}, math.nan, False),
     ],
 )
-def test_a_rule_is_a_metric_a_sign_and_a_number(text, value, holds):
-    rule = parse_rule("name", text)
-    assert rule.metric == "a/b"
+def test_a_rule_is_a_metric_with_bounds(bounds, value, holds):
+    (rule,) = rules("a/b", **bounds).parsed()
+    assert (rule.metric, rule.patience) == ("a/b", 5)
     assert rule.holds(value) is holds
 
 
-@pytest.mark.parametrize("text", ["a/b > 1", "a/b", ">= 1", "a/b >= x", "a b >= 1", "a/b >= 1 or 2", ""])
-def test_anything_else_is_refused_by_name(text):
-    with pytest.raises(ConfigError, match=r'guards\.rules\.mine must be "metric >= number"'):
-        GuardsConfig(rules={"mine": text})
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ({}, "has no bound: give it min or max"),
+        ({"low": 1}, "has no 'low'; it takes min, max and patience"),
+        ({"min": "x"}, "min is not a number, got 'x'"),
+        ({"min": 1, "patience": 0}, "patience must be a whole number >= 1, got 0"),
+        (3, r"must have bounds such as \{min: 0.1, patience: 5\}, got 3"),
+        ("a/b >= 0.1", r"rules are written as data now; write guards.rules=\{a/b: \{min: 0.1\}\}"),
+        ("a/b <= -1e-3", r"write guards.rules=\{a/b: \{max: -1e-3\}\}"),
+    ],
+)
+def test_anything_else_is_refused_with_the_metric(bounds, said):
+    with pytest.raises(ConfigError, match=rf"^guards\.rules.*a/b.*{said}"):
+        GuardsConfig(rules={"a/b": bounds})
+
+
+def test_a_rule_is_removed_with_null():
+    assert GuardsConfig({MARKED: None}).parsed() == []
 
 
 def test_metrics_of_validation_are_refused():
-    with pytest.raises(ConfigError, match="val/greedy/accuracy is measured by validation only"):
-        GuardsConfig(rules={"mine": "val/greedy/accuracy >= 0.5"})
+    with pytest.raises(ConfigError, match=r"val/greedy/accuracy: .* measured by validation only"):
+        rules("val/greedy/accuracy", min=0.5)
 
 
-def test_a_rule_is_broken_after_so_many_steps_in_a_row():
+def test_a_rule_is_broken_after_its_patience():
     found = says(guards_of(), 0.05, 0.3, 0.05, 0.05)
     assert found[:3] == ["", "", ""]
-    assert found[3] == (f"{MARKED} >= 0.1 (guards.rules.marks) has not held for 2 steps: at step 4 {MARKED} is 0.05")
+    assert found[3] == (f"{MARKED} >= 0.1 (guards.rules) has not held for 2 steps: at step 4 {MARKED} is 0.05")
 
 
 def test_a_step_that_measured_nothing_neither_counts_nor_forgives():
@@ -80,15 +103,15 @@ def test_a_resumed_run_counts_on_and_one_that_was_stopped_stops_again():
 
 
 def test_a_metric_that_no_step_measures_is_an_error_with_the_nearest_name():
-    guards = Guards(GuardsConfig({"near": "actor/entropi >= 0.1"}))
-    with pytest.raises(InputError, match="step 1 measures no actor/entropi; did you mean actor/entropy"):
+    guards = Guards(rules("actor/entropi", min=0.1))
+    with pytest.raises(InputError, match="step 1 does not measure actor/entropi; did you mean actor/entropy"):
         guards.check(1, {"actor/entropy": 0.5})
 
 
 @pytest.mark.parametrize("metric", ["monitor/markd/mean", "reward/marked/mean"])
 def test_rules_on_what_the_run_does_not_score_are_refused_before_it_starts(metric):
-    with pytest.raises(ConfigError, match=r"rules\.marks: the run has no (monitor .markd.; did|reward .marked.)"):
-        TrainConfig(monitors={"marked": "m:f"}, guards=GuardsConfig({"marks": f"{metric} >= 0.1"}))
+    with pytest.raises(ConfigError, match=r"guards.rules=.*: the run has no (monitor .markd.; did|reward .marked.)"):
+        TrainConfig(monitors={"marked": "m:f"}, guards=rules(metric, min=0.1))
 
 
 def test_a_broken_rule_ends_the_run_with_a_checkpoint_and_a_code_of_its_own(tmp_path, page_images, tiny_model_path):
@@ -99,7 +122,7 @@ def test_a_broken_rule_ends_the_run_with_a_checkpoint_and_a_code_of_its_own(tmp_
         total_steps=4,
         rewards={"overlong": "rewards.evisrag:overlong"},
         checkpoint=CheckpointConfig(every=10, keep_best=0, export=False),
-        guards=GuardsConfig({"reads": "reward/overlong/mean >= 0"}, patience=2),
+        guards=rules(SCORED, min=0, patience=2),
     )
     try:
         with pytest.raises(
