@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.base import EncoderIdentity, EncoderSettings
 from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import Page, PageStore
-from recipes.retrieval.search.exact import Hit, exact
-from recipes.retrieval.search.faiss import FaissSearch, build
+from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.update import encode_here
 from rsgrpo.records.console import Console
@@ -46,11 +45,7 @@ SEARCHES = ("exact", "flat", "ivf")
 TOLERANCE = 1e-5  # of a number of a vector of length 1, in float32
 
 
-class Synthetic:
-    """Stands for an encoder in a manifest."""
-
-    fingerprint, multi_vector = "synthetic", False
-    description = {"name": "synthetic"}  # noqa: RUF012
+SYNTHETIC = EncoderIdentity(description={"name": "synthetic"})
 
 
 def blocks(num_pages: int, dim: int, seed: int) -> Iterator[np.ndarray]:
@@ -78,7 +73,7 @@ def peak_mb() -> float:
 
 def write(folder: Path, num_pages: int, dim: int, num_queries: int) -> float:
     """Write an index of so many vectors, and queries near some of them; return the seconds in the index."""
-    index = VectorIndex.create(folder / "index", Synthetic())
+    index = VectorIndex.create(folder / "index", SYNTHETIC)
     seconds = 0.0
     for number, block in enumerate(blocks(num_pages, dim, 0)):
         ids = [f"{number * SHARD + offset:09d}" for offset in range(len(block))]
@@ -93,7 +88,7 @@ def write(folder: Path, num_pages: int, dim: int, num_queries: int) -> float:
 def make(folder: Path, kind: str) -> tuple[float, float]:
     """Build a FAISS file; return seconds and the memory that it took."""
     before = peak_mb()
-    seconds, _ = timed(lambda: build(VectorIndex.open(folder / "index"), kind))  # type: ignore[arg-type]
+    seconds, _ = timed(lambda: VectorIndex.open(folder / "index").build_faiss(kind))  # type: ignore[arg-type]
     return seconds, peak_mb() - before
 
 
@@ -104,12 +99,10 @@ def search(folder: Path, kind: str) -> tuple[float, float, float, list[list[str]
 
     def prepared() -> Callable[[np.ndarray], list[list[str]]]:
         if kind == "numpy":
-            table_ND = np.concatenate([np.asarray(shard.vectors_VD, np.float32) for shard in index.shards()])
+            table_ND = np.concatenate([np.asarray(shard.vectors_VD, np.float32) for shard in index.shards])
             return lambda queries: [[f"{row:09d}" for row in best(table_ND @ query_D)] for query_D in queries]
-        if kind == "exact":
-            return lambda queries: ids_of(exact(index, list(queries), K))
-        loaded = FaissSearch(index, kind)  # type: ignore[arg-type]
-        return lambda queries: ids_of(loaded.search(list(queries), K))
+        found_by = index.searcher(kind)  # type: ignore[arg-type]
+        return lambda queries: ids_of(found_by(list(queries), K))
 
     def opened() -> Callable[[np.ndarray], list[list[str]]]:
         find = prepared()
@@ -223,7 +216,7 @@ def one_by_one(encoder: SentenceEncoder, pages: list[Page]) -> np.ndarray:
     rows = []
     for page in pages:
         with torch.inference_mode():
-            features = encoder.model.preprocess([encoder.loader(page)])
+            features = encoder.model.preprocess([encoder.identity.loader(page)])
             rows.append(encoder.model(features)["sentence_embedding"][0].numpy())
     return np.stack([row / np.linalg.norm(row) for row in rows])
 

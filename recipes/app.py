@@ -78,11 +78,12 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
     limits = {name: getattr(options, name) for name in ("max_files", "max_file_mb", "max_pages", "num_workers")}
-    settings, opened = LibrarySettings(**limits), encoder_settings(options)
+    settings = LibrarySettings(**limits)
+    encoder_settings(options)  # refuse a wrong command line before the answerer starts
     reader = open_reader(options)
     try:
         search, encoder = search_settings(options), open_encoder(options)
-        return Library(options.store, index_folder(options), encoder, reader, settings, console, search, opened)
+        return Library(options.store, index_folder(options), encoder, reader, settings, console, search)
     except BaseException:
         if reader is not None:
             reader.answerer.close()

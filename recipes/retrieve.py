@@ -1,6 +1,6 @@
 """From a pile of documents to the pages that answer: `python -m recipes.retrieve --help`.
 
-Owns the command line only; the parts are in `recipes.retrieval`.
+This is the command line; the work is done in `recipes.retrieval`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from recipes.retrieval.options import (
     add_answerer,
     add_encoder,
     add_search_options,
+    chosen,
     encoder_settings,
     index_folder,
     open_answerer,
     open_encoder,
     open_retriever,
 )
-from rsgrpo.errors import RUN_ERROR, USER_ERROR, InputError, RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
@@ -35,29 +36,15 @@ if TYPE_CHECKING:  # a command loads only what it uses: models take half a minut
     from recipes.retrieval.search.retriever import FoundPage
     from recipes.retrieval.search.update import UpdateReport
 
-INTERRUPTED = 130
+KEPT = "finished work is kept; run the same command to resume"
+EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
+    """Run one subcommand; return the exit code: 2 for wrong input, 1 for a failure, 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
-    try:
-        return options.run(options)
-    except RsgrpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        if error.name not in ("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"):
-            raise
-        print(f'error: {error.name} is not installed; pip install "rsgrpo[retrieval]"', file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:  # a place that cannot be read or written; its words name it
-        print(f"error: {error}", file=sys.stderr)
-        return RUN_ERROR
-    except KeyboardInterrupt:
-        print("stopped; what was finished is kept, the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+    return run_program(lambda: options.run(options), kept=KEPT, extras=EXTRAS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,17 +62,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_ingest(command: argparse.ArgumentParser) -> None:
-    command.description = "Render documents into a store. Run it again to add, update and take out what has changed."
+    command.description = "Render documents into a store. Run it again to add, update and remove what has changed."
     command.add_argument("documents", nargs="+", type=Path, metavar="DOCS", help="folders (recursively) or files")
     command.add_argument("--out", type=Path, required=True, metavar="STORE")
     command.add_argument("--dpi", type=int, default=150)
     command.add_argument("--image-format", choices=("png", "jpeg"), default="png")
     command.add_argument("--max-page-pixels", type=int, default=16_000_000, help="larger pages are scaled down")
-    command.add_argument("--max-pages", type=int, default=10_000, help="documents with more are refused")
+    command.add_argument("--max-pages", type=int, default=10_000, help="documents with more pages are refused")
     command.add_argument("--max-file-mb", type=int, default=2_048, help="larger files are refused")
-    command.add_argument("--max-unpacked-mb", type=int, default=4_096, help="office archives beyond are refused")
-    command.add_argument("--office-timeout-s", type=int, default=300)
-    command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is given up")
+    command.add_argument(
+        "--max-unpacked-mb", type=int, default=4_096, help="office files that unpack to more are refused"
+    )
+    command.add_argument("--office-timeout-s", type=int, default=300, help="of one conversion by LibreOffice")
+    command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is abandoned")
     command.add_argument(
         "--ocr", default="", metavar="LANGUAGES", help="read pages without text by Tesseract: eng, eng+deu, ..."
     )
@@ -97,33 +86,20 @@ def _ingest(options: argparse.Namespace) -> int:
     from recipes.retrieval.pages.documents import RenderSettings
     from recipes.retrieval.pages.ingest import ingest
 
-    settings = RenderSettings(
-        dpi=options.dpi,
-        image_format=options.image_format,
-        max_page_pixels=options.max_page_pixels,
-        max_pages=options.max_pages,
-        max_file_mb=options.max_file_mb,
-        max_unpacked_mb=options.max_unpacked_mb,
-        office_timeout_s=options.office_timeout_s,
-        ocr=options.ocr,
-    )
+    settings = chosen(RenderSettings, options)
     if options.ocr:
         from recipes.retrieval.pages.ocr import require_ocr
 
         require_ocr(options.ocr)
     with Console() as console:
         report = ingest(
-            options.documents,
-            options.out,
-            settings,
-            num_workers=options.workers,
-            page_timeout_s=options.page_timeout_s,
-            console=console,
-        )
+            options.documents, options.out, settings, num_workers=options.workers,
+            page_timeout_s=options.page_timeout_s, console=console,
+        )  # fmt: skip
         rows = [
             ("documents rendered", str(report.num_rendered)),
             ("unchanged", str(report.num_unchanged)),
-            ("taken out", str(report.num_removed)),
+            ("removed", str(report.num_removed)),
             ("files of other kinds", str(report.num_skipped)),
             ("errors", f"{len(report.errors)}" + (" (in documents.parquet)" if report.errors else "")),
             ("pages in the store", str(report.num_pages)),
@@ -133,13 +109,17 @@ def _ingest(options: argparse.Namespace) -> int:
 
 
 def _add_index(command: argparse.ArgumentParser) -> None:
-    command.description = "Encode the pages that the index lacks, and delete those that the store has no more."
+    command.description = "Encode the pages that the index lacks, and delete those that are no longer in the store."
     add_encoder(command)
-    command.add_argument("--shard-pages", type=int, default=2_048, help="a process that dies repeats at most as many")
+    command.add_argument(
+        "--shard-pages", type=int, default=2_048, help="the most pages that a command encodes again after a crash"
+    )
     command.add_argument("--index-dtype", choices=("float16", "float32"), default="float16")
-    command.add_argument("--workers", type=int, default=0, help="models side by side on Ray; 0: one, in this process")
-    command.add_argument("--gpus-per-worker", type=float, help="default: 1 where Ray has GPUs")
-    command.add_argument("--ray-address", default="", help="auto: a Ray that runs already; default: one of its own")
+    command.add_argument(
+        "--workers", type=int, default=0, help="models in parallel on Ray; 0: one model, in this process"
+    )
+    command.add_argument("--gpus-per-worker", type=float, help="default: 1 if Ray has GPUs")
+    command.add_argument("--ray-address", default="", help="auto: join a running Ray; default: start one")
     command.add_argument("--faiss", choices=("flat", "ivf"), help="also build a FAISS file for search --backend")
     command.set_defaults(run=_index)
 
@@ -152,13 +132,12 @@ def _index(options: argparse.Namespace) -> int:
         update = _update_on_ray if options.workers else _update_here
         report, index = update(options, store, console)
         if options.faiss:
-            from recipes.retrieval.search.faiss import build
-
-            console.info(f"wrote {build(index, options.faiss)}")
+            console.info(f"wrote {index.build_faiss(options.faiss)}")
         if encoder_settings(options).kind == "text":
             num_blank = sum(not page.text for page in store.pages())
             if num_blank:
-                console.warning(f"{num_blank} pages have no text and look alike here; ingest to a new store with --ocr")
+                remedy = "ingest to a new store with --ocr"
+                console.warning(f"{num_blank} pages have no text and cannot be told apart; {remedy}")
         rows = [("added", report.num_added), ("deleted", report.num_deleted), ("pages", report.num_pages)]
         console.summary(f"index {index.folder}", [(what, str(count)) for what, count in rows])
     return 0
@@ -166,12 +145,10 @@ def _index(options: argparse.Namespace) -> int:
 
 def _update_here(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
     from recipes.retrieval.search.index import VectorIndex
-    from recipes.retrieval.search.origin import remember
     from recipes.retrieval.search.update import update_index
 
     encoder = open_encoder(options)
-    index = VectorIndex.create(index_folder(options), encoder, options.index_dtype)
-    remember(index.folder, encoder_settings(options))
+    index = VectorIndex.create(index_folder(options), encoder.identity, options.index_dtype)
     report = update_index(
         store, encoder, index, shard_pages=options.shard_pages, batch_pages=8 * options.batch_size, console=console
     )
@@ -182,18 +159,16 @@ def _update_on_ray(options: argparse.Namespace, store: PageStore, console: Conso
     from recipes.retrieval.encoders.base import identify
     from recipes.retrieval.encoders.on_ray import RaySettings, encode_on_ray
     from recipes.retrieval.search.index import VectorIndex
-    from recipes.retrieval.search.origin import remember
     from recipes.retrieval.search.update import fill_index
 
     encoder = encoder_settings(options)
     if encoder.kind == "imported":
-        raise InputError("--workers is for models; vectors of --kind imported are only copied, leave it out")
+        raise InputError("--workers is for models, but --kind imported only copies vectors; omit it")
     identity = identify(encoder)
     settings = RaySettings(options.workers, options.gpus_per_worker, options.ray_address)
     index = VectorIndex.create(index_folder(options), identity, options.index_dtype)
-    remember(index.folder, encoder)
     report = fill_index(
-        store, identity, index, lambda pages: encode_on_ray(identity, settings, pages),
+        store, index, lambda pages: encode_on_ray(identity, settings, pages),
         shard_pages=options.shard_pages, console=console,
     )  # fmt: skip
     return report, index

@@ -13,6 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from recipes.retrieval.training.config import RetrieverConfig
+from rollout.files import write_text
 from rsgrpo import cli
 from rsgrpo.config.limits import require
 from rsgrpo.errors import InputError
@@ -23,16 +24,17 @@ if TYPE_CHECKING:
 
 
 def main(config: RetrieverConfig) -> None:
-    """Train one run, or go on with it."""
-    require(config.base_model != "", "base_model is empty: name a model folder or hub id")
-    require(config.pairs != "", "pairs is empty: name a jsonl, a parquet file or folder, or a hub data set")
+    """Train one run, or resume it."""
+    require(config.base_model != "", "base_model is empty; set it to a model folder or hub id")
+    require(config.pairs != "", "pairs is empty; set it to a jsonl, a parquet file or folder, or a hub data set")
     try:
         import torch
 
         from recipes.retrieval.training.loop import train
         from recipes.retrieval.training.pairs import read_pairs
     except ModuleNotFoundError as error:
-        raise InputError(f'{error.name} is not installed; pip install "rsgrpo[retrieval]"') from error
+        install = 'install the extra, for example with `pip install -e ".[retrieval]"`'
+        raise InputError(f"{error.name} is not installed; {install}") from error
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     out = Path(config.output_dir) / config.name
@@ -45,7 +47,9 @@ def main(config: RetrieverConfig) -> None:
         f"batch_size {config.batch_size} is more than the {len(pairs)} training pairs; lower it or hold out fewer",
     )
     has_other_pages = any(pair.page != pairs[0].page or pair.negatives for pair in pairs)
-    require(has_other_pages, f"all {len(pairs)} training pairs have the same page: there is no other to tell it from")
+    require(
+        has_other_pages, f"all {len(pairs)} training pairs have the same page; add pairs of other pages to learn from"
+    )
     _keep_settings(config, out)
     with Console() as console:
         metrics = train(config, pairs, held_out, out, console)
@@ -55,31 +59,31 @@ def main(config: RetrieverConfig) -> None:
 
 
 def split(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return training and held-out pairs that share no page.
+    """Return training and held-out pairs without a common page.
 
     Raises:
-        ConfigError: nothing would be left.
+        ConfigError: no training pair would be left.
     """
-    pages = list(dict.fromkeys(pair.page for pair in pairs))
-    Random(seed).shuffle(pages)
-    chosen: set[str | bytes] = set()
-    held: list[Pair] = []
     by_page: dict[str | bytes, list[Pair]] = {}
     for pair in pairs:
         by_page.setdefault(pair.page, []).append(pair)
+    pages = list(by_page)
+    Random(seed).shuffle(pages)
+    held: list[Pair] = []
+    chosen: set[str | bytes] = set()
     for page in pages:
         if len(held) >= count:
             break
         chosen.add(page)
         held += by_page[page]
     rest = [pair for pair in pairs if pair.page not in chosen]
-    left = f"held_out_pairs {count} leaves nothing of {len(pairs)} pairs (on {len(pages)} pages) to train on; lower it"
-    require(bool(rest), left)
+    whole = f"{len(pairs)} pairs (on {len(pages)} pages)"
+    require(bool(rest), f"held_out_pairs {count} leaves no pair of {whole} to train on; lower it")
     return rest, held
 
 
 def _keep_settings(config: RetrieverConfig, out: Path) -> None:
-    """Write the settings beside the run; a run of other settings is not continued.
+    """Write the settings into the run's folder; a run with other settings is not resumed.
 
     Raises:
         ConfigError: names what differs.
@@ -90,9 +94,9 @@ def _keep_settings(config: RetrieverConfig, out: Path) -> None:
         may_change = {"total_steps", "log_every", "eval_every", "keep_last", "num_threads", "micro_batch_size"}
         changed = [f"{n} {before.get(n)} -> {v}" for n, v in settings.items() if before.get(n) != v]
         fixed = [text for text in changed if text.partition(" ")[0] not in may_change]
-        require(not fixed, f"{out} was begun with other settings ({', '.join(fixed)}); choose another name")
+        require(not fixed, f"{out} was started with other settings ({', '.join(fixed)}); choose another name")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    write_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.keys import named
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
     from recipes.answers.types import Answerer
-    from recipes.retrieval.encoders.base import Encoder, EncoderSettings
+    from recipes.retrieval.encoders.base import EncoderSettings, PageEncoder
     from recipes.retrieval.search.retriever import Retriever, SearchSettings
 
 ANSWER_OPTIONS = {"--model": "--answer-model", "--max-pixels": "--answer-max-pixels", "--max-images": "-k"}
 """What these commands call the options of `recipes.infer`."""
+SettingsT = TypeVar("SettingsT")
 SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
+
+
+def chosen(settings: type[SettingsT], options: argparse.Namespace, **given: Any) -> SettingsT:
+    """Return settings whose fields have the names of options; `given` replaces options."""
+    named = {field.name: getattr(options, field.name) for field in fields(settings) if hasattr(options, field.name)}  # type: ignore[arg-type]
+    return settings(**named | given)
 
 
 def add_encoder(command: argparse.ArgumentParser) -> None:
@@ -55,12 +62,10 @@ def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
 def _asked_settings(options: argparse.Namespace) -> EncoderSettings:
     from recipes.retrieval.encoders.base import EncoderSettings
 
-    names = ["model", "kind", "pooling", "query_prefix", "min_pixels", "max_pixels", "batch_size", "device", "dtype"]
-    names += ["revision", "trust_remote_code"]
-    return EncoderSettings(engine=options.encode_with, **{name: getattr(options, name) for name in names})
+    return chosen(EncoderSettings, options, engine=options.encode_with)
 
 
-def open_encoder(options: argparse.Namespace) -> Encoder:
+def open_encoder(options: argparse.Namespace) -> PageEncoder:
     """Return the encoder.
 
     Raises:

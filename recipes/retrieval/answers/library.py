@@ -15,12 +15,11 @@ from typing import Any
 
 from recipes.answers.reader import Reader
 from recipes.retrieval.answers.generation import Answered, Asked, Setting, answer_stream
-from recipes.retrieval.encoders.base import Encoder, EncoderSettings
+from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.documents import RenderSettings, is_candidate
 from recipes.retrieval.pages.ingest import IngestReport, ingest
 from recipes.retrieval.pages.store import PageStore, writing
 from recipes.retrieval.search.index import VectorIndex
-from recipes.retrieval.search.origin import remember
 from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
 from recipes.retrieval.search.update import UpdateReport, update_index
 from rsgrpo.errors import InputError
@@ -71,26 +70,24 @@ class Library:
         self,
         store: Path,
         index: Path,
-        encoder: Encoder,
+        encoder: PageEncoder,
         reader: Reader | None,
         settings: LibrarySettings,
         console: Console,
         search: SearchSettings = EXACT,
-        opened: EncoderSettings | None = None,
     ) -> None:
         """Open everything and encode what the index lacks; a store that does not exist is made by the first `add`.
 
         Args:
             reader: None: pages are found, and nobody answers.
             search: a reranker's index is kept in line too, and FAISS's file is built anew when pages come.
-            opened: how the encoder was, to be remembered by an index that is made here.
 
         Raises:
             InputError: the folder is no store, or another encoder made the index.
         """
         self.encoder, self.reader = encoder, reader
         self._store, self._index, self._settings, self._console = store, index, settings, console
-        self._search, self._opened = search, opened
+        self._search = search
         self._retriever: Retriever | None = None
         if (store / "pages.parquet").exists():
             self._open()
@@ -167,7 +164,7 @@ class Library:
 
     def trace(self, asking: Asking) -> dict[str, Any]:
         """Return all of a question as JSON: what was found, what was asked, what came back, if anything did."""
-        answered, search = asking.answered, self._search
+        answered, search, encoder = asking.answered, self._search, self.encoder.identity
         numbers = {page.page_id: answered.index_of(page) for page in answered.sources} if answered else {}
         cited = {page.page_id for page in answered.cited} if answered else set()
         pages = [
@@ -177,9 +174,9 @@ class Library:
             "question": asking.question,
             "setting": asking.setting,
             "store": str(self._store.absolute()),
-            "encoder": dict(self.encoder.description) | {"fingerprint": self.encoder.fingerprint},
+            "encoder": dict(encoder.description) | {"fingerprint": encoder.fingerprint},
             "backend": search.backend,
-            "reranker": search.reranker[0].fingerprint if search.reranker else None,
+            "reranker": search.reranker[0].identity.fingerprint if search.reranker else None,
             "prompt_template": self.reader.template if self.reader else None,
             "system": self.reader.system if self.reader else None,
             "pages": pages,
@@ -196,19 +193,15 @@ class Library:
     def _open(self) -> UpdateReport:
         """Bring what is searched in line with the store, and search that from now on."""
         index, report = self._updated(self._index, self.encoder)
-        if self._opened is not None:
-            remember(self._index, self._opened)
         if self._search.reranker is not None:
             self._updated(self._search.reranker[1], self._search.reranker[0])
         if self._search.backend != "exact" and len(index):
-            from recipes.retrieval.search.faiss import build_if_older
-
-            build_if_older(index, self._search.backend)
+            index.build_faiss(self._search.backend, only_if_older=True)
         self._retriever = Retriever(self._store, self._index, self.encoder, self._search) if len(index) else None
         return report
 
-    def _updated(self, folder: Path, encoder: Encoder) -> tuple[VectorIndex, UpdateReport]:
-        index = VectorIndex.create(folder, encoder)
+    def _updated(self, folder: Path, encoder: PageEncoder) -> tuple[VectorIndex, UpdateReport]:
+        index = VectorIndex.create(folder, encoder.identity)
         report = update_index(
             PageStore.open(self._store), encoder, index, shard_pages=SHARD_PAGES, batch_pages=64, console=self._console
         )

@@ -1,13 +1,11 @@
-"""The choice among encoders: only the module of the one that is asked for is imported."""
+"""Open the encoder that the settings name; only its own module is imported."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from recipes.retrieval.encoders.base import Encoder, EncoderSettings, ModelEncoder
+from recipes.retrieval.encoders.base import EncoderSettings, ModelEncoder, PageEncoder
 
 
-def load_encoder(settings: EncoderSettings) -> Encoder:
+def load_encoder(settings: EncoderSettings) -> PageEncoder:
     """Load the encoder that the settings name.
 
     Raises:
@@ -16,16 +14,12 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
     if settings.kind == "imported":
         from recipes.retrieval.encoders.imported import ImportedEncoder
 
-        return ImportedEncoder(Path(settings.model))
+        return ImportedEncoder(settings)
     return load_model_encoder(settings)
 
 
 def load_model_encoder(settings: EncoderSettings) -> ModelEncoder:
-    """Load an encoder that runs a model.
-
-    Raises:
-        EncoderError: as `load_encoder`.
-    """
+    """Load an encoder that runs a model; raises as `load_encoder`."""
     if settings.engine == "vllm":
         from recipes.retrieval.encoders.vllm import VllmEncoder
 

@@ -1,4 +1,4 @@
-"""An encoder that looks its vectors up in the files of another program, such as `visrag_ret.py` beside it."""
+"""An encoder that looks vectors up in the files of another program, such as `visrag_ret.py` beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.retrieval.encoders.base import EncoderError, fingerprint, unit_rows
+from recipes.retrieval.encoders.base import EncoderError, EncoderIdentity, EncoderSettings, unit_rows
 from recipes.retrieval.pages.store import Page
 
 
@@ -16,28 +16,25 @@ class ImportedEncoder:
     """Vectors that another program made, looked up by page id and by query.
 
     The folder holds `encoder.json` (anything that names the model: it is the fingerprint), `pages.npy` (N, D) with
-    `page_ids.txt` (an id a line), and `queries.npy` (M, D) with `queries.jsonl` (a JSON string a line).
+    `page_ids.txt` (one id per line), and `queries.npy` (M, D) with `queries.jsonl` (one JSON string per line).
     """
 
-    multi_vector = False
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
+        folder = self.folder = Path(settings.model)
         try:
-            self.description = {"imported": json.loads((folder / "encoder.json").read_text())}
-            self._pages = self._table(folder, "pages.npy", (folder / "page_ids.txt").read_text().splitlines())
+            description = {"imported": json.loads((folder / "encoder.json").read_text())}
+            self._pages = self._table("pages.npy", (folder / "page_ids.txt").read_text().splitlines())
             lines = (folder / "queries.jsonl").read_text().split("\n") if (folder / "queries.jsonl").exists() else []
             queries = [json.loads(line) for line in lines if line.strip()]
-            self._queries = self._table(folder, "queries.npy", queries) if queries else ({}, np.zeros((0, 0)))
+            self._queries = self._table("queries.npy", queries) if queries else ({}, np.zeros((0, 0)))
         except (OSError, ValueError) as error:
             raise EncoderError(
-                f"imported embeddings in {folder} cannot be read: {error}; see docs/reference/retrieval.md"
+                f"imported vectors in {folder} cannot be read: {error}; see docs/reference/retrieval.md"
             ) from error
-        self.folder = folder
-        self.fingerprint = fingerprint(self.description)
+        self.identity = EncoderIdentity(description=description, settings=settings)
 
-    @staticmethod
-    def _table(folder: Path, name: str, keys: list[str]) -> tuple[dict[str, int], np.ndarray]:
-        vectors_ND = np.load(folder / name, mmap_mode="r")
+    def _table(self, name: str, keys: list[str]) -> tuple[dict[str, int], np.ndarray]:
+        vectors_ND = np.load(self.folder / name, mmap_mode="r")
         if vectors_ND.ndim != 2 or len(vectors_ND) != len(keys):
             raise ValueError(f"{name} has shape {vectors_ND.shape}, but there are {len(keys)} keys")
         return {key: row for row, key in enumerate(keys)}, vectors_ND
@@ -55,7 +52,7 @@ class ImportedEncoder:
         missing = [key for key in keys if key not in rows]
         if missing:
             raise EncoderError(
-                f"{self.folder} has no vector for {len(missing)} of {len(keys)} ({what} {missing[0]!r}, ...); "
-                "encode them there and add them to the files"
+                f"{self.folder} has no vector for {len(missing)} of {len(keys)} {what} keys, such as {missing[0]!r}; "
+                "encode them with the other program and add them to its files"
             )
         return unit_rows(vectors_ND[[rows[key] for key in keys]], keys)

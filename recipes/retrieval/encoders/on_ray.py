@@ -168,7 +168,7 @@ class _Model:
 
     def __init__(self, settings: EncoderSettings, fingerprint: str) -> None:
         self._encoder = load_model_encoder(settings)
-        if self._encoder.fingerprint != fingerprint:
+        if self._encoder.identity.fingerprint != fingerprint:
             raise EncoderError(f"the folder {settings.model} on this node is not the one that the command names")
 
     def __call__(self, inputs: pa.Table) -> pa.Table:

@@ -1,7 +1,7 @@
-"""Encoders that sentence-transformers runs: its own folders, and vision-language folders made into VisRAG's retriever.
+"""Encoders that sentence-transformers runs: its own folders, and vision-language folders as VisRAG uses them.
 
-A vision-language folder without `modules.json` becomes one: pages and queries through the chat template, one pooling
-over all tokens, length 1.
+A vision-language folder without `modules.json` is made into a VisRAG retriever: pages and queries go through the chat
+template, one pooling over all tokens gives one vector, and vectors have length 1.
 """
 
 from __future__ import annotations
@@ -21,87 +21,58 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from recipes.retrieval.encoders.base import (
     EncoderError,
     EncoderSettings,
+    ModelEncoder,
     ModelIdentity,
     PageInput,
-    identify,
     unit_rows,
 )
-from recipes.retrieval.pages.store import Page
 
 POOLING_MODES = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken", "cls": "cls"}
 
 
-class SentenceEncoder:
-    """A sentence-transformers model of one vector per item, or a vision-language model made one."""
-
-    multi_vector = False
+class SentenceEncoder(ModelEncoder):
+    """A sentence-transformers model of one vector per item, or a vision-language model made into one."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        """Load it.
-
-        Raises:
-            EncoderError: there is no such model, or the settings do not fit it.
-        """
-        self.identity = identify(settings)
-        self.settings, self.loader = self.identity.settings, self.identity.loader
-        self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
+        super().__init__(settings)
         self.model = load_sentence_transformer(self.identity)
-        _pad_at_a_harmless_side(self.model)
+        _pad_on_a_harmless_side(self.model)
         if settings.kind == "image" and not self.model.supports("image"):
-            raise EncoderError(f"model {settings.model} reads no images; use --kind text for its text layer")
-
-    def encode_pages(self, pages: Sequence[Page]) -> list[np.ndarray]:
-        """Return (D,) per page."""
-        return self.encode_loaded([self.loader(page) for page in pages], [page.page_id for page in pages])
+            raise EncoderError(f"model {settings.model} does not read images; use --kind text for its text layer")
+        self._options: dict[str, Any] = {"batch_size": self.identity.settings.batch_size, "show_progress_bar": False}
 
     def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
         """Return (D,) per loaded page."""
         with _blaming(self.identity.folder, "run"):
-            vectors_ND = self.model.encode_document(list(inputs), **self._options())
+            vectors_ND = self.model.encode_document(list(inputs), **self._options)
         return unit_rows(vectors_ND, page_ids)
 
     def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
         """Return (D,) per query."""
         prefix = self.identity.query_prefix
         if prefix is None:
-            vectors_ND = self.model.encode_query(list(queries), **self._options())
+            vectors_ND = self.model.encode_query(list(queries), **self._options)
         else:
-            vectors_ND = self.model.encode([prefix + query for query in queries], **self._options())
+            vectors_ND = self.model.encode([prefix + query for query in queries], **self._options)
         return unit_rows(vectors_ND, queries)
 
-    def _options(self) -> dict[str, Any]:
-        return {"batch_size": self.settings.batch_size, "show_progress_bar": False}
 
-
-class LateEncoder:
+class LateEncoder(ModelEncoder):
     """A sentence-transformers multi-vector model (ColPali, ColQwen): one vector per token, compared by MaxSim."""
 
-    multi_vector = True
-
     def __init__(self, settings: EncoderSettings) -> None:
-        """Load it.
-
-        Raises:
-            EncoderError: there is no such model, it has no trained projection, or a pooling is asked for.
-        """
         if settings.pooling:
-            raise EncoderError(f"--pooling {settings.pooling}: a late-interaction model has none")
-        self.identity = identify(settings)
-        self.settings, self.loader = self.identity.settings, self.identity.loader
-        self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
+            raise EncoderError(f"--pooling {settings.pooling}: a late-interaction model does not pool; omit it")
+        super().__init__(settings)
         folder = self.identity.folder
         with _blaming(folder, "loaded"):
-            self.model = MultiVectorEncoder(str(folder), **_load_options(self.settings))
-        _pad_at_a_harmless_side(self.model)
+            self.model = MultiVectorEncoder(str(folder), **_load_options(self.identity.settings))
+        _pad_on_a_harmless_side(self.model)
         if any(type(module).__name__ == "Dense" for module in self.model) and not _has_projection(folder):
             raise EncoderError(
-                f"{folder} has no trained projection for late interaction, and a random one would be made up; name a "
+                f"{folder} has no trained projection for late interaction, so a random one would be used; name a "
                 "ColPali-style model"
             )
-
-    def encode_pages(self, pages: Sequence[Page]) -> list[np.ndarray]:
-        """Return (T, D) per page."""
-        return self.encode_loaded([self.loader(page) for page in pages], [page.page_id for page in pages])
 
     def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
         """Return (T, D) per loaded page."""
@@ -113,28 +84,29 @@ class LateEncoder:
         return self._rows(self.model.encode_query, [prefix + query for query in queries], queries)
 
     def _rows(self, encode: Callable[..., Any], inputs: Sequence[Any], names: Sequence[str]) -> list[np.ndarray]:
+        options = {"batch_size": self.identity.settings.batch_size, "show_progress_bar": False}
         with _blaming(self.identity.folder, "run"):
-            found = encode(
-                list(inputs), batch_size=self.settings.batch_size, show_progress_bar=False, convert_to_numpy=True
-            )
+            found = encode(list(inputs), convert_to_numpy=True, **options)
         return [np.stack(unit_rows(rows_TD, [name] * len(rows_TD))) for rows_TD, name in zip(found, names, strict=True)]
 
 
 def load_sentence_transformer(identity: ModelIdentity) -> Any:
-    """Return a SentenceTransformer; a plain model folder gets pooling and length 1.
+    """Return a SentenceTransformer; a plain model folder gets pooling and normalisation.
 
     Raises:
-        EncoderError: the folder is no model, or it fixes a pooling and another one is asked for.
+        EncoderError: the folder is not a model, or it fixes a pooling and another one is requested.
     """
     folder, settings = identity.folder, identity.settings
     options = _load_options(settings)
     if (folder / "modules.json").exists():
         if settings.pooling:
-            raise EncoderError(f"--pooling {settings.pooling}: {folder} has modules.json, which fixes the pooling")
+            raise EncoderError(
+                f"--pooling {settings.pooling}: {folder} has modules.json, which fixes the pooling; omit it"
+            )
         with _blaming(folder, "loaded"):
             return SentenceTransformer(str(folder), **options)
     if not (folder / "config.json").exists():
-        raise EncoderError(f"{folder} is no model folder: it has neither modules.json nor config.json")
+        raise EncoderError(f"{folder} is not a model folder: it has neither modules.json nor config.json")
     consent = {"trust_remote_code": settings.trust_remote_code}
     with _blaming(folder, "loaded"):
         transformer = Transformer(
@@ -146,7 +118,7 @@ def load_sentence_transformer(identity: ModelIdentity) -> Any:
 
 
 def _has_projection(folder: Path) -> bool:
-    """Say whether a folder has a trained projection of single tokens; those that pool first have none that serves."""
+    """Say whether a folder has a trained projection of single tokens; one that pools first does not."""
     file = folder / "modules.json"
     names = [module["type"].rpartition(".")[2] for module in json.loads(file.read_text())] if file.exists() else []
     return "Dense" in names and "Pooling" not in names
@@ -154,7 +126,7 @@ def _has_projection(folder: Path) -> bool:
 
 @contextmanager
 def _blaming(folder: Path, what: str) -> Iterator[None]:
-    """Turn what libraries raise over a model's files, its device or its memory into one line.
+    """Turn what libraries raise about a model's files, its device or its memory into one line.
 
     Raises:
         EncoderError: names the folder.
@@ -168,8 +140,8 @@ def _blaming(folder: Path, what: str) -> Iterator[None]:
         raise EncoderError(f"model {folder} cannot be {what}: {type(error).__name__}: {reason}") from error
 
 
-def _pad_at_a_harmless_side(model: Any) -> None:
-    """Pad on the right where positions are absolute: padding on the left would move every token's position."""
+def _pad_on_a_harmless_side(model: Any) -> None:
+    """Pad on the right if positions are absolute: padding on the left would shift every token's position."""
     config, tokenizer = getattr(model[0], "config", None), getattr(model[0], "tokenizer", None)
     if config is None or tokenizer is None or getattr(config.get_text_config(), "rope_parameters", None):
         return

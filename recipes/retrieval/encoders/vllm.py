@@ -1,7 +1,7 @@
-"""The single-vector vision-language encoder with vLLM underneath: the vectors of `SentenceEncoder`, pooled here.
+"""The single-vector vision-language encoder run by vLLM: the vectors of `SentenceEncoder`, pooled here.
 
-vLLM has no position-weighted mean, so it gives the last hidden state of every token, and `pool` does the rest. Serves
-model folders whose pages are cut into patches (Qwen2-VL and its kin), plain or as sentence-transformers saves them.
+vLLM has no position-weighted mean, so it returns the last hidden state of every token and `pool` does the rest. It
+supports models that cut pages into patches (the Qwen-VL families), as plain folders or saved by sentence-transformers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from PIL import Image
 from recipes.retrieval.encoders.base import (
     EncoderError,
     EncoderSettings,
+    ModelEncoder,
     PageInput,
-    identify,
     unit_rows,
 )
 from recipes.retrieval.encoders.vllm_pooling import PoolingPrompt, TokenStates
-from recipes.retrieval.pages.store import Page
 from rollout.config import ConfigError
 from rollout.engine import EngineError
 
@@ -31,7 +30,7 @@ POOLING_MODES = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "
 
 
 def pool(states_TD: np.ndarray, pooling: str) -> np.ndarray:
-    """Return (D,) float32: `weighted_mean` weighs the token at place t, counted from 1, by t.
+    """Return (D,) float32: `weighted_mean` weighs the token at position t, counted from 1, by t.
 
     >>> pool(np.array([[3.0, 0.0], [0.0, 3.0]]), "weighted_mean")
     array([1., 2.], dtype=float32)
@@ -43,59 +42,45 @@ def pool(states_TD: np.ndarray, pooling: str) -> np.ndarray:
     return states_TD[-1 if pooling == "last" else 0].astype(np.float32)
 
 
-class VllmEncoder:
+class VllmEncoder(ModelEncoder):
     """A vision-language model of one vector per item, run by vLLM."""
 
-    multi_vector = False
-
     def __init__(self, settings: EncoderSettings) -> None:
-        """Start vLLM.
-
-        Raises:
-            EncoderError: vLLM is missing or cannot run the model, or the folder is one that it cannot stand in for.
-        """
         from transformers import AutoConfig, AutoProcessor
 
-        self.identity = identify(settings)
-        self.settings, self.loader = self.identity.settings, self.identity.loader
-        self.description, self.fingerprint = self.identity.description, self.identity.fingerprint
+        super().__init__(settings)
+        loader = self.identity.loader
         folder, consent = self.identity.folder, {"trust_remote_code": settings.trust_remote_code}
-        self._pooling = folder_pooling(folder, self.settings)
-        if not self.loader.factor:
-            raise EncoderError(f"--encode-with vllm serves models that read pages in patches (Qwen-VL), not {folder}")
+        self._pooling = folder_pooling(folder, self.identity.settings)
+        if not loader.factor:
+            raise EncoderError(
+                f"--encode-with vllm supports models that cut pages into patches (Qwen-VL), not {folder}"
+            )
         self._processor: Any = AutoProcessor.from_pretrained(folder, **consent)
         self._page_ids = self._token_ids([{"type": "image"}])
         text_config = AutoConfig.from_pretrained(folder, **consent).get_text_config()
-        image_tokens = self.loader.max_pixels // self.loader.factor**2
+        image_tokens = loader.max_pixels // loader.factor**2
         self._max_tokens = min(image_tokens + MAX_TEXT_TOKENS, text_config.max_position_embeddings)
         try:
             self._states = TokenStates(
-                str(folder), dtype=self.settings.dtype, max_tokens=self._max_tokens,
-                image_pixels=(self.loader.min_pixels, self.loader.max_pixels), device=settings.device or "auto",
+                str(folder), dtype=self.identity.settings.dtype, max_tokens=self._max_tokens,
+                image_pixels=(loader.min_pixels, loader.max_pixels), device=settings.device or "auto",
                 **consent,
             )  # fmt: skip
         except (EngineError, ConfigError) as error:
             raise EncoderError(str(error)) from error
-
-    def encode_pages(self, pages: Sequence[Page]) -> list[np.ndarray]:
-        """Return (D,) per page."""
-        return self.encode_loaded([self.loader(page) for page in pages], [page.page_id for page in pages])
 
     def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
         """Return (D,) per loaded page."""
         prompts = []
         for image in inputs:
             assert isinstance(image, Image.Image), "this encoder reads pixels"
-            image_tokens = image.width * image.height // self.loader.factor**2
+            image_tokens = image.width * image.height // self.identity.loader.factor**2
             prompts.append(PoolingPrompt(self._page_ids, image, len(self._page_ids) - 1 + image_tokens))
         return self._vectors(prompts, page_ids)
 
     def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
-        """Return (D,) per query.
-
-        Raises:
-            EncoderError: one is too long.
-        """
+        """Return (D,) per query."""
         prompts = []
         for query in queries:
             text = (self.identity.query_prefix or "") + query
@@ -124,30 +109,32 @@ class VllmEncoder:
 
 
 def folder_pooling(folder: Path, settings: EncoderSettings) -> str:
-    """Return the pooling of a model folder: its own, or the one that is asked for.
+    """Return the pooling of a model folder: its own, or the requested one.
 
     Raises:
-        EncoderError: vLLM cannot stand in for this folder.
+        EncoderError: vLLM cannot give the vectors that sentence-transformers would.
     """
     if (folder / "adapter_config.json").exists():
-        raise EncoderError(f"{folder} holds adapters, which --encode-with vllm does not load; leave that out")
+        raise EncoderError(f"{folder} holds adapters, which --encode-with vllm does not load; omit that option")
     if not (folder / "config.json").exists():
-        raise EncoderError(f"{folder} is no model folder: it has no config.json")
+        raise EncoderError(f"{folder} is not a model folder: it has no config.json")
     if not (folder / "modules.json").exists():
         return settings.pooling or "weighted_mean"
     if settings.pooling:
-        raise EncoderError(f"--pooling {settings.pooling}: {folder} has modules.json, which fixes the pooling")
+        raise EncoderError(f"--pooling {settings.pooling}: {folder} has modules.json, which fixes the pooling; omit it")
     modules = {entry["type"].rpartition(".")[2]: entry["path"] for entry in _json(folder / "modules.json")}
     if set(modules) != {"Transformer", "Pooling", "Normalize"} or modules["Transformer"]:
         raise EncoderError(
-            f"{folder} is made of {', '.join(modules)}; --encode-with vllm serves Transformer, Pooling, Normalize only"
+            f"{folder} has {', '.join(modules)}; --encode-with vllm supports only Transformer, Pooling and Normalize"
         )
     mode = _json(folder / modules["Pooling"] / "config.json").get("pooling_mode")
     if mode not in POOLING_MODES:
-        raise EncoderError(f"{folder} pools by {mode}; --encode-with vllm knows {', '.join(POOLING_MODES)}")
+        raise EncoderError(f"{folder} pools by {mode}; --encode-with vllm supports {', '.join(POOLING_MODES)}")
     prompts = _json(folder / "config_sentence_transformers.json").get("prompts") or {}
     if any(prompts.values()):
-        raise EncoderError(f"{folder} has prompts of its own, which --encode-with vllm does not put; leave that out")
+        raise EncoderError(
+            f"{folder} has prompts of its own, which --encode-with vllm does not apply; omit that option"
+        )
     return POOLING_MODES[mode]
 
 

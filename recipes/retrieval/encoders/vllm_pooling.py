@@ -1,7 +1,4 @@
-"""vLLM's pooling runner: the last hidden state of every token of a prompt, for encoders that pool them.
-
-Owns the engine and its arguments; knows nothing of pages, poolings or vectors of length 1.
-"""
+"""vLLM's pooling runner: the last hidden state of every token of a prompt, for encoders that pool them."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class PoolingPrompt:
 
 
 class TokenStates:
-    """A model behind vLLM's pooling runner. Make it once; `close` it in the process that goes on without it."""
+    """A model behind vLLM's pooling runner. Create it once; `close` it in a process that continues without it."""
 
     def __init__(
         self,
@@ -46,10 +43,10 @@ class TokenStates:
 
         Args:
             max_tokens: of the longest prompt.
-            image_pixels: smallest and largest area of an image; images come resized.
+            image_pixels: smallest and largest area of an image; images arrive resized.
 
         Raises:
-            ConfigError: vLLM is missing, or runs on another kind of device.
+            ConfigError: vLLM is missing, or was built for another kind of device.
             EngineError: vLLM cannot run this model.
         """
         cpu = on_cpu(device)
@@ -62,7 +59,7 @@ class TokenStates:
             "convert": "embed",
             "dtype": dtype,
             "max_model_len": max_tokens,
-            # a prompt's states come whole, so it goes into one step; nothing of it is used again
+            # a prompt's states are returned by one step, and none of its cache is reused
             "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, max_tokens),
             "enable_chunked_prefill": False,
             "enable_prefix_caching": False,
@@ -92,7 +89,7 @@ class TokenStates:
         """Return (tokens, D) float32 per prompt, in order.
 
         Raises:
-            EngineError: vLLM reads an image as another number of tokens than the caller.
+            EngineError: vLLM turns an image into another number of tokens than the caller expects.
         """
         requests = []
         for prompt in prompts:
@@ -106,7 +103,7 @@ class TokenStates:
             if len(states_TD) != prompt.num_tokens:
                 raise EngineError(
                     f"vLLM reads a prompt of {prompt.num_tokens} tokens as {len(states_TD)}: its image processor "
-                    "differs from transformers'; check the model folder's processor configuration"
+                    "differs from the one in transformers; check the model folder's processor configuration"
                 )
         return states
 

@@ -1,4 +1,4 @@
-"""When an answer counts as right, by VisRAG's rules per data set. Pure functions of text."""
+"""When an answer counts as correct, by VisRAG's rule for each data set."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
 
 def exact(prediction: str, golds: Sequence[str]) -> bool:
-    """Say whether the prediction is one of the golds: case, outer punctuation and spacing do not count."""
+    """Say whether the prediction is one of the golds, ignoring case, outer punctuation and spacing."""
     return any(_plain(prediction) == _plain(gold) for gold in golds)
 
 
 def relaxed(prediction: str, golds: Sequence[str]) -> bool:
-    """Say the same, but let numbers differ by 5% of the gold.
+    """Say whether the prediction is one of the golds; numbers may differ by 5% of the gold.
 
     >>> relaxed("95%", ["100"]), relaxed("94", ["100"]), relaxed("1,000", ["1000"]), relaxed("0.01", ["0"])
     (True, False, True, False)
@@ -60,7 +60,7 @@ def rule_of(dataset: str) -> Callable[[str, Sequence[str]], bool]:
         InputError: there is no such data set.
     """
     if dataset not in RULES:
-        raise InputError(f"--rule {dataset}: there are {', '.join(RULES)}")
+        raise InputError(f"--rule {dataset}: choose one of {', '.join(RULES)}")
     return RULES[dataset]
 
 

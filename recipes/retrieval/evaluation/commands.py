@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.retrieval.options import add_answerer, add_encoder, add_search_options, open_answerer, open_retriever
+from rollout.files import write_bytes, write_text
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ def _run(options: argparse.Namespace) -> int:
         batch = queries[start : start + QUERIES_AT_ONCE]
         for query, hits in zip(batch, retriever.hits([query.text for query in batch], options.k), strict=True):
             run[query.id] = hits
-    write_run(options.out, run, tag=retriever.encoder.fingerprint[:8])
+    write_run(options.out, run, tag=retriever.encoder.identity.fingerprint[:8])
     print(f"{len(run)} queries, up to {options.k} pages each: {options.out}")
     return 0
 
@@ -99,22 +101,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     qrels = _qrels(options.qrels, PageStore.open(options.store) if options.store else None)
     run = read_run(options.run_file)
     scores = evaluate_run(run, qrels, options.cutoffs)
-    found, judged = (
-        {hit.page_id for hits in run.values() for hit in hits},
-        {p for pages in qrels.values() for p in pages},
-    )
-    if not options.store and not found & judged:
+    found = {hit.page_id for hits in run.values() for hit in hits}
+    if not options.store and found.isdisjoint(page for pages in qrels.values() for page in pages):
         print("warning: no judged page is in the run; if judgments name documents, add --store STORE", file=sys.stderr)
     out = options.out or options.run_file.with_suffix(".scores.json")
-    written = {
-        "mean": scores.mean,
-        "num_queries": len(scores.per_query),
-        "num_missing": scores.num_missing,
-        "num_without_relevant": scores.num_without_relevant,
-        "num_unjudged": scores.num_unjudged,
-        "per_query": scores.per_query,
-    }
-    out.write_text(json.dumps(written, indent=1) + "\n")
+    write_text(out, json.dumps(asdict(scores) | {"num_queries": len(scores.per_query)}, indent=1) + "\n")
     print("\n".join(f"{name:<10} {value:.4f}" for name, value in scores.mean.items()))
     print(
         f"{len(scores.per_query)} queries ({scores.num_missing} missing from the run count as 0; left out: "
@@ -172,7 +163,7 @@ def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[Asked]
     from recipes.retrieval.evaluation.scores import read_run
     from recipes.retrieval.pages.store import PageStore
     from recipes.retrieval.search.exact import Hit
-    from recipes.retrieval.search.retriever import found_page
+    from recipes.retrieval.search.retriever import found_pages
 
     store = PageStore.open(options.store)
     if options.oracle:
@@ -187,17 +178,16 @@ def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[Asked]
         hits = run.get(query.id, [])[:k]
         if not hits:
             raise InputError(f"query {query.id} has no pages; take it out of {options.queries} or search for it")
-        found = tuple(found_page(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1))
-        asked.append(Asked(query.id, query.text, found))
+        asked.append(Asked(query.id, query.text, tuple(found_pages(hits, pages))))
     if not asked:
         raise InputError(f"{options.queries} has no queries")
     return asked
 
 
 def _unpack(options: argparse.Namespace) -> int:
-    from recipes.retrieval.evaluation.visrag_sets import unpack
+    from recipes.retrieval.evaluation.visrag_sets import write_visrag_set
 
-    num_pages, num_queries, num_judgments = unpack(options.source, options.out)
+    num_pages, num_queries, num_judgments = write_visrag_set(options.source, options.out)
     print(f"{num_pages} pages, {num_queries} queries, {num_judgments} judgments: {options.out}")
     return 0
 
@@ -222,4 +212,4 @@ def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    file.write_text(lines, encoding="utf-8", errors="backslashreplace")  # paths need not be valid text
+    write_bytes(file, lines.encode("utf-8", "backslashreplace"))  # paths need not be valid text

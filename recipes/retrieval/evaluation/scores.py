@@ -1,14 +1,13 @@
-"""Rankings against relevance judgments: nDCG, MRR and Recall by pytrec_eval, with every choice pinned down.
+"""Rankings against relevance judgments: nDCG, MRR and recall by pytrec_eval, with every choice fixed.
 
-- Ties are ordered by (-score, page id) here; the library sees ranks only.
-- A judged query that the run lacks scores 0 and is counted. A query without a relevant page is left out and counted,
-  and so is a query of the run that nobody judged.
+- Ties are ordered by (-score, page id) here; the library sees only ranks.
+- A judged query that is missing from the run scores 0 and is counted. A query without a relevant page is left out and
+  counted, and so is a query of the run without judgments.
 - nDCG gains are the judgments themselves (linear), as in trec_eval.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.retrieval.pages.store import Page
-from recipes.retrieval.search.exact import Hit
+from recipes.retrieval.search.exact import Hit, rank
+from rollout.files import read_jsonl, write_text
 from rsgrpo.errors import InputError
 
 Run = Mapping[str, Sequence[Hit]]
@@ -28,7 +28,7 @@ ANSWER_KEYS = ("answers", "answer")
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One query; answers are empty where the file has none."""
+    """One query. answers: empty if the file has none."""
 
     id: str
     text: str
@@ -40,22 +40,22 @@ class RetrievalScores:
     """Scores of a run.
 
     mean: metric name ("ndcg@10", "mrr@10", "recall@10") -> mean over the judged queries.
-    per_query: query id -> the same of one query.
-    num_missing: judged queries that the run lacks. num_without_relevant, num_unjudged: left out.
+    num_missing: judged queries that the run lacks. num_without_relevant, num_unjudged: queries left out.
+    per_query: query id -> the same metrics of one query.
     """
 
     mean: dict[str, float]
-    per_query: dict[str, dict[str, float]]
     num_missing: int
     num_without_relevant: int
     num_unjudged: int
+    per_query: dict[str, dict[str, float]]
 
 
 def evaluate_run(run: Run, qrels: Qrels, cutoffs: Sequence[int]) -> RetrievalScores:
     """Score a run.
 
     Raises:
-        InputError: no query has a relevant page, a cutoff is < 1, or a page stands twice in a ranking.
+        InputError: no query has a relevant page, a cutoff is < 1, or a ranking contains a page twice.
     """
     import pytrec_eval
 
@@ -63,47 +63,49 @@ def evaluate_run(run: Run, qrels: Qrels, cutoffs: Sequence[int]) -> RetrievalSco
         raise InputError(f"--cutoffs must be >= 1, got {list(cutoffs)}")
     judged = {query: dict(pages) for query, pages in qrels.items() if any(grade > 0 for grade in pages.values())}
     if not judged:
-        raise InputError("no query has a relevant page: is it the right qrels file?")
-    ranked = {query: _ordered(query, run.get(query, ())) for query in judged}
-    per_query: dict[str, dict[str, float]] = {query: {} for query in judged}
-    for cutoff in cutoffs:
-        # the library would order ties its own way: it is given ranks, and no more of them than the cutoff
-        ranks = {
-            query: {page: float(cutoff - rank) for rank, page in enumerate(pages[:cutoff])}
-            for query, pages in ranked.items()
-            if pages
-        }
-        found = pytrec_eval.RelevanceEvaluator(judged, {f"ndcg_cut.{cutoff}", "recip_rank", f"recall.{cutoff}"})
-        values = found.evaluate(ranks) if ranks else {}
-        names = {"ndcg": f"ndcg_cut_{cutoff}", "mrr": "recip_rank", "recall": f"recall_{cutoff}"}
-        for query, scores in per_query.items():
-            for short, name in names.items():
-                scores[f"{short}@{cutoff}"] = values.get(query, {}).get(name, 0.0)
-    names_in_order = list(next(iter(per_query.values())))
-    mean = {name: sum(scores[name] for scores in per_query.values()) / len(per_query) for name in names_in_order}
+        raise InputError("no query has a relevant page; check that it is the right qrels file")
+    ranked = {query: pages for query in judged if (pages := _ordered(query, run.get(query, ())))}
+    # the library would order ties its own way: it gets ranks
+    ranks = {query: {page: -float(rank) for rank, page in enumerate(pages)} for query, pages in ranked.items()}
+    listed = ",".join(map(str, sorted(set(cutoffs))))
+    evaluator = pytrec_eval.RelevanceEvaluator(judged, {f"ndcg_cut.{listed}", f"recall.{listed}", "recip_rank"})
+    values = evaluator.evaluate(ranks) if ranks else {}
+    per_query = {query: _at_cutoffs(values.get(query, {}), cutoffs) for query in judged}
+    names = next(iter(per_query.values()))
+    mean = {name: sum(scores[name] for scores in per_query.values()) / len(per_query) for name in names}
     return RetrievalScores(
         mean,
-        per_query,
-        num_missing=sum(not pages for pages in ranked.values()),
+        num_missing=len(judged) - len(ranked),
         num_without_relevant=len(qrels) - len(judged),
         num_unjudged=len(set(run) - set(qrels)),
+        per_query=per_query,
     )
+
+
+def _at_cutoffs(values: Mapping[str, float], cutoffs: Sequence[int]) -> dict[str, float]:
+    """Return one query's metrics from those of trec_eval, which has no cutoff for the reciprocal rank."""
+    scores, reciprocal = {}, values.get("recip_rank", 0.0)
+    for cutoff in cutoffs:
+        scores[f"ndcg@{cutoff}"] = values.get(f"ndcg_cut_{cutoff}", 0.0)
+        scores[f"mrr@{cutoff}"] = reciprocal if reciprocal * (cutoff + 0.5) > 1 else 0.0
+        scores[f"recall@{cutoff}"] = values.get(f"recall_{cutoff}", 0.0)
+    return scores
 
 
 def _ordered(query: str, hits: Sequence[Hit]) -> list[str]:
     pages = [hit.page_id for hit in sorted(hits, key=lambda hit: (-hit.score, hit.page_id))]
     if len(set(pages)) != len(pages):
-        raise InputError(f"query {query}: the run ranks a page twice")
+        raise InputError(f"query {query}: the run contains a page twice; remove one of the lines")
     return pages
 
 
 def merge_runs(files: Sequence[Path], k: int) -> tuple[dict[str, list[Hit]], str]:
-    """Return the k best pages of each query over runs of several stores, and the tag that all of them have.
+    """Return the k best pages of each query over runs of several stores, and the tag that all of them share.
 
-    A page that several stores have counts once, with its best score.
+    A page that is in several stores counts once, with its best score.
 
     Raises:
-        InputError: k < 1, or runs have different tags: other encoders made them, and their scores do not compare.
+        InputError: k < 1, or runs have different tags: different encoders made them, and scores are not comparable.
     """
     if k < 1:
         raise InputError(f"k must be >= 1, got {k}")
@@ -117,12 +119,8 @@ def merge_runs(files: Sequence[Path], k: int) -> tuple[dict[str, list[Hit]], str
         tags |= {line.split()[-1]: file for _, line in _lines(file)}
     if len(tags) > 1:
         shown = ", ".join(f"{tag} in {file}" for tag, file in tags.items())
-        raise InputError(f"the runs have different tags ({shown}): other encoders made them, scores do not compare")
-    merged = {
-        query: sorted((Hit(*pair) for pair in scores.items()), key=lambda hit: (-hit.score, hit.page_id))[:k]
-        for query, scores in best.items()
-    }
-    return merged, next(iter(tags), "empty")
+        raise InputError(f"the runs have different tags ({shown}); merge only runs that one encoder made")
+    return {query: rank(scores, scores.values(), k) for query, scores in best.items()}, next(iter(tags), "empty")
 
 
 def write_run(file: Path, run: Run, tag: str) -> None:
@@ -130,14 +128,14 @@ def write_run(file: Path, run: Run, tag: str) -> None:
     lines = []
     for query, hits in run.items():
         if any(character.isspace() for character in query) or not query:
-            raise InputError(f"query id {query!r} has white space, which a TREC run file cannot hold")
-        lines += [f"{query} Q0 {hit.page_id} {rank} {hit.score:.6f} {tag}\n" for rank, hit in enumerate(hits, start=1)]
+            raise InputError(f"query id {query!r} is empty or has white space, which a TREC run file cannot hold")
+        lines += [f"{query} Q0 {hit.page_id} {place} {hit.score:.6f} {tag}\n" for place, hit in enumerate(hits, 1)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(lines))
+    write_text(file, "".join(lines))
 
 
 def read_run(file: Path) -> dict[str, list[Hit]]:
-    """Read a TREC run file; its rank column is ignored, scores decide.
+    """Read a TREC run file; scores decide, the rank column is ignored.
 
     Raises:
         InputError: a line is malformed.
@@ -148,12 +146,11 @@ def read_run(file: Path) -> dict[str, list[Hit]]:
         try:
             query, _, page, _, score, _ = fields
             if not math.isfinite(float(score)):
-                raise ValueError("a score is a finite number")
+                raise ValueError("the score is not finite")
             run.setdefault(query, []).append(Hit(page, float(score)))
         except ValueError as error:
-            raise InputError(
-                f"{file}:{number}: a run line is 'query Q0 page rank score tag', got {line.strip()!r}"
-            ) from error
+            wanted = "a run line is 'query Q0 page rank score tag'"
+            raise InputError(f"{file}:{number}: {wanted}, got {line.strip()!r}") from error
     return {query: sorted(hits, key=lambda hit: (-hit.score, hit.page_id)) for query, hits in run.items()}
 
 
@@ -163,7 +160,7 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
     Either BEIR's 'query page grade' (with or without a header) or TREC's 'query 0 page grade'.
 
     Raises:
-        InputError: a line is malformed, or a pair is judged twice differently.
+        InputError: a line is malformed, or a pair has two different judgments.
     """
     qrels: dict[str, dict[str, int]] = {}
     for number, line in _lines(file):
@@ -177,42 +174,30 @@ def read_qrels(file: Path) -> dict[str, dict[str, int]]:
         except ValueError as error:
             raise InputError(f"{file}:{number}: a judgment is 'query page grade', got {line.strip()!r}") from error
         if qrels.setdefault(query, {}).setdefault(page, grade) != grade:
-            raise InputError(f"{file}:{number}: query {query} and page {page} are judged twice, differently")
+            raise InputError(f"{file}:{number}: query {query} and page {page} have two different judgments")
     return qrels
 
 
 def read_queries(file: Path) -> list[Query]:
-    """Read queries from jsonl: an id, a text and, optional, answers.
+    """Read queries from jsonl: an id, a text and, optionally, answers.
 
     Raises:
-        InputError: a line is malformed, or an id stands twice.
+        InputError: a line is malformed, or an id occurs twice.
     """
-    queries = {}
-    for number, line in _lines(file):
-        try:
-            row = json.loads(line)
-            found = _query(row)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{file}:{number}: a query is a JSON object with _id and text: {error!r}") from error
-        if found.id in queries:
-            raise InputError(f"{file}:{number}: query id {found.id} stands twice")
-        queries[found.id] = found
+    queries: dict[str, Query] = {}
+    for number, row in read_jsonl(file):
+        query_id, text, answers = (_first(row, keys) for keys in (QUERY_ID_KEYS, QUERY_KEYS, ANSWER_KEYS))
+        if query_id is None or not isinstance(text, str):
+            raise InputError(f"{file}, line {number}: a query needs _id and text (a string), got {', '.join(row)}")
+        if str(query_id) in queries:
+            raise InputError(f"{file}, line {number}: query id {query_id} occurs twice")
+        listed = answers if isinstance(answers, list) else [] if answers is None else [answers]
+        queries[str(query_id)] = Query(str(query_id), text, tuple(map(str, listed)))
     return list(queries.values())
 
 
-def _query(row: Mapping[str, Any]) -> Query:
-    query_id, text = _first(row, QUERY_ID_KEYS), _first(row, QUERY_KEYS)
-    answers: Any = next((row[key] for key in ANSWER_KEYS if key in row), [])
-    if not isinstance(text, str):
-        raise TypeError("the text is not a string")
-    return Query(str(query_id), text, tuple(map(str, answers if isinstance(answers, list) else [answers])))
-
-
 def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    for key in keys:
-        if row.get(key) is not None:
-            return row[key]
-    raise KeyError(keys[0])
+    return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
 def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, int]]:
@@ -221,7 +206,7 @@ def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, in
     A judged page may be named by its id, its document, document#number, or its document's name without extension.
 
     Raises:
-        InputError: a relevant page is not in the store, or a name fits several pages.
+        InputError: a relevant page is not in the store, or a name matches several pages.
     """
     names: dict[str, set[str]] = {}
     for page in pages:
@@ -234,7 +219,7 @@ def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, in
         for name, grade in judged.items():
             found = names.get(name, set())
             if len(found) > 1:
-                raise InputError(f"qrels: {name!r} fits {len(found)} pages; name one by document#number or page id")
+                raise InputError(f"qrels: {name!r} matches {len(found)} pages; name one by document#number or page id")
             if grade > 0 and not found:
                 raise InputError(f"qrels: page {name!r} of query {query} is not in the store; ingest its document")
             for page_id in found:
@@ -247,7 +232,7 @@ def top_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of a `topK_test.jsonl` as EVisRAG reads them.
 
-    `is_sufficient` is true when every relevant page is among the k.
+    `is_sufficient` is true if every relevant page is among the k.
     """
     rows = []
     for query in queries:

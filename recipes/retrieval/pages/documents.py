@@ -1,7 +1,7 @@
-"""From one document file to page images in a folder. Runs in worker processes; knows nothing of stores or catalogues.
+"""From one document file to page images in a folder. It runs in worker processes.
 
-Imports nothing heavy: a worker starts in a fraction of a second. pypdfium2 is not thread-safe, so one document belongs
-to one process.
+It imports nothing heavy, so that a worker starts in a fraction of a second. pypdfium2 is not thread-safe: one document
+belongs to one process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OFFICE = frozenset(
 )
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")  # Pillow knows more: EPS runs programs
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")  # Pillow reads more: EPS runs programs
 POINTS_PER_INCH = 72
 _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
@@ -42,15 +42,15 @@ MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
 
 
 class DocumentError(RsgrpoError):
-    """This one document cannot be turned into pages; the others are not concerned."""
+    """This one document cannot be turned into pages; others are not affected."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderSettings:
-    """What decides the pixels of a page, and what is too large to try.
+    """What decides the pixels of a page, and which documents are too large.
 
     dpi: of PDF and office pages. max_page_pixels: a larger PDF page is rendered at a lower resolution, a larger image
-        is scaled down. max_pages, max_file_mb, max_unpacked_mb: a document beyond is refused.
+        is scaled down. max_pages, max_file_mb, max_unpacked_mb: a larger document is refused.
     ocr: Tesseract's languages for pages without a text layer; "" leaves them without text.
     """
 
@@ -71,7 +71,7 @@ class RenderSettings:
                 raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
 
     def pixels(self) -> dict[str, Any]:
-        """Return the settings that change what an accepted page looks like, or its text."""
+        """Return the settings that change the pixels or the text of an accepted page."""
         kept = asdict(self)
         names = ("dpi", "image_format", "max_page_pixels", *(("ocr",) if self.ocr else ()))
         return {name: kept[name] for name in names}
@@ -79,7 +79,7 @@ class RenderSettings:
 
 @dataclass(frozen=True, slots=True)
 class RenderedPage:
-    """One page on disk. number counts from 1; image is a name in the folder; text is the PDF's text layer."""
+    """One page on disk. number: from 1. image: file name in the folder. text: the PDF's text layer, or OCR."""
 
     number: int
     image: str
@@ -89,7 +89,7 @@ class RenderedPage:
 
 
 def is_candidate(path: Path) -> bool:
-    """Say whether a file is one that we try: by its extension, else by its first bytes."""
+    """Say whether a file may be a document: by its extension, else by its first bytes."""
     if path.suffix.lower() in KNOWN:
         return True
     return _kind(path) in ("pdf", "image")
@@ -101,37 +101,36 @@ def render(
     """Write every page of a document into `folder`.
 
     Args:
-        path: the document. What its bytes say goes before what its extension says.
+        path: the document. Its bytes decide its kind before its extension does.
         folder: exists and is empty.
         on_page: called after each page.
 
     Returns:
-        The pages, and what went wrong with single pages ("" when nothing did).
+        The pages, and what went wrong with single pages ("" if nothing did).
 
     Raises:
-        DocumentError: the document has no page that can be shown.
+        DocumentError: the document has no page that can be rendered.
         OSError: `folder` cannot be written.
     """
     num_bytes = path.stat().st_size
     if num_bytes == 0:
         raise DocumentError("the file is empty (0 bytes)")
     if num_bytes > settings.max_file_mb << 20:
-        raise DocumentError(
-            f"the file has {num_bytes >> 20:,} MiB, more than --max-file-mb {settings.max_file_mb}; raise it"
-        )
+        size = f"the file has {num_bytes >> 20:,} MiB"
+        raise DocumentError(f"{size}, more than --max-file-mb {settings.max_file_mb}; raise it")
     kind = _kind(path)
     if kind == "pdf":
         return _write(_pdf_pages(path, settings), folder, settings, on_page)
     if kind == "image":
         return _write(_image_pages(path, settings), folder, settings, on_page)
     if path.suffix.lower() not in OFFICE:
-        raise DocumentError(f"the content is neither a PDF nor an image, whatever the extension {path.suffix!r} says")
+        raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
     with tempfile.TemporaryDirectory(prefix="rsgrpo-office-") as scratch:
         return _write(_pdf_pages(office_to_pdf(path, Path(scratch), settings), settings), folder, settings, on_page)
 
 
 def limit_memory() -> None:
-    """Bound this process's address space, so that a bomb ends in MemoryError here and not in the machine."""
+    """Limit this process's address space, so that a bomb ends in MemoryError here and spares the machine."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -146,11 +145,11 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
     program = shutil.which("soffice") or shutil.which("libreoffice")
     if program is None:
         raise DocumentError(
-            f"{path.suffix} files need LibreOffice, and neither `soffice` nor `libreoffice` is on PATH; install it and "
+            f"{path.suffix} files need LibreOffice, but neither `soffice` nor `libreoffice` is on PATH; install it and "
             "run the same command again, or convert the file to PDF"
         )
     _refuse_zip_bomb(path, settings)
-    source = scratch / f"document{path.suffix.lower()}"  # LibreOffice is not to see odd names
+    source = scratch / f"document{path.suffix.lower()}"  # hides odd names from LibreOffice
     shutil.copyfile(path, source)
     command = [program, f"-env:UserInstallation={(scratch / 'profile').as_uri()}", "--headless", "--norestore"]
     command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
@@ -171,10 +170,10 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
 
 
 def _import_filter(source: Path) -> list[str]:
-    """Return how LibreOffice is to read what it would guess wrongly.
+    """Return the options for files that LibreOffice would read wrongly by itself.
 
-    HTML for the screen loses headings when it is paged; tables of text are taken for Latin-1 with commas; text is taken
-    for some other format by its words, and mangled where it is Latin-1.
+    HTML for the screen loses headings when it is paged; a CSV file is read as Latin-1 with commas; text is taken for
+    another format because of its words, and garbled if it is Latin-1.
     """
     if source.suffix in (".html", ".htm"):
         return ["--infilter=HTML (StarWriter)"]
@@ -187,7 +186,7 @@ def _import_filter(source: Path) -> list[str]:
     except UnicodeDecodeError:
         text, charset = content.decode("latin-1"), _CSV_LATIN1
     if source.suffix != ".csv":
-        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # a mark goes before the name
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # LibreOffice trusts the mark first
         return [f"--infilter=Text (encoded):{'UTF8' if marked or charset == _CSV_UTF8 else 'ISO_8859_1'},LF,,,"]
     try:
         separator = csv.Sniffer().sniff(text, delimiters=",;\t|").delimiter
@@ -207,13 +206,12 @@ def _refuse_zip_bomb(path: Path, settings: RenderSettings) -> None:
     with zipfile.ZipFile(path) as archive:
         num_bytes = sum(entry.file_size for entry in archive.infolist())
     if num_bytes > settings.max_unpacked_mb << 20:
-        raise DocumentError(
-            f"it unpacks to {num_bytes >> 20:,} MiB, more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it"
-        )
+        size = f"it unpacks to {num_bytes >> 20:,} MiB"
+        raise DocumentError(f"{size}, more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
 
 
 def _kind(path: Path) -> Literal["pdf", "image", "other"]:
-    """Say what the bytes are. Other bytes may stand before a PDF, but only a file that says it is one is searched."""
+    """Say what the bytes are. Only in a file with the extension of a PDF may other bytes precede the PDF."""
     try:
         with open(path, "rb") as file:
             start = file.read(1024)
@@ -233,18 +231,18 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
     """Yield each page's pixels and text, or what is wrong with it."""
     import pypdfium2
 
-    logging.getLogger("pypdfium2").setLevel(logging.ERROR)  # it says of every XFA form that only its AcroForm is drawn
+    logging.getLogger("pypdfium2").setLevel(logging.ERROR)  # it warns that of every XFA form only the AcroForm is drawn
     try:
         document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
-        # pdfium leaves an old error code standing when it finds no page, so the code alone does not tell
+        # pdfium keeps an old error code when it finds no page, so the code alone is not enough
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD and b"/Encrypt" in path.read_bytes():
             raise DocumentError("the PDF is encrypted; remove its password (qpdf --decrypt)") from error
         raise DocumentError("the PDF is broken or has no pages") from error
     with document:
         if len(document) == 0:
             raise DocumentError("the PDF has no pages")
-        document.init_forms()  # without it the fields of a form, and what is written in them, are not drawn
+        document.init_forms()  # otherwise form fields and their values are not drawn
         _refuse_pages(len(document), settings)
         for index in range(len(document)):
             try:
@@ -257,13 +255,13 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
                 yield str(error)
                 continue
             except MemoryError:
-                yield "it needs more memory than a page may take"
+                yield "it needs more memory than a page may use"
                 continue
             yield image, clean_text(text)
 
 
 def _pdf_scale(width_points: float, height_points: float, settings: RenderSettings) -> float:
-    """Return pixels per point: the wanted resolution, or the one that keeps the page within max_page_pixels."""
+    """Return pixels per point: for the requested dpi, or lower to keep the page within max_page_pixels."""
     if min(width_points, height_points) < 1:
         raise DocumentError(f"a page of {width_points:g} x {height_points:g} points has no area")
     scale = settings.dpi / POINTS_PER_INCH
@@ -288,7 +286,7 @@ def _image_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.I
                 try:
                     opened.seek(index)
                     if opened.width * opened.height > limit:
-                        yield f"{opened.width} x {opened.height} pixels, more than the {limit:,} that are safe"
+                        yield f"{opened.width} x {opened.height} pixels, more than the safe limit of {limit:,}"
                         continue
                     opened.load()
                     frame = to_rgb(opened.copy())
@@ -296,7 +294,7 @@ def _image_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.I
                     yield f"{type(error).__name__}: {error}"
                     continue
                 yield _fit(frame, settings), ""
-    except PromptError as error:  # its text names the path, which the catalogue has beside it
+    except PromptError as error:  # its text names the path, which the catalogue shows already
         raise DocumentError(str(error).replace(os.fspath(path), "").replace("image  ", "the image ")) from error
     except Image.DecompressionBombError as error:
         raise DocumentError(f"the image is too large to decode safely: {error}; scale it down") from error
@@ -327,7 +325,7 @@ def _write(
             faults.append(f"page {number}: {page}")
         elif max(page[0].size) > MAX_ASPECT_RATIO * min(page[0].size):
             sides = f"{page[0].width} x {page[0].height} pixels"
-            faults.append(f"page {number}: {sides}, one side is over {MAX_ASPECT_RATIO} times the other")
+            faults.append(f"page {number}: {sides}, one side is more than {MAX_ASPECT_RATIO} times the other")
         else:
             image, text = page
             if settings.ocr and not text:
@@ -344,7 +342,7 @@ def _write(
 
 
 def _read(image: Image.Image, language: str) -> tuple[str, str]:
-    """Return the text of a page's pixels, and what went wrong."""
+    """Return the text in a page's image, and what went wrong."""
     from recipes.retrieval.pages.ocr import OcrError, read_text
 
     try:
@@ -354,6 +352,6 @@ def _read(image: Image.Image, language: str) -> tuple[str, str]:
 
 
 def clean_text(text: str) -> str:
-    """Return a text layer as valid unicode with plain line ends."""
+    """Return a text layer as valid Unicode with plain line ends."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return re.sub(r"[\x00-\x08\x0b-\x1f\ufffe\uffff]", "", text.replace("\r\n", "\n").replace("\r", "\n")).strip()

@@ -1,4 +1,4 @@
-"""Bring a store in line with a folder of documents: what is new or changed is rendered, what is gone is taken out."""
+"""Bring a store in line with a folder of documents: new and changed files are rendered, missing ones removed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from recipes.retrieval.pages.store import (
     write_record,
     writing,
 )
-from recipes.retrieval.pages.workers import Outcome, run_tasks
+from recipes.retrieval.pages.workers import TaskResult, run_tasks
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -37,7 +37,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """What one ingest did, in documents but for num_pages (all pages of the store)."""
+    """What one ingest did, in documents; num_pages counts all pages of the store."""
 
     num_rendered: int
     num_unchanged: int
@@ -49,7 +49,7 @@ class IngestReport:
 
 @dataclass(frozen=True, slots=True)
 class RenderTask:
-    """One file for a worker, and the store that its pages go to."""
+    """One file for a worker, and the store that receives its pages."""
 
     path: bytes
     store: str
@@ -67,22 +67,17 @@ def ingest(
 ) -> IngestReport:
     """Ingest files and folders (recursively) into the store at `out`.
 
-    A file that was there at an earlier ingest of the same root and is gone now is taken out. Other roots are kept.
+    A file that an earlier ingest of the same root found and that is missing now is removed. Other roots are kept.
 
     Raises:
-        InputError: a root does not exist, nothing in them is a document, or the disk is full.
+        InputError: a root does not exist, there is no document in the roots, or the disk is full.
     """
     if num_workers < 1:
         raise InputError(f"--workers must be >= 1, got {num_workers}")
     if not 0 < page_timeout_s < math.inf:
         raise InputError(f"--page-timeout-s must be > 0, got {page_timeout_s:g}")
     for root in roots:
-        if not root.exists():
-            raise InputError(f"{shown(root)} does not exist; name a folder or a file")
-        if not root.is_dir() and not root.is_file():
-            raise InputError(f"{shown(root)} is neither a folder nor a file with content (a pipe, a device)")
-        if (out / "pages").resolve() in (root.resolve() / "pages", *root.resolve().parents, root.resolve()):
-            raise InputError(f"{shown(root)} is the store itself; name the folder of the documents")
+        _check_root(root, out)
     found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
     candidates = [entry for entry in found if is_candidate(entry[1])]
     store = PageStore.create(out, settings.pixels())
@@ -92,7 +87,7 @@ def ingest(
         if not candidates and not any(row.root in named for row in before.values()):
             raise InputError(
                 f"no documents in {', '.join(shown(root) for root in roots)} ({len(found)} files of other kinds); "
-                "PDF, images, office, text and HTML files are read"
+                "name a folder with PDF, image, office, text or HTML files"
             )
         rows = {key: row for key, row in before.items() if row.root not in named}
         wanted = [row for entry in candidates if (row := _file_row(*entry)) is not None]
@@ -115,8 +110,17 @@ def ingest(
     )
 
 
+def _check_root(root: Path, out: Path) -> None:
+    if not root.exists():
+        raise InputError(f"{shown(root)} does not exist; name a folder or a file")
+    if not root.is_dir() and not root.is_file():
+        raise InputError(f"{shown(root)} is neither a folder nor a regular file (a pipe, a device)")
+    if (out / "pages").resolve() in (root.resolve() / "pages", *root.resolve().parents, root.resolve()):
+        raise InputError(f"{shown(root)} is the store itself; name the folder of the documents")
+
+
 def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
-    """Return what can be said of a file without reading it; None when it has gone since it was found."""
+    """Return what is known of a file without reading it; None if it has disappeared since it was found."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -125,17 +129,17 @@ def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
 
 
 def _unchanged(old: DocumentRow, new: DocumentRow) -> bool:
-    """Say whether a file need not be read again; one with an error is always tried again."""
+    """Say whether a file need not be read again; one with an error is always read again."""
     return not old.error and (old.num_bytes, old.modified_ns) == (new.num_bytes, new.modified_ns)
 
 
 def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every regular file below a root with its name there, sorted; hidden ones and the store are left out.
+    """Yield every regular file below a root with its name there, sorted, except hidden files and the store.
 
-    Links to files are followed, links to folders are not: they may go round in circles.
+    Links to files are followed, links to folders are not, because they may form a cycle.
 
     Raises:
-        InputError: a folder cannot be read; going on would take its documents out.
+        InputError: a folder cannot be read; continuing would remove its documents.
     """
 
     def refuse(error: OSError) -> None:
@@ -151,7 +155,7 @@ def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
         )
         for name in folders:
             if Path(folder, name).is_symlink():
-                log.warning("%s is a link to a folder and not followed; name its target", shown(Path(folder, name)))
+                log.warning("%s is a link to a folder and is not followed; name its target", shown(Path(folder, name)))
         for name in sorted(names):
             path = Path(folder, name)
             if not name.startswith(".") and path.is_file():
@@ -174,12 +178,12 @@ def _render_all(
     timeout_s = page_timeout_s + settings.office_timeout_s
     tasks = (RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting)
     with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
-        outcomes = run_tasks(
+        results = run_tasks(
             render_document, tasks, num_workers=max(1, min(num_workers, len(waiting))), timeout_s=timeout_s,
             on_alive=pages.advance,
         )  # fmt: skip
-        for outcome in outcomes if waiting else ():
-            row = _row(by_path[outcome.task.path], outcome, store)
+        for result in results if waiting else ():
+            row = _row(by_path[result.task.path], result, store)
             rows[row.path] = row
             if row.error:
                 errors.append(row)
@@ -191,28 +195,28 @@ def _render_all(
     return errors
 
 
-def _row(row: DocumentRow, outcome: Outcome, store: PageStore) -> DocumentRow:
-    if isinstance(outcome.error, OSError) and outcome.error.errno in _FULL:
+def _row(row: DocumentRow, result: TaskResult, store: PageStore) -> DocumentRow:
+    if isinstance(result.error, OSError) and result.error.errno in _FULL:
         with writing(store.folder):
-            raise outcome.error
-    if isinstance(outcome.error, StoreError):
-        raise outcome.error
-    if outcome.error is not None or outcome.died:
-        kind = "" if isinstance(outcome.error, DocumentError) else f"{type(outcome.error).__name__}: "
-        reason = outcome.died or f"{kind}{outcome.error}"
+            raise result.error
+    if isinstance(result.error, StoreError):
+        raise result.error
+    if result.error is not None or result.died:
+        kind = "" if isinstance(result.error, DocumentError) else f"{type(result.error).__name__}: "
+        reason = result.died or f"{kind}{result.error}"
         return replace(row, error=reason.encode("utf-8", "backslashreplace").decode())
-    content, num_pages, fault = outcome.result
+    content, num_pages, fault = result.value
     return replace(row, content=content, num_pages=num_pages, error=fault)
 
 
 def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, int, str]:
-    """Hash and render one document, in a worker; pages that are there already are not made again.
+    """Hash and render one document, in a worker; pages that exist already are not rendered again.
 
     Returns:
-        The content's hash, its number of pages, and which pages it lacks.
+        The content's hash, its number of pages, and which pages could not be rendered.
     """
     limit_memory()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error beyond it is a row of the catalogue
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond it an error becomes a row of the catalogue
     store, path = PageStore(Path(task.store)), Path(os.fsdecode(task.path))
     try:
         content = hash_file(path)

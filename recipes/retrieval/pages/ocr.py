@@ -1,4 +1,4 @@
-"""Text of pages that have none, by Tesseract, for the text baseline. The home of pytesseract, which is optional."""
+"""Text of pages that have none, read by Tesseract for the text baseline. The home of pytesseract, which is optional."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ OCR_TIMEOUT_S = 60.0  # of a page
 
 
 class OcrError(Exception):
-    """One page could not be read; its pixels are not concerned."""
+    """One page could not be read; its image is not affected."""
 
 
 def require_ocr(language: str) -> None:
-    """Refuse to start where pages cannot be read.
+    """Refuse to start if pages cannot be read.
 
     Args:
         language: of Tesseract, such as "eng" or "eng+deu".
@@ -25,7 +25,8 @@ def require_ocr(language: str) -> None:
     try:
         import pytesseract
     except ModuleNotFoundError as error:
-        raise InputError('--ocr needs pytesseract, which is not installed; pip install "rsgrpo[ocr]"') from error
+        install = 'install the extra, for example with `pip install -e ".[ocr]"`'
+        raise InputError(f"--ocr needs pytesseract, which is not installed; {install}") from error
     try:
         installed = pytesseract.get_languages()
     except pytesseract.TesseractNotFoundError as error:
@@ -34,11 +35,11 @@ def require_ocr(language: str) -> None:
         ) from error
     missing = [name for name in language.split("+") if name not in installed]
     if missing:
-        raise InputError(f"--ocr {language}: Tesseract has no {', '.join(missing)}; it has {', '.join(installed)}")
+        raise InputError(f"--ocr {language}: Tesseract lacks {', '.join(missing)}; choose from {', '.join(installed)}")
 
 
 def read_text(image: Image.Image, language: str) -> str:
-    """Return the text of a page's pixels.
+    """Return the text in a page's image.
 
     Raises:
         OcrError: Tesseract fails or takes too long.

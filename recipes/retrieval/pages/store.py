@@ -1,12 +1,12 @@
 """A store of pages on disk: page images by content hash, and the catalogue of documents and pages.
 
     STORE/store.json           format and the settings that decide a page's pixels
-    STORE/pages/ab/abcd.../    one document's content: 00001.png, ..., pages.json; whole or absent
+    STORE/pages/ab/abcd.../    one document's content: 00001.png, ..., pages.json; complete or absent
     STORE/documents.parquet    one row per file, with its error if it has one
     STORE/pages.parquet        one row per page; what readers read
 
-A content folder is renamed into place when it is complete, and both tables are replaced in one step, so a process that
-dies at any point leaves a store that the next command goes on from. Knows nothing of how a document becomes pages.
+A content folder is renamed into place when it is complete, and each table is replaced in one step, so a process that
+dies at any point leaves a store that the next command continues with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recipes.retrieval.pages.documents import RenderedPage
+from rollout.files import replaced, write_text
 from rsgrpo.errors import RUN_ERROR, InputError
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,11 @@ _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class StoreError(InputError):
-    """The store cannot be opened or written; what was finished before is intact."""
+    """The store cannot be opened or written; everything finished before is intact."""
 
 
 class StoreWriteError(StoreError):
-    """The disk refused in the middle of the work."""
+    """The disk refused a write in the middle of the work."""
 
     exit_code = RUN_ERROR
 
@@ -58,8 +59,8 @@ class DocumentRow:
 
     root, document: the ingested folder and the file's path in it, as text (bytes that are not UTF-8 escaped).
     path: the file's own path, as bytes. content: sha256 of its bytes, "" while unknown.
-    num_bytes, modified_ns: what tells that a file is unchanged without reading it.
-    error: why it has no pages, or which pages it lacks; "" when all is well.
+    num_bytes, modified_ns: show that a file is unchanged without reading it.
+    error: why it has no pages, or which pages it lacks; "" if there is no error.
     """
 
     root: str
@@ -128,61 +129,58 @@ class PageStore:
 
     @classmethod
     def open(cls, folder: Path) -> PageStore:
-        """Open a store that is there.
+        """Open an existing store.
 
         Raises:
             StoreError: there is none.
         """
         store = cls(folder)
         if not store._pages_file.exists():
-            raise StoreError(
-                f"{folder} is not a page store; make it with: python -m recipes.retrieve ingest DOCS --out {folder}"
-            )
+            create = f"create it with: python -m recipes.retrieve ingest DOCS --out {folder}"
+            raise StoreError(f"{folder} is not a page store; {create}")
         store.settings()
         return store
 
     @classmethod
     def create(cls, folder: Path, settings: Mapping[str, Any]) -> PageStore:
-        """Open a store for writing, or make it.
+        """Open a store for writing, or create it.
 
         Args:
-            settings: what decides a page's pixels; a store keeps to those it was made with.
+            settings: what decides a page's pixels; a store keeps the settings that it was created with.
 
         Raises:
-            StoreError: the folder is something else, or was made with other settings.
+            StoreError: the folder is something else, or was created with other settings.
         """
         store = cls(folder)
         if folder.exists() and not folder.is_dir():
-            raise StoreError(f"{folder} is a file; --out names a folder")
+            raise StoreError(f"{folder} is a file; set --out to a folder")
         file = folder / "store.json"
         if file.exists():
             before = store.settings()
             if before != dict(settings):
                 names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
-                changed = [f"{name} {before.get(name)} -> {settings.get(name)}" for name in names]
+                changed = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in names)
                 raise StoreError(
-                    f"{folder} was made with other settings ({', '.join(changed)}); pages of both kinds in one store "
-                    "would not compare. Use the old settings, or another --out"
+                    f"{folder} was created with other settings ({changed}), and pages of both would not be comparable; "
+                    "use the same settings, or another --out"
                 )
             return store
         if folder.exists() and any(folder.iterdir()):
-            raise StoreError(f"{folder} is not empty and not a page store; choose another --out")
+            raise StoreError(f"{folder} is neither empty nor a page store; choose another --out")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(file, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=1).encode())
+            write_text(file, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=1))
         return store
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Be the only writer; raises as `single_writer`."""
-        with single_writer(self.folder):
-            yield
+        return single_writer(self.folder)
 
     def documents(self) -> list[DocumentRow]:
         """Return the catalogue of files, in order of root and document.
 
         Raises:
-            StoreError: it is damaged, or gone while that of the pages is there.
+            StoreError: it is damaged, or missing although the catalogue of pages exists.
         """
         file = self.folder / "documents.parquet"
         if not file.exists() and not self._pages_file.exists():
@@ -194,14 +192,11 @@ class PageStore:
         """Yield all pages, in order of document and number; memory stays bounded.
 
         Raises:
-            StoreError: the catalogue is damaged; so do `page_ids` and `find`.
+            StoreError: the catalogue is damaged; also raised by `page_ids` and `find`.
         """
-        names = [field.name for field in fields(Page)]
         with self._reading_pages() as stream, pq.ParquetFile(stream) as file:
-            for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=names):
-                for row in batch.to_pylist():
-                    row["image"] = str((self.folder / row["image"]).absolute())
-                    yield Page(**row)
+            for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=list(Page.__slots__)):
+                yield from map(self._page, batch.to_pylist())
 
     def page_ids(self) -> list[str]:
         """Return the ids of all pages, in the order of `pages`."""
@@ -210,27 +205,26 @@ class PageStore:
 
     def find(self, page_ids: Iterable[str]) -> dict[str, Page]:
         """Return those of the wanted pages that are there."""
-        names, wanted = [field.name for field in fields(Page)], sorted(set(page_ids))
+        wanted = sorted(set(page_ids))
         if not wanted:
             return {}
-        found = {}
         with self._reading_pages() as stream:
-            table = pq.read_table(stream, columns=names, filters=[("page_id", "in", wanted)])
-            for row in table.to_pylist():
-                row["image"] = str((self.folder / row["image"]).absolute())
-                found[row["page_id"]] = Page(**row)
-        return found
+            table = pq.read_table(stream, columns=list(Page.__slots__), filters=[("page_id", "in", wanted)])
+        return {row["page_id"]: self._page(row) for row in table.to_pylist()}
+
+    def _page(self, row: dict[str, Any]) -> Page:
+        return Page(**row | {"image": str((self.folder / row["image"]).absolute())})
 
     def has_content(self, content: str) -> bool:
-        """Say whether the pages of these bytes are there."""
+        """Say whether the pages of these bytes exist."""
         return (self.content_folder(content) / "pages.json").exists()
 
     def content_folder(self, content: str) -> Path:
-        """Where the pages of these bytes are, or would be."""
+        """Return where the pages of these bytes are, or would be."""
         return self.folder / "pages" / content[:2] / content
 
     def num_pages(self, content: str) -> tuple[int, str]:
-        """Return how many pages these bytes have, and which they lack ("" for none)."""
+        """Return how many pages these bytes have, and which could not be rendered ("" for none)."""
         record = self._record(content)
         return len(record["pages"]), record["error"]
 
@@ -238,23 +232,22 @@ class PageStore:
         """Replace both tables.
 
         Raises:
-            StoreError: the disk is full; the tables before are intact.
+            StoreError: the disk is full; the previous tables are intact.
         """
         ordered = sorted(rows, key=lambda row: (row.root, row.document, row.path))
         with writing(self.folder):
-            replace_table(self.folder / "documents.parquet", (asdict(row) for row in ordered), _DOCUMENT_SCHEMA)
-            replace_table(self._pages_file, self._page_rows(ordered), _PAGE_SCHEMA)
+            _replace_table(self.folder / "documents.parquet", (asdict(row) for row in ordered), _DOCUMENT_SCHEMA)
+            _replace_table(self._pages_file, self._page_rows(ordered), _PAGE_SCHEMA)
 
     def collect_garbage(self) -> int:
-        """Remove contents that no document has, and leftovers of processes that died; return how many."""
+        """Remove contents that no document has, and leftovers of processes that died; return how many contents."""
         used = {row.content for row in self.documents()}
         num_removed = 0
         for folder in self.folder.glob("pages/*/*"):
             if folder.name not in used:
                 num_removed += not folder.name.startswith(".")
                 shutil.rmtree(folder)
-        for leftover in self.folder.glob(".*.writing"):
-            leftover.unlink()
+        remove_unfinished(self.folder)
         return num_removed
 
     @property
@@ -272,11 +265,13 @@ class PageStore:
             if written["format"] == FORMAT:
                 return written["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.folder / 'store.json'} cannot be read: {error}; make the store anew") from error
-        raise StoreError(f"{self.folder} has format {written['format']}, this program reads {FORMAT}; make it anew")
+            raise StoreError(
+                f"{self.folder / 'store.json'} cannot be read: {error}; ingest into a new store"
+            ) from error
+        raise StoreError(f"{self.folder} has format {written['format']}, but this program reads {FORMAT}; ingest again")
 
     def _reading_pages(self) -> AbstractContextManager[pa.NativeFile]:
-        return _reading(self._pages_file, "delete it and run the last ingest again; nothing is rendered anew")
+        return _reading(self._pages_file, "delete it and run the last ingest again; no page is rendered again")
 
     def _record(self, content: str) -> dict[str, Any]:
         file = self.content_folder(content) / "pages.json"
@@ -307,7 +302,7 @@ class PageStore:
 
 @contextmanager
 def single_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; it goes with the process, however that ends.
+    """Hold a folder's lock; it is released with the process, however that ends.
 
     Raises:
         StoreError: another process holds it, or it cannot be written.
@@ -318,13 +313,20 @@ def single_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StoreError(f"another process is writing to {folder}; wait for it") from error
+            raise StoreError(f"another process is writing to {folder}; wait until it has finished") from error
         yield
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of processes that died; call it as the only writer."""
+    for pattern in (".*.tmp", ".*.writing"):  # the second one is of earlier releases
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
 
 
 @contextmanager
 def content_writer(final: Path) -> Iterator[Path]:
-    """Give a folder to write one content's pages into; it takes its name when the block ends well."""
+    """Yield a folder for one content's pages; it gets its name when the block ends without an error."""
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -340,13 +342,13 @@ def content_writer(final: Path) -> Iterator[Path]:
 
 
 def write_record(folder: Path, pages: list[RenderedPage], error: str) -> None:
-    """Write the list of a content's pages beside them."""
+    """Write the list of a content's pages into their folder."""
     (folder / "pages.json").write_text(json.dumps({"pages": [asdict(page) for page in pages], "error": error}))
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an error that says what to do."""
+    """Turn a full or read-only disk into an error that names the fix."""
     try:
         yield
     except OSError as error:
@@ -354,14 +356,14 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         remedy = "Make room" if error.errno in _FULL else "Make it writable"
         raise StoreWriteError(
-            f"cannot write to {folder}: {os.strerror(error.errno)}; what was finished is intact. {remedy}, then "
-            "start the same command again to continue"
+            f"cannot write to {folder}: {os.strerror(error.errno)}; finished work is intact. {remedy}, then run the "
+            "same command again to continue"
         ) from error
 
 
 @contextmanager
 def _reading(file: Path, remedy: str) -> Iterator[pa.NativeFile]:
-    """Open a file; if it is gone or damaged, say what to do.
+    """Open a file; if it is missing or damaged, name the fix.
 
     Raises:
         StoreError: names the file.
@@ -370,28 +372,18 @@ def _reading(file: Path, remedy: str) -> Iterator[pa.NativeFile]:
         with pa.OSFile(os.fsencode(file)) as stream:  # bytes, for paths that are not UTF-8
             yield stream
     except FileNotFoundError as error:
-        raise StoreError(f"{file} is gone; {remedy}") from error
+        raise StoreError(f"{file} is missing; {remedy}") from error
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
         raise StoreError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
 
 
-def replace_file(file: Path, content: bytes) -> None:
-    """Write a file so that it is either the old or the new one, also after a power cut."""
-    temporary = file.with_name(f".{file.name}.writing")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-
-
-def replace_table(file: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
-    """Write a parquet file in one step, a few thousand rows at a time."""
-    temporary = file.with_name(f".{file.name}.writing")
+def _replace_table(file: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
+    """Replace a parquet file in one step, writing a few thousand rows at a time."""
     remaining = iter(rows)
-    with pa.OSFile(os.fsencode(temporary), "wb") as sink, pq.ParquetWriter(sink, schema) as writer:
+    with (
+        replaced(file) as unfinished,
+        pa.OSFile(os.fsencode(unfinished), "wb") as sink,
+        pq.ParquetWriter(sink, schema) as writer,
+    ):
         while batch := list(itertools.islice(remaining, _ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)

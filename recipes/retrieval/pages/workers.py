@@ -1,7 +1,4 @@
-"""A pool of processes that outlives its members: a worker that crashes or hangs costs one task and is replaced.
-
-Knows nothing of what a task does.
-"""
+"""A pool of processes that outlives its members: a worker that crashes or hangs costs one task and is replaced."""
 
 from __future__ import annotations
 
@@ -10,22 +7,23 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 Work = Callable[[Any, Callable[[], None]], Any]
-"""Takes a task and a function that says "still alive"; returns the result. Must be importable by name."""
+"""Takes a task and a function that reports "still alive"; returns the result. Must be importable by name."""
 
 _ALIVE, _DONE, _FAILED = "alive", "done", "failed"
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a task: its result, or an error, or the exit code of the worker that died of it."""
+class TaskResult:
+    """A task's result, or its error, or how the worker that ran it died."""
 
     task: Any
-    result: Any = None
+    value: Any = None
     error: Exception | None = None
     died: str = ""
 
@@ -34,7 +32,7 @@ class _Worker:
     def __init__(self, work: Work) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs), daemon=True)
+        self.process = context.Process(target=_run_worker, args=(work, theirs), daemon=True)
         self.process.start()
         theirs.close()
         self.task: Any = None
@@ -53,12 +51,12 @@ class _Worker:
 
 def run_tasks(
     work: Work, tasks: Iterable[Any], *, num_workers: int, timeout_s: float, on_alive: Callable[[], None]
-) -> Iterator[Outcome]:
-    """Yield the outcome of every task as it comes; tasks are drawn only when a worker is free for one.
+) -> Iterator[TaskResult]:
+    """Yield the result of every task as it arrives; a task is drawn only when a worker is free for it.
 
     Args:
-        timeout_s: a worker that says nothing for so long is killed.
-        on_alive: called here whenever a worker says that it is still alive.
+        timeout_s: a worker that reports nothing for this long is killed.
+        on_alive: called here whenever a worker reports that it is still alive.
     """
     queue = iter(tasks)
     workers = [_Worker(work) for _ in range(num_workers)]
@@ -68,11 +66,11 @@ def run_tasks(
         while any(worker.busy for worker in workers):
             wait([w.connection for w in workers if w.busy], timeout=1.0)
             for index, worker in enumerate(workers):
-                outcome = _look(worker, timeout_s, on_alive) if worker.busy else None
-                if outcome is None:
+                result = _received(worker, timeout_s, on_alive) if worker.busy else None
+                if result is None:
                     continue
-                yield outcome
-                if outcome.died:
+                yield result
+                if result.died:
                     worker.stop()
                     workers[index] = worker = _Worker(work)
                 _next(worker, queue, timeout_s)
@@ -88,48 +86,43 @@ def _next(worker: _Worker, queue: Iterator[Any], timeout_s: float) -> None:
         return
 
 
-def _look(worker: _Worker, timeout_s: float, on_alive: Callable[[], None]) -> Outcome | None:
-    """Read what a worker has said; None while it works."""
+def _received(worker: _Worker, timeout_s: float, on_alive: Callable[[], None]) -> TaskResult | None:
+    """Read what a worker has reported; None while it works."""
     try:
         while worker.connection.poll():
             kind, value = worker.connection.recv()
             if kind == _DONE:
-                return Outcome(worker.task, result=value)
+                return TaskResult(worker.task, value=value)
             if kind == _FAILED:
-                return Outcome(worker.task, error=value)
+                return TaskResult(worker.task, error=value)
             worker.deadline = time.monotonic() + timeout_s
             on_alive()
     except (EOFError, ConnectionResetError):
         worker.process.join(5)
-        return Outcome(worker.task, died=f"the process that worked on it died (exit code {worker.process.exitcode})")
+        return TaskResult(worker.task, died=f"the process that worked on it died (exit code {worker.process.exitcode})")
     if time.monotonic() > worker.deadline:
-        return Outcome(worker.task, died=f"no progress for {timeout_s:g} s; the process was stopped")
+        return TaskResult(worker.task, died=f"no progress for {timeout_s:g} s; the process was stopped")
     return None
 
 
-def _serve(work: Work, connection: Connection) -> None:
-    """Run in the worker: one task after another until the parent is gone."""
+def _run_worker(work: Work, connection: Connection) -> None:
+    """Run one task after another until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):
+        while True:
             task = connection.recv()
-        except EOFError:
-            return
-        message: tuple[str, Any]
-        try:
-            message = (_DONE, work(task, lambda: connection.send((_ALIVE, None))))
-        except BrokenPipeError:
-            return
-        except Exception as error:
-            message = (_FAILED, _portable(error))
-        try:
+            message: tuple[str, Any]
+            try:
+                message = (_DONE, work(task, lambda: connection.send((_ALIVE, None))))
+            except BrokenPipeError:
+                raise
+            except Exception as error:
+                message = (_FAILED, _portable(error))
             connection.send(message)
-        except BrokenPipeError:
-            return
 
 
 def _portable(error: Exception) -> Exception:
-    """Return the error itself where it survives the way to the parent, else one that says the same."""
+    """Return the error itself if pickle can restore it, else one that says the same."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

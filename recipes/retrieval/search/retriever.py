@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from recipes.retrieval.encoders.base import Encoder
+from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.store import Page, PageStore
-from recipes.retrieval.search.exact import Hit, exact, rerank
-from recipes.retrieval.search.index import IndexFault, VectorIndex
+from recipes.retrieval.search.exact import Hit
+from recipes.retrieval.search.index import Backend, IndexFault, VectorIndex
 from rsgrpo.errors import InputError
 
 
@@ -32,12 +31,12 @@ class SearchSettings:
     """How pages are searched.
 
     backend: scan the index, or take candidates from FAISS. num_probes: lists that IVF reads per query.
-    reranker: a second encoder and its index, which order the first `num_candidates` pages anew.
+    reranker: a second encoder and its index, which reorder the first `num_candidates` pages.
     """
 
-    backend: Literal["exact", "flat", "ivf"] = "exact"
+    backend: Backend = "exact"
     num_probes: int = 32
-    reranker: tuple[Encoder, Path] | None = None
+    reranker: tuple[PageEncoder, Path] | None = None
     num_candidates: int = 100
 
     def __post_init__(self) -> None:
@@ -50,43 +49,40 @@ EXACT = SearchSettings()
 
 
 class Retriever:
-    """Searches one store. Make it once: the encoder and the index stay loaded."""
+    """Searches one store. Create it once: the encoder and the index stay loaded."""
 
-    def __init__(self, store: Path, index: Path, encoder: Encoder, search: SearchSettings = EXACT) -> None:
+    def __init__(self, store: Path, index: Path, encoder: PageEncoder, search: SearchSettings = EXACT) -> None:
         """Open everything.
 
         Raises:
-            RsgrpoError: something is not there, or an index was made by another encoder.
+            RsgrpoError: something is missing, or another encoder made an index.
         """
-        self.store, self.index, self.encoder = PageStore.open(store), VectorIndex.open(index), encoder
-        self.index.require(encoder)
+        self.store, self.index, self.encoder = PageStore.open(store), _opened(index, encoder), encoder
         self._num_candidates = search.num_candidates
-        self._faiss = None
-        if search.backend != "exact":
-            from recipes.retrieval.search.faiss import FaissSearch
-
-            self._faiss = FaissSearch(self.index, search.backend, num_probes=search.num_probes)
+        self._search = self.index.searcher(search.backend, search.num_probes)
         self._reranker = None
         if search.reranker is not None:
             second, folder = search.reranker
-            self._reranker = (second, VectorIndex.open(folder))
-            self._reranker[1].require(second)
+            self._reranker = (second, _opened(folder, second))
 
     def hits(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """Return the ids and scores of the k best pages of each query.
 
         Raises:
-            InputError: a query is empty or no valid text, or k < 1.
+            InputError: a query is empty or not valid text, or k < 1.
         """
-        _check_queries(queries)
+        for query in queries:
+            if not query.strip():
+                raise InputError("a query is empty; describe what the page should show")
+            if any("\ud800" <= character <= "\udfff" for character in query):
+                raise InputError(f"the query {query!r} is not valid UTF-8")
         vectors = self.encoder.encode_queries(queries)
-        wide = k if self._reranker is None else max(k, self._num_candidates)
-        found = exact(self.index, vectors, wide) if self._faiss is None else self._faiss.search(vectors, wide)
         if self._reranker is None:
-            return found
+            return self._search(vectors, k)
         second, index = self._reranker
+        found = self._search(vectors, max(k, self._num_candidates))
         candidates = [[hit.page_id for hit in hits] for hits in found]
-        return rerank(index, second.encode_queries(queries), candidates, k)
+        return index.rerank(second.encode_queries(queries), candidates, k)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[FoundPage]]:
         """Return the k best pages of each query.
@@ -96,26 +92,25 @@ class Retriever:
         """
         found = self.hits(queries, k)
         pages = self.store.find(hit.page_id for hits in found for hit in hits)
-        results = []
-        for hits in found:
-            gone = [hit.page_id for hit in hits if hit.page_id not in pages]
-            if gone:
-                raise IndexFault(
-                    f"page {gone[0]} is in {self.index.folder} but no more in {self.store.folder}; bring the index in "
-                    "line: python -m recipes.retrieve index STORE (with the same --model)"
-                )
-            results.append([found_page(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(hits, start=1)])
-        return results
+        gone = [hit.page_id for hits in found for hit in hits if hit.page_id not in pages]
+        if gone:
+            raise IndexFault(
+                f"page {gone[0]} is in {self.index.folder} but no longer in {self.store.folder}; update the index: "
+                "python -m recipes.retrieve index STORE (with the same --model)"
+            )
+        return [found_pages(hits, pages) for hits in found]
 
 
-def _check_queries(queries: Sequence[str]) -> None:
-    for query in queries:
-        if not query.strip():
-            raise InputError("a query is empty; write what the page should show")
-        if any("\ud800" <= character <= "\udfff" for character in query):
-            raise InputError(f"the query {query!r} is not valid UTF-8")
+def found_pages(hits: Sequence[Hit], pages: Mapping[str, Page]) -> list[FoundPage]:
+    """Return hits with their pages."""
+    found = []
+    for rank, hit in enumerate(hits, start=1):
+        page = pages[hit.page_id]
+        found.append(FoundPage(rank, hit.score, hit.page_id, page.document, page.number, page.image, page.text))
+    return found
 
 
-def found_page(rank: int, hit: Hit, page: Page) -> FoundPage:
-    """Return a hit with its page."""
-    return FoundPage(rank, hit.score, hit.page_id, page.document, page.number, page.image, page.text)
+def _opened(folder: Path, encoder: PageEncoder) -> VectorIndex:
+    index = VectorIndex.open(folder)
+    index.require(encoder.identity)
+    return index

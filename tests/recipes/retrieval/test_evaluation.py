@@ -24,7 +24,7 @@ from recipes.retrieval.evaluation.scores import (
     top_rows,
     write_run,
 )
-from recipes.retrieval.evaluation.visrag_sets import unpack
+from recipes.retrieval.evaluation.visrag_sets import write_visrag_set
 from recipes.retrieval.pages.store import Page
 from recipes.retrieval.search.exact import Hit
 from rsgrpo.errors import RsgrpoError
@@ -66,7 +66,7 @@ def test_scoring_nonsense_is_refused():
         evaluate_run(RUN, {"q1": {"a": 0}}, [1])
     with pytest.raises(RsgrpoError, match="--cutoffs must be >= 1"):
         evaluate_run(RUN, QRELS, [0])
-    with pytest.raises(RsgrpoError, match="ranks a page twice"):
+    with pytest.raises(RsgrpoError, match="contains a page twice"):
         evaluate_run({"q1": [Hit("a", 1), Hit("a", 0.5)]}, QRELS, [1])
 
 
@@ -96,16 +96,16 @@ def test_qrels_are_read_in_every_layout(tmp_path, text):
 
 def test_faulty_qrels_and_queries_name_the_line(tmp_path):
     file = tmp_path / "file"
-    for text, fault in (("q1 a 1\nq1 a\n", "file:2: a judgment is"), ("q1 a 1\nq1 a 2\n", "judged twice")):
+    for text, fault in (("q1 a 1\nq1 a\n", "file:2: a judgment is"), ("q1 a 1\nq1 a 2\n", "two different judgments")):
         file.write_text(text)
         with pytest.raises(RsgrpoError, match=fault):
             read_qrels(file)
     for text, fault in (
-        ('{"_id": 1}\n', "file:1: a query is"),
-        ("[]\n", "file:1"),
-        ('{"_id": null, "text": "a"}\n', "file:1: a query is"),
-        ('{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file:1: a query is"),
-        ('{"_id": 1, "text": "a"}\n{"id": "1", "query": "b"}\n', "file:2: query id 1 stands twice"),
+        ('{"_id": 1}\n', "file, line 1: a query needs _id"),
+        ("[]\n", "file, line 1: must be a JSON object"),
+        ('{"_id": null, "text": "a"}\n', "file, line 1: a query needs"),
+        ('{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file, line 1: not valid JSON"),
+        ('{"_id": 1, "text": "a"}\n{"id": "1", "query": "b"}\n', "file, line 2: query id 1 occurs twice"),
     ):
         file.write_text(text)
         with pytest.raises(RsgrpoError, match=fault):
@@ -124,7 +124,7 @@ def test_judged_pages_may_be_named_by_document():
     pages = [page("p1", "one.png"), page("p2", "two.pdf"), page("p3", "two.pdf", 2)]
     judged = {"q": {"one": 1, "two.pdf#2": 2, "p2": 1, "gone": 0}}
     assert resolve_qrels(judged, pages) == {"q": {"p1": 1, "p3": 2, "p2": 1}}
-    with pytest.raises(RsgrpoError, match=r"'two\.pdf' fits 2 pages"):
+    with pytest.raises(RsgrpoError, match=r"'two\.pdf' matches 2 pages"):
         resolve_qrels({"q": {"two.pdf": 1}}, pages)
     with pytest.raises(RsgrpoError, match="'gone' of query q is not in the store"):
         resolve_qrels({"q": {"gone": 1}}, pages)
@@ -155,13 +155,13 @@ def test_visrag_test_sets_become_plain_files(tmp_path):
         (source / part).mkdir(parents=True)
         name = "corpus-00000.parquet" if part == "corpus" else "train-00000.parquet"  # found once, whatever its name
         pq.write_table(pa.Table.from_pylist(rows), source / part / name)
-    assert unpack(str(source), tmp_path / "out") == (2, 1, 1)
+    assert write_visrag_set(str(source), tmp_path / "out") == (2, 1, 1)
     names = sorted(file.name for file in (tmp_path / "out" / "documents").iterdir())
     assert names == ["a%2Fb.png", "two.png"]
     assert read_qrels(tmp_path / "out" / "qrels.tsv") == {"q1": {"two.png": 1}}
     assert read_queries(tmp_path / "out" / "queries.jsonl") == [Query("q1", "what?", ("7",))]
     with pytest.raises(RsgrpoError, match="has no corpus/"):
-        unpack(str(tmp_path), tmp_path / "again")
+        write_visrag_set(str(tmp_path), tmp_path / "again")
 
 
 def visrag_set(source: Path, page: str, image: bytes, grade: Any = 1) -> Path:
@@ -181,7 +181,7 @@ def visrag_set(source: Path, page: str, image: bytes, grade: Any = 1) -> Path:
     ("page", "name"), [(".hidden", "%2Ehidden.png"), ("..", "%2E..png"), ("../up.jpg", "%2E.%2Fup.jpg")]
 )
 def test_a_page_of_any_name_is_a_file_that_an_ingest_sees(tmp_path, page, name):
-    unpack(str(visrag_set(tmp_path / "set", page, b"x", 1.0)), tmp_path / "out")
+    write_visrag_set(str(visrag_set(tmp_path / "set", page, b"x", 1.0)), tmp_path / "out")
     assert [file.name for file in (tmp_path / "out" / "documents").iterdir()] == [name]
     assert read_qrels(tmp_path / "out" / "qrels.tsv") == {"q1": {name: 1}}
     assert [query.text for query in read_queries(tmp_path / "out" / "queries.jsonl")] == ["one\u2028line"]
@@ -189,16 +189,16 @@ def test_a_page_of_any_name_is_a_file_that_an_ingest_sees(tmp_path, page, name):
 
 def test_damaged_visrag_sets_say_where(tmp_path):
     for grade in (0.5, math.nan, "high"):
-        with pytest.raises(RsgrpoError, match=rf"a score of qrels is a whole number, got {grade!r}"):
-            unpack(str(visrag_set(tmp_path / str(grade), "a", b"x", grade)), tmp_path / "out")
+        with pytest.raises(RsgrpoError, match=rf"a score in qrels must be a whole number, got {grade!r}"):
+            write_visrag_set(str(visrag_set(tmp_path / str(grade), "a", b"x", grade)), tmp_path / "out")
     twice = visrag_set(tmp_path / "twice", "a", b"x")
     pq.write_table(pa.Table.from_pylist([{"corpus-id": "a", "image": b"y"}]), twice / "corpus" / "more.parquet")
-    with pytest.raises(RsgrpoError, match="corpus-id a stands twice, with different images"):
-        unpack(str(twice), tmp_path / "out")
+    with pytest.raises(RsgrpoError, match="corpus-id a occurs twice with different images"):
+        write_visrag_set(str(twice), tmp_path / "out")
     file = visrag_set(tmp_path / "cut", "a", b"x") / "queries" / "train.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(RsgrpoError, match=r"queries/train\.parquet cannot be read: .*; fetch it again"):
-        unpack(str(tmp_path / "cut"), tmp_path / "out")
+    with pytest.raises(RsgrpoError, match=r"queries/train\.parquet cannot be read: .*; download it again"):
+        write_visrag_set(str(tmp_path / "cut"), tmp_path / "out")
 
 
 def test_runs_of_several_stores_merge_by_score(tmp_path, capsys):
@@ -229,7 +229,9 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
 def test_a_place_that_cannot_be_written_is_one_line_and_a_failure(tmp_path, capsys):
     write_run(tmp_path / "a.run", RUN, "t")
     assert retrieve.main(["merge", str(tmp_path / "a.run"), "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"error: [Errno 21] Is a directory: '{tmp_path}'\n"
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 21] Is a directory: ")
+    assert said.count("\n") == 1
 
 
 def test_evaluate_from_the_command_line(tmp_path, capsys):
@@ -286,5 +288,5 @@ def test_multiple_choice_counts_the_first_letter(prediction, gold, right):
 def test_every_data_set_has_its_rule():
     assert rule_of("ChartQA") is RULES["PlotQA"] is relaxed
     assert rule_of("ArxivQA") is first_letter
-    with pytest.raises(RsgrpoError, match=r"--rule chartqa: there are ArxivQA, ChartQA"):
+    with pytest.raises(RsgrpoError, match=r"--rule chartqa: choose one of ArxivQA, ChartQA"):
         rule_of("chartqa")

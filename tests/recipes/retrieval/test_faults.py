@@ -24,7 +24,6 @@ from recipes.retrieval.pages.documents import DocumentError, RenderSettings, is_
 from recipes.retrieval.pages.ingest import IngestReport, RenderTask, ingest, render_document
 from recipes.retrieval.pages.store import PageStore, StoreError
 from recipes.retrieval.pages.workers import run_tasks
-from recipes.retrieval.search.exact import exact
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.records.console import Console
@@ -110,7 +109,7 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
     }  # fmt: skip
     assert errors["program.png"].startswith("the content is neither a PDF nor an image")
     assert report.num_skipped == 1  # the note
-    assert "round is a link to a folder and not followed" in caplog.text
+    assert "round is a link to a folder and is not followed" in caplog.text
     again = run(docs, out=tmp_path / "store")
     assert (again.num_unchanged, len(again.errors)) == (3, len(errors))
 
@@ -167,7 +166,7 @@ def test_an_error_that_cannot_travel_costs_one_task():
         fail_needily, range(3), num_workers=1, timeout_s=60, on_alive=lambda: None
     )}  # fmt: skip
     assert str(found[1].error) == "Needy: this and that"
-    assert [found[task].result for task in (0, 2)] == [0, 2]
+    assert [found[task].value for task in (0, 2)] == [0, 2]
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_pages_under_the_old_name(tmp_path, monkeypatch):
@@ -213,7 +212,9 @@ def test_a_lost_catalogue_of_documents_is_not_taken_for_an_empty_one(tmp_path):
     (tmp_path / "other").mkdir()
     write_image(tmp_path / "other" / "other.png", "white")
     (store / "documents.parquet").unlink()
-    with pytest.raises(StoreError, match=r"documents\.parquet is gone; delete it and pages\.parquet, and ingest all"):
+    with pytest.raises(
+        StoreError, match=r"documents\.parquet is missing; delete it and pages\.parquet, and ingest all"
+    ):
         run(tmp_path / "other", out=store)
     (store / "pages.parquet").unlink()  # as the error says
     assert run(tmp_path / "other", tmp_path / "docs", out=store).num_pages == 4
@@ -256,9 +257,9 @@ def test_a_manifest_that_was_edited_is_refused_by_every_reader(tmp_path):
     for manifest in broken_manifests(good):
         file.write_text(json.dumps(manifest))
         with pytest.raises(IndexFault, match=r"damaged|format|cannot be read|has length 16, those of .* 7"):
-            exact(VectorIndex.open(tmp_path), [vectors["p0001"]], 3)
+            VectorIndex.open(tmp_path).search([vectors["p0001"]], 3)
     file.write_text(json.dumps(good))
-    assert exact(VectorIndex.open(tmp_path), [vectors["p0001"]], 1)[0][0].page_id == "p0001"
+    assert VectorIndex.open(tmp_path).search([vectors["p0001"]], 1)[0][0].page_id == "p0001"
 
 
 @pytest.mark.parametrize("name", ["000001.npy", "000001.ids"])
@@ -271,7 +272,7 @@ def test_a_damaged_shard_is_named(tmp_path, name):
         else:
             (tmp_path / "shards" / name).write_bytes(content)
         with pytest.raises(IndexFault, match=r"shard .*000001 is damaged: .*; delete .* and index again"):
-            exact(VectorIndex.open(tmp_path), [vectors["p0001"]], 3)
+            VectorIndex.open(tmp_path).search([vectors["p0001"]], 3)
     assert len(index) == 5
 
 
@@ -281,8 +282,8 @@ def test_an_index_that_changes_under_a_reader_says_so(tmp_path):
     reader, writer = VectorIndex.open(tmp_path), VectorIndex.open(tmp_path)
     with writer.locked():
         writer.remove(["p0000", "p0001"])  # most of the first shard: its files go
-    with pytest.raises(IndexFault, match="has changed while it was read; start the command again"):
-        exact(reader, [vectors["p0001"]], 3)
+    with pytest.raises(IndexFault, match="has changed while it was read; run the command again"):
+        reader.search([vectors["p0001"]], 3)
 
 
 def command(*arguments: str | Path) -> list[bytes]:
@@ -324,5 +325,5 @@ def test_ctrl_c_is_one_line_and_the_command_goes_on(tmp_path):
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate()
-    assert (process.returncode, said) == (130, b"stopped; what was finished is kept, the same command goes on\n")
+    assert (process.returncode, said) == (130, b"Stopped; finished work is kept; run the same command to resume.\n")
     assert run(docs, out=store).num_pages == 40

@@ -262,7 +262,7 @@ def test_held_out_pairs_share_no_page_with_training():
     assert len(rest) + len(held) == 20
     assert len(held) >= 5
     assert not {pair.page for pair in rest} & {pair.page for pair in held}
-    with pytest.raises(RsgrpoError, match="held_out_pairs 20 leaves nothing"):
+    with pytest.raises(RsgrpoError, match="held_out_pairs 20 leaves no pair"):
         split(pairs, 20, seed=0)
 
 
@@ -289,11 +289,11 @@ def test_a_run_of_other_settings_is_not_continued(tiny_model_path, tmp_path, pai
     (tmp_path / "same.jsonl").write_text("".join(same))
     with pytest.raises(RsgrpoError, match="all 8 training pairs have the same page"):
         main(replace(settings, pairs=str(tmp_path / "same.jsonl")))
-    with pytest.raises(RsgrpoError, match=r"held_out_pairs 2 leaves nothing of 8 pairs \(on 1 pages\)"):
+    with pytest.raises(RsgrpoError, match=r"held_out_pairs 2 leaves no pair of 8 pairs \(on 1 pages\)"):
         main(replace(settings, pairs=str(tmp_path / "same.jsonl"), held_out_pairs=2))
     main(settings)
     assert (tmp_path / "run" / "model" / "modules.json").exists()
-    with pytest.raises(RsgrpoError, match=r"begun with other settings \(lr 0.001 -> 0.1\)"):
+    with pytest.raises(RsgrpoError, match=r"started with other settings \(lr 0.001 -> 0.1\)"):
         main(replace(settings, lr=0.1))
     with pytest.raises(RsgrpoError, match="base_model is empty"):
         main(RetrieverConfig())

@@ -87,7 +87,7 @@ def test_documents_that_do_not_fit_say_so_and_leave_the_store_before(tmp_path, s
     before = PageStore.open(store).page_ids()
     write("b.png")
     write("c.png")
-    with pytest.raises(StoreError, match=r"No space left on device; what was finished is intact\. Make room"):
+    with pytest.raises(StoreError, match=r"No space left on device; finished work is intact\. Make room"):
         run()
     assert PageStore.open(store).page_ids() == before
     (docs / "c.png").unlink()

@@ -71,7 +71,7 @@ def test_each_pooling_is_its_formula_over_the_models_hidden_states(tiny_model_pa
     encoder = SentenceEncoder(settings(tiny_model_path, pooling=pooling))
     found = encoder.encode_pages(pages)
     for page, vector in zip(pages, found, strict=True):
-        features = encoder.model.preprocess([encoder.loader(page)])
+        features = encoder.model.preprocess([encoder.identity.loader(page)])
         with torch.no_grad():
             hidden_TD = encoder.model[0](features)["token_embeddings"][0]
         np.testing.assert_allclose(vector, direct_pooling(hidden_TD, pooling).numpy(), atol=1e-6)
@@ -84,7 +84,7 @@ def test_batch_size_never_changes_an_embedding(tiny_model_path, encoder, pages):
     np.testing.assert_allclose(
         np.stack(encoder.encode_queries(queries)), np.stack(single.encode_queries(queries)), atol=1e-6
     )
-    assert encoder.fingerprint == single.fingerprint
+    assert encoder.identity.fingerprint == single.identity.fingerprint
 
 
 def test_padding_side_never_changes_an_embedding(tiny_model_path, encoder, pages):
@@ -99,29 +99,33 @@ def test_a_query_has_the_prefix_of_visrag(tiny_model_path, encoder):
     np.testing.assert_allclose(
         encoder.encode_queries(["amount"])[0], bare.encode_queries([VISRAG_QUERY_PREFIX + "amount"])[0], atol=1e-6
     )
-    assert bare.fingerprint != encoder.fingerprint
+    assert bare.identity.fingerprint != encoder.identity.fingerprint
 
 
 def test_a_page_is_resized_once_and_by_our_rule(encoder, pages):
-    features = encoder.model.preprocess([encoder.loader.resize(Image.new("RGB", (100, 150)))])
+    features = encoder.model.preprocess([encoder.identity.loader.resize(Image.new("RGB", (100, 150)))])
     # 112 x 140 is over 12,544 pixels: shrink by sqrt(15000/12544) = 1.0935 to 91.4 x 137.2, down to 84 x 112
     assert features["image_grid_thw"].tolist() == [[1, 8, 6]]
 
 
 def test_the_fingerprint_changes_with_weights_and_settings(tiny_model_path, encoder, tmp_path):
-    assert SentenceEncoder(settings(tiny_model_path, pooling="mean")).fingerprint != encoder.fingerprint
-    assert SentenceEncoder(settings(tiny_model_path, max_pixels=784)).fingerprint != encoder.fingerprint
+    assert (
+        SentenceEncoder(settings(tiny_model_path, pooling="mean")).identity.fingerprint != encoder.identity.fingerprint
+    )
+    assert (
+        SentenceEncoder(settings(tiny_model_path, max_pixels=784)).identity.fingerprint != encoder.identity.fingerprint
+    )
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_path, folder)
-    assert SentenceEncoder(settings(str(folder))).fingerprint == encoder.fingerprint
+    assert SentenceEncoder(settings(str(folder))).identity.fingerprint == encoder.identity.fingerprint
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))
-    assert SentenceEncoder(settings(str(folder))).fingerprint != encoder.fingerprint
+    assert SentenceEncoder(settings(str(folder))).identity.fingerprint != encoder.identity.fingerprint
 
 
 def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, tiny_model_path, pages):
-    with pytest.raises(EncoderError, match="no model folder"):
+    with pytest.raises(EncoderError, match="not a model folder"):
         load_encoder(settings(str(tmp_path)))
     with pytest.raises(EncoderError, match="no folder and cannot be fetched"):
         load_encoder(settings("someone/nothing"))
@@ -156,7 +160,7 @@ def test_a_damaged_model_or_a_device_that_is_not_there_is_one_line(tmp_path, tin
 
 
 def test_a_query_that_says_nothing_or_is_no_text_is_refused(store, encoder, tmp_path):
-    VectorIndex.create(tmp_path / "index", encoder)
+    VectorIndex.create(tmp_path / "index", encoder.identity)
     retriever = Retriever(store, tmp_path / "index", encoder)
     with pytest.raises(RsgrpoError, match="a query is empty"):
         retriever.search(["7", " \n"], 1)
@@ -168,7 +172,7 @@ def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, pages, 
     with pytest.raises(EncoderError, match="no trained projection"):
         LateEncoder(settings(tiny_model_path, kind="late"))
     SentenceEncoder(settings(tiny_model_path)).model.save(str(tmp_path / "single"))
-    with pytest.raises(EncoderError, match="a random one would be made up"):  # each process its own: nothing compares
+    with pytest.raises(EncoderError, match="a random one would be used"):  # each process its own: nothing compares
         LateEncoder(settings(str(tmp_path / "single"), kind="late"))
     MultiVectorEncoder(tiny_model_path, device="cpu").save(str(tmp_path / "late"))
     late = LateEncoder(settings(str(tmp_path / "late"), kind="late"))
@@ -184,7 +188,7 @@ def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, pages, 
 def test_a_damaged_page_of_the_store_is_made_anew_as_its_error_says(store, encoder, tmp_path):
     page = next(iter(PageStore.open(store).pages()))
     Path(page.image).write_bytes(b"damaged")
-    index = VectorIndex.create(tmp_path / "index", encoder)
+    index = VectorIndex.create(tmp_path / "index", encoder.identity)
     console = Console(io.StringIO())
     with pytest.raises(EncoderError, match=r"; delete .* and ingest again"):
         update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
@@ -200,7 +204,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, encoder, tmp_path):
-    index = VectorIndex.create(tmp_path / "index", encoder)
+    index = VectorIndex.create(tmp_path / "index", encoder.identity)
 
     def update() -> tuple[int, int, int]:
         report = update_index(
@@ -217,7 +221,7 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
     assert len(retriever.search(["7"], 10)[0]) == 3
     console = Console(io.StringIO())
     ingest([docs], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
-    with pytest.raises(IndexFault, match=r"no more in .*; bring the index in line"):
+    with pytest.raises(IndexFault, match=r"no longer in .*; update the index"):
         retriever.search(["7"], 10)
     assert update() == (1, 1, 3)
     found = Retriever(store, tmp_path / "index", encoder).search(["7"], 10)[0]
@@ -241,7 +245,7 @@ def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_m
     assert process.wait() == -signal.SIGKILL
     kept = len(VectorIndex.open(store / "index"))
     assert 4 <= kept < 120
-    index = VectorIndex.create(store / "index", encoder)
+    index = VectorIndex.create(store / "index", encoder.identity)
     pages = PageStore.open(store)
     report = update_index(pages, encoder, index, shard_pages=50, batch_pages=8, console=console)
     assert (report.num_added, report.num_deleted, report.num_pages) == (120 - kept, 0, 120)
@@ -254,7 +258,7 @@ def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_m
 
 
 def test_an_empty_index_finds_nothing(store, encoder, tmp_path):
-    VectorIndex.create(tmp_path / "index", encoder)
+    VectorIndex.create(tmp_path / "index", encoder.identity)
     assert Retriever(store, tmp_path / "index", encoder).search(["7"], 10) == [[]]
 
 

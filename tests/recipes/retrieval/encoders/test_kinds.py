@@ -21,7 +21,7 @@ from tests.material import ROOT
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import retrieve
-from recipes.retrieval.encoders.base import Encoder, EncoderSettings, identify
+from recipes.retrieval.encoders.base import EncoderSettings, PageEncoder, identify
 from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.encoders.imported import ImportedEncoder
 from recipes.retrieval.pages.store import Page, PageStore
@@ -60,7 +60,7 @@ def load(folder: str, kind: Any, batch_size: int) -> Any:
     )
 
 
-def vectors(encoder: Encoder, pages: list[Page]) -> list[np.ndarray]:
+def vectors(encoder: PageEncoder, pages: list[Page]) -> list[np.ndarray]:
     return encoder.encode_pages(pages) + encoder.encode_queries(QUERIES)
 
 
@@ -68,7 +68,9 @@ def vectors(encoder: Encoder, pages: list[Page]) -> list[np.ndarray]:
 def test_neither_batch_size_nor_padding_side_changes_a_vector(name, folders, pages, tmp_path):
     alone = load(folders[name], KINDS[name], 1)
     together = load(folders[name], KINDS[name], 8)
-    assert together.fingerprint == alone.fingerprint == identify(together.settings).fingerprint
+    assert (
+        together.identity.fingerprint == alone.identity.fingerprint == identify(together.identity.settings).fingerprint
+    )
     shutil.copytree(folders[name], tmp_path / "left")
     file = tmp_path / "left" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
@@ -87,7 +89,7 @@ def test_vectors_have_length_one_and_tell_items_apart(name, folders, pages):
     found = vectors(encoder, pages)
     for vector in found:
         assert vector.dtype == np.float32
-        assert (vector.ndim == 2) is encoder.multi_vector
+        assert (vector.ndim == 2) is encoder.identity.multi_vector
         np.testing.assert_allclose(np.linalg.norm(np.atleast_2d(vector), axis=1), 1, atol=1e-5)
     assert len({vector.tobytes() for vector in found}) == len(found)
 
@@ -96,7 +98,9 @@ def test_qwen3_pools_by_place_over_the_models_hidden_states(folders, pages):
     encoder = load(folders["qwen3"], "image", 4)
     for page, vector in zip(pages, encoder.encode_pages(pages), strict=True):
         with torch.no_grad():
-            states_TD = encoder.model[0](encoder.model.preprocess([encoder.loader(page)]))["token_embeddings"][0]
+            states_TD = encoder.model[0](encoder.model.preprocess([encoder.identity.loader(page)]))["token_embeddings"][
+                0
+            ]
         weights = torch.arange(1, len(states_TD) + 1, dtype=torch.float32)
         pooled = (weights[:, None] * states_TD).sum(0) / weights.sum()
         np.testing.assert_allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-6)
@@ -105,7 +109,7 @@ def test_qwen3_pools_by_place_over_the_models_hidden_states(folders, pages):
 def test_a_page_is_cut_to_the_patches_of_its_family(folders):
     sizes = {name: identify(EncoderSettings(folders[name])).loader.factor for name in ("qwen2.5", "qwen3", "clip")}
     assert sizes == {"qwen2.5": 28, "qwen3": 32, "clip": 0}
-    assert load(folders["qwen3"], "image", 1).loader.resize(Image.new("RGB", (100, 150))).size == (96, 160)
+    assert load(folders["qwen3"], "image", 1).identity.loader.resize(Image.new("RGB", (100, 150))).size == (96, 160)
 
 
 REMOTE_CODE = """
@@ -163,7 +167,7 @@ def test_a_model_of_remote_code_runs_out_of_process_by_consent_and_is_imported(
     done = run("--trust-remote-code")
     assert done.returncode == 0, done.stderr
     assert not list(out.glob("part-*"))
-    encoder = ImportedEncoder(out)
+    encoder = ImportedEncoder(EncoderSettings(str(out), "imported"))
     page = next(page for page in PageStore.open(coloured).pages() if page.document == "blue.png")
     wanted = np.array([0.1, 0.1, 2.1])  # weights 1 and 2 over (.1, .1, .1) and (0, 0, 1); the padding in front is out
     np.testing.assert_allclose(encoder.encode_pages([page])[0], wanted / np.linalg.norm(wanted), atol=3e-3)
@@ -174,7 +178,7 @@ def test_a_model_of_remote_code_runs_out_of_process_by_consent_and_is_imported(
     found = [json.loads(line)["pages"][0]["document"] for line in capsys.readouterr().out.splitlines()]
     assert found == ["blue.png", "red.png"]
     assert retrieve.main(["search", str(coloured), *imported, "lime"]) == 2
-    assert "has no vector for 1 of 1 (query 'lime'" in capsys.readouterr().err
+    assert "has no vector for 1 of 1 query keys, such as 'lime'" in capsys.readouterr().err
     assert retrieve.main(["index", str(coloured), *imported, "--workers", "2"]) == 2
     assert "--workers is for models" in capsys.readouterr().err
 

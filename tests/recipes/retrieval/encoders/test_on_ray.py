@@ -25,7 +25,6 @@ from recipes.retrieval.encoders.on_ray import RaySettings, encode_on_ray
 from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import Page, PageStore
-from recipes.retrieval.search.exact import exact
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.update import encode_here, fill_index
 from rsgrpo.errors import RsgrpoError
@@ -60,22 +59,20 @@ def ray_here():
 def test_two_actors_give_the_index_of_the_local_path(store, tiny_model_path, tmp_path, ray_here):
     identity = identify(EncoderSettings(tiny_model_path, **PIXELS))
     encoder = load_encoder(identity.settings)
-    here = VectorIndex.create(tmp_path / "here", encoder, "float32")
+    here = VectorIndex.create(tmp_path / "here", encoder.identity, "float32")
     there = VectorIndex.create(tmp_path / "there", identity, "float32")
     settings = RaySettings(num_workers=2, gpus_per_worker=0)
     pages = PageStore.open(store)
-    fill_index(pages, encoder, here, lambda p: encode_here(encoder, p, 8), shard_pages=16, console=QUIET)
-    report = fill_index(
-        pages, identity, there, lambda p: encode_on_ray(identity, settings, p), shard_pages=16, console=QUIET
-    )
+    fill_index(pages, here, lambda p: encode_here(encoder, p, 8), shard_pages=16, console=QUIET)
+    report = fill_index(pages, there, lambda p: encode_on_ray(identity, settings, p), shard_pages=16, console=QUIET)
     assert (report.num_added, report.num_pages) == (NUM_PAGES, NUM_PAGES)
     ids = pages.page_ids()
     for page_id, vector in here.vectors(ids).items():
         np.testing.assert_allclose(there.vectors([page_id])[page_id], vector, atol=1e-6)
     queries = encoder.encode_queries(["amount 49", "page 7"])
-    for one, other in zip(exact(here, queries, 10), exact(there, queries, 10), strict=True):
+    for one, other in zip(here.search(queries, 10), there.search(queries, 10), strict=True):
         assert [hit.score for hit in one] == pytest.approx([hit.score for hit in other], abs=2e-6)
-    again = fill_index(pages, identity, there, lambda _: iter(()), shard_pages=16, console=QUIET)
+    again = fill_index(pages, there, lambda _: iter(()), shard_pages=16, console=QUIET)
     assert again.num_added == 0  # nothing is missing, so nothing is asked for
 
     late = identify(EncoderSettings(save_late(tiny_model_path, tmp_path / "late"), "late", **PIXELS))

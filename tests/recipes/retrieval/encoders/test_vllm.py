@@ -46,7 +46,7 @@ def test_vllm_gives_the_vectors_of_transformers(family, pooling, tiny_model_path
         plain = load_encoder(EncoderSettings(folder, **settings))
     fast = load_encoder(EncoderSettings(folder, engine="vllm", pooling=pooling, **settings))
     try:
-        assert fast.fingerprint == plain.fingerprint  # an index made by one is searched by the other
+        assert fast.identity.fingerprint == plain.identity.fingerprint  # an index made by one is searched by the other
         pages = [Page(f"p{row}", "d", row + 1, path, 1, 1, "") for row, path in enumerate(page_images)]
         for found, wanted in (
             (fast.encode_pages(pages), plain.encode_pages(pages)),
@@ -67,7 +67,7 @@ def test_what_vllm_cannot_stand_in_for_is_refused(tmp_path, tiny_model_path):
             folder_pooling(folder, EncoderSettings(str(folder), engine="vllm", **changes))
 
     assert folder_pooling(Path(tiny_model_path), EncoderSettings("x", pooling="cls")) == "cls"
-    refused("no model folder", tmp_path)
+    refused("not a model folder", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     modules = [{"type": f"x.{name}", "path": path} for name, path in (("Transformer", ""), ("Pooling", "1"))]
     (tmp_path / "modules.json").write_text(json.dumps(modules))

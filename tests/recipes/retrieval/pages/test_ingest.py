@@ -92,7 +92,7 @@ def test_a_page_of_50000_pixels_is_refused_before_it_is_decoded(tmp_path):
 def test_a_strip_that_no_model_can_resize_is_an_error(tmp_path):
     write_image(tmp_path / "strip.png", "red", 2010, 10)
     (tmp_path / "out").mkdir()
-    with pytest.raises(DocumentError, match=r"page 1: 2010 x 10 pixels, one side is over 200 times"):
+    with pytest.raises(DocumentError, match=r"page 1: 2010 x 10 pixels, one side is more than 200 times"):
         render(tmp_path / "strip.png", tmp_path / "out", RenderSettings())
 
 
@@ -247,7 +247,7 @@ def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("x")
     write_image(docs / "a.png")
-    with pytest.raises(StoreError, match="not empty and not a page store"):
+    with pytest.raises(StoreError, match="neither empty nor a page store"):
         run(docs, tmp_path / "full")
     run(docs, tmp_path / "ok")
     with pytest.raises(StoreError, match=r"other settings \(dpi 72 -> 100\)"):
@@ -276,7 +276,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path, docs, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match=r"No space left on device; what was finished is intact\. Make room"):
+        with pytest.raises(StoreError, match=r"No space left on device; finished work is intact\. Make room"):
             run(docs, tmp_path / "store")
     assert PageStore.open(tmp_path / "store").page_ids() == before
     assert run(docs, tmp_path / "store").num_pages == 2
@@ -310,7 +310,7 @@ def test_a_worker_that_dies_or_hangs_costs_one_task():
     outcomes = run_tasks(crash_or_double, range(6), num_workers=2, timeout_s=5, on_alive=lambda: None)
     found = {outcome.task: outcome for outcome in outcomes}
     assert sorted(found) == [0, 1, 2, 3, 4, 5]
-    assert [found[task].result for task in (0, 4, 5)] == [0, 8, 10]
+    assert [found[task].value for task in (0, 4, 5)] == [0, 8, 10]
     assert "exit code 7" in found[1].died
     assert "no progress for 5 s" in found[2].died
     assert str(found[3].error) == "three"

@@ -68,7 +68,7 @@ def test_without_the_package_or_the_program_the_message_says_what_to_install(tmp
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pytesseract", None)
         assert retrieve.main(arguments) == 2
-    assert 'pip install "rsgrpo[ocr]"' in capsys.readouterr().err
+    assert 'pip install -e ".[ocr]"' in capsys.readouterr().err
     pytest.importorskip("pytesseract", reason="needs the ocr extra")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert retrieve.main(arguments) == 2

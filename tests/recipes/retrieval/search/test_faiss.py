@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,7 @@ from tests.material import ROOT
 pytest.importorskip("faiss", reason="needs the retrieval extra")
 
 from recipes.retrieval.pages.store import StoreError
-from recipes.retrieval.search.exact import exact
-from recipes.retrieval.search.faiss import FaissError, FaissSearch, Kind, build, build_if_older
+from recipes.retrieval.search.faiss import FaissError, FaissKind
 from recipes.retrieval.search.index import VectorIndex
 from tests.recipes.retrieval.search.test_index import make, random_vectors
 
@@ -26,11 +26,10 @@ BUILD = """
 import sys
 from pathlib import Path
 import faiss
-from recipes.retrieval.search.faiss import build
 from recipes.retrieval.search.index import VectorIndex
 index = VectorIndex.open(Path(sys.argv[1]))
 print("start", flush=True)
-build(index, sys.argv[2])
+index.build_faiss(sys.argv[2])
 """
 
 
@@ -40,25 +39,25 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path):
     index = make(tmp_path, vectors, shard=700)
     index.remove(["p0001"])
     with pytest.raises(FaissError, match=r"has no FAISS file of kind flat; run: python -m recipes\.retrieve index"):
-        FaissSearch(index, "flat")
-    wanted = exact(index, queries, 10)
-    build(index, "flat")
-    assert FaissSearch(index, "flat").search(queries, 10) == wanted
-    build(index, "ivf")
-    found = FaissSearch(index, "ivf", num_probes=40).search(queries, 10)
+        index.searcher("flat")
+    wanted = index.search(queries, 10)
+    index.build_faiss("flat")
+    assert index.searcher("flat")(queries, 10) == wanted
+    index.build_faiss("ivf")
+    found = index.searcher("ivf", num_probes=40)(queries, 10)
     recall = np.mean(
         [len({h.page_id for h in a} & {h.page_id for h in b}) / 10 for a, b in zip(found, wanted, strict=True)]
     )
     assert recall > 0.9
-    assert len(FaissSearch(index, "flat").search(queries[:1], 5000)[0]) == 1999
+    assert len(index.searcher("flat")(queries[:1], 5000)[0]) == 1999
     index.remove(["p0002"])
     with pytest.raises(FaissError, match="older than the index"):
-        FaissSearch(index, "flat")
-    with pytest.raises(FaissError, match="one vector each"):
-        build(make(tmp_path / "late", {"a": np.eye(2)}, multi=True), "flat")
+        index.searcher("flat")
+    with pytest.raises(FaissError, match="one vector per page"):
+        make(tmp_path / "late", {"a": np.eye(2)}, multi=True).build_faiss("flat")
 
 
-def killed_build(folder: Path, kind: Kind, is_time: Callable[[], bool]) -> bool:
+def killed_build(folder: Path, kind: FaissKind, is_time: Callable[[], bool]) -> bool:
     """Start a build in a process of its own and kill it with -9 once it is time; say whether it was still at it."""
     command = [sys.executable, "-c", BUILD, str(folder), kind]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
@@ -70,39 +69,38 @@ def killed_build(folder: Path, kind: Kind, is_time: Callable[[], bool]) -> bool:
         return process.wait() == -signal.SIGKILL
 
 
-def assert_complete(index: VectorIndex, kind: Kind, queries: list[np.ndarray]) -> None:
+def assert_complete(index: VectorIndex, kind: FaissKind, queries: list[np.ndarray]) -> None:
     """Every page is in the FAISS file once, it finds what the exact search finds, and nothing is left over."""
-    search = FaissSearch(index, kind, num_probes=10_000)
-    ids = [page_id.decode() for page_id in np.load(index.folder / f"faiss-{kind}.ids.npy")]
-    assert len(ids) == len(set(ids))
-    assert sorted(ids) == sorted(index.page_ids())
-    assert search.search(queries, 5) == exact(index, queries, 5)
-    assert not list(index.folder.glob(".*.writing"))
+    search = index.searcher(kind, num_probes=10_000)
+    (everything,) = search(queries[:1], len(index))
+    assert sorted(hit.page_id for hit in everything) == sorted(index.page_ids())
+    assert search(queries, 5) == index.search(queries, 5)
+    assert not list(index.folder.glob(".*.tmp"))
 
 
 def test_a_build_killed_while_it_writes_leaves_no_file_that_is_taken_for_whole(tmp_path):
     vectors = random_vectors(40_000, dim=512)
     ids, queries = list(vectors), [vectors["p0007"], vectors["p39999"]]
     first = make(tmp_path, {page_id: vectors[page_id] for page_id in ids[:1000]}, shard=1000)
-    build(first, "flat")
+    first.build_faiss("flat")
     assert_complete(first, "flat", queries[:1])
     with first.locked():
         first.add(ids[1000:], [vectors[page_id] for page_id in ids[1000:]])
-    partial, before = tmp_path / ".faiss-flat.bin.writing", (tmp_path / "faiss-flat.bin").stat()
+    before = (tmp_path / "faiss-flat.bin").stat()
 
-    def written() -> bool:
-        return partial.exists() and partial.stat().st_size > 0
+    def unfinished() -> list[Path]:
+        return [file for file in tmp_path.glob(".faiss-flat.bin.*.tmp") if file.stat().st_size > 0]
 
     for _ in range(5):  # 41 MB are written in some 50 ms: a starved test may come too late
-        if killed_build(tmp_path, "flat", written) and partial.exists():
+        if killed_build(tmp_path, "flat", lambda: bool(unfinished())) and unfinished():
             break
-    assert partial.exists(), "no build was killed while it wrote"
+    assert unfinished(), "no build was killed while it wrote"
     assert (tmp_path / "faiss-flat.bin").stat() == before
     index = VectorIndex.open(tmp_path)
     with pytest.raises(FaissError, match="older than the index"):
-        FaissSearch(index, "flat")
-    assert exact(index, queries, 1)[1][0].page_id == "p39999"
-    build_if_older(index, "flat")
+        index.searcher("flat")
+    assert index.search(queries, 1)[1][0].page_id == "p39999"
+    index.build_faiss("flat", only_if_older=True)
     assert_complete(index, "flat", queries)
 
 
@@ -110,7 +108,7 @@ def test_a_build_killed_while_it_trains_starts_anew(tmp_path):
     vectors = random_vectors(20_000, dim=128)
     index = make(tmp_path, vectors, shard=20_000)
     start = time.monotonic()
-    build(index, "ivf")
+    index.build_faiss("ivf")
     training_s = time.monotonic() - start  # writing is a hundredth of it
     for file in tmp_path.glob("faiss-*"):
         file.unlink()
@@ -123,44 +121,44 @@ def test_a_build_killed_while_it_trains_starts_anew(tmp_path):
     assert killed_build(tmp_path, "ivf", is_time)
     assert not list(tmp_path.glob("*faiss*"))
     with pytest.raises(FaissError, match="has no FAISS file of kind ivf"):
-        FaissSearch(index, "ivf")
-    build(index, "ivf")
+        index.searcher("ivf")
+    index.build_faiss("ivf")
     assert_complete(index, "ivf", [vectors["p0007"], vectors["p19999"]])
 
 
 def test_a_build_stopped_between_two_files_is_none(tmp_path, monkeypatch):
     vectors = random_vectors(50)
     index = make(tmp_path, vectors)
-    build(index, "flat")
+    index.build_faiss("flat")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.retrieval.search.faiss.save_array", stop)
+        patch.setattr("recipes.retrieval.search.faiss.write_text", stop)
         with pytest.raises(KeyboardInterrupt):
-            build(index, "flat")
+            index.build_faiss("flat")
     with pytest.raises(FaissError, match="has no FAISS file of kind flat"):
-        FaissSearch(index, "flat")
-    build(index, "flat")
+        index.searcher("flat")
+    index.build_faiss("flat")
     assert_complete(index, "flat", [vectors["p0007"]])
 
 
-@pytest.mark.parametrize("name", ["faiss-flat.bin", "faiss-flat.ids.npy", "faiss-flat.json"])
+@pytest.mark.parametrize("name", ["faiss-flat.bin", "faiss-flat.json"])
 def test_a_damaged_file_says_how_it_is_made_anew(tmp_path, name):
     index = make(tmp_path, random_vectors(50))
-    build(index, "flat")
+    index.build_faiss("flat")
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20])
     with pytest.raises(FaissError, match=r"(damaged|has no FAISS file).*; run: python -m recipes\.retrieve index"):
-        FaissSearch(index, "flat")
-    build(index, "flat")
-    (tmp_path / "faiss-flat.ids.npy").unlink()
-    np.save(tmp_path / "faiss-flat.ids.npy", np.array([b"p0001"]))
-    with pytest.raises(FaissError, match="has 50 vectors for 1 pages"):
-        FaissSearch(index, "flat")
+        index.searcher("flat")
+    index.build_faiss("flat")
+    make(tmp_path / "other", random_vectors(3)).build_faiss("flat")
+    shutil.copy(tmp_path / "other" / "faiss-flat.bin", tmp_path)
+    with pytest.raises(FaissError, match="has 3 vectors for 50 pages"):
+        index.searcher("flat")
 
 
 def test_nobody_builds_while_another_process_writes_to_the_index(tmp_path):
     index = make(tmp_path, random_vectors(5))
     with index.locked(), pytest.raises(StoreError, match="another process is writing"):
-        build(VectorIndex.open(tmp_path), "flat")
+        VectorIndex.open(tmp_path).build_faiss("flat")

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipes.retrieval.encoders.base import Encoder, EncoderError, EncoderSettings, fingerprint
+from recipes.retrieval.encoders.base import EncoderError, EncoderIdentity, EncoderSettings
 from recipes.retrieval.encoders.imported import ImportedEncoder
 from recipes.retrieval.pages.store import Page, StoreError
-from recipes.retrieval.search.exact import Hit, exact, max_sim, rank, rerank
-from recipes.retrieval.search.index import IndexFault, VectorIndex, missing_pages
+from recipes.retrieval.search.exact import Hit, max_sim, rank
+from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from tests.material import ROOT
 
@@ -28,9 +28,7 @@ class ScriptedEncoder:
 
     def __init__(self, vectors: dict[str, np.ndarray], *, name: str = "scripted", multi_vector: bool = False) -> None:
         self.vectors = vectors
-        self.multi_vector = multi_vector
-        self.description: dict[str, Any] = {"name": name}
-        self.fingerprint = fingerprint(self.description)
+        self.identity = EncoderIdentity(description={"name": name}, multi_vector=multi_vector)
 
     def encode_pages(self, pages: Any) -> list[np.ndarray]:
         return [self.vectors[page.page_id] for page in pages]
@@ -40,8 +38,8 @@ class ScriptedEncoder:
 
 
 def make(folder: Path, vectors: dict[str, np.ndarray], shard: int = 3, multi: bool = False) -> VectorIndex:
-    encoder: Encoder = ScriptedEncoder(vectors, multi_vector=multi)
-    index = VectorIndex.create(folder, encoder, "float32")
+    encoder = ScriptedEncoder(vectors, multi_vector=multi)
+    index = VectorIndex.create(folder, encoder.identity, "float32")
     ids = list(vectors)
     for start in range(0, len(ids), shard):
         part = ids[start : start + shard]
@@ -62,15 +60,15 @@ def random_vectors(count: int, dim: int = 16, seed: int = 0) -> dict[str, np.nda
 
 def test_scores_of_a_small_index_are_those_worked_out_by_hand(tmp_path):
     index = make(tmp_path, {"a": unit(1, 0), "b": unit(0, 1), "c": unit(3, 4)})
-    (hits,) = exact(index, [unit(1, 0)], 2)
+    (hits,) = index.search([unit(1, 0)], 2)
     assert hits == [Hit("a", 1.0), Hit("c", 0.6)]
 
 
 def test_ties_go_by_page_id_and_k_may_exceed_the_pages(tmp_path):
     same = unit(1, 1)
     index = make(tmp_path, {"d": same, "b": same, "c": same, "a": same, "z": unit(1, 0)})
-    assert [hit.page_id for hit in exact(index, [same], 2)[0]] == ["a", "b"]
-    assert [hit.page_id for hit in exact(index, [same], 99)[0]] == ["a", "b", "c", "d", "z"]
+    assert [hit.page_id for hit in index.search([same], 2)[0]] == ["a", "b"]
+    assert [hit.page_id for hit in index.search([same], 99)[0]] == ["a", "b", "c", "d", "z"]
     assert rank([], np.zeros(0), 3) == []
 
 
@@ -79,10 +77,10 @@ def test_an_exact_search_equals_one_scan_whatever_the_shards(tmp_path, monkeypat
     queries = list(random_vectors(5, seed=1).values())
     table = np.stack(list(vectors.values())).astype(np.float64)
     wanted = [rank(list(vectors), table @ query.astype(np.float64), 7) for query in queries]
-    monkeypatch.setattr("recipes.retrieval.search.exact.BLOCK_VECTORS", 10)
+    monkeypatch.setattr("recipes.retrieval.search.shards.BLOCK_VECTORS", 10)
     for shard in (1, 64, 200):
         index = make(tmp_path / str(shard), vectors, shard)
-        assert exact(index, queries, 7) == wanted
+        assert index.search(queries, 7) == wanted
 
 
 def test_max_sim_is_the_sum_over_query_vectors_of_the_best_page_vector(tmp_path):
@@ -90,15 +88,15 @@ def test_max_sim_is_the_sum_over_query_vectors_of_the_best_page_vector(tmp_path)
     pages = np.array([[1.0, 0.0], [0.0, 0.5], [0.6, 0.8]])
     np.testing.assert_allclose(max_sim(np.eye(2), pages, np.array([0, 2])), [1.5, 1.4])
     index = make(tmp_path, {"a": pages[:2], "b": pages[2:], "c": np.array([[0.1, 0.1]])}, shard=2, multi=True)
-    (hits,) = exact(index, [np.eye(2, dtype=np.float32)], 5)
+    (hits,) = index.search([np.eye(2, dtype=np.float32)], 5)
     assert hits == [Hit("a", 1.5), Hit("b", 1.4), Hit("c", 0.2)]
     index.remove(["a"])
-    assert [hit.page_id for hit in exact(index, [np.eye(2)], 5)[0]] == ["b", "c"]
+    assert [hit.page_id for hit in index.search([np.eye(2)], 5)[0]] == ["b", "c"]
 
 
 def test_rerank_scores_candidates_and_drops_unknown_ones(tmp_path):
     index = make(tmp_path, {"a": np.eye(2), "b": np.array([[0.6, 0.8]])}, multi=True)
-    (hits,) = rerank(index, [np.eye(2)], [["b", "unknown", "a", "b"]], 5)
+    (hits,) = index.rerank([np.eye(2)], [["b", "unknown", "a", "b"]], 5)
     assert hits == [Hit("a", 2.0), Hit("b", 1.4)]
 
 
@@ -107,11 +105,11 @@ def test_deleted_pages_are_not_found_and_may_come_back(tmp_path):
     index = make(tmp_path, vectors, shard=5)
     assert index.remove(["p0003", "p0004", "unknown"]) == 2
     assert len(VectorIndex.open(tmp_path)) == 8
-    (hits,) = exact(VectorIndex.open(tmp_path), [vectors["p0003"]], 10)
+    (hits,) = VectorIndex.open(tmp_path).search([vectors["p0003"]], 10)
     assert "p0003" not in {hit.page_id for hit in hits}
-    assert missing_pages(index, vectors) == ({"p0003", "p0004"}, set())
+    assert index.missing_pages(vectors) == ({"p0003", "p0004"}, set())
     index.add(["p0003"], [vectors["p0004"]])  # with other content: the new vector counts
-    (hits,) = exact(VectorIndex.open(tmp_path), [vectors["p0004"]], 1)
+    (hits,) = VectorIndex.open(tmp_path).search([vectors["p0004"]], 1)
     assert hits[0].page_id == "p0003"
     assert sorted(index.page_ids()) == sorted(set(vectors) - {"p0004"})
 
@@ -120,17 +118,19 @@ def test_a_mostly_deleted_shard_is_written_anew_without_them(tmp_path):
     vectors = random_vectors(10)
     index = make(tmp_path, vectors, shard=10)
     index.remove([f"p{row:04d}" for row in range(8)])
-    (shard,) = VectorIndex.open(tmp_path).shards()
-    assert shard.page_ids == ["p0008", "p0009"]
+    (shard,) = VectorIndex.open(tmp_path).shards
+    assert shard.ids_P.tolist() == [b"p0008", b"p0009"]
     assert len(list((tmp_path / "shards").glob("*.npy"))) == 1
     index.remove(["p0008", "p0009"])
-    assert exact(index, [vectors["p0000"]], 3) == [[]]
+    assert index.search([vectors["p0000"]], 3) == [[]]
 
 
 def test_another_encoder_is_refused_by_name_of_what_differs(tmp_path):
     make(tmp_path, random_vectors(3))
-    with pytest.raises(IndexFault, match=r"another encoder \(name 'scripted' -> 'other'\); use that one, or make"):
-        VectorIndex.create(tmp_path, ScriptedEncoder({}, name="other"))
+    with pytest.raises(
+        IndexFault, match=r"another encoder \(name 'scripted' -> 'other'\); use that encoder, or create"
+    ):
+        VectorIndex.create(tmp_path, ScriptedEncoder({}, name="other").identity)
 
 
 def test_bad_use_of_an_index_is_an_error_and_changes_nothing(tmp_path):
@@ -141,15 +141,15 @@ def test_bad_use_of_an_index_is_an_error_and_changes_nothing(tmp_path):
     with pytest.raises(IndexFault, match="length 3 do not fit"):
         index.add(["new"], [unit(1, 2, 3)])
     with pytest.raises(IndexFault, match="length 3, those of"):
-        exact(index, [unit(1, 2, 3)], 1)
+        index.search([unit(1, 2, 3)], 1)
     with pytest.raises(RsgrpoError, match="k must be >= 1, got 0"):
-        exact(index, [vectors["p0000"]], 0)
+        index.search([vectors["p0000"]], 0)
     assert sorted(VectorIndex.open(tmp_path / "index").page_ids()) == sorted(vectors)
     with pytest.raises(IndexFault, match="is not an index"):
         VectorIndex.open(tmp_path)
     next((tmp_path / "index" / "shards").glob("*.npy")).write_bytes(b"x")
     with pytest.raises(IndexFault, match="damaged"):
-        exact(VectorIndex.open(tmp_path / "index"), [vectors["p0000"]], 1)
+        VectorIndex.open(tmp_path / "index").search([vectors["p0000"]], 1)
 
 
 def test_a_full_disk_leaves_the_index_as_it_was(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.recipes.retrieval.search.test_index import ScriptedEncoder, random_vectors
 from recipes.retrieval.search.index import VectorIndex
-index = VectorIndex.create(Path({str(tmp_path / "index")!r}), ScriptedEncoder({{}}), "float32")
+index = VectorIndex.create(Path({str(tmp_path / "index")!r}), ScriptedEncoder({{}}).identity, "float32")
 vectors = random_vectors(4000)
 with index.locked():
     for page_id, vector in vectors.items():
@@ -190,17 +190,17 @@ with index.locked():
     process.send_signal(signal.SIGKILL)
     process.wait()
     vectors = random_vectors(4000)
-    index = VectorIndex.create(tmp_path / "index", ScriptedEncoder({}), "float32")
+    index = VectorIndex.create(tmp_path / "index", ScriptedEncoder({}).identity, "float32")
     with index.locked():
         have = list(index.page_ids())
         assert 4 <= len(have) < 4000
-        missing, surplus = missing_pages(index, list(vectors)[:300] + have)
+        missing, surplus = index.missing_pages(list(vectors)[:300] + have)
         assert not surplus
         rest = sorted(missing)
         index.add(rest, [vectors[page_id] for page_id in rest])
     ids = list(VectorIndex.open(tmp_path / "index").page_ids())
     assert len(ids) == len(set(ids)) == max(300, len(have))
-    assert exact(index, [vectors["p0007"]], 1)[0][0].page_id == "p0007"
+    assert index.search([vectors["p0007"]], 1)[0][0].page_id == "p0007"
 
 
 def page(page_id: str, image: str = "", text: str = "") -> Page:
@@ -213,32 +213,32 @@ def test_imported_vectors_are_looked_up_and_normalised(tmp_path):
     (tmp_path / "page_ids.txt").write_text("a\nb\n")
     np.save(tmp_path / "queries.npy", np.array([[2.0, 0.0]]))
     (tmp_path / "queries.jsonl").write_text('"two\\nlines"\n')
-    encoder = ImportedEncoder(tmp_path)
+    encoder = ImportedEncoder(EncoderSettings(str(tmp_path), "imported"))
     np.testing.assert_allclose(
         np.stack(encoder.encode_pages([page("b"), page("a")])), [[0.0, 1.0], [0.6, 0.8]], atol=1e-6
     )
     np.testing.assert_allclose(np.stack(encoder.encode_queries(["two\nlines"])), [[1, 0]])
-    with pytest.raises(EncoderError, match=r"no vector for 1 of 2 \(page 'c'"):
+    with pytest.raises(EncoderError, match=r"no vector for 1 of 2 page keys, such as 'c'"):
         encoder.encode_pages([page("a"), page("c")])
     with pytest.raises(EncoderError, match="no vector for 1 of 1"):
         encoder.encode_queries(["unknown"])
     (tmp_path / "page_ids.txt").write_text("a\n")
     with pytest.raises(EncoderError, match=r"pages.npy has shape \(2, 2\), but there are 1 keys"):
-        ImportedEncoder(tmp_path)
+        ImportedEncoder(EncoderSettings(str(tmp_path), "imported"))
 
 
 def test_a_vector_that_is_zero_or_not_finite_is_refused(tmp_path):
     (tmp_path / "encoder.json").write_text("{}")
     np.save(tmp_path / "pages.npy", np.array([[0.0, 0.0], [np.nan, 1.0]]))
     (tmp_path / "page_ids.txt").write_text("a\nb\n")
-    encoder = ImportedEncoder(tmp_path)
+    encoder = ImportedEncoder(EncoderSettings(str(tmp_path), "imported"))
     for name in ("a", "b"):
         with pytest.raises(EncoderError, match=f"a vector of length .* for '{name}'"):
             encoder.encode_pages([page(name)])
 
 
 def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(RsgrpoError, match="--pooling max: there are weighted_mean, mean, last, cls"):
+    with pytest.raises(RsgrpoError, match="--pooling max: choose one of weighted_mean, mean, last, cls"):
         EncoderSettings("m", pooling="max")
     with pytest.raises(RsgrpoError, match="--batch-size must be >= 1, got 0"):
         EncoderSettings("m", batch_size=0)

@@ -54,7 +54,7 @@ def test_a_model_that_has_changed_since_is_refused_by_name(tiny_model_path, tmp_
     shutil.copytree(tiny_model_path, model)
     assert retrieve.main(["ingest", str(tmp_path / "docs"), "--out", store, "--workers", "1"]) == 0
     assert retrieve.main(["search", store, "red?"]) == 2
-    assert "index yet; `python -m recipes.retrieve index STORE --model MODEL` makes it" in capsys.readouterr().err
+    assert "index yet; create it with `python -m recipes.retrieve index STORE --model MODEL`" in capsys.readouterr().err
     assert retrieve.main(["index", store, "--model", str(model), *SMALL]) == 0
     capsys.readouterr()
     assert retrieve.main(["search", store, "red?", "--json"]) == 0
