@@ -1,8 +1,8 @@
 """A page to look at a store: `python -m recipes.app STORE --answer-model MODEL`.
 
-Add documents, ask, watch the answer come, and see the pages that it rests on; without --answer-model or --endpoint,
-the pages only. The retriever is --model, by default the one that made the index. Owns the command line and the layout,
-and is the home of gradio; what happens is `recipes.retrieval.answers.library`.
+Add documents, ask, watch the answer being written, and see the pages that support it; without --answer-model or
+--endpoint, only the pages. The retriever is --model, by default the one that made the index. This is the command line
+and the layout, and the home of gradio; the work is done in `recipes.retrieval.answers.library`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from recipes.retrieval.options import (
+from recipes.retrieval.command_line import (
+    EXTRAS,
     SETTINGS,
     add_answerer,
     add_encoder,
     add_search_options,
+    chosen,
     encoder_settings,
     index_folder,
-    open_answerer,
     open_encoder,
+    open_reader,
     search_settings,
 )
-from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:
-    from recipes.answers.reader import Reader
-    from recipes.retrieval.answers.library import Asking, Library
+    from recipes.retrieval.answers.library import AnswerProgress, Library
 
 MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
-RETRIEVAL_EXTRA = ("pypdfium2", "faiss", "sentence_transformers")
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +56,17 @@ def parser() -> argparse.ArgumentParser:
     add_encoder(top)
     add_search_options(top)
     add_answerer(top)
-    top.set_defaults(max_tries=3)  # somebody waits
+    top.set_defaults(max_tries=3)  # someone is waiting
     page = top.add_argument_group("the page")
-    page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
-    page.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
+    page.add_argument("--port", type=int, default=7860, help="0: any free port")
     page.add_argument("--open", action="store_true", help="open it in a browser")
-    page.add_argument("--max-files", type=int, default=100, help="that can be added in one go")
-    page.add_argument("--max-file-mb", type=int, default=100, help="larger ones cannot be added")
-    page.add_argument("--max-pages", type=int, default=2_000, help="documents with more cannot be added")
-    page.add_argument("--workers", dest="num_workers", type=int, default=os.cpu_count() or 1, help="that render pages")
+    page.add_argument("--max-files", type=int, default=100, help="files that can be added at once")
+    page.add_argument("--max-file-mb", type=int, default=100, help="larger files cannot be added")
+    page.add_argument("--max-pages", type=int, default=2_000, help="documents with more pages cannot be added")
+    page.add_argument(
+        "--workers", dest="num_workers", type=int, default=os.cpu_count() or 1, help="processes that render pages"
+    )
     return top
 
 
@@ -77,36 +80,18 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
 
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
-    limits = {name: getattr(options, name) for name in ("max_files", "max_file_mb", "max_pages", "num_workers")}
-    settings = LibrarySettings(**limits)
-    encoder_settings(options)  # refuse a wrong command line before the answerer starts
-    reader = open_reader(options)
-    try:
+    settings = chosen(LibrarySettings, options)
+    encoder_settings(options)  # refuses a wrong command line before the answerer starts
+    with ExitStack() as on_failure:
+        reader = None
+        if options.answer_model or options.endpoint or options.script or options.engine != "hf":
+            reader = open_reader(options, MAX_K)
+            on_failure.callback(reader.answerer.close)
+            reader.answerer.start()  # so that the first question does not wait for it
         search, encoder = search_settings(options), open_encoder(options)
-        return Library(options.store, index_folder(options), encoder, reader, settings, console, search)
-    except BaseException:
-        if reader is not None:
-            reader.answerer.close()
-        raise
-
-
-def open_reader(options: argparse.Namespace) -> Reader | None:
-    """Return who answers; None when the command line names nobody.
-
-    Raises:
-        RsgrpoError: the answerer cannot be opened.
-    """
-    from recipes.answers.reader import Reader
-
-    if not (options.answer_model or options.endpoint or options.script or options.engine != "hf"):
-        return None
-    answerer, template, system = open_answerer(argparse.Namespace(**vars(options) | {"k": MAX_K}))
-    try:
-        answerer.start()  # so that the first question does not wait for it
-    except BaseException:
-        answerer.close()
-        raise
-    return Reader(answerer, template, system)
+        library = Library(options.store, index_folder(options), encoder, reader, settings, console, search)
+        on_failure.pop_all()
+    return library
 
 
 def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> Any:
@@ -114,13 +99,13 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
     import gradio as gr
 
     from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS
-    from recipes.retrieval.answers.page_view import NOBODY_ANSWERS, added_html, answer_html, faults_html, pages_html
+    from recipes.retrieval.answers.page_view import NO_ANSWERER, added_html, answer_html, faults_html, pages_html
 
     answers = library.reader is not None
 
     def ask(question: str, k: float, setting: Any) -> Iterator[tuple[Any, ...]]:
         yield "", "", "", gr.DownloadButton(interactive=False)
-        last: Asking | None = None
+        last: AnswerProgress | None = None
         try:
             for asking in library.ask(question, int(k), setting):
                 yield asking.text, gr.skip(), pages_html(asking, address) if last is None else gr.skip(), gr.skip()
@@ -128,8 +113,8 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
         except RsgrpoError as error:
             yield gr.skip(), faults_html([str(error)]), gr.skip(), gr.skip()
             return
-        assert last is not None, "a question without pages is an error"
-        file = Path(tempfile.mkdtemp(dir=scratch)) / "trace.json"  # another tab's is another file
+        assert last is not None, "a question always has pages"
+        file = Path(tempfile.mkdtemp(dir=scratch)) / "trace.json"  # one file per answer, so that tabs do not share it
         file.write_text(json.dumps(library.trace(last), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         trace = gr.DownloadButton(value=str(file), interactive=True)
         yield last.text, answer_html(last), pages_html(last, address), trace
@@ -157,7 +142,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
                         list(SETTINGS), value=options.setting, label="How pages are shown to the model", visible=answers
                     )
                 ask_button = gr.Button("Ask" if answers else "Search", variant="primary", elem_id="ask")
-                gr.HTML(NOBODY_ANSWERS, visible=not answers, elem_id="nobody")
+                gr.HTML(NO_ANSWERER, visible=not answers, elem_id="nobody")
                 answer = gr.HTML(elem_id="answer")
                 text = gr.Textbox(
                     label="Response", lines=6, max_lines=16, interactive=False, elem_id="response", visible=answers
@@ -188,28 +173,34 @@ def serve(library: Library, options: argparse.Namespace) -> None:
     from recipes.retrieval.answers.page_view import CSS
 
     if not _is_loopback(options.host):
-        log.warning("everybody who reaches %s may read the store, add documents and ask: no password", options.host)
-    with tempfile.TemporaryDirectory(prefix="rsgrpo-app-") as scratch:
-        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(scratch) / "gradio"))  # uploads go with the process
-        page = build_page(library, options, Path(scratch))
-        fonts = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
-        _, url, _ = page.launch(
-            server_name=options.host,
-            server_port=options.port or None,
-            allowed_paths=[str(library.pages_folder)],
-            max_file_size=options.max_file_mb << 20,
-            theme=gr.themes.Default(font=fonts, font_mono=("ui-monospace", "monospace")),
-            css=CSS,
-            footer_links=[],
-            inbrowser=options.open,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
+        log.warning(
+            "anyone who reaches %s can read the store, add documents and ask: there is no password", options.host
         )
+    with tempfile.TemporaryDirectory(prefix="rsgrpo-app-") as scratch:
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(scratch) / "gradio"))  # removed with the process
+        page = build_page(library, options, Path(scratch))
+        fonts = ("system-ui", "sans-serif")  # nothing is loaded from other servers
+        try:
+            _, url, _ = page.launch(
+                server_name=options.host,
+                server_port=options.port or None,
+                allowed_paths=[str(library.pages_folder)],
+                max_file_size=options.max_file_mb << 20,
+                theme=gr.themes.Default(font=fonts, font_mono=("ui-monospace", "monospace")),
+                css=CSS,
+                footer_links=[],
+                inbrowser=options.open,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+            )
+        except OSError as error:  # gradio does not name the option
+            place = f"cannot listen on {options.host}, --port {options.port}"
+            raise InputError(f"{place}: {error}") from error
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        print(f"open {url} (Ctrl-C ends it)", flush=True)
+        print(f"open {url} (Ctrl-C to stop)", flush=True)
         stop.wait()
         page.close(verbose=False)
 
@@ -225,28 +216,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 0 when it was ended."""
     options = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname).1s %(name)s: %(message)s")
-    try:
+
+    def work() -> None:
         import gradio  # noqa: F401
 
         with Console(sys.stderr) as console:
             library = open_library(options, console)
-    except RsgrpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        extra = {"gradio": "app"}.get(error.name or "", "retrieval" if error.name in RETRIEVAL_EXTRA else None)
-        if extra is None:
-            raise
-        print(f'error: {error.name} is not installed; pip install "rsgrpo[{extra}]"', file=sys.stderr)
-        return 1
-    try:
-        serve(library, options)
-    except OSError as error:  # gradio's own words for a port that is taken
-        print(f"error: cannot listen on {options.host}, --port {options.port}: {error}", file=sys.stderr)
-        return InputError.exit_code
-    finally:
-        library.close()
-    return 0
+        with closing(library):
+            serve(library, options)
+
+    return run_program(work, extras=EXTRAS | {"gradio": "app"})
 
 
 if __name__ == "__main__":

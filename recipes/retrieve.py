@@ -11,22 +11,25 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.retrieval.evaluation.commands import add_evaluation
-from recipes.retrieval.options import (
+from recipes.retrieval.command_line import (
+    EXTRAS,
+    KEPT,
     add_answerer,
     add_encoder,
     add_search_options,
     chosen,
     encoder_settings,
     index_folder,
-    open_answerer,
     open_encoder,
+    open_reader,
     open_retriever,
 )
+from recipes.retrieval.evaluation.commands import add_evaluation
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
@@ -35,9 +38,6 @@ if TYPE_CHECKING:  # a command loads only what it uses: models take half a minut
     from recipes.retrieval.search.index import VectorIndex
     from recipes.retrieval.search.retriever import FoundPage
     from recipes.retrieval.search.update import UpdateReport
-
-KEPT = "finished work is kept; run the same command to resume"
-EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,15 +205,13 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from recipes.retrieval.answers.generation import Asked, answer_all
+    from recipes.retrieval.answers.generation import AskedQuestion, answer_all
 
     (pages,) = open_retriever(options).search([options.question], options.k)
-    answerer, template, system = open_answerer(options)
-    try:
-        asked = Asked("question", options.question, tuple(pages))
-        (answered,) = answer_all([asked], options.setting, answerer, template, system)
-    finally:
-        answerer.close()
+    reader = open_reader(options, options.k)
+    with closing(reader.answerer):
+        asked = AskedQuestion("question", options.question, tuple(pages))
+        (answered,) = answer_all([asked], options.setting, reader)
     failed = answered.line["finish_reason"] == "error"
     if options.json:
         found = {"pages": [asdict(page) | {"text": page.text[:500]} for page in pages]}

@@ -15,8 +15,8 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 from recipes import app
 from recipes.answers.batch import result_line
 from recipes.answers.types import Answer
-from recipes.retrieval.answers.generation import Answered, Asked
-from recipes.retrieval.answers.library import Asking, Library, LibrarySettings
+from recipes.retrieval.answers.generation import Answered, AskedQuestion
+from recipes.retrieval.answers.library import AnswerProgress, Library, LibrarySettings
 from recipes.retrieval.answers.page_view import answer_html, pages_html
 from recipes.retrieval.search.retriever import FoundPage
 from rollout.types import Prompt
@@ -33,9 +33,11 @@ PAGES = tuple(
 )
 
 
-def finished(text: str, finish_reason: str = "stop", error: str = "") -> Asking:
+def finished(text: str, finish_reason: str = "stop", error: str = "") -> AnswerProgress:
     line = result_line(Answer(Prompt("question", "?", ("a", "b")), text, finish_reason, error), "m")
-    return Asking("?", "multi_image", PAGES, text, Answered(Asked("question", "?", PAGES), line, PAGES), {})
+    return AnswerProgress(
+        "?", "multi_image", PAGES, text, Answered(AskedQuestion("question", "?", PAGES), line, PAGES), {}
+    )
 
 
 # What is shown
@@ -52,7 +54,7 @@ def test_cited_pages_are_framed_with_rank_and_score_and_nothing_of_a_document_is
 
 
 def test_while_an_answer_is_written_no_page_is_framed():
-    asking = Asking("?", "multi_image", PAGES, "<obs", None, {})
+    asking = AnswerProgress("?", "multi_image", PAGES, "<obs", None, {})
     assert "cited" not in pages_html(asking, str)
     assert answer_html(asking) == ""
 

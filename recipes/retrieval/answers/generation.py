@@ -1,11 +1,11 @@
-"""From retrieved pages to one answer, by VisRAG's settings. Knows answerers and prompts, no indexes.
+"""From retrieved pages to one answer, by VisRAG's settings.
 
     multi_image            all pages in one prompt
     horizontal, vertical   all pages pasted into one image
-    weighted               a prompt per page; the answer that maximises softmax(scores) x exp(mean log-probability)
+    weighted               one prompt per page; the answer that maximises softmax(scores) x exp(mean log-probability)
     text                   the pages' text (layer or OCR) instead of their pixels
 
-Oracle pages are a choice of pages, not a setting: give the gold pages.
+Oracle pages are a choice of pages, not a setting: pass the gold pages.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import io
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from PIL import Image
 
 from recipes.answers.batch import result_line
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
-from recipes.answers.types import Answer, Answerer
+from recipes.answers.reader import Reader
+from recipes.answers.types import Answer
 from recipes.retrieval.search.retriever import FoundPage
 from rollout.inputs.images import decode
 from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 
 Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
-SETTINGS: tuple[Setting, ...] = ("multi_image", "horizontal", "vertical", "weighted", "text")
 MAX_SIDE = 20_000  # pixels of a pasted image
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AskedQuestion:
     """One question with the pages that were retrieved for it."""
 
     id: str
@@ -43,13 +43,13 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What came of a question.
+    """A question with its answer.
 
     line: the parsed result, as `recipes.infer` writes it. sources: the pages that the answer may cite, in the order of
-    its indexes. weights: per page, of `weighted`; empty elsewhere. pasted: they are one image, and share index 1.
+    its indexes. weights: per page, for `weighted`; else empty. pasted: the pages are one image and share index 1.
     """
 
-    asked: Asked
+    asked: AskedQuestion
     line: dict[str, Any]
     sources: tuple[FoundPage, ...]
     weights: tuple[float, ...] = ()
@@ -62,78 +62,70 @@ class Answered:
         return [page for page in self.sources if self.index_of(page) in numbers]
 
     def index_of(self, page: FoundPage) -> int:
-        """Return the index by which the answer names a page: of pasted pages it can only name all."""
+        """Return the index by which the answer names a page; pasted pages can only be named together."""
         return 1 if self.pasted else self.sources.index(page) + 1
 
 
-def answer_all(
-    questions: Sequence[Asked], setting: Setting, answerer: Answerer, template: str, system: str = ""
-) -> list[Answered]:
+def answer_all(questions: Sequence[AskedQuestion], setting: Setting, reader: Reader) -> list[Answered]:
     """Answer every question from its pages, in order.
 
     Raises:
         RsgrpoError: a question has no pages, or `weighted` meets an answerer without log-probabilities.
     """
-    prompts: list[Prompt] = []
-    for asked in questions:
-        prompts += prompts_of(asked, setting, template, system)
-    outputs = {output.prompt.id: output for output in answerer.answer(prompts)}
-    return [_answered(asked, setting, outputs, answerer.name) for asked in questions]
+    prompts = [prompt for asked in questions for prompt in prompts_of(asked, setting, reader.template, reader.system)]
+    answers = {answer.prompt.id: answer for answer in reader.answerer.answer(prompts)}
+    return [_answered(asked, setting, answers, reader.answerer.name) for asked in questions]
 
 
-def answer_stream(
-    asked: Asked, setting: Setting, answerer: Answerer, template: str, system: str = ""
-) -> Iterator[str | Answered]:
-    """Yield the answer's text in pieces as it is written, where the answerer can and one prompt is asked; then all.
+def answer_stream(asked: AskedQuestion, setting: Setting, reader: Reader) -> Iterator[str | Answered]:
+    """Yield the text in pieces as it is written, if the answerer can and there is one prompt, and finally the answer.
 
     Raises:
         As `answer_all`.
     """
     if setting == "weighted":  # several texts are written, and only one of them is the answer
-        yield from answer_all([asked], setting, answerer, template, system)
+        yield from answer_all([asked], setting, reader)
         return
-    (prompt,) = prompts_of(asked, setting, template, system)
-    for piece in answerer.stream(prompt):
-        yield piece if isinstance(piece, str) else _answered(asked, setting, {asked.id: piece}, answerer.name)
+    (prompt,) = prompts_of(asked, setting, reader.template, reader.system)
+    for piece in reader.answerer.stream(prompt):
+        yield piece if isinstance(piece, str) else _answered(asked, setting, {asked.id: piece}, reader.answerer.name)
 
 
-def prompts_of(asked: Asked, setting: Setting, template: str, system: str = "") -> list[Prompt]:
+def prompts_of(asked: AskedQuestion, setting: Setting, template: str, system: str = "") -> list[Prompt]:
     """Return the prompts of one question: one, or one per page for `weighted`."""
     if not asked.pages:
         raise RsgrpoError(f"{short(asked.question)!r} has no pages to answer from")
     paths = tuple(page.image for page in asked.pages)
-    question = Question(asked.id, asked.question)
-    if setting == "multi_image":
-        return [to_prompt(replace(question, images=paths), template, system)]
+    questions = [Question(asked.id, asked.question, paths)]
     if setting == "weighted":
-        singles = [replace(question, id=f"{asked.id}#{page.rank}", images=(page.image,)) for page in asked.pages]
-        return [to_prompt(single, template, system) for single in singles]
-    if setting == "text":
-        return [to_prompt(replace(question, question=with_text(asked)), template, system)]
-    return [to_prompt(replace(question, images=(paste(paths, setting),)), template, system)]
+        questions = [Question(f"{asked.id}#{page.rank}", asked.question, (page.image,)) for page in asked.pages]
+    elif setting == "text":
+        questions = [Question(asked.id, with_text(asked))]
+    elif setting != "multi_image":
+        questions = [Question(asked.id, asked.question, (paste(paths, setting),))]
+    return [to_prompt(question, template, system) for question in questions]
 
 
-def with_text(asked: Asked) -> str:
-    """Return the question below the text of its pages.
+def with_text(asked: AskedQuestion) -> str:
+    """Return the question preceded by the text of its pages.
 
     Raises:
         RsgrpoError: no page has text.
     """
     if not any(page.text.strip() for page in asked.pages):
-        raise RsgrpoError(
-            f"none of the pages of {short(asked.question)!r} has text; use their images, or ingest with --ocr"
-        )
+        nothing = f"none of the pages of {short(asked.question)!r} has text"
+        raise RsgrpoError(f"{nothing}; use their images, or ingest with --ocr")
     parts = [f"[{page.rank}]\n{page.text.replace(IMAGE_MARK, '')}" for page in asked.pages]
     return "\n\n".join([*parts, asked.question])
 
 
 def short(question: str) -> str:
-    """Return as much of a question as a message needs."""
+    """Return a question shortened for a message."""
     return textwrap.shorten(question, 80)
 
 
 def paste(paths: Sequence[str], direction: Literal["horizontal", "vertical"]) -> bytes:
-    """Return all pages side by side, or one below the other, on white: the bytes of a PNG.
+    """Return a PNG of all pages on white, side by side or one below the other.
 
     Raises:
         RsgrpoError: the result would be too large.
@@ -143,7 +135,7 @@ def paste(paths: Sequence[str], direction: Literal["horizontal", "vertical"]) ->
     across = direction == "horizontal"
     size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
     if max(size) > MAX_SIDE:
-        raise InputError(f"{len(paths)} pages pasted together are {size[0]} x {size[1]} pixels; take fewer (-k)")
+        raise InputError(f"{len(paths)} pages pasted together are {size[0]} x {size[1]} pixels; use fewer (lower -k)")
     canvas, offset = Image.new("RGB", size, "white"), 0
     for image in images:
         canvas.paste(image, (offset, 0) if across else (0, offset))
@@ -165,7 +157,7 @@ def page_weights(scores: Sequence[float], mean_logprobs: Sequence[float]) -> lis
     return [e / total * math.exp(logprob) for e, logprob in zip(exponentials, mean_logprobs, strict=True)]
 
 
-def _answered(asked: Asked, setting: Setting, outputs: dict[str, Answer], model: str) -> Answered:
+def _answered(asked: AskedQuestion, setting: Setting, outputs: dict[str, Answer], model: str) -> Answered:
     if setting != "weighted":
         pasted = setting in ("horizontal", "vertical")
         return Answered(asked, result_line(outputs[asked.id], model), asked.pages, pasted=pasted)
@@ -175,7 +167,7 @@ def _answered(asked: Asked, setting: Setting, outputs: dict[str, Answer], model:
         return Answered(asked, result_line(found[0], model) | {"id": asked.id}, asked.pages)
     logprobs = [output.mean_logprob for _, output in usable if output.mean_logprob is not None]
     if len(logprobs) != len(usable):
-        raise InputError(f"setting weighted needs log-probabilities, and {model} gives none; use an engine of our own")
+        raise InputError(f"setting weighted needs log-probabilities, but {model} returns none; use a local engine")
     weights = page_weights([page.score for page, _ in usable], logprobs)
     best = max(range(len(usable)), key=lambda row: (weights[row], -row))
     page, output = usable[best]

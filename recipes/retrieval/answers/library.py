@@ -1,6 +1,6 @@
-"""A store that is added to and asked: documents in, an answer with its pages out. What the page of `recipes.app` shows.
+"""A store that receives documents and answers questions from its pages: what `recipes.app` shows.
 
-Knows nothing of how it is shown. One call at a time: neither encoders nor engines are made for several.
+One call at a time: neither encoders nor engines support several.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.answers.reader import Reader
-from recipes.retrieval.answers.generation import Answered, Asked, Setting, answer_stream
+from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.documents import RenderSettings, is_candidate
 from recipes.retrieval.pages.ingest import IngestReport, ingest
@@ -22,10 +22,11 @@ from recipes.retrieval.pages.store import PageStore, writing
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
 from recipes.retrieval.search.update import UpdateReport, update_index
+from rollout.files import replaced
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
-UPLOADS = "uploads"  # folder in the store where added documents are kept
+UPLOADS = "uploads"  # folder in the store for copies of added documents
 PAGE_TIMEOUT_S = 120.0
 SHARD_PAGES = 2_048
 MAX_QUESTION_CHARACTERS = 4_000
@@ -33,7 +34,7 @@ MAX_QUESTION_CHARACTERS = 4_000
 
 @dataclass(frozen=True, slots=True)
 class LibrarySettings:
-    """Limits on what is added. max_files: in one go. max_file_mb, max_pages: of one document."""
+    """Limits on what is added. max_files: at once. max_file_mb, max_pages: per document."""
 
     max_files: int = 100
     max_file_mb: int = 100
@@ -47,12 +48,12 @@ class LibrarySettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """How far a question is.
+class AnswerProgress:
+    """How far the answer to a question is.
 
-    pages: what was retrieved, best first. text: what the answerer has written so far. answered: None until it is done,
-        and where nobody answers.
-    seconds: of retrieval, to the first piece of text, and to the end, as far as they have passed.
+    pages: retrieved, best first. text: written so far. answered: None until the answer is complete, or if there is no
+        answer model.
+    seconds: for retrieval, until the first piece of text, and until the end, as far as known.
     """
 
     question: str
@@ -64,7 +65,7 @@ class Asking:
 
 
 class Library:
-    """A store with its index and encoder, and who answers. Make it once: models stay loaded."""
+    """A store with its index, its encoder and an answerer. Create it once: models stay loaded."""
 
     def __init__(
         self,
@@ -76,14 +77,14 @@ class Library:
         console: Console,
         search: SearchSettings = EXACT,
     ) -> None:
-        """Open everything and encode what the index lacks; a store that does not exist is made by the first `add`.
+        """Open everything and encode what the index lacks; a missing store is created by the first `add`.
 
         Args:
-            reader: None: pages are found, and nobody answers.
-            search: a reranker's index is kept in line too, and FAISS's file is built anew when pages come.
+            reader: None: pages are found but not read.
+            search: a reranker's index is updated too, and the FAISS file is rebuilt when pages are added.
 
         Raises:
-            InputError: the folder is no store, or another encoder made the index.
+            InputError: the folder is not a store, or another encoder made the index.
         """
         self.encoder, self.reader = encoder, reader
         self._store, self._index, self._settings, self._console = store, index, settings, console
@@ -105,10 +106,10 @@ class Library:
         return (self._store / "pages").absolute()
 
     def add(self, files: Sequence[Path]) -> tuple[IngestReport, UpdateReport]:
-        """Keep copies of files in the store, render them and encode their pages; one of the same name is replaced.
+        """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
 
         Raises:
-            InputError: there are none or too many, one is too large, or the disk is full.
+            InputError: there are no files or too many, one is too large, or the disk is full.
         """
         limits = self._settings
         _check_files(files, limits)
@@ -118,20 +119,19 @@ class Library:
         with writing(uploads):
             uploads.mkdir(exist_ok=True)
             for file in files:
-                partial = uploads / f".{file.name}.writing"  # hidden: an ingest leaves it out
-                shutil.copyfile(file, partial)
-                os.replace(partial, uploads / _kept_name(file))
+                with replaced(uploads / _kept_name(file)) as unfinished:  # hidden: an ingest skips it
+                    shutil.copyfile(file, unfinished)
         ingested = ingest(
             [uploads], self._store, render, num_workers=limits.num_workers, page_timeout_s=PAGE_TIMEOUT_S,
             console=self._console,
         )  # fmt: skip
         for row in ingested.errors:
-            if not row.num_pages:  # it would be tried again, and named again, with every later file
+            if not row.num_pages:  # else it is read and reported again with every later file
                 Path(os.fsdecode(row.path)).unlink()
         return ingested, self._open()
 
-    def ask(self, question: str, k: int, setting: Setting) -> Iterator[Asking]:
-        """Yield what is known so far: the pages, then the answer as it is written, then the whole.
+    def ask(self, question: str, k: int, setting: Setting) -> Iterator[AnswerProgress]:
+        """Yield the progress: the pages, then the answer as it is written, then the complete answer.
 
         Raises:
             InputError: the question is empty or too long, or there is no page.
@@ -142,28 +142,27 @@ class Library:
         if len(question) > MAX_QUESTION_CHARACTERS:
             raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
         if question != question.encode(errors="ignore").decode():
-            raise InputError("the question holds half a character (a lone surrogate); type it anew")
+            raise InputError("the question contains half a character (a lone surrogate); type it again")
         if self._retriever is None or not self.num_pages:
             raise InputError("there are no pages yet: add documents first")
         start, seconds = time.monotonic(), {}
         (found,) = self._retriever.search([question], k)
         seconds["retrieval"] = time.monotonic() - start
         pages, text = tuple(found), ""
-        yield Asking(question, setting, pages, text, None, dict(seconds))
+        yield AnswerProgress(question, setting, pages, text, None, dict(seconds))
         if self.reader is None:
             return
-        asked, reader = Asked("question", question, pages), self.reader
-        for piece in answer_stream(asked, setting, reader.answerer, reader.template, reader.system):
+        for piece in answer_stream(AskedQuestion("question", question, pages), setting, self.reader):
             if isinstance(piece, str):
                 text += piece
                 seconds.setdefault("first_text", time.monotonic() - start)
-                yield Asking(question, setting, pages, text, None, dict(seconds))
+                yield AnswerProgress(question, setting, pages, text, None, dict(seconds))
             else:
                 seconds["whole"] = time.monotonic() - start
-                yield Asking(question, setting, pages, piece.line["raw"], piece, dict(seconds))
+                yield AnswerProgress(question, setting, pages, piece.line["raw"], piece, dict(seconds))
 
-    def trace(self, asking: Asking) -> dict[str, Any]:
-        """Return all of a question as JSON: what was found, what was asked, what came back, if anything did."""
+    def trace(self, asking: AnswerProgress) -> dict[str, Any]:
+        """Return everything about a question as JSON: the pages, the prompt and the answer, if there is one."""
         answered, search, encoder = asking.answered, self._search, self.encoder.identity
         numbers = {page.page_id: answered.index_of(page) for page in answered.sources} if answered else {}
         cited = {page.page_id for page in answered.cited} if answered else set()
@@ -191,7 +190,7 @@ class Library:
             self.reader.answerer.close()
 
     def _open(self) -> UpdateReport:
-        """Bring what is searched in line with the store, and search that from now on."""
+        """Update the indexes from the store and reopen them."""
         index, report = self._updated(self._index, self.encoder)
         if self._search.reranker is not None:
             self._updated(self._search.reranker[1], self._search.reranker[0])
@@ -213,7 +212,7 @@ class Library:
 
 
 def _check_files(files: Sequence[Path], limits: LibrarySettings) -> None:
-    """Refuse what cannot be added, before anything is copied."""
+    """Refuse files that cannot be added, before any is copied."""
     if not 1 <= len(files) <= limits.max_files:
         raise InputError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
     names = [_kept_name(file) for file in files]
@@ -224,8 +223,8 @@ def _check_files(files: Sequence[Path], limits: LibrarySettings) -> None:
         if names.count(name) > 1:
             raise InputError(f"two of the files are called {name}; add one after the other, or rename one")
         if not is_candidate(file):
-            raise InputError(f"{name} is no document; PDF, images, office, text and HTML files are read")
+            raise InputError(f"{name} is not a document; add PDF, image, office, text or HTML files")
 
 
 def _kept_name(file: Path) -> str:
-    return file.name.lstrip(".") or "document"  # hidden files are left out by an ingest
+    return file.name.lstrip(".") or "document"  # an ingest skips hidden files

@@ -1,7 +1,6 @@
-"""What was found and answered as HTML: pages in a row, the answer, evidence cards that open their page.
+"""Found pages, the answer and its evidence cards as HTML.
 
-Pure functions of text; all that comes from documents and models is escaped. Whole pages open as popovers, without
-script.
+Everything that comes from documents and models is escaped. Full pages open as popovers, without script.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
-from recipes.retrieval.answers.library import Asking
+from recipes.retrieval.answers.library import AnswerProgress
 from recipes.retrieval.pages.ingest import IngestReport
 from recipes.retrieval.search.retriever import FoundPage
 
@@ -32,25 +31,25 @@ CSS = """
 .cards .place { font-weight: 700; display: block; }
 .faults { color: #b3261e; overflow-wrap: anywhere; }
 """
-NOBODY_ANSWERS = "No answer model was named: pages are found, not read. Start with --answer-model or --endpoint."
+NO_ANSWERER = "There is no answer model, so pages are found but not read. Start with --answer-model or --endpoint."
 
 
-def pages_html(asking: Asking, address: Callable[[str], str]) -> str:
-    """Return the retrieved pages with rank and score, those that the answer cites framed.
+def pages_html(progress: AnswerProgress, address: Callable[[str], str]) -> str:
+    """Return the retrieved pages with rank and score; those that the answer cites are framed.
 
     Args:
         address: turns an image's path into its URL.
     """
-    cited = {page.page_id for page in asking.answered.cited} if asking.answered else set()
-    figures = [_figure(page, address(page.image), is_cited=page.page_id in cited) for page in asking.pages]
+    cited = {page.page_id for page in progress.answered.cited} if progress.answered else set()
+    figures = [_figure(page, address(page.image), is_cited=page.page_id in cited) for page in progress.pages]
     return f'<div class="pages">{"".join(figures)}</div>'
 
 
-def answer_html(asking: Asking) -> str:
-    """Return the answer, a card for each page that it rests on, and what is wrong with it; "" while it is written."""
-    if asking.answered is None:
+def answer_html(progress: AnswerProgress) -> str:
+    """Return the answer, a card for each cited page, and its faults; "" while it is being written."""
+    if progress.answered is None:
         return ""
-    line = asking.answered.line
+    line = progress.answered.line
     parts = []
     if line["finish_reason"] != "error":
         note = " <small>(the pages are insufficient)</small>" if line["insufficient"] else ""
@@ -58,8 +57,8 @@ def answer_html(asking: Asking) -> str:
     texts = {slot["index"]: slot["text"] for slot in line["evidence"] if slot["relevant"]}
     cards = [
         _card(number, page, texts.get(number, ""))
-        for page in asking.answered.cited
-        for number in [asking.answered.index_of(page)]
+        for page in progress.answered.cited
+        for number in [progress.answered.index_of(page)]
     ]
     if cards:
         parts.append(f'<div class="cards">{"".join(cards)}</div>')
@@ -70,12 +69,12 @@ def answer_html(asking: Asking) -> str:
 
 
 def faults_html(faults: Sequence[str]) -> str:
-    """Return what went wrong, a line each."""
+    """Return faults, one per line."""
     return "".join(f'<div class="faults">{escape(fault)}</div>' for fault in faults)
 
 
 def added_html(report: IngestReport, num_pages: int) -> str:
-    """Return what became of added documents."""
+    """Return the result of adding documents."""
     counts = f"{report.num_rendered} added or changed, {report.num_unchanged} unchanged; {num_pages} pages in all"
     return f"<div>{counts}</div>" + faults_html([f"{row.document}: {row.error}" for row in report.errors])
 

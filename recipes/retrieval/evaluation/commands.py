@@ -1,4 +1,4 @@
-"""The commands of `recipes.retrieve` that work on sets of queries: run, merge, evaluate, top, generate, unpack."""
+"""The commands of `recipes.retrieve` for sets of queries: run, merge, evaluate, top, generate, unpack."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.retrieval.options import add_answerer, add_encoder, add_search_options, open_answerer, open_retriever
+from recipes.retrieval.command_line import add_answerer, add_encoder, add_search_options, open_reader, open_retriever
 from rollout.files import write_bytes, write_text
 from rsgrpo.errors import InputError
 
 if TYPE_CHECKING:
-    from recipes.retrieval.answers.generation import Asked
+    from recipes.retrieval.answers.generation import AskedQuestion
     from recipes.retrieval.evaluation.scores import Qrels, Query, Run
     from recipes.retrieval.pages.store import PageStore
 
@@ -33,14 +34,14 @@ def add_evaluation(commands: Any) -> None:
     merge = commands.add_parser("merge", help="merge the run files of several stores into one")
     merge.add_argument("run_files", type=Path, nargs="+", metavar="RUN", help="of the same queries and encoder")
     merge.add_argument("--out", type=Path, required=True, metavar="RUN")
-    merge.add_argument("-k", type=int, default=10, help="pages; each run should hold as many")
+    merge.add_argument("-k", type=int, default=10, help="number of pages; each run should have at least as many")
     merge.set_defaults(run=_merge)
     evaluate = commands.add_parser("evaluate", help="score a run file against judgments")
     evaluate.add_argument("run_file", type=Path, metavar="RUN")
     evaluate.add_argument("--qrels", type=Path, required=True, help="BEIR or TREC judgments")
-    evaluate.add_argument("--store", type=Path, help="lets qrels name pages by document instead of page id")
+    evaluate.add_argument("--store", type=Path, help="allows qrels to name pages by document instead of page id")
     evaluate.add_argument("--cutoffs", type=int, nargs="+", default=[1, 3, 5, 10])
-    evaluate.add_argument("--out", type=Path, help="JSON of all scores, per query too (default: RUN with .scores.json)")
+    evaluate.add_argument("--out", type=Path, help="JSON of all scores, also per query; default: RUN with .scores.json")
     evaluate.set_defaults(run=_evaluate)
     top = commands.add_parser("top", help="write a topK_test.jsonl of questions with their retrieved pages")
     top.add_argument("store", type=Path, metavar="STORE")
@@ -57,7 +58,7 @@ def add_evaluation(commands: Any) -> None:
     pages.add_argument("--run-file", type=Path, metavar="RUN", help="answer from the first K pages of this run")
     pages.add_argument("--oracle", type=Path, metavar="QRELS", help="answer from the relevant pages themselves")
     generate.add_argument("--out", type=Path, required=True, help="jsonl of answers")
-    generate.add_argument("--rule", help="data set whose rule decides what is right: ChartQA, ArxivQA, ...")
+    generate.add_argument("--rule", help="data set whose rule decides what is correct: ChartQA, ArxivQA, ...")
     generate.add_argument("-k", type=int, default=3)
     generate.add_argument("--device", default="")
     add_answerer(generate)
@@ -135,12 +136,9 @@ def _generate(options: argparse.Namespace) -> int:
     rule = rule_of(options.rule) if options.rule else None
     queries = read_queries(options.queries)
     asked = _asked(options, queries)
-    options.k = max(len(question.pages) for question in asked)
-    answerer, template, system = open_answerer(options)
-    try:
-        answered = answer_all(asked, options.setting, answerer, template, system)
-    finally:
-        answerer.close()
+    reader = open_reader(options, max(len(question.pages) for question in asked))
+    with closing(reader.answerer):
+        answered = answer_all(asked, options.setting, reader)
     rows = []
     for query, result in zip(queries, answered, strict=True):
         text = result.line["answer"] or result.line["raw"]
@@ -157,9 +155,9 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[Asked]:
+def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[AskedQuestion]:
     """Return every query with its pages: those of the run, or the relevant ones."""
-    from recipes.retrieval.answers.generation import Asked
+    from recipes.retrieval.answers.generation import AskedQuestion
     from recipes.retrieval.evaluation.scores import read_run
     from recipes.retrieval.pages.store import PageStore
     from recipes.retrieval.search.exact import Hit
@@ -177,8 +175,8 @@ def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[Asked]
     for query in queries:
         hits = run.get(query.id, [])[:k]
         if not hits:
-            raise InputError(f"query {query.id} has no pages; take it out of {options.queries} or search for it")
-        asked.append(Asked(query.id, query.text, tuple(found_pages(hits, pages))))
+            raise InputError(f"query {query.id} has no pages; remove it from {options.queries}, or search for it")
+        asked.append(AskedQuestion(query.id, query.text, tuple(found_pages(hits, pages))))
     if not asked:
         raise InputError(f"{options.queries} has no queries")
     return asked
@@ -205,7 +203,7 @@ def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
     wanted = {hit.page_id for hits in run.values() for hit in hits[:k]}
     pages = store.find(wanted)
     if missing := wanted - set(pages):
-        raise InputError(f"page {min(missing)} of the run is not in {store.folder}; search again")
+        raise InputError(f"page {min(missing)} of the run is not in {store.folder}; run the search again")
     return pages
 
 

@@ -18,8 +18,9 @@ from transformers import AutoModelForImageTextToText
 
 from recipes import infer, retrieve
 from recipes.answers.questions import Question, named_prompt, to_prompt
+from recipes.answers.reader import Reader
 from recipes.answers.types import Answer
-from recipes.retrieval.answers.generation import Asked, answer_all, page_weights, paste, prompts_of
+from recipes.retrieval.answers.generation import AskedQuestion, answer_all, page_weights, paste, prompts_of
 from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import PageStore
@@ -100,7 +101,7 @@ def test_the_weight_of_a_page_is_its_softmax_times_the_likelihood_of_its_answer(
 
 
 def test_each_setting_asks_as_it_should(pages):
-    asked = Asked("q", "how many?", pages)
+    asked = AskedQuestion("q", "how many?", pages)
     (multi,) = prompts_of(asked, "multi_image", TEMPLATE)
     assert multi.images == tuple(page.image for page in pages)
     assert multi.text.count("<image>") == 2
@@ -114,12 +115,14 @@ def test_each_setting_asks_as_it_should(pages):
     (pasted,) = prompts_of(asked, "vertical", TEMPLATE)
     assert isinstance(pasted.images[0], bytes)
     with pytest.raises(RsgrpoError, match=r"'how many\?' has no pages"):
-        prompts_of(Asked("q", "how many?", ()), "multi_image", TEMPLATE)
+        prompts_of(AskedQuestion("q", "how many?", ()), "multi_image", TEMPLATE)
 
 
 def test_an_answer_cites_document_and_page(pages):
     (answered,) = answer_all(
-        [Asked("q", "how many?", pages)], "multi_image", ScriptedAnswerer({"q": (ANSWER, None)}), TEMPLATE
+        [AskedQuestion("q", "how many?", pages)],
+        "multi_image",
+        Reader(ScriptedAnswerer({"q": (ANSWER, None)}), TEMPLATE),
     )
     assert answered.line["answer"] == "7"
     assert [(page.document, page.number) for page in answered.cited] == [("blue.pdf", 2)]
@@ -128,7 +131,7 @@ def test_an_answer_cites_document_and_page(pages):
 def test_an_answer_from_one_pasted_image_can_only_cite_all_its_pages(pages):
     answerer = ScriptedAnswerer({"q": (ANSWER.replace("[2]", "[3]").replace("no relevant information", "seven"), None)})
     for setting in ("horizontal", "vertical"):
-        (answered,) = answer_all([Asked("q", "which?", pages)], setting, answerer, TEMPLATE)
+        (answered,) = answer_all([AskedQuestion("q", "which?", pages)], setting, Reader(answerer, TEMPLATE))
         assert [(page.document, answered.index_of(page)) for page in answered.cited] == [
             ("red.pdf", 1),
             ("blue.pdf", 1),
@@ -139,21 +142,21 @@ def test_weighted_selection_takes_the_surest_answer(pages):
     # softmax(.9, .8) = .525, .475; .525 * .1 < .475 * .9
     script: dict[str, tuple[str, float | None]]
     script = {"q#1": ("<answer>one</answer>", math.log(0.1)), "q#2": ("<answer>two</answer>", math.log(0.9))}
-    (answered,) = answer_all([Asked("q", "?", pages)], "weighted", ScriptedAnswerer(script), TEMPLATE)
+    (answered,) = answer_all([AskedQuestion("q", "?", pages)], "weighted", Reader(ScriptedAnswerer(script), TEMPLATE))
     assert (answered.line["id"], answered.line["answer"], answered.sources) == ("q", "two", (pages[1],))
     assert answered.weights == pytest.approx((0.0525, 0.4275), abs=1e-4)
     script["q#2"] = ("", None)  # that page's prompt failed: the other one answers
-    (answered,) = answer_all([Asked("q", "?", pages)], "weighted", ScriptedAnswerer(script), TEMPLATE)
+    (answered,) = answer_all([AskedQuestion("q", "?", pages)], "weighted", Reader(ScriptedAnswerer(script), TEMPLATE))
     assert answered.line["answer"] == "one"
     script["q#2"] = ("<answer>two</answer>", None)
     with pytest.raises(RsgrpoError, match="needs log-probabilities, and scripted gives none"):
-        answer_all([Asked("q", "?", pages)], "weighted", ScriptedAnswerer(script), TEMPLATE)
+        answer_all([AskedQuestion("q", "?", pages)], "weighted", Reader(ScriptedAnswerer(script), TEMPLATE))
 
 
 def test_pages_without_text_cannot_be_a_text_baseline(pages):
     bare = FoundPage(1, 1.0, "p", "d", 1, pages[0].image, " ")
     with pytest.raises(RsgrpoError, match=r"none of the pages of '\?' has text; use their images"):
-        prompts_of(Asked("q", "?", (bare,)), "text", TEMPLATE)
+        prompts_of(AskedQuestion("q", "?", (bare,)), "text", TEMPLATE)
 
 
 @pytest.fixture
@@ -263,7 +266,9 @@ def test_a_real_model_answers_in_every_setting_and_weighs_pages_by_its_own_likel
     prompt = named_prompt("evidence")
     outputs = {
         output.prompt.id: output
-        for output in answerer.answer(prompts_of(Asked("q", "which?", pages), "weighted", read_template(prompt)))
+        for output in answerer.answer(
+            prompts_of(AskedQuestion("q", "which?", pages), "weighted", read_template(prompt))
+        )
     }
     answerer.close()
     logprobs = [outputs[f"q#{rank}"].mean_logprob or 0.0 for rank in (1, 2)]

@@ -1,4 +1,7 @@
-"""Options that several commands of `recipes.retrieve` share, and what they open."""
+"""The options that several commands of `recipes.retrieve` and `recipes.app` share, and what they open.
+
+Modules are imported when an option needs them, because loading those that run models takes half a minute.
+"""
 
 from __future__ import annotations
 
@@ -10,48 +13,64 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rollout.keys import named
 from rsgrpo.errors import InputError
 
-if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.answers.types import Answerer
+if TYPE_CHECKING:
+    from recipes.answers.reader import Reader
     from recipes.retrieval.encoders.base import EncoderSettings, PageEncoder
     from recipes.retrieval.search.retriever import Retriever, SearchSettings
 
-ANSWER_OPTIONS = {"--model": "--answer-model", "--max-pixels": "--answer-max-pixels", "--max-images": "-k"}
-"""What these commands call the options of `recipes.infer`."""
 SettingsT = TypeVar("SettingsT")
 SETTINGS = ("multi_image", "horizontal", "vertical", "weighted", "text")
+EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
+KEPT = "finished work is kept; run the same command to resume"
+ANSWER_OPTIONS = {
+    "model.path": "--answer-model",
+    "rollout.engine": "--engine",
+    "rollout.script": "--script",
+    "rollout.device": "--device",
+    "rollout.max_response_tokens": "--max-tokens",
+    "inputs.max_images": "-k",
+    "inputs.min_pixels": "--answer-max-pixels",
+    "inputs.max_pixels": "--answer-max-pixels",
+    "inputs.max_prompt_tokens": "--max-prompt-tokens",
+    "endpoint.url": "--endpoint",
+    "endpoint.model": "--answer-model",
+    "endpoint.max_tries": "--max-tries",
+}
+"""What these commands call the keys of an `AnswerSpec`."""
 
 
 def chosen(settings: type[SettingsT], options: argparse.Namespace, **given: Any) -> SettingsT:
-    """Return settings whose fields have the names of options; `given` replaces options."""
-    named = {field.name: getattr(options, field.name) for field in fields(settings) if hasattr(options, field.name)}  # type: ignore[arg-type]
-    return settings(**named | given)
+    """Return settings whose fields have the names of options; `given` goes before the options."""
+    names = {field.name for field in fields(settings)} & set(vars(options))  # type: ignore[arg-type]
+    return settings(**{name: getattr(options, name) for name in names} | given)
 
 
 def add_encoder(command: argparse.ArgumentParser) -> None:
-    """Add where pages are and what encodes them."""
+    """Add the store and its encoder."""
     command.add_argument("store", type=Path, metavar="STORE")
     command.add_argument(
-        "--model", default="", help="folder or hub name; of --kind imported the folder of vectors; default: the index's"
-    )
+        "--model", default="", help="folder or hub name; with --kind imported the folder of vectors; default: that of "
+        "the index",
+    )  # fmt: skip
     command.add_argument("--kind", choices=("image", "text", "late", "imported"), default="image")
     command.add_argument("--encode-with", choices=("transformers", "vllm"), default="transformers")
     command.add_argument("--index", type=Path, help="default: STORE/index")
     command.add_argument("--pooling", choices=("weighted_mean", "mean", "last", "cls"), default="")
-    command.add_argument("--query-prefix", help="put before every query; default: the model's own, or VisRAG's")
-    command.add_argument("--min-pixels", type=int, default=4 * 28 * 28)
-    command.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28)
+    command.add_argument("--query-prefix", help="precedes every query; default: the model's own, or VisRAG's")
+    command.add_argument("--min-pixels", type=int, default=4 * 28 * 28, help="smallest area of a resized page")
+    command.add_argument("--max-pixels", type=int, default=1_280 * 28 * 28, help="largest area of a resized page")
     command.add_argument("--batch-size", type=int, default=8)
-    command.add_argument("--device", default="", help="default: a GPU where there is one")
+    command.add_argument("--device", default="", help="default: a GPU if there is one")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    command.add_argument("--revision", default="")
+    command.add_argument("--revision", default="", help="hub commit of the model")
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
-    """Return how the encoder is loaded: as the command line says; without --model, as the one that made the index.
+    """Return how the encoder is loaded: by the command line or, without --model, like the one that made the index.
 
     Raises:
-        InputError: the settings contradict each other, or nothing says which model it is.
+        InputError: the settings contradict each other, or the model is unknown.
     """
     from recipes.retrieval.search.origin import recall
 
@@ -69,7 +88,7 @@ def open_encoder(options: argparse.Namespace) -> PageEncoder:
     """Return the encoder.
 
     Raises:
-        InputError: it cannot be loaded, or the index names one that has changed since.
+        InputError: it cannot be loaded, or the one that the index names has changed since.
     """
     from recipes.retrieval.encoders.base import identify
     from recipes.retrieval.encoders.choice import load_encoder
@@ -86,19 +105,19 @@ def open_encoder(options: argparse.Namespace) -> PageEncoder:
 
 def index_folder(options: argparse.Namespace) -> Path:
     """Return the index's folder."""
-    return options.index or options.store / "index"
+    return Path(options.index or options.store / "index")
 
 
 def add_search_options(command: argparse.ArgumentParser) -> None:
     """Add how pages are searched."""
-    command.add_argument("-k", type=int, default=5, help="pages")
+    command.add_argument("-k", type=int, default=5, help="number of pages")
     command.add_argument("--backend", choices=("exact", "flat", "ivf"), default="exact")
     command.add_argument("--num-probes", type=int, default=32, help="lists read per query (ivf)")
     command.add_argument(
-        "--rerank-index", type=Path, metavar="INDEX", help="of late interaction: orders the candidates"
+        "--rerank-index", type=Path, metavar="INDEX", help="of late interaction: reorders the candidates"
     )
     command.add_argument("--rerank", metavar="MODEL", help="its model; default: the one that made it")
-    command.add_argument("--candidates", type=int, default=100, help="pages that are reranked")
+    command.add_argument("--candidates", type=int, default=100, dest="num_candidates", help="pages to rerank")
 
 
 def search_settings(options: argparse.Namespace) -> SearchSettings:
@@ -113,14 +132,14 @@ def search_settings(options: argparse.Namespace) -> SearchSettings:
 
     reranker, folder = None, options.rerank_index
     if options.rerank and folder is None:
-        raise InputError("--rerank needs --rerank-index, the index that this model made")
+        raise InputError("--rerank needs --rerank-index; set it to the index that this model made")
     if folder is not None:
         late = replace(
             _asked_settings(options), model=options.rerank or "", kind="late", engine="transformers", pooling="",
             query_prefix=None, revision="",
         )  # fmt: skip
         reranker = (load_encoder(late if options.rerank else recall(folder, late)), folder)
-    return SearchSettings(options.backend, options.num_probes, reranker, options.candidates)
+    return chosen(SearchSettings, options, reranker=reranker)
 
 
 def open_retriever(options: argparse.Namespace) -> Retriever:
@@ -147,33 +166,40 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
 
 
 @named(ANSWER_OPTIONS)
-def open_answerer(options: argparse.Namespace) -> tuple[Answerer, str, str]:
-    """Return who answers, the prompt template and the system message.
+def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
+    """Return who answers, with the prompt that questions are put into.
+
+    Args:
+        max_pages: the most pages of one question.
 
     Raises:
         InputError: they cannot be opened.
     """
-    from recipes import infer
+    from recipes.answers.engine import open_answerer
     from recipes.answers.questions import named_prompt
-    from recipes.answers.spec import pixel_limits
-    from rollout.config import ConfigError
+    from recipes.answers.reader import Reader
+    from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig, pixel_limits
+    from rollout.config import InputsConfig
     from rsgrpo.data.prompts import read_template
 
-    arguments = ["--model", options.answer_model, "--engine", options.engine, "--endpoint", options.endpoint]
-    arguments += ["--script", options.script, "--max-tokens", str(options.max_tokens)]
-    arguments += ["--max-tries", str(options.max_tries)]
-    arguments += ["--max-images", str(options.k), "--device", options.device or "auto"]
-    if options.answer_max_pixels:
-        arguments += ["--max-pixels", str(options.answer_max_pixels)]
-        smallest = pixel_limits(options.answer_model)[0]
-        arguments += ["--min-pixels", str(min(smallest, options.answer_max_pixels))]
-    if options.max_prompt_tokens:
-        arguments += ["--max-prompt-tokens", str(options.max_prompt_tokens)]
     prompt = named_prompt(options.prompt)
     template = read_template(prompt)
     if not template:
-        raise InputError(f"--prompt {options.prompt} has no template to put a question into; choose another")
-    try:
-        return infer.answerer_of(infer.parser().parse_args(arguments)), template, prompt.system
-    except ConfigError as error:
-        raise InputError(str(error)) from error
+        raise InputError(f"--prompt {options.prompt} has no template for a question; choose another prompt")
+    min_pixels, max_pixels = pixel_limits(options.answer_model)
+    if options.answer_max_pixels:
+        min_pixels, max_pixels = min(min_pixels, options.answer_max_pixels), options.answer_max_pixels
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_images": max_pages}
+    if options.max_prompt_tokens:
+        limits["max_prompt_tokens"] = options.max_prompt_tokens
+    name = options.answer_model if options.endpoint else ""
+    spec = AnswerSpec(
+        AnswerModelConfig(options.answer_model),
+        AnswerRolloutConfig(
+            engine=options.engine, script=options.script, max_response_tokens=options.max_tokens,
+            device=options.device or "auto",
+        ),
+        InputsConfig(**limits),
+        EndpointConfig(options.endpoint, name, max_tries=options.max_tries),
+    )  # fmt: skip
+    return Reader(open_answerer(spec), template, prompt.system)
