@@ -94,7 +94,7 @@ def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):
     for files, says in (
         ([], "0 files were given; between 1 and --max-files 2"),
         (["a.png", "b.xyz", "large.pdf"], "3 files were given"),
-        (["a.png", "b.xyz"], "b.xyz is no document"),
+        (["a.png", "b.xyz"], "b.xyz is not a document"),
         (["a.png", "other/a.png"], "two of the files are called a.png"),
     ):
         with pytest.raises(InputError, match=says):
@@ -110,7 +110,7 @@ def test_a_question_needs_words_and_pages(tmp_path):
         next(library(tmp_path / "store").ask("  ", 3, "multi_image"))
     with pytest.raises(InputError, match="the question has 4,001 characters, more than 4,000"):
         next(library(tmp_path / "store").ask("é" * 4_001, 3, "multi_image"))
-    with pytest.raises(InputError, match="the question holds half a character"):
+    with pytest.raises(InputError, match="the question contains half a character"):
         next(library(tmp_path / "store").ask("how\ud83d?", 3, "multi_image"))
     with pytest.raises(InputError, match="add documents first"):
         next(library(tmp_path / "store").ask("how much?", 3, "multi_image"))

@@ -1,7 +1,4 @@
-"""Contrastive training of a single-vector retriever, by sentence-transformers' trainer and gradient caching.
-
-Knows models and pairs; where settings come from is `recipes.train_retriever`.
-"""
+"""Contrastive training of a single-vector retriever, by sentence-transformers' trainer and gradient caching."""
 
 from __future__ import annotations
 
@@ -27,6 +24,7 @@ from recipes.retrieval.encoders.sentence import load_sentence_transformer
 from recipes.retrieval.search.exact import rank
 from recipes.retrieval.training.config import RetrieverConfig
 from recipes.retrieval.training.pairs import Pair
+from rollout.files import write_text
 from rollout.inputs.images import PromptError, decode
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console, short
@@ -42,8 +40,8 @@ VISION = "visual"  # part of the names of a vision tower's parameters
 class InBatchLoss(CachedMultipleNegativesRankingLoss):
     """InfoNCE over the batches of all ranks, with cached gradients; keeps the share of queries whose page won.
 
-    The gradient is that of the whole batch: the size of a micro-batch does not change it. A page that stands in the
-    batch several times is no negative of its own queries: labels are the pages' numbers, (B, 1 + negatives) int64.
+    The gradient is that of the whole batch: the size of a micro-batch does not change it. A page that occurs several
+    times in the batch is not a negative of its own queries: labels are page numbers, (B, 1 + negatives) int64.
     """
 
     accuracy = float("nan")
@@ -83,7 +81,7 @@ class InBatchLoss(CachedMultipleNegativesRankingLoss):
 
 
 class HeldOut(BaseEvaluator):
-    """nDCG@10 and the rate of first places on held-out pairs: every query against all their pages."""
+    """nDCG@10 and the rate of first places on held-out pairs: every query against all held-out pages."""
 
     def __init__(self, pairs: Sequence[Pair], to_inputs: Callable[[Sequence[Any]], list[Any]], batch_size: int) -> None:
         super().__init__()
@@ -108,16 +106,16 @@ class HeldOut(BaseEvaluator):
 
 
 class Journal(TrainerCallback):
-    """Appends what the trainer logs to metrics.jsonl, the in-batch accuracy with it, and shows a line of it."""
+    """Appends the trainer's logs and the in-batch accuracy to metrics.jsonl, and shows a line of them."""
 
     def __init__(self, file: Path, loss: InBatchLoss, console: Console) -> None:
         self._file, self._loss, self._console = file, loss, console
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Drop the lines of steps after the checkpoint that the run goes on from."""
+        """Drop the lines of steps after the checkpoint from which the run resumes."""
         if state.is_world_process_zero and self._file.exists():
             lines = self._file.read_text().splitlines()
-            self._file.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= state.global_step))
+            write_text(self._file, "".join(f"{line}\n" for line in lines if _step_of(line) <= state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write one line."""
@@ -135,7 +133,7 @@ class Journal(TrainerCallback):
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity where a kill cut it off."""
+    """Return the step of a line of metrics.jsonl; infinity if a kill cut the line off."""
     try:
         return float(json.loads(line)["step"])
     except ValueError:
@@ -153,9 +151,9 @@ def encode(model: Any, items: Sequence[Any], to_inputs: Callable[[Sequence[Any]]
 
 
 def inputs_of(identity: ModelIdentity) -> Callable[[Sequence[Any]], list[Any]]:
-    """Return what turns queries (str) and pages ({"page": source}) into a model's inputs.
+    """Return a function that turns queries (str) and pages ({"page": source}) into a model's inputs.
 
-    It raises RsgrpoError for a page whose pixels are damaged: reading the pairs looked at headers only.
+    It raises RsgrpoError for a page with damaged pixels, because reading the pairs checks only headers.
     """
     resize, prefix = identity.loader.resize, identity.settings.query_prefix or ""
 
@@ -163,7 +161,7 @@ def inputs_of(identity: ModelIdentity) -> Callable[[Sequence[Any]], list[Any]]:
         try:
             return [prefix + item if isinstance(item, str) else resize(decode(item["page"])) for item in items]
         except PromptError as error:
-            raise RsgrpoError(f"{error}; mend or remove the pair, and start again: the run goes on") from error
+            raise RsgrpoError(f"{error}; fix or remove the pair and run the same command to resume") from error
 
     return to_inputs
 
@@ -177,7 +175,7 @@ def mine_negatives(
         InputError: there are too few pages.
     """
     if len(pages) <= count:
-        raise InputError(f"mined_negatives {count} needs more than {count} distinct pages, there are {len(pages)}")
+        raise InputError(f"mined_negatives {count} needs more than {count} distinct pages, got {len(pages)}; lower it")
     mined = []
     names = [f"{row:08d}" for row in range(len(pages))]
     for pair, query_D in zip(pairs, queries_ND, strict=True):
@@ -190,15 +188,15 @@ def mine_negatives(
 def train(
     config: RetrieverConfig, pairs: Sequence[Pair], held_out: Sequence[Pair], out: Path, console: Console
 ) -> dict[str, float]:
-    """Train until the last step and write OUT/model; a run that was stopped goes on from its last checkpoint.
+    """Train until the last step and write OUT/model; a run that was stopped resumes from its last checkpoint.
 
     Returns:
-        The metrics on the held-out pairs at the end; empty where there are none.
+        The metrics on the held-out pairs at the end; empty if there are none.
     """
     torch.manual_seed(config.seed)
     identity = identify(config.encoder())
     model = load_sentence_transformer(identity)
-    model.model_card_data.generate_widget_examples = False  # it would try our pages as its own kind of input
+    model.model_card_data.generate_widget_examples = False  # it would read our pages as its own kind of input
     to_inputs = inputs_of(identity)
     if config.mined_negatives:
         pages = list(dict.fromkeys(pair.page for pair in pairs))
@@ -206,7 +204,7 @@ def train(
         queries_ND = encode(model, [pair.query for pair in pairs], to_inputs, config.micro_batch_size)
         pairs = mine_negatives(pairs, queries_ND, pages_MD, pages, config.mined_negatives)
     _choose_parameters(model, config)
-    arguments = _arguments(config, out, evaluates=bool(held_out))  # these start the process group
+    arguments = _arguments(config, out, evaluates=bool(held_out))  # creating them starts the process group
     loss = InBatchLoss(
         model, scale=1 / config.temperature, mini_batch_size=config.micro_batch_size,
         gather_across_devices=arguments.world_size > 1,
@@ -223,7 +221,7 @@ def train(
         ),
         callbacks=[Journal(out / "metrics.jsonl", loss, console)],
     )
-    trainer.remove_callback(PrinterCallback)  # ours is the only one to speak
+    trainer.remove_callback(PrinterCallback)  # our console shows the progress
     trainer.train(resume_from_checkpoint=newest_checkpoint(out))
     metrics = evaluator(model) if evaluator else {}
     if trainer.is_world_process_zero():
@@ -252,16 +250,16 @@ def _pages(pair: Pair) -> tuple[str | bytes, ...]:
 
 
 def newest_checkpoint(out: Path) -> str | None:
-    """Return the newest whole checkpoint; one that was being written when the run died has no trainer state."""
+    """Return the newest complete checkpoint; one that a kill interrupted has no trainer state."""
     whole = [file.parent for file in out.glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
 
 
 def save(model: Any, settings: EncoderSettings, folder: Path) -> None:
-    """Write the model with what its queries and pages must go through, as `--model` takes it."""
+    """Write the model and how its queries and pages are prepared, as `--model` expects it."""
     model.save(str(folder), create_model_card=False)
     kept = {"query_prefix": settings.query_prefix, "min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
-    (folder / RETRIEVER_FILE).write_text(json.dumps(kept, indent=1) + "\n")
+    write_text(folder / RETRIEVER_FILE, json.dumps(kept, indent=1) + "\n")
 
 
 def _choose_parameters(model: Any, config: RetrieverConfig) -> None:

@@ -91,7 +91,7 @@ def test_pages_are_pasted_side_by_side_or_one_below_the_other(pages):
 
 
 def test_too_many_pages_cannot_be_pasted(pages):
-    with pytest.raises(RsgrpoError, match=r"are 30000 x 20 pixels; take fewer"):
+    with pytest.raises(RsgrpoError, match=r"are 30000 x 20 pixels; use fewer"):
         paste([pages[0].image] * 1000, "horizontal")
 
 
@@ -149,7 +149,7 @@ def test_weighted_selection_takes_the_surest_answer(pages):
     (answered,) = answer_all([AskedQuestion("q", "?", pages)], "weighted", Reader(ScriptedAnswerer(script), TEMPLATE))
     assert answered.line["answer"] == "one"
     script["q#2"] = ("<answer>two</answer>", None)
-    with pytest.raises(RsgrpoError, match="needs log-probabilities, and scripted gives none"):
+    with pytest.raises(RsgrpoError, match="needs log-probabilities, but scripted returns none"):
         answer_all([AskedQuestion("q", "?", pages)], "weighted", Reader(ScriptedAnswerer(script), TEMPLATE))
 
 

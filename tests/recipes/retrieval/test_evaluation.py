@@ -104,7 +104,7 @@ def test_faulty_qrels_and_queries_name_the_line(tmp_path):
         ('{"_id": 1}\n', "file, line 1: a query needs _id"),
         ("[]\n", "file, line 1: must be a JSON object"),
         ('{"_id": null, "text": "a"}\n', "file, line 1: a query needs"),
-        ('{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file, line 1: not valid JSON"),
+        ('{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file, line 1: not usable JSON"),
         ('{"_id": 1, "text": "a"}\n{"id": "1", "query": "b"}\n', "file, line 2: query id 1 occurs twice"),
     ):
         file.write_text(text)

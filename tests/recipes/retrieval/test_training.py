@@ -176,7 +176,7 @@ def test_mined_negatives_are_the_nearest_other_pages():
     queries, vectors = np.array([[1.0, 0], [0, 1.0]]), np.array([[1.0, 0], [0.8, 0.6], [0.6, 0.8]])
     mined = mine_negatives(pairs, queries, vectors, pages, 1)
     assert [pair.negatives for pair in mined] == [("p1",), ("p1",)]
-    with pytest.raises(RsgrpoError, match="mined_negatives 3 needs more than 3 distinct pages, there are 3"):
+    with pytest.raises(RsgrpoError, match="mined_negatives 3 needs more than 3 distinct pages, got 3; lower it"):
         mine_negatives(pairs, queries, vectors, pages, 3)
 
 
@@ -216,12 +216,12 @@ def test_pairs_are_read_from_jsonl_and_from_visrags_parquet(tmp_path, pairs):
     [
         ('{"query": "x", "image": "gone.png"}', r"1 rows cannot be used:\n  p\.jsonl:1: image .* does not exist"),
         ('{"query": " ", "image": "a"}', "the query is empty"),
-        ('{"image": "a"}', r"a row needs query \(text\) and image, and negatives are a list; it has image"),
-        ('{"query": "x", "image": {}}', "an image is a path or {bytes, path}"),
-        ('{"query": "x", "image": "a", "negatives": "b"}', "negatives are a list"),
+        ('{"image": "a"}', r"a row needs query \(text\), image and, optionally, a list negatives; it has image"),
+        ('{"query": "x", "image": {}}', "an image must be a path, bytes"),
+        ('{"query": "x", "image": "a", "negatives": "b"}', "optionally, a list negatives"),
         ('\n\n{"query": 7, "image": "a"}\n', r"p\.jsonl:3: a row needs query \(text\)"),
-        ("[1]", "1 rows cannot be used"),
-        ("not json", "cannot be read"),
+        ("[1]", "must be a JSON object, got list"),
+        ("not json", "line 1: not "),
         ("", "has no pairs"),
     ],
 )
@@ -236,13 +236,13 @@ def test_broken_tables_and_slim_pages_are_refused(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"query": "red?", "image": "gone.png"}] * 50), whole)
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "train-0.parquet").write_bytes(whole.read_bytes()[:-40])
-    with pytest.raises(RsgrpoError, match=r"train-0\.parquet cannot be read: .*pairs are jsonl or parquet"):
+    with pytest.raises(RsgrpoError, match=r"train-0\.parquet cannot be read: .*pairs must be jsonl or parquet"):
         read_pairs(str(tmp_path / "hub"))
     with pytest.raises(RsgrpoError, match=r"50 rows cannot be used:\n  whole\.parquet:1: [^$]*\n  \.\.\. and 40 more"):
         read_pairs(str(whole))
     write_image(tmp_path / "slim.png", "red", 2_010, 10)
     (tmp_path / "p.jsonl").write_text('{"query": "x", "image": "slim.png"}')
-    with pytest.raises(RsgrpoError, match="an image of 2010 x 10 pixels is too slim for any model"):
+    with pytest.raises(RsgrpoError, match="an image of 2010 x 10 pixels is too narrow for any model"):
         read_pairs(str(tmp_path / "p.jsonl"))
 
 
@@ -252,7 +252,7 @@ def test_a_page_whose_pixels_are_damaged_ends_the_run_with_its_name(tiny_model_p
     (tmp_path / "cut.png").write_bytes(content.getvalue()[:-500])  # its header is whole
     cut = [*pairs[:7], Pair("the cut one", str(tmp_path / "cut.png"))]
     (tmp_path / "run").mkdir()
-    with pytest.raises(RsgrpoError, match=r"cut\.png cannot be read: .*; mend or remove the pair"):
+    with pytest.raises(RsgrpoError, match=r"cut\.png cannot be read: .*; fix or remove the pair"):
         train(config(tiny_model_path, tmp_path), cut, [], tmp_path / "run", QUIET)
 
 

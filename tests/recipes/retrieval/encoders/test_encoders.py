@@ -127,7 +127,7 @@ def test_the_fingerprint_changes_with_weights_and_settings(tiny_model_path, enco
 def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, tiny_model_path, pages):
     with pytest.raises(EncoderError, match="not a model folder"):
         load_encoder(settings(str(tmp_path)))
-    with pytest.raises(EncoderError, match="no folder and cannot be fetched"):
+    with pytest.raises(EncoderError, match="not a folder and cannot be downloaded"):
         load_encoder(settings("someone/nothing"))
     encoder = SentenceEncoder(settings(tiny_model_path))
     (tmp_path / "bad.png").write_bytes(b"no image")

@@ -71,7 +71,7 @@ def test_what_vllm_cannot_stand_in_for_is_refused(tmp_path, tiny_model_path):
     (tmp_path / "config.json").write_text("{}")
     modules = [{"type": f"x.{name}", "path": path} for name, path in (("Transformer", ""), ("Pooling", "1"))]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    refused("is made of Transformer, Pooling; --encode-with vllm serves", tmp_path)
+    refused("has Transformer, Pooling; --encode-with vllm supports only", tmp_path)
     (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "x.Normalize", "path": "2"}]))
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "config.json").write_text('{"pooling_mode": "max"}')

@@ -252,7 +252,7 @@ def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
     run(docs, tmp_path / "ok")
     with pytest.raises(StoreError, match=r"other settings \(dpi 72 -> 100\)"):
         run(docs, tmp_path / "ok", RenderSettings(dpi=100))
-    with pytest.raises(StoreError, match="not a page store; make it with"):
+    with pytest.raises(StoreError, match="not a page store; create it with"):
         PageStore.open(tmp_path / "nowhere")
     with pytest.raises(RsgrpoError, match=r"--dpi must be in \[10, 1200\], got 5"):
         RenderSettings(dpi=5)
