@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
     package_data={
-        "conf": ["**/*.yaml"],
+        "conf": ["**/*.yaml", "**/*.json"],
         "rsgrpo": ["py.typed", "report/assets/*"],
         **{room: ["py.typed"] for room in ("recipes", "rewards", "rollout")},
     },

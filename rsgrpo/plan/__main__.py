@@ -13,7 +13,7 @@ from rsgrpo import cli
 from rsgrpo.config.checks import validate
 from rsgrpo.plan.config import PlanConfig, device_of
 from rsgrpo.plan.memory import GIB, devices_memory, engine_memory, trainable_params
-from rsgrpo.plan.model_sizes import Shapes, shapes_of
+from rsgrpo.plan.model_sizes import ModelSizes, sizes_of
 
 USABLE = 0.94  # of a device's memory; the rest is lost to fragmentation
 
@@ -30,8 +30,8 @@ class Phase:
 def main(config: PlanConfig) -> None:
     """Print the plan."""
     validate(config)
-    shapes, source = shapes_of(config.model.path)
-    print(render(config, shapes, source))
+    sizes, source = sizes_of(config.model.path)
+    print(render(config, sizes, source))
 
 
 def num_devices(config: PlanConfig) -> int:
@@ -51,16 +51,16 @@ def mean_lengths(config: PlanConfig) -> tuple[float, float]:
     )
 
 
-def phases(config: PlanConfig, shapes: Shapes) -> list[Phase]:
+def phases(config: PlanConfig, sizes: ModelSizes) -> list[Phase]:
     """Return the phases of one step, without the filter's refills, validation and checkpoints."""
     device, rollout, learner, algorithm = device_of(config), config.rollout, config.learner, config.algorithm
     prompts, group = algorithm.prompts_per_step, rollout.group_size
     prompt_tokens, response_tokens = mean_lengths(config)
-    vision = prompts * config.inputs.max_images * shapes.image_flops(config.plan.prompt_fill * config.inputs.max_pixels)
-    forward = prompts * shapes.group_flops(prompt_tokens, response_tokens, group)
+    vision = prompts * config.inputs.max_images * sizes.image_flops(config.plan.prompt_fill * config.inputs.max_pixels)
+    forward = prompts * sizes.group_flops(prompt_tokens, response_tokens, group)
     rate = device.flops * config.plan.mfu
     learner_rate = learner.num_ranks * rate
-    found = [*sampling_phases(config, shapes, vision)]
+    found = [*sampling_phases(config, sizes, vision)]
     if algorithm.updates_per_step > 1 or not algorithm.on_policy_shortcut:
         found.append(Phase("old log-probabilities", forward, forward / learner_rate))
     if algorithm.kl_coef > 0:
@@ -69,12 +69,12 @@ def phases(config: PlanConfig, shapes: Shapes) -> list[Phase]:
     tower = vision * (1 if config.model.freeze_vision else 3 + (learner.recomputed_share > 0))
     work = passes * forward + tower
     found.append(Phase("learn", work, work / learner_rate))
-    sent = 2 * (shapes.language_params + (0 if config.model.freeze_vision else shapes.vision_params))
+    sent = 2 * (sizes.language_params + (0 if config.model.freeze_vision else sizes.vision_params))
     found.append(Phase("weight sync", 0.0, sent / (config.plan.sync_gb_per_s * 1e9)))
     return found
 
 
-def sampling_phases(config: PlanConfig, shapes: Shapes, vision_flops: float) -> list[Phase]:
+def sampling_phases(config: PlanConfig, sizes: ModelSizes, vision_flops: float) -> list[Phase]:
     """Return prefill (arithmetic) and decode (memory traffic: all weights and the cache once per token)."""
     rollout, device = config.rollout, device_of(config)
     if rollout.engine == "fake":
@@ -83,37 +83,37 @@ def sampling_phases(config: PlanConfig, shapes: Shapes, vision_flops: float) -> 
     prompts, group = config.algorithm.prompts_per_step, rollout.group_size
     prompt_tokens, response_tokens = mean_lengths(config)
     times_prefilled = 1 if rollout.engine == "vllm" and rollout.vllm.prefix_caching else group
-    prefill = times_prefilled * prompts * shapes.group_flops(prompt_tokens, 0, 1) + vision_flops
+    prefill = times_prefilled * prompts * sizes.group_flops(prompt_tokens, 0, 1) + vision_flops
     sequences = math.ceil(prompts * group / rollout.num_workers)
-    at_once = min(sequences, concurrency(config, shapes))
+    at_once = min(sequences, concurrency(config, sizes))
     bytes_per_step = (
-        2 * shapes.language_params + at_once * (prompt_tokens + response_tokens / 2) * shapes.kv_bytes_per_token
+        2 * sizes.language_params + at_once * (prompt_tokens + response_tokens / 2) * sizes.kv_bytes_per_token
     ) / degree
     steps = math.ceil(sequences / at_once) * response_tokens
-    decode = 2 * prompts * group * response_tokens * (shapes.body_params + shapes.vocab_size * shapes.hidden_size)
+    decode = 2 * prompts * group * response_tokens * (sizes.body_params + sizes.vocab_size * sizes.hidden_size)
     return [
         Phase("sample: prefill", prefill, prefill / (rollout.num_workers * degree * device.flops * config.plan.mfu)),
         Phase("sample: decode", decode, steps * bytes_per_step / (device.bandwidth * config.plan.decode_bandwidth)),
     ]
 
 
-def concurrency(config: PlanConfig, shapes: Shapes) -> int:
+def concurrency(config: PlanConfig, sizes: ModelSizes) -> int:
     """Return how many sequences one engine decodes at once; in vLLM the siblings of a group share their prompt."""
     rollout = config.rollout
     if rollout.engine != "vllm":
         return rollout.max_batch_sequences
-    engine = engine_memory(config, shapes)
+    engine = engine_memory(config, sizes)
     cache_bytes = (engine.static | engine.sampling)["engine KV cache"] * GIB * rollout.vllm.tensor_parallel_size
     prompt_tokens, response_tokens = mean_lengths(config)
-    per_sequence = (prompt_tokens / rollout.group_size + response_tokens) * shapes.kv_bytes_per_token
+    per_sequence = (prompt_tokens / rollout.group_size + response_tokens) * sizes.kv_bytes_per_token
     return max(1, min(rollout.vllm.max_num_seqs, int(cache_bytes / per_sequence)))
 
 
-def warnings(config: PlanConfig, shapes: Shapes) -> list[str]:
+def warnings(config: PlanConfig, sizes: ModelSizes) -> list[str]:
     """Return what will not fit or lie idle, each with what to change."""
     found = []
     limit = device_of(config).memory_gib
-    for kind, memory in devices_memory(config, shapes).items():
+    for kind, memory in devices_memory(config, sizes).items():
         if memory.peak > USABLE * limit:
             found.append(
                 f"{kind}: {memory.peak:.1f} GiB needed > {USABLE:g} x {limit:g} GiB = {USABLE * limit:.1f}. Try more "
@@ -122,9 +122,9 @@ def warnings(config: PlanConfig, shapes: Shapes) -> list[str]:
                 "(model.lora.rank=64)"
             )
     if config.rollout.engine == "vllm":
-        engine = engine_memory(config, shapes)
+        engine = engine_memory(config, sizes)
         cached = (engine.static | engine.sampling)["engine KV cache"] * GIB * config.rollout.vllm.tensor_parallel_size
-        longest = (config.inputs.max_prompt_tokens + config.rollout.max_response_tokens) * shapes.kv_bytes_per_token
+        longest = (config.inputs.max_prompt_tokens + config.rollout.max_response_tokens) * sizes.kv_bytes_per_token
         if cached < longest:
             found.append(
                 f"engine: its KV cache of {cached / GIB:.2f} GiB does not hold one response of full length "
@@ -134,25 +134,25 @@ def warnings(config: PlanConfig, shapes: Shapes) -> list[str]:
         have, used = config.cluster.nodes * config.cluster.gpus_per_node, num_devices(config)
         sizes = f"{config.cluster.nodes} x {config.cluster.gpus_per_node} = {have} GPUs"
         if used > have:
-            found.append(f"the workers take {used} GPUs, the cluster has {sizes}: it will wait for the rest for ever")
+            found.append(f"the workers take {used} GPUs, the cluster has {sizes}: it will wait for the rest indefinitely")
         elif used < have:
             found.append(f"the workers take {used} of {sizes}: {have - used} stay idle")
     return found
 
 
-def render(config: PlanConfig, shapes: Shapes, source: str) -> str:
+def render(config: PlanConfig, sizes: ModelSizes, source: str) -> str:
     """Return the plan as text."""
     device, rollout, learner = device_of(config), config.rollout, config.learner
     name = "cpu" if learner.device == "cpu" else config.plan.gpu
-    trained = trainable_params(config, shapes)
+    trained = trainable_params(config, sizes)
     prompt_tokens, response_tokens = mean_lengths(config)
     lines = [
         f"Plan of {config.name}: {learner.num_ranks} learner ranks and {rollout.num_workers} {rollout.engine} engines, "
         f"{config.cluster.placement}, on {num_devices(config)} x {name} ({device.memory_gib:g} GiB)",
-        f"Model: {source}: {shapes.language_params / 1e9:.3g} B decoder + {shapes.vision_params / 1e9:.3g} B vision "
+        f"Model: {source}: {sizes.language_params / 1e9:.3g} B decoder + {sizes.vision_params / 1e9:.3g} B vision "
         f"parameters, {trained / 1e9:.3g} B of them trained",
     ]
-    for kind, memory in devices_memory(config, shapes).items():
+    for kind, memory in devices_memory(config, sizes).items():
         lines += ["", f"Memory of one device, {kind}:"]
         for phase, parts in (("always", memory.static), ("learning", memory.learning), ("sampling", memory.sampling)):
             lines += [f"  {phase:<9} {part:<22} {gib:8.2f} GiB" for part, gib in parts.items() if gib]
@@ -162,7 +162,7 @@ def render(config: PlanConfig, shapes: Shapes, source: str) -> str:
         f"One step: {config.algorithm.prompts_per_step} prompts x {rollout.group_size} rollouts of "
         f"{prompt_tokens:,.0f} + {response_tokens:,.0f} tokens:",
     ]
-    found = phases(config, shapes)
+    found = phases(config, sizes)
     lines += [f"  {phase.name:<32} {phase.flops / 1e15:10.3g} PFLOP {phase.seconds:10.1f} s" for phase in found]
     seconds = sum(phase.seconds for phase in found)
     lines.append(f"  {'step':<32} {sum(phase.flops for phase in found) / 1e15:10.3g} PFLOP {seconds:10.1f} s")
@@ -178,7 +178,7 @@ def render(config: PlanConfig, shapes: Shapes, source: str) -> str:
         "  Left out: refills of the group filter, validation, checkpoints, traffic between tensor-parallel devices.",
         "  Change any of it with plan.KEY=VALUE. Counted, not assumed: parameters, FLOPs, state, activations, cache.",
     ]
-    lines += [f"WARNING: {warning}" for warning in warnings(config, shapes)]
+    lines += [f"WARNING: {warning}" for warning in warnings(config, sizes)]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from rollout.vllm.memory import (
     response_cache_bytes,
     weight_bytes,
 )
-from rsgrpo.plan.model_sizes import KNOWN, shapes_of
+from rsgrpo.plan.model_sizes import sizes_of
 
 # The demo's decoder: 4 layers, 2 heads of 32 for keys and as many for values.
 DEMO = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=128)
@@ -30,7 +30,7 @@ def rollout(**vllm):
 
 def test_a_token_takes_keys_and_values_in_every_layer():
     assert cache_bytes_per_token(DEMO, "float32") == 2 * 4 * 64 * 4
-    assert cache_bytes_per_token(SEVEN_B, "bfloat16") == KNOWN["7b"].kv_bytes_per_token == 57_344
+    assert cache_bytes_per_token(SEVEN_B, "bfloat16") == sizes_of("7b")[0].kv_bytes_per_token == 57_344
     wide = SimpleNamespace(**vars(DEMO), head_dim=64)
     assert cache_bytes_per_token(wide, "float32") == 2 * 4 * 128 * 4
 
@@ -51,8 +51,8 @@ def test_the_cache_on_cpu_is_what_all_responses_need_within_one_gib():
 
 
 def test_weights_are_counted_in_the_files_and_taken_in_the_engines_type(tiny_model_path):
-    shapes, _ = shapes_of(tiny_model_path)
-    total = shapes.language_params + shapes.vision_params
+    sizes, _ = sizes_of(tiny_model_path)
+    total = sizes.language_params + sizes.vision_params
     assert weight_bytes(tiny_model_path, "float32") == 4 * total
     assert weight_bytes(tiny_model_path, "bfloat16") == 2 * total
     assert weight_bytes("Qwen/Qwen2.5-VL-7B-Instruct", "bfloat16") == 0

@@ -13,15 +13,41 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rsgrpo import cli
 from rsgrpo.config.train import TrainConfig
-from rsgrpo.errors import ConfigError
+from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.plan.__main__ import main, num_devices, phases, warnings
 from rsgrpo.plan.config import PlanConfig
 from rsgrpo.plan.memory import GIB, devices_memory, engine_memory, learner_memory, trainable_params
-from rsgrpo.plan.model_sizes import KNOWN, Shapes, shapes_of
+from rsgrpo.plan.model_sizes import count_sizes, sizes_of
 from tests.material.learner import make_groups, make_learner
+from tests.material.tiny_families import save_family
 
-# h 8, L 2, 2 heads, 1 kv head (width 4), inner 16, vocabulary 10.
-SMALL = Shapes(8, 2, 2, 1, 16, 10, False)
+
+def config_of(
+    hidden: int, layers: int, heads: int, kv_heads: int, inner: int, vocab: int, **vision: Any
+) -> dict[str, Any]:
+    """The values of a small Qwen2.5-VL's config.json. vision: of its tower, by default a small one."""
+    pairs = hidden // heads // 2
+    height = 3 * pairs // 8
+    text = {
+        "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": inner, "vocab_size": vocab,
+        "bos_token_id": None, "eos_token_id": None,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * height, height, height],
+        },
+    }  # fmt: skip
+    tower = {"depth": 1, "hidden_size": 32, "intermediate_size": 96, "num_heads": 4, "fullatt_block_indexes": [0]}
+    return {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {**tower, "out_hidden_size": hidden, "window_size": 112, **vision},
+    }
+
+
+SMALL_CONFIG = config_of(8, 2, 2, 1, 16, 10)  # key width 4
+SMALL = count_sizes(SMALL_CONFIG)
+SEVEN_B = sizes_of("Qwen/Qwen2.5-VL-7B-Instruct")[0]
 
 
 def planned(*overrides: str) -> PlanConfig:
@@ -29,7 +55,7 @@ def planned(*overrides: str) -> PlanConfig:
 
 
 def gib_warnings(config: PlanConfig) -> list[str]:
-    return warnings(config, shapes_of(config.model.path)[0])
+    return warnings(config, sizes_of(config.model.path)[0])
 
 
 @pytest.mark.parametrize("recipe", cli.groups(TrainConfig)["recipe"])
@@ -48,67 +74,52 @@ def test_parameters_of_a_layer_by_hand():
     assert SMALL.language_params == 2 * 608 + 8 + 2 * 10 * 8
 
 
-def test_parameters_of_the_known_sizes_are_those_of_transformers():
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+@pytest.mark.parametrize(
+    ("size", "total"),  # of the checkpoints on the hub
+    [("3B", 3_754_622_976), ("7B", 8_292_166_656), ("32B", 33_452_718_336), ("72B", 73_410_777_344)],
+)
+def test_known_models_have_the_parameters_of_their_checkpoints(size, total):
+    sizes, source = sizes_of(f"Qwen/Qwen2.5-VL-{size}-Instruct")
+    assert sizes.language_params + sizes.vision_params == total
+    assert source == f"Qwen2.5-VL-{size} (by its name)"
 
-    # The totals of the checkpoints on the hub.
-    totals = {"3b": 3_754_622_976, "7b": 8_292_166_656, "32b": 33_452_718_336, "72b": 73_410_777_344}
-    for size, total in totals.items():
-        shapes = KNOWN[size]
-        text = {
-            "hidden_size": shapes.hidden_size,
-            "num_hidden_layers": shapes.num_layers,
-            "num_attention_heads": shapes.num_heads,
-            "num_key_value_heads": shapes.num_kv_heads,
-            "intermediate_size": shapes.intermediate_size,
-            "vocab_size": shapes.vocab_size,
-            "tie_word_embeddings": shapes.tied_embeddings,
-        }
-        vision = {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3456 if size in ("32b", "72b") else 3420,
-            "num_heads": 16, "out_hidden_size": shapes.hidden_size,
-        }  # fmt: skip
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=shapes.tied_embeddings)
-        with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(config)
-        assert sum(parameter.numel() for parameter in model.parameters()) == total
-        assert shapes.language_params + shapes.vision_params == total
+
+def num_stored(folder: str) -> int:
+    """Parameters in a model's folder."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / "model.safetensors", framework="pt") as weights:
+        return sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
 
 
 def test_sizes_are_read_from_the_models_own_folder(tiny_model_path):
-    from safetensors import safe_open
-
-    shapes, source = shapes_of(tiny_model_path)
-    with safe_open(Path(tiny_model_path) / "model.safetensors", framework="pt") as weights:
-        total = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
-    assert shapes.language_params + shapes.vision_params == total
+    sizes, source = sizes_of(tiny_model_path)
+    assert sizes.language_params + sizes.vision_params == num_stored(tiny_model_path)
     assert source.endswith("config.json")
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_sizes_of_other_families_are_read_too(family, tiny_model_path, tmp_path):
+    sizes, _ = sizes_of(save_family(family, tiny_model_path, tmp_path / family))
+    assert sizes.language_params + sizes.vision_params == num_stored(str(tmp_path / family))
+    assert sizes.vision_full_layers == sizes.vision_depth == 2  # these towers have no windows
+    assert (sizes.vision_hidden_size, sizes.vision_kept_width) == (64, 2 * 128)
+    assert sizes.image_tokens((10 * sizes.patch_size) ** 2) == 25
+
+
 def test_the_hubs_flat_config_is_read_too(tmp_path):
-    flat = {
-        "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "intermediate_size": 16, "vocab_size": 10, "tie_word_embeddings": False,
-        "vision_config": {
-            "hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "fullatt_block_indexes": [7, 15, 23, 31],
-            "patch_size": 14, "window_size": 112,
-        },
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(flat))
-    assert shapes_of(str(tmp_path))[0] == SMALL
+    values = dict(SMALL_CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps(values | values.pop("text_config")))
+    assert sizes_of(str(tmp_path))[0] == SMALL
 
 
-def test_a_family_without_shapes_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3_vl", "text_config": {}, "vision_config": {}})
-    )
-    with pytest.raises(ConfigError, match=r"a plan knows the shapes of qwen2_5_vl, .* is a 'qwen3_vl'"):
-        shapes_of(str(tmp_path))
-
-
-def test_an_unknown_model_is_refused_with_what_a_plan_needs():
-    with pytest.raises(ConfigError, match=r"needs its config.json, or 3B, 7B, 32B or 72B in its name"):
-        shapes_of("runs/mystery/export")
+def test_other_families_and_unknown_models_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(InputError, match=r"is a 'llava' model; supported families are"):
+        sizes_of(str(tmp_path))
+    for path in ("runs/mystery/export", "Qwen/Qwen3-VL-32B-Instruct"):
+        with pytest.raises(ConfigError, match=r"needs its config.json, or 3B, 7B, 32B or 72B in its name"):
+            sizes_of(path)
 
 
 def test_flops_of_a_prompt_and_of_a_group_by_hand():
@@ -120,47 +131,29 @@ def test_flops_of_a_prompt_and_of_a_group_by_hand():
 
 
 def test_sharing_the_prompt_saves_what_the_closed_form_says():
-    shapes, prompt, response, group = KNOWN["7b"], 11_000, 700, 8
-    shared = shapes.group_flops(prompt, response, group)
-    one_by_one = group * shapes.group_flops(prompt, response, 1)
+    sizes, prompt, response, group = SEVEN_B, 11_000, 700, 8
+    shared = sizes.group_flops(prompt, response, group)
+    one_by_one = group * sizes.group_flops(prompt, response, 1)
     assert 5.0 < one_by_one / shared < 6.0
-    assert shapes.group_flops(prompt, response, 1) == pytest.approx(
-        shapes.group_flops(prompt + response, 0, 1), rel=0.02
-    )
+    assert sizes.group_flops(prompt, response, 1) == pytest.approx(sizes.group_flops(prompt + response, 0, 1), rel=0.02)
 
 
 # ---- the closed forms against transformers' own model ----------------------------------------------------------------
 
 
-def small_model(shapes: Shapes, attention: str) -> Any:
-    """Transformers' model of these sizes, random."""
+def small_model(config: dict[str, Any], attention: str) -> Any:
+    """Transformers' model of a config.json's values, random."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    pairs = shapes.hidden_size // shapes.num_heads // 2
-    height = 3 * pairs // 8
-    text = {
-        "hidden_size": shapes.hidden_size, "num_hidden_layers": shapes.num_layers,
-        "num_attention_heads": shapes.num_heads, "num_key_value_heads": shapes.num_kv_heads,
-        "intermediate_size": shapes.intermediate_size, "vocab_size": shapes.vocab_size,
-        "bos_token_id": None, "eos_token_id": None,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * height, height, height],
-        },
-    }  # fmt: skip
-    vision = {
-        "depth": shapes.vision_depth, "hidden_size": shapes.vision_hidden_size, "num_heads": 4,
-        "intermediate_size": shapes.vision_intermediate_size, "out_hidden_size": shapes.hidden_size,
-        "fullatt_block_indexes": list(range(shapes.vision_full_layers)), "window_size": 112,
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention)
+    return Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**config), attn_implementation=attention)
 
 
-COUNTED = Shapes(64, 3, 4, 2, 160, 512, False, 32, 4, 96, 1)
+COUNTED_CONFIG = config_of(64, 3, 4, 2, 160, 512, depth=4)
+COUNTED = count_sizes(COUNTED_CONFIG)
 
 
 def test_flops_of_the_decoder_are_those_that_torch_counts():
-    model, length = small_model(COUNTED, "eager"), 300
+    model, length = small_model(COUNTED_CONFIG, "eager"), 300
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.model.language_model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
     # The eager attention also computes the half that the causal mask then hides: 2 L d P^2 more.
@@ -169,7 +162,7 @@ def test_flops_of_the_decoder_are_those_that_torch_counts():
 
 
 def test_flops_of_the_tower_are_those_that_torch_counts():
-    model = small_model(COUNTED, "eager")
+    model = small_model(COUNTED_CONFIG, "eager")
     pixels = torch.randn(32 * 32, 3 * 2 * 14 * 14)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.model.visual(pixels, grid_thw=torch.tensor([[1, 32, 32]]))
@@ -178,7 +171,7 @@ def test_flops_of_the_tower_are_those_that_torch_counts():
 
 
 def test_a_backward_pass_takes_two_forward_passes():
-    model = small_model(COUNTED, "eager")
+    model = small_model(COUNTED_CONFIG, "eager")
     ids = torch.zeros(1, 200, dtype=torch.long)
     with FlopCounterMode(display=False) as forward:
         out = model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -206,28 +199,29 @@ def saved_bytes(work: Callable[[], Any], model: torch.nn.Module) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "heads", "inner"), [(64, 2, 160), (128, 2, 160), (64, 4, 160), (64, 2, 320)])
 def test_activations_of_a_layer_and_of_a_vision_block_are_those_that_torch_keeps(dtype, hidden, heads, inner):
-    shapes = Shapes(hidden, 1, 4, heads, inner, 64, False, hidden // 2, 1, inner // 2, 1)
-    model, length = small_model(shapes, "sdpa").to(dtype).train(), 128
+    config = config_of(hidden, 1, 4, heads, inner, 64, hidden_size=hidden // 2, intermediate_size=inner // 2)
+    sizes = count_sizes(config)
+    model, length = small_model(config, "sdpa").to(dtype).train(), 128
     language, visual = model.model.language_model, model.model.visual
     x = torch.randn(1, length, hidden, dtype=dtype, requires_grad=True)
     angles = tuple(t.to(dtype) for t in language.rotary_emb(x, torch.arange(length).expand(3, 1, -1)))
     kept = saved_bytes(lambda: language.layers[0](x, attention_mask=None, position_embeddings=angles), model)
-    assert kept / length == pytest.approx(shapes.layer_activation_bytes(dtype.itemsize), rel=0.02)
+    assert kept / length == pytest.approx(sizes.layer_activation_bytes(dtype.itemsize), rel=0.02)
 
     x = torch.randn(length, hidden // 2, dtype=dtype, requires_grad=True)
     angles = (torch.randn(length, hidden // 8),) * 2
     whole = torch.tensor([0, length], dtype=torch.int32)
     kept = saved_bytes(lambda: visual.blocks[0](x, cu_seqlens=whole, position_embeddings=angles), model)
     limit = 0.02 if dtype == torch.float32 else 0.2  # in bfloat16 the block turns its heads in float32
-    assert kept / length == pytest.approx(shapes.vision_activation_bytes(dtype.itemsize), rel=limit)
+    assert kept / length == pytest.approx(sizes.vision_activation_bytes(dtype.itemsize), rel=limit)
 
 
 def test_state_of_a_learner_is_what_it_holds(tiny_model_path, page_images):
     learner = make_learner(tiny_model_path, freeze_vision=False, world_size=1)
     groups = make_groups(page_images, [1, 2])
     learner.update(groups, [1.0, 1.0])
-    shapes, _ = shapes_of(tiny_model_path)
-    total = shapes.language_params + shapes.vision_params
+    sizes, _ = sizes_of(tiny_model_path)
+    total = sizes.language_params + sizes.vision_params
     parameters = list(learner.policy.trainable().values())
     assert sum(parameter.nbytes for parameter in parameters) == 4 * total
     state = learner._trainer().adamw.state_dict()
@@ -254,8 +248,8 @@ def test_the_7b_recipe_is_planned_for_one_node_and_for_two():
     two = planned("recipe=evisrag_7b", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.placement=disaggregated")
     assert num_devices(two) == 16
     assert gib_warnings(two) == []
-    assert set(devices_memory(two, KNOWN["7b"])) == {"learner", "engine"}
-    parts = devices_memory(one, KNOWN["7b"])["learner and engine"]
+    assert set(devices_memory(two, SEVEN_B)) == {"learner", "engine"}
+    parts = devices_memory(one, SEVEN_B)["learner and engine"]
     # Tensor parallel: half of 8.29 B bfloat16 parameters on each of the two.
     assert parts.sampling["engine weights"] == pytest.approx(8_292_166_656 * 2 / 2 / GIB)
     # An image has 8,000 patches; a block keeps 2 x (13.25 x 1280 + 4 x 3420) bytes of each. Features: 5 x 2,000 tokens.
@@ -265,7 +259,7 @@ def test_the_7b_recipe_is_planned_for_one_node_and_for_two():
 
 def test_memory_of_a_full_learner_by_hand():
     config = planned("recipe=evisrag_7b")
-    memory = learner_memory(config, KNOWN["7b"])
+    memory = learner_memory(config, SEVEN_B)
     assert memory.static["weights (float32)"] == pytest.approx(7_615_616_512 * 4 / 8 / GIB)
     assert memory.static["optimiser"] == pytest.approx(2 * memory.static["weights (float32)"])
     assert memory.static["frozen vision tower"] == pytest.approx(676_550_144 * 2 / GIB)
@@ -274,9 +268,9 @@ def test_memory_of_a_full_learner_by_hand():
 
 
 def test_more_ranks_divide_the_state_and_offload_removes_it():
-    eight = learner_memory(planned("recipe=evisrag_7b"), KNOWN["7b"])
-    sixteen = learner_memory(planned("recipe=evisrag_7b", "learner.num_ranks=16"), KNOWN["7b"])
-    away = learner_memory(planned("recipe=evisrag_7b", "learner.offload=true"), KNOWN["7b"])
+    eight = learner_memory(planned("recipe=evisrag_7b"), SEVEN_B)
+    sixteen = learner_memory(planned("recipe=evisrag_7b", "learner.num_ranks=16"), SEVEN_B)
+    away = learner_memory(planned("recipe=evisrag_7b", "learner.offload=true"), SEVEN_B)
     assert sixteen.static["optimiser"] == pytest.approx(eight.static["optimiser"] / 2)
     assert away.static["weights (float32)"] == away.static["optimiser"] == away.learning["gradients"] == 0
 
@@ -291,10 +285,10 @@ def test_the_engine_gives_its_memory_back_only_when_it_sleeps():
     asleep = planned("recipe=evisrag_7b", "rollout.vllm.sleep_level=1")
     awake = planned("recipe=evisrag_7b", "rollout.vllm.sleep_level=0")
     taken = 0.4 * 80 - 2.0
-    assert sum(engine_memory(asleep, KNOWN["7b"]).sampling.values()) == pytest.approx(taken)
-    kept = engine_memory(awake, KNOWN["7b"])
+    assert sum(engine_memory(asleep, SEVEN_B).sampling.values()) == pytest.approx(taken)
+    kept = engine_memory(awake, SEVEN_B)
     assert sum(kept.static.values()) == pytest.approx(taken - kept.sampling["engine vision"])
-    peaks = [devices_memory(config, KNOWN["7b"])["learner and engine"].peak for config in (asleep, awake)]
+    peaks = [devices_memory(config, SEVEN_B)["learner and engine"].peak for config in (asleep, awake)]
     assert peaks[0] < peaks[1]
 
 
@@ -324,7 +318,7 @@ def test_devices_are_counted_against_the_cluster():
 
 def test_passes_are_planned_only_where_they_are_run():
     def names(*overrides: str) -> list[str]:
-        return [phase.name for phase in phases(planned("recipe=evisrag_7b", *overrides), KNOWN["7b"])]
+        return [phase.name for phase in phases(planned("recipe=evisrag_7b", *overrides), SEVEN_B)]
 
     plain = ["sample: prefill", "sample: decode", "learn", "weight sync"]
     assert names() == plain
@@ -336,11 +330,11 @@ def test_passes_are_planned_only_where_they_are_run():
 def test_learning_takes_four_forwards_with_recomputation_and_three_without():
     def learn_flops(*overrides: str) -> float:
         config = planned("recipe=evisrag_7b", *overrides)
-        return next(phase.flops for phase in phases(config, KNOWN["7b"]) if phase.name == "learn")
+        return next(phase.flops for phase in phases(config, SEVEN_B) if phase.name == "learn")
 
     config = planned("recipe=evisrag_7b")
-    forward = 32 * KNOWN["7b"].group_flops(0.73 * 15_000, 0.46 * 1_536, 8)
-    vision = 32 * 5 * KNOWN["7b"].image_flops(0.73 * config.inputs.max_pixels)
+    forward = 32 * SEVEN_B.group_flops(0.73 * 15_000, 0.46 * 1_536, 8)
+    vision = 32 * 5 * SEVEN_B.image_flops(0.73 * config.inputs.max_pixels)
     assert learn_flops() == pytest.approx(4 * forward + vision)
     assert learn_flops("learner.gradient_checkpointing=none") == pytest.approx(3 * forward + vision)
     assert learn_flops("learner.gradient_checkpointing=every_n:2") == pytest.approx(3.5 * forward + vision)
