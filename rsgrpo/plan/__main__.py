@@ -132,11 +132,11 @@ def warnings(config: PlanConfig, sizes: ModelSizes) -> list[str]:
             )
     if config.learner.device != "cpu" and config.cluster.gpus_per_node:
         have, used = config.cluster.nodes * config.cluster.gpus_per_node, num_devices(config)
-        sizes = f"{config.cluster.nodes} x {config.cluster.gpus_per_node} = {have} GPUs"
+        cluster = f"{config.cluster.nodes} x {config.cluster.gpus_per_node} = {have} GPUs"
         if used > have:
-            found.append(f"the workers take {used} GPUs, the cluster has {sizes}: it will wait for the rest indefinitely")
+            found.append(f"the workers take {used} GPUs, the cluster has {cluster}: the run would never start")
         elif used < have:
-            found.append(f"the workers take {used} of {sizes}: {have - used} stay idle")
+            found.append(f"the workers take {used} of {cluster}: {have - used} stay idle")
     return found
 
 
