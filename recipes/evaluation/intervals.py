@@ -1,7 +1,7 @@
-"""How sure a score is: bootstrap intervals of ratios, and permutation tests of paired differences.
+"""How certain a score is: bootstrap intervals of ratios, and permutation tests of paired differences.
 
-Every metric is a ratio of two sums over the items of a benchmark (a mean has ones below), so one resampling serves all
-of them and keeps them paired. Knows nothing of answers or metrics.
+Every metric is a ratio of two sums over the items of a benchmark (the denominators of a mean are ones), so one
+resampling serves all of them and keeps them paired.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ class Ratio:
     above_N: np.ndarray
     below_N: np.ndarray
 
+    def value(self) -> float | None:
+        """Return the metric; None if nothing is counted below."""
+        below = float(self.below_N.sum())
+        return float(self.above_N.sum()) / below if below else None
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A metric and its 95% interval; all None where nothing is counted below.
+    """A metric and its 95% interval; all None if nothing is counted below.
 
     count: what is counted below: items for a mean, predicted positives for a precision.
     """
@@ -64,42 +69,32 @@ def estimate(ratios: Mapping[str, Ratio], num_samples: int, seed: int) -> dict[s
 
     num_samples: bootstrap samples; 0 gives values without intervals.
     """
-    samples_SM = _resample(list(ratios.values()), num_samples, seed)
-    result = {}
-    for column, (name, ratio) in enumerate(ratios.items()):
-        low, high = _interval(samples_SM[:, column])
-        result[name] = Estimate(_divide(ratio), low, high, float(ratio.below_N.sum()))
-    return result
+    samples_MS = _resample(ratios, num_samples, seed).T
+    return {
+        name: Estimate(ratio.value(), *_interval(samples_S), float(ratio.below_N.sum()))
+        for (name, ratio), samples_S in zip(ratios.items(), samples_MS, strict=True)
+    }
 
 
 def compare(
     first: Mapping[str, Ratio], second: Mapping[str, Ratio], num_samples: int, num_permutations: int, seed: int
 ) -> dict[str, Difference]:
-    """Return first minus second of each metric; items stand in the same order, and metrics are means.
+    """Return first minus second of each metric; both have the same items in the same order, and metrics are means.
 
     The p-value is that of the mean difference under random swaps of the two predictions of each item.
     """
-    names = list(first)
-    resampled = [_resample([side[name] for name in names], num_samples, seed) for side in (first, second)]
-    differences_MN = np.stack([first[name].above_N - second[name].above_N for name in names])
-    p_values = _sign_flip(differences_MN, num_permutations, seed)
+    samples_MS = (_resample(first, num_samples, seed) - _resample(second, num_samples, seed)).T
+    p_values = _sign_flip(
+        np.stack([first[name].above_N - second[name].above_N for name in first]), num_permutations, seed
+    )
     result = {}
-    for column, name in enumerate(names):
-        left, right = _divide(first[name]), _divide(second[name])
-        low, high = _interval(resampled[0][:, column] - resampled[1][:, column])
-        known = left is not None and right is not None
-        result[name] = Difference(
-            left - right if left is not None and right is not None else None,
-            low,
-            high,
-            p_values[column] if known else None,
-        )
+    for name, samples_S, p_value in zip(first, samples_MS, p_values, strict=True):
+        left, right = first[name].value(), second[name].value()
+        if left is None or right is None:
+            result[name] = Difference(None, None, None, None)
+        else:
+            result[name] = Difference(left - right, *_interval(samples_S), p_value)
     return result
-
-
-def _divide(ratio: Ratio) -> float | None:
-    below = float(ratio.below_N.sum())
-    return float(ratio.above_N.sum()) / below if below else None
 
 
 def _chunks(num_rows: int, num_items: int) -> Iterator[int]:
@@ -110,18 +105,17 @@ def _chunks(num_rows: int, num_items: int) -> Iterator[int]:
         num_rows -= at_once
 
 
-def _resample(ratios: list[Ratio], num_samples: int, seed: int) -> np.ndarray:
+def _resample(ratios: Mapping[str, Ratio], num_samples: int, seed: int) -> np.ndarray:
     """Return (S, M): each metric on each bootstrap sample; NaN where nothing was counted."""
-    num_items = len(ratios[0].above_N) if ratios else 0
+    above_NM = np.stack([ratio.above_N for ratio in ratios.values()], axis=1)
+    below_NM = np.stack([ratio.below_N for ratio in ratios.values()], axis=1)
+    num_items, num_metrics = above_NM.shape
     if not num_items or not num_samples:
-        return np.full((num_samples, len(ratios)), np.nan)
+        return np.full((num_samples, num_metrics), np.nan)
     rng = np.random.default_rng(seed)
-    above_NM = np.stack([ratio.above_N for ratio in ratios], axis=1)
-    below_NM = np.stack([ratio.below_N for ratio in ratios], axis=1)
-    share_N = np.full(num_items, 1 / num_items)
     parts = []
     for rows in _chunks(num_samples, num_items):
-        counts_SN = rng.multinomial(num_items, share_N, size=rows).astype(float)
+        counts_SN = rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=rows).astype(float)
         below_SM = counts_SN @ below_NM
         parts.append(np.where(below_SM > 0, (counts_SN @ above_NM) / np.where(below_SM > 0, below_SM, 1), np.nan))
     return np.concatenate(parts)
@@ -136,7 +130,7 @@ def _interval(samples_S: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def _sign_flip(differences_MN: np.ndarray, num_permutations: int, seed: int) -> list[float]:
-    """Return p-values: the share of sign flips (the observed one among them) with a sum as far from zero."""
+    """Return p-values: the share of sign flips (the observed one included) whose sum is as far from zero."""
     observed_M = np.abs(differences_MN.sum(axis=1))
     as_far_M = np.ones(len(differences_MN))
     rng = np.random.default_rng(seed)

@@ -1,12 +1,9 @@
-"""Scores: EM, Accuracy and F1 as released (`paper`) and with numbers kept whole (`strict`), abstention, evidence.
-
-Owns the definitions; where questions and predictions come from, and how results are shown, is elsewhere.
-"""
+"""Scores: EM, Accuracy and F1 as released (`paper`) and with numbers kept whole (`strict`), abstention, evidence."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +34,17 @@ NO_SCORE = AnswerScores(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """Right and wrong decisions about pages: found, claimed without ground, overlooked."""
+class Decisions:
+    """Right and wrong claims: found, claimed without ground, overlooked."""
 
     hits: int = 0
     false_alarms: int = 0
     misses: int = 0
+
+    @classmethod
+    def of(cls, claimed: Set[int], right: Set[int]) -> Decisions:
+        """Return the counts of what was claimed against what is right."""
+        return cls(len(claimed & right), len(claimed - right), len(right - claimed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class ItemScore:
     parsed: the prediction, read leniently; None when missing.
     predicted: mode -> the text that was compared with the gold answers.
     answer: mode -> its scores.
-    slots, citations: None where the row has no gold evidence.
+    abstention: whether it abstains, against whether it should; a missing answer does not abstain.
+    slots, citations: of pages; None if the row has no gold evidence.
     """
 
     question: Question
@@ -61,8 +64,9 @@ class ItemScore:
     parsed: ParsedAnswer | None
     predicted: Mapping[str, str]
     answer: Mapping[str, AnswerScores]
-    slots: Counts | None
-    citations: Counts | None
+    abstention: Decisions
+    slots: Decisions | None
+    citations: Decisions | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,24 +128,26 @@ def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
     """Score what was predicted for one question; None scores 0."""
     golds = question.answers if question.is_sufficient else ABSTENTION_GOLDS
     text = None if prediction is None or prediction.finish_reason == FAILED else prediction.text
-    parsed = None if text is None else parse_lenient(text, question.images)
-    predicted: dict[str, str] = {}
-    if text is not None and parsed is not None:
+    parsed, predicted = None, {}
+    if text is not None:
+        parsed = parse_lenient(text, question.images)
         predicted = {"paper": released_prediction(text), "strict": parsed.answer}
-    answer: dict[str, AnswerScores] = {
-        mode: score_answer(predicted[mode], golds, mode) if predicted else NO_SCORE for mode in MODES
-    }
+    abstains = parsed is not None and parsed.insufficient
     slots = citations = None
     if question.evidence is not None:
         relevant = {number for number, gold in enumerate(question.evidence, start=1) if not is_irrelevant(gold)}
-        claimed = {slot.index for slot in parsed.evidence if slot.relevant} if parsed else set()
-        slots = _decisions(claimed, relevant)
-        citations = _decisions(set(parsed.citations) if parsed else set(), relevant)
-    return ItemScore(question, prediction, parsed, predicted, answer, slots, citations)
-
-
-def _decisions(claimed: set[int], relevant: set[int]) -> Counts:
-    return Counts(len(claimed & relevant), len(claimed - relevant), len(relevant - claimed))
+        slots = Decisions.of({slot.index for slot in parsed.evidence if slot.relevant} if parsed else set(), relevant)
+        citations = Decisions.of(set(parsed.citations) if parsed else set(), relevant)
+    return ItemScore(
+        question,
+        prediction,
+        parsed,
+        predicted,
+        answer={mode: score_answer(predicted[mode], golds, mode) if predicted else NO_SCORE for mode in MODES},
+        abstention=Decisions.of({1} if abstains else set(), set() if question.is_sufficient else {1}),
+        slots=slots,
+        citations=citations,
+    )
 
 
 def evaluate_predictions(
@@ -177,20 +183,16 @@ def compare_evaluations(
 
 def ratios_of(items: Sequence[ItemScore]) -> dict[str, Ratio]:
     """Return every metric as a ratio of sums; those of evidence only where a row has gold evidence."""
-    ratios = answer_ratios(items) | _abstention_ratios(items)
-    for name, counts in (("slot", [item.slots for item in items]), ("citation", [item.citations for item in items])):
-        if any(count is not None for count in counts):
-            hits_N, false_N, missed_N = np.array(
-                [(c.hits, c.false_alarms, c.misses) if c else (0, 0, 0) for c in counts], dtype=float
-            ).T
-            ratios |= _retrieval_ratios(f"evidence/{name}_", hits_N, false_N, missed_N)
+    ratios = answer_ratios(items)
+    ratios |= _decision_ratios("abstention/", [item.abstention for item in items])
+    abstains_N = np.array([item.parsed is not None and item.parsed.insufficient for item in items], dtype=bool)
+    ratios["abstention/rate"] = mean_of(abstains_N)
+    ratios |= _decision_ratios("evidence/slot_", [item.slots for item in items])
+    ratios |= _decision_ratios("evidence/citation_", [item.citations for item in items])
     present_N = np.array([item.parsed is not None for item in items], dtype=bool)
-    ratios["output/format_ok"] = mean_of(
-        np.array([item.parsed is not None and item.parsed.format_ok for item in items]), present_N
-    )
+    formed_N = np.array([item.parsed is not None and item.parsed.format_ok for item in items])
     cut_N = np.array([item.prediction is not None and item.prediction.finish_reason == "length" for item in items])
-    ratios["output/truncated"] = mean_of(cut_N, present_N)
-    return ratios
+    return ratios | {"output/format_ok": mean_of(formed_N, present_N), "output/truncated": mean_of(cut_N, present_N)}
 
 
 def answer_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:
@@ -207,17 +209,12 @@ def answer_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:
     }
 
 
-def _abstention_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:
-    """Abstaining as a decision: right on insufficient questions, wrong on the others; a missing answer does not."""
-    abstains_N = np.array([item.parsed is not None and item.parsed.insufficient for item in items], dtype=bool)
-    should_N = np.array([not item.question.is_sufficient for item in items], dtype=bool)
-    hits_N, false_N, missed_N = abstains_N & should_N, abstains_N & ~should_N, ~abstains_N & should_N
-    ratios = _retrieval_ratios("abstention/", hits_N.astype(float), false_N.astype(float), missed_N.astype(float))
-    return ratios | {"abstention/rate": mean_of(abstains_N)}
-
-
-def _retrieval_ratios(prefix: str, hits_N: np.ndarray, false_N: np.ndarray, missed_N: np.ndarray) -> dict[str, Ratio]:
-    """Return precision, recall and F1 of decisions summed over items."""
+def _decision_ratios(prefix: str, decisions: Sequence[Decisions | None]) -> dict[str, Ratio]:
+    """Return precision, recall and F1 of decisions summed over items; {} if no item has any."""
+    if not any(decisions):
+        return {}
+    counts = [(found.hits, found.false_alarms, found.misses) if found else (0, 0, 0) for found in decisions]
+    hits_N, false_N, missed_N = np.array(counts, dtype=float).T
     return {
         f"{prefix}precision": Ratio(hits_N, hits_N + false_N),
         f"{prefix}recall": Ratio(hits_N, hits_N + missed_N),
