@@ -22,7 +22,8 @@ setup(
     package_data={
         "conf": ["**/*.yaml", "**/*.json"],
         "rsgrpo": ["py.typed", "report/assets/*"],
-        **{room: ["py.typed"] for room in ("recipes", "rewards", "rollout")},
+        "recipes": ["py.typed", "evaluation/assets/*"],
+        **{room: ["py.typed"] for room in ("rewards", "rollout")},
     },
     install_requires=[
         "torch>=2.11,<2.14",

@@ -1,7 +1,7 @@
 """Predict a benchmark and score it: `python -m recipes.evaluate benchmark=SlideVQA model=runs/x/export topk=3`.
 
-Owns the configuration and the folder of an evaluation. Predictions come from `recipes.answers.batch`, scores from
-`recipes.evaluation.scoring`, and the page from `recipes.evaluation.page`.
+Predictions come from `recipes.answers.batch`, scores from `recipes.evaluation.scoring`, and the page from
+`recipes.evaluation.page`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from recipes.answers.predictions import load_predictions
 from recipes.answers.questions import Question, to_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
-from recipes.evaluation.page import Report, as_json, as_markdown, as_page, worst_cases
+from recipes.evaluation.page import Results, as_json, as_markdown, as_page, worst_cases
 from recipes.evaluation.scoring import Evaluation, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
+from rollout.errors import listed
+from rollout.files import write_text
 from rollout.keys import check, key, require
 from rsgrpo import cli
 from rsgrpo.config.train import PromptConfig
@@ -33,7 +36,6 @@ from rsgrpo.records.console import Console
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
-MAX_LISTED_PAGES = 5
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,18 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     prompts = [to_prompt(question, template, config.prompt.system) for question in questions]
     require_pages(questions, config.image_dir)
     keep_settings(folder / SETTINGS_FILE, prediction_settings(config))
-    answerer = open_answerer(AnswerSpec(config.model, config.rollout, config.inputs, config.endpoint, config.seed))
-    try:
+    spec = AnswerSpec(config.model, config.rollout, config.inputs, config.endpoint, config.seed)
+    with closing(open_answerer(spec)) as answerer:
         greedy = config.rollout.temperature == 0
         summary = answer_batch(prompts, answerer, folder / PREDICTIONS_FILE, share_equal=greedy, console=console)
-    finally:
-        answerer.close()
     if summary.failed:
         console.warning(
-            f"{summary.failed} of {len(questions)} questions could not be asked and count as missing; their errors are "
-            f"in {folder / PREDICTIONS_FILE}, and the next call asks them again"
+            f"{summary.failed} of {len(questions)} questions could not be asked and count as missing. Their errors are "
+            f"in {folder / PREDICTIONS_FILE}. Run the same command to ask them again."
         )
 
 
-def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> Report:
+def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> Results:
     """Score a prediction file, and compare it with `against` where that is given."""
 
     def evaluated(predictions: str | Path) -> Evaluation:
@@ -124,21 +124,15 @@ def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> 
             questions, load_predictions(predictions), num_samples=config.bootstrap_samples, seed=config.seed
         )
 
-    evaluation = evaluated(path)
-    other = evaluated(config.against) if config.against else None
-    differences = None
-    if other is not None:
-        differences = compare_evaluations(
-            evaluation,
-            other,
-            num_samples=config.bootstrap_samples,
-            num_permutations=config.permutations,
-            seed=config.seed,
-        )
+    evaluation, other, differences = evaluated(path), None, None
+    if config.against:
+        other = evaluated(config.against)
+        samples = {"num_samples": config.bootstrap_samples, "num_permutations": config.permutations}
+        differences = compare_evaluations(evaluation, other, **samples, seed=config.seed)
     facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
     if config.against:
         facts.append(("against", config.against))
-    return Report(
+    return Results(
         title=f"{Path(config.benchmark).stem}: {subject_of(config)}",
         facts=facts,
         evaluation=evaluation,
@@ -148,7 +142,7 @@ def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> 
     )
 
 
-def write_results(folder: Path, report: Report) -> None:
+def write_results(folder: Path, report: Results) -> None:
     """Write the three forms of the results."""
     folder.mkdir(parents=True, exist_ok=True)
     contents = {
@@ -157,9 +151,7 @@ def write_results(folder: Path, report: Report) -> None:
         "report.html": as_page(report),
     }
     for name, content in contents.items():
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(folder / name)
+        write_text(folder / name, content)
 
 
 def folder_name(config: EvaluateConfig) -> str:
@@ -194,10 +186,10 @@ def prediction_settings(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a folder without predictions, and compare with those of one that has some.
+    """Write the settings of a folder that has no predictions yet.
 
     Raises:
-        ConfigError: the predictions were made with others.
+        ConfigError: it has some, which were made with other settings.
     """
     if path.is_file() and path.with_name(PREDICTIONS_FILE).is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -208,27 +200,22 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         ]
         if changed:
             raise ConfigError(
-                f"{path.parent} holds predictions made with other settings ({'; '.join(changed)}): set another name, "
-                "or remove the folder"
+                f"{path.parent} holds predictions made with other settings ({'; '.join(changed)}). Set another name, "
+                "or remove the folder."
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(settings, indent=2) + "\n")
 
 
 def require_pages(questions: Sequence[Question], image_dir: str) -> None:
-    """Refuse to start when page files are missing.
-
-    Raises:
-        InputError: lists the first.
-    """
+    """Raise InputError, which lists the first of them, if page files are missing."""
     paths = {source for question in questions for source in question.images if isinstance(source, str)}
     missing = sorted(path for path in paths if not os.path.isfile(path))
     if missing:
-        listed = ", ".join(missing[:MAX_LISTED_PAGES]) + (", ..." if len(missing) > MAX_LISTED_PAGES else "")
         raise InputError(
-            f"{len(missing)} of {len(paths)} pages are missing: {listed}; unpack the benchmark's images beside its "
-            f"rows, or set image_dir (now {image_dir!r})"
+            f"{len(missing)} of {len(paths)} pages are missing:\n{listed(missing)}\n"
+            f"Unpack the benchmark's images beside its rows, or set image_dir (now {image_dir!r})."
         )
 
 

@@ -1,4 +1,4 @@
-"""Where the test questions are: EVisRAG-Test by name, a folder of its layout, or a user's own file. Knows no scores."""
+"""Where the test questions are: EVisRAG-Test by name, a folder of its layout, or a user's own file."""
 
 from __future__ import annotations
 
@@ -30,34 +30,31 @@ def load_benchmark(name: str, *, folder: str, topk: int, image_dir: str = "") ->
         topk: pages per question; in a folder it chooses the file. 0 takes all pages of a data file.
 
     Raises:
-        ConfigError: there is no such benchmark. RsgrpoError: its rows cannot be used.
+        ConfigError: there is no such benchmark. InputError: its rows cannot be used.
     """
     path = find_benchmark(name, folder, topk)
     questions = read_questions(str(path), image_dir=image_dir, need_answers=True)
     repeated = [row_id for row_id, count in Counter(question.id for question in questions).items() if count > 1]
     if repeated:
-        raise InputError(f"{path}: {len(repeated)} ids stand more than once, such as {repeated[0]!r}")
-    long = [question for question in questions if topk and len(question.images) > topk]
-    if long:
+        raise InputError(f"{path}: {len(repeated)} ids occur more than once, such as {repeated[0]!r}")
+    if not topk:
+        return questions
+    if num_long := sum(len(question.images) > topk for question in questions):
         log.warning(
-            "%s: %d of %d questions have more than topk=%d pages; the surplus is left out, and is_sufficient still "
-            "speaks of all of them",
+            "%s: %d of %d questions have more than topk=%d pages. The surplus is left out, although is_sufficient "
+            "refers to all of them.",
             path,
-            len(long),
+            num_long,
             len(questions),
             topk,
         )
-    return [_cut(question, topk) for question in questions] if topk else questions
+    return [_cut(question, topk) for question in questions]
 
 
 def find_benchmark(name: str, folder: str, topk: int) -> Path:
-    """Return the benchmark's data file.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the benchmark's data file; ConfigError if there is none."""
     if not name:
-        raise ConfigError(f"benchmark is empty: choose one of {', '.join(BENCHMARKS)}, a folder or a data file")
+        raise ConfigError(f"benchmark is empty. Set it to one of {', '.join(BENCHMARKS)}, a folder or a data file.")
     if Path(name).is_file():
         return Path(name)
     known = next((known for known in BENCHMARKS if known.lower() == name.removeprefix(PREFIX).lower()), None)
@@ -67,7 +64,7 @@ def find_benchmark(name: str, folder: str, topk: int) -> Path:
         if _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
             return _file_of(_fetched(name, folder), topk)
         raise ConfigError(
-            f"benchmark={name} is neither a file or folder here nor one of {', '.join(BENCHMARKS)}"
+            f"benchmark={name} is neither an existing file or folder nor one of {', '.join(BENCHMARKS)}"
             f"{nearest(name, BENCHMARKS)}"
         )
     for place in (Path(name), Path(folder) / f"{PREFIX}{known}", Path(folder) / known):

@@ -109,7 +109,7 @@ def test_an_endpoint_that_goes_down_is_tried_again_then_named_and_what_was_finis
     ("settings", "complaint"),
     [
         ({"benchmark": "SlidVQA"}, "did you mean SlideVQA"),
-        ({"benchmark": "none.jsonl"}, "neither a file or folder here"),
+        ({"benchmark": "none.jsonl"}, "neither an existing file or folder"),
         ({"benchmark": "rows.jsonl", "predictions": "gone.jsonl"}, "predictions=gone.jsonl cannot be read"),
         ({"benchmark": "rows.jsonl", "predictions": "broken.jsonl"}, "line 1 of broken.jsonl is not valid JSON"),
         ({"benchmark": "broken.jsonl"}, "line 1 of broken.jsonl"),

@@ -90,12 +90,12 @@ def test_a_benchmark_is_found_by_folder_and_by_file(data):
 @pytest.mark.parametrize(
     ("name", "topk", "complaint"),
     [
-        ("", 3, "benchmark is empty: choose one of ChartQA, InfoVQA"),
+        ("", 3, "benchmark is empty. Set it to one of ChartQA, InfoVQA"),
         ("SlidVQA", 3, "did you mean SlideVQA"),
         ("SlideVQA", 5, r"has no top5_test.jsonl; it has top3_test.jsonl"),
         ("SlideVQA", 0, "topk must be >= 1"),
         ("DocVQA", 3, r"openbmb/EVisRAG-Test-DocVQA is not on this machine[\s\S]*benchmark_dir"),
-        ("none/of/this.jsonl", 3, "neither a file or folder here"),
+        ("none/of/this.jsonl", 3, "neither an existing file or folder"),
     ],
 )
 def test_a_benchmark_that_is_not_there_says_what_is(data, name, topk, complaint):
@@ -141,7 +141,7 @@ def test_images_may_be_packed_in_a_parquet_file(data):
 def test_repeated_ids_and_rows_without_gold_are_refused(data):
     path = data / "EVisRAG-Test-SlideVQA/top3_test.jsonl"
     path.write_text(path.read_text() * 2)
-    with pytest.raises(RsgrpoError, match="4 ids stand more than once, such as 'q0'"):
+    with pytest.raises(RsgrpoError, match="4 ids occur more than once, such as 'q0'"):
         load_benchmark("SlideVQA", folder=str(data), topk=3)
     path.write_text('{"qid": 1, "query": "q"}\n')
     with pytest.raises(RsgrpoError, match=r"line 1 of top3_test.jsonl: no gold answer"):
@@ -264,7 +264,7 @@ def test_settings_that_led_to_no_prediction_may_change(data, tiny_model_path):
 
 def test_missing_pages_stop_a_prediction_before_it_starts(data):
     (data / "EVisRAG-Test-SlideVQA/images/0.png").unlink()
-    with pytest.raises(RsgrpoError, match=r"1 of 3 pages are missing: .*0.png; unpack"):
+    with pytest.raises(RsgrpoError, match=r"1 of 3 pages are missing:\n  .*0.png\nUnpack"):
         evaluate(config_of(data, prompt=dataclasses.replace(EvaluateConfig().prompt, template="{images}{question}")))
 
 

@@ -143,14 +143,14 @@ def test_without_vllm_the_other_engine_is_a_choice_and_no_silent_change(monkeypa
         evisrag_mini.require_engine("vllm")
     evisrag_mini.require_engine("hf")
     assert evisrag_mini.main([]) == 2
-    assert capsys.readouterr().err.startswith("error: vLLM is not installed here")
+    assert capsys.readouterr().err.startswith("error: vLLM is not installed")
 
 
 def test_a_folder_is_of_one_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evisrag_mini.require_seed(3)
     evisrag_mini.require_seed(3)
-    with pytest.raises(InputError, match="evisrag-mini was begun with seed 3, now it is 0: run it in another folder"):
+    with pytest.raises(InputError, match="evisrag-mini was begun with seed 3, not 0. Run the new seed in another folder"):
         evisrag_mini.require_seed(0)
 
 
@@ -158,7 +158,7 @@ def test_a_stage_that_fails_ends_the_command_with_its_own_line(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert evisrag_mini.main(["--engine", "hf"]) == 1
     error = capsys.readouterr().err
-    assert "`python -m recipes.prepare mini` ended with 2" in error
+    assert "`python -m recipes.prepare mini` ended with exit code 2" in error
 
 
 def test_the_last_table_shows_before_after_and_the_paired_difference():
