@@ -135,15 +135,15 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
     columns = row.columns
     if row.fault:
         raise ValueError(row.fault)
-    row_id = _first(columns, ID_KEYS)
+    row_id = first_of(columns, ID_KEYS)
     own = columns.get("prompt")
-    question = _first(columns, QUESTION_KEYS)
+    question = first_of(columns, QUESTION_KEYS)
     if question is None and isinstance(own, str):
         question = own.replace(IMAGE_MARK, "").strip()
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: it needs question, query or prompt; it has {', '.join(columns)}")
-    images = tuple(folder.resolve(entry) for entry in image_entries(_first(columns, IMAGE_KEYS)))
-    answers, evidence = _gold(_first(columns, ANSWER_KEYS), columns.get("evidence"))
+    images = tuple(folder.resolve(entry) for entry in image_entries(first_of(columns, IMAGE_KEYS)))
+    answers, evidence = _gold(first_of(columns, ANSWER_KEYS), columns.get("evidence"))
     if need_answers and not answers:
         raise ValueError(f"no gold answer: it needs answer or answers; it has {', '.join(columns)}")
     if evidence is not None and len(evidence) != len(images):
@@ -160,7 +160,8 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
     )
 
 
-def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
+def first_of(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """Return the value of the first of several column names that has one; None without any."""
     return next((columns[key] for key in keys if columns.get(key) is not None), None)
 
 

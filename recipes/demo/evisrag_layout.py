@@ -7,8 +7,7 @@ held-out pages: forms as in training, and worn copies of forms.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 from PIL import Image
 
-from recipes.demo.forms import FormJob, FormPage, Scans, draw_item, draw_pool
+from recipes.demo.forms import FormJob, Scans, draw_item, draw_pool
 from recipes.demo.items import Item, answer_text, evidence_slots, prompt_text, true_reading
 from recipes.demo.rows import write_rows
 from rollout.files import read_jsonl
@@ -38,19 +37,14 @@ MAX_TURN_DEGREES, MAX_SHIFT_PIXELS = 12.0, 3
 INK, SPECKLE_STD = (0.55, 0.85), 0.12
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """What was written: rows of each file, and images of each folder."""
-
-    rows: Mapping[str, int]
-    images: Mapping[str, int]
-
-
-def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> Packed:
+def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> dict[str, dict[str, int]]:
     """Write EVisRAG-Train, the two benchmarks, and the prompt that the model is trained with, into `out`.
 
     demo_data: the folder that `recipes.prepare demo` wrote.
     num_questions: of each benchmark; both ask the same questions about the same pages, clean and worn.
+
+    Returns:
+        The counts of "rows" of each file, and of "images" of each folder.
     """
     rows: dict[str, int] = {}
     folder = out / TRAIN
@@ -65,8 +59,11 @@ def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> Pac
     images = {TRAIN: len(used)}
     scans = Scans()
     pool = draw_pool(scans, "val", PAGES_PER_PAIR, Random(f"{seed}/pages/benchmark"))
-    drawn = draw_items(pool, Random(f"{seed}/items/benchmark"))
-    items = [next(drawn) for _ in range(num_questions)]
+    draws, items = Random(f"{seed}/items/benchmark"), list[Item]()
+    while len(items) < num_questions:
+        item = draw_item(pool, "easy", draws)
+        if len(item.pages) == TOPK:
+            items.append(item)
     for name, worn in BENCHMARKS.items():
         folder = out / name
         folder.mkdir()
@@ -76,16 +73,9 @@ def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> Pac
             pages = {position: wear(page, Random(f"{seed}/wear/{position}")) for position, page in pages.items()}
         write_images(folder / IMAGE_FILE, {page_path(position): as_png(page) for position, page in pages.items()})
         rows[name], images[name] = len(items), len(pages)
-    (out / PROMPT_FILE).write_text(prompt_of(items[0]), encoding="utf-8")
-    return Packed(rows, images)
-
-
-def draw_items(pool: list[FormPage], rng: Random) -> Iterator[Item]:
-    """Yield questions over exactly `TOPK` pages."""
-    while True:
-        item = draw_item(pool, "easy", rng)
-        if len(item.pages) == TOPK:
-            yield item
+    question = items[0].question
+    (out / PROMPT_FILE).write_text(prompt_text(items[0]).replace(question, "{question}"), encoding="utf-8")
+    return {"rows": rows, "images": images}
 
 
 def test_row(row_id: str, item: Item) -> dict[str, Any]:
@@ -104,11 +94,6 @@ def test_row(row_id: str, item: Item) -> dict[str, Any]:
 def page_path(position: int) -> str:
     """Return the path under which a benchmark's rows and its images.parquet name a page."""
     return f"imgs/{position:04d}.png"
-
-
-def prompt_of(item: Item) -> str:
-    """Return the template of a three-page question: the message that the model is trained with, verbatim."""
-    return prompt_text(item).replace(item.question, "{question}")
 
 
 def wear(page: Image.Image, rng: Random) -> Image.Image:

@@ -96,11 +96,12 @@ def run_mini(options: dict[str, Any], console: Console) -> None:
         raise InputError(f"--num-questions must be >= 1, got {options['num_questions']}")
     made_from = json_object((data / MANIFEST).read_bytes(), str(data / MANIFEST))["settings"]
 
-    def fill(folder: Path) -> dict[str, Any]:
-        packed = write_mini(data, folder, options["num_questions"], made_from["seed"])
-        return {"rows": packed.rows, "images": packed.images}
-
-    facts = make_folder(out, options | {"demo": made_from}, fill, force=force)
+    facts = make_folder(
+        out,
+        options | {"demo": made_from},
+        lambda folder: write_mini(data, folder, options["num_questions"], made_from["seed"]),
+        force=force,
+    )
     rows = [(name, f"{count} rows") for name, count in facts["rows"].items()]
     rows += [(f"{name}/images.parquet", f"{count} pages") for name, count in facts["images"].items()]
     console.summary(f"In EVisRAG's layout: {out} ({facts['state']})", rows)

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from recipes.answers.batch import rewrite
-from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS
+from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS, first_of
 from rewards.evisrag import read_gold
 from rollout.files import write_bytes
 from rollout.inputs.images import PromptError, bytes_of, read_size
@@ -173,7 +173,7 @@ def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: 
     for name in NOT_TAKEN:
         if columns.get(name):
             raise ValueError(f"column {name!r} cannot be converted")
-    images = [folder.resolve(entry) for entry in image_entries(_first(columns, IMAGE_KEYS))]
+    images = [folder.resolve(entry) for entry in image_entries(first_of(columns, IMAGE_KEYS))]
     for source in images:
         if isinstance(source, str) and not os.path.isfile(source):
             raise ValueError(f"image {source} does not exist (see --image-dir)")
@@ -191,7 +191,7 @@ def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: 
         fields = _own(columns, template, len(images))
     if fields["prompt"].count(IMAGE_MARK) != len(images):
         raise ValueError(f"{fields['prompt'].count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(images)} images")
-    row_id = _first(columns, ID_KEYS)
+    row_id = first_of(columns, ID_KEYS)
     head = {"id": f"{stem}-{row.number:06d}" if row_id is None else str(row_id)}
     return head | fields | {"image": [portable_image(source, out) for source in images]}, system
 
@@ -226,7 +226,7 @@ def _alpaca(columns: Mapping[str, Any]) -> dict[str, Any]:
 def _own(columns: Mapping[str, Any], template: str, num_images: int) -> dict[str, Any]:
     from rsgrpo.data.prompts import render_template  # brings in torch
 
-    question, answer = _first(columns, QUESTION_KEYS), _first(columns, ANSWER_KEYS)
+    question, answer = first_of(columns, QUESTION_KEYS), first_of(columns, ANSWER_KEYS)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: it needs a column {' or '.join(QUESTION_KEYS)}; it has {', '.join(columns)}")
     is_bare = isinstance(answer, str) and "</answer>" not in answer
@@ -238,10 +238,6 @@ def _own(columns: Mapping[str, Any], template: str, num_images: int) -> dict[str
     read_gold(answer, {"evidence": evidence}, num_images)
     fields = {"question": question, "prompt": render_template(template, question, num_images), "answer": answer}
     return fields if evidence is None else fields | {"evidence": evidence}
-
-
-def _first(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    return next((columns[key] for key in keys if columns.get(key) is not None), None)
 
 
 def _cell(name: str, value: str, place: str) -> Any:
