@@ -178,7 +178,7 @@ def test_half_a_character_is_a_broken_row_and_a_whole_one_is_not(command, column
     assert COMMANDS[command]([write_rows(here, half, whole), "--endpoint", serve().url]) in (1, 2)
     shown = says(capsys)
     assert "line 1 of rows.jsonl" in shown
-    assert r"not valid Unicode: '\ud83d' stands without its other half" in shown
+    assert r"not valid Unicode: '\ud83d' lacks its other half" in shown
     assert "line 2" not in shown
 
 
