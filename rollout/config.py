@@ -50,9 +50,7 @@ class VllmConfig:
     """How the vLLM engine runs; read only with rollout.engine=vllm."""
 
     tensor_parallel_size: int = key(1, "Devices per engine; must divide the model's attention heads.", ge=1)
-    gpu_memory_utilization: float = key(
-        0.6, "Share of a GPU's memory that the engine may use; leave room for a colocated learner.", gt=0, le=1
-    )
+    gpu_memory_utilization: float = key(0.6, "Share of a GPU's memory for a (colocated) engine.", gt=0, le=1)
     kv_cache_gib: float = key(
         0.0,
         "Size of the KV cache on each device. 0 takes what gpu_memory_utilization leaves; on CPU what all responses "
@@ -69,16 +67,10 @@ class VllmConfig:
         "What the engine gives up while the learner works on the same GPUs: 0 nothing, 1 the KV cache (weights move to "
         "CPU memory), 2 both (the next weight sync must follow). No effect on CPU.",
     )
-    sync_bucket_mib: int = key(
-        1536, "Weights in flight at once; on shared GPUs at least the size of the largest tensor.", ge=1
-    )
+    sync_bucket_mib: int = key(1536, "Weights in flight at once; with shared GPUs at least the largest tensor.", ge=1)
     sync_timeout_s: float = key(300.0, "Time limit for each phase of a weight sync.", gt=0)
-    verify_every: int = key(
-        10, "Compare checksums of the engine's and the learner's weights after every n-th sync; 0 never does.", ge=0
-    )
-    stall_timeout_s: float = key(
-        300.0, "An engine with running requests has failed when it produces no token for this long.", gt=0
-    )
+    verify_every: int = key(10, "Compare weight checksums after every n-th sync; 0 never compares.", ge=0)
+    stall_timeout_s: float = key(300.0, "A busy engine without a new token for this long has failed.", gt=0)
 
     def __post_init__(self) -> None:
         check(self, "rollout.vllm")
@@ -113,10 +105,7 @@ class RolloutConfig:
     max_batch_sequences: int = key(128, "Sequences that the embedded engine decodes at once.", ge=1)
     dtype: Dtype = key("float32", "Precision of the engine's weights and KV cache, embedded engine and vLLM alike.")
     num_threads: int = key(0, "CPU threads of each engine; 0 leaves the number to torch.", ge=0)
-    script: str = key(
-        "",
-        'Answers of the fake engine: a jsonl of {"id", "responses"}; "" answers every prompt with its gold response.',
-    )
+    script: str = key("", 'Answers of the fake engine, a jsonl of {"id", "responses"}; "" gives gold responses.')
     timeout_s: float = key(3600.0, "Time limit for one batch of one worker.", gt=0)
     max_restarts: int = key(
         3,
@@ -124,9 +113,7 @@ class RolloutConfig:
         "current weights.",
         ge=0,
     )
-    allow_biased_sampling: bool = key(
-        False, "Permit top_p < 1 or top_k > 0 in training, which importance ratios do not correct."
-    )
+    allow_biased_sampling: bool = key(False, "Permit top_p < 1 or top_k > 0 in training, which biases the loss.")
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:

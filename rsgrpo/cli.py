@@ -214,7 +214,7 @@ def help_text(schema: type, config_name: str = "config", part: str = "") -> str:
             raise ConfigError(f"--help {part}: there is no such part{nearest(part, [one.path for one in parts])}")
         return "\n\n".join(map(_section_help, found))
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else f"python {sys.argv[0]}"
     all_groups = groups(schema, config_name)
     width = max(map(len, all_groups))
     run = f"{program} recipe={_easiest(all_groups['recipe'])}"

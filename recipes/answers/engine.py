@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from recipes.answers.spec import AnswerSpec
+from recipes.answers.spec import MADE_BY, AnswerSpec
 from recipes.answers.types import Answer, Answerer
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.checks import require_found
@@ -38,7 +38,7 @@ def open_answerer(spec: AnswerSpec) -> Answerer:
         return Endpoint(spec.endpoint, spec.sampling(), spec.inputs)
     path = spec.model.path
     require(path != "", "model.path is empty: name a model folder or hub id, or an endpoint (endpoint.url)")
-    require_found("model.path", path)
+    require_found("model.path", path, MADE_BY)
     return LocalAnswerer(spec)
 
 

@@ -11,6 +11,9 @@ from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, VllmC
 from rollout.keys import check, key, require
 from rollout.types import SamplingParams
 
+MADE_BY = {"demo/": "make demo"}
+"""Start of a path -> command that makes what is there."""
+
 
 @dataclass(frozen=True)
 class AnswerModelConfig:

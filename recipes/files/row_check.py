@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, QUESTION_KEYS, named_prompt
+from recipes.answers.spec import MADE_BY
 from rewards.api import Response
 from rewards.evisrag import well_formed
 from rollout.config import InputsConfig
@@ -120,7 +121,7 @@ def _renamed(row: Row) -> Row:
 def _counter(model: str, inputs: InputsConfig) -> TokenCounter:
     if not model:
         return Uncounted(inputs)
-    require_found("model", model)
+    require_found("model", model, MADE_BY)
     from rollout.inputs.processor import InputProcessor
 
     try:

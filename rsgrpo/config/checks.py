@@ -1,7 +1,7 @@
-"""What makes a configuration impossible: keys that contradict each other, files that are not there.
+"""Combinations of settings that cannot work, and files that are missing: refused before anything starts.
 
-Every message names the key, the value and what would work; sums are shown. Ranges of single keys are checked by the
-classes that hold them, with `rsgrpo.config.limits`. Only `require_inputs` and `require_found` look at the disk.
+Every message names the key, the value and what would work, and shows its arithmetic. Bounds of single keys are checked
+by the classes that declare them. Only `require_inputs` and `require_found` look at the disk.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Mapping
 
 from rollout.keys import nearest, require
 from rsgrpo.config.placement import place
-from rsgrpo.config.train import SftConfig, TrainConfig
+from rsgrpo.config.train import RunConfig, SftConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -25,18 +26,22 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: two or more keys contradict each other; the message shows the arithmetic.
     """
-    _check_inputs_exist(config)
+    _check_run(config, config.rollout.max_response_tokens, "rollout.max_response_tokens")
     _check_reward_names(config)
     _check_sampling(config)
-    _check_batches(config)
-    _check_budget(config, config.rollout.max_response_tokens, "rollout.max_response_tokens")
-    _check_devices(config)
+    _check_sleep(config)
+    _check_cpus(config)
     _check_checkpoint_metric(config)
-    _check_adapters(config)
+    prompts, updates = config.algorithm.prompts_per_step, config.algorithm.updates_per_step
+    require(
+        prompts % updates == 0,
+        f"algorithm.prompts_per_step={prompts} cannot be split into algorithm.updates_per_step={updates} equal parts: "
+        f"{prompts} = {updates} x {prompts // updates} + {prompts % updates}",
+    )
     if config.algorithm.kl_coef > 0 and config.algorithm.kl_estimator == "k1":
         log.warning(
-            "algorithm.kl_estimator=k1 as a loss has zero expected gradient: it is reported but holds nothing back; "
-            "take k3 (or k2)"
+            "algorithm.kl_estimator=k1 as a loss has zero expected gradient: it is reported but does not restrain the "
+            "policy. Use k3 (or k2)."
         )
 
 
@@ -46,16 +51,14 @@ def validate_sft(config: SftConfig) -> None:
     Raises:
         ConfigError: two or more keys contradict each other; the message shows the arithmetic.
     """
-    _check_inputs_exist(config)
-    _check_budget(config, config.max_response_tokens, "max_response_tokens")
-    _check_learner_device(config)
-    _check_adapters(config)
+    _check_run(config, config.max_response_tokens, "max_response_tokens")
 
 
-def how_to_get(key: str, path: str) -> str:
-    """Return the message for a model or data path that does not exist, with the command that makes it."""
-    if path.startswith("demo/"):
-        fix = "run `make demo` once; it makes the demo's data, model and warm start"
+def how_to_get(key: str, path: str, made_by: Mapping[str, str] | None = None) -> str:
+    """Return the message for a model or data path that does not exist, with the command that makes it if one does."""
+    command = next((command for start, command in (made_by or {}).items() if path.startswith(start)), None)
+    if command is not None:
+        fix = f"run `{command}` once to make it"
     elif key.startswith("model"):
         fix = "name a folder or hub id that exists, or make it: `python -m recipes.sft` exports to <run folder>/export"
     else:
@@ -63,42 +66,65 @@ def how_to_get(key: str, path: str) -> str:
     return f"{key}={path}: there is no such file or folder; {fix}"
 
 
-def require_found(key: str, path: str) -> None:
-    """Refuse a model or data path that is neither on disk nor shaped like a hub id ("org/name", "org/name:split")."""
-    on_disk = os.path.exists(path)
-    require(on_disk or (bool(HUB_ID.fullmatch(path)) and not path.startswith("demo/")), how_to_get(key, path))
+def require_found(key: str, path: str, made_by: Mapping[str, str] | None = None) -> None:
+    """Refuse a model or data path that is neither on disk nor shaped like a hub id ("org/name", "org/name:split").
+
+    made_by: start of a local path -> command that makes what is there (`made_by` of a run's configuration).
+    """
+    is_hub_id = HUB_ID.fullmatch(path) is not None and not path.startswith(tuple(made_by or ()))
+    require(os.path.exists(path) or is_hub_id, how_to_get(key, path, made_by))
 
 
-def require_inputs(config: TrainConfig | SftConfig) -> None:
+def require_inputs(config: RunConfig) -> None:
     """Refuse a model or rows that are not there, before anything heavy is loaded."""
-    require_found("model.path", config.model.path)
-    require_found("data.train", config.data.train)
+    require_found("model.path", config.model.path, config.made_by)
+    require_found("data.train", config.data.train, config.made_by)
     if config.data.val:
-        require_found("data.val", config.data.val)
+        require_found("data.val", config.data.val, config.made_by)
 
 
-def _check_inputs_exist(config: TrainConfig | SftConfig) -> None:
-    require(config.model.path != "", "model.path is empty: choose a model, for example model=qwen2_5_vl_3b")
+def _check_run(config: RunConfig, response_tokens: int, response_key: str) -> None:
+    """Check what training and warm start have in common."""
+    model, data, learner, validation = config.model, config.data, config.learner, config.validation
+    require(model.path != "", "model.path is empty: choose a model, for example model=qwen2_5_vl_3b")
+    require(data.train != "", "data.train is empty: name the training rows, for example data.train=my/train.jsonl")
     require(
-        config.data.train != "", "data.train is empty: name the training rows, for example data.train=my/train.jsonl"
-    )
-    validation = config.validation
-    require(
-        config.data.val != "" or not (validation.every or validation.at_start),
+        data.val != "" or not (validation.every or validation.at_start),
         f"data.val is empty, but validation.every={validation.every} and validation.at_start={validation.at_start}: "
         "name held-out rows, or set validation.every=0 validation.at_start=false",
     )
-    if config.data.train == config.data.val:
-        log.warning("data.train and data.val are the same rows (%s): validation measures memory", config.data.train)
+    if data.train == data.val:
+        log.warning("data.train and data.val are the same rows (%s): validation measures memorization", data.train)
+    budget, prompt_tokens = learner.max_tokens_per_micro_batch, config.inputs.max_prompt_tokens
+    needed = prompt_tokens + response_tokens
+    require(
+        budget >= needed,
+        f"learner.max_tokens_per_micro_batch {budget} < {prompt_tokens} + {response_tokens} = {needed} "
+        f"(inputs.max_prompt_tokens + {response_key}): the longest prompt with one response would not fit; set it to "
+        f"{needed} or more",
+    )
+    require(
+        not (learner.offload and learner.device == "cpu"),
+        "learner.offload=true moves parameters off a GPU, but learner.device=cpu: set learner.offload=false",
+    )
+    require(
+        not (learner.attention == "flash" and learner.device == "cpu"),
+        "learner.attention=flash needs a GPU, but learner.device=cpu: set learner.attention=sdpa",
+    )
+    require(
+        not model.lora.rank or model.freeze_vision,
+        f"model.lora.rank={model.lora.rank} puts adapters on the language model and trains nothing else, but "
+        "model.freeze_vision=false trains the vision tower: set it to true, or model.lora.rank=0",
+    )
 
 
 def _check_reward_names(config: TrainConfig) -> None:
     names = list(config.rewards)
-    require(bool(names), "rewards is empty: nothing to learn from; for example rewards=evisrag")
-    both = sorted(set(names) & set(config.monitors))
-    require(
-        not both, f"monitors.{both[0] if both else ''}: a reward of this name is trained on; give the monitor another"
-    )
+    require(bool(names), "rewards is empty: there is nothing to learn from; choose some, for example rewards=evisrag")
+    for name in names:
+        require(
+            name not in config.monitors, f"monitors.{name}: a reward has this name; give the monitor a different one"
+        )
     scored = [*names, *config.monitors]
     for key, weights, known in (
         ("reward_weights", config.reward_weights, names),
@@ -126,47 +152,25 @@ def _check_sampling(config: TrainConfig) -> None:
     require(
         rollout.temperature > 0,
         f"rollout.temperature must be > 0 in training, got {rollout.temperature:g}: greedy rollouts of a group are all "
-        "the same, so no reward has any spread",
+        "the same, so no reward varies",
     )
     biased = (rollout.top_p < 1 and f"rollout.top_p={rollout.top_p:g}") or (
         rollout.top_k > 0 and f"rollout.top_k={rollout.top_k}"
     )
     require(
         not biased or rollout.allow_biased_sampling,
-        f"{biased} cuts the distribution that is sampled from, and importance ratios do not correct it: use "
+        f"{biased} cuts the distribution that is sampled from, and importance ratios do not correct it: set "
         "rollout.top_p=1 rollout.top_k=0, or force it with rollout.allow_biased_sampling=true",
     )
 
 
-def _check_batches(config: TrainConfig) -> None:
-    prompts, updates = config.algorithm.prompts_per_step, config.algorithm.updates_per_step
-    require(
-        prompts % updates == 0,
-        f"algorithm.prompts_per_step={prompts} cannot be split into algorithm.updates_per_step={updates} equal parts: "
-        f"{prompts} = {updates} x {prompts // updates} + {prompts % updates}",
-    )
-
-
-def _check_budget(config: TrainConfig | SftConfig, response_tokens: int, response_key: str) -> None:
-    budget, prompt_tokens = config.learner.max_tokens_per_micro_batch, config.inputs.max_prompt_tokens
-    needed = prompt_tokens + response_tokens
-    require(
-        budget >= needed,
-        f"learner.max_tokens_per_micro_batch {budget} < {prompt_tokens} + {response_tokens} = {needed} "
-        f"(inputs.max_prompt_tokens + {response_key}): the longest prompt with one response would not fit; set it to "
-        f"{needed} or more",
-    )
-
-
-def _check_devices(config: TrainConfig) -> None:
-    _check_learner_device(config)
-    _check_sleep(config)
+def _check_cpus(config: TrainConfig) -> None:
     cluster = config.cluster
     if cluster.num_cpus and not cluster.address:
         placement = place(config, has_gpus=False)
         require(
             placement.total_cpus <= cluster.num_cpus + 1e-6,
-            f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}: the workers would wait for ever",
+            f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}: raise it, or lower cluster.cpus",
         )
 
 
@@ -181,33 +185,12 @@ def _check_sleep(config: TrainConfig) -> None:
     )
     require(
         level < 2 or not config.model.lora.rank,
-        "rollout.vllm.sleep_level=2 gives up the weights, but a LoRA run sends adapters only: use sleep_level=1",
+        "rollout.vllm.sleep_level=2 gives up the weights, but a LoRA run sends adapters only: set sleep_level=1",
     )
     require(
         level < 2 or not config.model.freeze_vision,
-        "rollout.vllm.sleep_level=2 gives up all weights, but a frozen vision tower is never sent again: use "
+        "rollout.vllm.sleep_level=2 gives up all weights, but a frozen vision tower is never sent again: set "
         "sleep_level=1, or model.freeze_vision=false",
-    )
-
-
-def _check_learner_device(config: TrainConfig | SftConfig) -> None:
-    learner = config.learner
-    require(
-        not (learner.offload and learner.device == "cpu"),
-        "learner.offload=true moves parameters off an accelerator, but learner.device=cpu: set learner.offload=false",
-    )
-    require(
-        not (learner.attention == "flash" and learner.device == "cpu"),
-        "learner.attention=flash needs a GPU, but learner.device=cpu: use sdpa",
-    )
-
-
-def _check_adapters(config: TrainConfig | SftConfig) -> None:
-    model = config.model
-    require(
-        not model.lora.rank or model.freeze_vision,
-        f"model.lora.rank={model.lora.rank} puts adapters on the language model and trains nothing else, but "
-        "model.freeze_vision=false asks for a trained vision tower: set it to true, or model.lora.rank=0",
     )
 
 

@@ -42,9 +42,7 @@ class ModelConfig:
 
     path: str = key("", "Hugging Face folder or hub id of the model.")
     revision: str = key("", 'Commit, branch or tag on the hub; "" takes the newest.')
-    freeze_vision: bool = key(
-        True, "Keep the vision tower and its merger as they are; features are then computed once per image."
-    )
+    freeze_vision: bool = key(True, "Keep the vision tower as it is; features are computed once per image.")
     trust_remote_code: bool = key(False, "Run code that comes with the model.")
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -87,9 +85,7 @@ class AlgorithmConfig:
     kl_coef: float = key(0.0, "Weight of the KL term to the reference model; 0 loads no reference.", ge=0)
     kl_estimator: KlEstimator = key("k3", "How the KL term is estimated; k1 has no gradient in expectation.")
     entropy_coef: float = key(0.0, "Weight of an entropy bonus.", ge=0)
-    importance_cap: float = key(
-        0.0, "Cap of the detached weight exp(old - rollout logprob) of each token; 0 is off.", ge=1, off=0
-    )
+    importance_cap: float = key(0.0, "Cap of each token's weight exp(old - rollout logprob); 0 is off.", ge=1, off=0)
     max_staleness: Literal[0, 1] = key(
         0,
         "0 samples each step with the newest weights; 1 samples the next step while this one is learned, with the "
@@ -123,9 +119,7 @@ class LearnerConfig:
     weight_decay: float = key(0.01, "AdamW's decoupled weight decay.", ge=0)
     max_grad_norm: float = key(1.0, "Gradients are scaled down to this norm.", gt=0)
     vision_lr_scale: float = key(1.0, "Factor on the learning rate of a trained vision tower.", gt=0)
-    max_tokens_per_micro_batch: int = key(
-        32_768, "Size of a micro-batch: each prompt once, plus all responses of its group.", ge=1
-    )
+    max_tokens_per_micro_batch: int = key(32_768, "Each prompt once, plus all responses of its group.", ge=1)
     logits_chunk_tokens: int = key(512, "Response tokens whose logits are in memory at once.", ge=1)
     gradient_checkpointing: str = key(
         "full",
@@ -134,23 +128,12 @@ class LearnerConfig:
     )
     offload: bool = key(False, "Keep parameters and optimizer state in CPU memory (GPUs only).")
     compile: bool = key(False, "Compile each decoder layer with torch.compile.")
-    attention: AttentionKind = key(
-        "auto", "Attention kernel: sdpa, flash (flash-attn), or auto for flash-attn where it is installed."
-    )
-    self_check: bool = key(True, "Compare the shared-prefix forward pass with a plain one on the first group of a run.")
-    encode_ahead: int = key(
-        8,
-        "Prompts whose images each rank decodes in advance, in background threads; a decoded image takes 19 KB per "
-        "image token.",
-        ge=1,
-    )
-    vision_cache_mb: int = key(
-        4096, "CPU memory for the image features of a frozen tower, kept across steps; 0 keeps none.", ge=0
-    )
+    attention: AttentionKind = key("auto", "Attention kernel; auto is flash-attn where it is installed, else sdpa.")
+    self_check: bool = key(True, "Compare the shared-prefix pass with a plain one on the first group of a run.")
+    encode_ahead: int = key(8, "Prompts decoded in advance per rank; images take 19 KB per image token.", ge=1)
+    vision_cache_mb: int = key(4096, "CPU memory for features of a frozen tower; 0 keeps none across steps.", ge=0)
     feature_cache: str = key("", 'Folder that keeps a frozen tower\'s features across runs; "" keeps none.')
-    feature_cache_gb: float = key(
-        100.0, "Size limit of feature_cache; the features unused for longest are deleted first.", gt=0
-    )
+    feature_cache_gb: float = key(100.0, "Size limit of feature_cache; the longest unused are deleted.", gt=0)
     max_bad_steps: int = key(3, "Consecutive steps with a non-finite gradient tolerated before the run stops.", ge=1)
 
     def __post_init__(self) -> None:

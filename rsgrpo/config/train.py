@@ -30,18 +30,11 @@ CPUS = {"rollout": 0.25, "learner": 0.25, "reward": 0.1}
 class DataConfig:
     """Rows to train on and to validate on."""
 
-    train: str = key(
-        "", 'Training rows: a .jsonl, .json or .parquet file, a folder, or a hub data set ("org/name:split").'
-    )
+    train: str = key("", 'Training rows: a .jsonl, .json or .parquet file, a folder or a hub id ("org/name:split").')
     val: str = key("", "Held-out rows, in the same forms.")
     image_dir: str = key("", 'Folder that relative image paths start from; "" means the data file\'s own folder.')
-    columns: dict[str, str] = key(
-        COLUMNS, "Names of the columns prompt, answer, image, question and id; the last two may be missing in the data."
-    )
-    gold: str = key(
-        "rewards.gold:detect",
-        '"module:function" that makes the gold columns into a row\'s truth; rewards.gold has those that are shipped.',
-    )
+    columns: dict[str, str] = key(COLUMNS, "Column names; those of question and id may be missing in the data.")
+    gold: str = key("rewards.gold:detect", "module:function that turns the gold columns into a row's truth.")
     bad_rows: Literal["error", "drop"] = key("error", "Unusable rows: error lists them and stops, drop counts them.")
     overlong: Literal["error", "drop"] = key("error", "The same for prompts over inputs.max_prompt_tokens.")
     shuffle: bool = key(True, "Use a new order every epoch, fixed by seed.")
@@ -119,9 +112,7 @@ class TrackingConfig:
 
     wandb: Literal["online", "offline", "disabled"] = key("disabled", "Mode of Weights & Biases.")
     project: str = key("rsgrpo", 'Project of Weights & Biases: "project", or "team/project" for a team\'s.')
-    rollout_table_rows: int = key(
-        8, "Sampled rollouts in the Weights & Biases table of a step, with their pages; 0 sends none.", ge=0
-    )
+    rollout_table_rows: int = key(8, "Rollouts, with pages, in a step's Weights & Biases table; 0 is none.", ge=0)
     tensorboard: bool = key(False, "Also write TensorBoard event files.")
     store_rollouts: bool = key(True, "Write every step's rollouts as parquet; the report reads them.")
 
@@ -171,50 +162,73 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run of `python -m rsgrpo.train`."""
+class RunConfig:
+    """What training and warm start have in common."""
 
     name: str = key("rsgrpo", "Name of the run; its folder is <output_dir>/<name>.")
     output_dir: str = key("runs", "Folder that holds run folders.")
     seed: int = key(0, "The single source of every random draw.", ge=0)
     total_steps: int = key(0, "Steps to train; 0 trains for `epochs` passes over the training rows.", ge=0)
     epochs: int = key(1, "Passes over the training rows; read when total_steps is 0.", ge=0)
-    rewards: dict[str, str] = key({}, 'Name -> "module:function".')
-    reward_weights: dict[str, float] = key({}, "Name -> weight in the loss, > 0; 1 where not named.")
-    reward_args: dict[str, Any] = key({}, "Name -> keyword arguments of the function.")
-    reward_timeouts_s: dict[str, float] = key({}, "Name -> time limit per response; 0 or not named is none.")
-    on_reward_error: Literal["stop", "skip"] = key(
-        "stop", "When a reward raises: stop the run, or skip (count it; the reward does not apply to that response)."
-    )
-    monitors: dict[str, str] = key({}, 'Name -> "module:function", scored and reported like rewards, never trained on.')
+    made_by: dict[str, str] = key({}, "Start of a path -> command that makes what is there; errors name it.")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     inputs: InputsConfig = field(default_factory=InputsConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(
+            re.fullmatch(r"[\w.=,+-]+", self.name) is not None,
+            f"name must be letters, digits and any of _.=,+- because it names the run folder; got {self.name!r}",
+        )
+        require(self.total_steps + self.epochs > 0, f"epochs must be >= 1 where total_steps is 0, got {self.epochs}")
+        require(
+            not self.data.streaming or self.total_steps > 0,
+            "data.streaming=true cannot count the rows in advance: set total_steps",
+        )
+        require(
+            self.checkpoint.export or not self.export.push_to_hub,
+            f"export.push_to_hub={self.export.push_to_hub} needs an export: set checkpoint.export=true",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One run of `python -m rsgrpo.train`."""
+
+    rewards: dict[str, str] = key({}, "Name -> module:function.")
+    reward_weights: dict[str, float] = key({}, "Name -> weight in the loss, > 0; 1 where not named.")
+    reward_args: dict[str, Any] = key({}, "Name -> keyword arguments of the function.")
+    reward_timeouts_s: dict[str, float] = key({}, "Name -> time limit per response; 0 or not named is none.")
+    on_reward_error: Literal["stop", "skip"] = key(
+        "stop", "When a reward raises: stop the run, or skip (count it; the reward does not apply to that response)."
+    )
+    monitors: dict[str, str] = key({}, "Name -> module:function, scored and reported like rewards, never trained on.")
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
 
     def __post_init__(self) -> None:
-        _check_run(self)
-        for name, functions in (("rewards", self.rewards), ("monitors", self.monitors)):
-            for entry, function in functions.items():
-                require(
-                    re.fullmatch(r"[\w.]+:\w+", function) is not None,
-                    f"{name}.{entry} must be module:function, for example rewards.evisrag:accuracy; got {function!r}",
-                )
+        super().__post_init__()
+        for name, function in [*self.rewards.items(), *self.monitors.items()]:
+            where = "rewards" if name in self.rewards else "monitors"
+            require(
+                re.fullmatch(r"[\w.]+:\w+", function) is not None,
+                f"{where}.{name} must be module:function, for example rewards.evisrag:accuracy; got {function!r}",
+            )
         check_names(self.guards, self.rewards, self.monitors)
         for name, weight in self.reward_weights.items():
             require(
                 weight > 0,
-                f"reward_weights.{name} must be > 0, got {weight:g}; to leave the reward out, use ~rewards.{name}",
+                f"reward_weights.{name} must be > 0, got {weight:g}; to drop the reward, use ~rewards.{name}",
             )
         for name, timeout_s in self.reward_timeouts_s.items():
             require(timeout_s >= 0, f"reward_timeouts_s.{name} must be >= 0, got {timeout_s:g}")
@@ -226,50 +240,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class SftConfig:
+class SftConfig(RunConfig):
     """One run of `python -m recipes.sft`: the same model, data and learner, on gold responses.
 
     cluster: read when `learner.num_ranks` is over 1; one rank runs in the program itself.
     """
 
     name: str = key("sft", "Name of the run; its folder is <output_dir>/<name>.")
-    output_dir: str = key("runs", "Folder that holds run folders.")
-    seed: int = key(0, "The single source of every random draw.", ge=0)
-    total_steps: int = key(0, "Steps to train; 0 trains for `epochs` passes over the training rows.", ge=0)
-    epochs: int = key(1, "Passes over the training rows; read when total_steps is 0.", ge=0)
     batch_size: int = key(64, "Rows per optimizer step.", ge=1)
     max_response_tokens: int = key(1536, "Longest gold response in tokens; rows with longer ones are bad rows.", ge=1)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    inputs: InputsConfig = field(default_factory=InputsConfig)
-    learner: LearnerConfig = field(default_factory=LearnerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-
-    def __post_init__(self) -> None:
-        _check_run(self)
-
-
-def _check_run(run: TrainConfig | SftConfig) -> None:
-    check(run)
-    require(
-        re.fullmatch(r"[\w.=,+-]+", run.name) is not None,
-        f"name must be letters, digits and any of _.=,+- because it names the run folder; got {run.name!r}",
-    )
-    require(run.total_steps > 0 or run.epochs > 0, f"epochs must be >= 1 where total_steps is 0, got {run.epochs}")
-    require(
-        not run.data.streaming or run.total_steps > 0,
-        "data.streaming=true cannot count the rows in advance: set total_steps",
-    )
-    require(
-        run.checkpoint.export or not run.export.push_to_hub,
-        f"export.push_to_hub={run.export.push_to_hub} uploads the export, but checkpoint.export=false writes none: set "
-        "it to true",
-    )
 
 
 def _filled(where: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

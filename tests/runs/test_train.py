@@ -238,8 +238,9 @@ def test_a_failing_reward_ends_the_run_with_its_name_and_the_response(ray_cluste
 
 
 def test_missing_demo_data_names_the_command_to_run(config):
+    data = DataConfig(train="demo/data/no.jsonl", val="demo/data/val.jsonl")
     with pytest.raises(RsgrpoError, match=r"data.train=demo/data/no.jsonl.*make demo"):
-        train(variant(config, data=DataConfig(train="demo/data/no.jsonl", val="demo/data/val.jsonl")))
+        train(variant(config, data=data, made_by={"demo/": "make demo"}))
 
 
 def test_too_few_cpus_are_refused_with_the_arithmetic(ray_cluster, config):
