@@ -50,7 +50,7 @@ def set_up(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """One step: prompts of so many images (each of `image_tokens`) and words, responses per prompt and their tokens."""
+    """One step: images (each of `image_tokens`) and words per prompt, responses per prompt and their tokens."""
 
     prompts: int = 1
     images: int = 5

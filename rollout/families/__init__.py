@@ -19,6 +19,6 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise InputError(
             f"model.path is a {model_type!r} model; supported families are {', '.join(FAMILIES)}. To add one, write a "
-            "file beside rollout/families/qwen3_vl.py and run the tests of tests/rollout/families on it"
+            "file beside rollout/families/qwen3_vl.py"
         )
     return FAMILIES[model_type]()

@@ -18,9 +18,9 @@ WHOLE_RESPONSE_KINDS = ("grpo", "dr_grpo", "rloo")
 
 
 def standardise(scores_G: np.ndarray) -> np.ndarray:
-    """(s - mean) / (unbiased std + 1e-6) over the scores that are there; 0 for the others.
+    """Return (s - mean) / (unbiased std + 1e-6) over the scores that are present; 0 for the others.
 
-    Also 0 where fewer than two scores are there, and where all of them are equal.
+    Also 0 where fewer than two scores are present, and where all of them are equal.
 
     >>> standardise(np.array([0.0, 1.0, np.nan])).round(3).tolist()
     [-0.707, 0.707, 0.0]
@@ -29,12 +29,12 @@ def standardise(scores_G: np.ndarray) -> np.ndarray:
 
 
 def centre(scores_G: np.ndarray) -> np.ndarray:
-    """S - mean over the scores that are there (Dr. GRPO); 0 for the others."""
+    """Return s - mean over the scores that are present (Dr. GRPO); 0 for the others."""
     return _centre(scores_G, divide_by_std=False)
 
 
 def leave_one_out(scores_G: np.ndarray) -> np.ndarray:
-    """s_i - mean of the other scores (RLOO); 0 for missing ones."""
+    """Return s_i - mean of the other scores (RLOO); 0 for missing ones."""
     num_present = int(np.isfinite(scores_G).sum())
     return centre(scores_G) * (num_present / max(num_present - 1, 1))
 
@@ -51,17 +51,17 @@ def _centre(scores_G: np.ndarray, *, divide_by_std: bool) -> np.ndarray:
 
 
 def term_names(kind: str, reward_names_K: Sequence[str]) -> tuple[str, ...]:
-    """Names of the loss terms that `kind` makes: one per reward, or a single one."""
+    """Return the names of the loss terms of an advantage kind: one per reward, or a single one."""
     return tuple(reward_names_K) if kind == "per_reward" else (kind,)
 
 
 def term_weights(kind: str, weights_K: Sequence[float]) -> tuple[float, ...]:
-    """Loss weights of those terms. Where there is one term the reward weights are already inside its advantages."""
+    """Return the loss weights of those terms; a single term has the reward weights inside its advantages already."""
     return tuple(weights_K) if kind == "per_reward" else (1.0,)
 
 
 def credit_group(scored: ScoredGroup, kind: str, weights_K: Sequence[float]) -> TrainGroup:
-    """Turn one scored group into what the learner trains on.
+    """Return what the learner trains on: the group with a scope and an advantage for every loss term and token.
 
     Args:
         scored: a group whose rollouts have scores and character spans.
@@ -96,7 +96,7 @@ CreditSet = frozenset[tuple[int, str]]
 
 
 def _credit_masks(scored: ScoredGroup) -> list[list[MaskedCredits]]:
-    """For every rollout and reward, its credits and the (T,) tokens that each of them covers."""
+    """Return, for every rollout and reward, its credits and the (T,) tokens that each of them covers."""
     return [
         [
             [(credit, token_mask(rollout.token_spans_T, credit.span, len(rollout.text))) for credit in credits]
@@ -107,7 +107,7 @@ def _credit_masks(scored: ScoredGroup) -> list[list[MaskedCredits]]:
 
 
 def _advantage_per_key(credits_G: Sequence[Sequence[Credit]]) -> list[dict[str, float]]:
-    """Standardise each key over the rollouts that have it: for every rollout, key -> advantage."""
+    """Standardise each key over the rollouts that have it; return key -> advantage for every rollout."""
     advantages_G: list[dict[str, float]] = [{} for _ in credits_G]
     scores_by_key: dict[str, np.ndarray] = {}
     for index, credits in enumerate(credits_G):
@@ -137,7 +137,7 @@ def _per_reward(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]]) -> lis
 
 
 def _per_scope(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]], weights_K: Sequence[float]) -> list[Terms]:
-    """The paper's form: tokens covered by the same set of rewards share one standardised, weighted mean score."""
+    """Follow the paper: tokens covered by the same set of rewards share one standardised, weighted mean score."""
     num_rollouts = len(scored.group.rollouts)
     tokens_G: list[dict[CreditSet, np.ndarray]] = []
     scores_by_set: dict[CreditSet, np.ndarray] = {}
@@ -169,7 +169,7 @@ def _per_scope(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]], weights
 
 
 def _whole_response(scored: ScoredGroup, kind: str, weights_K: Sequence[float]) -> list[Terms]:
-    """The baselines: one weighted sum of all scores, on every token. A reward that did not apply adds nothing."""
+    """Follow the baselines: one weighted sum of all scores, on every token; a reward that did not apply adds 0."""
     sums_G = np.array([weighted_sum(scores_K, weights_K) for scores_K in scored.scores_GK])
     advantages_G = {"grpo": standardise, "dr_grpo": centre, "rloo": leave_one_out}[kind](sums_G)
     terms = []

@@ -68,7 +68,7 @@ def validation_metrics(scored: Sequence[ScoredGroup], mode: str) -> dict[str, fl
 
 
 def _reward_values(scored: Sequence[ScoredGroup]) -> dict[str, np.ndarray]:
-    """All scores of each reward, over the rollouts where it applied; a reward that never applied is left out."""
+    """Return all scores of each reward, over the rollouts where it applied; one that never applied is left out."""
     return _columns(scored[0].reward_names_K, (scores_K for group in scored for scores_K in group.scores_GK))
 
 

@@ -1,4 +1,4 @@
-"""From characters to tokens: the one place where a span of text becomes a token mask. Knows no rewards, no tags."""
+"""From characters to tokens: the one place where a span of text becomes a token mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def token_mask(token_spans_T: Sequence[tuple[int, int]], span: Span | None, num_
     """Return the (T,) bool mask of the tokens that a span of characters covers.
 
     A token is covered if any character of which it holds a byte lies in the span, so a token that fuses the end of one
-    tag with the start of the next is in both scopes. A token without characters is covered where it stands; behind the
+    tag with the start of the next is in both scopes. A token without characters is covered at its position; after the
     last character (end of text) it is covered by every span that reaches the end.
 
     Args:

@@ -1,7 +1,4 @@
-"""From sampled groups to scored groups: calls the reward functions and finds the characters that each may teach.
-
-Knows no tokens, no advantages and no model.
-"""
+"""From sampled groups to scored groups: calls the reward functions and finds the characters that each may teach."""
 
 from __future__ import annotations
 
@@ -22,14 +19,14 @@ from rsgrpo.types import ScoredGroup
 
 log = logging.getLogger(__name__)
 
-_SAID: set[str] = set()  # rewards whose failures this process has shown
+_LOGGED: set[str] = set()  # rewards whose failures this process has logged
 
 MAX_CONCURRENT_CALLS = 64
-"""Async rewards (judges) that may be in flight at once in one reward worker."""
+"""Async rewards (judges) in flight at once in one reward worker."""
 
 
 class RewardFailed(RsgrpoError):
-    """A reward raised, ran out of time or returned something that is not a score."""
+    """A reward raised an exception, exceeded its time limit or returned something that is not a score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +43,8 @@ class NamedReward:
 class RewardSet:
     """All rewards and monitors of a run, in a fixed order.
 
-    missing_marker: "void", "widen" or "error": what a missing scope marker means.
-    skip_errors: count a failing reward and let it not apply, instead of stopping the run.
+    missing_marker: what a missing scope marker means, as `algorithm.missing_marker` says.
+    skip_errors: a failing reward does not apply and is counted, instead of stopping the run.
     """
 
     rewards: tuple[NamedReward, ...]
@@ -90,13 +87,13 @@ class RewardSet:
         return asyncio.run(self._score(groups))
 
     async def _score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        gate = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
-        return list(await asyncio.gather(*(self._score_group(group, gate) for group in groups)))
+        slots = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
+        return list(await asyncio.gather(*(self._score_group(group, slots) for group in groups)))
 
-    async def _score_group(self, group: RolloutGroup, gate: asyncio.Semaphore) -> ScoredGroup:
+    async def _score_group(self, group: RolloutGroup, slots: asyncio.Semaphore) -> ScoredGroup:
         responses = [to_response(group, index) for index in range(len(group.rollouts))]
         rows = await asyncio.gather(
-            *(self._score_response(f"{group.prompt.id}#{i}", response, gate) for i, response in enumerate(responses))
+            *(self._score_response(f"{group.prompt.id}#{i}", response, slots) for i, response in enumerate(responses))
         )
         return ScoredGroup(
             group=group,
@@ -109,38 +106,38 @@ class RewardSet:
             num_errors_K=tuple(sum(row.failed_K[k] for row in rows) for k in range(len(self.rewards))),
         )
 
-    async def _score_response(self, sample_id: str, response: Response, gate: asyncio.Semaphore) -> _Row:
+    async def _score_response(self, sample_id: str, response: Response, slots: asyncio.Semaphore) -> _Row:
         row = _Row([], [], [], [], [])
         for reward in self.rewards:
-            value, failed = await self._value(reward, sample_id, response, gate)
+            value, failed = await self._value(reward, sample_id, response, slots)
             credits, missed = self._place(reward, sample_id, response, value)
             row.credits_K.append(credits)
             row.scores_K.append(sum(credit.score for credit in credits) / len(credits) if credits else None)
             row.missed_K.append(missed)
             row.failed_K.append(failed)
         for monitor in self.monitors:
-            value, _ = await self._value(monitor, sample_id, response, gate)
+            value, _ = await self._value(monitor, sample_id, response, slots)
             row.monitors_M.append(value if isinstance(value, float) else None)
         return row
 
     async def _value(
-        self, reward: NamedReward, sample_id: str, response: Response, gate: asyncio.Semaphore
+        self, reward: NamedReward, sample_id: str, response: Response, slots: asyncio.Semaphore
     ) -> tuple[float | tuple[Credit, ...] | None, bool]:
-        """Return a reward's value, and whether it failed and was skipped on request."""
+        """Return a reward's value, and whether it failed and was skipped as configured."""
         try:
-            return await _call(reward, sample_id, response, gate), False
+            return await _call(reward, sample_id, response, slots), False
         except RewardFailed as error:
             if not self.skip_errors:
                 raise
-            if reward.name not in _SAID:
-                _SAID.add(reward.name)
-                log.warning("skipped, said once and counted in reward/%s/errors: %s", reward.name, error)
+            if reward.name not in _LOGGED:
+                _LOGGED.add(reward.name)
+                log.warning("skipped, logged once and counted in reward/%s/errors: %s", reward.name, error)
             return None, True
 
     def _place(
         self, reward: NamedReward, sample_id: str, response: Response, value: float | Sequence[Credit] | None
     ) -> tuple[tuple[Credit, ...], bool]:
-        """Give a plain score its scope; say whether a marker was missing."""
+        """Give a plain score its scope; return whether a marker was missing."""
         if value is None:
             return (), False
         if not isinstance(value, float):
@@ -149,8 +146,8 @@ class RewardSet:
         missed = span is None
         if missed and self.missing_marker == "error":
             raise RewardFailed(
-                f"reward '{reward.name}' finds no scope in sample {sample_id} and algorithm.missing_marker is 'error'; "
-                f"set it to 'void' to teach nothing there, or 'widen' for the whole response.\n{_show(response)}"
+                f"reward '{reward.name}' finds no scope in sample {sample_id}; algorithm.missing_marker is 'error'. "
+                f"Set it to 'void' to teach nothing there, or to 'widen' for the whole response.\n{_show(response)}"
             )
         if missed and self.missing_marker == "widen":
             span = Span(0, len(response.text))
@@ -159,7 +156,7 @@ class RewardSet:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What all rewards said of one response, while it is collected."""
+    """What all rewards say of one response."""
 
     scores_K: list[float | None]
     credits_K: list[tuple[Credit, ...]]
@@ -182,11 +179,11 @@ def to_response(group: RolloutGroup, index: int) -> Response:
 
 
 async def _call(
-    reward: NamedReward, sample_id: str, response: Response, gate: asyncio.Semaphore
+    reward: NamedReward, sample_id: str, response: Response, slots: asyncio.Semaphore
 ) -> float | tuple[Credit, ...] | None:
-    """Call one reward, sync or async, within its time limit; any failure names the reward, the sample and the text."""
+    """Call one reward, sync or async, within its time limit; an error names the reward, the sample and the text."""
     try:
-        async with gate:
+        async with slots:
             if reward.timeout_s > 0:
                 async with asyncio.timeout(reward.timeout_s):
                     value = await _in_daemon_thread(reward.function, response)
@@ -202,7 +199,7 @@ async def _call(
         what = f"{type(error).__name__}: {error}"
         raise RewardFailed(
             f"reward '{reward.name}' failed on sample {sample_id}: {what}\n{_show(response)}\n"
-            "Mend the function, or set on_reward_error=skip to count such samples and go on."
+            "Fix the function, or set on_reward_error=skip to count such samples and continue."
         ) from error
 
 
@@ -233,7 +230,7 @@ def _show(response: Response) -> str:
 
 
 def group_mean(scored: ScoredGroup, weights: Mapping[str, float]) -> float:
-    """Mean over a group of the weighted sum of its scores: what the group filter compares.
+    """Return the mean over a group of the weighted sum of its scores, which the group filter compares.
 
     weights: reward name -> factor; a reward that is not named counts once. NaN when no reward applied.
     """
@@ -245,7 +242,7 @@ def group_mean(scored: ScoredGroup, weights: Mapping[str, float]) -> float:
 
 
 def has_signal(scored: ScoredGroup) -> bool:
-    """Whether some reward differs between rollouts of the group, so that there is something to learn."""
+    """Return whether some reward differs between rollouts of the group, so that there is something to learn."""
     for k in range(len(scored.reward_names_K)):
         by_key: dict[str, set[float]] = {}
         for credits_K in scored.credits_GK:

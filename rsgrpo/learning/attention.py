@@ -1,13 +1,14 @@
 """Attention over a padding-free row of groups, `[prompt | r_1 … r_G][prompt | r_1 …]…`, for transformers' layers.
 
 Each prompt attends causally to itself, each response to its prompt and causally to itself, and to nothing else. No
-mask over the whole row exists. Knows nothing of models, losses or images.
+mask over the whole row exists.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,24 +25,15 @@ VARLEN = "rsgrpo_prefix_varlen"
 
 
 class PrefixRow:
-    """A layout made ready for one device: made once per forward and shared by all layers.
+    """A layout prepared for one device: made once per forward and shared by all layers.
 
     split_lengths: lengths of prompts and responses in row order.
     """
 
     def __init__(self, layout: PrefixLayout, device: torch.device, dtype: torch.dtype) -> None:
-        self.layout = layout
-        self.device = device
-        self.split_lengths = [
-            num_tokens
-            for prompt_length, lengths in zip(layout.prompt_lengths, layout.response_lengths, strict=True)
-            for num_tokens in (prompt_length, *lengths)
-        ]
-        self._longest_prompt = max(layout.prompt_lengths)
-        self._longest_response = max(max(lengths, default=0) for lengths in layout.response_lengths)
-        self._mask: torch.Tensor | None = None
-        self._dtype = dtype
-        self._varlen: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int] | None = None
+        self.layout, self.device, self._dtype = layout, device, dtype
+        self.groups = list(zip(layout.prompt_lengths, layout.response_lengths, strict=True))
+        self.split_lengths = [length for prompt, responses in self.groups for length in (prompt, *responses)]
 
     def response_mask(self, prompt_length: int, response_length: int) -> Any:
         """Return what lets query i of a response see its prompt and its own first i + 1 tokens.
@@ -51,37 +43,40 @@ class PrefixRow:
         """
         if self.device.type != "cpu":
             return causal_lower_right(response_length, prompt_length + response_length)
-        if self._mask is None:
-            shape = (self._longest_response, self._longest_prompt + self._longest_response)
-            blocked = torch.ones(shape, dtype=torch.bool).triu(self._longest_prompt + 1)
-            self._mask = torch.zeros(shape, dtype=self._dtype).masked_fill_(blocked, float("-inf"))
-        start = self._longest_prompt - prompt_length
-        return self._mask[:response_length, start : self._longest_prompt + response_length]
+        mask, longest_prompt = self._additive_mask
+        return mask[:response_length, longest_prompt - prompt_length : longest_prompt + response_length]
 
+    @cached_property
+    def _additive_mask(self) -> tuple[torch.Tensor, int]:
+        longest_prompt = max(prompt for prompt, _ in self.groups)
+        longest_response = max(max(responses, default=0) for _, responses in self.groups)
+        shape = (longest_response, longest_prompt + longest_response)
+        blocked = torch.ones(shape, dtype=torch.bool).triu(longest_prompt + 1)
+        return torch.zeros(shape, dtype=self._dtype).masked_fill_(blocked, float("-inf")), longest_prompt
+
+    @cached_property
     def varlen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
-        """Return what flash-attn's varlen kernel needs: query bounds, key bounds, key positions in the row, maxima.
+        """What flash-attn's varlen kernel needs: query bounds, key bounds, key positions in the row, maxima.
 
         The keys of a response are its prompt's and its own, so the row's keys are gathered G times per prompt.
         """
-        if self._varlen is None:
-            positions: list[torch.Tensor] = []
-            start = 0
-            for prompt_length, lengths in zip(self.layout.prompt_lengths, self.layout.response_lengths, strict=True):
-                prompt = torch.arange(start, start + prompt_length)
-                positions.append(prompt)
-                start += prompt_length
-                for length in lengths:
-                    positions.append(torch.cat([prompt, torch.arange(start, start + length)]))
-                    start += length
-            key_lengths = [len(piece) for piece in positions]
-            self._varlen = (
-                _bounds(self.split_lengths, self.device),
-                _bounds(key_lengths, self.device),
-                torch.cat(positions).to(self.device),
-                max(self.split_lengths),
-                max(key_lengths),
-            )
-        return self._varlen
+        positions: list[torch.Tensor] = []
+        start = 0
+        for prompt_length, lengths in self.groups:
+            prompt = torch.arange(start, start + prompt_length)
+            positions.append(prompt)
+            start += prompt_length
+            for length in lengths:
+                positions.append(torch.cat([prompt, torch.arange(start, start + length)]))
+                start += length
+        key_lengths = [len(piece) for piece in positions]
+        return (
+            _bounds(self.split_lengths, self.device),
+            _bounds(key_lengths, self.device),
+            torch.cat(positions).to(self.device),
+            max(self.split_lengths),
+            max(key_lengths),
+        )
 
 
 def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
@@ -130,8 +125,7 @@ def prefix_sdpa(
     # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
     queries, keys, values = (torch.split(tensor, prefix_row.split_lengths, 2) for tensor in (query, key, value))
     outputs: list[torch.Tensor] = []
-    layout = prefix_row.layout
-    for prompt_length, lengths in zip(layout.prompt_lengths, layout.response_lengths, strict=True):
+    for prompt_length, lengths in prefix_row.groups:
         prompt = len(outputs)
         outputs.append(
             F.scaled_dot_product_attention(queries[prompt], keys[prompt], values[prompt], is_causal=True, **options)
@@ -161,7 +155,7 @@ def prefix_varlen(
     """As `prefix_sdpa`, in one call of flash-attn's varlen kernel (its causal mask is aligned to the last key)."""
     from flash_attn import flash_attn_varlen_func
 
-    query_bounds, key_bounds, key_positions, longest_query, longest_key = prefix_row.varlen()
+    query_bounds, key_bounds, key_positions, longest_query, longest_key = prefix_row.varlen
     output = flash_attn_varlen_func(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1).index_select(0, key_positions),
@@ -181,20 +175,19 @@ def prefix_varlen(
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return the registered name for `learner.attention`: "auto", "sdpa" or "flash".
 
-    "auto" takes flash-attn where it is installed and can run (CUDA, 16-bit), else torch's own kernels.
+    "auto" takes flash-attn where it is installed and can run (CUDA, 16-bit), otherwise torch's own kernels.
 
     Raises:
-        InputError: an unknown value, or "flash" where it cannot run.
+        InputError: "flash" where it cannot run.
     """
     installed = importlib.util.find_spec("flash_attn") is not None
     can_run = installed and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if wanted == "flash" and not can_run:
         raise InputError(
-            "learner.attention=flash needs flash-attn, CUDA and bfloat16; here flash-attn is "
-            f"{'installed' if installed else 'not installed'}, on {device.type}, {dtype}: use learner.attention=sdpa"
+            "learner.attention=flash needs flash-attn, CUDA and bfloat16, but flash-attn is "
+            f"{'installed' if installed else 'not installed'}, the device is {device.type} and the dtype {dtype}. "
+            "Set learner.attention=sdpa"
         )
-    if wanted not in ("auto", "sdpa", "flash"):
-        raise InputError(f"learner.attention must be auto, sdpa or flash, got {wanted!r}")
     return VARLEN if wanted != "sdpa" and can_run else SDPA
 
 

@@ -1,6 +1,6 @@
 """Weights leaving the learner: full tensors by name, one at a time, and a Hugging Face folder.
 
-Gathering is collective: every rank must iterate to the end. Knows nothing of optimisers or data.
+Gathering is collective: every rank must iterate to the end.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def export_folder(
 ) -> None:
     """Write weights, configuration, tokenizer and processor so that transformers and vLLM load the folder.
 
-    The processor resizes to the pixel limits of training: who loads the folder sees the pages that were learnt from.
-    Collective. Rank 0 holds at most one shard of the weights beside what it owns. dtype: of the floating-point
+    The processor resizes to the pixel limits of training, so that whoever loads the folder sees the same pages.
+    Collective. Rank 0 holds at most one shard of the weights besides its own. dtype: of the floating-point
     weights; None keeps float32.
     """
     is_writer = dist.get_rank() == 0

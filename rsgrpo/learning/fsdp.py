@@ -1,4 +1,4 @@
-"""Spreading a policy over ranks with FSDP2. Knows the policy's parts, nothing of losses or data."""
+"""Spreads a policy over ranks with FSDP2."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 
 
 def init_distributed(rank: int, world_size: int, address: str, port: int, device: str) -> None:
-    """Join the process group of the learner's ranks: gloo on CPU, nccl on CUDA. Blocks until all ranks have come.
+    """Join the process group of the learner's ranks: gloo on CPU, nccl on CUDA. Blocks until all ranks have joined.
 
-    device: "auto", "cpu" or "cuda"; on CUDA the rank takes the device that torch shows as current.
+    device: "auto", "cpu" or "cuda" (torch's current device).
     """
     backend = "cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo"
     if world_size == 1:
@@ -36,19 +36,21 @@ def init_distributed(rank: int, world_size: int, address: str, port: int, device
 
 
 def require_process_group(rank: int, world_size: int, device: torch.device) -> None:
-    """Make the process group of a single rank where there is none; check that a group is the one meant.
+    """Make the process group of a single rank where none exists; check that an existing group is the one meant.
 
     Raises:
         RsgrpoError: several ranks without a group, or a group of another size.
     """
     if not dist.is_initialized():
         if world_size > 1:
-            raise RsgrpoError(f"world_size={world_size}: call init_distributed on every rank before making a Learner")
+            raise RsgrpoError(
+                f"world_size={world_size} needs a process group. Call init_distributed on every rank before Learner"
+            )
         init_distributed(0, 1, "", 0, device.type)
     if (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
         raise RsgrpoError(
-            f"rank {rank} of {world_size} does not fit the process group, in which this is rank {dist.get_rank()} "
-            f"of {dist.get_world_size()}; hand both functions the same numbers"
+            f"rank {rank} of {world_size} contradicts the process group, in which this is rank {dist.get_rank()} of "
+            f"{dist.get_world_size()}. Pass the same numbers to init_distributed and Learner"
         )
 
 
@@ -57,7 +59,7 @@ def resolve_device(wanted: str) -> torch.device:
     if wanted not in ("auto", "cpu", "cuda"):
         raise InputError(f"learner.device must be auto, cpu or cuda, got {wanted!r}")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("learner.device=cuda, but torch sees no CUDA device; use learner.device=cpu")
+        raise InputError("learner.device=cuda, but torch finds no CUDA device. Set learner.device=cpu")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -65,10 +67,7 @@ def resolve_device(wanted: str) -> torch.device:
 
 def compute_dtype(precision: str) -> torch.dtype:
     """Return the dtype in which layers compute, for `learner.precision`."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if precision not in dtypes:
-        raise InputError(f"learner.precision must be one of {sorted(dtypes)}, got {precision!r}")
-    return dtypes[precision]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
@@ -81,15 +80,15 @@ def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
     """
     if learner.offload and device.type == "cpu":
         raise RsgrpoError(
-            "learner.offload=true moves weights from an accelerator to CPU memory, and there is none here"
+            "learner.offload=true moves weights from a GPU to CPU memory, but no GPU is used. Set learner.offload=false"
         )
     dtype = compute_dtype(learner.precision)
     mixed = dtype != torch.float32
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    mp_policy = MixedPrecisionPolicy(
-        param_dtype=dtype if mixed else None, reduce_dtype=torch.float32 if mixed else None
-    )
-    offload_policy = CPUOffloadPolicy() if learner.offload else OffloadPolicy()
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32) if mixed else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy() if learner.offload else OffloadPolicy(),
+    }
     family, model = policy.family, policy.hf
     tower = family.vision_tower(model)
     layers = list(family.decoder_layers(model))
@@ -100,14 +99,8 @@ def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
         tower.to(device)
     blocks = layers if policy.frozen_tower else [*family.vision_blocks(model), *layers]
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=mp_policy, offload_policy=offload_policy)
-    fully_shard(
-        policy,
-        mesh=mesh,
-        mp_policy=mp_policy,
-        offload_policy=offload_policy,
-        ignored_params=set(tower.parameters()) if policy.frozen_tower else None,
-    )
+        fully_shard(block, **options)
+    fully_shard(policy, **options, ignored_params=set(tower.parameters()) if policy.frozen_tower else None)
     _prefetch(layers)
     if not policy.is_empty:
         _set_buffers(policy, dict(policy.named_buffers()), device)
@@ -116,7 +109,7 @@ def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
 def fill(policy: Policy, source: Any, learner: LearnerConfig, device: torch.device) -> None:
     """Give a policy that was sharded empty its weights and buffers. Collective.
 
-    source: the loaded model on rank 0, None elsewhere; its tensors travel one at a time.
+    source: the loaded model on rank 0, None elsewhere; its tensors are sent one at a time.
     """
     banned_V = policy.banned_V.clone()
     policy.to_empty(device="cpu" if learner.offload else device)

@@ -26,7 +26,7 @@ from rsgrpo.types import MicroBatch, TokenScores
 def load_model(config: ModelConfig) -> Any:
     """Return the model of `model.path` in float32 on CPU, its generation configuration included."""
     if not config.path:
-        raise InputError("model.path is empty; give a Hugging Face folder or hub id")
+        raise InputError("model.path is empty; set it to a Hugging Face folder or hub id")
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
         options["revision"] = config.revision
@@ -36,7 +36,7 @@ def load_model(config: ModelConfig) -> Any:
 
 
 def empty_model(config: ModelConfig) -> Any:
-    """Return the model of `model.path` without storage: shapes only, to be sharded and filled afterwards."""
+    """Return the model of `model.path` without storage: shapes only, to be sharded and then filled."""
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
         options["revision"] = config.revision
@@ -85,9 +85,9 @@ class Policy(nn.Module):
         model: transformers' model.
         banned_token_ids: tokens that are never sampled; they get no probability.
         attention: registered name of the shared-prefix attention.
-        logits_chunk_tokens: response tokens whose logits exist at once.
-        frozen_tower: rows then come with features instead of pixels.
-        compute_dtype: in which the layers will compute.
+        logits_chunk_tokens: response tokens whose logits are in memory at once.
+        frozen_tower: rows come with features instead of pixels.
+        compute_dtype: dtype in which the layers compute.
     """
 
     banned_V: torch.Tensor
@@ -120,7 +120,7 @@ class Policy(nn.Module):
     def forward(self, batch: MicroBatch | PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
         """Return what log_softmax((logits + ban) / temperature) says of the response tokens.
 
-        The log-probabilities carry a gradient, the entropy only when asked. A PlainRow takes the ordinary forward, for
+        The log-probabilities have a gradient, the entropy only when asked. A PlainRow takes transformers' forward, for
         comparison.
         """
         if isinstance(batch, PlainRow):
@@ -156,7 +156,7 @@ class Policy(nn.Module):
         return self._head(hidden_NH, row.token_ids_T[-num_tokens:], temperature, entropy_gradient)
 
     def _features(self, batch: MicroBatch) -> torch.Tensor | None:
-        """Return what stands for the row's image tokens; a trained tower runs in every row, images or not.
+        """Return the features of the row's image tokens; a trained tower runs in every row, with or without images.
 
         Ranks must run the tower equally often, so a row without images runs it on one blank patch and uses none of it.
         """
@@ -204,9 +204,9 @@ class Policy(nn.Module):
 
 
 def shrink_frozen_tower(policy: Policy) -> None:
-    """Keep a frozen tower in the dtype of computation where that loses nothing.
+    """Keep a frozen tower in the compute dtype where that loses nothing.
 
-    Weights published in bfloat16 lose nothing; others stay float32, so that an export returns them as they came.
+    Weights published in bfloat16 lose nothing; others stay float32, so that an export returns them unchanged.
     """
     tower = policy.family.vision_tower(policy.hf)
     if all(torch.equal(weight, weight.to(policy.compute_dtype).to(weight.dtype)) for weight in tower.parameters()):
@@ -215,7 +215,7 @@ def shrink_frozen_tower(policy: Policy) -> None:
 
 @contextmanager
 def scale_adapters(model: nn.Module, scale: float) -> Iterator[None]:
-    """Multiply what LoRA adapters add by `scale` inside the block; a model without adapters is left alone."""
+    """Multiply what LoRA adapters add by `scale` inside the block; a model without adapters is unchanged."""
     adapters: list[Any] = [
         module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "set_scale")
     ]

@@ -1,7 +1,6 @@
-"""One look, at the start of a run, at whether the fast forward says what the ordinary one says.
+"""One comparison, at the start of a run, of the shared-prefix forward with transformers' own on the real weights.
 
-Runs one small group both ways on the real weights, and once with blank images: a model that does not look at its
-images is caught before it is trained.
+It also runs blank images once: a model that does not look at its images is caught before it is trained.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def check_policy(
     """Compare the shared-prefix log-probabilities of the smallest group with the plain forward's. Collective.
 
     Raises:
-        RsgrpoError: they differ, or the images make no difference.
+        RsgrpoError: they differ, or blank images change nothing.
     """
     lengths = prompts.count_tokens([group.prompt for group in groups])
     has_images = any(group.prompt.images for group in groups)
@@ -53,13 +52,13 @@ def check_policy(
             raise RsgrpoError(
                 f"learner.self_check: on prompt {group.prompt.id} the shared-prefix logprobs differ from the plain "
                 f"forward's by {difference.mean():.3g} on average and {difference.max():.3g} at most (limit "
-                f"{tolerance:g} on average); this model, torch {torch.__version__} and learner.attention do not fit "
-                "together: try learner.attention=sdpa"
+                f"{tolerance:g} on average): this model does not work with torch {torch.__version__} and the attention "
+                "kernel. Try learner.attention=sdpa"
             )
         if has_images and torch.equal(shared_N, policy(_blank(batch), 1.0, False).logprobs_N):
             raise RsgrpoError(
-                f"learner.self_check: blank images give prompt {group.prompt.id} the very same logprobs: the model "
-                "does not see its images"
+                f"learner.self_check: blank images give exactly the same logprobs on prompt {group.prompt.id}: the "
+                "model does not see its images. Check the model's folder and its processor"
             )
 
 

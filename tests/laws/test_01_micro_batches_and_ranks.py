@@ -1,4 +1,4 @@
-"""Two learner ranks over gloo say and do what one does, and state moves between them."""
+"""Law 1: the update depends neither on how its work is cut into micro-batches nor on the number of ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rsgrpo.config.train import AlgorithmConfig, LoraConfig
+from rsgrpo.learning.learner import Learner, init_distributed
 from tests.material.learner import learnt, make_groups, make_learner
 
 WEIGHTS = [1.0, 2.0]
@@ -40,14 +41,14 @@ def run_case(case: dict[str, Any], path: str, images: list[str], folder: Path, r
     path = tied_folder(path, folder.parent) if options.pop("tied", False) else path
     prefetch = options.pop("prefetch", False)
     learner = make_learner(path, rank=rank, world_size=world_size, num_ranks=world_size, **options)
-    before = {name: tensor.clone() for name, tensor in learner.gather_weights()}
+    before = weights_of(learner)
     if prefetch:
         learner.prefetch([group.prompt for group in groups])
     first = learner.update(groups, WEIGHTS)
     learner.save(folder)
     second = learner.update(groups, WEIGHTS)
     logprobs = learner.logprobs(groups)
-    after = {name: tensor.clone() for name, tensor in learner.gather_weights()}
+    after = weights_of(learner)
     return {"before": before, "after": after, "metrics": [first, second], "logprobs": logprobs}
 
 
@@ -68,8 +69,6 @@ def tied_folder(path: str, parent: Path) -> str:
 def rank_main(rank: int, world_size: int, port: int, path: str, images: list[str], folder: Path) -> None:
     try:
         torch.set_num_threads(1)
-        from rsgrpo.learning.learner import init_distributed
-
         init_distributed(rank, world_size, "127.0.0.1", port, "cpu")
         results = {name: run_case(case, path, images, folder / name, rank, world_size) for name, case in CASES.items()}
         learner = make_learner(path, rank=rank, world_size=world_size)
@@ -112,6 +111,38 @@ def outcome(tiny_model_path, page_images, tmp_path_factory) -> tuple[Path, list[
     }
     alone["resumed"] = {"metrics": one.update(make_groups(page_images, [1, 2]), WEIGHTS)}
     return folder, two, alone
+
+
+def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.gather_weights()}
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
+    """Return the largest relative difference between two updates of the same start."""
+    assert one.keys() == other.keys()
+    return max(float((one[n] - other[n]).norm() / ((one[n] - start[n]).norm() + 1e-9)) for n in one)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens_per_micro_batch": 76},  # parts of groups
+        {"max_tokens_per_micro_batch": 120},
+        {"logits_chunk_tokens": 5, "gradient_checkpointing": "none"},
+        {"vision_cache_mb": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("algorithm", [AlgorithmConfig(), AlgorithmConfig(ratio="gspo", on_policy_shortcut=False)])
+def test_the_update_does_not_depend_on_how_the_work_is_cut(options, algorithm, tiny_model_path, page_images):
+    groups = make_groups(page_images, [2, 0, 5, 1])
+    whole = make_learner(tiny_model_path, algorithm=algorithm, max_tokens_per_micro_batch=100_000)
+    start = weights_of(whole)
+    metrics = whole.update(groups, WEIGHTS)
+    cut = make_learner(tiny_model_path, algorithm=algorithm, **options)
+    cut_metrics = cut.update(groups, WEIGHTS)
+    assert difference(weights_of(whole), weights_of(cut), start) < 1e-5
+    assert learnt(cut_metrics) == pytest.approx(learnt(metrics), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)

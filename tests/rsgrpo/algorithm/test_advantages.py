@@ -77,18 +77,6 @@ def test_each_reward_teaches_only_its_own_tokens():
     assert second.advantages_KT[1] == pytest.approx([0, -ROOT_HALF, -ROOT_HALF, -ROOT_HALF], rel=1e-5)
 
 
-def test_scaling_a_reward_does_not_change_per_reward_advantages():
-    rng = np.random.default_rng(0)
-    scores_GK = rng.random((8, 2))
-    for scale in (1.0, 3.0, 1000.0):
-        credits = [[one(a, 0, 3), one(b * scale, 1, 4)] for a, b in scores_GK]
-        result = credit_group(scored(credits, [4] * 8), "per_reward", [1, 1])
-        advantages = np.array([sample.advantages_KT for sample in result.samples])
-        if scale == 1.0:
-            reference = advantages
-        np.testing.assert_allclose(advantages, reference, rtol=2e-5)
-
-
 def test_a_reward_that_does_not_apply_has_no_scope_and_stays_out_of_the_mean():
     group = scored([[one(0, 0, 2)], [[]], [one(1, 0, 2)]], [2, 2, 2])
     samples = credit_group(group, "per_reward", [1]).samples

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rewards.api import Response, Span, between
-from rollout.inputs.offsets import token_spans
+from rewards.api import Span
 from rsgrpo.algorithm.scopes import token_mask
 
 
@@ -27,22 +26,3 @@ def test_end_of_text_is_in_every_span_that_reaches_the_end_and_in_no_other():
     assert token_mask(spans_T, Span(0, 4), 8).tolist() == [True, False, False]
     assert token_mask([(0, 0)], Span(0, 0), 0).tolist() == [True]
     assert token_mask([], Span(0, 0), 0).tolist() == []
-
-
-def test_a_token_that_fuses_two_tags_is_in_both_scopes(tiny_model_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_path)
-    text = "<evidence>[1]: 7</evidence><think>The</think>"
-    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-    decoded, spans_T = token_spans(tokenizer, ids)
-    assert decoded == text
-    response = Response(text)
-    evidence_T = token_mask(spans_T, between(None, "<think>")(response), len(text))
-    think_T = token_mask(spans_T, between("<think>", None)(response), len(text))
-    boundary = text.index("<think>")
-    for (start, end), in_evidence, in_think in zip(spans_T, evidence_T, think_T, strict=True):
-        assert in_evidence == (start < boundary and end > start)
-        assert in_think == (end > boundary or start == len(text))
-    assert not evidence_T[-1]
-    assert think_T[-1]

@@ -77,20 +77,6 @@ def test_scores_and_scopes_of_every_reward_and_rollout():
     assert scored.credits_GK[0][0] == (Credit("", 0.35, Span(0, 35)),)
 
 
-def test_a_missing_marker_is_void_by_default_and_counted():
-    scored = reward_set(length).score([group()])[0]
-    assert scored.missed_GK == [[False], [True]]
-    assert scored.credits_GK[1][0] == (Credit("", 0.14, None),)
-
-
-def test_a_missing_marker_can_widen_or_stop():
-    widened = reward_set(length, missing_marker="widen").score([group()])[0]
-    assert widened.credits_GK[1][0] == (Credit("", 0.14, Span(0, 14)),)
-    assert widened.missed_GK[1] == [True]
-    with pytest.raises(RewardFailed, match=r"'length' finds no scope in sample row7#1"):
-        reward_set(length, missing_marker="error").score([group()])
-
-
 def test_a_failing_reward_names_itself_the_sample_and_the_response():
     with pytest.raises(RewardFailed) as caught:
         reward_set(broken).score([group()])
