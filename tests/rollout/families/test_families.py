@@ -13,7 +13,7 @@ from rollout.inputs.processor import InputProcessor
 from rsgrpo.config.train import LoraConfig
 from rsgrpo.errors import InputError
 from rsgrpo.learning.packing import build_micro_batch
-from tests.laws.test_02_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows
+from tests.laws.test_02_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows, row_of
 from tests.material.learner import make_groups, make_learner
 from tests.material.tiny_families import save_family
 
@@ -52,8 +52,7 @@ def test_an_unknown_family_is_refused_with_the_list():
 def test_shared_equals_plain(counts, train_tower, path, processor, page_images):
     policy = make_policy(path, processor, train_tower=train_tower)
     groups = groups_of(processor, page_images, counts)
-    row = build_micro_batch([(encoded(policy, inputs), group) for inputs, group in groups])
-    plain, shared = backward(policy, plain_rows(groups)), backward(policy, [row])
+    plain, shared = backward(policy, plain_rows(groups)), backward(policy, [row_of(policy, groups)])
     if train_tower and not any(counts):  # the plain forward of text never runs the tower; here its gradient is zero
         shared = (shared[0], {name: g for name, g in shared[1].items() if "visual" not in name})
     assert_same(plain, shared)

@@ -196,7 +196,7 @@ def test_an_export_loads_and_gives_equal_logits(lora, tiny_model_path, groups, t
         assert (tmp_path / "export" / file).exists(), file
 
 
-def test_an_export_in_bfloat16_and_in_shards_holds_the_rounded_weights_of(tiny_model_path, tmp_path, monkeypatch):
+def test_an_export_in_bfloat16_and_in_shards_holds_the_rounded_weights(tiny_model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("rsgrpo.learning.export._SHARD_BYTES", 100_000)
     learner = make_learner(tiny_model_path)
     learner.export(tmp_path, dtype=torch.bfloat16)

@@ -30,44 +30,26 @@ def groups(page_images) -> list[TrainGroup]:
     return make_groups(page_images, [2, 0, 5, 1])
 
 
-@pytest.fixture
-def count_encodings(monkeypatch):
-    """Return a function that counts how often each prompt of a learner is encoded."""
-
-    def watch(learner: Learner) -> Counter[str]:
-        found: Counter[str] = Counter()
-        encode = learner.encoder.encode
-
-        def counted(prompt: Prompt) -> PromptInputs:
-            found[prompt.id] += 1
-            return encode(prompt)
-
-        monkeypatch.setattr(learner.encoder, "encode", counted)
-        return found
-
-    return watch
-
-
 def prompts_of(groups: list[TrainGroup]) -> list[Prompt]:
     return [group.prompt for group in groups]
 
 
-def test_a_prompt_that_comes_again_in_the_next_pass_is_encoded_once(tiny_model_path, groups, count_encodings):
+def test_a_prompt_is_encoded_once_over_passes_and_let_go_by_a_step_without_it(tiny_model_path, groups):
     learner = make_learner(tiny_model_path, self_check=False)
-    encoded = count_encodings(learner)
     learner.logprobs(groups)
-    assert learner.update(groups, WEIGHTS)["perf/prompts_encoded"] == 4
-    assert encoded == {"p0": 1, "p1": 1, "p2": 1, "p3": 1}
-    learner.update(groups[1:], WEIGHTS)
-    assert learner.update(groups, WEIGHTS)["perf/prompts_encoded"] == 1
-    assert encoded == {"p0": 2, "p1": 1, "p2": 1, "p3": 1}
+    assert [learner.update(some, WEIGHTS)["perf/prompts_encoded"] for some in (groups, groups[1:], groups)] == [4, 0, 1]
 
 
-def test_a_prompt_that_stands_twice_in_a_step_or_in_parts_is_encoded_once(tiny_model_path, groups, count_encodings):
+def test_a_prompt_that_comes_twice_in_a_step_or_in_parts_is_encoded_once(tiny_model_path, groups):
     learner = make_learner(tiny_model_path, self_check=False, max_tokens_per_micro_batch=76)
-    encoded = count_encodings(learner)
-    learner.update([*groups, groups[0]], WEIGHTS)
-    assert encoded == {"p0": 1, "p1": 1, "p2": 1, "p3": 1}
+    assert learner.update([*groups, groups[0]], WEIGHTS)["perf/prompts_encoded"] == 4
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]], ids=str)
+def test_prompts_prefetched_for_later_in_a_pass_are_encoded_once(order, tiny_model_path, groups):
+    learner = make_learner(tiny_model_path, self_check=False, encode_ahead=2)
+    learner.prefetch(prompts_of([groups[index] for index in order]))
+    assert learner.update(groups, WEIGHTS)["perf/prompts_encoded"] == 4
 
 
 def test_prompts_are_encoded_while_their_responses_are_sampled(tiny_model_path, groups, monkeypatch):
@@ -192,7 +174,7 @@ def test_features_of_another_tower_are_not_taken(tiny_model_path, groups, tmp_pa
     assert second.update(groups, WEIGHTS)["perf/features_read"] == 0
 
 
-def test_a_torn_file_is_counted_and_computed_anew(tiny_model_path, groups, tmp_path, caplog):
+def test_a_torn_file_is_counted_and_computed_again(tiny_model_path, groups, tmp_path, caplog):
     first = make_learner(tiny_model_path, feature_cache=str(tmp_path))
     expected = first.update(groups, WEIGHTS)
     settled(first)
