@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +35,9 @@ from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.retrieval.pages.store import PageStore
-    from recipes.retrieval.search.index import VectorIndex
+    from recipes.retrieval.encoders.base import EncoderIdentity
     from recipes.retrieval.search.retriever import FoundPage
-    from recipes.retrieval.search.update import UpdateReport
+    from recipes.retrieval.search.update import EncodeStream
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,15 +96,15 @@ def _ingest(options: argparse.Namespace) -> int:
             options.documents, options.out, settings, num_workers=options.workers,
             page_timeout_s=options.page_timeout_s, console=console,
         )  # fmt: skip
-        rows = [
-            ("documents rendered", str(report.num_rendered)),
-            ("unchanged", str(report.num_unchanged)),
-            ("removed", str(report.num_removed)),
-            ("files of other kinds", str(report.num_skipped)),
-            ("errors", f"{len(report.errors)}" + (" (in documents.parquet)" if report.errors else "")),
-            ("pages in the store", str(report.num_pages)),
+        rows: list[tuple[str, int | str]] = [
+            ("documents rendered", report.num_rendered),
+            ("unchanged", report.num_unchanged),
+            ("removed", report.num_removed),
+            ("files of other kinds", report.num_skipped),
+            ("errors", f"{len(report.errors)} (in documents.parquet)" if report.errors else 0),
+            ("pages in the store", report.num_pages),
         ]
-        console.summary(f"store {options.out}", rows)
+        console.summary(f"store {options.out}", [(what, str(count)) for what, count in rows])
     return 0
 
 
@@ -126,14 +126,17 @@ def _add_index(command: argparse.ArgumentParser) -> None:
 
 def _index(options: argparse.Namespace) -> int:
     from recipes.retrieval.pages.store import PageStore
+    from recipes.retrieval.search.index import VectorIndex
+    from recipes.retrieval.search.update import fill_index
 
     store = PageStore.open(options.store)
     with Console() as console:
-        update = _update_on_ray if options.workers else _update_here
-        report, index = update(options, store, console)
+        identity, stream = (_stream_on_ray if options.workers else _stream_here)(options)
+        index = VectorIndex.create(index_folder(options), identity, options.index_dtype)
+        report = fill_index(store, index, stream, shard_pages=options.shard_pages, console=console)
         if options.faiss:
             console.info(f"wrote {index.build_faiss(options.faiss)}")
-        if encoder_settings(options).kind == "text":
+        if identity.settings is not None and identity.settings.kind == "text":
             num_blank = sum(not page.text for page in store.pages())
             if num_blank:
                 remedy = "ingest to a new store with --ocr"
@@ -143,35 +146,22 @@ def _index(options: argparse.Namespace) -> int:
     return 0
 
 
-def _update_here(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
-    from recipes.retrieval.search.index import VectorIndex
-    from recipes.retrieval.search.update import update_index
+def _stream_here(options: argparse.Namespace) -> tuple[EncoderIdentity, EncodeStream]:
+    from recipes.retrieval.search.update import encode_here
 
     encoder = open_encoder(options)
-    index = VectorIndex.create(index_folder(options), encoder.identity, options.index_dtype)
-    report = update_index(
-        store, encoder, index, shard_pages=options.shard_pages, batch_pages=8 * options.batch_size, console=console
-    )
-    return report, index
+    return encoder.identity, partial(encode_here, encoder, batch_pages=8 * options.batch_size)
 
 
-def _update_on_ray(options: argparse.Namespace, store: PageStore, console: Console) -> tuple[UpdateReport, VectorIndex]:
+def _stream_on_ray(options: argparse.Namespace) -> tuple[EncoderIdentity, EncodeStream]:
     from recipes.retrieval.encoders.base import identify
     from recipes.retrieval.encoders.on_ray import RaySettings, encode_on_ray
-    from recipes.retrieval.search.index import VectorIndex
-    from recipes.retrieval.search.update import fill_index
 
-    encoder = encoder_settings(options)
-    if encoder.kind == "imported":
+    settings = encoder_settings(options)
+    if settings.kind == "imported":
         raise InputError("--workers is for models, but --kind imported only copies vectors; omit it")
-    identity = identify(encoder)
-    settings = RaySettings(options.workers, options.gpus_per_worker, options.ray_address)
-    index = VectorIndex.create(index_folder(options), identity, options.index_dtype)
-    report = fill_index(
-        store, index, lambda pages: encode_on_ray(identity, settings, pages),
-        shard_pages=options.shard_pages, console=console,
-    )  # fmt: skip
-    return report, index
+    identity, ray = identify(settings), RaySettings(options.workers, options.gpus_per_worker, options.ray_address)
+    return identity, partial(encode_on_ray, identity, ray)
 
 
 def _add_search(command: argparse.ArgumentParser) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from recipes.retrieval.pages.documents import RenderSettings
-from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.ingest import IngestReport, ingest
 from rsgrpo.records.console import Console
+
+QUIET = Console(io.StringIO())
 
 
 def write_pdf(path: Path, texts: Sequence[str], *, width: int = 200, height: int = 100, seed: str = "") -> None:
@@ -75,11 +80,26 @@ def write_image(path: Path, colour: str = "red", width: int = 40, height: int = 
     Image.new("RGB", (width, height), colour).save(path)
 
 
-def coloured_store(folder: Path) -> Path:
-    """Ingest FOLDER/docs, a red, a lime and a blue page, and return the store."""
+def ingested(store: Path, *roots: Path, **settings: Any) -> IngestReport:
+    """Ingest roots into a store, in one worker and without a word. settings: fields of RenderSettings."""
+    return ingest(roots, store, RenderSettings(**settings), num_workers=1, page_timeout_s=60, console=QUIET)
+
+
+def coloured_store(folder: Path, *colours: str) -> Path:
+    """Ingest FOLDER/docs, a page of each colour (red, lime and blue), and return the store."""
     (folder / "docs").mkdir()
-    for colour in ("red", "lime", "blue"):
+    for colour in colours or ("red", "lime", "blue"):
         write_image(folder / "docs" / f"{colour}.png", colour, 56, 56)
-    quiet = Console(io.StringIO())
-    ingest([folder / "docs"], folder / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+    ingested(folder / "store", folder / "docs")
     return folder / "store"
+
+
+def write_vectors(folder: Path, page_ids: Sequence[str], pages: Any, queries: Mapping[str, Sequence[float]]) -> Path:
+    """Write vectors as another program would, for --kind imported; return their folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "encoder.json").write_text('"by hand"')
+    np.save(folder / "pages.npy", np.asarray(pages))
+    (folder / "page_ids.txt").write_text("".join(f"{page_id}\n" for page_id in page_ids))
+    np.save(folder / "queries.npy", np.array(list(queries.values())))
+    (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    return folder

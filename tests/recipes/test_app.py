@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shutil
 from pathlib import Path
@@ -21,8 +20,7 @@ from recipes.retrieval.answers.page_view import answer_html, pages_html
 from recipes.retrieval.search.retriever import FoundPage
 from rollout.types import Prompt
 from rsgrpo.errors import InputError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import write_image
+from tests.material.retrieval import QUIET, write_image
 
 ANSWER = (
     "<observe>o</observe><evidence>\n[1]: no relevant information\n[2]: seven <b>apples</b>\n</evidence>"
@@ -81,7 +79,7 @@ def test_faults_are_shown_under_the_answer():
 
 def library(store: Path, **limits: Any) -> Library:
     nobody: Any = None  # encodes: nothing comes that far
-    return Library(store, store / "index", nobody, None, LibrarySettings(**limits), Console(io.StringIO()))
+    return Library(store, store / "index", nobody, None, LibrarySettings(**limits), QUIET)
 
 
 def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):

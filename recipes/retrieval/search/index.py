@@ -164,7 +164,7 @@ class VectorIndex:
         """
         if backend == "exact":
             return self.search
-        loaded = faiss.FaissFile(self._faiss_file(backend), self.state, len(self), num_probes)
+        loaded = faiss.FaissFile(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
 
         def search(queries: Sequence[np.ndarray], k: int) -> list[list[Hit]]:
             self._check(queries, k)
@@ -200,7 +200,7 @@ class VectorIndex:
             FaissError: the index has several vectors per page, or is empty.
             StoreError: another process writes to the index, or the disk is full.
         """
-        file = self._faiss_file(kind)
+        file = self.folder / f"faiss-{kind}.bin"
         if only_if_older and faiss.state_of(file) == self.state:
             return file
         if self.multi_vector:
@@ -329,9 +329,6 @@ class VectorIndex:
             if len(self) and query.shape[-1] != self.dim:
                 lengths = f"the query's vector has length {query.shape[-1]}, those of {self.folder} {self.dim}"
                 raise IndexFault(lengths)
-
-    def _faiss_file(self, kind: faiss.FaissKind) -> Path:
-        return self.folder / f"faiss-{kind}.bin"
 
     @cached_property
     def _present(self) -> set[str]:

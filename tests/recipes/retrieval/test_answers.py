@@ -21,8 +21,6 @@ from recipes.answers.questions import Question, named_prompt, to_prompt
 from recipes.answers.reader import Reader
 from recipes.answers.types import Answer
 from recipes.retrieval.answers.generation import AskedQuestion, answer_all, page_weights, paste, prompts_of
-from recipes.retrieval.pages.documents import RenderSettings
-from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.retriever import FoundPage
 from rollout.config import InputsConfig
@@ -30,8 +28,7 @@ from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import write_image
+from tests.material.retrieval import coloured_store, write_image, write_vectors
 from tests.material.taught_model import example, save_taught
 
 TEMPLATE = "{images}\nQuestion: {question}"
@@ -161,20 +158,10 @@ def test_pages_without_text_cannot_be_a_text_baseline(pages):
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    for colour in ("red", "blue"):
-        write_image(docs / f"{colour}.png", colour, 56, 56)
-    quiet = Console(io.StringIO())
-    ingest([docs], tmp_path / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
-    ids = PageStore.open(tmp_path / "store").page_ids()
-    (tmp_path / "vectors").mkdir()
-    (tmp_path / "vectors" / "encoder.json").write_text('"by hand"')
-    np.save(tmp_path / "vectors" / "pages.npy", np.eye(2))
-    (tmp_path / "vectors" / "page_ids.txt").write_text("\n".join(ids) + "\n")
-    np.save(tmp_path / "vectors" / "queries.npy", np.array([[0.6, 0.8], [1.0, 0.0]]))
-    (tmp_path / "vectors" / "queries.jsonl").write_text('"which?"\n"other?"\n')
-    return tmp_path / "store"
+    store = coloured_store(tmp_path, "red", "blue")
+    queries = {"which?": [0.6, 0.8], "other?": [1.0, 0.0]}
+    write_vectors(tmp_path / "vectors", PageStore.open(store).page_ids(), np.eye(2), queries)
+    return store
 
 
 def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, tiny_model_path, capsys):

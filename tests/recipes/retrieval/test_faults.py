@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -21,20 +20,14 @@ from PIL import Image
 
 from recipes import retrieve
 from recipes.retrieval.pages.documents import DocumentError, RenderSettings, is_candidate, office_to_pdf, render
-from recipes.retrieval.pages.ingest import IngestReport, RenderTask, ingest, render_document
+from recipes.retrieval.pages.ingest import RenderTask, render_document
 from recipes.retrieval.pages.store import PageStore, StoreError
 from recipes.retrieval.pages.workers import run_tasks
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.console import Console
 from tests.material import ROOT
-from tests.material.retrieval import coloured_store, write_form, write_image, write_pdf
+from tests.material.retrieval import coloured_store, ingested, write_form, write_image, write_pdf, write_vectors
 from tests.recipes.retrieval.search.test_index import make, random_vectors
-
-
-def run(*roots: Path, out: Path, **changes: Any) -> IngestReport:
-    settings = RenderSettings(**changes)
-    return ingest(roots, out, settings, num_workers=1, page_timeout_s=60, console=Console(io.StringIO()))
 
 
 def rendered(file: Path, **changes: Any) -> np.ndarray:
@@ -97,7 +90,7 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
         b"2 0 obj << /Type /Pages /Kids [2 0 R 2 0 R] /Count 99999999 >> endobj trailer << /Root 1 0 R >>"
     )
     (docs / os.fsdecode(b"\xe9[/b]\x1b[31m\n.pdf".replace(b"/", b""))).write_bytes(b"%PDF-1.4 junk")
-    report = run(docs, out=tmp_path / "store")
+    report = ingested(tmp_path / "store", docs)
     store = PageStore.open(tmp_path / "store")
     assert {page.document for page in store.pages()} == {"good.png", "nan.pdf"}
     errors = {row.document: row.error for row in report.errors}
@@ -110,7 +103,7 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
     assert errors["program.png"].startswith("the content is neither a PDF nor an image")
     assert report.num_skipped == 1  # the note
     assert "round is a link to a folder and is not followed" in caplog.text
-    again = run(docs, out=tmp_path / "store")
+    again = ingested(tmp_path / "store", docs)
     assert (again.num_unchanged, len(again.errors)) == (3, len(errors))
 
 
@@ -144,7 +137,7 @@ def test_a_folder_that_cannot_be_read_takes_no_document_out(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
         with pytest.raises(RsgrpoError, match=r"the folder .*docs cannot be read: Permission denied"):
-            run(tmp_path / "docs", out=store)
+            ingested(store, tmp_path / "docs")
     assert len(PageStore.open(store).page_ids()) == 3
 
 
@@ -202,7 +195,7 @@ def test_a_damaged_file_of_a_store_stops_an_ingest_before_it_harms_anything(tmp_
     (store / name).write_bytes((store / name).read_bytes()[:size])
     before = {file: file.stat().st_mtime_ns for file in store.rglob("*.p*")}
     with pytest.raises(StoreError, match=rf"{name} (is damaged|cannot be read)"):
-        run(tmp_path / "docs", out=store)
+        ingested(store, tmp_path / "docs")
     assert {file: file.stat().st_mtime_ns for file in store.rglob("*.p*")} == before
 
 
@@ -215,9 +208,9 @@ def test_a_lost_catalogue_of_documents_is_not_taken_for_an_empty_one(tmp_path):
     with pytest.raises(
         StoreError, match=r"documents\.parquet is missing; delete it and pages\.parquet, and ingest all"
     ):
-        run(tmp_path / "other", out=store)
+        ingested(store, tmp_path / "other")
     (store / "pages.parquet").unlink()  # as the error says
-    assert run(tmp_path / "other", tmp_path / "docs", out=store).num_pages == 4
+    assert ingested(store, tmp_path / "other", tmp_path / "docs").num_pages == 4
     assert before.items() <= {file: file.stat().st_mtime_ns for file in store.glob("pages/*/*/*")}.items()
 
 
@@ -228,15 +221,15 @@ def test_damaged_pages_of_a_store_are_made_anew_as_the_error_says(tmp_path):
         with pytest.raises(StoreError, match=r"pages\.parquet is damaged .*; delete it and run the last ingest again"):
             read(PageStore.open(store))
     (store / "pages.parquet").unlink()
-    assert run(tmp_path / "docs", out=store).num_pages == 3
+    assert ingested(store, tmp_path / "docs").num_pages == 3
     (tmp_path / "other").mkdir()
     write_image(tmp_path / "other" / "other.png", "white")
     record = next(store.glob("pages/*/*/pages.json"))
     record.write_text("{")
     with pytest.raises(StoreError, match=r"pages\.json is damaged .*; delete .* and ingest all folders"):
-        run(tmp_path / "other", out=store)
+        ingested(store, tmp_path / "other")
     shutil.rmtree(record.parent)
-    assert run(tmp_path / "other", tmp_path / "docs", out=store).num_pages == 4
+    assert ingested(store, tmp_path / "other", tmp_path / "docs").num_pages == 4
 
 
 def broken_manifests(good: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -294,14 +287,9 @@ def test_a_store_at_a_path_that_is_not_utf8_works_from_end_to_end(tmp_path):
     pytest.importorskip("faiss", reason="needs the retrieval extra")
     place = tmp_path / os.fsdecode(b"stor\xe9")
     place.mkdir()
-    store, vectors = coloured_store(place), place / "vectors"
-    vectors.mkdir()
-    (vectors / "encoder.json").write_text("{}")
-    (vectors / "page_ids.txt").write_text("".join(f"{page_id}\n" for page_id in PageStore.open(store).page_ids()))
-    np.save(vectors / "pages.npy", np.eye(3))
-    np.save(vectors / "queries.npy", np.eye(3)[:1])
-    (vectors / "queries.jsonl").write_text('"first"\n')
-    imported = ["--kind", "imported", "--model", vectors]
+    store = coloured_store(place)
+    vectors = write_vectors(place / "vectors", PageStore.open(store).page_ids(), np.eye(3), {"first": [1, 0, 0]})
+    imported: list[str | Path] = ["--kind", "imported", "--model", vectors]
     index = subprocess.run(command("index", store, *imported, "--faiss", "flat"), cwd=ROOT, capture_output=True)
     assert (index.returncode, index.stderr) == (0, b"")
     search = command("search", store, "first", *imported, "--backend", "flat", "--json", "-k", "1")
@@ -326,4 +314,4 @@ def test_ctrl_c_is_one_line_and_the_command_goes_on(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate()
     assert (process.returncode, said) == (130, b"Stopped; finished work is kept; run the same command to resume.\n")
-    assert run(docs, out=store).num_pages == 40
+    assert ingested(store, docs).num_pages == 40

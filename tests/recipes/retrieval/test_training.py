@@ -33,11 +33,9 @@ from recipes.retrieval.training.pairs import Pair, read_pairs
 from recipes.train_retriever import main, split
 from rsgrpo import cli
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import write_image
+from tests.material.retrieval import QUIET, write_image
 
 COLOURS = ("red", "lime", "blue", "white", "black", "yellow", "cyan", "magenta")
-QUIET = Console(io.StringIO())
 
 
 @pytest.fixture(scope="module")

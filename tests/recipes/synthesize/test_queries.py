@@ -16,16 +16,14 @@ from PIL import Image
 
 from recipes.answers.questions import read_questions
 from recipes.retrieval.evaluation.scores import read_qrels, read_queries
-from recipes.retrieval.pages.documents import RenderSettings
-from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import PageStore
 from recipes.synthesize import commands as synthesize
 from recipes.synthesize import page_questions
 from recipes.synthesize.page_questions import QueryConfig, QueryPair, SourcePage, judge, read_pairs
 from recipes.synthesize.tries import CUT_OFF, FAILED, KEPT
 from rsgrpo.errors import InputError
-from rsgrpo.records.console import Console
 from tests.material.http_stub import start_endpoint
+from tests.material.retrieval import ingested
 
 CONFIG = QueryConfig()
 
@@ -227,8 +225,7 @@ def test_a_failing_request_is_tried_again_and_stops_no_other(teach, images, tmp_
 
 def test_pages_of_a_store_are_judged_by_page_id(teach, images, tmp_path):
     store = tmp_path / "store"
-    quiet = Console(io.StringIO())
-    ingest([images / "a.png"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+    ingested(store, images / "a.png")
     (page_id,) = PageStore.open(store).page_ids()
     teacher = teach(lambda page, times: pairs(("Who won the cup?", "Ada")))
     own = tmp_path / "request.txt"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes.retrieval.pages.documents import RenderSettings
-from recipes.retrieval.pages.ingest import IngestReport, ingest
+from recipes.retrieval.pages.ingest import IngestReport
 from recipes.retrieval.pages.store import PageStore, StoreError
-from rsgrpo.records.console import Console
 from rsgrpo.running.checkpoint import CheckpointError, CheckpointFolder
 from tests.material.learner import make_groups, make_learner
+from tests.material.retrieval import ingested
 
 
 @pytest.fixture
@@ -79,8 +77,7 @@ def test_documents_that_do_not_fit_say_so_and_leave_the_store_before(tmp_path, s
         Image.fromarray(rng.integers(0, 255, (600, 600, 3), dtype=np.uint8)).save(docs / name)
 
     def run() -> IngestReport:
-        quiet = Console(io.StringIO())
-        return ingest([docs], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=quiet)
+        return ingested(store, docs)
 
     write("a.png")
     assert run().num_pages == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import signal
@@ -27,15 +26,12 @@ from recipes import retrieve
 from recipes.retrieval.encoders.base import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings
 from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.encoders.sentence import LateEncoder, SentenceEncoder
-from recipes.retrieval.pages.documents import RenderSettings
-from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from recipes.retrieval.search.retriever import Retriever
 from recipes.retrieval.search.update import update_index
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import coloured_store, write_image, write_pdf
+from tests.material.retrieval import QUIET, coloured_store, ingested, write_image, write_pdf
 
 PIXELS = {"min_pixels": 784, "max_pixels": 784 * 16}
 
@@ -189,12 +185,11 @@ def test_a_damaged_page_of_the_store_is_made_anew_as_its_error_says(store, encod
     page = next(iter(PageStore.open(store).pages()))
     Path(page.image).write_bytes(b"damaged")
     index = VectorIndex.create(tmp_path / "index", encoder.identity)
-    console = Console(io.StringIO())
     with pytest.raises(EncoderError, match=r"; delete .* and ingest again"):
-        update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
+        update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=QUIET)
     shutil.rmtree(Path(page.image).parent)
-    ingest([tmp_path / "docs"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
-    report = update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=console)
+    ingested(store, tmp_path / "docs")
+    report = update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=QUIET)
     assert report.num_pages == 3
 
 
@@ -207,9 +202,7 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
     index = VectorIndex.create(tmp_path / "index", encoder.identity)
 
     def update() -> tuple[int, int, int]:
-        report = update_index(
-            PageStore.open(store), encoder, index, shard_pages=2, batch_pages=2, console=Console(io.StringIO())
-        )
+        report = update_index(PageStore.open(store), encoder, index, shard_pages=2, batch_pages=2, console=QUIET)
         return report.num_added, report.num_deleted, report.num_pages
 
     assert update() == (3, 0, 3)
@@ -219,8 +212,7 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
     write_image(docs / "white.png", "white", 56, 56)
     retriever = Retriever(store, tmp_path / "index", encoder)
     assert len(retriever.search(["7"], 10)[0]) == 3
-    console = Console(io.StringIO())
-    ingest([docs], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    ingested(store, docs)
     with pytest.raises(IndexFault, match=r"no longer in .*; update the index"):
         retriever.search(["7"], 10)
     assert update() == (1, 1, 3)
@@ -233,8 +225,8 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
 def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_model_path, encoder, tmp_path):
     pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
     write_pdf(tmp_path / "a.pdf", [f"page {row} amount {row * row}" for row in range(120)])
-    store, console = tmp_path / "store", Console(io.StringIO())
-    ingest([tmp_path / "a.pdf"], store, RenderSettings(), num_workers=1, page_timeout_s=60, console=console)
+    store = tmp_path / "store"
+    ingested(store, tmp_path / "a.pdf")
     command = ["index", str(store), "--model", tiny_model_path, "--max-pixels", "12544", "--device", "cpu"]
     command += ["--min-pixels", "784", "--shard-pages", "2", "--batch-size", "1"]
     shards = store / "index" / "shards"
@@ -247,7 +239,7 @@ def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_m
     assert 4 <= kept < 120
     index = VectorIndex.create(store / "index", encoder.identity)
     pages = PageStore.open(store)
-    report = update_index(pages, encoder, index, shard_pages=50, batch_pages=8, console=console)
+    report = update_index(pages, encoder, index, shard_pages=50, batch_pages=8, console=QUIET)
     assert (report.num_added, report.num_deleted, report.num_pages) == (120 - kept, 0, 120)
     ids = list(VectorIndex.open(store / "index").page_ids())
     assert len(set(ids)) == len(ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import signal
@@ -22,19 +21,15 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 from recipes.retrieval.encoders.base import EncoderSettings, identify
 from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.encoders.on_ray import RaySettings, encode_on_ray
-from recipes.retrieval.pages.documents import RenderSettings
-from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.update import encode_here, fill_index
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import write_pdf
+from tests.material.retrieval import QUIET, ingested, write_pdf
 from tests.material.retrieval_models import save_late
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data warns of defaults of its own
 NUM_PAGES = 40
-QUIET = Console(io.StringIO())
 PIXELS: dict[str, Any] = {"min_pixels": 784, "max_pixels": 784 * 8, "device": "cpu", "batch_size": 4}
 
 
@@ -43,7 +38,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ray")
     (folder / "docs").mkdir()
     write_pdf(folder / "docs" / "a.pdf", [f"page {row} amount {row * row}" for row in range(NUM_PAGES)])
-    ingest([folder / "docs"], folder / "store", RenderSettings(), num_workers=1, page_timeout_s=60, console=QUIET)
+    ingested(folder / "store", folder / "docs")
     return folder / "store"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import signal
 import stat
@@ -20,18 +19,16 @@ from PIL import Image
 
 from recipes import retrieve
 from recipes.retrieval.pages.documents import DocumentError, RenderSettings, office_to_pdf, render
-from recipes.retrieval.pages.ingest import IngestReport, ingest
+from recipes.retrieval.pages.ingest import IngestReport
 from recipes.retrieval.pages.store import PageStore, StoreError, content_writer, page_id, shown, writing
 from recipes.retrieval.pages.workers import run_tasks
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.console import Console
 from tests.material import ROOT
-from tests.material.retrieval import write_encrypted_pdf, write_image, write_pdf
+from tests.material.retrieval import ingested, write_encrypted_pdf, write_image, write_pdf
 
 
-def run(docs: Path, out: Path, settings: RenderSettings | None = None) -> IngestReport:
-    console = Console(io.StringIO())
-    return ingest([docs], out, settings or RenderSettings(dpi=72), num_workers=1, page_timeout_s=60, console=console)
+def run(docs: Path, out: Path, dpi: int = 72) -> IngestReport:
+    return ingested(out, docs, dpi=dpi)
 
 
 def faults(report: IngestReport) -> dict[str, str]:
@@ -251,7 +248,7 @@ def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
         run(docs, tmp_path / "full")
     run(docs, tmp_path / "ok")
     with pytest.raises(StoreError, match=r"other settings \(dpi 72 -> 100\)"):
-        run(docs, tmp_path / "ok", RenderSettings(dpi=100))
+        run(docs, tmp_path / "ok", dpi=100)
     with pytest.raises(StoreError, match="not a page store; create it with"):
         PageStore.open(tmp_path / "nowhere")
     with pytest.raises(RsgrpoError, match=r"--dpi must be in \[10, 1200\], got 5"):
@@ -332,7 +329,7 @@ def test_ingest_killed_in_the_middle_goes_on_without_loss_or_repetition(tmp_path
     assert 5 <= len(finished) < 40
     (store / "pages" / "00").mkdir(exist_ok=True)
     (store / "pages" / "00" / ".half.1").mkdir()  # what a worker killed while writing leaves
-    report = run(docs, store, RenderSettings())
+    report = run(docs, store, dpi=150)
     assert (report.num_pages, report.errors) == (40, ())
     ids = PageStore.open(store).page_ids()
     assert len(set(ids)) == len(ids) == 40

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from recipes import retrieve
 from recipes.retrieval.pages.documents import RenderSettings, render
-from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import PageStore, StoreError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import write_image
+from tests.material.retrieval import ingested, write_image
 
 
 @pytest.fixture
@@ -32,8 +29,7 @@ def write_scan(path: Path, text: str) -> None:
 
 
 def run(source: Path, out: Path, ocr: str) -> list[str]:
-    quiet = Console(io.StringIO())
-    ingest([source], out, RenderSettings(ocr=ocr), num_workers=1, page_timeout_s=60, console=quiet)
+    ingested(out, source, ocr=ocr)
     return [page.text for page in PageStore.open(out).pages()]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import pytest
 pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
 
 from recipes.retrieval.pages.documents import RenderSettings, render
-from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import PageStore
-from rsgrpo.records.console import Console
 from tests.material.office import write_docx, write_opendocument, write_pptx, write_xlsx
+from tests.material.retrieval import ingested
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,9 +44,8 @@ def test_a_folder_of_every_kind_becomes_pages(tmp_path):
     (docs / "note.txt").write_text("plain äöü\n")
     write_docx(docs / "broken.docx", ["gone"])
     (docs / "broken.docx").write_bytes((docs / "broken.docx").read_bytes()[:300])
-    quiet = Console(io.StringIO())
     store = tmp_path / "store"
-    report = ingest([docs], store, RenderSettings(dpi=30), num_workers=1, page_timeout_s=60, console=quiet)
+    report = ingested(store, docs, dpi=30)
     found = {(page.document, page.number): page.text for page in PageStore.open(store).pages()}
     expected = {
         ("letter.docx", 1): "first & foremost", ("letter.docx", 2): "second", ("talk.pptx", 1): "slide alpha",

@@ -21,6 +21,7 @@ from recipes.retrieval.search.exact import Hit, max_sim, rank
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from tests.material import ROOT
+from tests.material.retrieval import write_vectors
 
 
 class ScriptedEncoder:
@@ -208,11 +209,9 @@ def page(page_id: str, image: str = "", text: str = "") -> Page:
 
 
 def test_imported_vectors_are_looked_up_and_normalised(tmp_path):
-    (tmp_path / "encoder.json").write_text('{"name": "VisRAG-Ret"}')
-    np.save(tmp_path / "pages.npy", np.array([[3.0, 4.0], [0.0, 2.0]], dtype=np.float16))
-    (tmp_path / "page_ids.txt").write_text("a\nb\n")
-    np.save(tmp_path / "queries.npy", np.array([[2.0, 0.0]]))
-    (tmp_path / "queries.jsonl").write_text('"two\\nlines"\n')
+    write_vectors(
+        tmp_path, ["a", "b"], np.array([[3.0, 4.0], [0.0, 2.0]], dtype=np.float16), {"two\nlines": [2.0, 0.0]}
+    )
     encoder = ImportedEncoder(EncoderSettings(str(tmp_path), "imported"))
     np.testing.assert_allclose(
         np.stack(encoder.encode_pages([page("b"), page("a")])), [[0.0, 1.0], [0.6, 0.8]], atol=1e-6
@@ -228,9 +227,7 @@ def test_imported_vectors_are_looked_up_and_normalised(tmp_path):
 
 
 def test_a_vector_that_is_zero_or_not_finite_is_refused(tmp_path):
-    (tmp_path / "encoder.json").write_text("{}")
-    np.save(tmp_path / "pages.npy", np.array([[0.0, 0.0], [np.nan, 1.0]]))
-    (tmp_path / "page_ids.txt").write_text("a\nb\n")
+    write_vectors(tmp_path, ["a", "b"], [[0.0, 0.0], [np.nan, 1.0]], {})
     encoder = ImportedEncoder(EncoderSettings(str(tmp_path), "imported"))
     for name in ("a", "b"):
         with pytest.raises(EncoderError, match=f"a vector of length .* for '{name}'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -17,8 +16,7 @@ from recipes.retrieval.encoders.base import EncoderSettings
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.origin import recall, remember
 from rsgrpo.errors import InputError
-from rsgrpo.records.console import Console
-from tests.material.retrieval import write_image, write_pdf
+from tests.material.retrieval import QUIET, write_image, write_pdf
 from tests.material.retrieval_models import save_late
 
 SMALL = ["--max-pixels", "3136", "--device", "cpu"]
@@ -69,7 +67,7 @@ def test_a_model_that_has_changed_since_is_refused_by_name(tiny_model_path, tmp_
 
 
 def opened(store: Path, *options: str) -> Library:
-    return app.open_library(app.parser().parse_args([str(store), *options]), Console(io.StringIO()))
+    return app.open_library(app.parser().parse_args([str(store), *options]), QUIET)
 
 
 def test_what_is_added_on_the_page_is_found_through_faiss_and_the_reranker(tiny_model_path, tmp_path):
