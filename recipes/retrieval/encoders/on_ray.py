@@ -1,6 +1,6 @@
-"""Encode pages on Ray Data: tasks on any CPU load them, one actor per model encodes them, this process gets vectors.
+"""Encode pages on Ray Data: tasks on any CPU load pages, actors with one model each encode them.
 
-Knows nothing of indexes. The pages' images must be readable under the same paths on every node.
+The pages' images must be readable under the same paths on every node.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from recipes.retrieval.pages.store import Page
 from rsgrpo.errors import InputError, RsgrpoError
 
 MAX_BLOCK_PAGES = 256  # loaded by one task
-LOADERS_PER_WORKER = 4  # at most, where there are CPUs
-BLOCKS_PER_WORKER = 4  # of a small corpus, so that every worker has something to do
+LOADERS_PER_WORKER = 4  # at most, if there are CPUs
+BLOCKS_PER_WORKER = 4  # so that every worker gets some of a small corpus
 OBJECT_STORE_BYTES = 2 << 30  # of a Ray that is started here
 _INPUT_SCHEMA = pa.schema(
     [("page_id", pa.string()), ("text", pa.string()), ("pixels", pa.large_binary()), ("width", pa.int32()),
@@ -39,8 +39,8 @@ _VECTOR_SCHEMA = pa.schema([("page_id", pa.string()), ("vectors", pa.large_binar
 class RaySettings:
     """Where models run.
 
-    num_workers: models, each in an actor of its own. gpus_per_worker: 0 for models on CPU; None is 1 where the cluster
-    has GPUs. address: of a Ray that runs already ("auto"); "" starts one here that ends with this process.
+    num_workers: models, each in its own actor. gpus_per_worker: 0 for models on CPU; None is 1 if the cluster has
+    GPUs. address: of a running Ray ("auto"); "" starts one that ends with this process.
     """
 
     num_workers: int
@@ -57,10 +57,10 @@ class RaySettings:
 def encode_on_ray(
     identity: ModelIdentity, settings: RaySettings, pages: Iterable[Page]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield pages with their vectors in the order in which they come.
+    """Yield pages with their vectors in the order in which they arrive.
 
-    Ray Data holds tasks back while the models or this process do not keep up, so that memory stays bounded; rows of
-    the pages themselves (no images) are handed over at the start.
+    Ray Data delays tasks while the models or this process do not keep up, so that memory stays bounded; the rows of
+    the pages (without images) are passed at the start.
 
     Raises:
         InputError: the cluster is too small, or a page or the model cannot be used.
@@ -75,7 +75,7 @@ def encode_on_ray(
         ray.data.from_arrow(blocks)
         .map_batches(
             partial(_load, loader=identity.loader),
-            # a number of its own also keeps Ray Data from loading pages inside the models' actors
+            # an explicit size also keeps Ray Data from loading pages inside the models' actors
             compute=ray.data.TaskPoolStrategy(size=min(LOADERS_PER_WORKER * settings.num_workers, len(blocks))),
             batch_size=encoder.batch_size,
             batch_format="pyarrow",
@@ -98,7 +98,7 @@ def encode_on_ray(
 
 
 def _blocks(pages: list[Page], identity: ModelIdentity, settings: RaySettings) -> list[pa.Table]:
-    """Return the rows of the pages, cut so that every worker gets some of them."""
+    """Return the rows of the pages in blocks, so that every worker gets some."""
     size = -(-len(pages) // (BLOCKS_PER_WORKER * settings.num_workers))
     size = min(MAX_BLOCK_PAGES, max(identity.settings.batch_size, size))
     remaining = iter(pages)
@@ -110,7 +110,7 @@ def _blocks(pages: list[Page], identity: ModelIdentity, settings: RaySettings) -
 
 
 def _connect(settings: RaySettings) -> None:
-    """Start Ray here or join one, unless this process has done so."""
+    """Start Ray or join a cluster, unless this process is connected already."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if settings.address:
@@ -123,15 +123,15 @@ def _connect(settings: RaySettings) -> None:
                 num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
                 configure_logging=False, log_to_driver=False,
             )  # fmt: skip
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it announces every execution; errors are raised here
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs every execution; errors are raised here
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # there is one bar already, of all pages
+    context.enable_progress_bars = False  # our console shows one bar for all pages
     context.execution_options.preserve_order = False
     context.raise_original_map_exception = True
 
 
 def _gpus_per_worker(settings: RaySettings) -> float:
-    """Return how many GPUs a model gets.
+    """Return the number of GPUs per model.
 
     Raises:
         InputError: the cluster is too small for all of them.
@@ -143,14 +143,14 @@ def _gpus_per_worker(settings: RaySettings) -> float:
     kind, needed = ("GPU", settings.num_workers * chosen) if chosen else ("CPU", settings.num_workers + 1)
     if there.get(kind, 0) < needed:
         raise InputError(
-            f"--workers {settings.num_workers} need {needed:g} {kind}s (one CPU loads pages), the Ray cluster has "
+            f"--workers {settings.num_workers} need {needed:g} {kind}s (one CPU loads pages), but the Ray cluster has "
             f"{there.get(kind, 0):g}; lower it"
         )
     return chosen
 
 
 def _load(pages: pa.Table, loader: PageLoader) -> pa.Table:
-    """Load pages, on any node. What travels on is 8-bit RGB in the size that the model sees."""
+    """Load pages, on any node, as 8-bit RGB at the size that the model sees."""
     rows = []
     for row in pages.to_pylist():
         loaded = loader(Page(**row))
@@ -164,12 +164,12 @@ def _load(pages: pa.Table, loader: PageLoader) -> pa.Table:
 
 
 class _Model:
-    """One model, in an actor."""
+    """One model in an actor."""
 
     def __init__(self, settings: EncoderSettings, fingerprint: str) -> None:
         self._encoder = load_model_encoder(settings)
         if self._encoder.identity.fingerprint != fingerprint:
-            raise EncoderError(f"the folder {settings.model} on this node is not the one that the command names")
+            raise EncoderError(f"the folder {settings.model} differs between nodes; copy one version to every node")
 
     def __call__(self, inputs: pa.Table) -> pa.Table:
         """Return the vectors of loaded pages as float32 bytes."""
@@ -196,9 +196,9 @@ def _vectors(table: pa.Table, *, multi_vector: bool) -> Iterator[tuple[str, np.n
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the error of ours that Ray has wrapped, or Ray's own."""
+    """Return our error if Ray has wrapped one, else Ray's own."""
     inner = getattr(error, "cause", None)
     if isinstance(inner, BaseException):
         return _cause(inner)
-    # Ray adds advice about its own settings below our line
+    # Ray appends advice about its own settings to our line
     return EncoderError(str(error).splitlines()[0]) if isinstance(error, RsgrpoError) else error

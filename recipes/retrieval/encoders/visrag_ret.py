@@ -1,8 +1,8 @@
 """Encode pages and queries with VisRAG-Ret in an environment of its own: `python visrag_ret.py --help`.
 
 VisRAG-Ret (MiniCPM-V 2.0) comes with code that runs under transformers 4.40 only, so this file imports nothing of the
-package: copy it there. It writes the folder that `--kind imported` reads; a command that was stopped goes on when it is
-run again. The model's own code is run only with --trust-remote-code.
+package: copy it there. It writes the folder that `--kind imported` reads, and resumes when it is run again. The model's
+own code is run only with --trust-remote-code.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ QUERY_PREFIX = "Represent this query for retrieving relevant documents: "
 
 
 def weighted_mean(hidden_BTD: Any, mask_BT: Any) -> Any:
-    """Return unit vectors: tokens weighted by their place among the tokens that are not padding."""
+    """Return unit vectors: tokens weighted by their position among the tokens that are not padding."""
     weights_BT = (mask_BT * mask_BT.cumsum(dim=1)).to(hidden_BTD.dtype)
     pooled_BD = (hidden_BTD * weights_BT.unsqueeze(-1)).sum(dim=1) / weights_BT.sum(dim=1, keepdim=True)
     return pooled_BD / pooled_BD.norm(dim=1, keepdim=True)
 
 
 def encode(model: Any, tokenizer: Any, texts: Sequence[str], images: Sequence[Any], batch_size: int) -> np.ndarray:
-    """Return (N, D) float16: a page is an image with an empty text, a query a text with no image."""
+    """Return (N, D) float16: a page is an image with an empty text, a query is a text without an image."""
     import torch
 
     parts = []
@@ -41,7 +41,7 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], images: Sequence[An
 
 
 def encode_pages(model: Any, tokenizer: Any, store: Path, out: Path, batch_size: int, part_pages: int) -> None:
-    """Write OUT/pages.npy and OUT/page_ids.txt, a part at a time; parts that are there are kept."""
+    """Write OUT/pages.npy and OUT/page_ids.txt, one part at a time; finished parts are kept."""
     import pyarrow.parquet as pq
     from PIL import Image
 
@@ -59,7 +59,7 @@ def encode_pages(model: Any, tokenizer: Any, store: Path, out: Path, batch_size:
                 images = [Image.open(store / row["image"]).convert("RGB") for row in batch]
                 vectors.append(encode(model, tokenizer, [""] * len(images), images, batch_size))
             _save(part, np.concatenate(vectors))
-            names.write_text(ids)  # names the part as whole
+            names.write_text(ids)  # marks the part as complete
         parts.append(part)
         print(f"{start + len(chosen)}/{len(rows)} pages", flush=True)
     (out / "page_ids.txt").write_text("".join(f"{row['page_id']}\n" for row in rows))
@@ -91,11 +91,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="openbmb/VisRAG-Ret")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--part-pages", type=int, default=1024, help="a command that dies repeats at most as many")
+    parser.add_argument(
+        "--part-pages", type=int, default=1024, help="the most pages that are encoded again after a crash"
+    )
     parser.add_argument("--trust-remote-code", action="store_true")
     options = parser.parse_args()
     if not options.trust_remote_code:
-        parser.error("VisRAG-Ret runs code that comes with it: consent with --trust-remote-code")
+        parser.error("VisRAG-Ret needs code that comes with the model; add --trust-remote-code to allow it")
     import torch
     from transformers import AutoModel, AutoTokenizer
 

@@ -68,6 +68,7 @@ def scan(shards: Iterable[Shard], queries: Sequence[np.ndarray], k: int, *, mult
                     found = {shard.ids_P[row].decode(): exact_score(query, shard.vectors(row)) for row in rows}
                     found |= {hit.page_id: hit.score for hit in hits}
                     best[number] = rank(found, found.values(), k)
+        shard.release()
     return best
 
 

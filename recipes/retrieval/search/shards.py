@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ class Shard:
     def vectors(self, row: int) -> np.ndarray:
         """Return (vectors, D) of one page, float32."""
         return np.asarray(self.vectors_VD[self.offsets[row] : self.offsets[row + 1]], dtype=np.float32)
+
+    def release(self) -> None:
+        """Drop vectors that were read from this process's memory; they stay on disk."""
+        if isinstance(self.vectors_VD.base, mmap.mmap):
+            self.vectors_VD.base.madvise(mmap.MADV_DONTNEED)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """Yield the first page of each block and the one after its last; a block has about BLOCK_VECTORS vectors."""

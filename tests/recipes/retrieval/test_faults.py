@@ -22,7 +22,6 @@ from recipes import retrieve
 from recipes.retrieval.pages.documents import DocumentError, RenderSettings, is_candidate, office_to_pdf, render
 from recipes.retrieval.pages.ingest import RenderTask, render_document
 from recipes.retrieval.pages.store import PageStore, StoreError
-from recipes.retrieval.pages.workers import run_tasks
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from tests.material import ROOT
@@ -100,6 +99,7 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
     assert set(errors) == {
         "bomb.png", "large.png", "strip.png", "program.png", "cycle.pdf", "\\xe9[b]\\x1b[31m\\x0a.pdf"
     }  # fmt: skip
+    assert errors["strip.png"].startswith("page 1: 50000 x 200 pixels, one side is more than 200 times")
     assert errors["program.png"].startswith("the content is neither a PDF nor an image")
     assert report.num_skipped == 1  # the note
     assert "round is a link to a folder and is not followed" in caplog.text
@@ -139,27 +139,6 @@ def test_a_folder_that_cannot_be_read_takes_no_document_out(tmp_path, monkeypatc
         with pytest.raises(RsgrpoError, match=r"the folder .*docs cannot be read: Permission denied"):
             ingested(store, tmp_path / "docs")
     assert len(PageStore.open(store).page_ids()) == 3
-
-
-class Needy(Exception):
-    """An error that pickle cannot make again."""
-
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} and {second}")
-
-
-def fail_needily(task: int, alive: object) -> int:
-    if task == 1:
-        raise Needy("this", "that")
-    return task
-
-
-def test_an_error_that_cannot_travel_costs_one_task():
-    found = {outcome.task: outcome for outcome in run_tasks(
-        fail_needily, range(3), num_workers=1, timeout_s=60, on_alive=lambda: None
-    )}  # fmt: skip
-    assert str(found[1].error) == "Needy: this and that"
-    assert [found[task].value for task in (0, 2)] == [0, 2]
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_pages_under_the_old_name(tmp_path, monkeypatch):

@@ -162,7 +162,7 @@ def test_a_model_of_remote_code_runs_out_of_process_by_consent_and_is_imported(
 
     refused = run()
     assert refused.returncode == 2
-    assert "consent with --trust-remote-code" in refused.stderr
+    assert "add --trust-remote-code to allow it" in refused.stderr
     assert not out.exists()
     done = run("--trust-remote-code")
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,7 @@ def test_two_actors_give_the_index_of_the_local_path(store, tiny_model_path, tmp
 
     with pytest.raises(RsgrpoError, match=r"page x of d: .*; delete .* and ingest again"):
         list(encode_on_ray(identity, settings, [*some, Page("x", "d", 1, str(tmp_path / "gone.png"), 1, 1, "")]))
-    with pytest.raises(RsgrpoError, match=r"--workers 500 need 501 CPUs .* the Ray cluster has"):
+    with pytest.raises(RsgrpoError, match=r"--workers 500 need 501 CPUs .* but the Ray cluster has"):
         list(encode_on_ray(identity, RaySettings(500, 0), some))
 
 
