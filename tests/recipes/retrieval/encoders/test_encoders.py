@@ -23,7 +23,7 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 from sentence_transformers import MultiVectorEncoder
 
 from recipes import retrieve
-from recipes.retrieval.encoders.base import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings
+from recipes.retrieval.encoders.base import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings, identify
 from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.encoders.sentence import LateEncoder, SentenceEncoder
 from recipes.retrieval.pages.store import Page, PageStore
@@ -73,23 +73,6 @@ def test_each_pooling_is_its_formula_over_the_models_hidden_states(tiny_model_pa
         np.testing.assert_allclose(vector, direct_pooling(hidden_TD, pooling).numpy(), atol=1e-6)
 
 
-def test_batch_size_never_changes_an_embedding(tiny_model_path, encoder, pages):
-    single = SentenceEncoder(settings(tiny_model_path, batch_size=1))
-    np.testing.assert_allclose(np.stack(encoder.encode_pages(pages)), np.stack(single.encode_pages(pages)), atol=1e-6)
-    queries = ["what amount is on page 2?", "7", "insufficient to answer"]
-    np.testing.assert_allclose(
-        np.stack(encoder.encode_queries(queries)), np.stack(single.encode_queries(queries)), atol=1e-6
-    )
-    assert encoder.identity.fingerprint == single.identity.fingerprint
-
-
-def test_padding_side_never_changes_an_embedding(tiny_model_path, encoder, pages):
-    other = SentenceEncoder(settings(tiny_model_path))
-    other.model[0].processor.tokenizer.padding_side = "left"
-    assert other.model.preprocess(["a", "a b c d"])["attention_mask"][0, 0] == 0
-    np.testing.assert_allclose(np.stack(other.encode_pages(pages)), np.stack(encoder.encode_pages(pages)), atol=1e-6)
-
-
 def test_a_query_has_the_prefix_of_visrag(tiny_model_path, encoder):
     bare = SentenceEncoder(settings(tiny_model_path, query_prefix=""))
     np.testing.assert_allclose(
@@ -105,27 +88,25 @@ def test_a_page_is_resized_once_and_by_our_rule(encoder, pages):
 
 
 def test_the_fingerprint_changes_with_weights_and_settings(tiny_model_path, encoder, tmp_path):
-    assert (
-        SentenceEncoder(settings(tiny_model_path, pooling="mean")).identity.fingerprint != encoder.identity.fingerprint
-    )
-    assert (
-        SentenceEncoder(settings(tiny_model_path, max_pixels=784)).identity.fingerprint != encoder.identity.fingerprint
-    )
-    folder = tmp_path / "model"
+    def fingerprint(path: str, **changes: Any) -> str:
+        return identify(settings(path, **changes)).fingerprint
+
+    own, folder = encoder.identity.fingerprint, tmp_path / "model"
+    assert fingerprint(tiny_model_path, batch_size=1, device="") == own
+    assert own not in (fingerprint(tiny_model_path, pooling="mean"), fingerprint(tiny_model_path, max_pixels=784))
     shutil.copytree(tiny_model_path, folder)
-    assert SentenceEncoder(settings(str(folder))).identity.fingerprint == encoder.identity.fingerprint
+    assert fingerprint(str(folder)) == own
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))
-    assert SentenceEncoder(settings(str(folder))).identity.fingerprint != encoder.identity.fingerprint
+    assert fingerprint(str(folder)) != own
 
 
-def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, tiny_model_path, pages):
+def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, encoder, pages):
     with pytest.raises(EncoderError, match="not a model folder"):
         load_encoder(settings(str(tmp_path)))
     with pytest.raises(EncoderError, match="not a folder and cannot be downloaded"):
         load_encoder(settings("someone/nothing"))
-    encoder = SentenceEncoder(settings(tiny_model_path))
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(EncoderError, match=r"page x of d: .*; delete .* and ingest again"):
         encoder.encode_pages([Page("x", "d", 1, str(tmp_path / "bad.png"), 1, 1, "")])
@@ -164,10 +145,10 @@ def test_a_query_that_says_nothing_or_is_no_text_is_refused(store, encoder, tmp_
         retriever.search(["caf\udce9"], 1)
 
 
-def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, pages, tmp_path):
+def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, encoder, pages, tmp_path):
     with pytest.raises(EncoderError, match="no trained projection"):
         LateEncoder(settings(tiny_model_path, kind="late"))
-    SentenceEncoder(settings(tiny_model_path)).model.save(str(tmp_path / "single"))
+    encoder.model.save(str(tmp_path / "single"))
     with pytest.raises(EncoderError, match="a random one would be used"):  # each process its own: nothing compares
         LateEncoder(settings(str(tmp_path / "single"), kind="late"))
     MultiVectorEncoder(tiny_model_path, device="cpu").save(str(tmp_path / "late"))

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def pages(page_images: list[str]) -> list[Page]:
     ]
 
 
+@cache
 def load(folder: str, kind: Any, batch_size: int) -> Any:
     return load_encoder(
         EncoderSettings(folder, kind, min_pixels=32 * 32, max_pixels=16 * 32 * 32, batch_size=batch_size, device="cpu")
