@@ -75,7 +75,7 @@ def test_what_vllm_cannot_stand_in_for_is_refused(tmp_path, tiny_model_path):
     (tmp_path / "modules.json").write_text(json.dumps([*modules, {"type": "x.Normalize", "path": "2"}]))
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "config.json").write_text('{"pooling_mode": "max"}')
-    refused("pools by max; --encode-with vllm knows weightedmean, mean, lasttoken, cls", tmp_path)
+    refused("pools by max; --encode-with vllm supports weightedmean, mean, lasttoken, cls", tmp_path)
     refused("which fixes the pooling", tmp_path, pooling="mean")
     (tmp_path / "1" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
     assert folder_pooling(tmp_path, EncoderSettings("x")) == "last"
@@ -83,5 +83,5 @@ def test_what_vllm_cannot_stand_in_for_is_refused(tmp_path, tiny_model_path):
     refused("has prompts of its own", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     refused("holds adapters", tmp_path)
-    with pytest.raises(RsgrpoError, match="--encode-with vllm serves --kind image only, not late"):
+    with pytest.raises(RsgrpoError, match="--encode-with vllm supports --kind image only, not late"):
         EncoderSettings("x", "late", "vllm")
