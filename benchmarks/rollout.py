@@ -3,7 +3,7 @@
 The same model, prompts and thread count for all; every measurement runs in processes of its own.
 
     python -m benchmarks.rollout                     # a random Qwen2.5-VL of a few million parameters
-    python -m benchmarks.rollout --model FOLDER      # a model of yours (no sync sizes)
+    python -m benchmarks.rollout --model FOLDER      # your own model (no sync sizes)
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def measure_sampling(
     start_s = time.perf_counter() - started
     warm_up = Prompt("warm-up", "what amount ?")
     list(engine.generate([warm_up], SamplingParams(max_tokens=4)))
-    if hasattr(engine, "stats"):
-        engine.stats()
+    engine.stats()  # counts start here
     if separate:
         prompts = [
             Prompt(f"{prompt.id}-{copy}", prompt.text, prompt.images)
@@ -97,7 +96,7 @@ def measure_sampling(
     seconds = time.perf_counter() - started
     assert all(group.error is None for group in groups), next(group.error for group in groups if group.error)
     num_tokens = sum(len(rollout.token_ids_T) for group in groups for rollout in group.rollouts)
-    stats = engine.stats() if hasattr(engine, "stats") else {}
+    stats = engine.stats()
     result = {
         "start_s": start_s,
         "seconds": seconds,
@@ -165,7 +164,7 @@ def alone(function: Callable[..., dict[str, float]], *args: Any) -> dict[str, fl
     try:
         return ours.recv()
     except EOFError:
-        raise RuntimeError(f"{function.__name__}{args[:2]} ended without a result; its error stands above") from None
+        raise RuntimeError(f"{function.__name__}{args[:2]} ended without a result; its error is above") from None
     finally:
         process.join()
 

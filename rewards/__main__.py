@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from rewards.evisrag import parse_gold
 from rewards.hints import why_never, why_no_scope
 
 POLICIES = {
-    "void": "there it teaches nothing",
-    "widen": "there it teaches the whole response",
+    "void": "there the reward teaches nothing",
+    "widen": "there the reward teaches the whole response",
     "error": "each counts as an error",
 }
 TEXT_KEYS = ("text", "response")
@@ -36,12 +37,12 @@ Try a reward on responses in a file. Prints, per response, the score and the tex
 (in colour on a terminal, between [[ ]] elsewhere), then mean, spread, missed scope markers and errors."""
 
 EPILOG = """\
-FILE is a .jsonl with one response a line:
+FILE is a .jsonl with one response per line:
   text (or response)                  the response
   truth, or ground_truth or answer    an object with `answers` and `evidence`, such an object as a JSON string, a list
                                       of answers, or gold text with <evidence> and <answer> blocks; without one of
                                       them, the row's own columns are the truth
-  num_tokens, truncated, question, images, id   as far as the reward reads them
+  num_tokens, truncated, question, images, id   where the reward reads them
 or the stored rollouts of a run: a .parquet file, its folder, or the run's folder.
 
 examples:
@@ -52,12 +53,8 @@ examples:
 exit status: 0 all scored, 1 the reward failed on some response, 2 it could not be tried."""
 
 
-class FileError(ValueError):
-    """The file of responses cannot be read; the text says where and why."""
-
-
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Trial:
     """What a reward did with one response.
 
     value: None if it did not apply or failed. spans: the characters it teaches. missed: a scope marker is missing.
@@ -85,14 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("reward", metavar="MODULE:FUNCTION", help="the reward, such as rewards.evisrag:accuracy")
-    parser.add_argument("files", metavar="FILE", nargs="+", type=Path, help="responses (.jsonl) or stored rollouts")
-    parser.add_argument(
-        "--args", metavar="JSON", default="{}", help="keyword arguments of the reward, as a JSON object"
-    )
-    parser.add_argument("--limit", metavar="N", type=int, default=0, help="only the first N responses")
-    parser.add_argument("--policy", choices=POLICIES, default="void", help="meaning of a missing marker (%(default)s)")
-    parser.add_argument("--summary", action="store_true", help="print the summary and the errors only")
+    add = parser.add_argument
+    add("reward", metavar="MODULE:FUNCTION", help="The reward, such as rewards.evisrag:accuracy.")
+    add("files", metavar="FILE", nargs="+", type=Path, help="Responses (.jsonl) or stored rollouts.")
+    add("--args", metavar="JSON", default="{}", help="Keyword arguments of the reward, as a JSON object.")
+    add("--limit", metavar="N", type=int, default=0, help="Score only the first N responses.")
+    add("--policy", choices=POLICIES, default="void", help="What a missing marker means (default: %(default)s).")
+    add("--summary", action="store_true", help="Print only the summary and the errors.")
     options = parser.parse_args(argv)
     try:
         function = load_reward(options.reward, parse_arguments(options.args))
@@ -102,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (RewardError, FileError, OSError) as error:
+    except (RewardError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -112,7 +108,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except json.JSONDecodeError as error:
-        raise RewardError(f"--args is not JSON: {error}; write it like '{{\"max_tokens\": 512}}'") from error
+        raise RewardError(f"--args is not JSON: {error}. Write it like '{{\"max_tokens\": 512}}'.") from error
     if not isinstance(arguments, dict):
         raise RewardError(f"--args must be a JSON object of keyword arguments, got {text}")
     return arguments
@@ -121,68 +117,64 @@ def parse_arguments(text: str) -> dict[str, Any]:
 async def try_all(function: Reward, options: argparse.Namespace) -> int:
     """Score every response, print each and the summary; return the exit status."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    outcomes: list[Outcome] = []
+    trials: list[Trial] = []
     seen: list[Response] = []
-    for path in options.files:
-        for name, response in read_responses(path):
-            if 0 < options.limit <= len(outcomes):
-                break
-            outcome = await try_reward(function, response, options.policy)
-            outcomes.append(outcome)
-            seen.append(response)
-            if outcome.error or not options.summary:
-                print(describe(name, response, outcome, colour), end="\n\n")
-    if not outcomes:
-        raise FileError(f"no responses in {', '.join(map(str, options.files))}")
-    print(summarise(options.reward, outcomes, options.policy))
-    applied = [outcome for outcome in outcomes if outcome.value is not None]
-    if not applied and not any(outcome.error for outcome in outcomes):
+    responses = chain.from_iterable(map(read_responses, options.files))
+    for name, response in islice(responses, options.limit if options.limit > 0 else None):
+        trial = await try_reward(function, response, options.policy)
+        trials.append(trial)
+        seen.append(response)
+        if trial.error or not options.summary:
+            print(describe(name, response, trial, colour), end="\n\n")
+    if not trials:
+        raise RewardError(f"no responses in {', '.join(map(str, options.files))}")
+    print(summarise(options.reward, trials, options.policy))
+    applied = [trial for trial in trials if trial.value is not None]
+    has_errors = any(trial.error for trial in trials)
+    if not applied and not has_errors:
         print(await why_never(function, seen[:NUM_HINT_RESPONSES]))
-    elif applied and all(outcome.missed for outcome in applied):
+    elif applied and all(trial.missed for trial in applied):
         print(why_no_scope(function, seen))
     if not any(response.num_tokens for response in seen):
-        print("note: no response says num_tokens, so rewards of length saw 0 tokens")
-    return 1 if any(outcome.error for outcome in outcomes) else 0
+        print("note: no response has num_tokens, so rewards of length saw 0 tokens")
+    return int(has_errors)
 
 
-async def try_reward(function: Reward, response: Response, policy: str) -> Outcome:
-    """Call the reward once and find what it teaches; an exception becomes the outcome's error."""
+async def try_reward(function: Reward, response: Response, policy: str) -> Trial:
+    """Call the reward once and find what it teaches; an exception becomes the trial's error."""
     try:
         value = function(response)
         value = check_score(await value if inspect.isawaitable(value) else value, len(response.text))
-        if isinstance(value, tuple):
-            missed = any(credit.span is None for credit in value)
-            return Outcome(value, tuple(credit.span for credit in value if credit.span is not None), missed)
-        span = function.scope(response)
+        credits = value if isinstance(value, tuple) else None
+        spans = [credit.span for credit in credits] if credits else [function.scope(response)]
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return Outcome(error=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno} in {where.name})")
-    missed = span is None and value is not None
-    if missed and policy == "error":
-        return Outcome(missed=True, error="a scope marker is missing, and --policy is 'error'")
-    if missed and policy == "widen":
-        span = Span(0, len(response.text))
-    return Outcome(value, () if span is None or value is None else (span,), missed)
+        return Trial(error=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno} in {where.name})")
+    if value is None:
+        return Trial()
+    missed = None in spans
+    if missed and not credits and policy == "error":
+        return Trial(missed=True, error="a scope marker is missing, and --policy is 'error'")
+    if missed and not credits and policy == "widen":
+        spans = [Span(0, len(response.text))]
+    return Trial(value, tuple(span for span in spans if span is not None), missed)
 
 
 def read_responses(path: Path) -> Iterator[tuple[str, Response]]:
     """Yield (name, response) of a .jsonl file, or of a stored rollout file or folder.
 
     Raises:
-        FileError: there is nothing to read, or a line is not a response.
+        RewardError: there is nothing to read, or a line is not a response.
     """
     if not path.exists():
-        raise FileError(f"no file or folder {path}")
+        raise RewardError(f"no file or folder {path}")
     if path.is_dir():
         files = sorted([*path.glob("step_*.parquet"), *path.glob("rollouts/step_*.parquet")])
         if not files:
-            raise FileError(f"no step_*.parquet in {path} or {path / 'rollouts'}")
-        for file in files:
-            yield from _read_parquet(file)
-    elif path.suffix == ".parquet":
-        yield from _read_parquet(path)
+            raise RewardError(f"no step_*.parquet in {path} or {path / 'rollouts'}")
+        yield from chain.from_iterable(map(_read_parquet, files))
     else:
-        yield from _read_jsonl(path)
+        yield from _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Response]]:
@@ -196,7 +188,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Response]]:
                     raise ValueError(f"a line must be a JSON object, got {type(row).__name__}")
                 yield str(row.get("id", f"line {number}")), _to_response(row)
             except ValueError as error:
-                raise FileError(f"{path}, line {number}: {error}") from error
+                raise RewardError(f"{path}, line {number}: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Response]]:
@@ -206,14 +198,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Response]]:
     try:
         file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
-            raise ValueError("there is no column 'text', so it does not hold rollouts")
+            raise ValueError("there is no column 'text', so these are not stored rollouts")
         for batch in file.iter_batches(batch_size=64, columns=[c for c in file.schema_arrow.names if c in columns]):
             for row in batch.to_pylist():
                 run_folder = path.parent.parent  # images that were sampled from bytes are stored relative to it
                 row["images"] = [os.path.join(run_folder, image) for image in row.get("images") or ()]
                 yield f"{path.stem} {row.pop('prompt_id', '')}#{row.pop('sample', '')}", _to_response(row)
     except ValueError as error:  # of pyarrow too: ArrowInvalid
-        raise FileError(f"{path}: {error}") from error
+        raise RewardError(f"{path}: {error}") from error
 
 
 def _to_response(row: Mapping[str, Any]) -> Response:
@@ -252,23 +244,19 @@ def _truth(row: Mapping[str, Any]) -> Mapping[str, Any]:
     return columns if gold is None else {**columns, **parse_gold(str(gold))}
 
 
-def describe(name: str, response: Response, outcome: Outcome, colour: bool) -> str:
+def describe(name: str, response: Response, trial: Trial, colour: bool) -> str:
     """Return a response as it is shown: its name and score, the credits if there are several, the text."""
-    if outcome.error:
-        heading = f"ERROR {outcome.error}"
-    else:
-        heading = "did not apply" if outcome.score is None else f"{outcome.score:.4f}"
-        heading += "  (scope marker missing)" if outcome.missed else ""
-    lines = [f"--- {name}: {heading}"]
-    if isinstance(outcome.value, tuple):
-        for credit in outcome.value:
-            place = f"characters {credit.span.start}-{credit.span.end}" if credit.span else "nothing to teach"
-            lines.append(f"    {credit.key}: {credit.score:.4f} on {place}")
-    return "\n".join([*lines, highlight(response.text, outcome.spans, colour)])
+    heading = "did not apply" if trial.score is None else f"{trial.score:.4f}"
+    heading += "  (scope marker missing)" if trial.missed else ""
+    lines = [f"--- {name}: " + (f"ERROR {trial.error}" if trial.error else heading)]
+    for credit in trial.value if isinstance(trial.value, tuple) else ():
+        place = f"characters {credit.span.start}-{credit.span.end}" if credit.span else "nothing to teach"
+        lines.append(f"    {credit.key}: {credit.score:.4f} on {place}")
+    return "\n".join([*lines, highlight(response.text, trial.spans, colour)])
 
 
 def highlight(text: str, spans: Sequence[Span], colour: bool) -> str:
-    """Return the text with its spans marked, control characters made visible; a later span starts where one ended.
+    """Return the text with its spans marked and control characters made visible; overlapping spans are cut short.
 
     >>> highlight("abc", [Span(1, 2)], colour=False)
     'a[[b]]c'
@@ -283,26 +271,25 @@ def highlight(text: str, spans: Sequence[Span], colour: bool) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escape what a terminal would obey: model output is not to be trusted with it."""
+    """Escape what a terminal would obey: model output must not control it."""
     return "".join(
         char if char in "\n\t" or char.isprintable() or (char.isspace() and char > "\x7f") else repr(char)[1:-1]
         for char in text
     )
 
 
-def summarise(target: str, outcomes: Sequence[Outcome], policy: str) -> str:
+def summarise(target: str, trials: Sequence[Trial], policy: str) -> str:
     """Return the closing lines: how often the reward applied, its mean and spread, missed markers, errors."""
-    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
-    num_missed = sum(outcome.missed for outcome in outcomes)
-    num_errors = sum(bool(outcome.error) for outcome in outcomes)
-    lines = [f"{target} on {len(outcomes)} responses", f"  applied         {len(scores)} of {len(outcomes)}"]
+    scores = [trial.score for trial in trials if trial.score is not None]
+    num_missed = sum(trial.missed for trial in trials)
+    lines = [f"{target} on {len(trials)} responses", f"  applied         {len(scores)} of {len(trials)}"]
     if scores:
         spread = f"std {statistics.stdev(scores):.4f}, " if len(scores) > 1 else ""
         lines.append(
             f"  score           mean {statistics.fmean(scores):.4f}, {spread}{min(scores):g} to {max(scores):g}"
         )
     lines.append(f"  missed marker   {num_missed}" + (f" ({policy}: {POLICIES[policy]})" if num_missed else ""))
-    lines.append(f"  errors          {num_errors}")
+    lines.append(f"  errors          {sum(bool(trial.error) for trial in trials)}")
     return "\n".join(lines)
 
 

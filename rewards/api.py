@@ -1,7 +1,4 @@
-"""The reward author's whole world: a response, a span of its text, and one decorator.
-
-Owns what a reward sees and returns. Knows nothing of tokens, tensors, groups or training.
-"""
+"""All that a reward author needs: a response, a span of its text, and one decorator."""
 
 from __future__ import annotations
 
@@ -94,8 +91,8 @@ class Between:
         """Refuse markers that cannot bound anything."""
         if "" in (self.start, self.end) or (self.start is not None and self.start == self.end):
             raise RewardError(
-                f"between({self.start!r}, {self.end!r}): markers must be two different, non-empty strings; "
-                "None stands for the start or the end of the text"
+                f"between({self.start!r}, {self.end!r}): markers must be two different, non-empty strings. "
+                "Use None for the start or the end of the text."
             )
 
     def __call__(self, response: Response) -> Span | None:
@@ -109,7 +106,7 @@ def between(start: str | None, end: str | None) -> Between:
     """Return the scope between two markers, found in characters: the first occurrence of each in the whole text.
 
     The start marker is inside the scope, the end marker outside. A missing marker, or an end marker that comes before
-    the start marker, gives None: the reward missed, and `algorithm.missing_marker` decides what that means.
+    the start marker, gives None: the scope is missed, and `algorithm.missing_marker` decides what that means.
 
     >>> between("<think>", None)(Response("<observe></observe><think>so"))
     Span(start=19, end=28)
@@ -137,7 +134,7 @@ def reward(
         leading: whether displays with little room show this reward before others.
 
     Raises:
-        RewardError: what is decorated is not a function of one response, or `scope` cannot be called.
+        RewardError: the decorated object is not a function of one response, or `scope` is not callable.
     """
 
     def mark(function: RewardFunction) -> Reward:
@@ -155,7 +152,7 @@ def reward(
 
 
 def _response_parameter(function: Callable[..., Any]) -> str | None:
-    """Name of the parameter that takes the response; None if no positional argument can be given."""
+    """Return the name of the parameter that takes the response; None if there is no positional one."""
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.VAR_POSITIONAL):
             return parameter.name
@@ -176,18 +173,20 @@ def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Rewa
         raise RewardError(f"a reward is named module:function, such as rewards.evisrag:accuracy, got {target!r}")
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise RewardError(f"{target!r} names a file; name the module instead: {dotted}:{name}")
+        raise RewardError(f"{target!r} names a file. Name the module instead: {dotted}:{name}")
     module = import_user_module(module_name, target)
     shipped = sorted(key for key, value in vars(module).items() if _is_marked(value))
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, shipped or list(vars(module)), n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        rewards_there = f"its rewards are {', '.join(shipped)}" if shipped else "no function there is marked by @reward"
+        rewards_there = (
+            f"Its rewards are {', '.join(shipped)}." if shipped else "No function there is marked by @reward."
+        )
         raise RewardError(f"'{module_name}' has no '{name}'; {hint}{rewards_there}")
     function = getattr(module, name)
     if not _is_marked(function):
         raise RewardError(
-            f"'{target}' is not a reward; write @reward(scope=...) above it (from rewards.api import reward)"
+            f"'{target}' is not a reward. Write @reward(scope=...) above it (from rewards.api import reward)."
         )
     return bind_reward(function, arguments or {})
 
@@ -208,10 +207,10 @@ def import_user_module(module_name: str, target: str) -> ModuleType:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise RewardError(f"importing '{module_name}' failed: {error}; install what it imports") from error
+            raise RewardError(f"importing '{module_name}' failed: {error}. Install what it imports.") from error
         raise RewardError(
-            f"no module '{error.name}' for {target!r}; start from the folder that holds it "
-            f"(now {os.getcwd()}) or put that folder on PYTHONPATH"
+            f"no module '{error.name}' for {target!r}. Start from the folder that contains it "
+            f"(now {os.getcwd()}), or put that folder on PYTHONPATH."
         ) from error
     except Exception as error:
         raise RewardError(f"importing '{module_name}' failed: {type(error).__name__}: {error}") from error
@@ -221,7 +220,7 @@ def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
     """Return the reward with keyword arguments filled in (`reward_args` of a run); scope and name stay.
 
     Raises:
-        RewardError: an argument that the function does not take, or one without default that is not given.
+        RewardError: an argument that the function does not take, or a required one that is missing.
     """
     parameters = list(inspect.signature(function).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -231,12 +230,12 @@ def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
         if key == response_name or (key not in names and not takes_any):
             near = difflib.get_close_matches(str(key), names, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""
-            has = f"it takes {', '.join(names)}" if names else "it takes none"
+            has = f"It takes {', '.join(names)}." if names else "It takes none."
             raise RewardError(f"reward '{function.name}' takes no argument '{key}'; {hint}{has}")
     required = [p.name for p in parameters if p.name in names and p.default is p.empty and p.name not in arguments]
     if required:
         raise RewardError(
-            f"reward '{function.name}' needs the argument(s) {', '.join(required)}; set them in reward_args"
+            f"reward '{function.name}' needs the arguments {', '.join(required)}. Set them in reward_args."
         )
     if not arguments:
         return function
@@ -247,13 +246,13 @@ def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
 
 
 def check_score(value: object, num_chars: int | None = None) -> float | tuple[Credit, ...] | None:
-    """Return what a reward returned as a float, None or a tuple of credits.
+    """Return a reward's result as a float, None or a tuple of credits.
 
-    A bool counts as 0.0 or 1.0; no credits at all is None.
+    A bool counts as 0.0 or 1.0; an empty list of credits as None.
 
     Args:
         value: the (awaited) return value.
-        num_chars: length of the response's text, to also check that spans lie inside it.
+        num_chars: length of the response's text, to check that spans lie inside it, too.
 
     Raises:
         RewardError: a score is not a finite number, or a credit is malformed.
@@ -267,21 +266,21 @@ def check_score(value: object, num_chars: int | None = None) -> float | tuple[Cr
 
 def _check_number(value: object) -> float:
     if inspect.isawaitable(value):
-        raise RewardError("the reward returned an awaitable inside its result; await it")
+        raise RewardError("the reward returned an awaitable inside its result. Await it.")
     if not isinstance(value, Real):
         raise RewardError(
-            f"a score is a number, None or a list of Credit, got {type(value).__name__} {str(value)[:80]!r}; "
-            "return float(...)"
+            f"a score must be a number, None or a list of Credit, got {type(value).__name__} {str(value)[:80]!r}. "
+            "Return float(...)."
         )
     number = float(value)
     if not math.isfinite(number):
-        raise RewardError(f"a score must be finite, got {number}; return None where the reward does not apply")
+        raise RewardError(f"a score must be finite, got {number}. Return None where the reward does not apply.")
     return number
 
 
 def _check_credit(credit: object, num_chars: int | None) -> Credit:
     if not isinstance(credit, Credit):
-        raise RewardError(f"a reward with several scores returns Credit(key, score, span), got {credit!r:.80}")
+        raise RewardError(f"a reward with several scores must return Credit(key, score, span), got {credit!r:.80}")
     if not isinstance(credit.key, str):
         raise RewardError(f"Credit.key must be a string, got {credit.key!r}")
     score, span = _check_number(credit.score), credit.span

@@ -1,4 +1,4 @@
-"""The rewards of evidence-guided answering, and two monitors. Knows the four blocks, not tokens or groups.
+"""The rewards of evidence-guided answering, and two monitors.
 
 Blocks and markers are the first occurrence of their tag, found in characters. A reward whose gold column the row does
 not have returns None: it did not apply. Formulas are those of the released code (EVisRAG, arXiv 2510.09733).
@@ -40,7 +40,7 @@ def accuracy(response: Response, *, normalise: Mode = "paper") -> float | None:
 
 @reward(scope=between(None, "<think>"), short="evid", leading=True)
 def evidence(response: Response, *, normalise: Mode = "paper") -> float | None:
-    """Weighted mean of the slot scores: slots with evidence weigh 3, slots without weigh 1. In [0, 1] for any number.
+    """Weighted mean of the slot scores, in [0, 1]: slots with evidence weigh 3, slots without weigh 1.
 
     A slot scores as in `slot_score`; all score 0 without a closed evidence block.
     """
@@ -81,7 +81,7 @@ def no_early_index(response: Response) -> float:
 
 @reward(scope=between("<think>", "<answer>"))
 def think_differs(response: Response) -> float:
-    """-1 when the think block is, but for outer white space, the answer block: no derivation happened; else 0."""
+    """-1 when the think block equals the answer block, except for outer white space (no derivation); else 0."""
     think, answer = _block_text(response.text, "think"), _block_text(response.text, "answer")
     return -1.0 if think is not None and answer is not None and think.strip() == answer.strip() else 0.0
 
@@ -103,7 +103,7 @@ def perception(response: Response, *, normalise: Mode = "paper") -> float | None
 def evidence_slots(response: Response, *, normalise: Mode = "paper") -> tuple[Credit, ...] | None:
     """One credit per page: the slot's score (`slot_score`), taught to that slot's own characters, label included.
 
-    A missing slot scores 0 and teaches nothing. Spans do not overlap, also where slots are written out of order.
+    A missing slot scores 0 and teaches nothing. Spans do not overlap, even where slots are written out of order.
     """
     golds = _golds(response.truth, "evidence")
     if not golds:
@@ -123,8 +123,8 @@ def evidence_slots(response: Response, *, normalise: Mode = "paper") -> tuple[Cr
 def marked_rate(response: Response) -> float | None:
     """Monitor: share of the written evidence slots that claim evidence; None without a closed evidence block.
 
-    An empty slot claims nothing, and a block without slots counts 0. Watch it: a policy that learns to mark no page
-    keeps a fair evidence score.
+    An empty slot claims nothing, and a block without slots counts as 0. Watch it: a policy that learns to mark no page
+    still earns a fair evidence score.
     """
     block = _block_span(response.text, "evidence")
     if block is None:
@@ -154,7 +154,7 @@ def gold_response(truth: Mapping[str, Any]) -> str:
     Every reward gives it its maximum; for `overlong` that depends on its length in tokens.
 
     Raises:
-        RewardError: a gold column is missing, or a gold text has a tag or slot label in it, so that no response can
+        RewardError: a gold column is missing, or a gold text contains a tag or slot label, so that no response can
             repeat it.
     """
     golds, answers = _golds(truth, "evidence"), _golds(truth, "answers")
@@ -169,12 +169,12 @@ def gold_response(truth: Mapping[str, Any]) -> str:
         f"<answer>{answer}</answer>"
     )
     if not well_formed(Response(text)):
-        raise RewardError(f"a gold text contains a block tag; remove it from the row: {text!r:.400}")
+        raise RewardError(f"a gold text contains a block tag. Remove it from the row: {text!r:.400}")
     for number, (gold, slot) in enumerate(zip(golds, _slot_texts(text, len(golds)), strict=True), start=1):
         if slot is None or slot.strip() != gold.strip():
             raise RewardError(
                 f"the gold evidence of page {number} cannot be read back, because a gold text contains a slot label "
-                f"such as [{number + 1}]:; remove it from the row: {golds!r:.400}"
+                f"such as [{number + 1}]:. Remove it from the row: {golds!r:.400}"
             )
     return text
 

@@ -13,16 +13,16 @@ from rewards.api import Between, Response, Reward
 TAG = re.compile(r"</?\w+>")
 
 
-class AskedTruth(Mapping[str, Any]):
-    """A response's truth that notes which keys are asked for in vain."""
+class WatchedTruth(Mapping[str, Any]):
+    """A response's truth that notes in `missing` which keys are looked for in vain."""
 
-    def __init__(self, truth: Mapping[str, Any]) -> None:
+    def __init__(self, truth: Mapping[str, Any], missing: list[str]) -> None:
         self._truth = truth
-        self.missing: dict[str, None] = {}
+        self._missing = missing
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._truth:
-            self.missing[key] = None
+        if key not in self._truth and key not in self._missing:
+            self._missing.append(key)
         return self._truth[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -33,23 +33,21 @@ class AskedTruth(Mapping[str, Any]):
 
 
 async def why_never(function: Reward, responses: Sequence[Response]) -> str:
-    """Return why a reward gives None for every one of these responses, as far as calling it again on them shows."""
-    missing: dict[str, None] = {}
+    """Return why a reward gives None for each of these responses, as far as calling it again on them shows."""
+    missing: list[str] = []
     for response in responses:
-        truth = AskedTruth(response.truth)
-        value = function(replace(response, truth=truth))
+        value = function(replace(response, truth=WatchedTruth(response.truth, missing)))
         if inspect.isawaitable(value):
             await value
-        missing |= truth.missing
-    said = f"hint: it returned None (did not apply) for all {len(responses)} responses, so it would teach nothing. "
+    hint = f"hint: it returned None (did not apply) for all {len(responses)} responses, so it would teach nothing. "
     if missing:
         known = ", ".join(sorted(set().union(*(response.truth for response in responses)))) or "no truth at all"
         wanted = ", ".join(f"truth[{key!r}]" for key in missing)
-        return f"{said}It looked for {wanted}, which is not there; the rows have {known}"
-    tags = sorted({tag for response in responses for tag in TAG.findall(response.text)})
+        return f"{hint}It looked for {wanted}, which is missing; the rows have {known}."
+    tags = ", ".join(sorted({tag for response in responses for tag in TAG.findall(response.text)}))
     return (
-        f"{said}No column was missing: look at the condition under which it returns None. The responses have "
-        f"{'the tags ' + ', '.join(tags) if tags else 'no tags'}"
+        f"{hint}No column was missing: check the condition under which it returns None. The responses have "
+        f"{f'the tags {tags}' if tags else 'no tags'}."
     )
 
 
@@ -58,5 +56,5 @@ def why_no_scope(function: Reward, responses: Sequence[Response]) -> str:
     scope = function.scope
     markers = [marker for marker in (scope.start, scope.end) if marker] if isinstance(scope, Between) else []
     absent = [marker for marker in markers if not any(marker in response.text for response in responses)]
-    found = f"no response has {' or '.join(absent)}" if absent else "see the function that is its scope"
-    return f"hint: its scope is found in none of {len(responses)} responses, so it would teach nothing: {found}"
+    found = f"no response has {' or '.join(absent)}" if absent else "check the function that is its scope"
+    return f"hint: its scope is found in none of {len(responses)} responses, so it would teach nothing: {found}."

@@ -1,4 +1,4 @@
-"""How two texts are compared: normalisation, token F1 and containment. Knows no blocks, no tags and no rewards.
+"""How two texts are compared: normalisation, token F1 and containment.
 
 `paper` is the published normalisation. It turns 12.5 into 125 and -5 into 5; `strict` keeps what numbers mean.
 """
@@ -55,7 +55,7 @@ def normalise(text: str, mode: Mode = "paper") -> str:
 def set_f1(prediction: str, gold: str, mode: Mode = "paper") -> float:
     """Return the F1 of the two sets of normalised tokens, in [0, 1].
 
-    A gold that normalises to nothing ("A", "The") is compared raw: 1.0 when equal but for case and outer white space.
+    A gold that normalises to nothing ("A", "The") is compared raw: 1.0 if equal except for case and outer white space.
 
     >>> set_f1("a growth of 16 percent", "16 percent")  # 2 shared of {growth, of, 16, percent} and {16, percent}
     0.6666666666666666
@@ -72,7 +72,7 @@ def set_f1(prediction: str, gold: str, mode: Mode = "paper") -> float:
 
 
 def containment(prediction: str, gold: str, mode: Mode = "paper") -> float:
-    """Return 1.0 if the normalised gold stands in the normalised prediction, else 0.0.
+    """Return 1.0 if the normalised prediction contains the normalised gold, else 0.0.
 
     paper looks for the characters (16 is found in 2016), strict for whole words. A gold that normalises to nothing is
     compared raw, as in `set_f1`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -20,14 +20,15 @@ class EngineFailed(EngineError):
     """The engine died, stalled or has half-loaded weights: close it, start another and ask again."""
 
 
-class Engine(Protocol):
-    """Samples groups of responses under one version of the weights.
+Backend = Literal["load", "gloo", "nccl", "ipc"]
+"""How weights arrive: by `Engine.load_weights`, or over one of the transports of `rollout.vllm.weights_out`."""
 
-    backend: how weights arrive: "load" by `load_weights`, else the transport of `rollout.vllm.weights_out`.
-    """
+
+class Engine(Protocol):
+    """Samples groups of responses under one version of the weights."""
 
     weights_version: int
-    backend: str
+    backend: Backend
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in any order, as soon as it is finished.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError, check_sampling
+from rollout.engine import Backend, EngineError, check_sampling
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
 from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -35,7 +35,7 @@ class ScriptEntry:
 class FakeEngine:
     """Answers prompts from a script; a prompt that the script does not name gets its gold response."""
 
-    backend = "load"
+    backend: Backend = "load"
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
-"""An image that lies in a parquet file: a reference that reads its bytes when they are asked for.
+"""An image inside a parquet file: a reference that reads its bytes on demand; `rsgrpo.data.image_packs` finds them.
 
-Keeps the row groups that were read last, so that memory stays bounded however large the file is. Which image lies
-where is `rsgrpo.data.image_packs`.
+The row groups read last are kept, so that memory stays bounded however large the file is.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ GROUPS_KEPT = 4  # in each process
 
 
 class _Turn:
-    """One thread at a time decodes a row group, so that it is decoded once, and one is in memory beside those kept."""
+    """Lets one thread at a time decode a row group: it is decoded once, and one is in memory beside those kept."""
 
     def __init__(self) -> None:
         self.renew()
 
     def renew(self) -> None:
-        """Forget who holds it: in a forked process that thread does not exist."""
+        """Forget who holds the lock: in a forked process that thread does not exist."""
         self.lock = threading.Lock()
 
 
@@ -34,8 +33,8 @@ os.register_at_fork(after_in_child=_turn.renew)
 class PackedImage:
     """One compressed image in one row of a parquet file.
 
-    It may be used from any thread and after a fork. Pickled it becomes its bytes: whoever unpickles it, on another
-    machine perhaps, needs no file.
+    It may be used from any thread and after a fork. Pickled, it becomes its bytes: the process that unpickles it needs
+    no file and may run on another machine.
 
     file: the parquet file. changed_ns: its time of change when it was indexed.
     column: of the bytes, "image" or, inside a struct, "image.bytes".
@@ -54,11 +53,11 @@ class PackedImage:
         """Return the image's bytes.
 
         Raises:
-            OSError, ValueError: the file is not what it was when it was indexed, or has no bytes in this row.
+            OSError, ValueError: the file has changed since it was indexed, or has no bytes in this row.
         """
         with _turn.lock:
             found = _column_of(self.file, self.changed_ns, self.column, self.group)
-        content = found[self.row].as_py()
+        content: bytes | None = found[self.row].as_py()
         if content is None:
             raise OSError(f"{self.file} has no bytes for {self.name}")
         return content
@@ -75,7 +74,7 @@ def _column_of(file: str, changed_ns: int, column: str, group: int) -> Any:
 
     if os.stat(file).st_mtime_ns != changed_ns:
         raise OSError(f"{file} has changed since it was indexed")
-    # A file object is not to be shared between threads, and Arrow's own threads do not outlive a fork: neither is here.
+    # File objects must not be shared between threads, and Arrow's own threads do not survive a fork: neither is used.
     with pyarrow.parquet.ParquetFile(file, metadata=_metadata(file, changed_ns), pre_buffer=False) as opened:
         found = opened.read_row_group(group, columns=[column], use_threads=False).column(0)
     return pyarrow.compute.struct_field(found, [0]) if "." in column else found

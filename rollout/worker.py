@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rollout.build import build_engine
 from rollout.config import ConfigError, InputsConfig, RolloutConfig
-from rollout.engine import Engine, EngineError
+from rollout.engine import Backend, Engine, EngineError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def weight_sender(
     workers: Sequence[WorkerHandle],
     rollout: RolloutConfig,
     *,
-    backend: str,
+    backend: Backend,
     rank: int,
     adapter_config: Mapping[str, Any] | None = None,
 ) -> WeightSender:

@@ -1,7 +1,4 @@
-"""Prefill once per group, then decode all siblings together: the embedded engine's loop over a transformers decoder.
-
-Knows a decoder, a head and a key-value cache; nothing of prompts, images, tokenizers or weights' versions.
-"""
+"""Prefill once per group, then decode all siblings together: the embedded engine's loop over a transformers decoder."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 ATTENTION_NAME = "rsgrpo_grouped_decode"
 SPARE_POSITIONS = 64
 KEEP_FINISHED_BELOW = 0.25
-"""Finished rows ride along until they are this share of the batch: taking rows out copies the whole cache."""
+"""Finished rows stay in the batch up to this share of it: taking rows out copies the whole cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,7 @@ class Prefilled:
     next_positions_P: torch.Tensor
 
 
-class SpareRoomLayer(DynamicLayer):
+class SpareRoomLayer(DynamicLayer):  # type: ignore[no-untyped-call,unused-ignore]
     """Keys and values of one layer in a buffer with room to grow: a step writes one column and copies nothing."""
 
     keys: torch.Tensor
@@ -111,7 +108,7 @@ def prefill(
 ) -> Prefilled:
     """Run left-padded prompts through the decoder.
 
-    decoder_inputs: `inputs_embeds` (P, T, H) and whatever else the model family's decoder takes.
+    decoder_inputs: `inputs_embeds` (P, T, H) and what else the model family's decoder takes.
     """
     cache = Cache(layer_class_to_replicate=SpareRoomLayer)
     attention_mask = None

@@ -1,10 +1,8 @@
 """The embedded engine: a transformers model in this process, grouped sampling in batches, weights copied in place.
 
-Owns the model, the image features and the weights' version. Knows nothing of rewards, learning or other processes.
-
-The decoding loop is ours (`rollout.hf.decoding`) and not `model.generate`: a group's prompt is computed once and not G
-times, each rollout has random draws of its own that do not depend on the batch it sits in, and the log-probability of
-every sampled token is kept under exactly the distribution that it was sampled from.
+It decodes by `rollout.hf.decoding` and not by `model.generate`: a group's prompt is computed once and not G times, each
+rollout has random draws of its own that do not depend on its batch, and the log-probability of every sampled token is
+kept under exactly the distribution that it was sampled from.
 """
 
 from __future__ import annotations
@@ -13,19 +11,20 @@ import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
+from transformers.cache_utils import Cache
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError, check_sampling
+from rollout.engine import Backend, EngineError, check_sampling
+from rollout.families import Family, family_of
 from rollout.hf.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
 from rollout.hf.sampling import rollout_uniforms, sample_tokens
 from rollout.inputs.images import PromptError
-from rollout.inputs.offsets import fresh_text
 from rollout.inputs.processor import InputProcessor, PromptInputs
 from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
 
@@ -33,33 +32,21 @@ Item = TypeVar("Item")
 
 FEATURE_CACHE_BYTES = 512 << 20
 PREFILL_TOKENS = 16_384
-"""Prompt tokens, padding included, that one prefill pass computes at once; a longer prompt has a pass of its own."""
+"""Prompt tokens, padding included, of one prefill pass; a longer prompt has a pass of its own."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageFeatures:
-    """What the vision tower gives to the decoder for one image.
-
-    tokens: (merged tokens, hidden). deepstack: the same shape for each early layer that adds some (Qwen3-VL), or empty.
-    """
-
-    tokens: torch.Tensor
-    deepstack: tuple[torch.Tensor, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.tokens, *self.deepstack))
+Listener = Callable[[torch.Tensor], None]
+"""Receives the tokens of each step, (B,)."""
 
 
-class _StoppedError(Exception):
-    """Nobody listens any more."""
+class _Closed(BaseException):
+    """The stream was closed by its reader."""
 
 
 class HFEngine:
-    """Samples with a transformers vision-language model of the Qwen2.5-VL or Qwen3-VL kind."""
+    """Samples with a transformers model of one of the families in `rollout.families`."""
 
-    backend = "load"
+    backend: Backend = "load"
 
     def __init__(
         self,
@@ -75,7 +62,7 @@ class HFEngine:
         """Load tokenizer, image processor and weights.
 
         Raises:
-            EngineError: the model has no decoder that this engine can drive.
+            InputError: no family adapter for this model, or layers that this engine cannot compute.
         """
         if num_threads or rollout.num_threads:
             torch.set_num_threads(num_threads or rollout.num_threads)
@@ -86,7 +73,8 @@ class HFEngine:
         self.weights_version = 0
         self._max_batch_sequences = rollout.max_batch_sequences
         options: dict[str, Any] = {"revision": revision} if revision else {}
-        self._model = AutoModelForImageTextToText.from_pretrained(
+        load_model: Callable[..., Any] = AutoModelForImageTextToText.from_pretrained
+        self._model = load_model(
             model_path,
             dtype=getattr(torch, rollout.dtype),
             attn_implementation="sdpa",
@@ -94,18 +82,25 @@ class HFEngine:
             **options,
         )
         self._model.eval().requires_grad_(False).to(self.device)
-        self._decoder = _decoder_of(self._model, model_path)
+        self._family = family_of(self._model.config.model_type)
+        self._decoder = self._family.attend_by(self._model, ATTENTION_NAME)
+        self._embed, self._head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         self._banned = torch.tensor(self.processor.banned_token_ids, device=self.device)
-        self._tensors, self._names_of = _tensors_by_name(self._model)
+        self._tensors, self._names_of = _tensors_by_name(self._model, self._family)
+        self._vision = {name for name in self._tensors if name.startswith(self._family.vision_prefix)}
         self._missing: set[str] | None = None
-        self._features: OrderedDict[str, ImageFeatures] = OrderedDict()
-        self._hear: Callable[[torch.Tensor], None] | None = None  # is told the tokens of each step
+        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt; prompts of similar length are sampled together, the longest first.
 
         The same arguments and weights give the same groups, bit for bit, on the same machine and thread count.
         """
+        yield from self._generate(prompts, sampling)
+
+    def _generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, listen: Listener | None = None
+    ) -> Iterator[RolloutGroup]:
         check_sampling(sampling)
         if self._missing is not None:
             raise EngineError("weights were loaded but finish_weights was not called: they may be half new, half old")
@@ -120,7 +115,7 @@ class HFEngine:
         for batch in _chunks(encoded, max(1, self._max_batch_sequences // sampling.group_size)):
             rollouts_P: list[list[Rollout]] = [[] for _ in batch]
             for some in _chunks(siblings, self._max_batch_sequences):
-                for rollouts, more in zip(rollouts_P, self._sample(batch, some, sampling), strict=True):
+                for rollouts, more in zip(rollouts_P, self._sample(batch, some, sampling, listen), strict=True):
                     rollouts += more
             for (prompt, prompt_inputs), rollouts in zip(batch, rollouts_P, strict=True):
                 yield RolloutGroup(prompt, tuple(rollouts), num_prompt_tokens=len(prompt_inputs.token_ids_T))
@@ -130,41 +125,35 @@ class HFEngine:
 
         Closing the iterator stops the sampling.
         """
-        heard: queue.SimpleQueue[int | RolloutGroup | BaseException] = queue.SimpleQueue()
-        stop = threading.Event()
+        updates: queue.SimpleQueue[list[int] | RolloutGroup | BaseException] = queue.SimpleQueue()
+        token_ids_T: list[int] = []
+        is_closed = threading.Event()
 
-        def hear(tokens_B: torch.Tensor) -> None:
-            if stop.is_set():
-                raise _StoppedError
-            heard.put(int(tokens_B[0]))
+        def listen(tokens_B: torch.Tensor) -> None:
+            if is_closed.is_set():
+                raise _Closed
+            token_ids_T.append(int(tokens_B[0]))
+            updates.put(list(token_ids_T))
 
         def work() -> None:
-            self._hear = hear
             try:
-                heard.put(next(self.generate([prompt], replace(sampling, group_size=1))))
+                updates.put(next(self._generate([prompt], replace(sampling, group_size=1), listen)))
             except BaseException as error:
-                heard.put(error)
-            finally:
-                self._hear = None
+                updates.put(error)
+
+        def received() -> Iterator[list[int] | RolloutGroup]:
+            while True:
+                update = updates.get()
+                if isinstance(update, BaseException):
+                    raise update
+                yield update
 
         thread = threading.Thread(target=work, name="stream", daemon=True)
         thread.start()
-        token_ids_T: list[int] = []
-        told = ""
         try:
-            while isinstance(item := heard.get(), int):
-                token_ids_T.append(item)
-                text, _ = self.processor.decode(token_ids_T)
-                if piece := fresh_text(told, text):
-                    yield piece
-                    told = text
-            if isinstance(item, BaseException):
-                raise item
-            if item.rollouts and (piece := fresh_text(told, item.rollouts[0].text, is_whole=True)):
-                yield piece
-            yield item
+            yield from self.processor.pieces(received())
         finally:
-            stop.set()
+            is_closed.set()
             thread.join()
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -180,25 +169,24 @@ class HFEngine:
         for given_name, tensor in named_tensors:
             name = self._names_of.get(given_name)
             if name is None:
-                raise EngineError(f"the model has no weight {given_name!r}; its names are like {min(self._tensors)!r}")
+                raise EngineError(f"the model has no weight {given_name!r}; its names look like {min(self._tensors)!r}")
             mine = self._tensors[name]
             if mine.shape != tensor.shape:
                 raise EngineError(f"weight {given_name} has shape {tuple(tensor.shape)}, not {tuple(mine.shape)}")
             new = tensor.detach().to(self.device, mine.dtype)
-            if self._features and _is_vision(name) and not torch.equal(mine, new):
+            if self._features and name in self._vision and not torch.equal(mine, new):
                 self._features.clear()
             mine.copy_(new)
             self._missing.discard(name)
 
     def finish_weights(self, version: int) -> None:
-        """Sample with `version` from here on.
+        """Sample with `version` from now on.
 
         Raises:
             EngineError: some weights did not arrive; only the whole vision tower may be left out (when it is frozen).
         """
         missing = set(self._tensors) if self._missing is None else self._missing
-        vision = {name for name in self._tensors if _is_vision(name)}
-        required = missing - vision if vision <= missing else missing
+        required = missing - self._vision if self._vision <= missing else missing
         if required:
             raise EngineError(
                 f"weights version {version}: {len(required)} of {len(self._tensors)} weights did not arrive, such as "
@@ -208,32 +196,33 @@ class HFEngine:
         self.weights_version = version
 
     def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
-        """Return (tokens, image tokens, image features) of each prompt."""
+        """Return (tokens, image tokens among them, image features) of each prompt."""
         return [self.processor.count_vision(prompt) for prompt in prompts]
 
     def stats(self) -> dict[str, float]:
-        """Nothing is counted here."""
+        """Return no counts: this engine keeps none."""
         return {}
 
     def close(self) -> None:
-        """Drop the image features; the model goes with the object."""
+        """Drop the image features; the model is freed with the engine."""
         self._features.clear()
 
     @torch.inference_mode()
     def _sample(
-        self, batch: Sequence[tuple[Prompt, PromptInputs]], siblings: Sequence[int], sampling: SamplingParams
+        self,
+        batch: Sequence[tuple[Prompt, PromptInputs]],
+        siblings: Sequence[int],
+        sampling: SamplingParams,
+        listen: Listener | None = None,
     ) -> list[list[Rollout]]:
         """Sample these siblings of each prompt: one list of rollouts per prompt."""
         parts = [self._prefill([prompt_inputs for _, prompt_inputs in part]) for part in _by_tokens(batch)]
-        uniforms_RT = torch.from_numpy(
-            np.stack(
-                [
-                    rollout_uniforms(sampling.seed, prompt.id, sibling, sampling.max_tokens)
-                    for prompt, _ in batch
-                    for sibling in siblings
-                ]
-            )
-        ).to(self.device)
+        draws = [
+            rollout_uniforms(sampling.seed, prompt.id, sibling, sampling.max_tokens)
+            for prompt, _ in batch
+            for sibling in siblings
+        ]
+        uniforms_RT = torch.from_numpy(np.stack(draws)).to(self.device)
 
         def choose(logits_BV: torch.Tensor, rows_B: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             tokens_B, logprobs_B = sample_tokens(
@@ -243,8 +232,8 @@ class HFEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
-            if self._hear:
-                self._hear(tokens_B)
+            if listen is not None:
+                listen(tokens_B)
             return tokens_B, logprobs_B
 
         responses = decode(
@@ -264,16 +253,17 @@ class HFEngine:
         return Rollout(token_ids_T, logprobs_T, text, spans_T, finish, self.weights_version)
 
     def _next_logits(
-        self, tokens_B1: torch.Tensor, positions_3B1: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any
+        self, tokens_B1: torch.Tensor, positions_3B1: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache
     ) -> torch.Tensor:
         hidden = self._decoder(
-            inputs_embeds=self._model.get_input_embeddings()(tokens_B1),
+            inputs_embeds=self._embed(tokens_B1),
             attention_mask=attention_mask,
             position_ids=positions_3B1,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        return self._model.get_output_embeddings()(hidden[:, -1])
+        logits: torch.Tensor = self._head(hidden[:, -1])
+        return logits
 
     def _prefill(self, prompts: Sequence[PromptInputs]) -> Prefilled:
         """Run prompts through the decoder, left-padded to the longest."""
@@ -282,94 +272,50 @@ class HFEngine:
         lengths = torch.tensor([len(prompt.token_ids_T) for prompt in prompts])
         token_ids_PT = torch.tensor(padded)
         is_token_PT = torch.arange(longest) >= longest - lengths[:, None]
-        is_image_PT = token_ids_PT == self.processor.image_token_id
         grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
-        positions_3PT, _ = self._model.model.get_rope_index(
-            token_ids_PT,
-            mm_token_type_ids=is_image_PT.int(),
-            image_grid_thw=torch.cat(grids) if grids else None,
-            attention_mask=is_token_PT.long(),
+        positions_3PT = self._family.position_ids(
+            self._model, token_ids_PT, torch.cat(grids) if grids else None, is_token_PT
         )
-        is_image_PT = is_image_PT.to(self.device)
-        embeds_PTH = self._model.get_input_embeddings()(token_ids_PT.to(self.device))
-        decoder_inputs: dict[str, Any] = {"inputs_embeds": embeds_PTH}
         features = [feature for prompt in prompts for feature in self._image_features(prompt)]
-        if features:
-            embeds_PTH[is_image_PT] = torch.cat([feature.tokens for feature in features]).to(embeds_PTH.dtype)
-            deepstack = [torch.cat(level) for level in zip(*(f.deepstack for f in features), strict=True)]
-            if deepstack:
-                decoder_inputs |= {"visual_pos_masks": is_image_PT, "deepstack_visual_embeds": deepstack}
+        decoder_inputs = self._family.language_inputs(
+            self._model, token_ids_PT.to(self.device), torch.cat(features) if features else None
+        )
         return prefill(
-            self._decoder,
-            self._model.get_output_embeddings(),
-            decoder_inputs,
-            is_token_PT.to(self.device),
-            positions_3PT.to(self.device),
+            self._decoder, self._head, decoder_inputs, is_token_PT.to(self.device), positions_3PT.to(self.device)
         )
 
-    def _image_features(self, prompt: PromptInputs) -> list[ImageFeatures]:
+    def _image_features(self, prompt: PromptInputs) -> list[torch.Tensor]:
         """Look up or compute the features of a prompt's images.
 
-        The tower sees one image at a time: features then depend on nothing but the image and the weights, so that a
-        run with a warm cache and one that was resumed with a cold one agree to the last bit.
+        The tower sees one image at a time, so that features depend on nothing but the image and the weights: a run with
+        a warm cache and one resumed with a cold cache agree to the last bit.
         """
         if prompt.pixel_values is None or prompt.image_grid_thw is None:
             return []
         features = []
-        pixels = prompt.pixel_values.split(prompt.image_grid_thw.prod(-1).tolist())
+        pixels = torch.split(prompt.pixel_values, prompt.image_grid_thw.prod(-1).tolist())
         for key, patches, grid in zip(prompt.image_hashes, pixels, prompt.image_grid_thw, strict=True):
             if key not in self._features:
-                output = self._model.model.get_image_features(patches.to(self.device), grid[None].to(self.device))
-                deepstack = getattr(output, "deepstack_features", None) or ()
-                self._features[key] = ImageFeatures(output.pooler_output[0], tuple(level[0] for level in deepstack))
+                self._features[key] = self._family.image_features(
+                    self._model, patches.to(self.device), grid[None].to(self.device)
+                )
             self._features.move_to_end(key)
             features.append(self._features[key])
-        while sum(feature.num_bytes for feature in self._features.values()) > FEATURE_CACHE_BYTES:
+        while sum(kept.nbytes for kept in self._features.values()) > FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)
         return features
 
 
-def _decoder_of(model: Any, model_path: str) -> Any:
-    """Return the model's decoder, told to attend through `rollout.hf.decoding`.
-
-    Raises:
-        EngineError: not of the Qwen-VL layout, or with sliding windows, which the decoding loop does not mask.
-    """
-    decoder = getattr(model.model, "language_model", None)
-    if decoder is None or not hasattr(model.model, "get_rope_index"):
-        raise EngineError(
-            f"{type(model).__name__} in {model_path} has no `model.language_model` with M-RoPE positions, which "
-            "rollout.engine=hf drives; use rollout=vllm"
-        )
-    if "sliding_attention" in (getattr(decoder.config, "layer_types", None) or ()):
-        raise EngineError(
-            f"{model_path} uses sliding-window attention, which rollout.engine=hf does not; use rollout=vllm"
-        )
-    decoder.config._attn_implementation = ATTENTION_NAME
-    return decoder
-
-
-def _tensors_by_name(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the model's distinct weights by name, and every accepted name -> that name (tied and hub names too)."""
+def _tensors_by_name(model: torch.nn.Module, family: Family) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the model's distinct weights by name, and accepted name -> that name (tied and published names too)."""
     tensors: dict[str, torch.Tensor] = {}
     names_of: dict[str, str] = {}
     first_name: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         own = first_name.setdefault(id(tensor), name)
         tensors[own] = tensor
-        names_of[name] = names_of[_hub_name(name)] = own
+        names_of[name] = names_of[family.checkpoint_name(name)] = own
     return tensors, names_of
-
-
-def _hub_name(name: str) -> str:
-    """Return the name in Qwen2.5-VL's published checkpoints: "model.layers.0...", "visual.blocks.0..."."""
-    if name.startswith("model.visual."):
-        return name.removeprefix("model.")
-    return name.replace("model.language_model.", "model.", 1)
-
-
-def _is_vision(name: str) -> bool:
-    return name.startswith("model.visual.")
 
 
 def _by_tokens(batch: Sequence[tuple[Prompt, PromptInputs]]) -> Iterator[list[tuple[Prompt, PromptInputs]]]:

@@ -1,7 +1,4 @@
-"""From an image source to the pixels that a model sees: decoding, orientation, colour and the one resize.
-
-Knows no tokenizer and no model; every size rule is given as an argument.
-"""
+"""From an image source to the pixels that a model sees: decoding, orientation, colour and the one resize."""
 
 from __future__ import annotations
 
@@ -51,18 +48,18 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
     Each side is rounded to a multiple of `factor`; if the area then lies outside [min_pixels, max_pixels], both sides
     are scaled by the same ratio and rounded down (up) to multiples. Only a side of one `factor` may break the limit.
-    (qwen_vl_utils agrees on ordinary pages, but makes a side of slim ones 0 pixels long; a test holds both.)
+    (qwen_vl_utils agrees on ordinary pages, but gives slim ones a side of 0 pixels; a test covers both.)
 
     >>> smart_resize(100, 150, factor=28, min_pixels=784, max_pixels=10_000)
     (56, 112)
 
     Raises:
-        PromptError: a side is empty, or one is over 200 times the other.
+        PromptError: a side is empty, or one is more than 200 times the other.
     """
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise PromptError(
-            f"an image of {width} x {height} pixels cannot be resized: the longer side may be at most "
-            f"{MAX_ASPECT_RATIO} times the shorter; crop or pad it"
+            f"an image of {width} x {height} pixels cannot be resized: its longer side must be at most "
+            f"{MAX_ASPECT_RATIO} times the shorter. Crop or pad it."
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -139,20 +136,20 @@ def data_uri(source: ImageSource, max_side: int) -> str:
 
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Open an image lazily; whatever its bytes make Pillow raise, here or in the block, becomes a PromptError."""
+    """Open an image lazily; what its bytes make Pillow raise, here or in the block, becomes a PromptError."""
     try:
         with Image.open(file_of(source)) as image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise PromptError(
                     f"image {name_of(source)} has {image.width} x {image.height} pixels, more than the "
-                    f"{limit:,} that Pillow considers safe; scale it down"
+                    f"{limit:,} that Pillow considers safe. Scale it down."
                 )
             yield image
     except PromptError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PromptError(f"image {name_of(source)} is too large to decode safely: {error}; scale it down") from error
+        raise PromptError(f"image {name_of(source)} is too large to decode safely: {error}. Scale it down.") from error
     except FileNotFoundError as error:
         raise PromptError(f"image {name_of(source)} does not exist") from error
     except _UNREADABLE as error:
@@ -163,7 +160,7 @@ def local_source(reference: str) -> str | bytes:
     """Return what a reference names: the bytes in a `data:` URL, the path in a `file://` URL, or the path itself.
 
     Raises:
-        PromptError: an address on the network (nothing is fetched), or a data URL that does not hold a base64 image.
+        ValueError: an address on the network (nothing is fetched), or a data URL that does not hold a base64 image.
     """
     scheme = reference[:8].partition(":")[0].lower()
     if scheme == "data":
@@ -173,9 +170,9 @@ def local_source(reference: str) -> str | bytes:
                 raise ValueError(f"got {head!r:.60}")
             return base64.b64decode(payload, validate=True)
         except ValueError as error:
-            raise PromptError(f"an image data URL must be data:image/...;base64,...: {error}") from error
+            raise ValueError(f"an image data URL must be data:image/...;base64,...: {error}") from error
     if scheme in ("http", "https"):
-        raise PromptError(f"image {reference!r:.80} is not on this machine; download it and give its path")
+        raise ValueError(f"image {reference!r:.80} is not on this machine. Download it and give its path.")
     return unquote(reference[len("file://") :]) if reference[:7].lower() == "file://" else reference
 
 
@@ -185,7 +182,7 @@ def file_of(source: ImageSource) -> str | io.BytesIO:
 
 
 def bytes_of(source: bytes | PackedImage) -> bytes:
-    """Return the compressed bytes of an image that is no file of its own."""
+    """Return the compressed bytes of an image that is not a file of its own."""
     return source.read() if isinstance(source, PackedImage) else source
 
 
@@ -198,15 +195,15 @@ def name_of(source: ImageSource) -> str:
 
 def _require_supported(image: Image.Image, source: ImageSource) -> None:
     if image.mode == "F":
-        raise PromptError(f"image {name_of(source)} has floating-point pixels of unknown range; save it with 8 bits")
+        raise PromptError(f"image {name_of(source)} has floating-point pixels of unknown range. Save it with 8 bits.")
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation (1 to 8) that is left to apply, from what stands before the pixel data."""
+    """Return the EXIF orientation (1 to 8) still to be applied, from what comes before the pixel data."""
     if image.format == "TIFF":
-        return 1  # Pillow turns it upright by itself
+        return 1  # Pillow turns it upright itself
     # PngImageFile.getexif decodes the whole image to look behind it; the base method reads what open() has read.
-    return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

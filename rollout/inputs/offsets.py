@@ -1,4 +1,4 @@
-"""From tokens to characters: which characters of the decoded text each token holds. Knows nothing of scopes or rewards.
+"""From tokens to characters: which characters of the decoded text each token holds.
 
 One rule for every byte-level BPE (Qwen's and all that descend from GPT-2): a token is bytes, the text is those bytes
 decoded as a whole, and a token's characters are all characters of which it holds any byte.
@@ -70,7 +70,7 @@ def token_spans(
 
 
 def fresh_text(told: str, text: str, *, is_whole: bool = False) -> str:
-    """Return what a listener who has been `told` a part of a growing response should hear next, "" for nothing yet.
+    """Return what a listener who was `told` the start of a growing response should hear next, "" for nothing yet.
 
     A character of which some bytes are missing waits for them, or for the end of the response (`is_whole`): with told
     "a" and text "ab\N{REPLACEMENT CHARACTER}" it is "" at first.
@@ -85,7 +85,7 @@ def _require_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(decoder, decoders.ByteLevel):
         raise OffsetsError(
             f"token offsets need a byte-level BPE tokenizer (decoder ByteLevel), got {type(tokenizer).__name__} with "
-            f"decoder {type(decoder).__name__}; use a model of the Qwen family, or any other with such a tokenizer"
+            f"decoder {type(decoder).__name__}. Use a model of the Qwen family, or another with such a tokenizer."
         )
 
 

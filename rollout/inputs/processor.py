@@ -1,12 +1,9 @@
-"""How a prompt becomes tokens and pixels: the one path that engines, learner, SFT and inference share.
-
-Knows the model folder's tokenizer, chat template and image processor; nothing of sampling, learning or weights.
-"""
+"""How a prompt becomes tokens and pixels: the one path that engines, learner, SFT and inference share."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +13,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rollout.config import InputsConfig
 from rollout.errors import InputError
+from rollout.families import FAMILIES, Family
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
-from rollout.inputs.offsets import token_spans
-from rollout.types import ImageSource, Prompt
+from rollout.inputs.offsets import fresh_text, token_spans
+from rollout.types import ImageSource, Prompt, RolloutGroup
 
 IMAGE_MARK = "<image>"
-_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 class InputsError(InputError):
@@ -48,7 +45,7 @@ class InputProcessor:
     """Renders prompts and decodes responses for one model folder. Make it once per process; it is thread-safe.
 
     Attributes:
-        tokenizer, image_processor: of the model folder.
+        tokenizer, image_processor, family: of the model folder.
         eos_token_id: end-of-text of a response. pad_token_id: end-of-text where the folder names none.
         image_token_id: the placeholder that stands for one merged vision token.
         banned_token_ids: vision tokens, never to be sampled.
@@ -62,20 +59,24 @@ class InputProcessor:
             options["revision"] = revision
         self.inputs = inputs
         self.tokenizer = AutoTokenizer.from_pretrained(model_path, **options)
-        self.image_processor = AutoImageProcessor.from_pretrained(model_path, **options)
+        load_image_processor: Callable[..., Any] = AutoImageProcessor.from_pretrained
+        self.image_processor = load_image_processor(model_path, **options)
         config = AutoConfig.from_pretrained(model_path, **options)
         if not self.tokenizer.chat_template:
-            raise InputsError(f"model folder {model_path} has no chat template; add chat_template.jinja")
+            raise InputsError(f"model folder {model_path} has no chat template. Add chat_template.jinja.")
         if self.tokenizer.eos_token_id is None:
-            raise InputsError(f"the tokenizer in {model_path} names no eos_token; set it in tokenizer_config.json")
+            raise InputsError(f"the tokenizer in {model_path} names no eos_token. Set it in tokenizer_config.json.")
         image_token_id = getattr(config, "image_token_id", None)
         if image_token_id is None:
-            raise InputsError(f"the config in {model_path} has no image_token_id: not a vision-language model of ours")
+            raise InputsError(
+                f"the config in {model_path} has no image_token_id: not a supported vision-language model"
+            )
         self.image_token_id: int = image_token_id
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        self._factor: int = self.image_processor.patch_size * self.image_processor.merge_size
+        self.family = FAMILIES.get(config.model_type, Family)()  # an engine may sample families that cannot be trained
+        self._factor = self.family.resize_unit(self.image_processor)
         if inputs.max_pixels < self._factor**2:
             raise InputsError(
                 f"inputs.max_pixels must be >= {self._factor**2} (one {self._factor} x {self._factor} vision token), "
@@ -83,12 +84,12 @@ class InputProcessor:
             )
         vocabulary = self.tokenizer.get_vocab()
         image_token = str(self.tokenizer.convert_ids_to_tokens(image_token_id))
-        vision_tokens = [token for token in dict.fromkeys([image_token, *_VISION_TOKENS]) if token in vocabulary]
+        vision_tokens = [t for t in dict.fromkeys([image_token, *self.family.vision_tokens]) if t in vocabulary]
         self.banned_token_ids: list[int] = sorted(vocabulary[token] for token in vision_tokens)
-        turn_tokens = ["<|im_start|>", self.tokenizer.eos_token, self.tokenizer.pad_token]
+        turn_tokens = [*self.family.turn_tokens, self.tokenizer.eos_token, self.tokenizer.pad_token]
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._forbidden_in_text = [token for token in [*vision_tokens, *turn_tokens] if token in special]
-        self._token_ids("settle the tokenizer's padding state, which threads must not change")
+        self.token_ids("settle the tokenizer's padding state, which threads must not change")
 
     def render(self, prompt: Prompt) -> str:
         """Return the prompt through the chat template, ready for the response, with one placeholder per image.
@@ -111,13 +112,13 @@ class InputProcessor:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def encode(self, prompt: Prompt) -> PromptInputs:
-        """Return tokens and pixels of a prompt; it is refused before any pixel is decoded where that is possible.
+        """Return tokens and pixels of a prompt; where possible it is refused before any pixel is decoded.
 
         Raises:
             PromptError: as `render`; too many images, an unreadable one, or more tokens than the limit.
         """
         token_ids_T = self._expanded_ids(prompt)
-        self._refuse_overlong(len(token_ids_T))
+        self.check_length(len(token_ids_T))
         if not prompt.images:
             return PromptInputs(token_ids_T, None, None, ())
         images = self.load_images(prompt)
@@ -126,22 +127,20 @@ class InputProcessor:
             token_ids_T=token_ids_T,
             pixel_values=patches["pixel_values"],
             image_grid_thw=patches["image_grid_thw"],
-            image_hashes=tuple(_pixel_hash(image) for image in images),
+            image_hashes=tuple(pixel_hash(image) for image in images),
         )
 
     def count_vision(self, prompt: Prompt) -> tuple[int, int, int]:
-        """Return (tokens of the prompt, image tokens among them, features that its pixels make)."""
+        """Return (tokens of the prompt, image tokens among them, features made from its pixels)."""
         encoded = self.encode(prompt)
-        grids = encoded.image_grid_thw
-        patches = 0 if grids is None else int(grids.prod(1).sum())
-        num_features = patches // self.image_processor.merge_size**2
+        num_features = self.family.num_features(self.image_processor, encoded.image_grid_thw)
         return len(encoded.token_ids_T), encoded.token_ids_T.count(self.image_token_id), num_features
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the length of `encode(prompt).token_ids_T` from image headers alone; the token limit is not applied.
 
         Raises:
-            PromptError: as `encode`, but for pixels that do not decode and for the token limit.
+            PromptError: as `encode`, except for pixels that do not decode and for the token limit.
         """
         return len(self._expanded_ids(prompt))
 
@@ -163,6 +162,23 @@ class InputProcessor:
         """Return a response's text without special tokens, and the (start, end) characters of each token."""
         return token_spans(self.tokenizer, token_ids_T)
 
+    def pieces(self, updates: Iterable[Sequence[int] | RolloutGroup]) -> Generator[str | RolloutGroup]:
+        """Turn a growing response into the pieces of text that a listener has not heard yet, then its group.
+
+        updates: the token ids so far, whenever there are more; then the group of the finished response.
+        """
+        heard = ""
+        for update in updates:
+            if isinstance(update, RolloutGroup):
+                if update.rollouts and (piece := fresh_text(heard, update.rollouts[0].text, is_whole=True)):
+                    yield piece
+                yield update
+                return
+            text, _ = self.decode(update)
+            if piece := fresh_text(heard, text):
+                yield piece
+                heard = text
+
     def encode_response(self, text: str) -> list[int]:
         """Return the tokens of a response that is to be learnt, end-of-text appended.
 
@@ -170,16 +186,16 @@ class InputProcessor:
             PromptError: the text contains a control token.
         """
         self._refuse_control_tokens(text, "the response")
-        return [*self._token_ids(text), self.eos_token_id]
+        return [*self.token_ids(text), self.eos_token_id]
 
     def _expanded_ids(self, prompt: Prompt) -> list[int]:
         """Tokenise the rendered prompt and repeat each placeholder once per merged vision token of its image."""
         self._refuse_too_many_images(prompt)
-        ids = self._token_ids(self.render(prompt))
+        ids = self.token_ids(self.render(prompt))
         if ids.count(self.image_token_id) != len(prompt.images):
             raise InputsError(
                 f"the chat template made {ids.count(self.image_token_id)} image placeholders (token "
-                f"{self.image_token_id}) for {len(prompt.images)} images; it must make one for each"
+                f"{self.image_token_id}) for {len(prompt.images)} images; it must make one per image"
             )
         lengths = iter([self._num_vision_tokens(source) for source in prompt.images])
         expanded: list[int] = []
@@ -197,28 +213,32 @@ class InputProcessor:
         except PromptError as error:
             raise PromptError(f"image {name}: {error}") from error
 
-    def _token_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    def token_ids(self, text: str) -> list[int]:
+        """Return the tokens of a text and no others."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
 
     def _refuse_too_many_images(self, prompt: Prompt) -> None:
         if len(prompt.images) > self.inputs.max_images:
             raise PromptError(
-                f"the prompt has {len(prompt.images)} images, inputs.max_images is {self.inputs.max_images}; "
-                "raise it or leave pages out"
+                f"the prompt has {len(prompt.images)} images, but inputs.max_images is {self.inputs.max_images}. "
+                "Raise it or leave pages out."
             )
 
-    def _refuse_overlong(self, num_tokens: int) -> None:
+    def check_length(self, num_tokens: int) -> None:
+        """Raise PromptError where a rendered prompt has more tokens than the limit."""
         if num_tokens > self.inputs.max_prompt_tokens:
             raise PromptError(
-                f"the prompt has {num_tokens:,} tokens, inputs.max_prompt_tokens is "
-                f"{self.inputs.max_prompt_tokens:,}; raise it, lower inputs.max_pixels or leave pages out"
+                f"the prompt has {num_tokens:,} tokens, but inputs.max_prompt_tokens is "
+                f"{self.inputs.max_prompt_tokens:,}. Raise it, lower inputs.max_pixels or leave pages out."
             )
 
     def _refuse_control_tokens(self, text: str, where: str) -> None:
         for token in self._forbidden_in_text:
             if token in text:
-                raise PromptError(f"{where} contains the control token {token!r}; remove it, or mark images by <image>")
+                raise PromptError(f"{where} contains the control token {token!r}. Remove it; <image> marks an image.")
 
 
-def _pixel_hash(image: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
+    """Return the sha256 of an image's size and pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()

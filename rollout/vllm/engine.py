@@ -1,7 +1,6 @@
-"""The vLLM engine: asynchronous, on a background event loop; grouped sampling, weights received while it lives.
+"""The vLLM engine: grouped sampling on a background event loop, and weights received while it lives.
 
-Owns the engine's life, its requests and its version of the weights. Knows nothing of rewards, learning or Ray; weights
-come through `transfer_*` (see `rollout.vllm.weights_out`) or, in the same process, through `load_weights`.
+Weights come through `transfer_*` (see `rollout.vllm.weights_out`) or, in the same process, through `load_weights`.
 """
 
 from __future__ import annotations
@@ -24,18 +23,17 @@ import torch
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import DEFAULT_OPTIONS, EngineError, EngineFailed, EngineOptions, check_sampling
 from rollout.inputs.images import PromptError
-from rollout.inputs.offsets import fresh_text
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import Launch, environment, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
-from rollout.vllm.wire import buckets
+from rollout.vllm.wire import HeldChecksum, buckets
 
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 64 << 20
-"""Weights that `load_weights` hands to the engine's processes at once."""
+"""Size of the pieces in which `load_weights` hands weights to the engine's processes."""
 POLL_S = 0.5
 
 
@@ -45,7 +43,7 @@ def build_vllm_engine(
     """Start a vLLM engine for a model folder.
 
     Raises:
-        ConfigError: a setting that cannot work with this model and these devices.
+        ConfigError: a setting cannot work with this model and these devices.
         EngineFailed: the engine did not start.
     """
     launch = prepare(model_path, rollout, inputs, options)
@@ -71,6 +69,7 @@ class VllmEngine:
         self.num_workers = rollout.vllm.tensor_parallel_size
         self.weights_version = 0
         self._config = rollout.vllm
+        self._can_sleep = rollout.vllm.sleep_level > 0 and launch.backend != "gloo"
         self._max_model_len = launch.max_model_len
         self._broken = ""
         self._received: set[str] | None = None
@@ -86,71 +85,64 @@ class VllmEngine:
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
-        """Yield one group per prompt as soon as its last rollout is finished, whatever the others do.
+        """Yield one group per prompt as soon as its last rollout is finished, in any order.
 
-        The prompt's id and `sampling.seed` fix the random draws, but vLLM's batching moves logits by rounding, so that
-        equal seeds give equal responses only almost always. With top_p < 1 or top_k > 0 the log-probabilities are those
-        of the truncated distribution. Closing the iterator aborts what is still running.
+        The prompt's id and `sampling.seed` fix the random draws, but rounding in vLLM's batches moves the logits, so
+        equal seeds give equal responses almost always, not always. With top_p < 1 or top_k > 0 the log-probabilities
+        are those of the truncated distribution. Closing the iterator aborts what is still running.
 
         Raises:
-            EngineFailed: the engine died, or no token came for `stall_timeout_s`; groups already yielded stand.
+            EngineFailed: the engine died, or no token came for `stall_timeout_s`; groups already yielded are valid.
         """
+        finished: queue.SimpleQueue[RolloutGroup] = queue.SimpleQueue()
         check_sampling(sampling)
         self._refuse_if_broken()
-        finished: queue.SimpleQueue[RolloutGroup] = queue.SimpleQueue()
-        work = self._loop.submit(self._sample_all(prompts, sampling, finished))
-        self._progress.start()
-        try:
+        with self._sampling(self._sample_all(prompts, sampling, finished)) as work:
             for _ in prompts:
                 yield self._next(finished, work)
-        finally:
-            work.cancel()
-            self._progress.stop()
 
     def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
         """Yield one response's text in pieces as its tokens come, then its group, as `generate` would.
 
         Closing the iterator aborts the request. Raises EngineFailed as `generate` does.
         """
-        check_sampling(sampling)
-        self._refuse_if_broken()
-        heard: queue.SimpleQueue[list[int] | RolloutGroup] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[list[int] | RolloutGroup] = queue.SimpleQueue()
 
         async def sample() -> None:
-            heard.put(await self._sample(prompt, replace(sampling, group_size=1), heard.put))
+            updates.put(await self._sample(prompt, replace(sampling, group_size=1), updates.put))
 
-        work = self._loop.submit(sample())
-        self._progress.start()
-        told = ""
-        try:
-            while isinstance(item := self._next(heard, work), list):
-                text, _ = self.processor.decode(item)
-                if piece := fresh_text(told, text):
-                    yield piece
-                    told = text
-            if item.rollouts and (piece := fresh_text(told, item.rollouts[0].text, is_whole=True)):
-                yield piece
-            yield item
-        finally:
-            work.cancel()
-            self._progress.stop()
+        check_sampling(sampling)
+        self._refuse_if_broken()
+        with self._sampling(sample()) as work:
+            yield from self.processor.pieces(iter(lambda: self._next(updates, work), None))
 
     def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
-        """Return, of each prompt as vLLM rendered it, (tokens, image tokens among them, image features)."""
+        """Return (tokens, image tokens among them, image features) of each prompt as vLLM rendered it."""
         counts = []
         for prompt in prompts:
             request, _ = build_request(self.processor, prompt, 1, self._max_model_len)
             (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
             token_ids_T = list(rendered["prompt_token_ids"])
             items = rendered["mm_kwargs"]["image"] if prompt.images else []
-            patches = sum(int(item["image_grid_thw"].data.prod()) for item in items)
-            num_features = patches // self.processor.image_processor.merge_size**2
+            grids = torch.stack([item["image_grid_thw"].data for item in items]) if items else None
+            num_features = self.processor.family.num_features(self.processor.image_processor, grids)
             counts.append((len(token_ids_T), token_ids_T.count(self.processor.image_token_id), num_features))
         return counts
 
     def stats(self) -> dict[str, float]:
         """Return counts since the last call: prompt and generated tokens, seconds, tokens/s, prefix-cache hit rate."""
         return self._progress.take()
+
+    @contextlib.contextmanager
+    def _sampling(self, work: Coroutine[Any, Any, None]) -> Iterator[Future[None]]:
+        """Run `work` on the loop for a block; leaving the block cancels it."""
+        future = self._loop.submit(work)
+        self._progress.start()
+        try:
+            yield future
+        finally:
+            future.cancel()
+            self._progress.stop()
 
     async def _sample_all(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, finished: queue.SimpleQueue[RolloutGroup]
@@ -167,11 +159,11 @@ class VllmEngine:
                 tasks.create_task(sample(prompt))
 
     async def _sample(
-        self, prompt: Prompt, sampling: SamplingParams, hear: Callable[[list[int]], None] | None = None
+        self, prompt: Prompt, sampling: SamplingParams, listen: Callable[[list[int]], None] | None = None
     ) -> RolloutGroup:
-        """Sample one group; whatever is the prompt's own fault becomes its error.
+        """Sample one group; a fault of the prompt itself becomes the group's error.
 
-        hear: is given the first response's tokens so far, again and again.
+        listen: receives the first response's tokens so far whenever there are more.
         """
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineGenerateError
@@ -184,34 +176,32 @@ class VllmEngine:
             return RolloutGroup(prompt, (), error=str(error))
         self._num_requests += 1
         request_id = f"{self._num_requests}:{prompt.id}"
-        params = sampling_params(self.processor, prompt, sampling, streams=hear is not None)
+        params = sampling_params(self.processor, prompt, sampling, streams=listen is not None)
         try:
             (rendered,) = await self._llm.renderer.render_cmpl_async([request])
             stream = self._llm.generate(rendered, params, request_id, lora_request=self._adapter)
             async for output in stream:
-                if hear is not None:
-                    hear(list(output.outputs[0].token_ids))
+                if listen is not None:
+                    listen(list(output.outputs[0].token_ids))
         except (VLLMClientError, EngineGenerateError) as error:
             if self._llm.errored:
                 raise
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM refused the prompt: {error.__cause__ or error}")
         return to_group(self.processor, prompt, sampling, num_tokens, output)
 
-    def _next(self, finished: queue.SimpleQueue[Result], work: Future[None]) -> Result:
+    def _next(self, results: queue.SimpleQueue[Result], work: Future[None]) -> Result:
+        """Wait for the next result of `work`; raise why it ended without one, or that it stalled."""
         while True:
-            over = work.done()
-            try:
-                return finished.get(timeout=0 if over else POLL_S)
-            except queue.Empty:
-                pass
-            if over:
-                self._fail(work.exception())
+            is_over = work.done()
+            with contextlib.suppress(queue.Empty):
+                return results.get(timeout=0 if is_over else POLL_S)
+            if is_over:
+                break
             idle_s = self._progress.idle_s()
             if idle_s > self._config.stall_timeout_s:
                 self._broken = f"no token for {idle_s:.0f} s (rollout.vllm.stall_timeout_s)"
                 raise EngineFailed(f"{self.name} stalled: {self._broken}")
-
-    def _fail(self, cause: BaseException | None) -> None:
+        cause = work.exception()
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
         if isinstance(cause, EngineError):
@@ -224,7 +214,7 @@ class VllmEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand weights to the engine's processes by their Hugging Face names; may be called several times.
 
-        Each layer must come whole (weight and bias, and all that vLLM fuses: q, k and v; gate and up).
+        Each layer must arrive whole: weight and bias, and all that vLLM fuses (q, k and v; gate and up).
         """
         with self._update("load_weights"):
             if self._received is None:
@@ -236,7 +226,7 @@ class VllmEngine:
                 self._received |= tensors.keys()  # type: ignore[operator]
 
     def finish_weights(self, version: int) -> None:
-        """Put the loaded weights in use, drop all caches made under the old ones, and sample on."""
+        """Put the loaded weights to use, drop all caches made under the old ones, and let sampling resume."""
         with self._update("finish_weights"):
             if self._received is not None:
                 self._check_whole_layers()
@@ -250,7 +240,7 @@ class VllmEngine:
         self._run(self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info)))
 
     def transfer_start(self) -> None:
-        """Let running requests end, hold back new ones, and expect weights."""
+        """Let running requests end, make new ones wait, and expect weights."""
         with self._update("transfer_start"):
             self._begin()
             self._run(self._llm.start_weight_update())
@@ -264,7 +254,7 @@ class VllmEngine:
             self._received |= set(info["names"])  # type: ignore[operator]
 
     def transfer_finish(self, version: int) -> None:
-        """Put the received weights in use, drop all caches made under the old ones, and sample on."""
+        """Put the received weights to use, drop all caches made under the old ones, and let sampling resume."""
         with self._update("transfer_finish"):
             self._check_whole_layers()
             self._run(self._llm.finish_weight_update())
@@ -283,17 +273,18 @@ class VllmEngine:
             if self._adapter is not None:
                 self._run(self._llm.remove_lora(self._adapter.lora_int_id))
             if not self._run(self._llm.add_lora(adapter)):
-                raise EngineError("vLLM did not take the adapter")
+                raise EngineError("vLLM did not accept the adapter")
             self._commit(version)
             self._remove_adapter_folder()
             self._adapter, self._adapter_folder = adapter, folder
 
-    def checksums(self, names: list[str]) -> list[list[tuple[list[str], float, float, int]]]:
-        """Return, for each worker of the engine, `WeightReceiver.resident_checksums`."""
-        return self._rpc("resident_checksums", list(names))
+    def checksums(self, names: list[str]) -> list[list[HeldChecksum]]:
+        """Return `WeightReceiver.resident_checksums` of each worker of the engine."""
+        held: list[list[HeldChecksum]] = self._rpc("resident_checksums", list(names))
+        return held
 
     def _begin(self) -> None:
-        """Wait until running requests have ended; later ones wait for `_commit`."""
+        """Wait until running requests have ended; later ones then wait for `_commit`."""
         self._run(self._llm.pause_generation(mode="wait", clear_cache=False))
         self._received = set()
 
@@ -309,14 +300,14 @@ class VllmEngine:
         self._run(self._llm.resume_generation())
 
     def _check_whole_layers(self) -> None:
-        """A layer that comes in part would silently keep uninitialised memory for the rest."""
+        """Refuse layers that arrived in part: they would silently keep uninitialised memory for the rest."""
         missing = self._rpc("missing_parts", sorted(self._received or ()))[0]
         if missing:
-            raise EngineError(f"these weights belong to layers that came only in part: {', '.join(missing[:4])}")
+            raise EngineError(f"layers arrived only in part; missing are {', '.join(missing[:4])}")
 
     @contextlib.contextmanager
     def _update(self, what: str) -> Iterator[None]:
-        """An update that fails in the middle leaves weights that must not be sampled with."""
+        """Mark the engine as broken when an update fails half-way: it must not sample with such weights."""
         self._refuse_if_broken()
         try:
             yield
@@ -327,16 +318,16 @@ class VllmEngine:
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """Give up GPU memory as `rollout.vllm.sleep_level` says, after running requests have ended; nothing on CPU."""
-        if self._config.sleep_level and self.backend != "gloo":
+        """Give up GPU memory as set by `rollout.vllm.sleep_level` once running requests have ended; no-op on CPU."""
+        if self._can_sleep:
             self._run(self._llm.sleep(self._config.sleep_level, mode="wait"))
 
     def wake(self, parts: list[str] | None = None) -> None:
         """Take the memory back; after level 2 the weights must be sent before sampling.
 
-        parts: "weights" or "kv_cache" alone, so that a sync can come before the cache takes its room; None is both.
+        parts: ["weights"] or ["kv_cache"], so that a sync can run before the cache takes its memory; None is both.
         """
-        if self._config.sleep_level and self.backend != "gloo":
+        if self._can_sleep:
             self._run(self._llm.wake_up(parts))
 
     def close(self) -> None:
@@ -362,7 +353,7 @@ class VllmEngine:
         self._progress = Progress()
 
         async def start() -> Any:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[self._progress.logger])
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[lambda *_: self._progress])
 
         try:
             self._llm = self._run(start(), start_timeout_s())
@@ -370,9 +361,9 @@ class VllmEngine:
         except Exception as error:
             self._loop.stop()
             raise EngineFailed(
-                f"{self.name} did not start: {error}. If memory is short, lower inputs.max_prompt_tokens, "
-                "inputs.max_images or rollout.vllm.engine_args.max_num_seqs, or raise "
-                "rollout.vllm.gpu_memory_utilization or tensor_parallel_size; vLLM's own log above has the cause"
+                f"{self.name} did not start: {error}. vLLM's own log above has the cause. If memory is short, lower "
+                "inputs.max_prompt_tokens, inputs.max_images or rollout.vllm.engine_args.max_num_seqs, or raise "
+                "rollout.vllm.gpu_memory_utilization or tensor_parallel_size."
             ) from error
 
     def _run(self, work: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:
@@ -383,7 +374,7 @@ class VllmEngine:
 
     def _refuse_if_broken(self) -> None:
         if self._broken:
-            raise EngineFailed(f"{self.name} cannot go on ({self._broken}); start another")
+            raise EngineFailed(f"{self.name} is no longer usable ({self._broken}). Start another.")
 
     def _remove_adapter_folder(self) -> None:
         if self._adapter_folder is not None:

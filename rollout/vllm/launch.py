@@ -1,37 +1,34 @@
-"""What vLLM is started with: its arguments, its environment, and the checks that can fail before any process starts.
-
-Knows the model folder's config and the settings; nothing of prompts, sampling or weights.
-"""
+"""What vLLM is started with (arguments, environment, memory), and the checks that run before any process starts."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_args
 
 import psutil
+import safetensors
 import torch
 from transformers import AutoConfig
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
-from rollout.engine import EngineOptions
+from rollout.engine import Backend, EngineOptions
 from rollout.keys import nearest, require
-from rollout.vllm.memory import (
-    GIB,
-    check_cache,
-    check_cpu_memory,
-    check_gpu_memory,
-    cpu_cache_bytes,
-    response_cache_bytes,
-    weight_bytes,
-)
 
 CPU_BLOCK_SIZE = 32  # vLLM's own default there, 128, is longer than a short prompt, which then never hits the cache
 GPU_BLOCK_SIZE = 16  # vLLM's own
 CPU_BATCHED_TOKENS = 2048
 WORKER_EXTENSION = "rollout.vllm.weights_in.WeightReceiver"
+
+GIB = 2**30
+CPU_CACHE_BYTES = 1 * GIB
+"""The most that an engine on CPU takes for its KV cache unless it is set, or a single response needs more."""
+CPU_PROGRAM_BYTES = int(1.5 * GIB)
+"""What vLLM's two processes hold on CPU beside weights and cache (measured with a model of 2 M parameters)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +41,21 @@ class Launch:
 
     arguments: dict[str, Any]
     variables: dict[str, str]
-    backend: str
+    backend: Backend
     max_model_len: int
 
 
 def prepare(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions) -> Launch:
-    """Check that a model can run as it is asked to, and return what to start it with.
+    """Check that a model can run as configured, and return what to start it with.
 
     Raises:
-        ConfigError: a setting that cannot work with this model and these devices.
+        ConfigError: a setting cannot work with this model and these devices.
     """
     cpu = on_cpu(options.device)
     source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     source |= {"revision": options.revision} if options.revision else {}
     config = check_model(model_path, rollout, inputs, **source)
-    backend = "gloo" if cpu else "ipc" if options.colocated else "nccl"
+    backend: Backend = "gloo" if cpu else "ipc" if options.colocated else "nccl"
     arguments = engine_arguments(
         model_path,
         rollout,
@@ -83,13 +80,13 @@ def on_cpu(device: str) -> bool:
         from vllm.platforms import current_platform
     except ImportError as error:
         raise ConfigError(
-            f"rollout.engine=vllm needs vLLM, which does not import ({error}); install it, or set rollout.engine=hf"
+            f"rollout.engine=vllm needs vLLM, which cannot be imported ({error}). Install it, or set rollout.engine=hf."
         ) from error
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f'device must be "auto", "cpu" or "cuda", got {device!r}')
-    cpu = current_platform.is_cpu()
+    cpu = bool(current_platform.is_cpu())
     if device != "auto" and (device == "cpu") != cpu:
-        raise ConfigError(f"the installed vLLM runs on {'cpu' if cpu else 'cuda'}, rollout asks for {device}")
+        raise ConfigError(f"the installed vLLM runs on {'cpu' if cpu else 'cuda'}, but rollout asks for {device}")
     return cpu
 
 
@@ -109,7 +106,7 @@ def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
 
 
 def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Any:
-    """Refuse a model or a size that vLLM cannot run, before it is started; return the model's config.
+    """Refuse a model or a size that vLLM cannot run; return the model's config.
 
     Args:
         options: of `from_pretrained`: revision, trust_remote_code.
@@ -123,55 +120,27 @@ def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *
     architectures = config.architectures or []
     if not set(architectures) & set(ModelRegistry.get_supported_archs()):
         raise ConfigError(
-            f"vLLM does not support the model class {architectures} of {model_path}; use rollout.engine=hf"
+            f"vLLM does not support the model class {architectures} of {model_path}. Use rollout.engine=hf."
         )
     text = config.get_text_config()
-    _check_heads(config, rollout.vllm.tensor_parallel_size)
-    length, limit = max_model_len(rollout, inputs), getattr(text, "max_position_embeddings", None)
-    if limit and length > limit:
-        raise ConfigError(
-            f"prompt and response may have {length:,} tokens, the model's positions end at {limit:,}; lower "
-            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.engine_args.max_model_len"
-        )
-    return config
-
-
-def _check_heads(config: Any, degree: int) -> None:
-    heads = {"attention heads": config.get_text_config().num_attention_heads}
-    vision_heads = getattr(getattr(config, "vision_config", None), "num_heads", None)
-    if vision_heads:
+    heads = {"attention heads": text.num_attention_heads}
+    if vision_heads := getattr(getattr(config, "vision_config", None), "num_heads", None):
         heads["vision heads"] = vision_heads
+    degree = rollout.vllm.tensor_parallel_size
     for kind, count in heads.items():
         if count % degree:
             fitting = [size for size in range(1, count + 1) if all(n % size == 0 for n in heads.values())]
             raise ConfigError(
-                f"rollout.vllm.tensor_parallel_size={degree} does not divide the model's {count} {kind}; use one of "
-                f"{fitting}"
+                f"rollout.vllm.tensor_parallel_size={degree} does not divide the model's {count} {kind}. Use one of "
+                f"{fitting}."
             )
-
-
-def cache_bytes(model_path: str, config: Any, rollout: RolloutConfig, inputs: InputsConfig, *, cpu: bool) -> int:
-    """Return the KV cache to ask vLLM for, in bytes on each device; 0 leaves it to `gpu_memory_utilization`.
-
-    Raises:
-        ConfigError: the cache holds no response of full length, or memory does not suffice.
-    """
-    text, length = config.get_text_config(), max_model_len(rollout, inputs)
-    block_size = rollout.vllm.engine_args.get("block_size") or (CPU_BLOCK_SIZE if cpu else GPU_BLOCK_SIZE)
-    one_response = response_cache_bytes(text, rollout.dtype, length, block_size)
-    weights = weight_bytes(model_path, rollout.dtype)
-    if cpu:
-        size = cpu_cache_bytes(one_response, rollout)
-        check_cache(size, one_response, length)
-        check_cpu_memory(weights, size, psutil.virtual_memory().available)
-        return size
-    from vllm.platforms import current_platform
-
-    size = int(rollout.vllm.kv_cache_gib * GIB)
-    if size:
-        check_cache(size, one_response // rollout.vllm.tensor_parallel_size, length)
-    check_gpu_memory(weights, one_response, rollout, current_platform.get_device_total_memory())
-    return size
+    length, limit = max_model_len(rollout, inputs), getattr(text, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise ConfigError(
+            f"a prompt and its response may have {length:,} tokens, but the model has {limit:,} positions. Lower "
+            "inputs.max_prompt_tokens or rollout.max_response_tokens, or set rollout.vllm.engine_args.max_model_len."
+        )
+    return config
 
 
 def engine_arguments(
@@ -180,7 +149,7 @@ def engine_arguments(
     inputs: InputsConfig,
     *,
     cpu: bool,
-    backend: str,
+    backend: Backend,
     lora_rank: int,
     kv_cache_bytes: int,
 ) -> dict[str, Any]:
@@ -229,7 +198,7 @@ def engine_arguments(
     for name in vllm.engine_args.keys() & fixed.keys() - {"max_model_len", "max_num_batched_tokens"}:
         require(
             vllm.engine_args[name] == fixed[name],
-            f"rollout.vllm.engine_args.{name} is always {fixed[name]!r} here: remove it",
+            f"rollout.vllm.engine_args.{name} is always {fixed[name]!r} here. Remove it.",
         )
     return arguments | fixed
 
@@ -256,13 +225,23 @@ def start_timeout_s() -> int:
     return int(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "900"))
 
 
+def _lora_rank_of_vllm(rank: int) -> int:
+    """Return the smallest adapter rank that vLLM has kernels for and that holds `rank`."""
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks: tuple[int, ...] = get_args(MaxLoRARanks)
+    if rank > max(ranks):
+        raise ConfigError(f"model.lora.rank must be <= {max(ranks)} for vLLM, got {rank}")
+    return min(size for size in ranks if size >= rank)
+
+
 def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads: int) -> dict[str, str]:
     """Return the variables under which vLLM's own processes start; they inherit the parent's."""
     variables = {
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit locks of the parent's threads
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(start_timeout_s()),
-        # On CPU a start warns ten times of what cannot be helped there.
+        # On CPU a start logs ten warnings about what cannot be changed there.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING"),
     }
     if cpu:
@@ -278,24 +257,105 @@ def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads:
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a block and put the old ones back after it."""
+    """Set environment variables for a block and restore the old ones after it."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
         for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
+            os.environ.pop(name, None)
+            if value is not None:
                 os.environ[name] = value
 
 
-def _lora_rank_of_vllm(rank: int) -> int:
-    """Return the smallest adapter rank that vLLM has kernels for and that holds `rank`."""
-    from vllm.config.lora import MaxLoRARanks
+# ---- memory ----------------------------------------------------------------------------------------------------------
 
-    fitting = sorted(size for size in get_args(MaxLoRARanks) if size >= rank)
-    if not fitting:
-        raise ConfigError(f"model.lora.rank must be <= {max(get_args(MaxLoRARanks))} for vLLM, got {rank}")
-    return fitting[0]
+
+def cache_bytes(model_path: str, config: Any, rollout: RolloutConfig, inputs: InputsConfig, *, cpu: bool) -> int:
+    """Return the KV cache to ask vLLM for, in bytes on each device; 0 leaves it to `gpu_memory_utilization`.
+
+    Raises:
+        ConfigError: the cache is too small for a response of full length, or memory does not suffice.
+    """
+    text, length = config.get_text_config(), max_model_len(rollout, inputs)
+    block_size = rollout.vllm.engine_args.get("block_size") or (CPU_BLOCK_SIZE if cpu else GPU_BLOCK_SIZE)
+    one_response = response_cache_bytes(text, rollout.dtype, length, block_size)
+    weights = weight_bytes(model_path, rollout.dtype)
+    if cpu:
+        size = cpu_cache_bytes(one_response, rollout)
+        check_cache(size, one_response, length)
+        check_cpu_memory(weights, size, psutil.virtual_memory().available)
+        return size
+    from vllm.platforms import current_platform
+
+    size = int(rollout.vllm.kv_cache_gib * GIB)
+    if size:
+        check_cache(size, one_response // rollout.vllm.tensor_parallel_size, length)
+    check_gpu_memory(weights, one_response, rollout, current_platform.get_device_total_memory())
+    return size
+
+
+def response_cache_bytes(text_config: Any, dtype: str, max_tokens: int, block_size: int) -> int:
+    """Return the bytes of a prompt with its response of full length, in whole blocks and one of vLLM's own."""
+    heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    token_bytes: int = 2 * text_config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize
+    return (math.ceil(max_tokens / block_size) + 1) * block_size * token_bytes
+
+
+def cpu_cache_bytes(one_response: int, rollout: RolloutConfig) -> int:
+    """Return the KV cache on CPU: as set, else what all responses at once need, within `CPU_CACHE_BYTES`."""
+    if rollout.vllm.kv_cache_gib:
+        return int(rollout.vllm.kv_cache_gib * GIB)
+    return max(one_response, min(CPU_CACHE_BYTES, rollout.vllm.max_num_seqs * one_response))
+
+
+def weight_bytes(model_path: str, dtype: str) -> int:
+    """Return the bytes of a model folder's weights in `dtype`; 0 for a model that is not a local folder."""
+    num_elements = 0
+    for file in Path(model_path).glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            num_elements += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return num_elements * int(getattr(torch, dtype).itemsize)
+
+
+def check_cache(num_bytes: int, one_response: int, max_tokens: int) -> None:
+    """Refuse a KV cache that was set too small for one response; names the least size."""
+    if num_bytes < one_response:
+        digits = 1 - math.floor(math.log10(one_response / GIB))  # of a value of two digits that is not too small
+        least = math.ceil(one_response / GIB * 10**digits) / 10**digits
+        raise ConfigError(
+            f"rollout.vllm.kv_cache_gib={num_bytes / GIB:.3g} is too small for one prompt with its response "
+            f"({max_tokens:,} tokens, {one_response / GIB:.3g} GiB). Raise it to {least:g} or more, or lower "
+            "inputs.max_prompt_tokens or rollout.max_response_tokens."
+        )
+
+
+def check_cpu_memory(weights: int, cache: int, available: int) -> None:
+    """Refuse a start that needs more memory than is free; shows the sum. All in bytes."""
+    needed = weights + cache + CPU_PROGRAM_BYTES
+    if needed > available:
+        raise ConfigError(
+            f"vLLM needs {needed / GIB:.1f} GiB (weights {weights / GIB:.1f}, KV cache {cache / GIB:.1f}, its "
+            f"processes {CPU_PROGRAM_BYTES / GIB:.1f}), but {available / GIB:.1f} GiB are free. Lower "
+            "rollout.vllm.kv_cache_gib or rollout.num_workers, use a smaller model, or set rollout.engine=hf."
+        )
+
+
+def check_gpu_memory(weights: int, one_response: int, rollout: RolloutConfig, device_bytes: int) -> None:
+    """Refuse weights and a cache that do not fit into the engine's share of each GPU; shows the sum.
+
+    one_response: as `response_cache_bytes`; the least cache, split like the weights.
+    """
+    vllm, degree = rollout.vllm, rollout.vllm.tensor_parallel_size
+    cache = vllm.kv_cache_gib * GIB or one_response / degree
+    share = 1.0 if vllm.kv_cache_gib else vllm.gpu_memory_utilization  # vLLM asks no share where the cache is given
+    if weights / degree + cache > share * device_bytes:
+        key = "kv_cache_gib" if vllm.kv_cache_gib else "gpu_memory_utilization"
+        raise ConfigError(
+            f"vLLM needs {(weights / degree + cache) / GIB:.1f} GiB on each GPU (weights {weights / degree / GIB:.1f}, "
+            f"KV cache {cache / GIB:.1f}) and working memory, but {share:g} of {device_bytes / GIB:.0f} GiB are "
+            f"{share * device_bytes / GIB:.1f}. Change rollout.vllm.{key}, raise rollout.vllm.tensor_parallel_size, or "
+            "lower inputs.max_prompt_tokens or rollout.max_response_tokens."
+        )

@@ -23,11 +23,11 @@ class BackgroundLoop:
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Begin `work`."""
+        """Start `work`."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
-        """Wait for `work` and return its result; cancel it and raise TimeoutError when it takes too long."""
+        """Wait for `work` and return its result; when it takes too long, cancel it and raise TimeoutError."""
         future = self.submit(work)
         try:
             return future.result(timeout_s)
@@ -40,7 +40,7 @@ class BackgroundLoop:
         self._loop.call_soon_threadsafe(task.cancel)
 
     def stop(self) -> None:
-        """Cancel what still runs and end the thread."""
+        """Cancel what is still running and end the thread."""
 
         async def end_tasks() -> None:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

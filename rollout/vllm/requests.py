@@ -1,4 +1,4 @@
-"""Between our words and vLLM's: a prompt becomes a request, its output a group. Pure functions, no engine."""
+"""From our types to vLLM's and back: a prompt becomes a request, its output a group."""
 
 from __future__ import annotations
 
@@ -7,36 +7,30 @@ from typing import Any
 
 from rollout.engine import EngineError
 from rollout.inputs.images import PromptError
-from rollout.inputs.processor import InputProcessor
+from rollout.inputs.processor import InputProcessor, pixel_hash
 from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
 
 
 def build_request(
     processor: InputProcessor, prompt: Prompt, max_tokens: int, max_model_len: int
 ) -> tuple[dict[str, Any], int]:
-    """Return vLLM's form of a prompt, one placeholder per image, and its length with all vision tokens.
+    """Return vLLM's form of a prompt, with one placeholder per image, and its length with all vision tokens.
 
     Raises:
         PromptError: the prompt cannot be sampled.
     """
-    limit = processor.inputs.max_prompt_tokens
     num_tokens = processor.count_tokens(prompt)
-    if num_tokens > limit:
-        raise PromptError(
-            f"the prompt has {num_tokens:,} tokens, inputs.max_prompt_tokens is {limit:,}; "
-            "raise it, lower inputs.max_pixels or leave pages out"
-        )
+    processor.check_length(num_tokens)
     if num_tokens + max_tokens > max_model_len:
         raise PromptError(
-            f"{num_tokens:,} prompt tokens and {max_tokens:,} for the response are more than the engine's "
-            f"{max_model_len:,}; raise rollout.vllm.engine_args.max_model_len or lower rollout.max_response_tokens"
+            f"{num_tokens:,} prompt tokens and {max_tokens:,} for the response exceed the engine's {max_model_len:,}. "
+            "Raise rollout.vllm.engine_args.max_model_len or lower rollout.max_response_tokens."
         )
-    token_ids = processor.tokenizer.encode(processor.render(prompt), add_special_tokens=False, verbose=False)
-    request: dict[str, Any] = {"prompt_token_ids": token_ids}
+    request: dict[str, Any] = {"prompt_token_ids": processor.token_ids(processor.render(prompt))}
     if prompt.images:
         images = processor.load_images(prompt)
-        # By its content a page is preprocessed and encoded once, whichever prompts it stands in.
-        hashes = [hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest() for image in images]
+        # Keyed by its content, a page is preprocessed and encoded once, whichever prompts contain it.
+        hashes = [pixel_hash(image) for image in images]
         request |= {"multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": hashes}}
     return request, num_tokens
 
@@ -44,7 +38,7 @@ def build_request(
 def sampling_params(
     processor: InputProcessor, prompt: Prompt, sampling: SamplingParams, *, streams: bool = False
 ) -> Any:
-    """Return vLLM's sampling parameters for a prompt's group. streams: outputs come while the tokens are written."""
+    """Return vLLM's sampling parameters for a prompt's group. streams: outputs come while tokens are still sampled."""
     from vllm import SamplingParams as VllmSampling
     from vllm.sampling_params import RequestOutputKind
 
@@ -79,7 +73,7 @@ def to_group(
     if seen != num_tokens:
         raise EngineError(
             f"vLLM reads prompt {prompt.id} as {seen} tokens, the learner as {num_tokens}: their image processors "
-            "differ; check the model folder's processor configuration"
+            "differ. Check the model folder's processor configuration."
         )
     rollouts = []
     for completion in output.outputs:
@@ -100,6 +94,6 @@ def _rollout(processor: InputProcessor, completion: Any) -> Rollout:
         text=text,
         token_spans_T=spans_T,
         finish_reason=finish_reason,
-        # A response that was set back for want of memory may have begun under older weights: the oldest counts.
+        # A response that was preempted for lack of memory may have begun under older weights: the oldest counts.
         weights_version=min(int(span.version) for span in completion.weight_versions),
     )

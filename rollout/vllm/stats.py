@@ -8,20 +8,18 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+COUNTS = ("prompt_tokens", "cached_tokens", "generated_tokens", "preempted")
 
-class Progress:
-    """Counters of one engine; thread-safe."""
+
+class Progress(StatLoggerBase):  # type: ignore[misc,unused-ignore]
+    """Counters of one engine, filled by vLLM after each of its steps; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running = False
         self._since = self._last_token = time.monotonic()
         self._busy_s = 0.0
-        self._counts = dict.fromkeys(("prompt_tokens", "cached_tokens", "generated_tokens", "preempted"), 0)
-
-    def logger(self, vllm_config: Any, engine_index: int = 0) -> StatLoggerBase:
-        """Return what vLLM calls after each of its steps."""
-        return _Logger(self)
+        self._counts = dict.fromkeys(COUNTS, 0)
 
     def start(self) -> None:
         """Sampling begins."""
@@ -41,8 +39,10 @@ class Progress:
         with self._lock:
             return time.monotonic() - self._last_token
 
-    def add(self, scheduler_stats: Any, iteration_stats: Any) -> None:
-        """Take in one step's report."""
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Take in the report of one step of vLLM."""
         with self._lock:
             if scheduler_stats is not None:
                 self._counts["prompt_tokens"] += scheduler_stats.prefix_cache_stats.queries
@@ -53,31 +53,19 @@ class Progress:
                 if iteration_stats.num_generation_tokens or iteration_stats.num_prompt_tokens:
                     self._last_token = time.monotonic()
 
+    def log_engine_initialized(self) -> None:
+        """Do nothing; vLLM requires the method."""
+
     def take(self) -> dict[str, float]:
-        """Return the counts since the last call and begin again."""
+        """Return the counts since the last call and start from zero."""
         with self._lock:
             now = time.monotonic()
             busy_s = self._busy_s + (now - self._since if self._running else 0.0)
             counts = {name: float(count) for name, count in self._counts.items()}
             self._since, self._busy_s = now, 0.0
-            self._counts = dict.fromkeys(self._counts, 0)
+            self._counts = dict.fromkeys(COUNTS, 0)
         return counts | {
             "seconds": busy_s,
             "tokens_per_s": counts["generated_tokens"] / busy_s if busy_s else 0.0,
-            "prefix_cache_hit_rate": counts["cached_tokens"] / counts["prompt_tokens"]
-            if counts["prompt_tokens"]
-            else 0.0,
+            "prefix_cache_hit_rate": counts["cached_tokens"] / (counts["prompt_tokens"] or 1.0),
         }
-
-
-class _Logger(StatLoggerBase):
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def record(
-        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-    ) -> None:
-        self._progress.add(scheduler_stats, iteration_stats)
-
-    def log_engine_initialized(self) -> None:
-        pass

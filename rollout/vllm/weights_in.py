@@ -1,12 +1,12 @@
-"""What runs inside vLLM's own worker processes: receiving weights and adding up checksums of what the model holds.
+"""The engines' side of a weight sync; `rollout.vllm.weights_out` names the hops.
 
-vLLM loads this module by name (`worker_extension_cls`); importing it registers the gloo transport. Knows nothing of
-prompts, of Ray or of how the sender gathers its tensors.
+Runs inside vLLM's own worker processes, which load this module by name (`worker_extension_cls`); importing it registers
+the gloo transport.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,14 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from rollout.vllm.wire import GlooGroup, checksum, unpack
+from rollout.vllm.wire import GlooGroup, HeldChecksum, checksum
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig as EngineConfig
 
 
 @dataclass
-class GlooInit(WeightTransferInitInfo):
+class GlooInit(WeightTransferInitInfo):  # type: ignore[misc,unused-ignore]
     """Where this engine's workers meet the sender; `rank_offset` is the rank of the engine's first worker."""
 
     address: str
@@ -39,15 +39,15 @@ class GlooInit(WeightTransferInitInfo):
 
 
 @dataclass
-class GlooUpdate(WeightTransferUpdateInfo):
-    """The tensors of one bucket, in the order in which their bytes follow each other."""
+class GlooUpdate(WeightTransferUpdateInfo):  # type: ignore[misc,unused-ignore]
+    """The tensors of one bucket, as `wire.layout_of` describes them."""
 
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
 
 
-class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
+class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):  # type: ignore[misc,unused-ignore]
     """Receives buckets of checkpoint-format weights by broadcast over gloo."""
 
     init_info_cls = GlooInit
@@ -55,7 +55,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
     group: GlooGroup | None = None
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
-        """Join the sender's group; it waits for all members."""
+        """Join the sender's group, which waits for all members."""
         rank = init_info.rank_offset + self.parallel_config.rank
         self.group = GlooGroup.join(
             init_info.address, init_info.port, rank, init_info.world_size, timeout_s=init_info.timeout_s
@@ -74,10 +74,10 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):
         if self.group is None:
             raise RuntimeError("weights arrive before init_transfer_engine")
         model: Any = self.model
-        model.load_weights(unpack(self.group.receive, update_info.names, update_info.dtype_names, update_info.shapes))
+        model.load_weights(self.group.receive(update_info.names, update_info.dtype_names, update_info.shapes))
 
     def finish_weight_update(self) -> None:
-        """Put the loaded weights in use."""
+        """Put the loaded weights to use."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
@@ -103,7 +103,7 @@ class WeightReceiver:
             self.model_runner.get_model().load_weights(iter(safetensors.torch.load(chunk).items()))
 
     def receive_finish(self) -> None:
-        """Put the loaded weights in use."""
+        """Put the loaded weights to use."""
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
         self.model_runner.reset_lora_state()
@@ -112,9 +112,7 @@ class WeightReceiver:
         """Return what is missing to make whole every layer of which `names` has a part."""
         model = self.model_runner.get_model()
         parameters = _parameters(model)
-        came: dict[str, set[str]] = {}
-        for name, held_by in _held_by(names, model, parameters):
-            came.setdefault(held_by, set()).add(name)
+        came = _names_by_parameter(names, model, parameters)
         touched = {held_by.rpartition(".")[0] for held_by in came}
         missing = []
         for held_by in parameters:
@@ -122,25 +120,20 @@ class WeightReceiver:
             if layer in touched:
                 whole = layer.rpartition(".")[2]
                 parts = model.packed_modules_mapping.get(whole, [whole])
-                present = {
-                    part for part in (whole, *parts) for name in came.get(held_by, ()) if part in name.split(".")
-                }
-                if whole not in present:
-                    missing += [f"{held_by} ({part})" for part in parts if part not in present]
+                segments = {segment for name in came.get(held_by, ()) for segment in name.split(".")}
+                if whole not in segments:
+                    missing += [f"{held_by} ({part})" for part in parts if part not in segments]
         return missing
 
-    def resident_checksums(self, names: list[str]) -> list[tuple[list[str], float, float, int]]:
-        """Return (members, sum, sum of squares, elements) of each parameter that holds any of `names`.
+    def resident_checksums(self, names: list[str]) -> list[HeldChecksum]:
+        """Return the checksum of each parameter that holds any of `names` (Hugging Face names).
 
-        names: Hugging Face names; members are those that vLLM keeps together in one parameter. A parameter whose values
-            vLLM has repacked for its kernels (linear weights on CPU) has 0 elements here.
+        A parameter whose values vLLM has repacked for its kernels (linear weights on CPU) has 0 elements here.
         """
         model = self.model_runner.get_model()
         parameters = _parameters(model)
-        members: dict[str, list[str]] = {}
-        for name, held_by in _held_by(names, model, parameters):
-            members.setdefault(held_by, []).append(name)
-        return [(hf_names, *checksum(parameters[name])) for name, hf_names in members.items()]
+        held = _names_by_parameter(names, model, parameters)
+        return [(hf_names, *checksum(parameters[held_by])) for held_by, hf_names in held.items()]
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
@@ -148,17 +141,17 @@ def _parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
 
 
-def _held_by(names: Iterable[str], model: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (Hugging Face name, vLLM parameter) for each name that the model holds."""
+def _names_by_parameter(names: Iterable[str], model: Any, parameters: dict[str, Any]) -> dict[str, list[str]]:
+    """Return vLLM parameter -> the Hugging Face names that it holds; a name that the model lacks is left out."""
     fused = {part: whole for whole, parts in model.packed_modules_mapping.items() for part in parts}
+    held: dict[str, list[str]] = {}
     for name in names:
-        mapped = model.hf_to_vllm_mapper.apply_list([name])
-        if not mapped:
-            continue
-        whole = ".".join(fused.get(segment, segment) for segment in mapped[0].split("."))
-        held_by = mapped[0] if mapped[0] in parameters else whole
-        if held_by in parameters:
-            yield name, held_by
+        for mapped in model.hf_to_vllm_mapper.apply_list([name]):
+            whole = ".".join(fused.get(segment, segment) for segment in mapped.split("."))
+            held_by = mapped if mapped in parameters else whole
+            if held_by in parameters:
+                held.setdefault(held_by, []).append(name)
+    return held
 
 
 WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)

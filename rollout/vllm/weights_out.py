@@ -1,7 +1,15 @@
-"""The learner's end of the weight transfer to vLLM engines.
+"""The learner's side of a weight sync with vLLM engines.
 
-The transport is vLLM's own on GPUs (nccl, ipc) and imported only there. Knows tensors by their Hugging Face names;
-nothing of the model, of learning, or of how an engine is reached: a `Peer` carries the calls.
+The hops of one sync:
+1. Every rank of the learner calls `WeightSender.send` with its own iterator of named tensors, in the same order.
+2. `Peers` (peers.py) calls `VllmEngine.transfer_start`: running requests end, new ones wait. A `Peer` carries each call
+   to its engine, within this process or through Ray.
+3. `_Verifier` converts the tensors to the engine's dtype and adds up their checksums; `buckets` (wire.py) cuts them.
+4. For each bucket `VllmEngine.transfer_update` announces names and shapes, while a link moves the bytes: `_GlooLink` on
+   CPU, `_NcclLink` between GPUs. On shared GPUs `_IpcSender` hands over handles instead. nccl and ipc are vLLM's own.
+5. In the engine's worker processes the receiver (weights_in.py for gloo, else vLLM's own) loads the bucket.
+6. `VllmEngine.transfer_finish` refuses layers that came in part, drops all caches and lets sampling resume.
+7. `_Verifier` compares its sums with what the workers hold (`WeightReceiver.resident_checksums`).
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ import itertools
 import logging
 import math
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Protocol, cast
@@ -20,8 +28,19 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from rollout.vllm.peers import Engines, Peer, TransferError
-from rollout.vllm.wire import GlooGroup, NamedTensor, buckets, checksum, free_port, own_address, pack
+from rollout.engine import Backend
+from rollout.vllm.peers import Peer, Peers, TransferError
+from rollout.vllm.wire import (
+    Checksum,
+    GlooGroup,
+    HeldChecksum,
+    NamedTensor,
+    buckets,
+    checksum,
+    free_port,
+    layout_of,
+    own_address,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,29 +60,32 @@ class WeightSender(Protocol):
 def build_sender(
     peers: Sequence[Peer],
     *,
-    backend: str,
+    backend: Backend,
     rank: int = 0,
     dtype: torch.dtype | None = None,
     bucket_bytes: int = 512 * 2**20,
     timeout_s: float = 300.0,
     verify_every: int = 1,
 ) -> WeightSender:
-    """Connect a learner rank to all engines; every rank calls it, in "gloo" and "nccl" only rank 0 connects.
+    """Connect a learner rank to all engines; every rank calls it, but with "gloo" and "nccl" only rank 0 connects.
 
-    backend: "gloo", "nccl" or "ipc", as the engines were started with.
+    backend: the one that the engines were started with.
     dtype: floating tensors are sent in it (the engines' own saves bandwidth); None sends them as they are.
-    timeout_s: the longest that one phase (connect, start, one bucket, finish) may take.
-    verify_every: compare checksums of every n-th sync, the first included; 0 is never.
+    timeout_s: limit of each phase (connect, start, one bucket, finish).
+    verify_every: compare checksums after every n-th sync, the first included; 0 is never.
 
     Raises:
         TransferError: an engine did not answer in time.
     """
+    group = Peers(peers, timeout_s)
+    verifier = _Verifier(group, verify_every if rank == 0 else 0, dtype)
     if backend == "ipc":
-        return _IpcSender(Engines(peers, timeout_s), rank, dtype, bucket_bytes, verify_every)
+        return _IpcSender(group, rank, bucket_bytes, verifier)
     if rank > 0:
         return _Follower()
-    link: type[_GlooLink] | type[_NcclLink] = _GlooLink if backend == "gloo" else _NcclLink
-    return _BroadcastSender(Engines(peers, timeout_s), link, dtype, bucket_bytes, verify_every)
+    assert backend != "load", "its weights come by `load_weights`"
+    link = _GlooLink(group) if backend == "gloo" else _NcclLink(group, bucket_bytes)
+    return _BroadcastSender(group, link, bucket_bytes, verifier)
 
 
 class AdapterSender:
@@ -72,7 +94,7 @@ class AdapterSender:
     def __init__(
         self, peers: Sequence[Peer], adapter_config: dict[str, Any], *, rank: int = 0, timeout_s: float = 300.0
     ) -> None:
-        self._engines = Engines(peers, timeout_s)
+        self._peers = Peers(peers, timeout_s)
         self._config = adapter_config
         self._rank = rank
 
@@ -80,19 +102,19 @@ class AdapterSender:
         """Send the adapter in peft's names (`base_model.model.….lora_A.weight`) to every engine."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}
         if self._rank == 0:
-            self._engines.all("load_adapter", safetensors.torch.save(tensors), self._config, version)
+            self._peers.call("load_adapter", safetensors.torch.save(tensors), self._config, version)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no connection is held open."""
 
 
 def _first_difference(
-    sent: dict[str, tuple[float, float, int]], held_by_worker: list[list[tuple[list[str], float, float, int]]]
+    sent: Mapping[str, Checksum], held_by_worker: Sequence[Sequence[HeldChecksum]]
 ) -> tuple[str | None, int]:
-    """Return the first parameter that an engine holds otherwise than it was sent (None: none), and how many agreed.
+    """Return the first parameter whose values in an engine differ from those sent (None: none), and how many agreed.
 
-    held_by_worker: `resident_checksums` of each of the engine's workers. A parameter is either split over the workers,
-        and their sums add up, or each has all of it. What is neither (repacked or replicated in part) is not compared.
+    A parameter is either split over the workers, and their sums add up, or each worker has all of it. One that is
+    neither (repacked, or replicated in part) is not compared.
     """
     compared = 0
     for parts in zip(*held_by_worker, strict=True):
@@ -112,18 +134,21 @@ def _first_difference(
 
 
 class _Verifier:
-    """Adds up checksums while tensors are sent, and compares them with what the engines hold afterwards."""
+    """Converts tensors on their way out, adds up checksums, and compares them with what the engines hold afterwards."""
 
-    def __init__(self, engines: Engines, every: int) -> None:
-        self._engines = engines
+    def __init__(self, peers: Peers, every: int, dtype: torch.dtype | None = None) -> None:
+        self._peers = peers
         self._every = every
+        self._dtype = dtype
         self._syncs = itertools.count()
-        self._sums: dict[str, tuple[float, float, int]] | None = None
+        self._sums: dict[str, Checksum] | None = None
 
-    def watch(self, named_tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-        """Pass tensors through."""
+    def outgoing(self, named_tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Yield the tensors of one sync in the dtype in which they are sent."""
         self._sums = {} if self._every and next(self._syncs) % self._every == 0 else None
         for name, tensor in named_tensors:
+            if self._dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(self._dtype)
             if self._sums is not None:
                 self._sums[name] = checksum(tensor)
             yield name, tensor
@@ -132,12 +157,12 @@ class _Verifier:
         """Raise TransferError naming the engine and the parameter that differs."""
         if self._sums is None:
             return
-        answers = self._engines.all("checksums", list(self._sums))
-        for peer, held_by_worker in zip(self._engines.peers, answers, strict=True):
+        answers = self._peers.call("checksums", list(self._sums))
+        for peer, held_by_worker in zip(self._peers.peers, answers, strict=True):
             differs, compared = _first_difference(self._sums, held_by_worker)
             if differs is not None:
                 raise TransferError(
-                    f"weight sync: {peer.name} holds other values of {differs} than version {version} has"
+                    f"weight sync: the values of {differs} on {peer.name} are not those of version {version}"
                 )
             log.info("weights %d on %s: %d parameters agree", version, peer.name, compared)
 
@@ -156,33 +181,18 @@ class _Follower:
 class _BroadcastSender:
     """Rank 0 of the learner: broadcasts bucket after bucket to all workers of all engines."""
 
-    def __init__(
-        self,
-        engines: Engines,
-        link: type[_GlooLink] | type[_NcclLink],
-        dtype: torch.dtype | None,
-        bucket_bytes: int,
-        verify_every: int,
-    ) -> None:
-        self._engines = engines
-        self._dtype = dtype
+    def __init__(self, peers: Peers, link: _GlooLink | _NcclLink, bucket_bytes: int, verifier: _Verifier) -> None:
+        self._peers = peers
+        self._link = link
         self._bucket_bytes = bucket_bytes
-        self._verifier = _Verifier(engines, verify_every)
-        self._link = link(engines, bucket_bytes)
+        self._verifier = verifier
 
     def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
         """Send all tensors as one version."""
-        tensors = self._verifier.watch(_cast(named_tensors, self._dtype))
-        self._engines.all("transfer_start")
-        for bucket in buckets(tensors, self._bucket_bytes):
-            info = {
-                "names": [name for name, _ in bucket],
-                "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-                "shapes": [list(tensor.shape) for _, tensor in bucket],
-            }
-            args = [(info,) for _ in self._engines.peers]
-            self._engines.each("transfer_update", args, partial(self._link.send, bucket))
-        self._engines.all("transfer_finish", version)
+        self._peers.call("transfer_start")
+        for bucket in buckets(self._verifier.outgoing(named_tensors), self._bucket_bytes):
+            self._peers.call("transfer_update", layout_of(bucket), meanwhile=partial(self._link.broadcast, bucket))
+        self._peers.call("transfer_finish", version)
         self._verifier.check(version)
 
     def close(self) -> None:
@@ -191,63 +201,47 @@ class _BroadcastSender:
 
 
 class _GlooLink:
-    """The sender's end of a gloo group."""
+    """Rank 0 of a gloo group of the sender and all workers."""
 
-    def __init__(self, engines: Engines, bucket_bytes: int) -> None:
-        world_size = 1 + engines.num_workers
-        timeout = timedelta(seconds=engines.timeout_s)
-        address = own_address()
-        store = dist.TCPStore(address, 0, world_size, is_master=True, wait_for_workers=False, timeout=timeout)
-        infos = [
-            (
-                {
-                    "address": address,
-                    "port": store.port,
-                    "rank_offset": offset,
-                    "world_size": world_size,
-                    "timeout_s": engines.timeout_s,
-                },
-            )
-            for offset in _rank_offsets(engines.peers)
-        ]
+    def __init__(self, peers: Peers) -> None:
+        address, timeout = own_address(), timedelta(seconds=peers.timeout_s)
+        store: Any = dist.TCPStore(  # type: ignore[attr-defined,unused-ignore]
+            address, 0, peers.world_size, is_master=True, wait_for_workers=False, timeout=timeout
+        )
+        meeting = {"address": address, "port": store.port, "timeout_s": peers.timeout_s}
 
-        def connect() -> None:
-            self._group: GlooGroup | None = GlooGroup(store, 0, world_size, engines.timeout_s)
+        def join() -> None:
+            self._group: GlooGroup | None = GlooGroup(store, 0, peers.world_size, peers.timeout_s)
 
-        engines.each("transfer_init", infos, connect)
+        peers.call_each("transfer_init", init_infos(peers, meeting), join)
 
-    def send(self, bucket: Sequence[NamedTensor]) -> None:
-        """Broadcast one bucket."""
+    def broadcast(self, bucket: Sequence[NamedTensor]) -> None:
         assert self._group is not None, "send after close"
-        self._group.send(pack(bucket))
+        self._group.broadcast(bucket)
 
     def close(self) -> None:
-        """Leave the group."""
         self._group = None
 
 
 class _NcclLink:
-    """The sender's end of vLLM's packed nccl transport: one packed broadcast for each bucket."""
+    """Rank 0 of vLLM's packed nccl transport: one packed broadcast for each bucket."""
 
-    def __init__(self, engines: Engines, bucket_bytes: int) -> None:
+    def __init__(self, peers: Peers, bucket_bytes: int) -> None:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        address, port = own_address(), free_port()
-        world_size = 1 + engines.num_workers
         self._buffer_bytes = 2 * bucket_bytes  # above any bucket, so that a bucket is never split
-        meet = {"master_address": address, "master_port": port, "world_size": world_size}
-        infos = [(info,) for info in nccl_infos(engines.peers, meet, self._buffer_bytes)]
+        meeting = {"master_address": own_address(), "master_port": free_port()}
         self._device = torch.cuda.current_device()
         self._group: Any = None
 
-        def connect() -> None:
+        def join() -> None:
             torch.cuda.set_device(self._device)
-            self._group = trainer_init(meet)
+            self._group = trainer_init(meeting | {"world_size": peers.world_size})
 
-        engines.each("transfer_init", infos, connect)
+        peers.call_each("transfer_init", init_infos(peers, meeting | nccl_packing(self._buffer_bytes)), join)
 
-    def send(self, bucket: Sequence[NamedTensor]) -> None:
-        """Broadcast one bucket; returns when its bytes have left."""
+    def broadcast(self, bucket: Sequence[NamedTensor]) -> None:
+        """Return when the bucket's bytes have left."""
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         torch.cuda.set_device(self._device)
@@ -261,7 +255,6 @@ class _NcclLink:
         )
 
     def close(self) -> None:
-        """Leave the group."""
         if self._group is not None:
             self._group.destroy()
             self._group = None
@@ -270,17 +263,13 @@ class _NcclLink:
 class _IpcSender:
     """Every learner rank shares its copy of the weights with the engine worker on its own GPU (vLLM's packed ipc)."""
 
-    def __init__(
-        self, engines: Engines, rank: int, dtype: torch.dtype | None, bucket_bytes: int, verify_every: int
-    ) -> None:
+    def __init__(self, peers: Peers, rank: int, bucket_bytes: int, verifier: _Verifier) -> None:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 
         self._tensors: Iterable[NamedTensor] = ()
-        self._rank = rank
-        self._dtype = dtype
         self._bucket_bytes = bucket_bytes
-        self._verifier = _Verifier(engines, verify_every)
-        self._client = _IpcClient(engines)
+        self._verifier = verifier
+        self._client = _IpcClient(peers)
         init_info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
         client, source = cast(Any, self._client), cast(Any, self)  # what is asked of both, without vLLM's base classes
         self._transfer = IPCTrainerWeightTransferEngine.trainer_init(init_info, client=client, source=source)
@@ -290,19 +279,17 @@ class _IpcSender:
         for name, tensor in self._tensors:
             if tensor.nbytes > self._bucket_bytes:
                 raise TransferError(
-                    f"{name} has {tensor.nbytes / 2**20:.0f} MiB, rollout.vllm.sync_bucket_mib is "
-                    f"{self._bucket_bytes / 2**20:.0f}; raise it to at least the largest tensor"
+                    f"{name} has {tensor.nbytes / 2**20:.0f} MiB, but rollout.vllm.sync_bucket_mib is "
+                    f"{self._bucket_bytes / 2**20:.0f}. Raise it to at least the largest tensor."
                 )
             yield name, tensor
 
     def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
         """Send all tensors as one version; the iterator must yield full tensors on every rank."""
-        tensors = _cast(named_tensors, self._dtype)
-        self._tensors = self._verifier.watch(tensors) if self._rank == 0 else tensors
+        self._tensors = self._verifier.outgoing(named_tensors)
         self._client.version = version
         self._transfer.send_weights()
-        if self._rank == 0:
-            self._verifier.check(version)
+        self._verifier.check(version)
 
     def close(self) -> None:
         """Let go of shared memory."""
@@ -312,35 +299,31 @@ class _IpcSender:
 class _IpcClient:
     """The four calls that vLLM's sender makes, passed on to all engines; handles travel pickled."""
 
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
         self.version = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._engines.all("transfer_init", init_info)
+        self._peers.call("transfer_init", init_info)
 
     def start_weight_update(self) -> None:
-        self._engines.all("transfer_start")
+        self._peers.call("transfer_start")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         handles = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
-        self._engines.all("transfer_update", update_info | {"ipc_handles": None, "ipc_handles_pickled": handles})
+        self._peers.call("transfer_update", update_info | {"ipc_handles": None, "ipc_handles_pickled": handles})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._engines.all("transfer_finish", self.version)
+        self._peers.call("transfer_finish", self.version)
 
 
-def nccl_infos(peers: Sequence[Peer], meet: dict[str, Any], buffer_bytes: int) -> list[dict[str, Any]]:
-    """Return, for each engine, what vLLM's nccl receiver is told; meet: where the group meets."""
-    packing = {"packed": True, "packed_buffer_size_bytes": buffer_bytes}
-    return [{**meet, **packing, "rank_offset": offset} for offset in _rank_offsets(peers)]
+def init_infos(peers: Peers, meeting: Mapping[str, Any]) -> list[tuple[dict[str, Any]]]:
+    """Return the arguments of each engine's `transfer_init`: where the group meets, and its first worker's rank."""
+    first_ranks = itertools.accumulate((peer.num_workers for peer in peers.peers), initial=1)  # rank 0 sends
+    shared = {**meeting, "world_size": peers.world_size}
+    return [({**shared, "rank_offset": rank},) for rank, _ in zip(first_ranks, peers.peers, strict=False)]
 
 
-def _cast(named_tensors: Iterable[NamedTensor], dtype: torch.dtype | None) -> Iterator[NamedTensor]:
-    for name, tensor in named_tensors:
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _rank_offsets(peers: Sequence[Peer]) -> list[int]:
-    """Return the rank of each engine's first worker; rank 0 is the sender."""
-    return list(itertools.accumulate((peer.num_workers for peer in peers[:-1]), initial=1))
+def nccl_packing(buffer_bytes: int) -> dict[str, Any]:
+    """Return what vLLM's nccl receiver must know of the sender's packing."""
+    return {"packed": True, "packed_buffer_size_bytes": buffer_bytes}

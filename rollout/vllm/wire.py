@@ -1,4 +1,4 @@
-"""What both ends of the gloo weight transfer share: named tensors as bytes, their group, and checksums.
+"""What both ends of the gloo weight transfer share: named tensors as bytes, the process group, and checksums.
 
 Needs torch alone, so that a learner without vLLM can send.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,57 +15,81 @@ import torch
 import torch.distributed as dist
 
 NamedTensor = tuple[str, torch.Tensor]
+"""A weight under its Hugging Face name."""
+Checksum = tuple[float, float, int]
+"""(sum, sum of squares, elements) in float64: numbers that add up over the shards of a tensor."""
+HeldChecksum = tuple[list[str], float, float, int]
+"""The Hugging Face names that one parameter of an engine holds, and the parameter's checksum."""
 
 CHECKSUM_CHUNK = 1 << 24
 
 
 class GlooGroup:
-    """Rank 0 broadcasts byte buffers to the others, apart from any other process group of the process."""
+    """Broadcasts buckets of weights from rank 0, apart from any other process group of the process."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
-        self._group: Any = dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, world_size, self._timeout)
+        store = dist.PrefixStore("weights", store)  # type: ignore[attr-defined,unused-ignore]
+        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, self._timeout)
         self._options = dist.BroadcastOptions()
         self._options.rootRank = 0
 
     @classmethod
     def join(cls, address: str, port: int, rank: int, world_size: int, *, timeout_s: float) -> GlooGroup:
         """Meet the others at a store that rank 0 keeps."""
-        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # type: ignore[attr-defined,unused-ignore]
         return cls(store, rank, world_size, timeout_s)
 
-    def send(self, buffer: torch.Tensor) -> None:
-        """Broadcast a uint8 buffer from rank 0."""
+    def broadcast(self, bucket: Sequence[NamedTensor]) -> None:
+        """Hand a bucket to all other ranks; called on rank 0."""
+        self._broadcast(to_buffer(bucket))
+
+    def receive(
+        self, names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Sequence[int]]
+    ) -> Iterator[NamedTensor]:
+        """Yield the tensors of the bucket that rank 0 broadcasts, described as by `layout_of`."""
+        buffer = torch.empty(sum(_num_bytes(dtype_names, shapes)), dtype=torch.uint8)
+        self._broadcast(buffer)
+        return from_buffer(buffer, names, dtype_names, shapes)
+
+    def _broadcast(self, buffer: torch.Tensor) -> None:
         self._group.broadcast([buffer], self._options).wait(self._timeout)
 
-    def receive(self, num_bytes: int) -> torch.Tensor:
-        """Return the uint8 buffer that rank 0 broadcasts."""
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        self._group.broadcast([buffer], self._options).wait(self._timeout)
-        return buffer
+
+def layout_of(bucket: Sequence[NamedTensor]) -> dict[str, list[Any]]:
+    """Return the names, dtype names and shapes of a bucket, in the order in which their bytes follow each other."""
+    return {
+        "names": [name for name, _ in bucket],
+        "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
 
 
-def pack(bucket: Sequence[NamedTensor]) -> torch.Tensor:
+def to_buffer(bucket: Sequence[NamedTensor]) -> torch.Tensor:
     """Return the bytes of all tensors in one uint8 buffer on the CPU."""
     return torch.cat([tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for _, tensor in bucket])
 
 
-def unpack(
-    receive: Callable[[int], torch.Tensor], names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Any]
+def from_buffer(
+    buffer: torch.Tensor, names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Sequence[int]]
 ) -> Iterator[NamedTensor]:
-    """Receive one buffer and yield the tensors in it, each in memory of its own."""
-    dtypes = [getattr(torch, name) for name in dtype_names]
-    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-    parts = receive(sum(sizes)).split(sizes)
-    for name, part, dtype, shape in zip(names, parts, dtypes, shapes, strict=True):
-        yield name, part.clone().view(dtype).view(tuple(shape))
+    """Yield the tensors whose bytes are in a buffer, each in memory of its own."""
+    parts = torch.split(buffer, _num_bytes(dtype_names, shapes))
+    for name, part, dtype_name, shape in zip(names, parts, dtype_names, shapes, strict=True):
+        yield name, part.clone().view(getattr(torch, dtype_name)).view(tuple(shape))
 
 
-def checksum(tensor: torch.Tensor) -> tuple[float, float, int]:
-    """Return (sum, sum of squares, elements) in float64: numbers that add up over the shards of a tensor."""
+def _num_bytes(dtype_names: Sequence[str], shapes: Sequence[Sequence[int]]) -> list[int]:
+    pairs = zip(dtype_names, shapes, strict=True)
+    return [math.prod(shape) * getattr(torch, dtype_name).itemsize for dtype_name, shape in pairs]
+
+
+def checksum(tensor: torch.Tensor) -> Checksum:
+    """Return the checksum of a tensor on any device."""
     flat = tensor.detach().reshape(-1)
     total = squares = torch.zeros((), dtype=torch.float64, device=flat.device)
-    for part in flat.split(CHECKSUM_CHUNK):  # float64 copies of an embedding would not fit beside it
+    for part in torch.split(flat, CHECKSUM_CHUNK):  # float64 copies of an embedding would not fit beside it
         exact = part.double()
         total, squares = total + exact.sum(), squares + exact.square().sum()
     return total.item(), squares.item(), flat.numel()
@@ -92,11 +116,11 @@ def own_address() -> str:
             probe.connect(("192.0.2.1", 9))  # a documentation address: nothing is sent, only a route is looked up
         except OSError:
             return "127.0.0.1"
-        return probe.getsockname()[0]
+        return str(probe.getsockname()[0])
 
 
 def free_port() -> int:
     """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])

@@ -14,6 +14,7 @@ import ray
 import torch
 
 from rollout.config import RolloutConfig
+from rollout.engine import Backend
 from rollout.types import RolloutGroup
 from rollout.vllm.peers import TransferError
 from rollout.vllm.weights_out import WeightSender
@@ -87,7 +88,7 @@ class LearnerWorker:
             yield chunk
 
     def send_weights(
-        self, engines: Sequence[WorkerHandle], rollout: RolloutConfig, backend: str, version: int
+        self, engines: Sequence[WorkerHandle], rollout: RolloutConfig, backend: Backend, version: int
     ) -> str | None:
         """Bring vLLM engines to `version`; every rank must run this. Return why it failed, None when it did not."""
         adapter = self.learner.adapter_config()

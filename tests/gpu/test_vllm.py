@@ -16,6 +16,7 @@ pytest.importorskip("hydra", reason="hydra is not installed")
 
 from rollout.build import build_engine
 from rollout.config import Dtype
+from rollout.engine import Backend
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
@@ -62,7 +63,7 @@ def assert_same_logprobs(engine: Any, model: Any, prompts: list[Prompt], toleran
         assert_sampled_from(model, engine, group, tolerance=tolerance)
 
 
-def sent(engine: Any, backend: str, model: Any, version: int, device: str = "cuda") -> None:
+def sent(engine: Any, backend: Backend, model: Any, version: int, device: str = "cuda") -> None:
     """Bring the engine to the weights of `model`, held on a GPU of this process."""
     torch.cuda.set_device(device)
     sender = build_sender([local_peer(engine)], backend=backend, bucket_bytes=1 << 20, timeout_s=60)

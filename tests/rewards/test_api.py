@@ -146,14 +146,14 @@ def test_rewards_load_by_name_also_from_the_current_directory(tmp_path, monkeypa
         ("rewards.evisrag.accuracy", "named module:function"),
         (":accuracy", "named module:function"),
         ("rewards.evisrag:", "named module:function"),
-        ("rewards/evisrag.py:accuracy", "name the module instead: rewards.evisrag:accuracy"),
+        ("rewards/evisrag.py:accuracy", "Name the module instead: rewards.evisrag:accuracy"),
         ("no_such_package.x:f", "no module 'no_such_package'"),
         ("rewards.evisrg:accuracy", "no module 'rewards.evisrg'"),
         ("rewards.evisrag:acuracy", "did you mean accuracy"),
         ("rewards.text:set_f2", "did you mean set_f1"),
-        ("rewards.evisrag:zzz", "its rewards are abstained, accuracy"),
-        ("rewards.evisrag:slot_score", "write @reward"),
-        ("rewards.evisrag:NO_EVIDENCE", "write @reward"),
+        ("rewards.evisrag:zzz", "Its rewards are abstained, accuracy"),
+        ("rewards.evisrag:slot_score", "Write @reward"),
+        ("rewards.evisrag:NO_EVIDENCE", "Write @reward"),
     ],
 )
 def test_a_reward_that_cannot_be_loaded_says_why(target, message):
@@ -178,7 +178,7 @@ def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch, source, m
 def test_arguments_are_checked_when_they_are_bound():
     with pytest.raises(RewardError, match="'overlong' takes no argument 'max_token'; did you mean 'max_tokens'"):
         load_reward("rewards.evisrag:overlong", {"max_token": 512})
-    with pytest.raises(RewardError, match="it takes none"):
+    with pytest.raises(RewardError, match="It takes none"):
         load_reward("rewards.evisrag:well_formed", {"x": 1})
     with pytest.raises(RewardError, match="no argument 'response'"):
         bind_reward(judge, {"response": 1, "threshold": 1})
@@ -234,8 +234,8 @@ def test_a_valid_result_becomes_a_float_or_credits(value, expected):
         ("0.5", "got str '0.5'"),
         (np.ones(2), "got ndarray"),
         ({"score": 1}, "got dict"),
-        ([0.5, 0.5], "returns Credit"),
-        ([("key", 0.5, None)], "returns Credit"),
+        ([0.5, 0.5], "return Credit"),
+        ([("key", 0.5, None)], "return Credit"),
         ([Credit("a", math.nan, None)], "must be finite"),
         ([Credit("a", "1", None)], "got str"),  # type: ignore[arg-type]
         ([Credit(1, 1.0, None)], "must be a string"),  # type: ignore[arg-type]
@@ -252,7 +252,7 @@ def test_an_invalid_result_is_named(value, message):
 
 def test_a_forgotten_await_is_named():
     coroutine = judge(Response(""), threshold=1)
-    with pytest.raises(RewardError, match="await it"):
+    with pytest.raises(RewardError, match="Await it"):
         check_score(coroutine)
     coroutine.close()
 

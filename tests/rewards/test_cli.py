@@ -78,9 +78,9 @@ def test_scores_scope_and_summary_are_printed(capsys, workdir):
         "rewards.evisrag:accuracy on 3 responses\n"
         "  applied         2 of 3\n"
         "  score           mean 0.5000, std 0.7071, 0 to 1\n"
-        "  missed marker   1 (void: there it teaches nothing)\n"
+        "  missed marker   1 (void: there the reward teaches nothing)\n"
         "  errors          0\n"
-        "note: no response says num_tokens, so rewards of length saw 0 tokens\n"
+        "note: no response has num_tokens, so rewards of length saw 0 tokens\n"
     )
 
 
@@ -272,10 +272,10 @@ def cites(response):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("by_column", "looked for truth['pages'], which is not there; the rows have answers, kind, page"),
+        ("by_column", "looked for truth['pages'], which is missing; the rows have answers, kind, page"),
         (
             "by_tag",
-            "look at the condition under which it returns None. The responses have the tags </answer>, ",
+            "check the condition under which it returns None. The responses have the tags </answer>, ",
         ),
         (
             "cites",

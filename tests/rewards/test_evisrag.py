@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.api import Credit, Response, RewardError, Span, check_score
+from rewards.api import Credit, Response, Reward, RewardError, Span, check_score
 from rewards.evisrag import (
     INSUFFICIENT,
     NO_EVIDENCE,
@@ -244,9 +244,8 @@ def test_slot_credits_do_not_overlap_out_of_order():
     assert [text[credit.span.start : credit.span.end] for credit in credits] == ["[1]: a1 ", "[2]: b2 "]
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
+TEXT_ALONE: dict[Reward, list[tuple[str, float | None]]] = {
+    well_formed: [
         (GOOD, 1.0),
         (GOOD.replace("\n<", "\r\n<"), 1.0),
         (GOOD.replace("sales", "ventes été 日本"), 1.0),
@@ -263,9 +262,51 @@ def test_slot_credits_do_not_overlap_out_of_order():
         ("<evidence></evidence><observe></observe><think></think><answer></answer>", 0.0),
         ("", 0.0),
     ],
+    no_early_index: [
+        (GOOD, 0.0),
+        ("<observe>page [2] shows</observe><evidence>[1]: x</evidence>", -1.0),
+        ("<observe>[12]</observe>", -1.0),
+        ("<observe>[approx] [a1] 2] [</observe>", 0.0),
+        ("<observe>a</observe><observe>[1]</observe>", 0.0),  # the first block
+        ("[1]<observe>a</observe>", 0.0),
+        ("<observe>[1]", 0.0),  # not a block
+        ("", 0.0),
+    ],
+    think_differs: [
+        (GOOD, 0.0),
+        ("<think>16</think><answer>16</answer>", -1.0),
+        ("<think>\r\n16 </think><answer>16</answer>", -1.0),
+        ("<think></think><answer> </answer>", -1.0),
+        ("<think>16.</think><answer>16</answer>", 0.0),
+        ("<think>16</think><answer>16", 0.0),
+        ("<answer>16</answer>", 0.0),
+        ("", 0.0),
+    ],
+    marked_rate: [
+        ("<evidence>[1]: 16 [2]: No relevant information.</evidence>", 0.5),
+        ("<evidence>[1]: no relevant information[2]: no relevant information</evidence>", 0.0),
+        ("<evidence>[1]: 16 [2]: 5 [3]: 4 [4]: </evidence>", 0.75),
+        ("<evidence>nothing here</evidence>", 0.0),
+        ("<evidence>[" + "9" * 5000 + "]: 16</evidence>", 0.0),
+        ("<evidence>[1]: 16", None),
+        ("", None),
+    ],
+    abstained: [
+        ("<answer>Insufficient to answer.</answer>", 1.0),
+        ("<answer>insufficient to answer the question</answer>", 1.0),
+        ("<answer>16</answer>", 0.0),
+        ("<think>insufficient to answer</think><answer>16</answer>", 0.0),
+        ("<answer>insufficient to answer", 0.0),
+        ("", 0.0),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "text", "score"), [(function, *case) for function, cases in TEXT_ALONE.items() for case in cases]
 )
-def test_well_formed(text, score):
-    assert well_formed(Response(text)) == score
+def test_rewards_and_monitors_of_the_text_alone_by_hand(function, text, score):
+    assert function(Response(text)) == score
 
 
 @pytest.mark.parametrize(
@@ -285,40 +326,6 @@ def test_overlong_limits_are_configurable_and_must_fit():
         overlong(Response(""), buffer_tokens=0)
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        (GOOD, 0.0),
-        ("<observe>page [2] shows</observe><evidence>[1]: x</evidence>", -1.0),
-        ("<observe>[12]</observe>", -1.0),
-        ("<observe>[approx] [a1] 2] [</observe>", 0.0),
-        ("<observe>a</observe><observe>[1]</observe>", 0.0),  # the first block
-        ("[1]<observe>a</observe>", 0.0),
-        ("<observe>[1]", 0.0),  # not a block
-        ("", 0.0),
-    ],
-)
-def test_no_early_index(text, score):
-    assert no_early_index(Response(text)) == score
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        (GOOD, 0.0),
-        ("<think>16</think><answer>16</answer>", -1.0),
-        ("<think>\r\n16 </think><answer>16</answer>", -1.0),
-        ("<think></think><answer> </answer>", -1.0),
-        ("<think>16.</think><answer>16</answer>", 0.0),
-        ("<think>16</think><answer>16", 0.0),
-        ("<answer>16</answer>", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_think_differs(text, score):
-    assert think_differs(Response(text)) == score
-
-
 def test_scopes_of_the_shipped_rewards():
     cut = {tag: GOOD.index(f"<{tag}>") for tag in ("evidence", "think", "answer")}
     expected = {
@@ -335,37 +342,6 @@ def test_scopes_of_the_shipped_rewards():
         assert function.scope(Response(GOOD)) == Span(*span), function.name
         truncated = function.scope(Response(GOOD[:10]))
         assert truncated == (Span(0, 10) if function in (well_formed, overlong) else None), function.name
-
-
-@pytest.mark.parametrize(
-    ("text", "rate"),
-    [
-        ("<evidence>[1]: 16 [2]: No relevant information.</evidence>", 0.5),
-        ("<evidence>[1]: no relevant information[2]: no relevant information</evidence>", 0.0),
-        ("<evidence>[1]: 16 [2]: 5 [3]: 4 [4]: </evidence>", 0.75),
-        ("<evidence>nothing here</evidence>", 0.0),
-        ("<evidence>[" + "9" * 5000 + "]: 16</evidence>", 0.0),
-        ("<evidence>[1]: 16", None),
-        ("", None),
-    ],
-)
-def test_marked_rate(text, rate):
-    assert marked_rate(Response(text)) == rate
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("<answer>Insufficient to answer.</answer>", 1.0),
-        ("<answer>insufficient to answer the question</answer>", 1.0),
-        ("<answer>16</answer>", 0.0),
-        ("<think>insufficient to answer</think><answer>16</answer>", 0.0),
-        ("<answer>insufficient to answer", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_abstained(text, score):
-    assert abstained(Response(text)) == score
 
 
 @pytest.mark.parametrize(

@@ -190,13 +190,13 @@ def test_an_adapter_is_trained_and_prompts_that_cannot_be_sampled_are_replaced(
     assert "step 2: prompt own2 could not be sampled" in said[0]
     assert "own2-1.png" in said[0]
     assert "prompt own3" in said[1]
-    assert "raise rollout.vllm.engine_args.max_model_len" in said[1]
+    assert "Raise rollout.vllm.engine_args.max_model_len" in said[1]
 
 
 def test_engines_that_cannot_start_say_what_to_change_before_anything_is_sampled(ray_cluster, config, tiny_model_path):
     changes: dict[str, dict[str, Any]] = {
-        "does not divide the model's 2 attention heads; use one of": {"tensor_parallel_size": 3},
-        "KV cache 900.0.* are free: lower rollout.vllm.kv_cache_gib": {"kv_cache_gib": 900.0},
+        r"does not divide the model's 2 attention heads\. Use one of": {"tensor_parallel_size": 3},
+        r"KV cache 900.0.* are free\. Lower rollout.vllm.kv_cache_gib": {"kv_cache_gib": 900.0},
     }
     workers = [
         start_rollout_worker(

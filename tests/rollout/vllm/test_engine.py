@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,22 +16,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from rollout.build import build_engine
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
-from rollout.engine import EngineError, EngineFailed
 from rollout.types import Prompt, SamplingParams
-from rollout.vllm.memory import cache_bytes_per_token
+from rollout.vllm.launch import response_cache_bytes
 from rollout.vllm.requests import build_request
 from rsgrpo.cluster.engine_check import blanked, table
 from tests.material.gate import OneEngine, failures, one_learner, run_gate
-from tests.material.parity import INPUTS, ROLLOUT, assert_greedy_parity, assert_sampled_from, reference_model
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def engine(attentive_model_path):
-    engine = build_engine(attentive_model_path, ROLLOUT, INPUTS, name="engine 0")
-    yield engine
-    engine.close()
+from tests.material.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
+from tests.rollout.engine_laws import EngineLaws
 
 
 @pytest.fixture(scope="module")
@@ -56,16 +45,8 @@ def prompts(page_images):
     ]
 
 
-def test_greedy_tokens_and_logprobs_equal_transformers(engine, model, prompts):
-    assert_greedy_parity(engine, model, prompts, GREEDY)
-
-
-def test_sampled_logprobs_equal_the_teacher_forced_ones_at_the_sampling_temperature(engine, model, prompts):
-    sampling = SamplingParams(group_size=3, temperature=0.7, max_tokens=24, seed=5)
-    for group in engine.generate(prompts, sampling):
-        assert len(group.rollouts) == 3
-        assert group.num_prompt_tokens == len(engine.processor.encode(group.prompt).token_ids_T)
-        assert_sampled_from(model, engine, group, 0.7)
+class TestLaws(EngineLaws):
+    """Those of every engine."""
 
 
 def test_vision_tokens_are_never_sampled(engine, prompts):
@@ -117,7 +98,7 @@ def test_a_group_computes_its_prompt_once(engine, page_images):
 def test_the_cache_has_the_blocks_that_its_bytes_make(engine, attentive_model_path):
     text = AutoConfig.from_pretrained(attentive_model_path).get_text_config()
     # 2 layers x (keys + values) x 1 head x 32 x 4 bytes = 512 bytes a token, 32 tokens a block, 64 MiB.
-    assert cache_bytes_per_token(text, "float32") == 512
+    assert response_cache_bytes(text, "float32", max_tokens=1, block_size=1) == 2 * 512  # one block is vLLM's own
     assert engine._llm.vllm_config.cache_config.num_gpu_blocks == (64 << 20) // (512 * 32)
 
 
@@ -131,41 +112,9 @@ def test_prompts_that_do_not_fit_into_one_step_are_sampled_as_exactly(engine, mo
         assert_sampled_from(model, engine, group)
 
 
-def test_bad_prompts_fail_alone_with_a_reason(engine, prompts, page_images, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"\x89PNG\r\n\x1a\n not really")
-    bad = {
-        "long": (Prompt("long", "page " * 500), "inputs.max_prompt_tokens is 400"),
-        "unreadable": (Prompt("unreadable", "<image>", (str(broken),)), "broken.png"),
-        "many": (Prompt("many", "<image>" * 4, tuple(page_images[:4])), "inputs.max_images is 3"),
-        "marks": (Prompt("marks", "<image>", ()), "1 <image> marks for 0 images"),
-    }
-    asked = [prompt for prompt, _ in bad.values()] + prompts[:1]
-    groups = {group.prompt.id: group for group in engine.generate(asked, SamplingParams(group_size=2, max_tokens=4))}
-    assert len(groups) == 5
-    assert len(groups["three"].rollouts) == 2
-    for name, (_, reason) in bad.items():
-        assert groups[name].rollouts == ()
-        assert reason in groups[name].error
-
-
-def test_responses_end_at_the_limit_or_at_end_of_text(engine, prompts):
-    groups = list(engine.generate(prompts * 3, SamplingParams(group_size=8, temperature=1.2, max_tokens=40, seed=3)))
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
-    for rollout in rollouts:
-        ended = rollout.token_ids_T[-1] == engine.processor.eos_token_id
-        assert ended == (rollout.finish_reason == "stop")
-        assert engine.processor.eos_token_id not in rollout.token_ids_T[:-1]
-        assert len(rollout.token_ids_T) == 40 or ended
-        assert len(rollout.token_spans_T) == len(rollout.logprobs_T) == len(rollout.token_ids_T)
-        if ended:
-            assert rollout.token_spans_T[-1] == (len(rollout.text), len(rollout.text))
-
-
 def test_a_response_limit_beyond_the_engine_is_refused_with_the_setting_to_raise(engine, prompts):
     (group,) = engine.generate(prompts[:1], SamplingParams(max_tokens=500))
-    assert "raise rollout.vllm.engine_args.max_model_len" in group.error
+    assert "Raise rollout.vllm.engine_args.max_model_len" in group.error
 
 
 def test_groups_come_while_others_still_run_and_closing_aborts_the_rest(engine, prompts):
@@ -176,11 +125,6 @@ def test_groups_come_while_others_still_run_and_closing_aborts_the_rest(engine, 
     groups.close()
     list(engine.generate(prompts[2:3], SamplingParams(max_tokens=2)))  # the engine is free again
     assert engine.stats()["generated_tokens"] < 24 * 8 * 20
-
-
-def test_sampling_that_makes_no_sense_is_refused(engine, prompts):
-    with pytest.raises(EngineError, match="group_size must be >= 1"):
-        next(engine.generate(prompts, SamplingParams(group_size=0)))
 
 
 # ---- the gate between this engine and the learner ------------------------------------------------------------------
@@ -242,19 +186,19 @@ def test_sizes_that_cannot_work_are_refused_before_start(tiny_model_path):
         ConfigError, match=r"tensor_parallel_size=3 does not divide the model's 2 attention heads.*\[1, 2\]"
     ):
         build(tensor_parallel_size=3)
-    with pytest.raises(ConfigError, match=r"5,000 tokens, the model's positions end at 4,096"):
+    with pytest.raises(ConfigError, match=r"5,000 tokens, but the model has 4,096 positions"):
         build(engine_args={"max_model_len": 5000})
     with pytest.raises(ConfigError, match=r"engine_args\.max_num_seq: the installed vLLM has no .*mean max_num_seqs"):
         build(engine_args={"max_num_seq": 4})
     with pytest.raises(ConfigError, match=r"engine_args\.logprobs_mode is always 'processed_logprobs' here"):
         build(engine_args={"logprobs_mode": "x"})
-    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.0001 does not hold .* \(448 tokens, .*raise it to 0\.00"):
+    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.0001 is too small .* \(448 tokens, .*Raise it to 0\.00"):
         build(kv_cache_gib=0.0001)
     with pytest.raises(
-        ConfigError, match=r"vLLM needs 9\d\d\.\d GiB .*KV cache 900\.0.* lower rollout.vllm.kv_cache_gib"
+        ConfigError, match=r"vLLM needs 9\d\d\.\d GiB .*KV cache 900\.0.* Lower rollout.vllm.kv_cache_gib"
     ):
         build(kv_cache_gib=900)
-    with pytest.raises(ConfigError, match="the installed vLLM runs on cpu, rollout asks for cuda"):
+    with pytest.raises(ConfigError, match="the installed vLLM runs on cpu, but rollout asks for cuda"):
         build_engine(tiny_model_path, ROLLOUT, INPUTS, device="cuda")
 
 
@@ -262,41 +206,5 @@ def test_a_model_that_vllm_does_not_know_is_refused(tiny_model_path, tmp_path):
     shutil.copytree(tiny_model_path, tmp_path / "model")
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["OurOwnModel"]}))
-    with pytest.raises(ConfigError, match=r"vLLM does not support .*OurOwnModel.*use rollout.engine=hf"):
+    with pytest.raises(ConfigError, match=r"vLLM does not support .*OurOwnModel.*Use rollout.engine=hf"):
         build_engine(str(tmp_path / "model"), ROLLOUT, INPUTS)
-
-
-def test_a_stream_tells_the_text_in_pieces_and_ends_with_the_group(engine, prompts):
-    sampling = SamplingParams(group_size=1, temperature=1.0, max_tokens=40, seed=3)  # greedy text is one long half byte
-    *pieces, group = engine.stream(prompts[1], sampling)
-    assert len(pieces) > 1
-    (whole,) = engine.generate([prompts[1]], sampling)
-    assert "".join(pieces) == group.rollouts[0].text == whole.rollouts[0].text
-    assert group.rollouts[0].token_ids_T == whole.rollouts[0].token_ids_T
-
-
-def test_a_stream_that_nobody_reads_to_its_end_leaves_the_engine_free(engine, prompts):
-    stream = engine.stream(prompts[1], dataclasses.replace(GREEDY, max_tokens=24))
-    next(stream)
-    stream.close()
-    (group,) = engine.generate([prompts[0]], GREEDY)
-    assert group.error is None
-
-
-def test_a_stream_of_a_prompt_that_cannot_be_sampled_ends_with_its_error(engine):
-    (group,) = engine.stream(Prompt("gone", "<image>?", ("no-such-file.png",)), GREEDY)
-    assert "no-such-file.png" in group.error
-
-
-# The last test of the module: it takes the engine with it.
-def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts):
-    engine._config = dataclasses.replace(engine._config, stall_timeout_s=3)
-    (process,) = engine._llm.engine_core.resources.engine_manager.processes
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 3 s"):
-            list(engine.generate(prompts, GREEDY))
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(EngineFailed, match="start another"):
-        list(engine.generate(prompts, GREEDY))

@@ -20,8 +20,8 @@ with warnings.catch_warnings():
     from vllm.v1.engine.async_llm import AsyncLLM
 
 from rollout.vllm.launch import child_environment, engine_arguments
-from rollout.vllm.peers import Engines, Peer
-from rollout.vllm.weights_out import _IpcClient, nccl_infos
+from rollout.vllm.peers import Peer, Peers
+from rollout.vllm.weights_out import _IpcClient, init_infos, nccl_packing
 from tests.material.parity import INPUTS, ROLLOUT
 
 
@@ -55,13 +55,14 @@ def test_the_transports_that_we_name_are_registered():
 
 
 def test_each_engine_is_told_its_ranks_in_the_nccl_group():
-    peers = recording_peers([], [2, 1, 2])
-    meet = {"master_address": "10.0.0.1", "master_port": 1234, "world_size": 6}
-    infos = [nccl_common.NCCLWeightTransferInitInfo(**info) for info in nccl_infos(peers, meet, 1 << 20)]
+    peers = Peers(recording_peers([], [2, 1, 2]), 5.0)
+    meeting = {"master_address": "10.0.0.1", "master_port": 1234}
+    arguments = init_infos(peers, meeting | nccl_packing(1 << 20))
+    infos = [nccl_common.NCCLWeightTransferInitInfo(**info) for (info,) in arguments]
     assert [info.rank_offset for info in infos] == [1, 3, 4]  # rank 0 sends
     assert {(info.world_size, info.master_port, info.packed) for info in infos} == {(6, 1234, True)}
     assert {info.packed_buffer_size_bytes for info in infos} == {1 << 20}
-    inspect.signature(nccl_common.trainer_init).bind(meet)
+    inspect.signature(nccl_common.trainer_init).bind(meeting)
     inspect.signature(packed_tensor.packed_nccl_broadcast_producer).bind(
         iterator=iter(()), group=None, src=0, post_iter_func=None, buffer_size_bytes=1
     )
@@ -71,7 +72,7 @@ def test_ipc_handles_reach_the_receiver_as_the_sender_made_them(monkeypatch):
     for key, value in child_environment(ROLLOUT.vllm, cpu=False, backend="ipc", num_threads=1).items():
         monkeypatch.setenv(key, value)
     calls: list[tuple[str, Any]] = []
-    client = _IpcClient(Engines(recording_peers(calls, [1]), 5.0))
+    client = _IpcClient(Peers(recording_peers(calls, [1]), 5.0))
     handles = {"GPU-1": ("rebuild", 1, b"handle"), "GPU-2": ("rebuild", 2, b"other")}
     made = ipc_engine.IPCWeightTransferUpdateInfo(
         names=["a"], dtype_names=["float32"], shapes=[[2]], ipc_handles=handles, tensor_sizes=[8]

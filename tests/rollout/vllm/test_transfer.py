@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import threading
@@ -13,21 +14,13 @@ import torch.multiprocessing as mp
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from rollout.build import build_engine
 from rollout.engine import EngineFailed
 from rollout.types import Prompt, SamplingParams
-from rollout.vllm.peers import Engines, Peer, TransferError, local_peer
+from rollout.vllm.peers import Peer, Peers, TransferError, local_peer
 from rollout.vllm.weights_out import AdapterSender, _Verifier, build_sender
-from tests.material.parity import INPUTS, ROLLOUT, assert_greedy_parity, reference_model
+from tests.material.parity import assert_greedy_parity, reference_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model_path):
-    engine = build_engine(tiny_model_path, ROLLOUT, INPUTS, lora_rank=4, name="engine 0")
-    yield engine
-    engine.close()
 
 
 @pytest.fixture
@@ -44,10 +37,10 @@ def versions(engine, prompts):
     return {rollout.weights_version for group in groups for rollout in group.rollouts}
 
 
-def test_weights_loaded_in_process_replace_the_old_ones_and_all_caches(engine, tiny_model_path, prompts):
-    assert_greedy_parity(engine, reference_model(tiny_model_path), prompts, GREEDY)
+def test_weights_loaded_in_process_replace_the_old_ones_and_all_caches(engine, attentive_model_path, prompts):
+    assert_greedy_parity(engine, reference_model(attentive_model_path), prompts, GREEDY)
     assert versions(engine, prompts) == {0}
-    moved = reference_model(tiny_model_path, seed=1)
+    moved = reference_model(attentive_model_path, seed=1)
     half = len(list(moved.named_parameters())) // 2
     engine.load_weights(list(moved.named_parameters())[:half])
     engine.load_weights(list(moved.named_parameters())[half:])
@@ -56,35 +49,38 @@ def test_weights_loaded_in_process_replace_the_old_ones_and_all_caches(engine, t
     assert versions(engine, prompts) == {1}
 
 
-def test_weights_sent_over_gloo_by_one_rank_arrive_whole(engine, tiny_model_path, prompts):
+def test_weights_sent_over_gloo_by_one_rank_arrive_whole(engine, attentive_model_path, prompts):
     sender = build_sender([local_peer(engine)], backend=engine.backend, bucket_bytes=100_000, timeout_s=60)
     for version in (2, 3):
-        moved = reference_model(tiny_model_path, seed=version)
+        moved = reference_model(attentive_model_path, seed=version)
         sender.send(moved.named_parameters(), version)
         assert_greedy_parity(engine, moved, prompts, GREEDY)
         assert versions(engine, prompts) == {version}
     sender.close()
 
 
-def test_weights_of_the_language_model_alone_leave_the_tower_as_it_is(engine, tiny_model_path, prompts):
-    base = reference_model(tiny_model_path)
+def test_weights_of_the_language_model_alone_leave_the_tower_as_it_is(engine, attentive_model_path, prompts):
+    base = reference_model(attentive_model_path)
     engine.load_weights(base.named_parameters())
     engine.finish_weights(4)
-    moved = reference_model(tiny_model_path, seed=5)
+    moved = reference_model(attentive_model_path, seed=5)
     engine.load_weights([(name, tensor) for name, tensor in moved.named_parameters() if ".visual." not in name])
     engine.finish_weights(5)
     moved.model.visual.load_state_dict(base.model.visual.state_dict())
     assert_greedy_parity(engine, moved, prompts, GREEDY)
 
 
-def test_weights_of_two_fsdp_ranks_arrive_whole(engine, tiny_model_path, prompts):
-    context = mp.get_context("spawn")
+def test_weights_of_two_fsdp_ranks_arrive_whole(engine, attentive_model_path, prompts):
+    context = mp.get_context("forkserver")  # the ranks share its imports
+    context.set_forkserver_preload(["tests.material.parity"])
     ours, theirs = context.Pipe()
     serving = threading.Thread(target=serve, args=(engine, ours), daemon=True)
     serving.start()
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
-        context.Process(target=learner_rank, args=(rank, store.port, tiny_model_path, theirs if rank == 0 else None))
+        context.Process(
+            target=learner_rank, args=(rank, store.port, attentive_model_path, theirs if rank == 0 else None)
+        )
         for rank in range(2)
     ]
     for process in ranks:
@@ -92,7 +88,7 @@ def test_weights_of_two_fsdp_ranks_arrive_whole(engine, tiny_model_path, prompts
     for process in ranks:
         process.join(timeout=150)
     assert [process.exitcode for process in ranks] == [0, 0]
-    assert_greedy_parity(engine, reference_model(tiny_model_path, seed=6), prompts, GREEDY)
+    assert_greedy_parity(engine, reference_model(attentive_model_path, seed=6), prompts, GREEDY)
     assert versions(engine, prompts) == {6}
 
 
@@ -137,8 +133,8 @@ def learner_rank(rank, port, model_path, connection):
     dist.destroy_process_group()
 
 
-def test_layers_that_come_in_part_are_seen_before_they_are_used(engine, tiny_model_path):
-    names = [name for name, _ in reference_model(tiny_model_path).named_parameters()]
+def test_layers_that_come_in_part_are_seen_before_they_are_used(engine, attentive_model_path):
+    names = [name for name, _ in reference_model(attentive_model_path).named_parameters()]
     assert engine._rpc("missing_parts", names) == [[]]
     assert engine._rpc("missing_parts", [name for name in names if ".visual." in name]) == [[]]
     (missing,) = engine._rpc(
@@ -149,23 +145,25 @@ def test_layers_that_come_in_part_are_seen_before_they_are_used(engine, tiny_mod
     assert "visual.blocks.1.attn.qkv.bias (qkv)" in missing
 
 
-def test_stale_weights_are_found_by_their_checksums(engine, tiny_model_path):
-    moved = reference_model(tiny_model_path, seed=7)
+def test_stale_weights_are_found_by_their_checksums(engine, attentive_model_path):
+    moved = reference_model(attentive_model_path, seed=7)
     engine.load_weights(moved.named_parameters())
     engine.finish_weights(7)
-    verifier = _Verifier(Engines([local_peer(engine)], 60), every=1)
-    list(verifier.watch(moved.named_parameters()))
+    verifier = _Verifier(Peers([local_peer(engine)], 60), every=1)
+    list(verifier.outgoing(moved.named_parameters()))
     verifier.check(7)
     moved.model.language_model.layers[1].self_attn.k_proj.bias += 1e-4
-    list(verifier.watch(moved.named_parameters()))
-    with pytest.raises(TransferError, match=r"engine 0 holds other values of .*layers\.1\.self_attn\.q_proj\.bias \+ "):
+    list(verifier.outgoing(moved.named_parameters()))
+    with pytest.raises(
+        TransferError, match=r"the values of .*layers\.1\.self_attn\.q_proj\.bias \+ .* on engine 0 are not"
+    ):
         verifier.check(8)
 
 
-def test_an_adapter_alone_gives_what_the_merged_model_gives(engine, tiny_model_path, prompts):
+def test_an_adapter_alone_gives_what_the_merged_model_gives(engine, attentive_model_path, prompts):
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
-    base = reference_model(tiny_model_path)
+    base = reference_model(attentive_model_path)
     engine.load_weights(base.named_parameters())
     engine.finish_weights(8)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
@@ -183,6 +181,20 @@ def test_an_adapter_alone_gives_what_the_merged_model_gives(engine, tiny_model_p
         assert versions(engine, prompts) == {version}
 
 
+def test_an_engine_without_a_sign_of_life_is_reported_as_failed(engine, prompts, monkeypatch):
+    monkeypatch.setattr(engine, "_config", dataclasses.replace(engine._config, stall_timeout_s=3))
+    (process,) = engine._llm.engine_core.resources.engine_manager.processes
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(EngineFailed, match="engine 0 stalled: no token for 3 s"):
+            list(engine.generate(prompts, GREEDY))
+        with pytest.raises(EngineFailed, match="Start another"):
+            list(engine.generate(prompts, GREEDY))
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        engine._broken = ""  # for the tests that follow
+
+
 # The last test of the module: it takes the engine with it.
 def test_an_engine_killed_in_mid_step_is_reported_at_once(engine):
     (process,) = engine._llm.engine_core.resources.engine_manager.processes
@@ -192,5 +204,5 @@ def test_an_engine_killed_in_mid_step_is_reported_at_once(engine):
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(EngineFailed, match="engine 0 died"):
         list(groups)
-    with pytest.raises(EngineFailed, match="start another"):
+    with pytest.raises(EngineFailed, match="Start another"):
         engine.finish_weights(11)

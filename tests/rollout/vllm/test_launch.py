@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
-from rollout.vllm.memory import (
+from rollout.vllm.launch import (
     GIB,
-    cache_bytes_per_token,
     check_cache,
     check_cpu_memory,
     check_gpu_memory,
@@ -17,7 +16,7 @@ from rollout.vllm.memory import (
     response_cache_bytes,
     weight_bytes,
 )
-from rsgrpo.plan.model_sizes import sizes_of
+from tests.material.parity import reference_model
 
 # The demo's decoder: 4 layers, 2 heads of 32 for keys and as many for values.
 DEMO = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=128)
@@ -29,10 +28,12 @@ def rollout(**vllm):
 
 
 def test_a_token_takes_keys_and_values_in_every_layer():
-    assert cache_bytes_per_token(DEMO, "float32") == 2 * 4 * 64 * 4
-    assert cache_bytes_per_token(SEVEN_B, "bfloat16") == sizes_of("7b")[0].kv_bytes_per_token == 57_344
-    wide = SimpleNamespace(**vars(DEMO), head_dim=64)
-    assert cache_bytes_per_token(wide, "float32") == 2 * 4 * 128 * 4
+    def token_bytes(config, dtype):
+        return response_cache_bytes(config, dtype, max_tokens=1, block_size=1) // 2  # one block is vLLM's own
+
+    assert token_bytes(DEMO, "float32") == 2 * 4 * 64 * 4
+    assert token_bytes(SEVEN_B, "bfloat16") == 57_344
+    assert token_bytes(SimpleNamespace(**vars(DEMO), head_dim=64), "float32") == 2 * 4 * 128 * 4
 
 
 def test_a_response_takes_whole_blocks_and_one_more():
@@ -51,8 +52,7 @@ def test_the_cache_on_cpu_is_what_all_responses_need_within_one_gib():
 
 
 def test_weights_are_counted_in_the_files_and_taken_in_the_engines_type(tiny_model_path):
-    sizes, _ = sizes_of(tiny_model_path)
-    total = sizes.language_params + sizes.vision_params
+    total = sum(parameter.numel() for parameter in reference_model(tiny_model_path).parameters())
     assert weight_bytes(tiny_model_path, "float32") == 4 * total
     assert weight_bytes(tiny_model_path, "bfloat16") == 2 * total
     assert weight_bytes("Qwen/Qwen2.5-VL-7B-Instruct", "bfloat16") == 0
@@ -60,13 +60,15 @@ def test_weights_are_counted_in_the_files_and_taken_in_the_engines_type(tiny_mod
 
 def test_a_cache_too_small_names_the_least_that_works():
     check_cache(GIB, GIB, 4096)
-    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.5 .*\(4,096 tokens, 1\.23 GiB\): raise it to 1\.3 or more"):
+    with pytest.raises(ConfigError, match=r"kv_cache_gib=0\.5 .*\(4,096 tokens, 1\.23 GiB\)\. Raise it to 1\.3 or"):
         check_cache(GIB // 2, int(1.23 * GIB), 4096)
 
 
 def test_memory_that_is_not_free_is_shown_with_its_parts():
     check_cpu_memory(GIB, GIB, int(3.5 * GIB))
-    with pytest.raises(ConfigError, match=r"needs 3\.5 GiB \(weights 1\.0, KV cache 1\.0.*1\.5\), 3\.4 GiB are free"):
+    with pytest.raises(
+        ConfigError, match=r"needs 3\.5 GiB \(weights 1\.0, KV cache 1\.0.*1\.5\), but 3\.4 GiB are free"
+    ):
         check_cpu_memory(GIB, GIB, int(3.4 * GIB))
 
 
@@ -74,9 +76,9 @@ def test_weights_and_one_response_must_fit_into_the_engines_share_of_a_gpu():
     one = response_cache_bytes(SEVEN_B, "bfloat16", 16_536, 16)
     weights = 2 * 8_292_166_656
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.3), 80 * GIB)
-    with pytest.raises(ConfigError, match=r"needs 16\.3 GiB .*15\.4, .*0\.9\).*; 0\.2 of 80 GiB are 16\.0: change"):
+    with pytest.raises(ConfigError, match=r"needs 16\.3 GiB .*15\.4, .*0\.9\).* 0\.2 of 80 GiB are 16\.0\. Change"):
         check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2), 80 * GIB)
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2, tensor_parallel_size=2), 80 * GIB)
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2, kv_cache_gib=8), 80 * GIB)
-    with pytest.raises(ConfigError, match=r"1 of 24 GiB are 24\.0: change rollout.vllm.kv_cache_gib"):
+    with pytest.raises(ConfigError, match=r"1 of 24 GiB are 24\.0\. Change rollout.vllm.kv_cache_gib"):
         check_gpu_memory(weights, one, rollout(kv_cache_gib=12), 24 * GIB)
