@@ -213,7 +213,7 @@ def _add_limits(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--max-images", type=int, default=limits.max_images, help="pages of a question")
     how.add_argument("--max-prompt-tokens", type=int, default=limits.max_prompt_tokens)
     how.add_argument("--batch-size", type=int, default=rollout.max_batch_sequences, help="of the embedded engine")
-    how.add_argument("--dtype", choices=["float32", "bfloat16"], default=rollout.dtype, help="of the embedded engine")
+    how.add_argument("--dtype", choices=["float32", "bfloat16"], default=rollout.dtype, help="of the engine")
     how.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the embedded engine")
     how.add_argument("--num-threads", type=int, default=0, help="CPU threads; 0 leaves it to torch")
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from recipes.retrieval.training.config import RetrieverConfig
 from rollout.files import write_text
+from rollout.keys import require
 from rsgrpo import cli
-from rsgrpo.config.limits import require
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 

@@ -180,6 +180,12 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def at_least(limit: float, **values: float) -> None:
+    """Raise ConfigError for a value below `limit`, by the name of its keyword."""
+    for name, value in values.items():
+        require(value >= limit, f"{name} must be >= {limit:g}, got {value:g}")
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return "; did you mean X?", or nothing when no known word is close."""
     best = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from recipes.answers.spec import MADE_BY, AnswerSpec
 from recipes.answers.types import Answer, Answerer
+from rollout.keys import require
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.checks import require_found
-from rsgrpo.config.limits import require
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:

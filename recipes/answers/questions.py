@@ -16,9 +16,9 @@ import yaml
 
 from recipes.answers.parsing import says_insufficient
 from rewards.evisrag import parse_gold
+from rollout.keys import nearest
 from rollout.packed import PackedImage
 from rollout.types import ImageSource, Prompt
-from rsgrpo.config.limits import nearest
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
 from rsgrpo.errors import InputError

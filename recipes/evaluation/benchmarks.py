@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from recipes.answers.questions import Question, read_questions
-from rsgrpo.config.limits import nearest
+from rollout.keys import nearest
 from rsgrpo.data.hub_folder import published_folder
 from rsgrpo.errors import ConfigError, InputError
 

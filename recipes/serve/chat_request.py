@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
 from rollout.inputs.images import PromptError, check_decodes, read_size
+from rollout.keys import at_least
 from rollout.types import ImageSource, Prompt
-from rsgrpo.config.limits import at_least
 from rsgrpo.errors import InputError, RsgrpoError
 
 MIB = 1024 * 1024

@@ -28,8 +28,8 @@ from recipes.answers.types import Answer, Answerer
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
 from recipes.serve.queue import Desk, Piece
+from rollout.keys import at_least
 from rollout.types import Prompt
-from rsgrpo.config.limits import at_least
 from rsgrpo.errors import InputError, RsgrpoError
 
 RETRY_AFTER_S = 5

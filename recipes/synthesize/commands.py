@@ -25,7 +25,7 @@ from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, 
 from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
-from rsgrpo.config.limits import at_least
+from rollout.keys import at_least
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 

@@ -21,8 +21,8 @@ from recipes.files.layouts import portable_image
 from recipes.retrieval.pages.documents import IMAGES
 from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
 from rewards.text import normalise
+from rollout.keys import at_least
 from rollout.types import Prompt
-from rsgrpo.config.limits import at_least
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 

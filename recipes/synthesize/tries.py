@@ -13,8 +13,8 @@ from typing import Any
 
 from recipes.answers.batch import answer_batch, read_lines
 from recipes.answers.types import Answerer
+from rollout.keys import at_least
 from rollout.types import Prompt
-from rsgrpo.config.limits import at_least
 from rsgrpo.records.console import Console
 
 KEPT = "kept"
