@@ -20,10 +20,10 @@ from recipes.demo.forms import FormJob
 from recipes.demo.items import Job
 from recipes.demo.rows import corpus, write_rows_and_pages
 from recipes.demo.shapes import ShapeJob
-from recipes.files.commands import add_command, add_file_commands, option_of
+from recipes.files.commands import add_command, add_file_commands, add_options, option_of
 from recipes.files.whole_folder import make_folder, reusable
 from rollout.errors import run_program
-from rollout.keys import check, key, keys_of, named
+from rollout.keys import check, key, named
 from rsgrpo.records.console import Console
 
 Level = Literal["easy", "yes_no", "lookup", "easy_vqa"]
@@ -144,10 +144,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     demo = add_command(commands, "demo", run_demo, "handwritten form pages and a small model")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data/ and model/")
-    defaults = asdict(DemoSettings())
-    for name, about in keys_of(DemoSettings).items():
-        default, choices = defaults[name], about.one_of or None
-        demo.add_argument(option_of(name), type=type(default), default=default, choices=choices, help=about.help)
+    add_options(demo, DemoSettings())
     demo.add_argument("--force", action="store_true", help="replace what is there")
     add_file_commands(commands)
     return top

@@ -13,16 +13,10 @@ from typing import Any
 from recipes.files.whole_folder import MANIFEST, make_folder
 from rollout.config import InputsConfig
 from rollout.files import json_object
-from rollout.keys import named
+from rollout.keys import keys_of, named
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
-LIMITS = {
-    "min_pixels": "smallest area of an image after the resize",
-    "max_pixels": "largest area of an image after the resize",
-    "max_images": "images per prompt",
-    "max_prompt_tokens": "tokens per prompt, images included",
-}
 Run = Callable[[dict[str, Any], Console], int | None]
 """Does a command with its options; returns the exit code, None for 0."""
 
@@ -47,12 +41,12 @@ def run_unpack(options: dict[str, Any], console: Console) -> int:
     return int(bool(done.missing))
 
 
-@named({f"inputs.{name}": option_of(name) for name in LIMITS})
+@named({f"inputs.{name}": option_of(name) for name in keys_of(InputsConfig)})
 def run_validate(options: dict[str, Any], console: Console) -> int:
     """Report each row that cannot be used."""
     from recipes.files.row_check import check_rows
 
-    inputs = InputsConfig(**{name: options.pop(name) for name in LIMITS})
+    inputs = InputsConfig(**{name: options.pop(name) for name in keys_of(InputsConfig)})
     with console.phase("rows") as bar:
         report = check_rows(inputs=inputs, progress=bar.update, **options)
     for line in report.lines():
@@ -115,6 +109,13 @@ def add_command(commands: Any, name: str, run: Run, meaning: str) -> argparse.Ar
     return command
 
 
+def add_options(command: argparse.ArgumentParser, defaults: Any) -> None:
+    """Add an option for each key of a configuration."""
+    for name, about in keys_of(type(defaults)).items():
+        default, choices = getattr(defaults, name), about.one_of or None
+        command.add_argument(option_of(name), type=type(default), default=default, choices=choices, help=about.help)
+
+
 def add_file_commands(commands: Any) -> None:
     """Add the commands for existing files."""
     unpack = add_command(commands, "unpack", run_unpack, "write the images of an images.parquet as files")
@@ -131,9 +132,7 @@ def add_file_commands(commands: Any) -> None:
     )
     check.add_argument("--image-dir", default="", help="folder that relative image paths start from")
     check.add_argument("--model", default="", help="folder or hub id of the model whose tokenizer counts tokens")
-    for name, meaning in LIMITS.items():
-        default = getattr(InputsConfig(), name)
-        check.add_argument(option_of(name), type=int, default=default, help=meaning)
+    add_options(check, InputsConfig())
 
     convert = add_command(
         commands, "convert", run_convert, "turn your questions, or sharegpt or alpaca files, into rows"

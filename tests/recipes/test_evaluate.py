@@ -76,15 +76,14 @@ def results(data: Path) -> dict[str, Any]:
 # Benchmarks
 
 
-@pytest.mark.parametrize("name", ["SlideVQA", "slidevqa", "EVisRAG-Test-SlideVQA"])
-def test_a_benchmark_is_found_by_name(data, name):
-    assert find_benchmark(name, str(data), 3) == data / "EVisRAG-Test-SlideVQA/top3_test.jsonl"
-
-
-def test_a_benchmark_is_found_by_folder_and_by_file(data):
+def test_a_benchmark_is_found_by_name_folder_and_file(data, tmp_path):
     folder = data / "EVisRAG-Test-SlideVQA"
-    assert find_benchmark(str(folder), "", 3) == folder / "top3_test.jsonl"
-    assert find_benchmark(str(folder / "top3_test.jsonl"), "", 0) == folder / "top3_test.jsonl"
+    for name in ("SlideVQA", "slidevqa", "EVisRAG-Test-SlideVQA", str(folder), str(folder / "top3_test.jsonl")):
+        assert find_benchmark(name, str(data), 3) == folder / "top3_test.jsonl"
+    for name in BENCHMARKS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "top1_test.jsonl").write_text("")
+        assert find_benchmark(name, str(tmp_path), 1) == tmp_path / name / "top1_test.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -101,13 +100,6 @@ def test_a_benchmark_is_found_by_folder_and_by_file(data):
 def test_a_benchmark_that_is_not_there_says_what_is(data, name, topk, complaint):
     with pytest.raises(ConfigError, match=complaint):
         find_benchmark(name, str(data), topk)
-
-
-@pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_is_looked_for_under_its_own_name(tmp_path, name):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "top1_test.jsonl").write_text("")
-    assert find_benchmark(name, str(tmp_path), 1) == tmp_path / name / "top1_test.jsonl"
 
 
 def test_rows_of_the_test_layout_are_read(data):
@@ -200,9 +192,6 @@ def test_the_page_shows_cases_beside_their_pages_and_nothing_runs(data, tmp_path
     assert "claimed without ground" in page
     assert "rightly left out" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
-
-
-def test_a_page_that_cannot_be_read_is_a_note(data, tmp_path):
     (data / "EVisRAG-Test-SlideVQA/images/0.png").write_bytes(b"broken")
     evaluate(config_of(data, predictions=released_file(tmp_path / "p.jsonl", q1=response("x"))))
     assert "0.png cannot be read" in (data.parent / "out/e/report.html").read_text()
@@ -286,9 +275,6 @@ def test_the_groups_of_training_can_be_chosen():
     assert config.rollout.engine == "vllm"
     assert "Similarities" in config.prompt.template
     assert folder_name(config) == "ChartQA-Qwen2.5-VL-3B-Instruct-top1"
-
-
-def test_the_help_shows_only_what_this_program_takes():
     text = cli.help_text(EvaluateConfig, "evaluate")
     assert "prompt=direct rollout=vllm" in text
     assert "learner." not in text.replace("colocated learner.", "")

@@ -69,25 +69,19 @@ def draw_items(scans: Scans, level="easy", count=3000) -> list[Item]:
     return [draw_item(pool, level, rng) for _ in range(count)]
 
 
-def test_texts_of_one_item_are_as_written_by_hand():
+def test_texts_of_one_item_are_as_written_by_hand(demo):
     assert prompt_text(ITEM) == "[1]<image>[2]<image>what amount is on page 2?"
-
-
-def test_the_shipped_template_renders_the_demos_own_prompts(demo):
     template = read_template(named_prompt("demo"))
     for row in read(demo, "val"):
         assert to_prompt(Question("q", row["question"], tuple(row["image"])), template).text == row["prompt"]
     gold = f"<evidence>\n[1]: {NO_EVIDENCE}\n[2]: code 9 amount 3\n</evidence>\n<answer>3</answer>"
     assert gold_text(JOB, ITEM) == gold
-    misread = response_text(JOB, ITEM, Reading((("2", "5"), ("9", "8")), chosen=0))
-    assert misread == (
+    assert response_text(JOB, ITEM, Reading((("2", "5"), ("9", "8")), chosen=0)) == (
         f"<observe>2 5, 9 8</observe>\n<evidence>\n[1]: code 2 amount 5\n[2]: {NO_EVIDENCE}\n</evidence>\n"
         "<think>page 1 has it</think>\n<answer>5</answer>"
     )
-    assert parse_gold(response_text(JOB, ITEM, Reading(ITEM.shown, None))) == {
-        "evidence": [NO_EVIDENCE, NO_EVIDENCE],
-        "answers": [INSUFFICIENT],
-    }
+    abstaining = {"evidence": [NO_EVIDENCE, NO_EVIDENCE], "answers": [INSUFFICIENT]}
+    assert parse_gold(response_text(JOB, ITEM, Reading(ITEM.shown, None))) == abstaining
 
 
 def test_rows_have_the_columns_of_evisrag_and_one_mark_per_page(demo):
@@ -136,8 +130,7 @@ def test_pools_show_what_they_say_with_scans_of_their_own_split(scans):
 
 
 def test_items_take_pages_of_their_digits_from_the_pool(scans):
-    pool = draw_pool(scans, "val", 3, Random(1))
-    rng = Random(2)
+    pool, rng = draw_pool(scans, "val", 3, Random(1)), Random(2)
     for item in (draw_item(pool, "easy", rng) for _ in range(50)):
         assert tuple((str(pool[page].code), str(pool[page].amount)) for page in item.pages) == item.shown
         assert len({code for code, _ in item.shown}) == len(item.shown)
@@ -202,11 +195,7 @@ def test_the_teacher_errs_as_often_as_he_says(scans):
     strayed = [item.relevant != reading.chosen for item, reading in zip(items, readings, strict=True)]
     assert np.mean(strayed) == pytest.approx(0.133, abs=0.02)
     assert all(true[0] == read[0] for true, read in pairs)  # codes are read correctly
-
-
-def test_a_teacher_without_noise_is_right(scans):
-    rng = Random(4)
-    assert all(teacher_reading(JOB, item, 0.0, rng) == true_reading(item) for item in draw_items(scans, count=100))
+    assert all(teacher_reading(JOB, item, 0.0, rng) == true_reading(item) for item in items[:100])
 
 
 def test_the_teacher_stays_true_to_his_own_errors(demo):
@@ -303,21 +292,16 @@ def test_the_tower_learns_to_read(scans):
     assert reading_accuracy(model, head, lessons) > 0.9
 
 
-def test_a_second_run_reuses_what_is_there(demo, capsys):
+def test_a_second_run_reuses_what_is_there_and_refuses_other_settings(demo, capsys):
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
     assert prepare.main(["demo", "--out", str(demo), *SMALL]) == 0
-    assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
     shown = capsys.readouterr().out
     assert "(reused)" in shown
     assert "30 sft, 20 train, 10 val" in shown
     assert "python -m recipes.sft recipe=sft_demo" in shown
-
-
-def test_other_settings_are_refused_unless_forced(demo, capsys):
-    before = (demo / "data/manifest.json").read_bytes()
     assert prepare.main(["demo", "--out", str(demo), *SMALL, "--noise", "0.1"]) == 2
     assert "noise=0.3 instead of 0.1" in capsys.readouterr().err
-    assert (demo / "data/manifest.json").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
 
 
 def test_force_replaces_and_a_strange_folder_is_refused_without_it(tmp_path):

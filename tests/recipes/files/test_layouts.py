@@ -128,7 +128,7 @@ def test_a_broken_line_is_one_of_the_rows_that_cannot_be_used(pages, capsys):
     assert "2 of 3 rows cannot be used (2 x broken row)" in out
 
 
-def test_rows_for_sft_need_the_whole_response(pages, capsys):
+def test_rows_for_sft_need_the_whole_response_and_the_columns_of_training(pages, capsys):
     rows = [{"id": name, "prompt": PROMPT, "answer": text, "image": ["a.png", "b.png"]}
             for name, text in (("short", GOLD), ("whole", WHOLE))]  # fmt: skip
     source = write_rows(pages / "sft.jsonl", rows)
@@ -137,6 +137,9 @@ def test_rows_for_sft_need_the_whole_response(pages, capsys):
     out = capsys.readouterr().out
     assert "line 1 of sft.jsonl, id short: no whole response" in out
     assert "1 of 2 rows" in out
+    row = {"id": "q1", "prompt": PROMPT, "answer": GOLD, "images": ["a.png", "b.png"]}  # training does not read images
+    assert run("validate", write_rows(pages / "train.jsonl", [row])) == 1
+    assert "gold evidence has 2 entries for 0 images" in capsys.readouterr().out
 
 
 def test_test_rows_have_their_own_names_and_plain_answers(pages, capsys):
@@ -148,12 +151,6 @@ def test_test_rows_have_their_own_names_and_plain_answers(pages, capsys):
     out = capsys.readouterr().out
     assert "line 3 of top3_test.jsonl, id 9: empty prompt" in out
     assert "1 of 3 rows" in out
-
-
-def test_names_that_training_does_not_read_are_not_forgiven(pages, capsys):
-    row = {"id": "q1", "prompt": PROMPT, "answer": GOLD, "images": ["a.png", "b.png"]}
-    assert run("validate", write_rows(pages / "train.jsonl", [row])) == 1
-    assert "gold evidence has 2 entries for 0 images" in capsys.readouterr().out
 
 
 # convert
@@ -193,27 +190,14 @@ def test_a_table_is_read_with_lists_in_cells(pages):
 
 
 def test_sharegpt_alpaca_and_messages_files_become_sft_rows(pages, capsys):
-    sharegpt = {
-        "conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": WHOLE}],
-        "images": ["a.png", "b.png"],
-        "system": "be exact",
-    }
+    shared = {"images": ["a.png", "b.png"], "system": "be exact"}
+    sharegpt = {"conversations": [{"from": "human", "value": PROMPT}, {"from": "gpt", "value": WHOLE}], **shared}
+    said = {"system": "be exact", "user": PROMPT, "assistant": WHOLE}
     messages = {
-        "messages": [
-            {"role": "system", "content": "be exact"},
-            {"role": "user", "content": PROMPT},
-            {"role": "assistant", "content": WHOLE},
-        ],
+        "messages": [{"role": role, "content": text} for role, text in said.items()],
         "images": ["a.png", "b.png"],
     }
-    alpaca = {
-        "instruction": "[1]<image>[2]<image>",
-        "input": "what share?",
-        "output": WHOLE,
-        "images": ["a.png", "b.png"],
-        "system": "be exact",
-        "history": [],
-    }
+    alpaca = {"instruction": "[1]<image>[2]<image>", "input": "what share?", "output": WHOLE, "history": [], **shared}
     (pages / "llama.json").write_text(json.dumps([sharegpt, messages, alpaca]))
     out = pages / "sft.jsonl"
     assert run("convert", pages / "llama.json", "--out", out) == 0
