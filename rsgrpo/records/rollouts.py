@@ -1,4 +1,4 @@
-"""Own the parquet files of a run's rollouts: schema, writing, reading. Knows nothing of training or of trackers.
+"""The parquet files of a run's rollouts: schema, writing, reading.
 
 One row is one rollout. `rollouts/step_000012.parquet` holds the training rollouts of step 12 and
 `rollouts/val_000012.parquet` the validation ones, told apart by `mode` ("greedy" or "sampled"). Images that were given
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rewards.api import Credit, Span
+from rollout.files import replaced, write_bytes
 from rollout.inputs.images import bytes_of
 from rollout.types import ImageSource
 from rsgrpo.errors import RsgrpoError
@@ -84,7 +85,7 @@ class StoredReward:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens `start:end` inside a term's scope that share one advantage."""
 
     start: int
@@ -97,7 +98,7 @@ class StoredTerm:
     """Scope and advantages of one loss term on one rollout; tokens outside every run are outside the scope."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[TokenRun, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,7 @@ class StoredRollout:
         return advantages_KT
 
 
-def advantage_runs(scope_T: np.ndarray, advantages_T: np.ndarray) -> list[Run]:
+def advantage_runs(scope_T: np.ndarray, advantages_T: np.ndarray) -> list[TokenRun]:
     """Return the maximal runs of in-scope tokens with equal advantage.
 
     Example: scope [0, 1, 1, 1, 0, 1], advantages [0, .5, .5, -1, 0, -1] -> (1, 3, .5), (3, 4, -1), (5, 6, -1).
@@ -159,7 +160,7 @@ def advantage_runs(scope_T: np.ndarray, advantages_T: np.ndarray) -> list[Run]:
     differs_T = (scope_T[1:] != scope_T[:-1]) | (advantages_T[1:] != advantages_T[:-1])
     starts = [0, *(np.flatnonzero(differs_T) + 1).tolist()]
     ends = [*starts[1:], len(scope_T)]
-    return [Run(s, e, float(advantages_T[s])) for s, e in zip(starts, ends, strict=True) if scope_T[s]]
+    return [TokenRun(s, e, float(advantages_T[s])) for s, e in zip(starts, ends, strict=True) if scope_T[s]]
 
 
 def write_rollouts(
@@ -180,22 +181,19 @@ def write_rollouts(
     """
     if train_groups and len(train_groups) != len(groups):
         raise RsgrpoError(f"rollouts of step {step}: {len(groups)} scored groups but {len(train_groups)} train groups")
-    folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for index, scored in enumerate(groups):
+        place = {"step": step, "split": split, "mode": mode, "group": index}
         samples = _matching_samples(scored, train_groups[index], terms) if train_groups else None
-        rows += _group_rows(
-            run_dir, scored, samples, terms, {"step": step, "split": split, "mode": mode, "group": index}
-        )
+        rows += _group_rows(run_dir, scored, samples, terms, place)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    path = folder / f"{_FILE_PREFIX[split]}_{step:06d}.parquet"
+    path = run_dir / FOLDER / f"{_FILE_PREFIX[split]}_{step:06d}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if split == "val" and path.exists():
         earlier = pq.read_table(path, schema=SCHEMA)
         table = pa.concat_tables([earlier.filter(pc.field("mode") != mode), table])
-    temporary = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replaced(path) as unfinished:
+        pq.write_table(table, unfinished, compression="zstd")
     return path
 
 
@@ -206,8 +204,7 @@ def read_rollouts(path: Path) -> list[StoredRollout]:
 
 def rollout_files(run_dir: Path, split: Split = "train") -> dict[int, Path]:
     """Return step -> file, by step."""
-    found = {step: path for prefix, step, path in _files(run_dir) if prefix == _FILE_PREFIX[split]}
-    return dict(sorted(found.items()))
+    return dict(sorted((step, path) for prefix, step, path in _files(run_dir) if prefix == _FILE_PREFIX[split]))
 
 
 def remove_rollouts_after(run_dir: Path, step: int | None) -> int:
@@ -296,10 +293,8 @@ def _reward_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
 
 
 def _monitor_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
-    if not scored.monitor_names_M:
-        return []
-    values_M = zip(scored.monitor_names_M, scored.monitors_GM[g], strict=True)
-    return [{"name": name, "value": value} for name, value in values_M]
+    values_M = scored.monitors_GM[g] if scored.monitor_names_M else ()
+    return [{"name": name, "value": value} for name, value in zip(scored.monitor_names_M, values_M, strict=True)]
 
 
 def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
@@ -308,7 +303,7 @@ def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _store_image(run_dir: Path, image: ImageSource) -> str:
-    """Return the path under which the image is found again; bytes are written once, named by their content."""
+    """Return the path by which the image is found again; bytes are written once, named by their content."""
     if isinstance(image, str):
         return os.path.abspath(image)
     content = bytes_of(image)
@@ -316,9 +311,7 @@ def _store_image(run_dir: Path, image: ImageSource) -> str:
     path = run_dir / reference
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     return reference
 
 
@@ -327,7 +320,7 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
         StoredReward(cell["name"], cell["score"], cell["missed"], tuple(_credit(c) for c in cell["credits"]))
         for cell in row["rewards"]
     )
-    terms = tuple(StoredTerm(cell["name"], tuple(Run(**run) for run in cell["runs"])) for cell in row["terms"])
+    terms = tuple(StoredTerm(cell["name"], tuple(TokenRun(**run) for run in cell["runs"])) for cell in row["terms"])
     plain = ("step", "split", "mode", "group", "sample", "prompt_id", "question", "prompt_text", "text", "num_tokens")
     return StoredRollout(
         **{key: row[key] for key in (*plain, "truncated", "finish_reason", "weights_version")},

@@ -19,7 +19,7 @@ from rewards.api import Credit, Span
 from rollout.types import Prompt
 from rsgrpo.config.train import TrackingConfig
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.rollouts import Run, advantage_runs, image_path, read_rollouts, rollout_files, write_rollouts
+from rsgrpo.records.rollouts import TokenRun, advantage_runs, image_path, read_rollouts, rollout_files, write_rollouts
 from rsgrpo.records.tracking import FAILURES_KEY, NON_FINITE_KEY, Tracker, page_strip, read_metrics, spread_rows
 from rsgrpo.types import ScoredGroup, TrainGroup
 from tests.material import ROOT
@@ -97,7 +97,7 @@ def test_a_fresh_run_removes_what_an_earlier_one_left(tmp_path: Path) -> None:
 def test_advantage_runs_are_maximal_and_keep_zero_advantages_apart_from_no_scope() -> None:
     scope_T = np.array([0, 1, 1, 1, 0, 1, 1], dtype=bool)
     advantages_T = np.array([0, 0.5, 0.5, -1, 0, 0, 0], dtype=np.float32)
-    assert advantage_runs(scope_T, advantages_T) == [Run(1, 3, 0.5), Run(3, 4, -1.0), Run(5, 7, 0.0)]
+    assert advantage_runs(scope_T, advantages_T) == [TokenRun(1, 3, 0.5), TokenRun(3, 4, -1.0), TokenRun(5, 7, 0.0)]
 
 
 def test_rollouts_read_back_as_they_were(tmp_path: Path) -> None:
