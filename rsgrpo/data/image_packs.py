@@ -1,6 +1,6 @@
-"""Images that came packed in `images.parquet`, as EVisRAG-Train brings them: which lies where, and all one by one.
+"""Images packed in `images.parquet`, as EVisRAG-Train brings them: where each one is, and all of them in turn.
 
-Owns the layout of such files. How one image is read out of them is `rollout.packed`.
+`rollout.packed` reads one image out of such a file.
 """
 
 from __future__ import annotations
@@ -126,14 +126,14 @@ def _columns(pack: Path) -> tuple[list[str], str]:
             f"{pack} needs a column `image` (or `bytes`), bytes or {{bytes, path}}; it has {', '.join(schema.names)}"
         )
     if not {"path", f"{content}.path"} & set(columns):
-        raise InputError(f"{pack} says of no image which path it has: it needs a column `path`")
+        raise InputError(f"{pack} does not name its images: it needs a column `path`")
     return columns, inner if inner in columns else content
 
 
 def _holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_binary(kind) or types.is_large_binary(kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _name_of(row: Mapping[str, Any]) -> str | None:

@@ -128,8 +128,9 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
     values = dict(config)
     family = family_of(values.pop("model_type", "qwen2_5_vl"))
     settings = AutoConfig.for_model(family.model_type, **values)
+    build: Any = AutoModelForImageTextToText.from_config
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(settings)
+        model = build(settings)
     text, vision, tower = settings.get_text_config(), settings.vision_config, family.vision_tower(model)
     layers, blocks = family.decoder_layers(model), family.vision_blocks(model)
     linear = dict(_linear_layers(layers[0]))

@@ -229,7 +229,7 @@ def test_a_pack_that_says_two_things_or_not_enough_is_refused(tmp_path):
         ({"path": ["a"]}, r"needs a column `image` \(or `bytes`\), bytes or \{bytes, path\}; it has path"),
         ({"path": ["a"], "image": [5]}, "needs a column `image`"),
         ({"path": ["a"], "image": [{"height": 5}]}, "needs a column `image`"),
-        ({"image": [b"x"]}, "says of no image which path it has"),
+        ({"image": [b"x"]}, "does not name its images: it needs a column `path`"),
     ):
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / IMAGE_FILE)
         with pytest.raises(InputError, match=complaint):
