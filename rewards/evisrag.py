@@ -34,7 +34,7 @@ def accuracy(response: Response, *, normalise: Mode = "paper") -> float | None:
     golds = _golds(response.truth, "answers")
     if not golds:
         return None
-    answer = _block_text(response.text, "answer")
+    answer = block_text(response.text, "answer")
     return 0.0 if answer is None else max(set_f1(answer, gold, normalise) for gold in golds)
 
 
@@ -76,13 +76,13 @@ def overlong(response: Response, *, min_tokens: int = 200, max_tokens: int = 153
 @reward(scope=between(None, "<evidence>"))
 def no_early_index(response: Response) -> float:
     """-1 when the observe block already cites a page index such as [2]; else 0."""
-    return -1.0 if _INDEX.search(_block_text(response.text, "observe") or "") else 0.0
+    return -1.0 if _INDEX.search(block_text(response.text, "observe") or "") else 0.0
 
 
 @reward(scope=between("<think>", "<answer>"))
 def think_differs(response: Response) -> float:
     """-1 when the think block equals the answer block, except for outer white space (no derivation); else 0."""
-    think, answer = _block_text(response.text, "think"), _block_text(response.text, "answer")
+    think, answer = block_text(response.text, "think"), block_text(response.text, "answer")
     return -1.0 if think is not None and answer is not None and think.strip() == answer.strip() else 0.0
 
 
@@ -126,19 +126,16 @@ def marked_rate(response: Response) -> float | None:
     An empty slot claims nothing, and a block without slots counts as 0. Watch it: a policy that learns to mark no page
     still earns a fair evidence score.
     """
-    block = _block_span(response.text, "evidence")
-    if block is None:
+    slots = written_slots(response.text)
+    if slots is None:
         return None
-    block_text = response.text[block.start : block.end]
-    numbers = sorted({int(label) for label in _SLOT_LABEL.findall(block_text)})
-    slots = [_slot_text(response.text, _slot_span(response.text, block, number)) or "" for number in numbers]
-    return sum(bool(slot.strip()) and not _is_irrelevant(slot) for slot in slots) / max(len(slots), 1)
+    return sum(bool(slot.strip()) and not _is_irrelevant(slot) for slot in slots.values()) / max(len(slots), 1)
 
 
 @reward
 def abstained(response: Response) -> float:
     """Monitor: 1 when the answer block says that the pages are insufficient to answer; else 0."""
-    return containment(_block_text(response.text, "answer") or "", INSUFFICIENT)
+    return containment(block_text(response.text, "answer") or "", INSUFFICIENT)
 
 
 def slot_score(slot: str | None, gold: str, mode: Mode = "paper") -> float:
@@ -194,7 +191,7 @@ def parse_gold(text: str) -> dict[str, list[str]]:
         while (position := text.find(f"[{num_slots + 1}]:", position, block.end)) >= 0:
             num_slots += 1
         truth["evidence"] = [(slot or "").strip() for slot in _slot_texts(text, num_slots)]
-    answer = _block_text(text, "answer")
+    answer = block_text(text, "answer")
     if answer is not None:
         truth["answers"] = [answer.strip()]
     elif block is None:
@@ -223,7 +220,7 @@ def read_gold(answer: Any, columns: Mapping[str, Any], num_images: int) -> dict[
     if not is_text and has_gold_tags(answer):
         raise GoldError("unusable gold", f"a list of answers must hold plain texts, got {answer!r:.80}")
     if is_text and (evidence is None or has_gold_tags(answer)):
-        if _block_text(answer, "answer") is None:
+        if block_text(answer, "answer") is None:
             raise GoldError("gold answer without <answer> tags", f"got {answer!r:.80}{_PLAIN_HINT}")
         truth.update(parse_gold(answer))
     if "evidence" not in truth:
@@ -262,9 +259,19 @@ def _block_span(text: str, name: str) -> Span | None:
     return Span(start + len(name) + 2, end) if 0 <= start < end else None
 
 
-def _block_text(text: str, name: str) -> str | None:
+def block_text(text: str, name: str) -> str | None:
+    """Return what is inside the first block of a name; None if it is not opened, or not closed after that."""
     span = _block_span(text, name)
     return None if span is None else text[span.start : span.end]
+
+
+def written_slots(text: str) -> dict[int, str] | None:
+    """Return page number -> what its slot says, ascending; None without a closed evidence block."""
+    block = _block_span(text, "evidence")
+    if block is None:
+        return None
+    numbers = sorted({int(label) for label in _SLOT_LABEL.findall(text, block.start, block.end)})
+    return {number: _slot_text(text, _slot_span(text, block, number)) or "" for number in numbers}
 
 
 def _slot_span(text: str, block: Span, number: int) -> Span | None:

@@ -1,19 +1,19 @@
 """From a model's text to its four blocks, its evidence slots and its citations. Never raises, whatever the text is.
 
-The strict reader sees what the rewards see: the first closed block of each name. The lenient one also keeps what a
-truncated, repeated or nested output has. Both list the same faults. Knows nothing of models, files or scores.
+The strict reader sees what the rewards see (`rewards.evisrag`): the first closed block of each name. The lenient one
+also keeps what a truncated, repeated or nested output has. Both list the same faults.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rewards.api import Response
-from rewards.evisrag import BLOCKS, INSUFFICIENT, NO_EVIDENCE, well_formed
+from rewards.evisrag import BLOCKS, INSUFFICIENT, NO_EVIDENCE, block_text, well_formed, written_slots
 from rewards.text import containment, normalise
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
@@ -21,7 +21,6 @@ from rollout.types import ImageSource
 _TAG = re.compile(rf"< ?(/?) ?({'|'.join(BLOCKS)}) ?>", re.IGNORECASE)
 _PARTIAL_TAG = re.compile(r"< ?/? ?([A-Za-z]{0,8}) ?$")
 _NUMBER = "([1-9][0-9]{0,3})"
-_LABEL = re.compile(rf"\[{_NUMBER}\]:")
 _LOOSE_LABEL = re.compile(
     rf"^[ \t>*\u2022\u2013-]*\[{_NUMBER}\][*]*[ \t]*[:\uff1a.)-]?|\[{_NUMBER}\][*]*[ \t]*[:\uff1a]", re.MULTILINE
 )
@@ -77,8 +76,8 @@ def parse_strict(text: str, images: Sequence[ImageSource] | None = None) -> Pars
 
     images: the pages that were shown; None when it is not known how many there were.
     """
-    blocks = {name: _closed_block(text, name) for name in BLOCKS}
-    return _assemble(text, blocks, dict(_strict_slots(blocks["evidence"] or "")), images)
+    blocks = {name: block_text(text, name) for name in BLOCKS}
+    return _assemble(text, blocks, written_slots(text) or {}, images)
 
 
 def parse_lenient(text: str, images: Sequence[ImageSource] | None = None) -> ParsedAnswer:
@@ -157,23 +156,6 @@ def _citations(text: str, num_images: int | None) -> tuple[int, ...]:
     cited = {int(number) for numbers in _CITED.findall(text) for number in numbers.split(",")}
     named = {int(number) for number in _NAMED_PAGE.findall(text)}
     return tuple(sorted(cited | {number for number in named if number <= (num_images or 0)}))
-
-
-# What the rewards read
-
-
-def _closed_block(text: str, name: str) -> str | None:
-    start = text.find(f"<{name}>")
-    end = text.find(f"</{name}>", start)
-    return text[start + len(name) + 2 : end] if 0 <= start < end else None
-
-
-def _strict_slots(block: str) -> Iterator[tuple[int, str]]:
-    """Yield (page number, text): from the first `[n]:` to the next `[n + 1]:`, else to the block's end."""
-    for number in sorted({int(label) for label in _LABEL.findall(block)}):
-        start = block.index(f"[{number}]:") + len(f"[{number}]:")
-        end = block.find(f"[{number + 1}]:", start)
-        yield number, block[start : end if end >= 0 else len(block)]
 
 
 # What can be recovered
@@ -274,10 +256,10 @@ def _block_faults(text: str, format_ok: bool) -> list[str]:
         num_open = text.count(f"<{name}>")
         if num_open == 0:
             faults.append(f"no <{name}> block")
-        elif _closed_block(text, name) is None:
+        elif block_text(text, name) is None:
             faults.append(f"<{name}> is not closed")
         elif num_open > 1 or text.count(f"</{name}>") > 1:
-            faults.append(f"<{name}> stands more than once")
+            faults.append(f"<{name}> appears more than once")
     opened = [position for name in BLOCKS if (position := text.find(f"<{name}>")) >= 0]
     if opened != sorted(opened):
         faults.append("the blocks are out of order")

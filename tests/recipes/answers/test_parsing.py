@@ -136,7 +136,7 @@ def test_a_doubled_opening_tag_leaves_the_content(name):
     whole = parse_strict(GOOD, IMAGES)
     assert (lenient.answer, lenient.think, lenient.observe) == (whole.answer, whole.think, whole.observe)
     assert slots(lenient) == slots(whole)
-    assert f"<{name}> stands more than once" in lenient.errors
+    assert f"<{name}> appears more than once" in lenient.errors
 
 
 def test_a_tag_that_the_reasoning_quotes_does_not_become_the_answer():
