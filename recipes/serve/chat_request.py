@@ -1,18 +1,19 @@
-"""From the body of a chat completion request to a question and its pages: everything a stranger may send, checked.
+"""From the body of a chat completion request to a question and its pages: everything that a client may send, checked.
 
-Pages are data URLs, or files inside folders that were allowed by name. Nothing is fetched. Knows no HTTP and no engine.
+Pages are data URLs, or files inside folders that were allowed by name. Nothing is fetched.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
 from rollout.inputs.images import PromptError, check_decodes, read_size
@@ -21,11 +22,6 @@ from rollout.types import ImageSource, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 
 MIB = 1024 * 1024
-KNOWN_FIELDS = (
-    "model", "messages", "stream", "n", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "seed",
-    "user", "metadata",
-)  # fmt: skip
-ROLES = ("system", "developer", "user")
 
 
 class RequestError(RsgrpoError):
@@ -40,7 +36,7 @@ class RequestError(RsgrpoError):
 class RequestLimits:
     """What a request may bring.
 
-    max_images: pages. image_bytes: of one page as it is compressed. image_pixels: of one page before its resize.
+    max_images: pages. image_bytes: of one page, compressed. image_pixels: of one page before its resize.
     folders: where files may lie; empty allows data URLs alone.
     """
 
@@ -75,6 +71,68 @@ class ChatRequest:
     stream: bool
 
 
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Address(_Model):
+    url: str = Field(min_length=1)
+
+
+class _TextPart(_Model):
+    type: Literal["text"]
+    text: str
+
+
+class _ImagePart(_Model):
+    type: Literal["image_url"]
+    image_url: Annotated[_Address, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
+
+
+_PARTS = ("text", "image_url")
+_Part = Annotated[_TextPart | _ImagePart, Field(discriminator="type")]
+
+
+class _Message(_Model):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[_Part],
+        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
+    ]
+
+    def text(self) -> str:
+        """Return the text, with a mark where each image is."""
+        return "".join(part.text if isinstance(part, _TextPart) else IMAGE_MARK for part in self.content)
+
+    def addresses(self) -> list[str]:
+        """Return where the images are."""
+        return [part.image_url.url for part in self.content if isinstance(part, _ImagePart)]
+
+
+class _Body(_Model):
+    """What a body may say; a field that is null counts as omitted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    messages: list[_Message] = Field(min_length=1)
+    model: str = ""
+    stream: bool = False
+    n: float | None = None
+    max_tokens: float | None = None
+    max_completion_tokens: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: float | None = None
+    seed: float | None = None
+    user: Any = None
+    metadata: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+
 def read_request(
     body: bytes,
     request_id: str,
@@ -86,126 +144,94 @@ def read_request(
 ) -> ChatRequest:
     """Check a request and make its prompt.
 
-    template: what the question is put into; "" takes the user's message as it is, pages where they stand.
+    template: what the question is put into; "" takes the user's message as it is, with its pages in place.
     system: the system message where the request brings none.
 
     Raises:
         RequestError: it cannot be served.
     """
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise RequestError(400, f"the body must be a JSON object, got {type(fields).__name__}")
-    _check_fields(fields, model, sampling)
-    own_system, content = _split_messages(fields.get("messages"))
-    text, entries = _text_and_images(content)
-    if len(entries) > limits.max_images:
-        raise RequestError(400, f"the request has {len(entries)} images, this server takes {limits.max_images}")
+        fields = _Body.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestError(400, _fault(error)) from error
+    if fields.model not in ("", model):
+        raise RequestError(404, f"model {fields.model!r:.80} is not served here; the model is {model!r}")
+    _check_sampling(fields, sampling)
+    own_system, message = _split(fields.messages)
+    text, addresses = message.text(), message.addresses()
+    if len(addresses) > limits.max_images:
+        raise RequestError(400, f"the request has {len(addresses)} images; this server takes {limits.max_images}")
     plain = text.replace(IMAGE_MARK, " ").strip()
     if not plain:
         raise RequestError(400, "the user message has no text: write the question into it")
-    if text.count(IMAGE_MARK) != len(entries):
+    if text.count(IMAGE_MARK) != len(addresses):
         raise RequestError(400, f"the text must not contain {IMAGE_MARK}; send images as parts of type image_url")
-    images = tuple(_page(entry, place, limits) for place, entry in enumerate(entries, start=1))
-    question = Question(request_id, plain, images, text)
+    images = tuple(_page(address, place, limits) for place, address in enumerate(addresses, start=1))
     try:
-        prompt = to_prompt(question, template, own_system or system)
+        prompt = to_prompt(Question(request_id, plain, images, text), template, own_system or system)
     except RsgrpoError as error:
         raise RequestError(400, str(error)) from error
-    return ChatRequest(prompt, fields.get("stream") is True)
+    return ChatRequest(prompt, fields.stream)
 
 
-def _check_fields(fields: Mapping[str, Any], model: str, sampling: ServedSampling) -> None:
-    unknown = sorted(name for name, value in fields.items() if name not in KNOWN_FIELDS and value is not None)
-    if unknown:
-        raise RequestError(400, f"field {unknown[0]!r:.80} is not supported; supported are {', '.join(KNOWN_FIELDS)}")
-    if fields.get("model") not in (None, "", model):
-        raise RequestError(404, f"model {fields['model']!r:.80} is not served here; the model is {model!r}")
-    if not isinstance(fields.get("stream") or False, bool):
-        raise RequestError(400, f"stream must be true or false, got {fields['stream']!r:.80}")
-    fixed: dict[str, float] = {"temperature": sampling.temperature, "top_k": 0, "n": 1}
+def _fault(error: ValidationError) -> str:
+    """Return the first fault of a body in one line, with the field it is in."""
+    first = error.errors(include_url=False)[0]
+    path = [part for before, part in pairwise(("", *first["loc"])) if not (isinstance(before, int) and part in _PARTS)]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return f"field {place!r:.80} is not supported; supported are {', '.join(_Body.model_fields)}"
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    wanted = first["msg"].removeprefix("Input should be ")
+    if wanted == first["msg"]:
+        return f"{place or 'the body'}: {wanted}"
+    return f"{place or 'the body'} must be {wanted}, got {first['input']!r:.80}"
+
+
+def _check_sampling(fields: _Body, sampling: ServedSampling) -> None:
+    """Refuse a request that wants another sampling than the server's."""
+    served: dict[str, float] = {"temperature": sampling.temperature, "top_k": 0, "n": 1}
     if sampling.temperature:  # greedy answers depend on neither
-        fixed |= {"top_p": sampling.top_p, "seed": sampling.seed}
-    for name, served in fixed.items():
-        if fields.get(name) is not None and fields[name] != served:
+        served |= {"top_p": sampling.top_p, "seed": sampling.seed}
+    for name, value in served.items():
+        if (wanted := getattr(fields, name)) not in (None, value):
             raise RequestError(
-                400,
-                f"{name}={fields[name]!r:.80} cannot be had: this server samples with {name}={served}; leave it out",
+                400, f"{name}={wanted:g} is not supported: this server always uses {value:g}. Omit the field."
             )
     for name in ("max_tokens", "max_completion_tokens"):
-        wanted = fields.get(name)
-        if wanted is not None and not (isinstance(wanted, int | float) and wanted >= sampling.max_tokens):
+        if (wanted := getattr(fields, name)) is not None and not wanted >= sampling.max_tokens:
             raise RequestError(
                 400,
-                f"{name}={wanted!r:.80} cannot be had: this server stops at {sampling.max_tokens} tokens; leave it out",
+                f"{name}={wanted:g} is not supported: this server always allows {sampling.max_tokens} tokens. "
+                "Omit the field.",
             )
 
 
-def _split_messages(messages: Any) -> tuple[str, Any]:
-    """Return the system message and the content of the one user message."""
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(400, "messages must be a non-empty list")
-    system, users = "", []
-    for place, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestError(400, f"message {place} must be an object with a role")
-        role = message["role"]
-        if role == "user":
-            users.append(message.get("content"))
-        elif role in ROLES and place == 1:
-            system, images = _text_and_images(message.get("content"))
-            if images:
+def _split(messages: list[_Message]) -> tuple[str, _Message]:
+    """Return the text of the system message, "" without one, and the one user message."""
+    system = ""
+    for place, message in enumerate(messages):
+        if message.role == "assistant":
+            raise RequestError(400, f"messages[{place}]: one question per request; earlier turns are not supported")
+        if message.role != "user":
+            if place > 0:
+                raise RequestError(400, f"messages[{place}]: the {message.role} message must be the first one")
+            if message.addresses():
                 raise RequestError(400, "the system message must be text")
-        elif role in ROLES:
-            raise RequestError(400, f"message {place}: the {role} message must be the first one")
-        elif role == "assistant":
-            raise RequestError(400, f"message {place}: one question per request; earlier turns are not supported")
-        else:
-            raise RequestError(400, f"message {place} has the unknown role {role!r:.80}; use {', '.join(ROLES)}")
+            system = message.text()
+    users = [message for message in messages if message.role == "user"]
     if len(users) != 1:
         raise RequestError(400, f"a request has one user message, got {len(users)}")
     return system, users[0]
 
 
-def _text_and_images(content: Any) -> tuple[str, list[Any]]:
-    """Return the text with a mark where each image stands, and the images' addresses."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
-        raise RequestError(400, f"content must be text or a list of parts, got {type(content).__name__}")
-    texts: list[str] = []
-    images: list[Any] = []
-    for place, part in enumerate(parts, start=1):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind == "image_url":
-            address = part.get("image_url")
-            images.append(address.get("url") if isinstance(address, dict) else address)
-            texts.append(IMAGE_MARK)
-        else:
-            raise RequestError(
-                400,
-                f"content part {place} must be {{type: text, text}} or {{type: image_url, image_url: {{url}}}}, "
-                f"got {part!r:.80}",
-            )
-    text = "".join(texts)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(400, f"the text is not valid Unicode: {error.reason}") from error
-    return text, images
-
-
-def _page(address: Any, place: int, limits: RequestLimits) -> ImageSource:
+def _page(address: str, place: int, limits: RequestLimits) -> ImageSource:
     """Return the page behind an address: compressed bytes, or the path of a file that may be read.
 
     Raises:
         RequestError: it may not be read, cannot be read, or is too large.
     """
-    if not isinstance(address, str) or not address:
-        raise RequestError(400, f"image {place} has no url")
     scheme = urlsplit(address[:64]).scheme.lower() if "://" in address[:64] else address[:5].lower().rstrip(":")
     if address[:5].lower() == "data:":
         source: ImageSource = _decoded(address, place, limits)
@@ -217,7 +243,7 @@ def _page(address: Any, place: int, limits: RequestLimits) -> ImageSource:
         height, width = read_size(source)
         if height * width > limits.image_pixels:
             raise RequestError(
-                413, f"image {place} has {width} x {height} pixels, this server takes {limits.image_pixels:,}"
+                413, f"image {place} has {width} x {height} pixels; this server takes {limits.image_pixels:,}"
             )
         check_decodes(source)
     except PromptError as error:
@@ -231,7 +257,7 @@ def _decoded(address: str, place: int, limits: RequestLimits) -> bytes:
         raise RequestError(400, f"image {place} must be data:image/...;base64,...; got {head!r:.60}")
     if len(payload) * 3 // 4 > limits.image_bytes + 2:
         raise RequestError(
-            413, f"image {place} has {len(payload) * 3 // 4:,} bytes, this server takes {limits.image_bytes:,}"
+            413, f"image {place} has {len(payload) * 3 // 4:,} bytes; this server takes {limits.image_bytes:,}"
         )
     try:
         return base64.b64decode(payload, validate=True)
@@ -240,7 +266,7 @@ def _decoded(address: str, place: int, limits: RequestLimits) -> bytes:
 
 
 def _allowed_file(address: str, place: int, limits: RequestLimits) -> str:
-    """Return the real path of a file below an allowed folder; others are refused alike, whether there or not."""
+    """Return the real path of a file below an allowed folder; others are refused alike, whether they exist or not."""
     path = Path(unquote(address[len("file://") :]) if address[:7].lower() == "file://" else address)
     for folder in limits.folders:
         root = folder.resolve()

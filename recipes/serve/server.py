@@ -1,8 +1,7 @@
 """Answer over HTTP: `python -m recipes.serve --model runs/x/export`, asked like any OpenAI-compatible server.
 
-Beside the usual choices stand the parsed fields. Owns HTTP; what a request may say is
-`recipes.serve.chat_request`, the queue is `recipes.serve.queue`, and `recipes.answers.engine` answers. The home of
-`aiohttp`.
+Replies have the parsed fields beside the usual choices. What a request may say is in `recipes.serve.chat_request`, the
+queue in `recipes.serve.queue`. The home of `aiohttp`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import argparse
 import asyncio
 import json
 import logging
-import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -27,10 +25,10 @@ from recipes.answers.questions import named_prompt
 from recipes.answers.types import Answer, Answerer
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
-from recipes.serve.queue import Desk, Piece
+from recipes.serve.queue import Piece, PromptQueue
 from rollout.keys import at_least
 from rollout.types import Prompt
-from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError, run_program
 
 RETRY_AFTER_S = 5
 BODY_TIMEOUT_S = 60.0
@@ -65,7 +63,7 @@ class Server:
     def __init__(self, config: ServeConfig, answerer: Answerer) -> None:
         self._config = config
         self._answerer = answerer
-        self._desk = Desk(answerer, num_threads=config.max_requests, batch_size=config.batch_size)
+        self._queue = PromptQueue(answerer, num_threads=config.max_requests, batch_size=config.batch_size)
         self._num_requests = 0
         self._is_closing = False
         self.app = web.Application(client_max_size=config.request_bytes, middlewares=[_errors_as_json])
@@ -83,7 +81,7 @@ class Server:
         self._is_closing = True
 
     async def _on_cleanup(self, _: web.Application) -> None:
-        await asyncio.to_thread(self._desk.close)
+        await asyncio.to_thread(self._queue.close)
 
     async def _health(self, _: web.Request) -> web.Response:
         status = "closing" if self._is_closing else "ok"
@@ -105,9 +103,13 @@ class Server:
         if request.content_type != "application/json":
             return _error(415, f"the content type must be application/json, got {request.content_type}")
         if self._num_requests >= self._config.max_requests:
-            return _error(429, f"{self._num_requests} requests are being answered, the limit; try again", retry=True)
+            return _error(
+                429,
+                f"{self._num_requests} requests are being answered, which is the limit; try again later",
+                retry=True,
+            )
         if (request.content_length or 0) > self._config.request_bytes:
-            return _error(413, f"the request has {request.content_length:,} bytes, the limit is {self._limit_text()}")
+            return _error(413, f"the request has {request.content_length:,} bytes; the limit is {self._limit_text()}")
         self._num_requests += 1
         try:
             return await self._answer(request)
@@ -181,14 +183,14 @@ class Server:
         return response
 
     async def _pieces(self, prompt: Prompt, *, streams: bool) -> AsyncGenerator[Piece, None]:
-        """Yield what the desk hears, up to the output or the error."""
+        """Yield what comes from the queue, up to the output or the error."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece]()
 
         def hear(piece: Piece) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(heard.put_nowait, piece)
 
-        left = self._desk.ask(prompt, hear, streams=streams)
+        left = self._queue.ask(prompt, hear, streams=streams)
         try:
             while True:
                 piece = await heard.get()
@@ -295,9 +297,4 @@ def serve(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        serve(parser().parse_args(argv))
-    except RsgrpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return run_program(lambda: serve(parser().parse_args(argv)))

@@ -103,17 +103,17 @@ def test_a_100_mb_request_is_refused_by_its_length_and_also_while_it_arrives():
 
 def test_an_image_may_be_too_large_in_bytes_or_in_pixels(tmp_path):
     status, message = refusal(request_of("data:image/png;base64," + "A" * 2_000_000))
-    assert (status, message) == (413, "image 1 has 1,500,000 bytes, this server takes 1,048,576")
+    assert (status, message) == (413, "image 1 has 1,500,000 bytes; this server takes 1,048,576")
     assert refusal(request_of(data_url(png(200, 100)))) == (
         413,
-        "image 1 has 200 x 100 pixels, this server takes 10,000",
+        "image 1 has 200 x 100 pixels; this server takes 10,000",
     )
     (tmp_path / "big.png").write_bytes(b"0" * (MIB + 1))
     assert refusal(request_of("big.png"), folders=[tmp_path])[0] == 413
 
 
 def test_a_thousand_images_are_refused():
-    assert refusal(request_of(*[data_url()] * 1000)) == (400, "the request has 1000 images, this server takes 2")
+    assert refusal(request_of(*[data_url()] * 1000)) == (400, "the request has 1000 images; this server takes 2")
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"1", b'{"a":' + b"9" * 5000 + b"}"])
@@ -152,20 +152,28 @@ def test_addresses_are_not_fetched(address, tmp_path):
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([{"role": "tool", "content": "x"}], "message 1 has the unknown role 'tool'"),
+        (
+            [{"role": "tool", "content": "x"}],
+            "messages[0].role must be 'system', 'developer', 'user' or 'assistant', got 'tool'",
+        ),
         ([{"role": "assistant", "content": "x"}], "one question per request"),
         ([{"role": "user", "content": "x"}] * 2, "one user message, got 2"),
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "must be the first one"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "content part 1 must be"),
-        ([{"role": "user", "content": [image_part(5)]}], "no text"),
-        ([{"role": "user", "content": [image_part(None), {"type": "text", "text": "q"}]}], "image 1 has no url"),
+        ([{"role": "user", "content": [{"type": "video"}]}], "messages[0].content[0]: Input tag 'video'"),
+        ([{"role": "user", "content": [image_part(5)]}], "content[0].image_url.url must be a valid string, got 5"),
+        ([{"role": "user", "content": [image_part("a.png")]}], "no text"),
+        (
+            [{"role": "user", "content": [image_part(None), {"type": "text", "text": "q"}]}],
+            "content[0].image_url.url must be a valid string, got None",
+        ),
         ([{"role": "user", "content": "what is <image>?"}], "must not contain <image>"),
         ([{"role": "user", "content": "  "}], "no text"),
-        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
-        ([{"role": "user"}], "content must be text or a list"),
-        ([{"content": "x"}], "message 1 must be an object with a role"),
-        ([], "messages must be a non-empty list"),
-        (None, "messages must be a non-empty list"),
+        ([{"role": "user", "content": "\ud800"}], "the body: Invalid JSON"),
+        ([{"role": "user"}], "messages[0].content is missing"),
+        ([{"role": "user", "content": 5}], "messages[0].content must be a valid array, got 5"),
+        ([{"content": "x"}], "messages[0].role is missing"),
+        ([], "messages: List should have at least 1 item"),
+        (None, "messages is missing"),
     ],
 )
 def test_messages_that_are_no_question_are_refused(messages, says):
@@ -178,14 +186,14 @@ def test_messages_that_are_no_question_are_refused(messages, says):
     ("fields", "status", "says"),
     [
         ({"model": "other"}, 404, "model 'other' is not served here"),
-        ({"temperature": 1.0}, 400, "this server samples with temperature=0.0"),
-        ({"n": 3}, 400, "n=3 cannot be had"),
-        ({"max_tokens": 5}, 400, "this server stops at 64 tokens"),
+        ({"temperature": 1.0}, 400, "temperature=1 is not supported: this server always uses 0. Omit the field."),
+        ({"n": 3}, 400, "n=3 is not supported"),
+        ({"max_tokens": 5}, 400, "this server always allows 64 tokens"),
         ({"tools": []}, 400, "field 'tools' is not supported"),
-        ({"stream": "yes"}, 400, "stream must be true or false"),
+        ({"stream": "yes"}, 400, "stream must be a valid boolean, got 'yes'"),
     ],
 )
-def test_what_cannot_be_had_is_said(fields, status, says):
+def test_a_field_that_this_server_cannot_honour_is_refused(fields, status, says):
     found, message = refusal(request_of(data_url(), **fields))
     assert found == status
     assert says in message
@@ -277,7 +285,7 @@ def test_a_closing_server_finishes_what_it_took_and_takes_no_more():
     [
         (["--allow-folder", "nowhere"], "--allow-folder nowhere is not a folder"),
         (["--max-requests", "0"], "max_requests must be >= 1"),
-        ([], "model.path is empty"),
+        ([], "--model is empty"),
         (["--prompt", "evidenc"], "did you mean evidence?"),
     ],
 )

@@ -14,7 +14,7 @@ from recipes.answers.engine import LocalAnswerer
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec
 from recipes.answers.types import Answer
 from recipes.serve.chat_request import RequestLimits, ServedSampling
-from recipes.serve.queue import Desk, Piece
+from recipes.serve.queue import Piece, PromptQueue
 from recipes.serve.server import ServeConfig, Server
 from rollout.config import InputsConfig
 from rollout.types import Prompt
@@ -33,16 +33,16 @@ def test_an_engine_is_given_what_waits_as_one_batch(monkeypatch):
         yield from (Answer(prompt, "text", "stop") for prompt in prompts[:2])
 
     monkeypatch.setattr(engine, "answer", answer)
-    desk = Desk(engine, num_threads=9, batch_size=3)
-    desk.ask(Prompt("first", "t"), heard.append, streams=False)
+    prompts = PromptQueue(engine, num_threads=9, batch_size=3)
+    prompts.ask(Prompt("first", "t"), heard.append, streams=False)
     while not batches:
         threading.Event().wait(0.01)
     for name in "abcd":
-        desk.ask(Prompt(name, "t"), heard.append, streams=False)
+        prompts.ask(Prompt(name, "t"), heard.append, streams=False)
     gate.set()
     while len(heard) < 5:
         threading.Event().wait(0.01)
-    desk.close()
+    prompts.close()
     assert batches == [["first"], ["a", "b", "c"], ["d"]]
     assert [type(piece).__name__ for piece in heard] == ["Answer", "Answer", "Answer", "RsgrpoError", "Answer"]
 
@@ -69,13 +69,13 @@ def test_an_engine_writes_for_one_listener_at_a_time_and_for_the_others_in_batch
     heard: list[Piece] = []
     monkeypatch.setattr(engine, "answer", answer)
     monkeypatch.setattr(engine, "stream", stream)
-    desk = Desk(engine, num_threads=9, batch_size=3)
+    prompts = PromptQueue(engine, num_threads=9, batch_size=3)
     for name in "abCDefg":
-        desk.ask(Prompt(name, "t"), hear, streams=name.isupper())
+        prompts.ask(Prompt(name, "t"), hear, streams=name.isupper())
     gate.set()
     for _ in range(7):
         assert done.acquire(timeout=10)
-    desk.close()
+    prompts.close()
     assert [name for batch in worked for name in batch] == ["a", "b", "C in pieces", "D in pieces", "e", "f", "g"]
     assert worked[-1] in (["e", "f", "g"], ["f", "g"], ["g"])
     assert sum(isinstance(piece, str) for piece in heard) == 4

@@ -17,7 +17,7 @@ from recipes.answers.engine import LocalAnswerer
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec
 from recipes.answers.types import Answer
 from recipes.serve.chat_request import MIB
-from recipes.serve.queue import Desk, Piece
+from recipes.serve.queue import Piece, PromptQueue
 from rollout.config import InputsConfig
 from rollout.types import Prompt
 from tests.material.serve import COMPLETE, FakeAnswerer, png, refusal, request_of, talk
@@ -79,14 +79,14 @@ def test_who_leaves_while_waiting_is_never_asked_for():
     answerer = FakeAnswerer()
     answerer.gate.clear()
     heard: list[Piece] = []
-    desk = Desk(answerer, num_threads=1, batch_size=1)
-    desk.ask(Prompt("first", "t"), heard.append, streams=False)
+    prompts = PromptQueue(answerer, num_threads=1, batch_size=1)
+    prompts.ask(Prompt("first", "t"), heard.append, streams=False)
     until(lambda: len(answerer.prompts) == 1)
-    desk.ask(Prompt("left", "t"), heard.append, streams=False).set()
-    desk.ask(Prompt("last", "t"), heard.append, streams=False)
+    prompts.ask(Prompt("left", "t"), heard.append, streams=False).set()
+    prompts.ask(Prompt("last", "t"), heard.append, streams=False)
     answerer.gate.set()
     until(lambda: sum(isinstance(piece, Answer) for piece in heard) == 2)
-    desk.close()
+    prompts.close()
     assert [prompt.id for prompt in answerer.prompts] == ["first", "last"]
 
 
@@ -94,7 +94,7 @@ def test_an_engine_stops_writing_when_its_listener_has_left(tiny_model_path):
     rollout = AnswerRolloutConfig(temperature=1.0, max_response_tokens=400, num_threads=1)
     inputs = InputsConfig(min_pixels=784, max_pixels=3136, max_prompt_tokens=400)
     engine = LocalAnswerer(AnswerSpec(AnswerModelConfig(tiny_model_path), rollout, inputs, seed=1))
-    desk = Desk(engine, num_threads=1, batch_size=4)
+    prompts = PromptQueue(engine, num_threads=1, batch_size=4)
     heard: list[Piece] = []
     begun = threading.Event()
 
@@ -102,13 +102,13 @@ def test_an_engine_stops_writing_when_its_listener_has_left(tiny_model_path):
         heard.append(piece)
         begun.set()
 
-    left = desk.ask(Prompt("long", "<image>what?", (png(),)), hear, streams=True)
+    left = prompts.ask(Prompt("long", "<image>what?", (png(),)), hear, streams=True)
     assert begun.wait(60)
     left.set()
     answered: list[Piece] = []
-    desk.ask(Prompt("next", "<image>what?", (png(),)), answered.append, streams=False)  # the engine is whole and free
+    prompts.ask(Prompt("next", "<image>what?", (png(),)), answered.append, streams=False)  # the engine is free
     until(lambda: bool(answered))
-    desk.close()
+    prompts.close()
     engine.close()
     assert isinstance(answered[-1], Answer)
     assert not any(isinstance(piece, Answer) for piece in heard)
