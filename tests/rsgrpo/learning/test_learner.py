@@ -209,7 +209,7 @@ def test_an_export_in_bfloat16_and_in_shards_holds_the_rounded_weights(tiny_mode
 
 def test_supervised_steps_learn_two_rows_by_heart(tiny_model_path, page_images):
     groups = make_groups(page_images, [1, 2], num_samples=1)
-    learner = make_learner(tiny_model_path, lr=1e-2, freeze_vision=False, total_steps=60)
+    learner = make_learner(tiny_model_path, lr=1e-2, eps=1e-8, freeze_vision=False, total_steps=60)
     before = learner.supervised_loss(groups)["actor/loss"]
     first = learner.supervised_update(groups)
     assert first["actor/loss"] == pytest.approx(before, rel=1e-5)

@@ -75,7 +75,9 @@ def test_an_unknown_policy_is_refused(how):
 
 
 def test_compiled_layers_recompute_whole(tiny_model_path):
-    with pytest.raises(ConfigError, match=r"learner\.compile=true takes no learner\.gradient_checkpointing=attention"):
+    with pytest.raises(
+        ConfigError, match=r"learner\.compile=true does not work with learner\.gradient_checkpointing=attention"
+    ):
         LearnerConfig(compile=True, gradient_checkpointing="attention")
 
 
