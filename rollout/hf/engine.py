@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from transformers.cache_utils import Cache
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import Backend, EngineError, check_sampling
 from rollout.families import Family, family_of
+from rollout.families.features import FeatureCache
 from rollout.hf.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
 from rollout.hf.sampling import rollout_uniforms, sample_tokens
 from rollout.inputs.images import PromptError
@@ -89,7 +89,7 @@ class HFEngine:
         self._tensors, self._names_of = _tensors_by_name(self._model, self._family)
         self._vision = {name for name in self._tensors if name.startswith(self._family.vision_prefix)}
         self._missing: set[str] | None = None
-        self._features: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._features = FeatureCache(FEATURE_CACHE_BYTES)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt; prompts of similar length are sampled together, the longest first.
@@ -295,14 +295,11 @@ class HFEngine:
         features = []
         pixels = torch.split(prompt.pixel_values, prompt.image_grid_thw.prod(-1).tolist())
         for key, patches, grid in zip(prompt.image_hashes, pixels, prompt.image_grid_thw, strict=True):
-            if key not in self._features:
-                self._features[key] = self._family.image_features(
-                    self._model, patches.to(self.device), grid[None].to(self.device)
-                )
-            self._features.move_to_end(key)
-            features.append(self._features[key])
-        while sum(kept.nbytes for kept in self._features.values()) > FEATURE_CACHE_BYTES:
-            self._features.popitem(last=False)
+            found = self._features.get(key)
+            if found is None:
+                found = self._family.image_features(self._model, patches.to(self.device), grid[None].to(self.device))
+                self._features.put(key, found)
+            features.append(found)
         return features
 
 
