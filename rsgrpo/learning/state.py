@@ -1,37 +1,104 @@
 """A learner's state on disk, by torch's distributed checkpoint: it loads onto any number of ranks.
 
-Owns what is in it; the checkpoint as a whole (names, atomic rename, retention) is rsgrpo.running.checkpoint's.
+Reading one runs no code: torch unpickles the index and the values that are not tensors, and here it may make only the
+types that such a checkpoint consists of (SECURITY.md). The checkpoint as a whole is `rsgrpo.running.checkpoint`.
 """
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Iterator
+import pickle
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning.optimizer import Optimizer
 from rsgrpo.learning.policy import Policy
-from rsgrpo.types import RsgrpoError
 
 logger = logging.getLogger(__name__)
 
 # Frozen weights are those of model.path, which a run is always resumed with.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 _COUNTERS = ("step", "updates", "bad_steps")
+_DCP = "torch.distributed.checkpoint"
+_INDEX_TYPES = frozenset(
+    {f"{_DCP}.filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout"}
+    | {f"pathlib.{name}" for name in ("Path", "PosixPath", "PurePosixPath")}
+    | {
+        f"{_DCP}.metadata.{name}"
+        for name in (
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+            "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+        )
+    }
+    | {f"torch.{name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+)  # fmt: skip
+
+
+class TypeRefused(RsgrpoError):
+    """A pickle asks for something that is not part of a checkpoint; it was not made."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, allowed: Iterable[str]) -> None:
+        super().__init__(file)
+        self.allowed = frozenset(allowed)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" not in self.allowed:
+            raise TypeRefused(
+                f"it asks for {module}.{name}, which is not part of a checkpoint and could run code; nothing of it was "
+                "run. Resume from a checkpoint that you or someone you trust has written."
+            )
+        return super().find_class(module, name)
+
+
+def read_pickle(file: BinaryIO, allowed: Iterable[str]) -> Any:
+    """Unpickle a value that consists of builtin types and of `allowed` ones, each "module.name".
+
+    Raises:
+        TypeRefused: it asks for anything else.
+    """
+    return _Unpickler(file, allowed).load()
+
+
+class _SafeReader(FileSystemReader):
+    """Torch's reader, but for an index that could run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = read_pickle(file, _INDEX_TYPES)
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Torch's planner, but for values (learning rates and the like) that could run code."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        checked = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)
 
 
 @contextmanager
-def _told_apart(what: str) -> Iterator[None]:
+def _naming_each_rank(what: str) -> Iterator[None]:
     """Turn torch's failure of a collective, which is no Exception, into one that names each rank's cause."""
     try:
         yield
@@ -51,7 +118,7 @@ def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     state[f"random_{dist.get_rank()}"] = _random_state()
-    with _told_apart(f"{folder} could not be written"):
+    with _naming_each_rank(f"{folder} could not be written"):
         save(state, storage_writer=FileSystemWriter(folder, overwrite=False))
 
 
@@ -61,17 +128,21 @@ def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int)
     A rank that the writing run did not have draws its random state from the seed and the step.
 
     Raises:
-        RsgrpoError: the folder could not be read.
+        RsgrpoError: the folder could not be read, or reading it would run code.
     """
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     key = f"random_{dist.get_rank()}"
-    written = FileSystemReader(folder).read_metadata().state_dict_metadata
+    reader = _SafeReader(folder)
+    try:
+        written = reader.read_metadata().state_dict_metadata
+    except (TypeRefused, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise RsgrpoError(f"{folder / '.metadata'} cannot be read: {error}") from error
     has_random_state = any(name.startswith(f"{key}.") for name in written)
     if has_random_state:
         state[key] = _random_state()
-    with _told_apart(f"{folder} could not be read"):
-        load(state, checkpoint_id=folder)
+    with _naming_each_rank(f"{folder} could not be read"):
+        load(state, storage_reader=reader, planner=_SafePlanner())
     set_state_dict(
         policy,
         optimizer.adamw,

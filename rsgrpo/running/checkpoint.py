@@ -1,6 +1,6 @@
-"""Checkpoints on disk: a folder is either whole or absent, and the previous one goes only after the new one is there.
+"""Checkpoints on disk: a folder is whole or absent, and an older one is removed only after the new one is committed.
 
-Owns names, order of writes, retention and the driver's own state. What a learner rank writes inside is its own affair.
+A checkpoint holds the learner's state (`rsgrpo.learning.state`) and the driver's (`rsgrpo.running.driver_state`).
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import json
 import logging
 import math
 import os
-import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rollout.files import sync
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.running.driver_state import read_state, write_state
 
 log = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
-DRIVER_FILE = "driver.pkl"
 LEARNER_FOLDER = "learner"
 FULL_DISK_MIB = 16
 """With less than this left when a write fails, the disk counts as full."""
@@ -45,9 +45,12 @@ class Checkpoint:
         return self.folder / LEARNER_FOLDER
 
     def driver_state(self) -> dict[str, Any]:
-        """Read back what `CheckpointFolder.write` was given."""
-        with open(self.folder / DRIVER_FILE, "rb") as file:
-            return pickle.load(file)
+        """Read back what `CheckpointFolder.write` was given.
+
+        Raises:
+            StateError: as `rsgrpo.running.driver_state.read_state`.
+        """
+        return read_state(self.folder)
 
 
 class CheckpointFolder:
@@ -76,14 +79,14 @@ class CheckpointFolder:
         return max(self.all(), key=lambda checkpoint: checkpoint.step, default=None)
 
     def write(
-        self, step: int, save_learner: Callable[[Path], None], driver_state: dict[str, Any], score: float | None
+        self, step: int, save_learner: Callable[[Path], None], driver_state: Mapping[str, Any], score: float | None
     ) -> Checkpoint:
         """Write one checkpoint: temporary folder, fsync, rename, `latest`, then retention.
 
         Args:
             step: optimiser batches done.
             save_learner: writes the learner's files into the folder it is given; all ranks together.
-            driver_state: anything that can be pickled.
+            driver_state: what `rsgrpo.running.driver_state` can write.
             score: validation score that `keep_best` compares, higher is better; None or NaN is never best.
 
         Raises:
@@ -98,25 +101,24 @@ class CheckpointFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / LEARNER_FOLDER).mkdir(parents=True)
             save_learner(temporary / LEARNER_FOLDER)
-            with open(temporary / DRIVER_FILE, "wb") as file:
-                pickle.dump(driver_state, file)
+            write_state(temporary, driver_state)
             (temporary / STATE_FILE).write_text(json.dumps({"step": step, "score": score}) + "\n")
-            _fsync_tree(temporary)
+            _sync_tree(temporary)
             os.rename(temporary, final)
-            _fsync(self.folder)
+            sync(self.folder)
         except Exception as error:
-            free_mib = shutil.disk_usage(self.folder).free / 2**20  # while the half-written files still stand there
+            free_mib = shutil.disk_usage(self.folder).free / 2**20  # while the half-written files are still there
             shutil.rmtree(temporary, ignore_errors=True)
             # torch hides a full disk behind errors of its own, so the free space is looked at too.
             is_full = "No space left" in str(error) or free_mib < FULL_DISK_MIB
             if isinstance(error, RsgrpoError) and not is_full:
-                raise  # a worker that died says so itself
+                raise  # the error names the worker that failed
             intact = self.newest()
             cause = f"the disk is full ({free_mib:.1f} MiB are free): {_first_line(error)}" if is_full else str(error)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {cause}. "
                 + (f"That of step {intact.step} is intact. " if intact else "There is no earlier one. ")
-                + "Make room, lower checkpoint.keep_last or set another output_dir, and start the same command again."
+                + "Make room, lower checkpoint.keep_last or set another output_dir; then run the same command again."
             ) from error
         self._point_latest_at(final)
         self._retain()
@@ -127,7 +129,7 @@ class CheckpointFolder:
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         os.replace(link, self.folder / "latest")
-        _fsync(self.folder)
+        sync(self.folder)
 
     def _retain(self) -> None:
         checkpoints = self.all()
@@ -144,22 +146,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a committed folder in one visible step: it never stands there half deleted."""
+    """Remove a committed folder in one visible step: it is never there half deleted."""
     doomed = folder.with_name(f".removing_{folder.name}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _fsync_tree(folder: Path) -> None:
+def _sync_tree(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
-            _fsync(Path(parent, name))
-        _fsync(Path(parent))
+            sync(Path(parent, name))
+        sync(parent)
