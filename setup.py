@@ -29,7 +29,6 @@ setup(
         "torch>=2.11,<2.14",
         "torchvision>=0.26,<0.29",
         "transformers>=5.16.1,<5.20",
-        "accelerate>=1.10,<2",
         "peft>=0.19,<1",
         "ray[default]>=2.50,<3",  # default: `ray job submit` needs the job server of the head node
         "datasets>=4,<6",
@@ -58,6 +57,7 @@ setup(
             "faiss-cpu>=1.11,<2",
             "pypdfium2>=5,<6",
             "sentence-transformers>=6.2,<7",
+            "accelerate>=1.10,<2",  # transformers' Trainer, which trains retrievers, needs it; peft brings any version
             "pytrec-eval-terrier>=0.5.10,<0.6",
         ],
         "app": ["gradio>=6.31,<7"],

@@ -43,13 +43,13 @@ def sft(config: SftConfig) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from recipes.answers.gold_responses import GoldResponses
     from rsgrpo.cluster.local import LocalCluster
-    from rsgrpo.cluster.ray_cluster import Cluster
+    from rsgrpo.cluster.ray_cluster import RayCluster
     from rsgrpo.running.run import Run
 
-    with Run(
+    with Run.open(
         as_train_config(config),
         settings=dataclasses.asdict(config),
-        start_cluster=LocalCluster if config.learner.num_ranks == 1 else Cluster,
+        start_cluster=LocalCluster if config.learner.num_ranks == 1 else RayCluster,
         line_every=STEPS_PER_LINE,
     ) as run:
         gold = GoldResponses(config)
@@ -71,13 +71,13 @@ def take_step(run: Run, step: int, gold: GoldResponses, held_out: Sequence[Train
     learner = run.cluster.learner
     groups, num_dropped = gold.groups(run.stream.next(gold.config.batch_size))
     with run.timed("learn"):
-        metrics: dict[str, float] = learner.call("supervised_update", groups)
+        metrics = learner.supervised_update(groups)
     if num_dropped:
         metrics["data/dropped"] = float(num_dropped)
     if run.validates_at(step):
         if held_out:
             with run.timed("held_out"):
-                metrics["val/loss"] = learner.call("supervised_loss", held_out)["actor/loss"]
+                metrics["val/loss"] = learner.supervised_loss(held_out)["actor/loss"]
         run.cluster.sync_weights(step)
     run.end_step(step, [], groups, [], metrics)
 

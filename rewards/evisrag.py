@@ -148,15 +148,16 @@ def slot_score(slot: str | None, gold: str, mode: Mode = "paper") -> float:
 def gold_response(truth: Mapping[str, Any]) -> str:
     """Return the shortest well-formed response that says the gold evidence and the (first) gold answer.
 
-    Every reward gives it its maximum; for `overlong` that depends on its length in tokens.
+    Every reward gives it its maximum; for `overlong` that depends on its length in tokens. Without gold evidence the
+    evidence block is empty.
 
     Raises:
-        RewardError: a gold column is missing, or a gold text contains a tag or slot label, so that no response can
+        RewardError: there is no gold answer, or a gold text has a tag or slot label in it, so that no response can
             repeat it.
     """
-    golds, answers = _golds(truth, "evidence"), _golds(truth, "answers")
-    if golds is None or not answers:
-        raise RewardError(f"a gold response needs truth with 'evidence' and 'answers', got the columns {sorted(truth)}")
+    golds, answers = _golds(truth, "evidence") or (), _golds(truth, "answers")
+    if not answers:
+        raise RewardError(f"a gold response needs truth with 'answers', got the columns {sorted(truth)}")
     slots = "".join(f"[{number}]: {gold.strip()}\n" for number, gold in enumerate(golds, start=1))
     answer = answers[0].strip()
     text = (

@@ -9,6 +9,14 @@ from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import Engine, EngineError, EngineOptions
 
 
+def hide_progress_bars() -> None:
+    """Keep transformers from drawing bars in this process; whoever drives the engines draws them."""
+    from transformers.utils import logging as transformers_logging
+
+    untyped: Any = transformers_logging
+    untyped.disable_progress_bar()
+
+
 def build_engine(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Engine:
     """Start the engine that `rollout.engine` names; only that one is imported.
 

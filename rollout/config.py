@@ -106,6 +106,11 @@ class RolloutConfig:
     dtype: Dtype = key("float32", "Precision of the engine's weights and KV cache, embedded engine and vLLM alike.")
     num_threads: int = key(0, "CPU threads of each engine; 0 leaves the number to torch.", ge=0)
     script: str = key("", 'Answers of the fake engine, a jsonl of {"id", "responses"}; "" gives gold responses.')
+    gold_response: str = key(
+        "",
+        'How the fake engine writes the gold response of a row that brings none: "module:function" of its truth; "" '
+        "writes the answer alone.",
+    )
     timeout_s: float = key(3600.0, "Time limit for one batch of one worker.", gt=0)
     max_restarts: int = key(
         3,

@@ -1,21 +1,22 @@
 """The scripted engine: answers from a file, or the gold response. For tests and for dry runs of a training set-up.
 
-Tokenises with the model folder's tokenizer and refuses the prompts that a real engine refuses; loads no weights.
+It tokenises with the model folder's tokenizer and refuses the prompts that a real engine refuses; it loads no weights.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import Backend, EngineError, check_sampling
+from rollout.errors import InputError
+from rollout.files import read_jsonl
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
 from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
@@ -23,9 +24,9 @@ from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingP
 
 @dataclass(frozen=True, slots=True)
 class ScriptEntry:
-    """What the script says of one prompt.
+    """What the script says about one prompt.
 
-    responses: taken in turn by the rollouts of its group. error: the prompt fails with it; None when it does not.
+    responses: taken in turn by the rollouts of its group. error: what the prompt fails with, or None.
     """
 
     responses: tuple[str, ...]
@@ -33,7 +34,7 @@ class ScriptEntry:
 
 
 class FakeEngine:
-    """Answers prompts from a script; a prompt that the script does not name gets its gold response."""
+    """Answers prompts from a script; a prompt that is not in it gets its gold response."""
 
     backend: Backend = "load"
 
@@ -46,14 +47,15 @@ class FakeEngine:
         revision: str = "",
         trust_remote_code: bool = False,
     ) -> None:
-        """Load the tokenizer and the script.
+        """Load the tokenizer, the script and the function that `rollout.gold_response` names.
 
         Raises:
-            EngineError: the script cannot be read.
+            EngineError: the script or the function cannot be loaded.
         """
         self.processor = InputProcessor(model_path, inputs, revision=revision, trust_remote_code=trust_remote_code)
         self.weights_version = 0
         self._script = read_script(rollout.script) if rollout.script else {}
+        self._compose = _load_function(rollout.gold_response) if rollout.gold_response else None
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in order; log-probabilities are 0."""
@@ -92,10 +94,24 @@ class FakeEngine:
     def _responses(self, prompt: Prompt) -> Sequence[str]:
         entry = self._script.get(prompt.id)
         if entry is None:
-            return (gold_text(prompt),)
+            return (self._gold_text(prompt),)
         if entry.error is not None:
             raise PromptError(entry.error)
         return entry.responses
+
+    def _gold_text(self, prompt: Prompt) -> str:
+        """Return the row's own gold response (`truth["gold"]`), what `rollout.gold_response` makes, or the answer."""
+        truth = prompt.truth
+        if truth.get("gold"):
+            return str(truth["gold"])
+        if not truth.get("answers"):
+            raise PromptError(f"prompt {prompt.id!r} is not in rollout.script and its row has no gold answer")
+        if self._compose is None:
+            return str(truth["answers"][0])
+        try:
+            return self._compose(truth)
+        except ValueError as error:  # RewardError is one
+            raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
     def _rollout(self, token_ids_T: list[int], max_tokens: int) -> Rollout:
         finish: FinishReason = "stop" if len(token_ids_T) <= max_tokens else "length"
@@ -104,46 +120,32 @@ class FakeEngine:
         return Rollout(kept_T, [0.0] * len(kept_T), text, spans_T, finish, self.weights_version)
 
 
-def gold_text(prompt: Prompt) -> str:
-    """Return the row's own gold response (`truth["gold"]`), or the four blocks around its evidence and first answer.
-
-    Raises:
-        PromptError: the row has neither.
-    """
-    truth: Mapping[str, Any] = prompt.truth
-    if truth.get("gold"):
-        return str(truth["gold"])
-    if not truth.get("answers"):
-        raise PromptError(f"prompt {prompt.id!r} is not in rollout.script and its row has no gold answer")
-    slots = "".join(f"[{number}]: {slot}\n" for number, slot in enumerate(truth.get("evidence") or (), start=1))
-    return (
-        "<observe>The pages are read one by one.</observe>\n"
-        f"<evidence>\n{slots}</evidence>\n"
-        "<think>The evidence gives the answer.</think>\n"
-        f"<answer>{truth['answers'][0]}</answer>"
-    )
+def _load_function(target: str) -> Callable[[Mapping[str, Any]], str]:
+    module_name, _, name = target.partition(":")
+    try:
+        function: Callable[[Mapping[str, Any]], str] = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EngineError(
+            f"rollout.gold_response={target} cannot be loaded: {error}. Set it to module:function."
+        ) from None
+    return function
 
 
 def read_script(path: str) -> dict[str, ScriptEntry]:
     """Read a jsonl of {"id": ..., "responses": [...]} or {"id": ..., "error": "..."}.
 
     Raises:
-        EngineError: names the file and the line that is at fault.
+        EngineError: names the file and the line at fault.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise EngineError(f"rollout.script={path} cannot be read: {error}") from error
-    return dict(_entry(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+        return dict(_entry(f"rollout.script={path}, line {number}", row) for number, row in read_jsonl(path))
+    except InputError as error:
+        raise EngineError(f"rollout.script: {error}") from error
 
 
-def _entry(where: str, line: str) -> tuple[str, ScriptEntry]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EngineError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or "id" not in row or not (row.get("responses") or row.get("error")):
+def _entry(where: str, row: Mapping[str, Any]) -> tuple[str, ScriptEntry]:
+    if "id" not in row or not (row.get("responses") or row.get("error")):
         raise EngineError(
-            f'{where}: expected {{"id": ..., "responses": [...]}} or {{"id": ..., "error": ...}}, got {line}'
+            f'{where}: expected {{"id": ..., "responses": [...]}} or {{"id": ..., "error": ...}}, got {row!r:.200}'
         )
     return str(row["id"]), ScriptEntry(tuple(row.get("responses") or ()), row.get("error"))

@@ -1,13 +1,8 @@
-"""The pool of rollout workers: spreads whole groups over them and starts one again that is lost.
-
-Owns which worker samples what, what is given up when one fails, and what is said then. Knows nothing of rewards or
-learning; how weights reach a new worker is handed to it.
-"""
+"""The pool of rollout workers: spreads whole groups over them and restarts a worker that is lost."""
 
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +11,8 @@ from typing import Any
 
 import ray
 
-from rollout.config import ConfigError
-from rollout.engine import EngineError, EngineFailed
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import WorkerHandle
+from rollout.worker import WorkerError, WorkerHandle, worker_error
 
 log = logging.getLogger(__name__)
 
@@ -27,29 +20,10 @@ POLL_S = 0.5
 """How often a wait looks up: for a request to stop, for a worker that is late."""
 
 SYNCS_IN_FLIGHT = 2
-"""Chunks of weights that are on their way at once: one is copied while the next travels."""
+"""Chunks of weights in flight at once: one is copied while the next travels."""
 
 CLOSE_TIMEOUT_S = 10.0
 """How long a worker may take to end its engine's processes before it is killed."""
-
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class WorkerError(RuntimeError):
-    """A rollout worker raised, died or was too slow.
-
-    worker_index: which one, None when it is more than one. cause: the exception behind it, None when it was too slow.
-    is_lost: the engine cannot go on, but another in its place could.
-    """
-
-    def __init__(
-        self, worker_index: int | None, message: str, cause: BaseException | None = None, *, is_lost: bool = False
-    ) -> None:
-        who = "" if worker_index is None else f"rollout worker {worker_index} "
-        super().__init__(who + _COLOURS.sub("", message))
-        self.worker_index = worker_index
-        self.cause = cause
-        self.is_lost = is_lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +31,7 @@ class Supervision:
     """How lost workers are replaced.
 
     start: starts the worker of an index, as at the beginning. send: gives workers the current weights; raises
-    WorkerError. max_restarts: failures in a row, without a batch that went well between them; one more ends it.
+    WorkerError. max_restarts: consecutive failures tolerated, without a batch that succeeded between them.
     """
 
     start: Callable[[int], WorkerHandle]
@@ -67,7 +41,7 @@ class Supervision:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A piece of work on its way: who has it, what is still to come, and when it is late (monotonic seconds)."""
+    """A piece of work in progress: which worker has it, what is still to come, and when it is late (monotonic)."""
 
     worker: WorkerHandle
     left: dict[str, Prompt]
@@ -76,15 +50,15 @@ class _Running:
 
 
 class RolloutPool:
-    """Spreads whole groups over workers: a prompt stays on one engine, and whoever is free takes the next piece."""
+    """Spreads whole groups over workers: a prompt stays on one engine, and a free worker takes the next piece."""
 
     def __init__(
         self, workers: Sequence[WorkerHandle], *, timeout_s: float = 3600.0, supervision: Supervision | None = None
     ) -> None:
         """Take workers that have been started.
 
-        timeout_s: the longest that a worker may take for one piece of work, its start-up included.
-        supervision: None lets every failure end the work.
+        timeout_s: the longest that a worker may take for one piece of work, start-up included.
+        supervision: None: any failure ends the work.
         """
         assert workers, "a pool needs a worker"
         self.workers = list(workers)
@@ -98,14 +72,14 @@ class RolloutPool:
     ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in any order, as they finish.
 
-        What is sampled does not depend on which worker is faster: the prompts are cut into the same pieces every time.
-        When a worker is lost, what it had not yet finished is sampled anew.
+        The prompts are cut into the same pieces every time, so that results do not depend on which worker is faster.
+        When a worker is lost, what it had not finished is sampled again.
 
         Args:
             check: called while waiting; raises to give up.
 
         Raises:
-            WorkerError: a worker raised, or was lost once too often; names it and the cause.
+            WorkerError: a worker raised, or was lost too often; names it and the cause.
         """
         pieces = deque(self._pieces(prompts, sampling.group_size))
         idle = deque(self.workers)
@@ -138,7 +112,7 @@ class RolloutPool:
             self._failures_in_a_row = 0
 
     def generate_on_each(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[RolloutGroup]]:
-        """Let every worker sample the same prompts; return its groups, in the order of the prompts, for each worker.
+        """Let every worker sample the same prompts; return each worker's groups in the order of the prompts.
 
         Raises:
             WorkerError: as `generate`.
@@ -164,10 +138,10 @@ class RolloutPool:
             yield self._get(work.worker, ref, "sampling")
 
     def replace(self, lost: Sequence[WorkerHandle], error: WorkerError) -> list[WorkerHandle]:
-        """Start lost workers again and give them the current weights.
+        """Restart lost workers and give them the current weights.
 
         Raises:
-            WorkerError: `error`, when another worker would not help or did not help `max_restarts` times.
+            WorkerError: `error`, when a restart would not help or has not helped `max_restarts` times.
         """
         supervision = self._supervision
         while True:
@@ -175,20 +149,19 @@ class RolloutPool:
                 raise error
             if self._failures_in_a_row >= supervision.max_restarts:
                 raise WorkerError(
-                    None,
-                    f"{error}\nrollout.max_restarts={supervision.max_restarts} failures in a row before this one: the "
-                    "engines were started again each time, and it did not help",
+                    f"{error}\nThis is failure {supervision.max_restarts + 1} in a row, and "
+                    f"rollout.max_restarts={supervision.max_restarts}; restarting the engines did not help.",
                     error.cause,
                 )
             self._failures_in_a_row += 1
             self.num_restarts += len(lost)
-            log.warning("%s; starting again (%s)", error, ", ".join(f"worker {worker.index}" for worker in lost))
+            log.warning("%s; restarting %s", error, ", ".join(f"worker {worker.index}" for worker in lost))
             self._stop(lost)
             fresh = {worker.index: supervision.start(worker.index) for worker in lost}
             self.workers = [fresh.get(worker.index, worker) for worker in self.workers]
             lost = list(fresh.values())
             try:
-                self._wait_for_all([worker.actor.ping.remote() for worker in lost], "starting again", lost)
+                self._wait_for_all([worker.actor.ping.remote() for worker in lost], "restarting", lost)
                 supervision.send(lost)
                 return lost
             except WorkerError as again:
@@ -209,7 +182,7 @@ class RolloutPool:
         failure: WorkerError | None = None
         for chunk in chunks:
             if failure is not None:
-                continue  # whoever makes the chunks gathers them from several ranks and must come to the end
+                continue  # the chunks are gathered from several ranks, which must all reach the end
             ref = chunk if isinstance(chunk, ray.ObjectRef) else ray.put(chunk)
             in_flight.append([worker.actor.load_weights.remote(ref) for worker in workers])
             try:
@@ -225,12 +198,33 @@ class RolloutPool:
             [worker.actor.finish_weights.remote(version) for worker in workers], "finishing weights", workers
         )
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every engine, also while they sample; return one result per worker."""
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[list[tuple[int, int, int]]]:
+        """Return `Engine.count_vision` of each worker."""
+        return self._call("count_vision", list(prompts))
+
+    def stats(self) -> list[dict[str, float]]:
+        """Return `Engine.stats` of each worker, also while they sample."""
+        return self._call("stats")
+
+    def sleep(self) -> None:
+        """Let engines on a learner's devices give up memory; those that fail are replaced."""
+        self._call_or_replace("sleep")
+
+    def wake(self, part: str) -> None:
+        """Give sleeping engines back "weights" or "kv_cache"; those that fail are replaced."""
+        self._call_or_replace("wake", [part])
+
+    def _call_or_replace(self, method: str, *args: Any) -> None:
+        try:
+            self._call(method, *args)
+        except WorkerError as error:
+            self.replace(self.workers, error)
+
+    def _call(self, method: str, *args: Any) -> list[Any]:
         return self._wait_for_all([worker.actor.call.remote(method, args) for worker in self.workers], method)
 
     def ping(self) -> list[dict[str, Any]]:
-        """Return what each worker says of itself (`RolloutWorker.ping`)."""
+        """Return each worker's description of itself (`RolloutWorker.ping`)."""
         return self._wait_for_all([worker.actor.ping.remote() for worker in self.workers], "answering a ping")
 
     def close(self) -> None:
@@ -268,15 +262,9 @@ class RolloutPool:
             return ray.get(ref, timeout=self.timeout_s if timeout_s is None else timeout_s)
         except ray.exceptions.GetTimeoutError:
             raise self._late(worker, what) from None
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            # An error that a user can mend says all in its message; any other needs the remote traceback.
-            said = cause if isinstance(cause, (EngineError, ConfigError)) else error
-            is_lost = isinstance(cause, EngineFailed)
-            raise WorkerError(worker.index, f"failed in {what}: {said}", cause, is_lost=is_lost) from None
-        except ray.exceptions.RayActorError as error:
-            raise WorkerError(worker.index, f"died in {what}: {error}", error, is_lost=True) from None
+        except ray.exceptions.RayError as error:
+            raise worker_error(f"rollout worker {worker.index}", what, error, replaceable=True) from None
 
     def _late(self, worker: WorkerHandle, what: str) -> WorkerError:
-        message = f"took longer than rollout.timeout_s={self.timeout_s:g} s for {what}"
-        return WorkerError(worker.index, message, is_lost=True)
+        message = f"rollout worker {worker.index} took longer than rollout.timeout_s={self.timeout_s:g} s for {what}"
+        return WorkerError(message, is_lost=True)

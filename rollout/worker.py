@@ -1,13 +1,13 @@
 """Engines as Ray actors, each in a process of its own, and how a learner reaches them to send weights.
 
-Who samples what, and what happens when one fails, is in `rollout.pool`. Knows nothing of rewards or learning, and
-nothing of how an engine samples.
+Which worker samples what, and what happens when one fails, is in `rollout.pool`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import socket
 import sys
@@ -15,15 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import psutil
 import ray
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from rollout.build import build_engine
+from rollout.build import build_engine, hide_progress_bars
 from rollout.config import ConfigError, InputsConfig, RolloutConfig
-from rollout.engine import Backend, Engine, EngineError
+from rollout.engine import Backend, Engine, EngineFailed
+from rollout.errors import RsgrpoError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,22 +30,47 @@ if TYPE_CHECKING:
     from rollout.vllm.weights_out import WeightSender
 
 
-class FolderMissing(ConfigError):
-    """A node does not have the folder that a run was started in."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class WorkerError(RsgrpoError):
+    """A Ray actor (an engine, a learner rank, a reward worker) raised, died or was too slow.
+
+    cause: the exception behind it, None when it was too slow. is_lost: another actor in its place could do the work.
+    """
+
+    def __init__(self, message: str, cause: BaseException | None = None, *, is_lost: bool = False) -> None:
+        super().__init__(_COLOURS.sub("", message))
+        self.cause = cause
+        self.is_lost = is_lost
+
+
+def worker_error(who: str, what: str, error: ray.exceptions.RayError, *, replaceable: bool = False) -> WorkerError:
+    """Return what Ray raised for a call as one message: which actor, doing what, and why.
+
+    An error that a user can fix says everything in its message; any other needs the remote traceback.
+    """
+    if not isinstance(error, ray.exceptions.RayTaskError):
+        return WorkerError(f"{who} died in {what}: {error}", error, is_lost=replaceable)
+    cause = error.cause if isinstance(error.cause, Exception) else error
+    reason = str(cause) if isinstance(cause, RsgrpoError) else f"{type(cause).__name__}\n{str(error).strip()}"
+    return WorkerError(
+        f"{who} failed in {what}: {reason}", cause, is_lost=replaceable and isinstance(cause, EngineFailed)
+    )
 
 
 def enter_folder(folder: str) -> None:
     """Make relative paths mean what they mean to the driver: on a cluster that it joined, a worker starts elsewhere.
 
     Raises:
-        FolderMissing: this node has no such folder.
+        ConfigError: this node has no such folder.
     """
     try:
         os.chdir(folder)
     except OSError as error:
-        raise FolderMissing(
-            f"node {socket.gethostname()} has no folder {folder} ({error.strerror}), where the run was started: share "
-            "it between the nodes under the same path"
+        raise ConfigError(
+            f"node {socket.gethostname()} has no folder {folder} ({error.strerror}), in which the run was started. "
+            "Share it between the nodes under the same path."
         ) from None
 
 
@@ -59,24 +83,20 @@ class RolloutWorker:
         model_path: str,
         rollout: RolloutConfig,
         inputs: InputsConfig,
-        num_threads: int = 0,
-        env: Mapping[str, str] | None = None,
         engine_options: Mapping[str, Any] | None = None,
         folder: str = ".",
     ) -> None:
-        """Build the engine; why it cannot be built is raised by the first call that needs it.
+        """Build the engine; the first call that needs it raises why it could not be built.
 
-        num_threads: CPU threads; 0 takes `rollout.num_threads`. env: set before the engine is imported.
         engine_options: further keywords of `build_engine`. folder: where relative paths start.
         """
-        os.environ.update(env or {})
-        disable_progress_bar()  # whoever drives the workers draws the bars
+        hide_progress_bars()
         self.index = index
-        self._failure: EngineError | ConfigError | None = None
+        self._failure: RsgrpoError | None = None
         try:
             enter_folder(folder)
-            self._engine = build_engine(model_path, rollout, inputs, num_threads=num_threads, **(engine_options or {}))
-        except (EngineError, ConfigError) as error:  # from here Ray would hand on a traceback in place of the error
+            self._engine = build_engine(model_path, rollout, inputs, **(engine_options or {}))
+        except RsgrpoError as error:  # raised from here, Ray would pass on a traceback in place of the error
             self._failure = error
 
     @property
@@ -84,7 +104,7 @@ class RolloutWorker:
         """The engine.
 
         Raises:
-            EngineError, ConfigError: it could not be built.
+            RsgrpoError: it could not be built.
         """
         if self._failure is not None:
             raise self._failure
@@ -94,11 +114,9 @@ class RolloutWorker:
         """Stream groups as the engine finishes them."""
         yield from self.engine.generate(prompts, sampling)
 
-    def load_weights(self, named_tensors: Sequence[tuple[str, torch.Tensor | np.ndarray]]) -> None:
+    def load_weights(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Pass one chunk of weights on to the engine."""
-        self.engine.load_weights(
-            (name, torch.tensor(tensor) if isinstance(tensor, np.ndarray) else tensor) for name, tensor in named_tensors
-        )
+        self.engine.load_weights(named_tensors)
 
     def finish_weights(self, version: int) -> None:
         """All weights of `version` have arrived."""
@@ -106,11 +124,11 @@ class RolloutWorker:
 
     @ray.method(concurrency_group="control")
     def ping(self) -> dict[str, Any]:
-        """Say who and where this worker is, also while it samples.
+        """Describe this worker, also while it samples.
 
         Returns:
             index, pid, host, backend (`Engine.backend`), weights_version, rss_mb (its peak, and what further processes
-            of its engine hold now).
+            of its engine use now).
         """
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         return {
@@ -147,8 +165,8 @@ def _children_bytes() -> int:
 class WorkerHandle:
     """A worker as others see it.
 
-    actor: Ray's handle. max_batch_sequences: what its engine samples at once; the size of the work it is given.
-    num_devices: its tensor-parallel size. has_processes: its engine runs in further processes, to be ended before it.
+    actor: Ray's handle. max_batch_sequences: what its engine samples at once, and so the most it is given at a time.
+    num_devices: its tensor-parallel size. has_processes: its engine has processes of its own, to be ended before it.
     """
 
     index: int
@@ -164,33 +182,30 @@ def start_rollout_worker(
     rollout: RolloutConfig,
     inputs: InputsConfig,
     *,
-    num_threads: int = 0,
-    env: Mapping[str, str] | None = None,
     folder: str = ".",
     options: Mapping[str, Any] | None = None,
     **engine_options: Any,
 ) -> WorkerHandle:
-    """Start a worker as a Ray actor; it loads its model while the caller goes on.
+    """Start a worker as a Ray actor; it loads its model while the caller continues.
 
     Args:
-        env: environment variables, set before the process imports anything.
-        folder: where relative paths start, on whatever node the worker is.
+        folder: where relative paths start, on whichever node the worker is.
         options: of the actor: num_cpus, num_gpus, scheduling_strategy, runtime_env.
         engine_options: further keywords of `build_engine`, such as `device`.
     """
     options = dict(options or {})
     vllm = rollout.engine == "vllm"
-    # Several OpenMP threads of a CPU build of vLLM stall; on GPUs one thread is enough.
-    threads = num_threads or rollout.num_threads or (1 if vllm else 0)
+    # A CPU build of vLLM stalls with several OpenMP threads; on GPUs one thread is enough.
+    threads = rollout.num_threads or (1 if vllm else 0)
     given = options.pop("runtime_env", {})
-    env_vars = {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **given.get("env_vars", {}), **(env or {})}
+    env_vars = {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **given.get("env_vars", {})}
     engine_options = {"name": f"engine {index}"} | engine_options
     actor = (
         ray.remote(concurrency_groups={"control": 1})(RolloutWorker)  # type: ignore[call-overload]
         .options(runtime_env={**given, "env_vars": env_vars}, **options)
-        .remote(index, model_path, rollout, inputs, num_threads, None, engine_options, folder)
+        .remote(index, model_path, rollout, inputs, engine_options, folder)
     )
-    if vllm:  # it schedules by itself: its whole share at once
+    if vllm:  # it schedules by itself, so it is given its whole share at once
         return WorkerHandle(index, actor, sys.maxsize, rollout.vllm.tensor_parallel_size, has_processes=True)
     return WorkerHandle(index, actor, rollout.max_batch_sequences)
 
@@ -206,8 +221,8 @@ def weight_sender(
     """Connect one rank of a learner to vLLM engines (`rollout.vllm.weights_out`); every rank calls it.
 
     Args:
-        backend: as the workers say in `ping`.
-        adapter_config: sends an adapter with this adapter_config.json in place of whole weights.
+        backend: as `ping` returns it.
+        adapter_config: send an adapter with this adapter_config.json instead of whole weights.
 
     Raises:
         TransferError: an engine did not answer in time.

@@ -1,7 +1,4 @@
-"""SIGTERM and SIGINT: what they do while a program starts, and once a run is under way.
-
-Knows nothing of runs: who holds a `StopSignals` says when it may be left and what is to be saved.
-"""
+"""SIGTERM and SIGINT: what they do while a program starts, and once a run is in progress."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ class StopRequested(Exception):
 
 
 def leave_on_signals() -> None:
-    """End this process with one line and 0 as soon as a signal comes; for a program's first lines.
+    """End this process with one line and exit code 0 as soon as a signal comes; for a program's first lines.
 
-    There is nothing to save until a `StopSignals` takes over. A thread leaves, since the main thread may sit in foreign
-    code, for half a minute where the signal went to the whole process group and took the daemons that Ray waits for.
-    Ray ends what it has started when this process is gone.
+    There is nothing to save until a `StopSignals` takes over. A thread ends the process, because the main thread may be
+    in foreign code: for half a minute if the signal reached the whole process group, and so the daemons that Ray waits
+    for. Ray ends what it has started once this process is gone.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -40,7 +37,7 @@ def leave_on_signals() -> None:
             pass
         show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # bars hide it
         name = signal.Signals(number).name
-        line = f"{show_cursor}stopped by {name} before the first step; start the same command again\n"
+        line = f"{show_cursor}Stopped by {name} before the first step. Run the same command to start again.\n"
         os.write(sys.stderr.fileno(), line.encode())
         theirs.close()
         os._exit(0)
@@ -50,7 +47,7 @@ def leave_on_signals() -> None:
 
 @contextmanager
 def kept_handlers() -> Iterator[None]:
-    """Put the signal handlers of now back afterwards: Ray sets its own in every process that connects to it."""
+    """Restore the current signal handlers afterwards: Ray sets its own in every process that connects to it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,7 +62,7 @@ def kept_handlers() -> Iterator[None]:
 class StopSignals:
     """Remembers the first SIGTERM or SIGINT between `listen` and `close`; a second one raises KeyboardInterrupt.
 
-    requested: the signal that came; None as long as none did.
+    requested: the signal that came, or None.
     """
 
     def __init__(self) -> None:
@@ -74,18 +71,18 @@ class StopSignals:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Begin to answer; outside the main thread, where Python takes no signals, there is nothing to answer."""
+        """Begin to handle signals; a no-op outside the main thread, where Python delivers none."""
         if threading.current_thread() is threading.main_thread():
             self._wakeup_fd = signal.set_wakeup_fd(-1)
             self._handlers = {number: signal.signal(number, self._answer) for number in SIGNALS}
 
     def check(self) -> None:
-        """Raise StopRequested once a signal has come; in other threads do nothing, so that their work is finished."""
+        """Raise StopRequested once a signal has come; in other threads do nothing, so that they finish their work."""
         if self.requested is not None and threading.current_thread() is threading.main_thread():
             raise StopRequested(self.requested.name)
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the earlier handlers."""
         if self._handlers:
             signal.set_wakeup_fd(self._wakeup_fd)
         for number, handler in self._handlers.items():

@@ -1,6 +1,6 @@
 """RS-GRPO, read as the algorithm: `python -m rsgrpo.train recipe=demo`.
 
-Owns the order of things within one step. Where they run, how a run starts, stops and resumes: `rsgrpo.running.run`.
+Where its parts run, and how a run starts, stops and resumes, is in `rsgrpo.running.run`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def train(config: TrainConfig) -> None:
     """Train one run to its last step.
 
     Raises:
-        StopRequested: a signal asked it to stop; what it had learnt is in a checkpoint.
+        StopRequested: a signal asked it to stop; its progress is in a checkpoint.
     """
     validate(config)
     require_inputs(config)
     from rsgrpo.running.run import Run  # loads torch: after the configuration has been checked
 
-    with Run(config) as run:
+    with Run.open(config) as run:
         run.check_engines_if_due()
         run.validate_if_due()
         for step in run.steps_left:
@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> None:
             run.check_engines_if_due()
         run.finish()
         if not {"-m", "--multirun"} & set(sys.argv):
-            run.console.summary("next", next_commands(run.folder, sys.argv[1:]))
+            reward = next(iter(config.rewards.values()))
+            run.console.summary("next", next_commands(run.folder, sys.argv[1:], reward))
 
 
 def take_step(run: Run, step: int) -> None:
@@ -68,7 +69,7 @@ def take_step(run: Run, step: int) -> None:
         with run.timed("reference"):
             groups = with_ref_logprobs(groups, run.cluster.ref_logprobs(groups))
 
-    # One step off-policy: the engines sample the next step with the weights as they are before this one.
+    # One step off-policy: the engines sample the next step with the weights from before this one.
     if algorithm.max_staleness and step < run.total_steps:
         run.batches.start(step + 1)
 
@@ -76,7 +77,7 @@ def take_step(run: Run, step: int) -> None:
     with run.timed("learn"):
         learned = run.cluster.learn(groups, term_weights(algorithm.advantage, weights_K), step)
 
-    # The engines go on with the new weights.
+    # The engines sample with the new weights from here on.
     with run.timed("sync"):
         run.batches.settle()
         run.cluster.sync_weights(step)
@@ -107,12 +108,15 @@ def with_ref_logprobs(
     ]
 
 
-def next_commands(folder: Path, arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Return three commands worth trying after a run that was started with `arguments`."""
+def next_commands(folder: Path, arguments: Sequence[str], reward: str) -> list[tuple[str, str]]:
+    """Return three commands worth trying after a run; `arguments` started it, `reward` is a target of it."""
     kept = [argument for argument in arguments if not argument.startswith(("name=", "algorithm="))]
     again = " ".join(kept) or "recipe=..."
     return [
-        ("what a reward says of the last rollouts", f"python -m rewards rewards.evisrag:evidence {folder} --limit 4"),
+        (
+            "what a reward says about the last rollouts",
+            f"python -m rewards {reward} {folder} --limit 4",
+        ),
         ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
         ("the same run with plain GRPO", f"python -m rsgrpo.train {again} name={folder.name}-grpo algorithm=grpo"),
     ]

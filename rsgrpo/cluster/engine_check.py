@@ -1,7 +1,7 @@
-"""The vision-integrity gate: engine and learner see the same pages and hold the same weights, or the run stops.
+"""Checks that engines and learner see the same pages and have the same weights; if not, the run stops.
 
-A handful of greedy tokens on fixed prompts shows what no later metric can tell apart from bad learning: weights that
-did not arrive, images that the engine never saw, other pixels. Knows how to compare; who samples is handed to it.
+A few greedy tokens on fixed prompts show what no later metric can tell apart from bad learning: weights that did not
+arrive, images that the engine never saw, other pixels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from PIL import Image
 
 from rollout.inputs.images import read_size
 from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rsgrpo.cluster.protocol import LearnerRanks
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.types import Sample, TrainGroup
@@ -27,28 +28,18 @@ CHECKED_PROMPTS, CHECKED_TOKENS = 2, 32
 """Training rows that are compared, those with the most images, and greedy tokens of each."""
 
 
-class GateFailed(RsgrpoError):
+class EnginesDiffer(RsgrpoError):
     """Engine and learner disagree; the message is the whole table."""
 
 
 class Engines(Protocol):
-    """What the gate asks of the engines (`rollout.pool.RolloutPool`)."""
+    """What is asked of the engines (`rollout.pool.RolloutPool`)."""
 
     def generate_on_each(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[RolloutGroup]]:
         """Return the groups of all prompts, in their order, from every engine."""
-        ...
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of every engine."""
-        ...
-
-
-class Learner(Protocol):
-    """What the gate asks of the learner (`rsgrpo.cluster.ranks.Ranks`)."""
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call a method of `rsgrpo.learning.learner.Learner` on every rank."""
-        ...
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[list[tuple[int, int, int]]]:
+        """Return `rollout.engine.Engine.count_vision` of every engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +82,14 @@ def blanked(prompt: Prompt) -> Prompt:
     return replace(prompt, id=f"{prompt.id} blanked", images=tuple(pages))
 
 
-def check_gate(
-    engines: Engines, learner: Learner, prompts: Sequence[Prompt], *, num_tokens: int, tolerance: float, version: int
+def compare_engines(
+    engines: Engines,
+    learner: LearnerRanks,
+    prompts: Sequence[Prompt],
+    *,
+    num_tokens: int,
+    tolerance: float,
+    version: int,
 ) -> list[Check]:
     """Compare every engine with the learner on `prompts`.
 
@@ -101,8 +98,8 @@ def check_gate(
     """
     blank = [blanked(prompt) for prompt in prompts]
     sampling = SamplingParams(group_size=1, temperature=0.0, max_tokens=num_tokens)
-    engine_counts = engines.call("count_vision", list(prompts))
-    learner_counts = learner.call("count_vision", list(prompts))
+    engine_counts = engines.count_vision(prompts)
+    learner_counts = learner.count_vision(prompts)
     checks: list[Check] = []
     for index, groups in enumerate(engines.generate_on_each([*prompts, *blank], sampling)):
         seen, unseen = groups[: len(prompts)], groups[len(prompts) :]
@@ -114,13 +111,12 @@ def check_gate(
             ]
             continue
         asked = [as_train_group(group, prompt) for group, prompt in zip(seen, prompts, strict=True)]
-        expected = _first(learner.call("logprobs", asked, False, 1.0))
+        expected = _first(learner.logprobs(asked, temperature=1.0))
         # At a temperature far below the tolerance a log-probability is the distance to the best token.
         sharp = tolerance / 10
-        margins = _first(learner.call("logprobs", asked, False, sharp))
-        without = _first(
-            learner.call("logprobs", [as_train_group(g, b) for g, b in zip(seen, blank, strict=True)], False, 1.0)
-        )
+        margins = _first(learner.logprobs(asked, temperature=sharp))
+        unseen_asked = [as_train_group(group, page) for group, page in zip(seen, blank, strict=True)]
+        without = _first(learner.logprobs(unseen_asked, temperature=1.0))
         for p, group in enumerate(seen):
             where = f"engine {index}, {group.prompt.id}"
             logprobs_T = np.asarray(group.rollouts[0].logprobs_T)
@@ -152,14 +148,14 @@ def as_train_group(group: RolloutGroup, prompt: Prompt) -> TrainGroup:
     return TrainGroup(prompt, tuple(samples))
 
 
-def require_gate(checks: Sequence[Check], version: int) -> None:
-    """Raise GateFailed with the table unless every check holds."""
+def require_agreement(checks: Sequence[Check], version: int) -> None:
+    """Raise EnginesDiffer with the table unless every check holds."""
     wrong = sum(not check.holds for check in checks)
     if wrong:
-        raise GateFailed(
-            f"{wrong} of {len(checks)} checks of engines against the learner failed (weights version {version}). The "
-            "engines do not sample what the learner learns from; nothing learnt on would mean anything. A difference "
-            "of rounding alone: raise gate.tolerance; gate.every=0 switches the check off.\n" + table(checks)
+        raise EnginesDiffer(
+            f"{wrong} of {len(checks)} checks of engines against the learner failed (weights version {version}): the "
+            "engines do not sample from the policy that is trained, so training on their samples would be meaningless. "
+            "If the differences are rounding, raise gate.tolerance; gate.every=0 turns the check off.\n" + table(checks)
         )
 
 

@@ -1,52 +1,37 @@
-"""The roles of a run in this one process: one learner rank, one engine, the rewards. No Ray.
+"""The roles of a run in this process: one learner rank, one engine, the rewards. No Ray.
 
-Takes the place of `rsgrpo.cluster.ray_cluster.Cluster` where one process is enough: supervised training on one
-device, notebooks, tests. Knows where things run, not what they compute.
+For supervised training on one device, notebooks and tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
-from transformers.utils.logging import disable_progress_bar
 
-from rollout.build import build_engine
+from rollout.build import build_engine, hide_progress_bars
 from rollout.engine import Engine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
-from rsgrpo.cluster.engine_check import Check
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.learning.learner import Learner
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 
-class OneRank:
-    """A learner of one rank, called as `rsgrpo.cluster.ranks.Ranks` are."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
-
-    def call(self, method: str, *args: Any, stoppable: bool = False) -> Any:
-        """Run a method of the learner; `stoppable` changes nothing, since nothing else runs meanwhile."""
-        return getattr(self.learner, method)(*args)
-
-
 class LocalCluster:
-    """Learner, engine and rewards of one process, with the interface of `Cluster`.
+    """Learner, engine and rewards of one process; the methods are those of `rsgrpo.cluster.protocol.Cluster`.
 
     The engine is started, and given the newest weights, when something is sampled; until then it costs nothing.
     """
 
     def __init__(self, config: TrainConfig, *, total_steps: int, run_dir: Path, check_stop: Callable[[], None]) -> None:
-        """Load the model. check_stop: called between sampled groups; raises to give the rest up."""
-        disable_progress_bar()  # the driver alone draws bars
+        """Load the model. check_stop: called between sampled groups; raises to give up the rest."""
+        hide_progress_bars()
         self.config = config
         self.check_stop = check_stop
-        learner = Learner(
+        self.learner = Learner(
             config.model,
             config.learner,
             config.inputs,
@@ -56,10 +41,9 @@ class LocalCluster:
             seed=config.seed,
             debug_dir=run_dir,
         )
-        self.learner = OneRank(learner)
         self.rewards = RewardSet.from_config(config)
         self._engine: Engine | None = None
-        self._version: int | None = None  # of weights that the engine is still to be given
+        self._version: int | None = None  # of weights that the engine has yet to be given
 
     def sample_and_score(
         self, prompts: Sequence[Prompt], sampling: SamplingParams
@@ -76,38 +60,37 @@ class LocalCluster:
         self, prompts: Sequence[Prompt], sampling: SamplingParams
     ) -> Iterator[ScoredGroup | RolloutGroup]:
         """Sample and score prompts of a training step; the learner's threads decode their images meanwhile."""
-        self.learner.learner.prefetch(prompts)
+        self.learner.prefetch(prompts)
         yield from self.sample_and_score(prompts, sampling)
 
     def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
         """Take the optimiser steps of one batch; the weights are `version` afterwards."""
-        return self.learner.call("update", groups, loss_weights_K)
+        return self.learner.update(groups, loss_weights_K)
 
     def rest_engines(self) -> None:
         """Nothing to give up: the engine stays."""
 
     def sync_weights(self, version: int) -> None:
-        """Let the engine sample with the learner's weights as they stand when it next samples."""
+        """Let the engine sample with the learner's weights once it next samples."""
         self._version = version
 
     def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
         """Log-probabilities under the reference: the model without its adapters (LoRA runs only)."""
-        return self.learner.call("logprobs", groups, True)
+        return self.learner.logprobs(groups, reference=True)
 
     def engine_metrics(self) -> dict[str, float]:
         """Nothing is counted here."""
         return {}
 
-    def check_engines(self, prompts: Sequence[Prompt], version: int) -> list[Check]:
+    def check_engines(self, prompts: Sequence[Prompt], version: int) -> None:
         """Nothing to compare: the engine is given the learner's weights in this process."""
-        return []
 
     def memory_mb(self) -> dict[str, float]:
-        """Resident memory of this process, which plays all roles, in MiB."""
+        """Return the resident memory of this process, which has all roles, in MiB."""
         return {"process": psutil.Process().memory_info().rss / 2**20}
 
     def close(self, *, hurry: bool = False) -> None:
-        """Free the engine; `hurry` changes nothing, since no other process is to be waited for."""
+        """Free the engine; `hurry` changes nothing, since there is no other process to wait for."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -125,7 +108,7 @@ class LocalCluster:
                 trust_remote_code=config.model.trust_remote_code,
             )
         if self._version is not None:
-            self._engine.load_weights(self.learner.learner.gather_weights())
+            self._engine.load_weights(self.learner.gather_weights())
             self._engine.finish_weights(self._version)
             self._version = None
         return self._engine

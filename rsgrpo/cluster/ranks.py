@@ -1,87 +1,158 @@
-"""All ranks of one role, called together: results, streams, and the first failure of any of them.
-
-Knows Ray's references and nothing of what a rank computes; where ranks run is `rsgrpo.cluster.ray_cluster`.
-"""
+"""All ranks of one role as Ray actors, called together: results, streams, and the first failure of any of them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
-from rollout.worker import FolderMissing
-from rsgrpo.errors import RsgrpoError
+from rollout.config import RolloutConfig
+from rollout.types import Prompt
+from rollout.worker import WorkerError, WorkerHandle, worker_error
+from rsgrpo.cluster.workers import LearnerMethod
+from rsgrpo.types import TrainGroup
 
 POLL_S = 0.5
 """How often a wait looks up: for a request to stop, for a worker that died."""
 
 
-class WorkerFailed(RsgrpoError):
-    """A worker raised or died; names its role and rank, and the cause."""
-
-
 class Ranks:
-    """All ranks of the learner or of the reference, called together."""
+    """Actors of one role that work together: where one fails, the others may wait for it forever."""
 
     def __init__(self, role: str, actors: Sequence[Any], check_stop: Callable[[], None]) -> None:
         self.role = role
         self.actors = actors
         self.check_stop = check_stop
 
-    def call(self, method: str, *args: Any, stoppable: bool = False) -> Any:
-        """Run a learner method on every rank at once and return rank 0's result.
+    def wait(self, refs: Sequence[Any], what: str, *, stoppable: bool = False) -> Any:
+        """Wait for one result per rank; return rank 0's.
 
         Raises:
-            WorkerFailed: as soon as any rank fails, without waiting for the others: they may wait for it forever.
+            WorkerError: as soon as any rank fails, without waiting for the others.
         """
-        return self.wait(self.submit(method, *args), method, stoppable)
-
-    def submit(self, method: str, *args: Any) -> list[Any]:
-        """Begin a learner method on every rank; return what `wait` takes."""
-        shared = [ray.put(arg) for arg in args]
-        return [actor.call.remote(method, *shared) for actor in self.actors]
-
-    def wait(self, refs: Sequence[Any], what: str, stoppable: bool = False) -> Any:
-        """Wait for one result per rank; return rank 0's."""
         rank_of = {ref: rank for rank, ref in enumerate(refs)}
         pending = list(refs)
         while pending:
             done, pending = ray.wait(pending, timeout=POLL_S)
             for ref in done:
-                self._get(ref, rank_of[ref], what)
+                self.get(ref, rank_of[ref], what)
             if stoppable:
                 self.check_stop()
-        return self._get(refs[0], 0, what)
+        return self.get(refs[0], 0, what)
 
-    def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        """Begin a generator method on every rank; yield references to what rank 0 produces."""
-        generators = [getattr(actor, method).options(num_returns="streaming").remote(*args) for actor in self.actors]
-        return self._drain(generators, method)
-
-    def _drain(self, generators: Sequence[Any], method: str) -> Iterator[Any]:
-        finished = {generator.completed(): rank for rank, generator in enumerate(generators)}
-        while True:
-            ready, _ = ray.wait([generators[0]], timeout=POLL_S)
-            for ref in ray.wait(list(finished), num_returns=len(finished), timeout=0)[0]:
-                self._get(ref, finished[ref], method)
-            if ready:
-                try:
-                    yield next(generators[0])
-                except StopIteration:
-                    break
-        self.wait(list(finished), method)
-
-    def _get(self, ref: Any, rank: int, what: str) -> Any:
+    def get(self, ref: Any, rank: int, what: str) -> Any:
+        """Return what one rank has finished."""
         try:
             return ray.get(ref)
         except ray.exceptions.RayError as error:
-            raise WorkerFailed(describe_failure(self.role, rank, what, error)) from None
+            raise worker_error(f"{self.role} {rank}", what, error) from None
 
 
-def describe_failure(role: str, rank: int, what: str, error: BaseException) -> str:
-    """Return one message with role, rank and cause; the remote traceback only where the cause is not a user's error."""
-    cause = getattr(error, "cause", None) or error
-    if isinstance(cause, RsgrpoError | FolderMissing):
-        return f"{role} {rank} failed in {what}: {cause}"
-    return f"{role} {rank} failed in {what}: {type(cause).__name__}\n{str(error).strip()}"
+class RayLearner(Ranks):
+    """The learner's ranks (or the reference's) behind the typed calls of `rsgrpo.cluster.protocol.LearnerRanks`.
+
+    Calls may come from two threads. They reach all ranks in the same order, as their collectives need it.
+
+    version: of the weights once every call that has been submitted is done.
+    """
+
+    def __init__(self, role: str, actors: Sequence[Any], check_stop: Callable[[], None]) -> None:
+        super().__init__(role, actors, check_stop)
+        self.version = 0
+        self._submitting = threading.Lock()
+
+    def update(
+        self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int | None = None
+    ) -> dict[str, float]:
+        """Take the optimiser steps of one batch; `version` is that of the weights afterwards, None the next one."""
+        with self._submitting:
+            self.version = self.version + 1 if version is None else version
+            refs = self._submit("update", groups, loss_weights_K)
+        metrics: dict[str, float] = self.wait(refs, "update")
+        return metrics
+
+    def supervised_update(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        """Take one optimiser step on the mean negative log-likelihood per response token."""
+        metrics: dict[str, float] = self._call("supervised_update", groups)
+        return metrics
+
+    def supervised_loss(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        """Return the metrics of `supervised_update` without learning from the groups."""
+        metrics: dict[str, float] = self._call("supervised_loss", groups)
+        return metrics
+
+    def logprobs(
+        self, groups: Sequence[TrainGroup], reference: bool = False, temperature: float | None = None
+    ) -> list[list[np.ndarray]]:
+        """Return (T,) float32 log-probabilities of every response; gives up when the run is asked to stop."""
+        found: list[list[np.ndarray]] = self._call("logprobs", groups, reference, temperature, stoppable=True)
+        return found
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
+        """Return, for each prompt, (tokens, image tokens among them, image features)."""
+        counts: list[tuple[int, int, int]] = self._call("count_vision", prompts)
+        return counts
+
+    def prefetch(self, prompts: Sequence[Prompt]) -> None:
+        """Begin to decode images that a later update will need; returns at once."""
+        with self._submitting:
+            self._submit("prefetch", prompts)
+
+    def save(self, folder: Path) -> None:
+        """Write the state that `load` reads, on any number of ranks."""
+        self._call("save", folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue exactly where `save` was called."""
+        self._call("load", folder)
+
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder with tokenizer and processor."""
+        self._call("export", folder)
+
+    def weight_chunks(self, chunk_bytes: int) -> tuple[int, Iterator[Any]]:
+        """Return the version of the current weights, and Ray references to lists of (name, tensor) that hold them."""
+        with self._submitting:
+            streams = [
+                actor.weight_chunks.options(num_returns="streaming").remote(chunk_bytes) for actor in self.actors
+            ]
+            return self.version, self._drain(streams, "weight_chunks")
+
+    def send_weights(self, engines: Sequence[WorkerHandle], rollout: RolloutConfig, backend: str) -> None:
+        """Bring vLLM engines to the current weights.
+
+        Raises:
+            WorkerError: an engine did not take them, and another in its place could; or a rank failed.
+        """
+        with self._submitting:
+            arguments = (engines, rollout, backend, self.version)
+            refs = [actor.send_weights.remote(*arguments) for actor in self.actors]
+        failure = self.wait(refs, "send_weights")
+        if failure is not None:
+            raise WorkerError(failure, is_lost=True)
+
+    def _call(self, method: LearnerMethod, *args: Any, stoppable: bool = False) -> Any:
+        with self._submitting:
+            refs = self._submit(method, *args)
+        return self.wait(refs, method, stoppable=stoppable)
+
+    def _submit(self, method: LearnerMethod, *args: Any) -> list[Any]:
+        shared = [ray.put(arg) for arg in args]
+        return [actor.call.remote(method, *shared) for actor in self.actors]
+
+    def _drain(self, streams: Sequence[Any], what: str) -> Iterator[Any]:
+        finished = {stream.completed(): rank for rank, stream in enumerate(streams)}
+        while True:
+            ready, _ = ray.wait([streams[0]], timeout=POLL_S)
+            for ref in ray.wait(list(finished), num_returns=len(finished), timeout=0)[0]:
+                self.get(ref, finished[ref], what)
+            if ready:
+                try:
+                    yield next(streams[0])
+                except StopIteration:
+                    break
+        self.wait(list(finished), what)

@@ -1,18 +1,17 @@
-"""What runs in the processes beside the driver: a rank of the learner, and the reward functions.
-
-Knows nothing of where these processes are or who calls them: that is `rsgrpo.cluster.ray_cluster`.
-"""
+"""What runs in the processes beside the driver: a rank of the learner, and the reward functions."""
 
 from __future__ import annotations
 
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import ray
 import torch
 
+from rollout.build import hide_progress_bars
 from rollout.config import RolloutConfig
 from rollout.engine import Backend
 from rollout.types import RolloutGroup
@@ -22,14 +21,23 @@ from rollout.worker import WorkerHandle, enter_folder, weight_sender
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.types import ScoredGroup
 
+LearnerMethod = Literal[
+    "update", "supervised_update", "supervised_loss", "logprobs", "count_vision", "prefetch", "save", "load", "export"
+]
+"""What a driver may call on every rank of a learner (`rsgrpo.cluster.ranks.RayLearner`)."""
 
-class LearnerWorker:
+
+class _Process:
+    def rss_mb(self) -> float:
+        """Return this process's resident memory, in MiB."""
+        return float(psutil.Process().memory_info().rss / 2**20)
+
+
+class LearnerWorker(_Process):
     """One rank of the learner (or of the reference) as a Ray actor."""
 
     def __init__(self, rank: int, num_threads: int) -> None:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # the driver alone draws bars
+        hide_progress_bars()
         if num_threads:
             torch.set_num_threads(num_threads)
         self.rank = rank
@@ -38,7 +46,8 @@ class LearnerWorker:
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a free port, for the process group of all ranks."""
-        host = ray.util.get_node_ip_address()
+        untyped: Any = ray.util
+        host: str = untyped.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind(("", 0))
             return host, probe.getsockname()[1]
@@ -50,7 +59,7 @@ class LearnerWorker:
     def build(
         self, config: TrainConfig, folder: str, host: str, port: int, total_steps: int, run_dir: str, trainable: bool
     ) -> None:
-        """Join the process group and load this rank's shard of the model; `folder` is where the driver is."""
+        """Join the process group and load this rank's shard of the model; the driver works in `folder`."""
         from rsgrpo.learning.learner import Learner, init_distributed
 
         enter_folder(folder)
@@ -69,7 +78,7 @@ class LearnerWorker:
             debug_dir=run_dir,
         )
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: LearnerMethod, *args: Any) -> Any:
         """Call a method of the learner; only rank 0 sends its result back."""
         result = getattr(self.learner, method)(*args)
         return result if self.rank == 0 else None
@@ -90,7 +99,7 @@ class LearnerWorker:
     def send_weights(
         self, engines: Sequence[WorkerHandle], rollout: RolloutConfig, backend: Backend, version: int
     ) -> str | None:
-        """Bring vLLM engines to `version`; every rank must run this. Return why it failed, None when it did not."""
+        """Bring vLLM engines to `version`; every rank must run this. Return why it failed, or None."""
         adapter = self.learner.adapter_config()
         if adapter is not None:
             tensors = self.learner.gather_adapter()
@@ -107,9 +116,9 @@ class LearnerWorker:
             failure = str(error)
             self._disconnect()
         for _ in tensors:
-            pass  # other ranks gather with this one to the end, whatever became of the engines
+            pass  # the ranks gather together, so each must reach the end whatever happened to the engines
         if self.learner.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the learner does not hold, engines on its device may use
+            torch.cuda.empty_cache()  # engines on the same device may use what the learner does not
         return failure
 
     def _disconnect(self) -> None:
@@ -117,16 +126,12 @@ class LearnerWorker:
             self._sender.close()
         self._sender = None
 
-    def rss_mb(self) -> float:
-        """Return this process's resident memory, in MiB."""
-        return _rss_mb()
 
-
-class RewardWorker:
+class RewardWorker(_Process):
     """One process that runs the run's reward functions."""
 
     def build(self, config: TrainConfig, folder: str, module_path: Sequence[str]) -> None:
-        """Load the reward functions; `module_path` is where the driver, which is in `folder`, finds the user's own."""
+        """Load the reward functions; `module_path` is where the driver, working in `folder`, finds the user's own."""
         from rsgrpo.algorithm.scoring import RewardSet
 
         enter_folder(folder)
@@ -136,13 +141,3 @@ class RewardWorker:
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Score whole groups."""
         return self.rewards.score(groups)
-
-    def rss_mb(self) -> float:
-        """Return this process's resident memory, in MiB."""
-        return _rss_mb()
-
-
-def _rss_mb() -> float:
-    import psutil
-
-    return psutil.Process().memory_info().rss / 2**20

@@ -1,36 +1,39 @@
-"""Own what the driver prints: one live line with nested bars on a terminal, one plain line per step elsewhere.
-
-Workers never print through this. It knows metric names only as far as `step_line` abbreviates them.
-"""
+"""What the driver prints: one live line with nested bars on a terminal, one plain line per step elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-SHORT_NAMES = {"accuracy": "acc", "evidence": "evid", "well_formed": "fmt", "perception": "perc"}
 WHOLE_NUMBERS = ("num_prompts", "prompt_errors", "num_tokens")
 STEP_REWARDS = 3
 PHASES = ("sample", "reference", "learn", "sync")
 PLAIN_WIDTH = 120
 
 
-class Bar(Protocol):
-    """Progress of one phase."""
+class Bar:
+    """Progress of one phase; without `progress`, where no bars are drawn, it does nothing."""
+
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+        self._progress, self._task = progress, task
 
     def advance(self, count: int = 1) -> None:
-        """Move on by `count`."""
+        """Move the bar by `count`."""
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task, count)
 
     def update(self, done: int, total: int | None = None) -> None:
-        """Set how much is done, and how much there is to do where that is known only now."""
+        """Set how much is done and, if it is known only now, how much there is to do."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
 
 
 class Console:
@@ -39,22 +42,28 @@ class Console:
     On a terminal the bars stay at the bottom and every message scrolls above them; elsewhere bars are not drawn.
     """
 
-    def __init__(self, stream: IO[str] | None = None, *, live: bool | None = None) -> None:
-        """Write to `stream` (stdout by default); `live` forces or forbids bars instead of asking the stream."""
+    def __init__(
+        self, stream: IO[str] | None = None, *, live: bool | None = None, names: Mapping[str, str] | None = None
+    ) -> None:
+        """Write to `stream` (stdout by default).
+
+        live: forces or forbids bars instead of asking the stream. names: of rewards, as `short_names` returns them.
+        """
         stream = stream or sys.stdout
+        self.names = names or {}
         self.live = stream.isatty() if live is None else live
         width = None if self.live else PLAIN_WIDTH
         self._rich = RichConsole(file=stream, width=width, highlight=False, force_terminal=self.live or None)
         self._progress: Progress | None = None
         self._steps: TaskID | None = None
-        self._moved_handlers: list[logging.StreamHandler] = []
+        self._moved_handlers: list[logging.StreamHandler[Any]] = []
         if self.live:
             columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=32))
             self._progress = Progress(
                 *columns, MofNCompleteColumn(), TimeElapsedColumn(), console=self._rich, transient=True
             )
             before = sys.stderr
-            self._progress.start()  # puts a stream in stderr's place that prints above the bars; log lines go there too
+            self._progress.start()  # replaces stderr with a stream that prints above the bars; log lines go there too
             self._moved_handlers = _move_log_handlers(before, sys.stderr)
 
     def __enter__(self) -> Console:
@@ -64,7 +73,7 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Take the bars away; messages still work afterwards. Calling it twice is allowed."""
+        """Remove the bars; messages still work afterwards. It may be called twice."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -81,7 +90,7 @@ class Console:
 
     def step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Print one step's result and move the outer bar to it."""
-        line = format_step(step, total, metrics)
+        line = format_step(step, total, metrics, self.names)
         self._print(escape(line))
         if self._progress is not None:
             if self._steps is None:
@@ -89,25 +98,25 @@ class Console:
             self._progress.update(self._steps, completed=step, total=total)
 
     def validation_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Print what a validation found, a line for each mode."""
-        for line in format_validation(step, total, metrics):
+        """Print the results of a validation, one line per mode."""
+        for line in format_validation(step, total, metrics, self.names):
             self._print(escape(line))
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
-        """Show a bar for one phase of a step (`total` None: how much there is to do is unknown)."""
+        """Show a bar for one phase of a step; `total` is None while the amount of work is unknown."""
         if self._progress is None:
-            yield _NoBar()
+            yield Bar()
             return
         task = self._progress.add_task(name, total=total)
         try:
-            yield _RichBar(self._progress, task)
+            yield Bar(self._progress, task)
         finally:
             if self._progress is not None:
                 self._progress.remove_task(task)
 
     def summary(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Print a two-column table: what, and its value."""
+        """Print a table of names and values."""
         if not self.live:
             width = max((len(what) for what, _ in rows), default=0)
             self._print("\n".join([escape(title), *(f"  {escape(what):<{width}}  {escape(v)}" for what, v in rows)]))
@@ -121,26 +130,7 @@ class Console:
         self._rich.print(markup, soft_wrap=True)
 
 
-class _NoBar:
-    def advance(self, count: int = 1) -> None:
-        """Do nothing: not a terminal."""
-
-    def update(self, done: int, total: int | None = None) -> None:
-        """Do nothing: not a terminal."""
-
-
-class _RichBar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-
-    def advance(self, count: int = 1) -> None:
-        self._progress.advance(self._task, count)
-
-    def update(self, done: int, total: int | None = None) -> None:
-        self._progress.update(self._task, completed=done, total=total)
-
-
-def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler]:
+def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler[Any]]:
     """Point the root logger's handlers from one stream to another and return those that were moved."""
     moved = [
         handler
@@ -152,16 +142,34 @@ def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler
     return moved
 
 
-def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
-    """Return the one line of a step; what a step did not measure is left out.
+class Named(Protocol):
+    """A reward under the name that it has in a run (`rsgrpo.algorithm.scoring.NamedReward`)."""
+
+    @property
+    def name(self) -> str:
+        """As configured."""
+
+    @property
+    def function(self) -> Any:
+        """What `@reward` has marked."""
+
+
+def short_names(rewards: Iterable[Named]) -> dict[str, str]:
+    """Return what narrow displays call each reward or monitor, by `@reward(short=...)`; those that lead come first."""
+    ordered = sorted(rewards, key=lambda reward: not getattr(reward.function, "leading", False))
+    return {reward.name: getattr(reward.function, "short", "") or reward.name for reward in ordered}
+
+
+def format_step(step: int, total: int, metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
+    """Return the line of a step; what the step did not measure is left out.
 
     Example: "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
     """
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     rewards = [key.split("/")[1] for key in metrics if key.startswith("reward/") and key.endswith("/mean")]
-    leading = [name for name in SHORT_NAMES if name in rewards]
-    shown = (leading + [name for name in rewards if name not in leading])[:STEP_REWARDS]
-    parts += [f"{SHORT_NAMES.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
+    known = [name for name in names if name in rewards]
+    shown = (known + [name for name in rewards if name not in names])[:STEP_REWARDS]
+    parts += [f"{names.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
     if not shown and "actor/loss" in metrics:
         parts.append(f"loss {short(metrics['actor/loss'], 3)}")
     if "rollout/num_tokens_mean" in metrics:
@@ -177,7 +185,7 @@ def format_step(step: int, total: int, metrics: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-def format_validation(step: int, total: int, metrics: Mapping[str, float]) -> list[str]:
+def format_validation(step: int, total: int, metrics: Mapping[str, float], names: Mapping[str, str]) -> list[str]:
     """Return one line per validation mode.
 
     Example: "step 12/60  val sampled  acc .630  evid .781  fmt .990"
@@ -187,7 +195,7 @@ def format_validation(step: int, total: int, metrics: Mapping[str, float]) -> li
         if key.startswith("val/") and key.count("/") == 2:
             _, mode, name = key.split("/")
             text = f"{value:.0f}" if name in WHOLE_NUMBERS else short(value, 3)
-            modes.setdefault(mode, []).append(f"{SHORT_NAMES.get(name, name)} {text}")
+            modes.setdefault(mode, []).append(f"{names.get(name, name)} {text}")
     prefix = f"step {step:>{len(str(total))}}/{total}"
     return [f"{prefix}  val {mode:<7}  {'  '.join(parts)}" for mode, parts in modes.items()]
 

@@ -103,7 +103,7 @@ class Collector:
             return False
         return self.filter.low < group_mean(group, self.filter.weights) < self.filter.high
 
-    def _explain(self, num_groups: int, kept: list, seen: list[ScoredGroup], errors: Counter[str]) -> str:
+    def _explain(self, num_groups: int, kept: list[ScoredGroup], seen: list[ScoredGroup], errors: Counter[str]) -> str:
         means = sorted(group_mean(group, self.filter.weights) for group in seen)
         lines = [
             f"after algorithm.filter.max_tries={self.filter.max_tries} rounds only {len(kept)} of {num_groups} groups "

@@ -1,35 +1,32 @@
-"""One training run as a thing with a life: its folder, its workers, where it stands, how it stops and goes on.
+"""One training run from start to finish: its folder, its workers, its progress, and how it stops and resumes.
 
-Owns start, resume, validation, checkpoints and the end. The algorithm itself is in `rsgrpo.train`.
+`Run.open` builds the parts; the algorithm itself is in `rsgrpo.train`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import yaml
 
-from rollout.inputs.processor import InputProcessor
+from rollout.files import write_text
 from rollout.types import SamplingParams
+from rollout.worker import WorkerError
 from rsgrpo.algorithm.scoring import RewardSet
-from rsgrpo.cluster.engine_check import CHECKED_PROMPTS, choose_prompts, require_gate
-from rsgrpo.cluster.local import LocalCluster
-from rsgrpo.cluster.ranks import WorkerFailed
-from rsgrpo.cluster.ray_cluster import Cluster
+from rsgrpo.cluster.engine_check import CHECKED_PROMPTS, choose_prompts
+from rsgrpo.cluster.protocol import Cluster, StartCluster
+from rsgrpo.cluster.ray_cluster import RayCluster
 from rsgrpo.config.train import TrainConfig
-from rsgrpo.data.checked_images import CHECKED_FILE, CheckedImages
-from rsgrpo.data.dataset import PromptDataset, PromptStream, load_prompts
-from rsgrpo.data.streaming import NUM_SHOWN_AT_START, StreamedPrompts
 from rsgrpo.errors import InputError, SourceBroke
-from rsgrpo.records.console import Console
+from rsgrpo.records.console import Console, short_names
 from rsgrpo.records.hub import push_folder, require_login
 from rsgrpo.records.tracking import Tracker, read_metrics
 from rsgrpo.report.model_card import write_model_card
@@ -37,11 +34,32 @@ from rsgrpo.report.page import write_report
 from rsgrpo.running.batches import Collector, Lookahead
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.running.guards import GuardBroken, Guards
+from rsgrpo.running.prompts import RunPrompts, load_run_prompts
 from rsgrpo.running.validation import validate_policy, validation_modes
 from rsgrpo.stopping import StopRequested, StopSignals
 from rsgrpo.types import ScoredGroup, TrainGroup
 
-log = logging.getLogger(__name__)
+Settings = dict[str, Any]
+"""What the user configured, as plain values."""
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is put together from.
+
+    resumed: the checkpoint that learner and prompts are at; None is a fresh run. state: the driver's part of it.
+    started: when the process began with them (monotonic seconds).
+    """
+
+    console: Console
+    stop: StopSignals
+    prompts: RunPrompts
+    checkpoints: CheckpointFolder
+    cluster: Cluster
+    tracker: Tracker
+    resumed: Checkpoint | None
+    state: Mapping[str, Any]
+    started: float
 
 
 class Run:
@@ -50,15 +68,39 @@ class Run:
     A signal that asks the run to stop leaves it with a checkpoint and StopRequested (`rsgrpo.stopping`).
     """
 
-    def __init__(
-        self,
+    def __init__(self, config: TrainConfig, parts: RunParts, settings: Settings, *, line_every: int = 1) -> None:
+        """Take the parts; `line_every` is the number of steps between lines on the console."""
+        self.config, self.settings, self.line_every = config, settings, line_every
+        self.folder = run_folder(config)
+        self.console, self.stop, self.cluster = parts.console, parts.stop, parts.cluster
+        self.checkpoints, self.tracker, self.stream = parts.checkpoints, parts.tracker, parts.prompts.stream
+        self.train_prompts, self.val_prompts = parts.prompts.train, parts.prompts.val
+        self.total_steps = steps_of(config, len(self.train_prompts))
+        self.guards = Guards(config.guards, read_metrics(self.folder))
+        self.collector = Collector(
+            self.cluster.sample_to_learn,
+            self.stream.next,
+            train_sampling(config),
+            config.algorithm.filter,
+            surplus=list(parts.state.get("surplus", ())),
+        )
+        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready=parts.state.get("ready"))
+        self.score = parts.resumed.score if parts.resumed else None
+        self.times: dict[str, float] = {}
+        self._started, self._checked, self._leaving = parts.started, False, ExitStack()
+        self._mark_boundary(parts.resumed.step if parts.resumed else 0, validated=parts.state.get("validated", False))
+        self.cluster.sync_weights(self.step)
+
+    @classmethod
+    def open(
+        cls,
         config: TrainConfig,
         *,
-        settings: dict[str, Any] | None = None,
-        start_cluster: Callable[..., Cluster | LocalCluster] = Cluster,
+        settings: Settings | None = None,
+        start_cluster: StartCluster = RayCluster,
         line_every: int = 1,
-    ) -> None:
-        """Load the data, start the workers and, where there is a checkpoint, go on from it.
+    ) -> Run:
+        """Load the data, start the workers and, if there is a checkpoint, resume from it.
 
         Args:
             settings: what the user configured, for config.yaml and the trackers; None is `config` itself.
@@ -68,48 +110,44 @@ class Run:
         Raises:
             InputError: data, model, rewards or cluster cannot work; no run folder has been written then.
         """
-        self.config = config
-        self.settings = settings or dataclasses.asdict(config)
-        self.line_every = line_every
-        self.folder = Path(config.output_dir) / config.name
-        self.started = time.monotonic()
-        self.console = Console()
-        self.times: dict[str, float] = {}
-        self._checked = False
-        self.tracker: Tracker
-        self.stop = StopSignals()
-        with ExitStack() as leaving:
-            leaving.callback(self.console.close)
-            leaving.callback(self.stop.close)
-            self._start(start_cluster, leaving)
-            self._leaving = leaving.pop_all()
-
-    def _start(self, start_cluster: Callable[..., Cluster | LocalCluster], leaving: ExitStack) -> None:
-        config = self.config
+        started, folder = time.monotonic(), run_folder(config)
+        settings = settings or dataclasses.asdict(config)
         require_login(config.export)
-        RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
-        self.train_prompts, self.val_prompts, self.stream = self._load_data()
-        self.total_steps = config.total_steps or math.ceil(
-            config.epochs * len(self.train_prompts) / config.algorithm.prompts_per_step
-        )
-        self.checkpoints = CheckpointFolder(
-            self.folder / "checkpoints", keep_last=config.checkpoint.keep_last, keep_best=config.checkpoint.keep_best
-        )
-        newest = self._checkpoint_to_resume()
-        self.console.info(f"starting the workers; the run is in {self.folder}")
-        with self.console.phase("starting workers"):
-            self.cluster = start_cluster(
-                config, total_steps=self.total_steps, run_dir=self.folder, check_stop=self.stop.check
+        rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
+        with ExitStack() as leaving:
+            console = Console(names=short_names([*rewards.rewards, *rewards.monitors]))
+            leaving.callback(console.close)
+            stop = StopSignals()
+            leaving.callback(stop.close)
+            prompts = load_run_prompts(config, console)
+            total_steps = steps_of(config, len(prompts.train))
+            checkpoints, newest = checkpoint_to_resume(config)
+            state = newest.driver_state() if newest else {}
+            console.info(f"Starting the workers. The run is in {folder}.")
+            with console.phase("starting workers"):
+                cluster = start_cluster(config, total_steps=total_steps, run_dir=folder, check_stop=stop.check)
+            stop.listen()
+            leaving.callback(lambda: cluster.close(hurry=stop.requested is not None))
+            if newest:
+                cluster.learner.load(newest.learner_folder)
+                prompts.stream.load_state(state["stream"])
+                for key, (old, new) in changed_settings(folder, settings).items():
+                    console.warning(f"{key} was {old!r} when this run began; it is now {new!r}")
+                console.info(f"Resuming from step {newest.step} of {total_steps} ({newest.folder}).")
+            write_settings(folder, settings)
+            tracker = Tracker(
+                folder,
+                config.tracking,
+                settings,
+                name=config.name,
+                resume_step=newest.step if newest else None,
+                state=state.get("tracker"),
             )
-        self.stop.listen()
-        leaving.callback(lambda: self.cluster.close(hurry=self.stop.requested is not None))
-        self.collector = Collector(
-            self.cluster.sample_to_learn, self.stream.next, self._train_sampling(), config.algorithm.filter
-        )
-        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step)
-        self._resume(newest)
-        leaving.callback(self.tracker.close)
-        self.cluster.sync_weights(self.step)
+            leaving.callback(tracker.close)
+            parts = RunParts(console, stop, prompts, checkpoints, cluster, tracker, newest, state, started)
+            run = cls(config, parts, settings, line_every=line_every)
+            run._leaving = leaving.pop_all()
+            return run
 
     def __enter__(self) -> Run:
         return self
@@ -118,18 +156,21 @@ class Run:
         """Stop the workers and close the trackers; save a run that was stopped.
 
         Raises:
-            WorkerFailed: a worker failed; the text says when it did and what goes on.
+            WorkerError: a worker failed; the text says at which step, and from which one the run can resume.
         """
         with self._leaving:
             if isinstance(error, StopRequested | SourceBroke):
                 self.save()
-                why = f"by {error}" if isinstance(error, StopRequested) else "for want of rows"
-                self.console.warning(f"stopped {why} after step {self.step}; the same command goes on from there")
-        if isinstance(error, WorkerFailed):
+                if isinstance(error, StopRequested):
+                    what = f"Stopped by {error} after step {self.step}."
+                else:
+                    what = f"Stopped after step {self.step}: the data stream ended."
+                self.console.warning(f"{what} Run the same command to resume.")
+        if isinstance(error, WorkerError):
             newest = self.checkpoints.newest()
-            where = f"step {newest.step}" if newest else "the beginning"
-            raise WorkerFailed(
-                f"step {self.step + 1}: {error}\nThe same command goes on from {where} once the cause is mended."
+            where = f"resume from step {newest.step}" if newest else "start again from the beginning"
+            raise WorkerError(
+                f"step {self.step + 1}: {error}\nFix the cause and run the same command to {where}.", error.cause
             ) from None
 
     @property
@@ -153,11 +194,11 @@ class Run:
         terms: Sequence[str],
         metrics: dict[str, float],
     ) -> None:
-        """Record a finished step; validate and write a checkpoint where they are due.
+        """Record a finished step; validate and write a checkpoint when due.
 
         Raises:
             StopRequested: a signal arrived; the step is recorded and can be saved.
-            GuardBroken: a metric has left its bound (`config.guards`) for too long; the step is saved.
+            GuardBroken: a metric has been out of its bound (`config.guards`) for too long; the step is saved.
         """
         seconds = sum(self.times.values())
         num_tokens = sum(len(sample.token_ids_T) for group in groups for sample in group.samples)
@@ -183,8 +224,8 @@ class Run:
             self.save()
         if stops:
             raise GuardBroken(
-                f"stopped: {broken}\nThe checkpoint of step {step} is in {self.checkpoints.folder}. See the "
-                f"rollouts: `python -m rsgrpo.report {self.folder}`; to go on all the same, set guards.action=warn"
+                f"Stopped: {broken}\nThe checkpoint of step {step} is in {self.checkpoints.folder}. Look at the "
+                f"rollouts with `python -m rsgrpo.report {self.folder}`. To continue anyway, set guards.action=warn."
             )
         if broken:
             self.console.warning(broken)
@@ -193,7 +234,7 @@ class Run:
         """Compare the engines with the learner, at the start of a run and every `gate.every` steps.
 
         Raises:
-            GateFailed: they differ.
+            EnginesDiffer: they disagree.
         """
         every = self.config.gate.every
         if not every or self.config.rollout.engine == "fake" or (self._checked and self.step % every):
@@ -201,8 +242,7 @@ class Run:
         self._checked = True
         prompts = choose_prompts((self.train_prompts[i] for i in range(len(self.train_prompts))), CHECKED_PROMPTS)
         with self.timed("gate"):
-            checks = self.cluster.check_engines(prompts, self.step)
-        require_gate(checks, self.step)
+            self.cluster.check_engines(prompts, self.step)
 
     def validates_at(self, step: int) -> bool:
         """Whether the policy is validated after this step (0: before the first)."""
@@ -214,7 +254,7 @@ class Run:
         return bool(every) and (step % every == 0 or step == self.total_steps)
 
     def validate_if_due(self) -> None:
-        """Validate the policy as it stands, if this step asks for it and it was not done yet."""
+        """Validate the current policy, if this step asks for it and it has not been done."""
         step = self.step
         if self.validated or not self.validates_at(step):
             return
@@ -230,30 +270,26 @@ class Run:
         self._mark_boundary(step, validated=True)
 
     def save(self) -> None:
-        """Write a checkpoint of the last finished step, however far the driver has gone since."""
+        """Write a checkpoint of the last finished step, however far the driver has moved on since."""
         with self.console.phase("checkpoint"):
-            self.checkpoints.write(
-                self.step,
-                lambda folder: self.cluster.learner.call("save", str(folder)),
-                {**self._boundary, "tracker": self.tracker.state()},
-                self.score,
-            )
+            state = {**self._boundary, "tracker": self.tracker.state()}
+            self.checkpoints.write(self.step, self.cluster.learner.save, state, self.score)
 
     def finish(self) -> None:
-        """Export the model, write the report, upload the export where that is asked, and show what came of the run.
+        """Export the model, write the report, upload the export if asked, and show the results.
 
         Raises:
             RsgrpoError: the upload failed; everything is on disk.
         """
         lines = _before_and_after(read_metrics(self.folder))
         memory = self.cluster.memory_mb()
-        lines["time"] = f"{(time.monotonic() - self.started) / 60:.1f} minutes in this process"
+        lines["time"] = f"{(time.monotonic() - self._started) / 60:.1f} minutes in this process"
         lines["memory"] = ", ".join(f"{role} {megabytes:.0f} MB" for role, megabytes in memory.items())
         lines["run folder"] = str(self.folder)
+        export = self.folder / "export"
         if self.config.checkpoint.export:
-            export = self.folder / "export"
             with self.console.phase("export"):
-                self.cluster.learner.call("export", str(export))
+                self.cluster.learner.export(export)
                 write_model_card(self.folder, export, self.settings)
             lines["model"] = str(export)
         self.tracker.close()
@@ -261,95 +297,11 @@ class Run:
             lines["report"] = str(write_report(self.folder))
         if self.config.export.push_to_hub:
             with self.console.phase("upload"):
-                message = f"{self.config.name}: step {self.step}"
-                lines["hub"] = push_folder(self.folder / "export", self.config.export, message)
+                lines["hub"] = push_folder(export, self.config.export, f"{self.config.name}: step {self.step}")
         self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
-    def _load_data(self) -> tuple[PromptDataset, list, PromptStream | StreamedPrompts]:
-        """Return training prompts (of a streamed source the first ones), validation prompts, and what steps take."""
-        config = self.config
-        try:
-            processor = InputProcessor(
-                config.model.path,
-                config.inputs,
-                revision=config.model.revision,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        except OSError as error:
-            path, reason = config.model.path, next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise InputError(
-                f"model.path={path} cannot be loaded: {reason}\nA hub model needs a network once: `hf download {path}` "
-                "elsewhere, and model.path=FOLDER here"
-            ) from error
-        checked = CheckedImages(Path(config.output_dir) / CHECKED_FILE)
-
-        def load(kind: str, source: str) -> PromptDataset:
-            with self.console.phase(f"checking {kind} rows") as bar:
-                return load_prompts(source, config.data, config.prompt, processor, checked=checked, progress=bar.update)
-
-        validates = config.validation.every or config.validation.at_start
-        stream: PromptStream | StreamedPrompts
-        try:
-            if config.data.streaming:
-                stream = StreamedPrompts(config.data, config.prompt, processor, config.seed)
-                train_set = stream.first(NUM_SHOWN_AT_START)
-            else:
-                train_set = load("training", config.data.train)
-                stream = PromptStream(train_set, seed=config.seed, shuffle=config.data.shuffle)
-            val_set = list(load("validation", config.data.val)) if config.data.val and validates else []
-        finally:
-            checked.save()
-        self.console.info(
-            f"page images: {checked.num_decoded} decoded, {checked.num_known} unchanged since an earlier start"
-        )
-        return train_set, val_set[: config.validation.max_prompts or None], stream
-
-    def _train_sampling(self) -> SamplingParams:
-        rollout = self.config.rollout
-        return SamplingParams(
-            group_size=rollout.group_size,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=rollout.max_response_tokens,
-            seed=self.config.seed,
-        )
-
-    def _checkpoint_to_resume(self) -> Checkpoint | None:
-        newest = self.checkpoints.newest()
-        if self.config.checkpoint.resume == "never" and (self.folder / "config.yaml").exists():
-            raise InputError(
-                f"{self.folder} holds a run already and checkpoint.resume=never: choose another name=, remove the "
-                "folder, or set checkpoint.resume=auto to go on with it"
-            )
-        return newest
-
-    def _resume(self, checkpoint: Checkpoint | None) -> None:
-        """Put every part back where the checkpoint left it, or at the start."""
-        state: dict[str, Any] = {}
-        if checkpoint is not None:
-            state = checkpoint.driver_state()
-            self.cluster.learner.call("load", str(checkpoint.learner_folder))
-            self.stream.load_state(state["stream"])
-            self.collector.surplus = list(state["surplus"])
-            self.batches.ready = state["ready"]
-            self._warn_of_changes(self.settings)
-            self.console.info(f"going on from step {checkpoint.step} of {self.total_steps} ({checkpoint.folder})")
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(_plain(self.settings), sort_keys=False))
-        self.score = checkpoint.score if checkpoint else None
-        self.tracker = Tracker(
-            self.folder,
-            self.config.tracking,
-            self.settings,
-            name=self.config.name,
-            resume_step=checkpoint.step if checkpoint else None,
-            state=state.get("tracker"),
-        )
-        self.guards = Guards(self.config.guards, read_metrics(self.folder))
-        self._mark_boundary(checkpoint.step if checkpoint else 0, validated=state.get("validated", False))
-
     def _mark_boundary(self, step: int, *, validated: bool) -> None:
-        """Remember what a checkpoint of this step must hold: from here on the driver moves on to the next one."""
+        """Remember what a checkpoint of this step must hold: from here on the driver moves to the next step."""
         self.step, self.validated = step, validated
         self._boundary = {
             "validated": validated,
@@ -358,10 +310,54 @@ class Run:
             "ready": self.batches.ready,
         }
 
-    def _warn_of_changes(self, config: dict[str, Any]) -> None:
-        before = yaml.safe_load((self.folder / "config.yaml").read_text())
-        for key, (old, new) in _differences(before, _plain(config)).items():
-            self.console.warning(f"{key} was {old!r} when this run began and is {new!r} now")
+
+def run_folder(config: TrainConfig) -> Path:
+    """Return where a run writes everything."""
+    return Path(config.output_dir) / config.name
+
+
+def steps_of(config: TrainConfig, num_prompts: int) -> int:
+    """Return the steps of the whole run."""
+    return config.total_steps or math.ceil(config.epochs * num_prompts / config.algorithm.prompts_per_step)
+
+
+def train_sampling(config: TrainConfig) -> SamplingParams:
+    """Return how training rollouts are sampled."""
+    rollout = config.rollout
+    return SamplingParams(
+        group_size=rollout.group_size,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_response_tokens,
+        seed=config.seed,
+    )
+
+
+def checkpoint_to_resume(config: TrainConfig) -> tuple[CheckpointFolder, Checkpoint | None]:
+    """Return a run's checkpoints and the newest of them.
+
+    Raises:
+        InputError: there is a run already, and `checkpoint.resume` is "never".
+    """
+    folder, settings = run_folder(config), config.checkpoint
+    checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=settings.keep_last, keep_best=settings.keep_best)
+    if settings.resume == "never" and (folder / "config.yaml").exists():
+        raise InputError(
+            f"{folder} already holds a run, and checkpoint.resume=never. Choose another name=, remove the folder, or "
+            "set checkpoint.resume=auto to resume it."
+        )
+    return checkpoints, checkpoints.newest()
+
+
+def write_settings(folder: Path, settings: Settings) -> None:
+    """Write config.yaml."""
+    write_text(folder / "config.yaml", yaml.safe_dump(_plain(settings), sort_keys=False))
+
+
+def changed_settings(folder: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
+    """Return, of every key that differs from the run's config.yaml, the value there and the value now."""
+    return _differences(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), _plain(settings))
 
 
 def _plain(value: Any) -> Any:
@@ -371,7 +367,7 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _differences(before: dict, after: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def _differences(before: Settings, after: Settings, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for key in before.keys() | after.keys():
         old, new = before.get(key), after.get(key)
@@ -383,7 +379,7 @@ def _differences(before: dict, after: dict, prefix: str = "") -> dict[str, tuple
 
 
 def _before_and_after(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the first and the last value of every validation score that is not zero all along."""
+    """Return the first and the last value of every validation score that is not always zero."""
     lines = {}
     for key in sorted({key for row in rows for key in row if key.startswith("val/")}):
         values = [row[key] for row in rows if row.get(key) is not None]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from rollout.config import InputsConfig
-from rsgrpo.cluster.engine_check import check_gate
+from rsgrpo.cluster.engine_check import compare_engines
 from rsgrpo.config.train import LearnerConfig, ModelConfig
 from rsgrpo.learning.learner import Learner
 
@@ -21,8 +19,8 @@ class OneEngine:
         groups = {group.prompt.id: group for group in self.engine.generate([self.seen(p) for p in prompts], sampling)}
         return [[groups[prompt.id] for prompt in prompts]]
 
-    def call(self, method, *args):
-        return [getattr(self.engine, method)(*args)]
+    def count_vision(self, prompts):
+        return [self.engine.count_vision(prompts)]
 
 
 def one_learner(model_path: str, inputs: InputsConfig):
@@ -30,12 +28,11 @@ def one_learner(model_path: str, inputs: InputsConfig):
     settings = LearnerConfig(
         device="cpu", precision="float32", num_threads=1, gradient_checkpointing="none", max_tokens_per_micro_batch=1024
     )
-    learner = Learner(ModelConfig(path=model_path), settings, inputs, total_steps=1)
-    return SimpleNamespace(learner=learner, call=lambda method, *args: getattr(learner, method)(*args))
+    return Learner(ModelConfig(path=model_path), settings, inputs, total_steps=1)
 
 
 def run_gate(engines, learner, prompts, version=0):
-    return check_gate(engines, learner, prompts, num_tokens=12, tolerance=1e-4, version=version)
+    return compare_engines(engines, learner, prompts, num_tokens=12, tolerance=1e-4, version=version)
 
 
 def failures(checks):

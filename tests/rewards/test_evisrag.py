@@ -123,10 +123,9 @@ def test_a_gold_text_with_a_slot_label_is_refused(golds):
         gold_response({"answers": ["16"], "evidence": golds})
 
 
-def test_a_gold_response_needs_both_columns():
-    with pytest.raises(RewardError, match="needs truth with 'evidence' and 'answers', got the columns \\['answers'\\]"):
-        gold_response({"answers": ["16"]})
-    with pytest.raises(RewardError, match="needs truth"):
+def test_a_gold_response_needs_an_answer_and_may_lack_evidence():
+    assert "<evidence>\n</evidence>" in gold_response({"answers": ["16"]})
+    with pytest.raises(RewardError, match="needs truth with 'answers'"):
         gold_response({"answers": [], "evidence": ["x"]})
 
 

@@ -27,8 +27,9 @@ def script(tmp_path):
     return str(path)
 
 
-def start(model_path: str, script: str = "") -> FakeEngine:
-    engine = build_engine(model_path, RolloutConfig(engine="fake", script=script), INPUTS)
+def start(model_path: str, script: str = "", gold_response: str = "") -> FakeEngine:
+    rollout = RolloutConfig(engine="fake", script=script, gold_response=gold_response)
+    engine = build_engine(model_path, rollout, INPUTS)
     assert isinstance(engine, FakeEngine)
     return engine
 
@@ -57,19 +58,23 @@ def test_a_long_response_stops_at_the_limit(tiny_model_path, script):
     assert engine.processor.eos_token_id not in cut.rollouts[0].token_ids_T
 
 
-def test_a_prompt_outside_the_script_gets_its_gold_response(tiny_model_path, script, page_images):
-    engine = start(tiny_model_path, script)
-    truth = {"answers": ["7", "seven"], "evidence": ["code 4 amount 7", "no relevant information"]}
-    built = Prompt("c", "<image><image>?", tuple(page_images[:2]), truth=truth)
-    given = Prompt("d", "?", truth={**truth, "gold": "<think>as it stands</think>"})
-    groups = list(engine.generate([built, given], SamplingParams(group_size=2, max_tokens=200)))
-    assert groups[0].rollouts[0].text == (
-        "<observe>The pages are read one by one.</observe>\n"
-        "<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n"
-        "<think>The evidence gives the answer.</think>\n"
-        "<answer>7</answer>"
-    )
-    assert [rollout.text for rollout in groups[1].rollouts] == ["<think>as it stands</think>"] * 2
+def composed(truth):
+    """A task's own gold response, as `rollout.gold_response` names it."""
+    return f"{truth['marks']} marks: {truth['answers'][0]}"
+
+
+def test_a_prompt_outside_the_script_gets_its_gold_response(tiny_model_path, script):
+    truth = {"answers": ["7", "seven"], "marks": 3}
+    prompts = [Prompt("c", "?", truth=truth), Prompt("d", "?", truth={**truth, "gold": "as it is"})]
+
+    def texts(gold_response):
+        engine = start(tiny_model_path, script, gold_response)
+        return [group.rollouts[0].text for group in engine.generate(prompts, SamplingParams(max_tokens=200))]
+
+    assert texts("") == ["7", "as it is"]
+    assert texts("tests.rollout.test_fake:composed") == ["3 marks: 7", "as it is"]
+    with pytest.raises(EngineError, match=r"rollout\.gold_response=nowhere:fn cannot be loaded"):
+        texts("nowhere:fn")
 
 
 def test_errors_stay_with_their_prompt(tiny_model_path, script):
@@ -96,10 +101,10 @@ def test_versions_count_and_weights_are_dropped(tiny_model_path, script):
 def test_a_bad_script_names_file_and_line(tiny_model_path, tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"id": "a", "responses": ["x"]}\n' + line + "\n")
-    with pytest.raises(EngineError, match=r"bad\.jsonl:2"):
+    with pytest.raises(EngineError, match=r"bad\.jsonl, line 2"):
         start(tiny_model_path, str(path))
 
 
 def test_a_missing_script_is_named(tiny_model_path):
-    with pytest.raises(EngineError, match=r"rollout\.script=nowhere\.jsonl"):
+    with pytest.raises(EngineError, match=r"rollout\.script: nowhere\.jsonl cannot be read"):
         start(tiny_model_path, "nowhere.jsonl")

@@ -16,9 +16,9 @@ from transformers import AutoModelForImageTextToText
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import EngineError
 from rollout.hf.engine import HFEngine
-from rollout.pool import RolloutPool, Supervision, WorkerError
+from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import RolloutWorker, WorkerHandle, start_rollout_worker
+from rollout.worker import RolloutWorker, WorkerError, WorkerHandle, start_rollout_worker
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 ROLLOUT = RolloutConfig(max_batch_sequences=8, num_threads=1)
@@ -40,7 +40,6 @@ def pool(cluster, tiny_model_path):
             tiny_model_path,
             ROLLOUT,
             INPUTS,
-            env={"RSGRPO_TEST": "set"},
             options={"num_cpus": 0.5, "runtime_env": {"env_vars": {"RSGRPO_GIVEN": "too"}}},
         )
         for index in range(2)
@@ -104,7 +103,7 @@ def test_both_workers_take_part_and_say_who_they_are(pool):
         assert state["host"]
         assert 50 < state["rss_mb"] < 8_000
     seen = ray.get(pool.workers[0].actor.__ray_call__.remote(lambda self: dict(os.environ)))
-    wanted = {"OMP_NUM_THREADS": "1", "RSGRPO_TEST": "set", "RSGRPO_GIVEN": "too"}
+    wanted = {"OMP_NUM_THREADS": "1", "RSGRPO_GIVEN": "too"}
     assert {name: seen.get(name) for name in wanted} == wanted
 
 
@@ -124,7 +123,7 @@ def test_synced_weights_reach_every_worker(pool, prompts, tiny_model_path):
     with torch.no_grad():
         other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
     items = list(other.state_dict().items())
-    chunks = [items[:20], ray.put(items[20:40]), [(name, tensor.numpy()) for name, tensor in items[40:]]]
+    chunks = [items[:20], ray.put(items[20:])]
     before = {group.prompt.id: group for group in pool.generate(prompts, SAMPLING)}
     pool.sync(iter(chunks), 5)
     assert [state["weights_version"] for state in pool.ping()] == [5, 5]
@@ -141,7 +140,6 @@ def test_synced_weights_reach_every_worker(pool, prompts, tiny_model_path):
 def test_an_incomplete_sync_fails_and_names_worker_and_weights(pool, tiny_model_path):
     with pytest.raises(WorkerError, match=r"rollout worker 0 failed in finishing weights.*did not arrive") as caught:
         pool.sync([[("lm_head.weight", torch.zeros(359, 64))]], 6)
-    assert caught.value.worker_index == 0
     assert isinstance(caught.value.cause, EngineError)
     model = AutoModelForImageTextToText.from_pretrained(tiny_model_path, dtype=torch.float32)
     pool.sync([list(model.state_dict().items())], 7)
@@ -187,7 +185,7 @@ def test_a_worker_that_fails_is_named_with_the_cause(cluster, prompts, seed, mes
 
 def test_a_worker_that_cannot_start_says_why(cluster, tiny_model_path):
     worker = start_rollout_worker(4, tiny_model_path, RolloutConfig(engine="fake", script="nowhere.jsonl"), INPUTS)
-    with pytest.raises(WorkerError, match=r"(?s)rollout worker 4 failed.*rollout\.script=nowhere\.jsonl") as caught:
+    with pytest.raises(WorkerError, match=r"(?s)rollout worker 4 failed.*rollout\.script: nowhere\.jsonl") as caught:
         RolloutPool([worker], timeout_s=60).ping()
     assert "\x1b" not in str(caught.value), "colours have no place in a log"
 
@@ -227,7 +225,7 @@ def test_a_worker_killed_in_mid_step_is_replaced_and_every_prompt_is_sampled(clu
     assert supervised.num_restarts == 1
     # The failure was the first in a row, and no batch has gone well since: one more ends it.
     os.kill(supervised.ping()[0]["pid"], signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*rollout\.max_restarts=1 failures in a row"):
+    with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*failure 2 in a row"):
         list(supervised.generate(prompts, SAMPLING))
     supervised.close()
 
@@ -244,14 +242,11 @@ def test_a_worker_answers_a_ping_while_it_samples(pool, prompts):
     assert len(list(stream)) == 7
 
 
-def test_a_worker_is_an_ordinary_object_too(tiny_model_path, tmp_path, monkeypatch):
+def test_a_worker_is_an_ordinary_object_too(tiny_model_path, tmp_path):
     script = tmp_path / "script.jsonl"
     script.write_text(json.dumps({"id": "a", "responses": ["7"]}))
-    monkeypatch.delenv("RSGRPO_TEST", raising=False)
     rollout = RolloutConfig(engine="fake", script=str(script))
-    worker: Any = RolloutWorker(0, tiny_model_path, rollout, INPUTS, env={"RSGRPO_TEST": "1"})
-    monkeypatch.setenv("RSGRPO_TEST", os.environ["RSGRPO_TEST"])
-    assert os.environ["RSGRPO_TEST"] == "1"
+    worker: Any = RolloutWorker(0, tiny_model_path, rollout, INPUTS)
     (group,) = worker.generate([Prompt("a", "?")], SamplingParams(max_tokens=5))
     assert group.rollouts[0].text == "7"
     worker.load_weights([("x", torch.zeros(1))])

@@ -121,13 +121,13 @@ def test_a_command_that_finds_faults_exits_with_1(folder, capsys, monkeypatch):
 
 def test_the_class_of_an_error_decides():
     import rollout.config
+    from rollout.worker import WorkerError
     from rsgrpo.algorithm.scoring import RewardFailed
-    from rsgrpo.cluster.engine_check import GateFailed
-    from rsgrpo.cluster.ranks import WorkerFailed
+    from rsgrpo.cluster.engine_check import EnginesDiffer
     from rsgrpo.learning.optimizer import NonFiniteSteps
     from rsgrpo.running.checkpoint import CheckpointError
 
-    for failure in (RsgrpoError, CheckpointError, WorkerFailed, RewardFailed, GateFailed, NonFiniteSteps):
+    for failure in (RsgrpoError, CheckpointError, WorkerError, RewardFailed, EnginesDiffer, NonFiniteSteps):
         assert failure.exit_code == 1
     for mistake in (InputError, ConfigError, rollout.config.ConfigError):
         assert mistake.exit_code == 2

@@ -50,7 +50,7 @@ def test_a_signal_before_the_run_ends_the_program_at_once_with_one_line_and_0(nu
         process.send_signal(number)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert errors == f"stopped by {number.name} before the first step; start the same command again\n"
+    assert errors == f"Stopped by {number.name} before the first step. Run the same command to start again.\n"
 
 
 def test_a_signal_during_a_run_is_remembered_until_it_may_be_left(listening):
@@ -163,7 +163,7 @@ def test_sigterm_to_the_whole_group_ends_with_0_and_leaves_nothing_running(
         os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    assert output.count("stopped by SIGTERM") == 1
+    assert output.count("Stopped by SIGTERM") == 1
     assert "Traceback" not in output
     assert wait_until_gone(mark) == []
     newest = CheckpointFolder(tmp_path / "run" / "checkpoints", keep_last=2, keep_best=0).newest()

@@ -63,7 +63,7 @@ def rows(tmp_path: Path, page_images: list[str]) -> Path:
 @pytest.fixture(autouse=True)
 def short_start(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows are looked at before a run; there is a user's reward with signal on random text."""
-    monkeypatch.setattr("rsgrpo.running.run.NUM_SHOWN_AT_START", 2)
+    monkeypatch.setattr("rsgrpo.running.prompts.NUM_SHOWN_AT_START", 2)
     folder = tmp_path_factory.mktemp("rewards")
     write_rewards(folder)
     monkeypatch.syspath_prepend(str(folder))
@@ -98,7 +98,7 @@ def rl_config(folder: Path, model: str, source: str, **data: Any) -> TrainConfig
 
 def train(config: TrainConfig) -> None:
     """The loop of `rsgrpo.train` with all roles in this process."""
-    with Run(config, start_cluster=LocalCluster) as run:
+    with Run.open(config, start_cluster=LocalCluster) as run:
         for step in run.steps_left:
             take_step(run, step)
 

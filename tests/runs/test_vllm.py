@@ -17,8 +17,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from rollout.config import RolloutConfig, VllmConfig
 from rollout.inputs.processor import InputProcessor
-from rollout.pool import RolloutPool, WorkerError
-from rollout.worker import start_rollout_worker
+from rollout.pool import RolloutPool
+from rollout.worker import WorkerError, start_rollout_worker
 from rsgrpo.config.train import DataConfig, LoraConfig
 from rsgrpo.data.dataset import load_prompts
 from rsgrpo.train import train

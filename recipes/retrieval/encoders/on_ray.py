@@ -22,6 +22,7 @@ from PIL import Image
 from recipes.retrieval.encoders.base import EncoderError, EncoderSettings, ModelIdentity, PageInput, PageLoader
 from recipes.retrieval.encoders.choice import load_model_encoder
 from recipes.retrieval.pages.store import Page
+from rsgrpo.cluster.connect import connect_ray
 from rsgrpo.errors import InputError, RsgrpoError
 
 MAX_BLOCK_PAGES = 256  # loaded by one task
@@ -111,18 +112,12 @@ def _blocks(pages: list[Page], identity: ModelIdentity, settings: RaySettings) -
 
 def _connect(settings: RaySettings) -> None:
     """Start Ray or join a cluster, unless this process is connected already."""
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if settings.address:
-            ray.init(address=settings.address, configure_logging=False, log_to_driver=False)
-        else:
-            # Nothing outside this machine connects to a cluster that lives as long as this process.
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            num_cpus = max(os.cpu_count() or 1, settings.num_workers + 1)
-            ray.init(
-                num_cpus=num_cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES,
-                configure_logging=False, log_to_driver=False,
-            )  # fmt: skip
+    connect_ray(
+        settings.address,
+        num_cpus=max(os.cpu_count() or 1, settings.num_workers + 1),
+        object_store_bytes=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+    )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs every execution; errors are raised here
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # our console shows one bar for all pages

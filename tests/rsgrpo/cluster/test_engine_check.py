@@ -11,7 +11,7 @@ from rollout.config import InputsConfig, RolloutConfig
 from rollout.fake import FakeEngine
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt
-from rsgrpo.cluster.engine_check import GateFailed, blanked, choose_prompts, require_gate, table, tolerance_of
+from rsgrpo.cluster.engine_check import EnginesDiffer, blanked, choose_prompts, require_agreement, table, tolerance_of
 from rsgrpo.config.train import LearnerConfig, TrainConfig
 from rsgrpo.errors import RsgrpoError
 from tests.material.gate import OneEngine, failures, one_learner, run_gate
@@ -54,7 +54,7 @@ def test_engine_and_learner_with_the_same_weights_agree(engine, learner, prompts
     checks = run_gate(OneEngine(engine), learner, prompts)
     assert failures(checks) == set(), table(checks)
     assert len(checks) == 2 * 6 + 2
-    require_gate(checks, 0)
+    require_agreement(checks, 0)
 
 
 def test_stale_weights_are_caught_by_version_or_by_value(engine, learner, prompts):
@@ -64,8 +64,8 @@ def test_stale_weights_are_caught_by_version_or_by_value(engine, learner, prompt
     engine.finish_weights(1)
     checks = run_gate(OneEngine(engine), learner, prompts, version=1)
     assert "log-probabilities differ by" in failures(checks)
-    with pytest.raises(GateFailed, match=r"(?s)checks .*failed \(weights version 1\).*!!.*engine 0, three"):
-        require_gate(checks, 1)
+    with pytest.raises(EnginesDiffer, match=r"(?s)checks .*failed \(weights version 1\).*!!.*engine 0, three"):
+        require_agreement(checks, 1)
 
 
 def test_an_engine_that_never_sees_the_images_is_caught(engine, learner, prompts):
@@ -103,4 +103,4 @@ def test_tolerances_follow_the_precision():
     assert tolerance_of(exact) == 1e-4
     assert tolerance_of(dataclasses.replace(exact, rollout=RolloutConfig(dtype="bfloat16"))) == 0.3
     assert tolerance_of(dataclasses.replace(exact, gate=dataclasses.replace(exact.gate, tolerance=0.01))) == 0.01
-    assert issubclass(GateFailed, RsgrpoError)
+    assert issubclass(EnginesDiffer, RsgrpoError)

@@ -82,7 +82,7 @@ def test_prompts_are_encoded_while_their_responses_are_sampled(tiny_model_path, 
 def test_a_training_step_lets_the_learner_decode_while_the_engine_samples(tiny_model_path, groups, tmp_path):
     config = tiny_run(tmp_path, tmp_path / "no rows are read", tiny_model_path, rewards={"overlong": OVERLONG})
     cluster = LocalCluster(config, total_steps=2, run_dir=tmp_path, check_stop=lambda: None)
-    store = cluster.learner.learner._passes.prompts
+    store = cluster.learner._passes.prompts
     sampling = SamplingParams(group_size=2, max_tokens=4)
     cluster.sync_weights(0)
     [first, *_] = cluster.sample_to_learn(prompts_of(groups), sampling)

@@ -11,6 +11,7 @@ import pytest
 
 from rsgrpo.records.console import Console, format_step, format_validation, short
 
+NAMES = {"accuracy": "acc", "evidence": "evid", "well_formed": "fmt"}
 METRICS = {
     "reward/well_formed/mean": 0.99,
     "reward/evidence/mean": 0.78,
@@ -26,24 +27,24 @@ METRICS = {
 
 
 def test_a_step_is_one_line_with_its_leading_rewards() -> None:
-    assert format_step(12, 60, METRICS) == (
+    assert format_step(12, 60, METRICS, NAMES) == (
         "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
     )
 
 
 def test_what_a_step_did_not_measure_is_left_out() -> None:
-    assert format_step(3, 100, {"actor/skipped": 1.0, "actor/active_terms": 2.0}) == "step   3/100  no update"
+    assert format_step(3, 100, {"actor/skipped": 1.0, "actor/active_terms": 2.0}, {}) == "step   3/100  no update"
     nothing_to_learn = {"actor/skipped": 1.0, "actor/active_terms": 0.0}
-    assert format_step(3, 100, nothing_to_learn) == "step   3/100  no update: every advantage is 0"
+    assert format_step(3, 100, nothing_to_learn, {}) == "step   3/100  no update: every advantage is 0"
 
 
 def test_a_supervised_step_shows_its_loss() -> None:
-    assert format_step(3, 100, {"actor/loss": 1.2345, "time/step": 2.0}) == "step   3/100  loss 1.234  2.0 s"
+    assert format_step(3, 100, {"actor/loss": 1.2345, "time/step": 2.0}, {}) == "step   3/100  loss 1.234  2.0 s"
 
 
 def test_validation_has_a_line_for_each_mode() -> None:
     metrics = {"val/greedy/accuracy": 0.975, "val/greedy/num_prompts": 40.0, "val/sampled/accuracy": 0.5}
-    assert format_validation(10, 60, metrics) == [
+    assert format_validation(10, 60, metrics, NAMES) == [
         "step 10/60  val greedy   acc .975  num_prompts 40",
         "step 10/60  val sampled  acc .500",
     ]
@@ -67,7 +68,7 @@ def test_short_numbers_drop_their_leading_zero(value: float, text: str) -> None:
 
 def test_output_that_is_no_terminal_is_plain_lines() -> None:
     stream = io.StringIO()
-    with Console(stream) as console:
+    with Console(stream, names=NAMES) as console:
         with console.phase("sample", total=2) as bar:
             bar.advance()
             bar.update(2, 2)
@@ -79,7 +80,7 @@ def test_output_that_is_no_terminal_is_plain_lines() -> None:
     assert stream.getvalue().splitlines() == [
         "loading [bold]x[/bold]",
         "warning: odd",
-        format_step(12, 60, METRICS),
+        format_step(12, 60, METRICS, NAMES),
         "step 12/60  val greedy   acc 1.000",
         "done",
         "  steps   60",
@@ -103,7 +104,7 @@ def test_log_lines_are_printed_above_the_bars_and_go_back_to_stderr(capsys: pyte
 
 def test_a_terminal_shows_bars_and_keeps_the_lines() -> None:
     stream = io.StringIO()
-    with Console(stream, live=True) as console:
+    with Console(stream, live=True, names=NAMES) as console:
         with console.phase("sample", total=96) as bar:
             bar.advance(48)
             console.info("hello")

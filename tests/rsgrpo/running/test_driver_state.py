@@ -6,6 +6,7 @@ import datetime
 import decimal
 import json
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from rsgrpo.types import ScoredGroup
 
 
 def a_group(num_tokens: int = 40) -> ScoredGroup:
-    truth = {"answers": ["7"], "when": datetime.date(2024, 2, 29), "price": decimal.Decimal("1.10"), 3: (1, None)}
+    logprobs_T: Any = np.linspace(-3, -0.1, num_tokens, dtype=np.float32)
+    score: Any = np.float32(0.3)
+    truth: Any = {"answers": ["7"], "when": datetime.date(2024, 2, 29), "price": decimal.Decimal("1.10"), 3: (1, None)}
     prompt = Prompt("p é", "<image>?", ("page.png", b"\x00\xff"), truth, "?", "s")
     rollout = Rollout(
         list(range(num_tokens)),
-        np.linspace(-3, -0.1, num_tokens, dtype=np.float32),
+        logprobs_T,
         "text\ud800".encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
         [(i, i + 1) for i in range(num_tokens)],
         "stop",
@@ -31,7 +34,7 @@ def a_group(num_tokens: int = 40) -> ScoredGroup:
     return ScoredGroup(
         RolloutGroup(prompt, (rollout, other), 7),
         ("a", "b"),
-        [[0.1 + 0.2, None], [float("nan"), np.float32(0.3)]],
+        [[0.1 + 0.2, None], [float("nan"), score]],
         [[(Credit("", 0.5, Span(0, 3)),), ()], [(Credit("k", 1.0, None),), ()]],
         [[False, True], [True, False]],
         ("m",),
@@ -40,7 +43,7 @@ def a_group(num_tokens: int = 40) -> ScoredGroup:
     )
 
 
-STATE = {
+STATE: dict[str, Any] = {
     "validated": True,
     "stream": {"epoch": 2, "position": 2**70, "nested": [{"$odd": {}}, {}]},
     "surplus": [a_group(), a_group(2)],
@@ -79,7 +82,8 @@ def test_another_version_and_a_damaged_file_are_refused(tmp_path):
 
 def test_arrays_that_hold_objects_are_not_unpickled(tmp_path):
     write_state(tmp_path, {"x": np.zeros(2)})
-    np.savez(tmp_path / "driver.npz", **{"0": np.array([print], dtype=object)})
+    objects: Any = {"0": np.array([print], dtype=object)}
+    np.savez(tmp_path / "driver.npz", **objects)
     with pytest.raises(StateError, match="allow_pickle"):
         read_state(tmp_path)
 
@@ -92,7 +96,8 @@ class Hostile:
 def test_a_pickle_of_an_older_release_is_read_if_it_holds_our_types_only(tmp_path):
     (tmp_path / "driver.pkl").write_bytes(pickle.dumps({"surplus": [a_group()][:0], "stream": {"epoch": 1}}))
     assert read_state(tmp_path) == {"surplus": [], "stream": {"epoch": 1}}
-    group = ScoredGroup(RolloutGroup(Prompt("a", "?"), ()), ("a",), np.array([[1.0]], np.float32), [], [])
+    scores: Any = np.array([[1.0]], np.float32)
+    group = ScoredGroup(RolloutGroup(Prompt("a", "?"), ()), ("a",), scores, [], [])
     (tmp_path / "driver.pkl").write_bytes(pickle.dumps({"surplus": [group]}))
     assert repr(read_state(tmp_path)) == repr({"surplus": [group]})
 

@@ -1,0 +1,43 @@
+"""The one place that starts Ray or joins a cluster."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from rsgrpo.errors import RsgrpoError
+from rsgrpo.stopping import kept_handlers
+
+
+def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_driver: bool = True) -> bool:
+    """Join the Ray cluster at `address`, or start one for this process if it is "".
+
+    Args:
+        num_cpus, object_store_bytes: of a Ray that is started here.
+
+    Returns:
+        Whether this call connected; False in a process that was connected already, such as a notebook or a sweep.
+
+    Raises:
+        RsgrpoError: there is no such cluster, or Ray failed to start.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not address:
+        # Nothing outside this machine connects to a cluster that lives as long as this process.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    own = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
+    joined = {"address": address, "namespace": "rsgrpo"}
+    try:
+        with kept_handlers():
+            ray.init(configure_logging=False, log_to_driver=log_to_driver, **(joined if address else own))
+    except Exception as error:  # Ray has no class of its own for this
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+        if address:
+            message = f"cannot join the Ray cluster at {address} ({reason}). Run `ray start` on every node first."
+        else:
+            message = f"Ray failed to start ({reason}). Run `python -m rsgrpo.doctor` to find out why."
+        raise RsgrpoError(message) from error
+    return True
