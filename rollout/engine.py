@@ -1,4 +1,4 @@
-"""The one protocol behind which every sampling engine stands; the choice among them is `rollout.build`."""
+"""The protocol of every sampling engine; `rollout.build` chooses among them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the engine; calling it twice is allowed."""
+        """Free the engine; it may be called twice."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What flows through sampling: prompts in, groups of rollouts out. Knows nothing of rewards or learning."""
+"""What flows through sampling: prompts in, groups of rollouts out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Own where a run's numbers and rollouts go: `metrics.jsonl`, parquet, Weights & Biases, TensorBoard.
+"""Where a run's numbers and rollouts go: `metrics.jsonl`, parquet, Weights & Biases, TensorBoard.
 
-`metrics.jsonl` and the rollout files are the truth: a resumed run cuts them back to its checkpoint. The trackers beside
-them are a convenience: one that fails is counted and warned about, and never stops training. This is the only module
-that imports wandb or TensorBoard, and it does so only when asked. It knows nothing of how the numbers were made.
+`metrics.jsonl` and the rollout files are authoritative: a resumed run cuts them back to its checkpoint. Trackers are a
+convenience: one that fails is counted and logged, and never stops training. wandb and TensorBoard are imported here
+alone, and only when asked for.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, ImageOps
 
+from rollout.files import write_text
 from rollout.inputs.images import file_of
 from rollout.types import ImageSource
 from rsgrpo.config.train import TrackingConfig
@@ -47,7 +48,7 @@ class Sink(Protocol):
 
 
 class Tracker:
-    """Everything that one run writes about itself while it runs; lives in the driver.
+    """Everything that a run records about itself.
 
     num_non_finite: NaN and infinite values so far; each is written as null and counted in its line.
     num_failures: calls to Weights & Biases or TensorBoard that failed so far.
@@ -125,11 +126,11 @@ class Tracker:
             self._guard(sink, lambda sink=sink: sink.log_rollouts(step, groups, split, mode))  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: how far `metrics.jsonl` was, and the Weights & Biases run that goes on."""
+        """Return what a checkpoint keeps: the length of `metrics.jsonl`, and the Weights & Biases run to continue."""
         return {"metrics_lines": self._num_lines, **({"wandb_run_id": self._run_id} if self._run_id else {})}
 
     def close(self) -> None:
-        """Finish the trackers; calling it twice is allowed."""
+        """Finish the trackers; it may be called twice."""
         for sink in self._sinks:
             self._guard(sink, sink.close)
         self._sinks = []
@@ -140,8 +141,8 @@ class Tracker:
         if sink.fallback_reason:
             self.num_failures += 1
             log.warning(
-                "Weights & Biases is not reachable (%s): this run is written offline, send it later with "
-                "`wandb sync %s`; metrics.jsonl is complete in any case",
+                "Weights & Biases is not reachable (%s), so this run is logged offline; metrics.jsonl is complete in "
+                "any case. Run `wandb sync %s` to upload it later.",
                 sink.fallback_reason,
                 sink.folder,
             )
@@ -153,7 +154,7 @@ class Tracker:
             self._sinks.append(make())
         except Exception as error:  # a tracker never stops training, whatever it raises
             self.num_failures += 1
-            log.warning("%s did not start, the run goes on without it: %s", what, error)
+            log.warning("%s did not start; the run continues without it: %s", what, error)
 
     def _guard(self, sink: Sink, call: Callable[[], None]) -> None:
         try:
@@ -161,7 +162,7 @@ class Tracker:
         except Exception as error:  # as above
             self.num_failures += 1
             name = type(sink).__name__
-            self._warn_once(name, "%s failed (counted in %s, said once): %s", name, FAILURES_KEY, error)
+            self._warn_once(name, "%s failed (counted in %s, logged once): %s", name, FAILURES_KEY, error)
 
     def _warn_once(self, key: str, message: str, *values: object) -> None:
         if key not in self._warned:
@@ -187,12 +188,7 @@ def cut_metrics_after(path: Path, step: int | None, *, max_lines: int | None = N
     num_lines = len(path.read_bytes().splitlines())
     kept = [line for line in _whole_lines(path) if step is not None and json.loads(line)["step"] <= step][:max_lines]
     if len(kept) < num_lines:
-        temporary = path.with_suffix(".jsonl.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
         where = "for a fresh run" if step is None else f"back to step {step}"
         log.warning("%s cut %s: %d of %d lines dropped", path, where, num_lines - len(kept), num_lines)
     return len(kept)

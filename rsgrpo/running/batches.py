@@ -1,4 +1,4 @@
-"""Collects the groups of one training step: sample, score, filter, refill. Knows no model and no loss."""
+"""Collects the groups of one training step: sample, score, filter, refill."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Collector:
     """Fills steps with groups worth training on; keeps the surplus for the next step.
 
     sample_and_score: samples prompts and scores them.
-    next_prompts: takes so many prompts from the training stream.
+    next_prompts: takes the given number of prompts from the training stream.
     filter: which groups are kept.
     surplus: kept groups that the last step had no room for; part of a checkpoint.
     """
@@ -48,7 +48,7 @@ class Collector:
         """Return `num_groups` groups for this step, and what was dropped on the way (`rollout/*`).
 
         Raises:
-            SourceBroke: no more prompts come; what was kept is in `surplus`.
+            SourceBroke: the stream has no more prompts; what was kept is in `surplus`.
             RsgrpoError: `filter.max_tries` rounds did not fill the step; shows the histogram of what was sampled.
         """
         kept, self.surplus = self.surplus, []
@@ -117,9 +117,9 @@ class Collector:
 
 @dataclass
 class Lookahead:
-    """Collects the groups of a step when they are needed, or beforehand, while something else goes on.
+    """Collects the groups of a step when they are needed, or ahead of time, while something else runs.
 
-    ready: a batch that was collected beforehand and not yet taken, with its step; part of a checkpoint.
+    ready: a batch that was collected ahead of time and not yet taken, with its step; part of a checkpoint.
     """
 
     collector: Collector
@@ -150,7 +150,7 @@ class Lookahead:
     def settle(self) -> None:
         """Wait until what was started is there; raise what it raised.
 
-        That no more prompts come is raised by `take`: the step that is being learnt can be finished and saved first.
+        The end of the stream is raised by `take`, so that the step in progress can be finished and saved first.
         """
         if self._running is not None:
             step, batch = self._running

@@ -1,4 +1,4 @@
-"""Scores the policy on held-out prompts, greedily and as it samples. Knows no engine, no Ray, no learner."""
+"""Scores the policy on held-out prompts, greedily and by sampling."""
 
 from __future__ import annotations
 
