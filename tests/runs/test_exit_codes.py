@@ -54,7 +54,7 @@ WITH_ROWS = ["data.train=good.jsonl", "data.val=good.jsonl"]
         ("train", ["recipe=demo", "rollout.group_size=1"], "rollout.group_size must be >= 2"),
         ("train", ["recipe=demo", "data.train=gone.jsonl"], "gone.jsonl"),
         ("train", ["recipe=demo", "model.path=./gone/model", *WITH_ROWS], "model.path=./gone/model"),
-        ("train", ["recipe=demo", "model.path=org/nowhere", *WITH_ROWS], "`hf download org/nowhere` elsewhere"),
+        ("train", ["recipe=demo", "model.path=org/nowhere", *WITH_ROWS], "Run `hf download org/nowhere` where"),
         ("train", ["recipe=demo", "rewards.mine=gone:fn", *WITH_ROWS], "rewards.mine: no module 'gone'"),
         ("train", ["recipe=demo", "reward_args.overlong.min_token=1", *WITH_ROWS], "did you mean 'min_tokens'?"),
         ("train", ["recipe=demo", "data.train=bad.jsonl", "data.val=good.jsonl"], "line 2 of bad.jsonl"),
