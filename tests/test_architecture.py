@@ -30,6 +30,7 @@ HOMES = {
         "rollout/worker.py",
         "rollout/pool.py",
         "rsgrpo/cluster/ray_cluster.py",
+        "rsgrpo/cluster/connect.py",
         "rsgrpo/cluster/ranks.py",
         "rsgrpo/cluster/workers.py",
         "recipes/retrieval/encoders/on_ray.py",
