@@ -52,15 +52,19 @@ class Credit:
 
     key: scores with the same key are compared across the group (e.g. "slot1").
     span: the characters it teaches; None teaches nothing, but the score still counts in the group's mean.
+    determined: the character after which the score cannot change any more (`algorithm.credit=causal` teaches everything
+        before it); None is the end of `span`, and of the response where there is no span.
     """
 
     key: str
     score: float
     span: Span | None
+    determined: int | None = None
 
 
 Score = float | None | Sequence[Credit]
 Scope = Callable[[Response], "Span | None"]
+Determined = Callable[[Response], "int | None"]
 RewardFunction = Callable[..., "Score | Awaitable[Score]"]
 
 
@@ -75,6 +79,7 @@ class Reward(Protocol):
     scope: Scope
     short: str
     leading: bool
+    determined: Determined | None
 
     def __call__(self, response: Response, /, **arguments: Any) -> Any:
         """Return the score: a number, None (did not apply) or several credits; an awaitable of that if async."""
@@ -118,18 +123,60 @@ whole = between(None, None)
 """The scope of a reward that teaches every token of the response."""
 
 
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The character at which the last of several blocks is closed; None while one of them is not.
+
+    markers: (start, end) of each block. A block is closed by the first end marker behind its first start marker.
+    """
+
+    markers: tuple[tuple[str, str], ...]
+
+    def __call__(self, response: Response) -> int | None:
+        """Return the character behind the last end marker; None if a block is not opened or not closed."""
+        ends = []
+        for start, end in self.markers:
+            opened = response.text.find(start)
+            closed = response.text.find(end, opened + len(start)) if opened >= 0 else -1
+            if closed < 0:
+                return None
+            ends.append(closed + len(end))
+        return max(ends)
+
+
+def closed(*markers: tuple[str, str]) -> Closed:
+    """Return where a reward that reads the named blocks is determined: once the last of them is closed.
+
+    A block that is never closed leaves the reward undetermined until the response ends.
+
+    >>> closed(("<answer>", "</answer>"))(Response("<answer>7</answer> and more"))
+    18
+    """
+    return Closed(markers)
+
+
 @overload
 def reward(function: RewardFunction, /) -> Reward: ...
 @overload
-def reward(*, scope: Scope = whole, short: str = "", leading: bool = False) -> Callable[[RewardFunction], Reward]: ...
 def reward(
-    function: RewardFunction | None = None, /, *, scope: Scope = whole, short: str = "", leading: bool = False
+    *, scope: Scope = whole, determined: Determined | None = None, short: str = "", leading: bool = False
+) -> Callable[[RewardFunction], Reward]: ...
+def reward(
+    function: RewardFunction | None = None,
+    /,
+    *,
+    scope: Scope = whole,
+    determined: Determined | None = None,
+    short: str = "",
+    leading: bool = False,
 ) -> Reward | Callable[[RewardFunction], Reward]:
     """Mark a function of one response as a reward: it stays the same function and gains the attributes of `Reward`.
 
     Args:
         function: the function, where the decorator is written without parentheses.
         scope: the characters the reward may teach; `between(...)`, `whole`, or any function Response -> Span | None.
+        determined: where the score is decided, as a function Response -> character, such as `closed(...)`; None is the
+            end of the scope. Read by `algorithm.credit=causal` alone.
         short: an abbreviation for narrow places such as the console's line; "" is the name in the run's configuration.
         leading: whether displays with little room show this reward before others.
 
@@ -143,11 +190,16 @@ def reward(
         if _response_parameter(function) is None:
             raise RewardError(f"@reward: '{function.__name__}' must take the response as its first argument")
         marked = cast(Reward, function)
-        marked.name, marked.scope, marked.short, marked.leading = function.__name__, scope, short, leading
+        marked.name, marked.scope, marked.determined = function.__name__, scope, determined
+        marked.short, marked.leading = short, leading
         return marked
 
     if not callable(scope):
         raise RewardError(f"@reward(scope=...) takes a function of the response, such as between(...), got {scope!r}")
+    if determined is not None and not callable(determined):
+        raise RewardError(
+            f"@reward(determined=...) takes a function of the response, such as closed(...), got {determined!r}"
+        )
     return mark if function is None else mark(function)
 
 
@@ -240,7 +292,7 @@ def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
     if not arguments:
         return function
     bound = cast(Reward, functools.partial(function, **arguments))
-    for attribute in ("name", "scope", "short", "leading"):
+    for attribute in ("name", "scope", "determined", "short", "leading"):
         setattr(bound, attribute, getattr(function, attribute))
     return bound
 
@@ -290,4 +342,10 @@ def _check_credit(credit: object, num_chars: int | None) -> Credit:
         if not 0 <= span.start <= span.end or (num_chars is not None and span.end > num_chars):
             limit = "" if num_chars is None else f" <= {num_chars}"
             raise RewardError(f"credit '{credit.key}': a span needs 0 <= start <= end{limit}, got {span}")
-    return Credit(credit.key, score, span)
+    where = credit.determined
+    if where is not None and not (isinstance(where, int) and 0 <= where <= (where if num_chars is None else num_chars)):
+        raise RewardError(
+            f"credit '{credit.key}': determined must be a character of the response, 0 to {num_chars}, or None; "
+            f"got {where!r}"
+        )
+    return Credit(credit.key, score, span, where)

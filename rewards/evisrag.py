@@ -10,13 +10,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rewards.api import Credit, Response, RewardError, Span, between, reward
+from rewards.api import Credit, Response, RewardError, Span, between, closed, reward
 from rewards.text import Mode, containment, normalise, set_f1
 from rewards.truth import GoldError, is_texts, plain
 
 NO_EVIDENCE = "no relevant information"
 INSUFFICIENT = "insufficient to answer"
 BLOCKS = ("observe", "evidence", "think", "answer")
+
+OBSERVED = closed(("<observe>", "</observe>"))
+READ = closed(("<evidence>", "</evidence>"))
+ANSWERED = closed(("<answer>", "</answer>"))
+"""Where a reward that reads one block is decided."""
 
 RELEVANT_WEIGHT = 3
 SHORT_GOLD_WORDS = 5
@@ -28,7 +33,7 @@ _GOLD_TAG = re.compile(r"</?(answer|evidence)>")
 _PLAIN_HINT = "; for rows with plain answers, set data.gold=rewards.gold:plain"
 
 
-@reward(scope=between("<think>", None), short="acc", leading=True)
+@reward(scope=between("<think>", None), determined=ANSWERED, short="acc", leading=True)
 def accuracy(response: Response, *, normalise: Mode = "paper") -> float | None:
     """Set-token F1 of the answer block against the gold answer, best of several; 0 without a closed answer block."""
     golds = _golds(response.truth, "answers")
@@ -38,7 +43,7 @@ def accuracy(response: Response, *, normalise: Mode = "paper") -> float | None:
     return 0.0 if answer is None else max(set_f1(answer, gold, normalise) for gold in golds)
 
 
-@reward(scope=between(None, "<think>"), short="evid", leading=True)
+@reward(scope=between(None, "<think>"), determined=READ, short="evid", leading=True)
 def evidence(response: Response, *, normalise: Mode = "paper") -> float | None:
     """Weighted mean of the slot scores, in [0, 1]: slots with evidence weigh 3, slots without weigh 1.
 
@@ -73,20 +78,20 @@ def overlong(response: Response, *, min_tokens: int = 200, max_tokens: int = 153
     return max(min(limit - response.num_tokens, 0) / buffer_tokens, -1.0)
 
 
-@reward(scope=between(None, "<evidence>"))
+@reward(scope=between(None, "<evidence>"), determined=OBSERVED)
 def no_early_index(response: Response) -> float:
     """-1 when the observe block already cites a page index such as [2]; else 0."""
     return -1.0 if _INDEX.search(block_text(response.text, "observe") or "") else 0.0
 
 
-@reward(scope=between("<think>", "<answer>"))
+@reward(scope=between("<think>", "<answer>"), determined=closed(("<think>", "</think>"), ("<answer>", "</answer>")))
 def think_differs(response: Response) -> float:
     """-1 when the think block equals the answer block, except for outer white space (no derivation); else 0."""
     think, answer = block_text(response.text, "think"), block_text(response.text, "answer")
     return -1.0 if think is not None and answer is not None and think.strip() == answer.strip() else 0.0
 
 
-@reward(scope=between(None, "<think>"), short="perc", leading=True)
+@reward(scope=between(None, "<think>"), determined=READ, short="perc", leading=True)
 def perception(response: Response, *, normalise: Mode = "paper") -> float | None:
     """Unweighted mean over slots, as the paper writes it: token F1, or 1 if a page without evidence is marked so."""
     golds = _golds(response.truth, "evidence")
@@ -103,7 +108,8 @@ def perception(response: Response, *, normalise: Mode = "paper") -> float | None
 def evidence_slots(response: Response, *, normalise: Mode = "paper") -> tuple[Credit, ...] | None:
     """One credit per page: the slot's score (`slot_score`), taught to that slot's own characters, label included.
 
-    A missing slot scores 0 and teaches nothing. Spans do not overlap, even where slots are written out of order.
+    A missing slot scores 0 and teaches nothing. Spans do not overlap, even where slots are written out of order. All
+    are determined where the block is closed: before that, every slot could still count for nothing.
     """
     golds = _golds(response.truth, "evidence")
     if not golds:
@@ -115,7 +121,7 @@ def evidence_slots(response: Response, *, normalise: Mode = "paper") -> tuple[Cr
     for number, (score, span) in enumerate(zip(scores, spans, strict=True), start=1):
         if span is not None:
             span = Span(span.start, min([start for start in starts if start > span.start] + [span.end]))
-        credits.append(Credit(f"slot{number}", score, span))
+        credits.append(Credit(f"slot{number}", score, span, READ(response)))
     return tuple(credits)
 
 

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from rsgrpo import cli
-from rsgrpo.algorithm.advantages import credit_group, term_names, term_weights
+from rsgrpo.algorithm.advantages import Rule, credit_groups, term_names, term_weights
 from rsgrpo.algorithm.metrics import rollout_metrics, scope_metrics, score_metrics
 from rsgrpo.config.checks import require_inputs, validate
 from rsgrpo.config.train import TrainConfig
@@ -62,7 +62,7 @@ def take_step(run: Run, step: int) -> None:
         run.cluster.rest_engines()
 
     # Inside a group each reward becomes an advantage; inside a response each scope becomes a mask over its tokens.
-    groups = [credit_group(group, algorithm.advantage, weights_K) for group in scored]
+    groups = credit_groups(scored, Rule.of(algorithm), weights_K)
     terms = term_names(algorithm.advantage, list(run.config.rewards))
 
     if algorithm.kl_coef > 0:

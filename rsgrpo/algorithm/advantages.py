@@ -1,4 +1,4 @@
-"""From scores to per-token advantages within one group, as pure functions. Formulas: docs/reference/algorithm.md.
+"""From scores to per-token advantages, as pure functions. Formulas and sources: docs/reference/algorithm.md.
 
 A missing score (the reward did not apply) is NaN.
 """
@@ -6,86 +6,45 @@ A missing score (the reward did not apply) is NaN.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rewards.api import Credit
+from rewards.api import Credit, Span
+from rsgrpo.algorithm.baselines import (
+    SHRINKAGE,
+    STD_EPS,
+    centre,
+    leave_one_out,
+    slopes,
+    spread,
+    standardise,
+    stratum_centre,
+)
 from rsgrpo.algorithm.scopes import token_mask
+from rsgrpo.config.learner import Advantage, AlgorithmConfig, Baseline, CreditRule, Scale
 from rsgrpo.types import Sample, ScoredGroup, TrainGroup
 
-STD_EPS = 1e-6
-WHOLE_RESPONSE_KINDS = ("grpo", "dr_grpo", "rloo")
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How scores become advantages: the keys of `algorithm` that decide it.
 
-def standardise(scores_G: np.ndarray) -> np.ndarray:
-    """Return (s - mean) / (unbiased std + 1e-6) over the scores that are present; 0 for the others.
-
-    Also 0 where fewer than two scores are present, and where all of them are equal.
-
-    >>> standardise(np.array([0.0, 1.0, np.nan])).round(3).tolist()
-    [-0.707, 0.707, 0.0]
+    kind: which scores are compared and which tokens share an advantage.
+    credit: which tokens a reward teaches: its own scope ("own"), everything before it is determined ("causal"), or the
+        whole response ("whole").
+    baseline, scale: of `per_reward`: what a score is compared with, and what the difference is divided by.
     """
-    return _centre(scores_G, divide_by_std=True)
 
+    kind: Advantage = "per_reward"
+    credit: CreditRule = "own"
+    baseline: Baseline = "group"
+    scale: Scale = "std"
 
-def centre(scores_G: np.ndarray) -> np.ndarray:
-    """Return s - mean over the scores that are present (Dr. GRPO); 0 for the others."""
-    return _centre(scores_G, divide_by_std=False)
-
-
-def leave_one_out(scores_G: np.ndarray) -> np.ndarray:
-    """Return s_i - mean of the other scores (RLOO); 0 for missing ones."""
-    num_present = int(np.isfinite(scores_G).sum())
-    return centre(scores_G) * (num_present / max(num_present - 1, 1))
-
-
-def _centre(scores_G: np.ndarray, *, divide_by_std: bool) -> np.ndarray:
-    advantages_G = np.zeros(len(scores_G))
-    present_G = np.isfinite(scores_G)
-    present = scores_G[present_G].astype(np.float64)
-    if len(present) < 2 or present.min() == present.max():
-        return advantages_G
-    centred = present - present.mean()
-    advantages_G[present_G] = centred / (present.std(ddof=1) + STD_EPS) if divide_by_std else centred
-    return advantages_G
-
-
-def term_names(kind: str, reward_names_K: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the loss terms of an advantage kind: one per reward, or a single one."""
-    return tuple(reward_names_K) if kind == "per_reward" else (kind,)
-
-
-def term_weights(kind: str, weights_K: Sequence[float]) -> tuple[float, ...]:
-    """Return the loss weights of those terms; a single term has the reward weights inside its advantages already."""
-    return tuple(weights_K) if kind == "per_reward" else (1.0,)
-
-
-def credit_group(scored: ScoredGroup, kind: str, weights_K: Sequence[float]) -> TrainGroup:
-    """Return what the learner trains on: the group with a scope and an advantage for every loss term and token.
-
-    Args:
-        scored: a group whose rollouts have scores and character spans.
-        kind: "per_reward", "per_scope", "grpo", "dr_grpo" or "rloo".
-        weights_K: weight of each reward, in the order of `scored.reward_names_K`.
-    """
-    masks_GK = _credit_masks(scored)
-    if kind == "per_reward":
-        terms_G = _per_reward(scored, masks_GK)
-    elif kind == "per_scope":
-        terms_G = _per_scope(scored, masks_GK, weights_K)
-    else:
-        terms_G = _whole_response(scored, kind, weights_K)
-    samples = []
-    for rollout, (scope_KT, advantages_KT) in zip(scored.group.rollouts, terms_G, strict=True):
-        samples.append(
-            Sample(
-                token_ids_T=np.asarray(rollout.token_ids_T, dtype=np.int64),
-                scope_KT=scope_KT,
-                advantages_KT=np.where(scope_KT, advantages_KT, 0.0).astype(np.float32),
-                rollout_logprobs_T=np.asarray(rollout.logprobs_T, dtype=np.float32),
-            )
-        )
-    return TrainGroup(prompt=scored.group.prompt, samples=tuple(samples))
+    @classmethod
+    def of(cls, algorithm: AlgorithmConfig) -> Rule:
+        """Return the rule that a run's configuration names."""
+        return cls(algorithm.advantage, algorithm.credit, algorithm.baseline, algorithm.scale)
 
 
 MaskedCredits = list[tuple[Credit, np.ndarray]]
@@ -95,49 +54,214 @@ CreditSet = frozenset[tuple[int, str]]
 """The (reward, key) of every credit that covers a token."""
 
 
-def _credit_masks(scored: ScoredGroup) -> list[list[MaskedCredits]]:
-    """Return, for every rollout and reward, its credits and the (T,) tokens that each of them covers."""
+def term_names(kind: str, reward_names_K: Sequence[str]) -> tuple[str, ...]:
+    """Names of the loss terms that `kind` makes: one per reward, or a single one."""
+    return tuple(reward_names_K) if kind == "per_reward" else (kind,)
+
+
+def term_weights(kind: str, weights_K: Sequence[float]) -> tuple[float, ...]:
+    """Loss weights of those terms. Where there is one term the reward weights are already inside its advantages."""
+    return tuple(weights_K) if kind == "per_reward" else (1.0,)
+
+
+def credit_group(scored: ScoredGroup, rule: Rule | Advantage, weights_K: Sequence[float]) -> TrainGroup:
+    """Turn one scored group into what the learner trains on, without looking at other groups."""
+    return credit_groups([scored], rule, weights_K)[0]
+
+
+def credit_groups(
+    scored: Sequence[ScoredGroup], rule: Rule | Advantage, weights_K: Sequence[float]
+) -> list[TrainGroup]:
+    """Turn the scored groups of a step into what the learner trains on.
+
+    Args:
+        scored: groups whose rollouts have scores and character spans.
+        rule: a kind alone stands for that kind with the other fields' defaults.
+        weights_K: weight of each reward, in the order of `reward_names_K`.
+    """
+    terms_PG = credit_terms(scored, rule if isinstance(rule, Rule) else Rule(rule), weights_K)
+    return [_train_group(group, terms_G) for group, terms_G in zip(scored, terms_PG, strict=True)]
+
+
+def credit_terms(scored: Sequence[ScoredGroup], rule: Rule, weights_K: Sequence[float]) -> list[list[Terms]]:
+    """Return for every group and rollout the tokens that each loss term teaches, and their advantages in float64."""
+    scored = [group if rule.credit == "own" else with_absent_credits(group) for group in scored]
+    if rule.kind == "per_reward":
+        return _per_reward(scored, rule)
+    if rule.kind == "per_scope":
+        return [_per_scope(group, credit_masks(group, rule.credit), weights_K) for group in scored]
+    return _whole_response(scored, rule.kind, weights_K)
+
+
+def _train_group(scored: ScoredGroup, terms_G: Sequence[Terms]) -> TrainGroup:
+    samples = tuple(
+        Sample(
+            token_ids_T=np.asarray(rollout.token_ids_T, dtype=np.int64),
+            scope_KT=scope_KT,
+            advantages_KT=np.where(scope_KT, advantages_KT, 0.0).astype(np.float32),
+            rollout_logprobs_T=np.asarray(rollout.logprobs_T, dtype=np.float32),
+        )
+        for rollout, (scope_KT, advantages_KT) in zip(scored.group.rollouts, terms_G, strict=True)
+    )
+    return TrainGroup(prompt=scored.group.prompt, samples=samples)
+
+
+def determined_at(credit: Credit, num_chars: int) -> int:
+    """Return the character after which a credit's score cannot change."""
+    if credit.determined is not None:
+        return credit.determined
+    return num_chars if credit.span is None else credit.span.end
+
+
+def with_absent_credits(scored: ScoredGroup) -> ScoredGroup:
+    """Give every rollout a credit for each key of its group: 0, determined at the end, where it wrote none.
+
+    The policy decides whether such a credit exists (a slot written, a turn taken), so that leaving it out of the
+    baseline would bias the gradient. A reward that did not apply to a rollout at all stays as it is: the row decides.
+    """
+    keys_K = [
+        sorted({credit.key for credits_K in scored.credits_GK for credit in credits_K[k]})
+        for k in range(len(scored.reward_names_K))
+    ]
+    credits_GK = []
+    for rollout, credits_K in zip(scored.group.rollouts, scored.credits_GK, strict=True):
+        row = []
+        for credits, keys in zip(credits_K, keys_K, strict=True):
+            absent = set(keys) - {credit.key for credit in credits} if credits else ()
+            row.append((*credits, *(Credit(key, 0.0, None, len(rollout.text)) for key in sorted(absent))))
+        credits_GK.append(row)
+    return replace(scored, credits_GK=credits_GK)
+
+
+def credit_masks(scored: ScoredGroup, credit_rule: CreditRule) -> list[list[MaskedCredits]]:
+    """For every rollout and reward, its credits and the (T,) tokens that each of them teaches."""
+
+    def taught(credit: Credit, num_chars: int) -> Span | None:
+        if credit_rule == "own":
+            return credit.span
+        return Span(0, num_chars if credit_rule == "whole" else determined_at(credit, num_chars))
+
     return [
         [
-            [(credit, token_mask(rollout.token_spans_T, credit.span, len(rollout.text))) for credit in credits]
+            [
+                (credit, token_mask(rollout.token_spans_T, taught(credit, len(rollout.text)), len(rollout.text)))
+                for credit in credits
+            ]
             for credits in credits_K
         ]
         for rollout, credits_K in zip(scored.group.rollouts, scored.credits_GK, strict=True)
     ]
 
 
-def _advantage_per_key(credits_G: Sequence[Sequence[Credit]]) -> list[dict[str, float]]:
-    """Standardise each key over the rollouts that have it; return key -> advantage for every rollout."""
-    advantages_G: list[dict[str, float]] = [{} for _ in credits_G]
+def _per_reward(scored: Sequence[ScoredGroup], rule: Rule) -> list[list[Terms]]:
+    centred_PGK = [_centred_scores(group) for group in scored]
+    terms_PG = []
+    for index, group in enumerate(scored):
+        masks_GK = credit_masks(group, rule.credit)
+        advantages_KG = [_advantage_per_key(group, k, rule) for k in range(len(group.reward_names_K))]
+        terms_G = [_on_tokens(group, g, masks_GK[g], advantages_KG, rule) for g in range(len(masks_GK))]
+        if rule.baseline == "conditioned" and len(scored) > 1:
+            others_NK = np.concatenate([centred for other, centred in enumerate(centred_PGK) if other != index])
+            terms_G = [
+                (scope_KT, advantages_KT - _explained(group, g, centred_PGK[index][g], others_NK, rule.scale))
+                for g, (scope_KT, advantages_KT) in enumerate(terms_G)
+            ]
+        terms_PG.append(terms_G)
+    return terms_PG
+
+
+def _on_tokens(
+    scored: ScoredGroup,
+    g: int,
+    masks_K: Sequence[MaskedCredits],
+    advantages_KG: Sequence[Sequence[dict[str, float]]],
+    rule: Rule,
+) -> Terms:
+    """Return one rollout's terms.
+
+    Where several credits of one reward teach a token, it takes their sum: what is maximised is the sum of all credits.
+    With `own` credit it takes their mean, as published: spans hardly overlap there but in tokens that fuse two of them.
+    """
+    covers_KT = np.zeros((len(masks_K), len(scored.group.rollouts[g].token_ids_T)))
+    sum_KT = np.zeros_like(covers_KT)
+    for k, masked in enumerate(masks_K):
+        for credit, mask_T in masked:
+            covers_KT[k] += mask_T
+            sum_KT[k] += mask_T * advantages_KG[k][g][credit.key]
+    return covers_KT > 0, sum_KT / np.maximum(covers_KT, 1) if rule.credit == "own" else sum_KT
+
+
+def _advantage_per_key(scored: ScoredGroup, k: int, rule: Rule) -> list[dict[str, float]]:
+    """Compare each key of reward k over the rollouts that have it: for every rollout, key -> advantage."""
+    credits_G = [credits_K[k] for credits_K in scored.credits_GK]
     scores_by_key: dict[str, np.ndarray] = {}
-    for index, credits in enumerate(credits_G):
+    for g, credits in enumerate(credits_G):
         for credit in credits:
-            scores_by_key.setdefault(credit.key, np.full(len(credits_G), np.nan))[index] = credit.score
+            scores_by_key.setdefault(credit.key, np.full(len(credits_G), np.nan))[g] = credit.score
+    advantages_G: list[dict[str, float]] = [{} for _ in credits_G]
     for key, scores_G in scores_by_key.items():
-        for index, advantage in enumerate(standardise(scores_G)):
-            if np.isfinite(scores_G[index]):
-                advantages_G[index][key] = float(advantage)
+        if rule.baseline in ("strata", "shrunken"):
+            shrinkage = SHRINKAGE if rule.baseline == "shrunken" else 0.0
+            compared_G = stratum_centre(scores_G, _strata(scored, k), shrinkage)
+        else:
+            compared_G = leave_one_out(scores_G) if rule.baseline == "leave_one_out" else centre(scores_G)
+        if rule.scale == "std":
+            compared_G = compared_G / (spread(scores_G) + STD_EPS)
+        for g, advantage in enumerate(compared_G):
+            if np.isfinite(scores_G[g]):
+                advantages_G[g][key] = float(advantage)
     return advantages_G
 
 
-def _per_reward(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]]) -> list[Terms]:
-    num_rewards = len(scored.reward_names_K)
-    advantages_KG = [_advantage_per_key([credits_K[k] for credits_K in scored.credits_GK]) for k in range(num_rewards)]
-    terms = []
-    for index, rollout in enumerate(scored.group.rollouts):
-        covers_KT = np.zeros((num_rewards, len(rollout.token_ids_T)))
-        sum_KT = np.zeros_like(covers_KT)
+def _strata(scored: ScoredGroup, k: int) -> list[tuple[float | None, ...]]:
+    """For every rollout the scores of the rewards that are determined before reward k's scope begins."""
+    strata = []
+    for credits_K, scores_K, rollout in zip(scored.credits_GK, scored.scores_GK, scored.group.rollouts, strict=True):
+        starts = [credit.span.start for credit in credits_K[k] if credit.span is not None]
+        begins = min(starts, default=0)
+        known = [
+            j
+            for j, credits in enumerate(credits_K)
+            if j != k and credits and max(determined_at(credit, len(rollout.text)) for credit in credits) <= begins
+        ]
+        strata.append(tuple(scores_K[j] for j in known))
+    return strata
+
+
+def _centred_scores(scored: ScoredGroup) -> np.ndarray:
+    """(G, K) scores less their group means; 0 where a reward did not apply."""
+    scores_GK = np.array([[np.nan if s is None else s for s in scores_K] for scores_K in scored.scores_GK], dtype=float)
+    return np.stack([centre(scores_GK[:, k]) for k in range(scores_GK.shape[1])], axis=1)
+
+
+def _explained(scored: ScoredGroup, g: int, centred_K: np.ndarray, others_NK: np.ndarray, scale: Scale) -> np.ndarray:
+    """(K, T) part of every reward's advantage that rewards already determined at a token explain.
+
+    Behind the character at which s_j is determined, b_k = mean_k + beta_kj (s_j - mean_j) is as good a baseline for s_k
+    as its mean. beta comes from other groups, so that it is independent of the group that it is used on.
+    """
+    rollout, num_rewards = scored.group.rollouts[g], len(centred_K)
+    num_chars, spans_T = len(rollout.text), rollout.token_spans_T
+    known_KT = np.zeros((num_rewards, len(rollout.token_ids_T)), dtype=bool)
+    for k, credits in enumerate(scored.credits_GK[g]):
+        if credits:
+            end = max(determined_at(credit, num_chars) for credit in credits)
+            known_KT[k] = ~token_mask(spans_T, Span(0, end), num_chars)
+    explained_KT = np.zeros(known_KT.shape)
+    for known_K in np.unique(known_KT.T, axis=0):
+        here_T = (known_K == known_KT.T).all(1)
         for k in range(num_rewards):
-            for credit, mask_T in masks_GK[index][k]:
-                covers_KT[k] += mask_T
-                sum_KT[k] += mask_T * advantages_KG[k][index][credit.key]
-        # A token that two spans of one reward share takes the mean of their advantages.
-        terms.append((covers_KT > 0, sum_KT / np.maximum(covers_KT, 1)))
-    return terms
+            known = [j for j in range(num_rewards) if known_K[j] and j != k]
+            if known:
+                explained_KT[k, here_T] = slopes(others_NK, k, known) @ centred_K[known]
+    if scale == "std":
+        scores_GK = np.array([[np.nan if s is None else s for s in row] for row in scored.scores_GK], dtype=float)
+        explained_KT /= np.array([[spread(scores_GK[:, k]) + STD_EPS] for k in range(num_rewards)])
+    return explained_KT
 
 
 def _per_scope(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]], weights_K: Sequence[float]) -> list[Terms]:
-    """Follow the paper: tokens covered by the same set of rewards share one standardised, weighted mean score."""
+    """The paper's form: tokens covered by the same set of rewards share one standardised, weighted mean score."""
     num_rollouts = len(scored.group.rollouts)
     tokens_G: list[dict[CreditSet, np.ndarray]] = []
     scores_by_set: dict[CreditSet, np.ndarray] = {}
@@ -168,15 +292,38 @@ def _per_scope(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]], weights
     return terms
 
 
-def _whole_response(scored: ScoredGroup, kind: str, weights_K: Sequence[float]) -> list[Terms]:
-    """Follow the baselines: one weighted sum of all scores, on every token; a reward that did not apply adds 0."""
-    sums_G = np.array([weighted_sum(scores_K, weights_K) for scores_K in scored.scores_GK])
-    advantages_G = {"grpo": standardise, "dr_grpo": centre, "rloo": leave_one_out}[kind](sums_G)
-    terms = []
-    for rollout, advantage in zip(scored.group.rollouts, advantages_G, strict=True):
-        shape = (1, len(rollout.token_ids_T))
-        terms.append((np.ones(shape, dtype=bool), np.full(shape, advantage)))
-    return terms
+COMPARED = {"grpo": standardise, "dr_grpo": centre, "rloo": leave_one_out}
+"""How the kinds with one sum of all scores compare it within the group."""
+
+
+def _whole_response(scored: Sequence[ScoredGroup], kind: Advantage, weights_K: Sequence[float]) -> list[list[Terms]]:
+    """The baselines: one number per rollout, on every token. A reward that did not apply adds nothing."""
+    if kind == "gdpo":
+        advantages_PG = _whitened([_summed_advantages(group, weights_K) for group in scored])
+    else:
+        advantages_PG = [
+            COMPARED[kind](np.array([weighted_sum(scores_K, weights_K) for scores_K in group.scores_GK]))
+            for group in scored
+        ]
+    terms_PG = []
+    for group, advantages_G in zip(scored, advantages_PG, strict=True):
+        shapes_G = [(1, len(rollout.token_ids_T)) for rollout in group.group.rollouts]
+        terms_PG.append(
+            [(np.ones(shape, bool), np.full(shape, a)) for shape, a in zip(shapes_G, advantages_G, strict=True)]
+        )
+    return terms_PG
+
+
+def _summed_advantages(scored: ScoredGroup, weights_K: Sequence[float]) -> np.ndarray:
+    """GDPO's first half (arXiv 2601.05242): every reward standardised in its group, then the weighted sum."""
+    scores_GK = np.array([[np.nan if s is None else s for s in scores_K] for scores_K in scored.scores_GK], dtype=float)
+    return np.stack([standardise(scores_G) for scores_G in scores_GK.T], axis=1) @ np.asarray(weights_K, dtype=float)
+
+
+def _whitened(advantages_PG: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """GDPO's second half: zero mean and unit standard deviation over all rollouts of the step."""
+    flat = np.concatenate(list(advantages_PG))
+    return [(advantages_G - flat.mean()) / (spread(flat) + STD_EPS) for advantages_G in advantages_PG]
 
 
 def weighted_sum(scores_K: Sequence[float | None], weights_K: Sequence[float]) -> float:

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
+from rsgrpo.config.learner import Average, KlEstimator, Ratio
 from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, Sample, StepTotals, TokenScores
 
 LOG_RATIO_LIMIT = 20.0
-
-Ratio = Literal["token", "gspo", "cispo"]
-KlEstimator = Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +31,7 @@ class SurrogateConfig:
     importance_cap: cap of the detached weight exp(old - engine logprob) per token; 0 is off.
     kl_coef, kl_estimator: weight and form of the KL term to the reference; 0 is off.
     entropy_coef: weight of an entropy bonus.
+    average: what a term's sum over tokens is divided by: the tokens of its scope, or all response tokens.
     """
 
     ratio: Ratio = "token"
@@ -43,6 +42,7 @@ class SurrogateConfig:
     kl_coef: float = 0.0
     kl_estimator: KlEstimator = "k3"
     entropy_coef: float = 0.0
+    average: Average = "scope"
 
     def __post_init__(self) -> None:
         for key, kinds in (("ratio", Ratio), ("kl_estimator", KlEstimator)):
@@ -185,7 +185,8 @@ def policy_loss(scores: TokenScores, batch: MicroBatch, *, totals: StepTotals, c
             raise RsgrpoError("algorithm.importance_cap > 0 needs the engine's logprobs, and a sample has none")
         loss_KN = loss_KN * importance_weights(old_N, batch.rollout_logprobs_N, config.importance_cap)
     active_K, scope_tokens_K = totals.active_K, totals.scope_tokens_K
-    loss = weighted_mean(scoped_means(loss_KN, batch.scope_KN, scope_tokens_K), totals.loss_weights_K, active_K)
+    counts_K = scope_tokens_K if config.average == "scope" else torch.full_like(scope_tokens_K, totals.response_tokens)
+    loss = weighted_mean(scoped_means(loss_KN, batch.scope_KN, counts_K), totals.loss_weights_K, active_K)
     metrics = {
         "actor/clip_frac": (clipped_KN & batch.scope_KN & active_K[:, None]).sum() / scope_tokens_K[active_K].sum(),
         "actor/old_kl": (old_N - scores.logprobs_N).detach().sum() / totals.response_tokens,

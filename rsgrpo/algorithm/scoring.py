@@ -37,6 +37,7 @@ class NamedReward:
     function: Callable[[Response], object]
     scope: Callable[[Response], Span | None]
     timeout_s: float = 0.0
+    determined: Callable[[Response], int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ class RewardSet:
                     reward = load_reward(target, config.reward_args.get(name))
                 except RewardError as error:
                     raise InputError(f"{key}.{name}: {error}") from error
-                loaded.append(NamedReward(name, reward, reward.scope, config.reward_timeouts_s.get(name, 0.0)))
+                timeout_s = config.reward_timeouts_s.get(name, 0.0)
+                loaded.append(NamedReward(name, reward, reward.scope, timeout_s, reward.determined))
             return tuple(loaded)
 
         return cls(
@@ -149,9 +151,11 @@ class RewardSet:
                 f"reward '{reward.name}' finds no scope in sample {sample_id}; algorithm.missing_marker is 'error'. "
                 f"Set it to 'void' to teach nothing there, or to 'widen' for the whole response.\n{_show(response)}"
             )
+        # What is missing is known to be missing only when the response has ended.
+        determined = reward.determined(response) if reward.determined else span.end if span else None
         if missed and self.missing_marker == "widen":
             span = Span(0, len(response.text))
-        return (Credit("", value, span),), missed
+        return (Credit("", value, span, len(response.text) if determined is None else determined),), missed
 
 
 @dataclass(frozen=True, slots=True)

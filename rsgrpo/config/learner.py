@@ -10,7 +10,11 @@ from rollout.config import Dtype
 from rollout.errors import ConfigError
 from rollout.keys import check, key, require
 
-Advantage = Literal["per_reward", "per_scope", "grpo", "dr_grpo", "rloo"]
+Advantage = Literal["per_reward", "per_scope", "grpo", "dr_grpo", "rloo", "gdpo"]
+CreditRule = Literal["own", "causal", "whole"]
+Baseline = Literal["group", "leave_one_out", "conditioned", "strata", "shrunken"]
+Scale = Literal["std", "none"]
+Average = Literal["scope", "response"]
 MissingMarker = Literal["void", "widen", "error"]
 Ratio = Literal["token", "gspo", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -71,6 +75,22 @@ class AlgorithmConfig:
     """RS-GRPO and its relatives."""
 
     advantage: Advantage = key("per_reward", "How scores become advantages.")
+    credit: CreditRule = key(
+        "own",
+        "Which tokens a reward teaches: its own scope (RS-GRPO as published), everything up to where it is determined "
+        "(causal), or the whole response; per_reward and per_scope only.",
+    )
+    baseline: Baseline = key(
+        "group",
+        "What a score is compared with: the group's mean, the mean of the others, the mean given scores that are known "
+        "already (conditioned), or the mean of rollouts with equal earlier scores (strata, shrunken); per_reward only.",
+    )
+    scale: Scale = key(
+        "std", "What that difference is divided by: the group's standard deviation, or nothing; per_reward only."
+    )
+    average: Average = key(
+        "scope", "What a term's sum over tokens is divided by: the tokens of its scope, or all response tokens."
+    )
     missing_marker: MissingMarker = key(
         "void",
         "What a reward teaches where its scope's tag is missing: void (nothing), widen (the whole response) or error "
@@ -96,6 +116,16 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         check(self, "algorithm")
+        require(
+            self.credit == "own" or self.advantage in ("per_reward", "per_scope"),
+            f"algorithm.credit={self.credit} needs terms with scopes, and algorithm.advantage={self.advantage} teaches "
+            "the whole response. Set algorithm.advantage=per_reward.",
+        )
+        require(
+            (self.baseline, self.scale) == ("group", "std") or self.advantage == "per_reward",
+            f"algorithm.baseline={self.baseline} and algorithm.scale={self.scale} are read by per_reward alone, got "
+            f"algorithm.advantage={self.advantage}. Set algorithm.advantage=per_reward.",
+        )
         require(
             self.max_staleness == 0 or self.importance_cap > 0,
             "algorithm.max_staleness=1 learns from rollouts of older weights, which algorithm.importance_cap=0 does "

@@ -36,7 +36,15 @@ IMAGE_FOLDER = "images"
 _FILE_PREFIX: dict[str, str] = {"train": "step", "val": "val"}
 _FILE_NAME = re.compile(r"(step|val)_(\d+)\.parquet")
 
-_CREDIT = pa.struct([("key", pa.string()), ("score", pa.float64()), ("start", pa.int32()), ("end", pa.int32())])
+_CREDIT = pa.struct(
+    [
+        ("key", pa.string()),
+        ("score", pa.float64()),
+        ("start", pa.int32()),
+        ("end", pa.int32()),
+        ("determined", pa.int32()),
+    ]
+)
 _REWARD = pa.struct(
     [("name", pa.string()), ("score", pa.float64()), ("missed", pa.bool_()), ("credits", pa.list_(_CREDIT))]
 )
@@ -284,7 +292,13 @@ def _reward_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
     cells = []
     for k, name in enumerate(scored.reward_names_K):
         credits = [
-            {"key": c.key, "score": c.score, "start": c.span and c.span.start, "end": c.span and c.span.end}
+            {
+                "key": c.key,
+                "score": c.score,
+                "start": c.span and c.span.start,
+                "end": c.span and c.span.end,
+                "determined": c.determined,
+            }
             for c in scored.credits_GK[g][k]
         ]
         score, missed = scored.scores_GK[g][k], bool(scored.missed_GK[g][k])
@@ -337,4 +351,4 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
 
 def _credit(cell: dict[str, Any]) -> Credit:
     span = None if cell["start"] is None else Span(cell["start"], cell["end"])
-    return Credit(cell["key"], cell["score"], span)
+    return Credit(cell["key"], cell["score"], span, cell.get("determined"))  # absent in runs of version 0.1

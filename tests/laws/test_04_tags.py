@@ -33,12 +33,12 @@ def test_a_token_that_fuses_two_tags_is_in_both_scopes(tiny_model_path):
 def test_a_missing_marker_is_void_by_default_and_counted():
     scored = reward_set(length).score([group()])[0]
     assert scored.missed_GK == [[False], [True]]
-    assert scored.credits_GK[1][0] == (Credit("", 0.14, None),)
+    assert scored.credits_GK[1][0] == (Credit("", 0.14, None, 14),)
 
 
 def test_a_missing_marker_can_widen_or_stop():
     widened = reward_set(length, missing_marker="widen").score([group()])[0]
-    assert widened.credits_GK[1][0] == (Credit("", 0.14, Span(0, 14)),)
+    assert widened.credits_GK[1][0] == (Credit("", 0.14, Span(0, 14), 14),)
     assert widened.missed_GK[1] == [True]
     with pytest.raises(RewardFailed, match=r"'length' finds no scope in sample row7#1"):
         reward_set(length, missing_marker="error").score([group()])

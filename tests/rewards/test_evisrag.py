@@ -228,9 +228,9 @@ def test_slot_credits_stand_on_their_own_characters():
     text = "<evidence>[1]: 16 [2]: red\n</evidence>"
     credits = evidence_slots(Response(text, {"evidence": ["16", "blue", NO_EVIDENCE]}))
     assert credits == (
-        Credit("slot1", 1.0, Span(10, 18)),
-        Credit("slot2", 0.0, Span(18, 27)),
-        Credit("slot3", 0.0, None),
+        Credit("slot1", 1.0, Span(10, 18), len(text)),
+        Credit("slot2", 0.0, Span(18, 27), len(text)),
+        Credit("slot3", 0.0, None, len(text)),
     )
     assert text[10:18] == "[1]: 16 "
     assert text[18:27] == "[2]: red\n"

@@ -74,7 +74,7 @@ def test_scores_and_scopes_of_every_reward_and_rollout():
     scored = reward_set(length, gold_only).score([group()])[0]
     assert scored.reward_names_K == ("length", "gold_only")
     assert scored.scores_GK == [[0.35, None], [0.14, None]]
-    assert scored.credits_GK[0][0] == (Credit("", 0.35, Span(0, 35)),)
+    assert scored.credits_GK[0][0] == (Credit("", 0.35, Span(0, 35), 35),)
 
 
 def test_a_failing_reward_names_itself_the_sample_and_the_response():
