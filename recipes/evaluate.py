@@ -24,14 +24,14 @@ from recipes.answers.questions import Question, to_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.page import Results, as_json, as_markdown, as_page, worst_cases
-from recipes.evaluation.scoring import Evaluation, compare_evaluations, evaluate_predictions
+from recipes.evaluation.scoring import compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
 from rollout.errors import listed
 from rollout.files import write_text
 from rollout.keys import check, key, require
 from rsgrpo import cli
 from rsgrpo.config.train import PromptConfig
-from rsgrpo.errors import ConfigError, InputError
+from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -80,15 +80,17 @@ def evaluate(config: EvaluateConfig) -> None:
     questions = load_benchmark(
         config.benchmark, folder=config.benchmark_dir, topk=config.topk, image_dir=config.image_dir
     )
-    if config.max_questions:
-        questions = questions[: config.max_questions]
+    questions = questions[: config.max_questions or None]
     folder = Path(config.output_dir) / folder_name(config)
     with Console() as console:
         path = Path(config.predictions or folder / PREDICTIONS_FILE)
         if not config.predictions:
             predict(config, questions, folder, console)
         report = score(config, questions, path)
-        write_results(folder, report)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "results.json", json.dumps(as_json(report), indent=2) + "\n")
+        write_text(folder / "results.md", as_markdown(report))
+        write_text(folder / "report.html", as_page(report))
         console.info(as_markdown(report))
         console.info(f"written: {folder / 'report.html'}, results.md, results.json")
 
@@ -118,40 +120,15 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
 
 def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> Results:
     """Score a prediction file, and compare it with `against` where that is given."""
-
-    def evaluated(predictions: str | Path) -> Evaluation:
-        return evaluate_predictions(
-            questions, load_predictions(predictions), num_samples=config.bootstrap_samples, seed=config.seed
-        )
-
-    evaluation, other, differences = evaluated(path), None, None
-    if config.against:
-        other = evaluated(config.against)
-        samples = {"num_samples": config.bootstrap_samples, "num_permutations": config.permutations}
-        differences = compare_evaluations(evaluation, other, **samples, seed=config.seed)
+    bootstrap = {"num_samples": config.bootstrap_samples, "seed": config.seed}
+    evaluation, other, differences = evaluate_predictions(questions, load_predictions(path), **bootstrap), None, None
     facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
     if config.against:
+        other = evaluate_predictions(questions, load_predictions(config.against), **bootstrap)
+        differences = compare_evaluations(evaluation, other, num_permutations=config.permutations, **bootstrap)
         facts.append(("against", config.against))
-    return Results(
-        title=f"{Path(config.benchmark).stem}: {subject_of(config)}",
-        facts=facts,
-        evaluation=evaluation,
-        differences=differences,
-        other=other,
-        worst=worst_cases(evaluation, other, config.worst_cases),
-    )
-
-
-def write_results(folder: Path, report: Results) -> None:
-    """Write the three forms of the results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        "results.json": json.dumps(as_json(report), indent=2) + "\n",
-        "results.md": as_markdown(report),
-        "report.html": as_page(report),
-    }
-    for name, content in contents.items():
-        write_text(folder / name, content)
+    title = f"{Path(config.benchmark).stem}: {subject_of(config)}"
+    return Results(title, facts, evaluation, differences, other, worst_cases(evaluation, other, config.worst_cases))
 
 
 def folder_name(config: EvaluateConfig) -> str:
@@ -194,15 +171,15 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     if path.is_file() and path.with_name(PREDICTIONS_FILE).is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
-            f"{key}={settings.get(key)!r}, was {before.get(key)!r}"
-            for key in settings
-            if settings[key] != before.get(key)
+            f"{name}={value!r}, was {before.get(name)!r}"
+            for name, value in settings.items()
+            if value != before.get(name)
         ]
-        if changed:
-            raise ConfigError(
-                f"{path.parent} holds predictions made with other settings ({'; '.join(changed)}). Set another name, "
-                "or remove the folder."
-            )
+        require(
+            not changed,
+            f"{path.parent} holds predictions made with other settings ({'; '.join(changed)}). Set another name, or "
+            "remove the folder.",
+        )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(settings, indent=2) + "\n")
@@ -220,14 +197,9 @@ def require_pages(questions: Sequence[Question], image_dir: str) -> None:
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:
-    """Let `model=PATH` stand for `model.path=PATH`, where PATH is no option of the group."""
-    options = cli.groups(EvaluateConfig, "evaluate")["model"]
-    return [
-        argument.replace("model=", "model.path=", 1)
-        if argument.startswith("model=") and argument.removeprefix("model=") not in options
-        else argument
-        for argument in arguments
-    ]
+    """Read `model=PATH` as `model.path=PATH` where PATH is not an option of the group."""
+    options = "|".join(map(re.escape, cli.groups(EvaluateConfig, "evaluate")["model"]))
+    return [re.sub(rf"^model=(?!(?:{options})$)", "model.path=", argument) for argument in arguments]
 
 
 if __name__ == "__main__":

@@ -28,14 +28,16 @@ from typing import Any
 import httpx
 
 from recipes.demo.evisrag_layout import BENCHMARKS, PROMPT_FILE, TEST_FILE, TRAIN, TRAIN_FILES
+from recipes.evaluation.intervals import Difference
+from recipes.evaluation.page import signed
 from rollout.errors import run_program
-from rollout.files import read_jsonl, replaced, write_text
+from rollout.files import json_object, read_jsonl, replaced, write_text
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
 ROOT = Path("evisrag-mini")
 HUB, ROWS, EVALUATION = ROOT / "hub", ROOT / "train", ROOT / "evaluation"
-CHECKED = ROWS / "checked"  # exists once every row of every file has been found usable
+CHECKED = ROWS / "checked"  # exists once every row of every file has passed the check
 TRAINED = ROOT / "rl/export"
 OWN_WARM_START, DEMO_WARM_START = ROOT / "sft/export", Path("demo/sft/export")
 LAST_OF_EXPORT = "preprocessor_config.json"
@@ -46,7 +48,7 @@ START_TIMEOUT_S, STOP_TIMEOUT_S, REQUEST_TIMEOUT_S = 180.0, 60.0, 120.0
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step. makes: a file that exists once it is done. run: does it."""
+    """One step. makes: a file that exists once it is done."""
 
     name: str
     makes: Path
@@ -54,31 +56,28 @@ class Stage:
 
 
 def stages(engine: str, seed: int = 0) -> list[Stage]:
-    """Return what is to be done, in order. seed: of warm start and RL."""
-    # The demo's warm start learnt from these very rows with these very settings, so it is not made again.
+    """Return all stages, in order. seed: of warm start and RL."""
+    # The demo's warm start was trained on the same rows with the same settings, so it is reused.
     warm_start = DEMO_WARM_START if (DEMO_WARM_START / LAST_OF_EXPORT).is_file() else OWN_WARM_START
-    models = {"warm-start": warm_start, "rs-grpo": TRAINED}
-    rl = ("rsgrpo.train", "recipe=evisrag_mini", f"model.path={warm_start}", f"seed={seed}")
+    recipe = "recipe=evisrag_mini"
+    sft = functools.partial(run_module, "recipes.sft", recipe, f"seed={seed}")
+    rl = functools.partial(run_module, "rsgrpo.train", recipe, f"model.path={warm_start}", f"seed={seed}")
     found = [
-        Stage("data", HUB / PROMPT_FILE, command("recipes.prepare", "mini")),
+        Stage("data", HUB / PROMPT_FILE, functools.partial(run_module, "recipes.prepare", "mini")),
         Stage("unpack", CHECKED, unpack),
-        Stage("sft", warm_start / LAST_OF_EXPORT, command("recipes.sft", "recipe=evisrag_mini", f"seed={seed}")),
-        Stage("rs-grpo", TRAINED / LAST_OF_EXPORT, command(*rl)),
+        Stage("sft", warm_start / LAST_OF_EXPORT, sft),
+        Stage("rs-grpo", TRAINED / LAST_OF_EXPORT, rl),
     ]
     for benchmark in BENCHMARKS:
-        for name, model in models.items():
-            folder = EVALUATION / f"{benchmark}-{name}"
+        before, after = (EVALUATION / f"{benchmark}-{name}" for name in ("warm-start", "rs-grpo"))
+        for folder, model, more in (
+            (before, warm_start, []),
+            (after, TRAINED, [f"against={before / 'predictions.jsonl'}"]),
+        ):
             options = [f"benchmark={HUB / benchmark}", f"model={model}", f"name={folder.name}", f"rollout={engine}"]
-            if name == "rs-grpo":
-                options.append(f"against={EVALUATION / f'{benchmark}-warm-start' / 'predictions.jsonl'}")
-            run = command("recipes.evaluate", "recipe=evisrag_mini", *options)
-            found.append(Stage(f"evaluate {benchmark} {name}", folder / "results.json", run))
+            run = functools.partial(run_module, "recipes.evaluate", recipe, *options, *more)
+            found.append(Stage(f"evaluate {folder.name}", folder / "results.json", run))
     return [*found, Stage("infer", ANSWER, lambda: infer(engine)), Stage("serve", SERVED, lambda: serve(engine))]
-
-
-def command(*arguments: str) -> Callable[[], None]:
-    """Return what runs `python -m` with these arguments."""
-    return lambda: run_module(*arguments)
 
 
 def run_module(module: str, *options: str | Path, output: Any = None) -> None:
@@ -91,13 +90,13 @@ def run_module(module: str, *options: str | Path, output: Any = None) -> None:
     code = subprocess.run([sys.executable, *arguments], stdout=output, check=False).returncode
     if code:
         raise RsgrpoError(
-            f"`python {shlex.join(arguments)}` ended with exit code {code}. Fix what it reports and run the same "
-            "command again to resume."
+            f"`python {shlex.join(arguments)}` ended with exit code {code}. Fix what it reports, then run the same "
+            "command to resume."
         )
 
 
 def show(module: str, *options: str | Path) -> list[str]:
-    """Print a command as one would type it; return its arguments to Python."""
+    """Print a command as it would be typed; return its arguments to Python."""
     arguments = ["-m", module, *map(str, options)]
     print(f"\n$ python {shlex.join(arguments)}", flush=True)
     return arguments
@@ -170,7 +169,7 @@ def serve(engine: str) -> None:
 
 
 def wait_for(server: subprocess.Popen, address: str) -> None:
-    """Return when the server reports that it is well.
+    """Return once the server reports that it is healthy.
 
     Raises:
         RsgrpoError: it ended, or did not report so in time.
@@ -188,17 +187,20 @@ def wait_for(server: subprocess.Popen, address: str) -> None:
     raise RsgrpoError(f"the server did not answer within {START_TIMEOUT_S:.0f} s")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file."""
+    return json_object(path.read_bytes(), str(path))
+
+
 def summary(times: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Return the rows of the last table: stages, scores before and after, answers, and where everything is."""
+    """Return the rows of the final table: stages, scores before and after, answers, and where everything is."""
     rows = list(times)
     for benchmark in BENCHMARKS:
         before, after = (
-            json.loads((EVALUATION / f"{benchmark}-{name}" / "results.json").read_text(encoding="utf-8"))
-            for name in ("warm-start", "rs-grpo")
+            read_json(EVALUATION / f"{benchmark}-{name}" / "results.json") for name in ("warm-start", "rs-grpo")
         )
         rows += [(f"{benchmark}, {label}", text) for label, text in score_lines(before, after)]
-    answer = json.loads(ANSWER.read_text(encoding="utf-8"))
-    served = json.loads(SERVED.read_text(encoding="utf-8"))["parsed"]
+    answer, served = read_json(ANSWER), read_json(SERVED)["parsed"]
     pages = [str(EVALUATION / f"{benchmark}-rs-grpo" / "report.html") for benchmark in BENCHMARKS]
     return [
         *rows,
@@ -218,16 +220,14 @@ def score_lines(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str
             functools.reduce(lambda node, part: node[part], path.split("/"), report["scores"])["value"]
             for report in (before, after)
         )
-        text = f"{100 * old:.1f} → {100 * new:.1f}"
-        if found := after["differences"].get(path):
-            text += f", {100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
-            text += f", p {'< 0.001' if found['p_value'] < 0.001 else format(found['p_value'], '.3f')}"
-        lines.append((label, text))
+        found = after["differences"].get(path)
+        paired = f", {signed(Difference(**found))}" if found else ""
+        lines.append((label, f"{100 * old:.1f} → {100 * new:.1f}{paired}"))
     return lines
 
 
 def require_engine(engine: str) -> None:
-    """Raise InputError if vLLM is to be used and not installed: refuse to begin what could not be finished."""
+    """Raise InputError if vLLM is needed and not installed, before any work is done."""
     if engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError(
             "vLLM is not installed, and --engine vllm (the default) evaluates, infers and serves with it. Install it, "
@@ -236,17 +236,17 @@ def require_engine(engine: str) -> None:
 
 
 def require_seed(seed: int) -> None:
-    """Remember which seed this folder is of; raise InputError if it was begun with another."""
+    """Record the seed of this folder; raise InputError if it was started with another."""
     file = ROOT / "seed"
     begun = file.read_text(encoding="ascii").strip() if file.is_file() else "0" if ROOT.exists() else str(seed)
     if begun != str(seed):
-        raise InputError(f"{ROOT} was begun with seed {begun}, not {seed}. Run the new seed in another folder.")
+        raise InputError(f"{ROOT} was started with seed {begun}, not {seed}. Run the new seed in another folder.")
     ROOT.mkdir(exist_ok=True)
     write_text(file, f"{seed}\n")
 
 
 def run_stages(engine: str, seed: int) -> None:
-    """Run all stages that are not done, and show the summary."""
+    """Run the stages whose result does not exist yet, and show the summary."""
     started, times = time.monotonic(), []
     require_engine(engine)
     require_seed(seed)
@@ -261,7 +261,7 @@ def run_stages(engine: str, seed: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all stages that are not done; return the exit code."""
+    """Run the command line; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     top = argparse.ArgumentParser(prog="python -m recipes.evisrag_mini", description=__doc__.split("\n")[0])
     top.add_argument("--engine", choices=["vllm", "hf"], default="vllm", help="evaluates, infers and serves")

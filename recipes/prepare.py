@@ -31,18 +31,18 @@ LEVELS: dict[Level, str] = {
     "easy": "questions name a page",
     "yes_no": "they ask whether its amount is over 4",
     "lookup": "they name a code that must be found",
-    "easy_vqa": "easy-VQA's questions about pages with a coloured shape (the last two are not learnt in minutes)",
+    "easy_vqa": "easy-VQA's questions about pages with a coloured shape (slow to learn, as is lookup)",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
-    """What decides every byte of the demo's data and model; see `recipes.demo.items.teacher_reading` for the noise."""
+    """The settings that determine every byte of the demo's data and model."""
 
     sft_items: int = key(8000, "rows for the warm start", ge=1)
     train_items: int = key(2000, "rows for reinforcement learning", ge=1)
     val_items: int = key(200, "held-out rows", ge=1)
-    seed: int = key(0, "fixes every draw")
+    seed: int = key(0, "seed of every random choice")
     noise: float = key(0.3, "how often the teacher misreads a page", ge=0, le=1)
     level: Level = key("easy", "; ".join(f"{level}: {meaning}" for level, meaning in LEVELS.items()))
     vision_steps: int = key(200, "optimizer steps that teach the vision tower to read pages", ge=1)
@@ -56,14 +56,16 @@ class DemoSettings:
         return ShapeJob() if self.level == "easy_vqa" else FormJob(self.level, self.seed)
 
 
-def prepare_demo(settings: DemoSettings, out: Path, *, force: bool, console: Console) -> None:
-    """Write `out/data` and `out/model`, or reuse what is there from the same settings; show a summary.
+def run_demo(options: dict[str, Any], console: Console) -> None:
+    """Write data/ and model/, or reuse those made from the same settings; show a summary.
 
     Raises:
-        InputError: a folder is there from other settings, or from something else, and `force` is not given.
+        InputError: a folder was made from other settings or by something else, and --force is not given.
     """
     started = time.monotonic()
-    wanted, data, model = asdict(settings), out / "data", out / "model"
+    out, force = options.pop("out"), options.pop("force")
+    settings, data, model = DemoSettings(**options), out / "data", out / "model"
+    wanted = asdict(settings)
     for folder in (data, model):  # refuse before writing anything
         reusable(folder, wanted, force=force)
     rows = make_folder(data, wanted, lambda target: write_demo_data(settings, target, console), force=force)
@@ -85,7 +87,7 @@ def prepare_demo(settings: DemoSettings, out: Path, *, force: bool, console: Con
 
 
 def next_commands(out: Path) -> list[tuple[str, str]]:
-    """Return the commands that train on what is in `out`."""
+    """Return the commands that train on the demo in `out`."""
     sft, train = "python -m recipes.sft recipe=sft_demo", "python -m rsgrpo.train recipe=demo"
     if out != Path("demo"):
         data = f"data.val={out}/data/val.jsonl"
@@ -97,19 +99,17 @@ def next_commands(out: Path) -> list[tuple[str, str]]:
 def write_demo_data(settings: DemoSettings, folder: Path, console: Console) -> dict[str, Any]:
     """Write pages and rows into a folder in the layout of EVisRAG-Train; return counts."""
     counts = {"sft": settings.sft_items, "train": settings.train_items, "val": settings.val_items}
-    return write_rows_and_pages(
-        settings.job(), folder, counts, seed=settings.seed, noise=settings.noise, console=console
-    )
+    return write_rows_and_pages(settings.job(), folder, counts, settings.seed, settings.noise, console)
 
 
 def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: Console) -> dict[str, Any]:
-    """Make the tokenizer from the training rows and the model from random weights, and teach its tower to read."""
+    """Train the tokenizer on the training rows, initialise a random model, and teach its vision tower to read."""
     import transformers
 
     from recipes.demo.model import build_model, image_processor, save_model_folder, train_tokenizer
     from recipes.demo.vision import Lessons, reading_accuracy, teach_to_read
 
-    transformers.utils.logging.disable_progress_bar()  # it would tear the console's own bars
+    transformers.utils.logging.disable_progress_bar()  # it would break up the console's own bars
     with console.phase("tokenizer"):
         tokenizer = train_tokenizer(corpus(data))
         model = build_model(tokenizer, seed=settings.seed)
@@ -132,12 +132,6 @@ def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: 
     }
 
 
-def run_demo(options: dict[str, Any], console: Console) -> None:
-    """Write the demo's data and model."""
-    out, force = options.pop("out"), options.pop("force")
-    prepare_demo(DemoSettings(**options), out, force=force, console=console)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(prog="python -m recipes.prepare", description=__doc__.split("\n")[0])
@@ -145,13 +139,13 @@ def parser() -> argparse.ArgumentParser:
     demo = add_command(commands, "demo", run_demo, "handwritten form pages and a small model")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data/ and model/")
     add_options(demo, DemoSettings())
-    demo.add_argument("--force", action="store_true", help="replace what is there")
+    demo.add_argument("--force", action="store_true", help="replace existing folders")
     add_file_commands(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 1 also where rows cannot be used."""
+    """Run the command line; return the exit code, which is 1 if rows cannot be used."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded: waiting threads must not spin
     options = vars(parser().parse_args(argv))

@@ -6,6 +6,7 @@ a code digit and an amount digit side by side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,15 +109,11 @@ def draw_item(pool: Sequence[FormPage], level: FormLevel, rng: Random) -> Item:
     pairs = list(zip(codes, amounts, strict=True))
     pages = tuple((10 * code + amount) * per_pair + rng.randrange(per_pair) for code, amount in pairs)
     shown = tuple((str(code), str(amount)) for code, amount in pairs)
-    return Item(pages, shown, question, relevant, _is_over if level == "yes_no" else _amount)
+    return Item(pages, shown, question, relevant, functools.partial(_answer, yes_no=level == "yes_no"))
 
 
-def _amount(code: str, amount: str) -> str:
-    return amount
-
-
-def _is_over(code: str, amount: str) -> str:
-    return "yes" if int(amount) > YES_ABOVE else "no"
+def _answer(code: str, amount: str, *, yes_no: bool) -> str:
+    return amount if not yes_no else "yes" if int(amount) > YES_ABOVE else "no"
 
 
 class FormJob:

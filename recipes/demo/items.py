@@ -1,6 +1,6 @@
 """Questions over several pages, the readers who answer them, and the texts that they write.
 
-What the pages show and what is asked about them is a job's affair: `recipes.demo.forms`, `recipes.demo.shapes`.
+The jobs in `recipes.demo.forms` and `recipes.demo.shapes` decide what the pages show and what is asked about them.
 """
 
 from __future__ import annotations

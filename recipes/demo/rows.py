@@ -1,4 +1,4 @@
-"""The demo's rows and pages on disk, in the layout of EVisRAG-Train, whatever its job is."""
+"""The demo's rows and pages on disk, in the layout of EVisRAG-Train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rsgrpo.records.console import Console
 
 
 def write_rows_and_pages(
-    job: Job, folder: Path, counts: dict[str, int], *, seed: int, noise: float, console: Console
+    job: Job, folder: Path, counts: dict[str, int], seed: int, noise: float, console: Console
 ) -> dict[str, Any]:
     """Write sft.jsonl, train.jsonl and val.jsonl and the pages they use; return counts of rows and pages.
 
@@ -24,10 +24,12 @@ def write_rows_and_pages(
     with console.phase("rows", total=sum(counts.values())) as bar:
         for name, count in counts.items():
             split: Split = "val" if name == "val" else "train"
+            items, teacher = Random(f"{seed}/items/{name}"), Random(f"{seed}/teacher/{name}")
             rows = []
-            for item_id, item, answer in draw_rows(job, name, split, count, seed=seed, noise=noise):
+            for number in range(count):
+                item = job.draw(split, items)
                 used[split].update(item.pages)
-                rows.append(row_of(item_id, item, answer, split))
+                rows.append(_row(f"{name}-{number:05d}", item, split, _answer(job, item, name, noise, teacher)))
                 bar.advance()
             write_rows(folder / f"{name}.jsonl", rows)
     (folder / "images").mkdir()
@@ -39,29 +41,21 @@ def write_rows_and_pages(
     return {**counts, **{f"{split}_pages": len(positions) for split, positions in used.items()}}
 
 
-def draw_rows(
-    job: Job, name: str, split: Split, count: int, *, seed: int, noise: float
-) -> Iterator[tuple[str, Item, str]]:
-    """Yield (id, item, answer column) of one file.
+def _answer(job: Job, item: Item, name: str, noise: float, teacher: Random) -> str:
+    """Return the answer column of a row of one file.
 
-    sft: whole responses of a teacher who makes mistakes. train: the right evidence and answer, which rewards compare
-    with. val: whole right responses, on which supervised steps measure their loss too.
+    sft: the whole response of a teacher who makes mistakes. train: the right evidence and answer, which rewards compare
+    with. val: the whole right response, on which supervised steps measure their loss too.
     """
-    items, teacher = Random(f"{seed}/items/{name}"), Random(f"{seed}/teacher/{name}")
-    for number in range(count):
-        item = job.draw(split, items)
-        if name == "train":
-            answer = gold_text(job, item)
-        else:
-            reading = teacher_reading(job, item, noise, teacher) if name == "sft" else true_reading(item)
-            answer = response_text(job, item, reading)
-        yield f"{name}-{number:05d}", item, answer
+    if name == "train":
+        return gold_text(job, item)
+    return response_text(job, item, teacher_reading(job, item, noise, teacher) if name == "sft" else true_reading(item))
 
 
-def row_of(item_id: str, item: Item, answer: str, split: Split) -> dict[str, Any]:
+def _row(row_id: str, item: Item, split: Split, answer: str) -> dict[str, Any]:
     """Return one row with the columns of EVisRAG-Train."""
     row = {
-        "id": item_id,
+        "id": row_id,
         "question": item.question,
         "prompt": prompt_text(item),
         "answer": answer,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -34,36 +34,34 @@ class ShapePage:
     file: str
     color: str
     shape: str
-    questions: dict[Kind, tuple[str, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class ShapeQuestion:
-    """What a question of the package asks for: its kind, the colours and shapes it names, and whether it negates."""
-
-    kind: Kind
-    named: tuple[str, ...]
-    negated: bool
-
-    def answer(self, color: str, shape: str) -> str:
-        """Return the answer for a page that shows this.
-
-        >>> read_question("is there not a blue shape?").answer("teal", "circle")
-        'yes'
-        """
-        if self.kind == "yes or no":
-            return "yes" if (self.named[0] in (color, shape)) != self.negated else "no"
-        return color if self.kind == "color" else shape
+    questions: dict[Kind, list[str]]
 
 
 @functools.cache
-def read_question(text: str) -> ShapeQuestion:
+def _words(question: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]+", question))
+
+
+def kind_of(question: str) -> Kind:
     """Return what a question of the package asks for."""
-    words = re.findall(r"[a-z]+", text)
-    named = tuple(word for word in words if word in COLORS or word in SHAPES)
-    if words[0] == "what":
-        return ShapeQuestion("color" if "color" in words else "shape", named, False)
-    return ShapeQuestion("yes or no", named, "not" in words or "no" in words)
+    words = _words(question)
+    return "yes or no" if "what" not in words else "color" if "color" in words else "shape"
+
+
+def answer_to(question: str, color: str, shape: str) -> str:
+    """Return the answer to a question of the package about a page that shows this.
+
+    >>> answer_to("is there not a blue shape?", "teal", "circle")
+    'yes'
+    """
+    kind, words = kind_of(question), _words(question)
+    if kind == "yes or no":
+        return "yes" if (color in words or shape in words) != _negates(words) else "no"
+    return color if kind == "color" else shape
+
+
+def _negates(words: Set[str]) -> bool:
+    return not words.isdisjoint(("no", "not"))
 
 
 @functools.cache
@@ -83,19 +81,16 @@ def shape_pool(split: Split) -> tuple[ShapePage, ...]:
     facts: dict[int, set[str]] = defaultdict(set)
     questions: dict[int, dict[Kind, list[str]]] = defaultdict(lambda: defaultdict(list))
     for text, answer, image in zip(*rows, strict=True):
-        question = read_question(text)
-        questions[image][question.kind].append(text)
-        if question.kind != "yes or no":
-            facts[image] |= {answer, *question.named}
-        elif (answer == "yes") != question.negated:
-            facts[image].update(question.named)
+        kind, words = kind_of(text), _words(text)
+        questions[image][kind].append(text)
+        if kind != "yes or no" or (answer == "yes") != _negates(words):
+            facts[image] |= {answer, *words}
     pool = []
     for image in sorted(questions):
         color = next((word for word in COLORS if word in facts[image]), None)
         shape = next((word for word in SHAPES if word in facts[image]), None)
         if color and shape and len(questions[image]) == len(KINDS):
-            asked = {kind: tuple(questions[image][kind]) for kind in KINDS}
-            pool.append(ShapePage(files[image], color, shape, asked))
+            pool.append(ShapePage(files[image], color, shape, questions[image]))
     return tuple(pool)
 
 
@@ -107,7 +102,7 @@ def draw_item(pool: Sequence[ShapePage], rng: Random) -> Item:
     asked = rng.choice(asked_about.questions[rng.choice(KINDS)])
     number = 1 + (len(pages) if relevant is None else relevant)
     shown = tuple((pool[page].color, pool[page].shape) for page in pages)
-    return Item(pages, shown, f"page {number}: {asked}", relevant, read_question(asked).answer)
+    return Item(pages, shown, f"page {number}: {asked}", relevant, functools.partial(answer_to, asked))
 
 
 class ShapeJob:

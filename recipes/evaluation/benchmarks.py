@@ -43,12 +43,14 @@ def load_benchmark(name: str, *, folder: str, topk: int, image_dir: str = "") ->
         log.warning(
             "%s: %d of %d questions have more than topk=%d pages. The surplus is left out, although is_sufficient "
             "refers to all of them.",
-            path,
-            num_long,
-            len(questions),
-            topk,
+            *(path, num_long, len(questions), topk),
         )
-    return [_cut(question, topk) for question in questions]
+    return [
+        dataclasses.replace(
+            question, images=question.images[:topk], evidence=question.evidence and question.evidence[:topk]
+        )
+        for question in questions
+    ]
 
 
 def find_benchmark(name: str, folder: str, topk: int) -> Path:
@@ -86,8 +88,3 @@ def _file_of(folder: Path, topk: int) -> Path:
 def _fetched(hub_id: str, folder: str) -> Path:
     local = f"{folder}/{hub_id.partition('/')[2]}"
     return published_folder(hub_id, local=local, setting=f"benchmark_dir={folder}, or benchmark={local}")
-
-
-def _cut(question: Question, topk: int) -> Question:
-    evidence = None if question.evidence is None else question.evidence[:topk]
-    return dataclasses.replace(question, images=question.images[:topk], evidence=evidence)

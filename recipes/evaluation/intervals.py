@@ -17,10 +17,7 @@ MAX_DRAWN_VALUES = 4_000_000  # random numbers held at once
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A metric before summing.
-
-    above_N, below_N: (N,) float64, one pair per item; the metric is above_N.sum() / below_N.sum().
-    """
+    """A metric before summing: above_N.sum() / below_N.sum(), both (N,) float64, one pair per item."""
 
     above_N: np.ndarray
     below_N: np.ndarray
@@ -46,10 +43,9 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How one prediction file differs from another on the same items.
+    """One metric of a prediction file minus another's on the same items, with its 95% bootstrap interval.
 
-    value, low, high: first minus second, with its 95% bootstrap interval.
-    p_value: two-sided, of a sign-flip permutation test.
+    p_value: two-sided, of a sign-flip permutation test. All None if nothing is counted below.
     """
 
     value: float | None
@@ -84,9 +80,8 @@ def compare(
     The p-value is that of the mean difference under random swaps of the two predictions of each item.
     """
     samples_MS = (_resample(first, num_samples, seed) - _resample(second, num_samples, seed)).T
-    p_values = _sign_flip(
-        np.stack([first[name].above_N - second[name].above_N for name in first]), num_permutations, seed
-    )
+    differences_MN = np.stack([first[name].above_N - second[name].above_N for name in first])
+    p_values = _sign_flip(differences_MN, num_permutations, seed)
     result = {}
     for name, samples_S, p_value in zip(first, samples_MS, p_values, strict=True):
         left, right = first[name].value(), second[name].value()

@@ -12,15 +12,15 @@ from typing import Any
 
 from recipes.answers.parsing import Slot, is_irrelevant
 from recipes.evaluation.intervals import Difference, Estimate
-from recipes.evaluation.scoring import ANSWER_METRICS, MODES, SPLITS, Evaluation, ItemScore
+from recipes.evaluation.scoring import MODES, SPLITS, Evaluation, ItemScore
 from rollout.inputs.images import PromptError, data_uri, name_of
 from rollout.types import ImageSource
 from rsgrpo.report.templates import render
 
 LABELS = {"em": "EM", "acc": "Accuracy", "f1": "F1"}
 MODE_NOTES = {
-    "paper": "as released: numbers lose sign and point, the first answer block counts",
-    "strict": "numbers keep sign and point, the last answer block after the reasoning counts",
+    "paper": "as released: numbers lose their sign and decimal point, and the first answer block counts",
+    "strict": "numbers keep their sign and decimal point, and the last answer block after the reasoning counts",
 }
 DECISIONS = {
     "abstention/": "abstaining",
@@ -35,17 +35,17 @@ RATES = {
 COUNTS = {
     "num_questions": "questions",
     "num_missing": "without an answer",
-    "num_failed": "of these, could not be asked",
-    "num_unknown": "predictions of unknown questions",
+    "num_failed": "of these, failed requests",
+    "num_unknown": "predictions for unknown questions",
     "num_repeated": "repeated lines",
 }
 VERDICTS = {
     (True, True): ("found", "good"),
-    (False, False): ("rightly left out", "good"),
-    (True, False): ("claimed without ground", "bad"),
-    (False, True): ("overlooked", "bad"),
+    (False, False): ("correctly left out", "good"),
+    (True, False): ("unfounded claim", "bad"),
+    (False, True): ("missed", "bad"),
 }
-"""(a slot claims evidence, the gold does) -> what that is, and its style."""
+"""(a slot claims evidence, the gold does) -> the verdict, and its style."""
 NOTHING_COUNTED = "n/a"
 MAX_IMAGE_SIDE = 640
 ASSETS = "recipes.evaluation"
@@ -81,19 +81,15 @@ class Table:
 def worst_cases(evaluation: Evaluation, other: Evaluation | None, limit: int) -> list[ItemScore]:
     """Return the answered questions that scored worst; beside another file, those that lost most against it."""
 
-    def badness(pair: tuple[int, ItemScore]) -> tuple[float, float, int, int]:
-        position, item = pair
+    def goodness(position: int) -> tuple[float, float, int]:
+        item = evaluation.items[position]
         score = sum(item.answer[mode].f1 for mode in MODES)
-        lost = score - sum(other.items[position].answer[mode].f1 for mode in MODES) if other else 0.0
-        slots = item.slots.false_alarms + item.slots.misses if item.slots else 0
-        return lost, score, -slots, position
+        gained = score - sum(other.items[position].answer[mode].f1 for mode in MODES) if other else 0.0
+        return gained, score, -(item.slots.false_alarms + item.slots.misses if item.slots else 0)
 
-    wrong = [
-        (position, item)
-        for position, item in enumerate(evaluation.items)
-        if item.parsed is not None and item.answer["strict"].em < 1
-    ]
-    return [item for _, item in sorted(wrong, key=badness)[:limit]]
+    answered = [position for position, item in enumerate(evaluation.items) if item.parsed is not None]
+    wrong = [position for position in answered if evaluation.items[position].answer["strict"].em < 1]
+    return [evaluation.items[position] for position in sorted(wrong, key=goodness)[:limit]]
 
 
 def as_json(results: Results) -> dict[str, Any]:
@@ -139,32 +135,31 @@ def as_page(results: Results) -> str:
 
 def _tables(results: Results) -> list[Table]:
     estimates = results.evaluation.estimates
-    labels = [LABELS[metric] for metric in ANSWER_METRICS]
     tables = []
     for mode in MODES:
         rows = []
         for split in SPLITS:
-            found = [estimates[f"{mode}/{split}/{metric}"] for metric in ANSWER_METRICS]
-            rows.append([split, f"{found[0].count:.0f}", *map(_percent, found)])
-        tables.append(Table(f"Answers, {mode}", MODE_NOTES[mode], ["split", "questions", *labels], rows))
+            found = [estimates[f"{mode}/{split}/{metric}"] for metric in LABELS]
+            rows.append([split, f"{found[0].count:.0f}", *map(percent, found)])
+        tables.append(Table(f"Answers, {mode}", MODE_NOTES[mode], ["split", "questions", *LABELS.values()], rows))
     parts = ("precision", "recall", "f1")
     rows = [
-        [label, *(_percent(estimates[prefix + part]) for part in parts)]
+        [label, *(percent(estimates[prefix + part]) for part in parts)]
         for prefix, label in DECISIONS.items()
         if f"{prefix}f1" in estimates
     ]
     tables.append(Table("Decisions", "", ["decision", "precision", "recall", "F1"], rows))
-    rows = [[label, _percent(estimates[name])] for name, label in RATES.items()]
+    rows = [[label, percent(estimates[name])] for name, label in RATES.items()]
     rows += [[COUNTS[what], str(count)] for what, count in _counts(results.evaluation).items()]
     tables.append(Table("Outputs", "", ["", "share or count"], rows))
     if (differences := results.differences) is not None:
         rows = [
-            [mode, split, *(_signed(differences[f"{mode}/{split}/{metric}"]) for metric in ANSWER_METRICS)]
+            [mode, split, *(signed(differences[f"{mode}/{split}/{metric}"]) for metric in LABELS)]
             for mode in MODES
             for split in SPLITS
         ]
         note = "This file minus the other, question by question; p from a paired permutation test."
-        tables.append(Table("Against the other file", note, ["mode", "split", *labels], rows))
+        tables.append(Table("Against the other file", note, ["mode", "split", *LABELS.values()], rows))
     return tables
 
 
@@ -174,21 +169,21 @@ def _counts(evaluation: Evaluation) -> dict[str, int]:
     }
 
 
-def _percent(estimate: Estimate) -> str:
-    return NOTHING_COUNTED if estimate.value is None else f"{100 * estimate.value:.1f}" + _range(estimate, "")
-
-
-def _signed(found: Difference) -> str:
-    if found.value is None or found.p_value is None:
+def percent(found: Estimate | Difference, sign: str = "") -> str:
+    """Return a value in percent with its interval; sign: "+" writes the sign of positive numbers too."""
+    if found.value is None:
         return NOTHING_COUNTED
-    p_value = "p < 0.001" if found.p_value < 0.001 else f"p {found.p_value:.3f}"
-    return f"{100 * found.value:+.1f}{_range(found, '+')}, {p_value}"
-
-
-def _range(found: Estimate | Difference, sign: str) -> str:
+    text = f"{100 * found.value:{sign}.1f}"
     if found.low is None or found.high is None:
-        return ""
-    return f" ({100 * found.low:{sign}.1f} to {100 * found.high:{sign}.1f})"
+        return text
+    return f"{text} ({100 * found.low:{sign}.1f} to {100 * found.high:{sign}.1f})"
+
+
+def signed(found: Difference) -> str:
+    """Return a difference with its interval and p-value."""
+    if found.p_value is None:
+        return NOTHING_COUNTED
+    return f"{percent(found, '+')}, p {'< 0.001' if found.p_value < 0.001 else format(found.p_value, '.3f')}"
 
 
 def _case(item: ItemScore, other: Evaluation | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ NO_SCORE = AnswerScores(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """Right and wrong claims: found, claimed without ground, overlooked."""
+    """Counts of right claims, unfounded claims, and missed ones."""
 
     hits: int = 0
     false_alarms: int = 0
@@ -128,23 +128,21 @@ def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
     """Score what was predicted for one question; None scores 0."""
     golds = question.answers if question.is_sufficient else ABSTENTION_GOLDS
     text = None if prediction is None or prediction.finish_reason == FAILED else prediction.text
-    parsed, predicted = None, {}
-    if text is not None:
-        parsed = parse_lenient(text, question.images)
-        predicted = {"paper": released_prediction(text), "strict": parsed.answer}
-    abstains = parsed is not None and parsed.insufficient
+    parsed = None if text is None else parse_lenient(text, question.images)
+    predicted = {"paper": released_prediction(text), "strict": parsed.answer} if text is not None and parsed else {}
     slots = citations = None
     if question.evidence is not None:
         relevant = {number for number, gold in enumerate(question.evidence, start=1) if not is_irrelevant(gold)}
         slots = Decisions.of({slot.index for slot in parsed.evidence if slot.relevant} if parsed else set(), relevant)
         citations = Decisions.of(set(parsed.citations) if parsed else set(), relevant)
+    abstains = {1} if parsed and parsed.insufficient else set()
     return ItemScore(
         question,
         prediction,
         parsed,
         predicted,
         answer={mode: score_answer(predicted[mode], golds, mode) if predicted else NO_SCORE for mode in MODES},
-        abstention=Decisions.of({1} if abstains else set(), set() if question.is_sufficient else {1}),
+        abstention=Decisions.of(abstains, set() if question.is_sufficient else {1}),
         slots=slots,
         citations=citations,
     )
@@ -153,18 +151,14 @@ def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
 def evaluate_predictions(
     questions: Sequence[Question], predictions: Predictions, *, num_samples: int = 1000, seed: int = 0
 ) -> Evaluation:
-    """Score a prediction file.
-
-    num_samples: bootstrap samples of the intervals; 0 for none.
-    """
+    """Score a prediction file. num_samples: bootstrap samples of the intervals; 0 for none."""
     items = tuple(score_item(question, predictions.by_id.get(question.id)) for question in questions)
-    known = {question.id for question in questions}
     return Evaluation(
         items=items,
         estimates=estimate(ratios_of(items), num_samples, seed),
         num_missing=sum(item.parsed is None for item in items),
         num_failed=sum(item.parsed is None and item.prediction is not None for item in items),
-        num_unknown=len(set(predictions.by_id) - known),
+        num_unknown=len(predictions.by_id.keys() - {question.id for question in questions}),
         num_repeated=predictions.num_repeated,
     )
 
@@ -172,27 +166,26 @@ def evaluate_predictions(
 def compare_evaluations(
     first: Evaluation, second: Evaluation, *, num_samples: int = 1000, num_permutations: int = 10_000, seed: int = 0
 ) -> dict[str, Difference]:
-    """Return first minus second for every answer metric, paired by question.
-
-    Both must be evaluations of the same questions in the same order.
-    """
+    """Return first minus second for every answer metric; both have the same questions in the same order."""
     assert [item.question.id for item in first.items] == [item.question.id for item in second.items]
-    sides = [answer_ratios(evaluation.items) for evaluation in (first, second)]
-    return compare(sides[0], sides[1], num_samples, num_permutations, seed)
+    return compare(answer_ratios(first.items), answer_ratios(second.items), num_samples, num_permutations, seed)
 
 
 def ratios_of(items: Sequence[ItemScore]) -> dict[str, Ratio]:
     """Return every metric as a ratio of sums; those of evidence only where a row has gold evidence."""
     ratios = answer_ratios(items)
     ratios |= _decision_ratios("abstention/", [item.abstention for item in items])
-    abstains_N = np.array([item.parsed is not None and item.parsed.insufficient for item in items], dtype=bool)
-    ratios["abstention/rate"] = mean_of(abstains_N)
     ratios |= _decision_ratios("evidence/slot_", [item.slots for item in items])
     ratios |= _decision_ratios("evidence/citation_", [item.citations for item in items])
     present_N = np.array([item.parsed is not None for item in items], dtype=bool)
+    abstains_N = np.array([item.parsed is not None and item.parsed.insufficient for item in items], dtype=bool)
     formed_N = np.array([item.parsed is not None and item.parsed.format_ok for item in items])
     cut_N = np.array([item.prediction is not None and item.prediction.finish_reason == "length" for item in items])
-    return ratios | {"output/format_ok": mean_of(formed_N, present_N), "output/truncated": mean_of(cut_N, present_N)}
+    return ratios | {
+        "abstention/rate": mean_of(abstains_N),
+        "output/format_ok": mean_of(formed_N, present_N),
+        "output/truncated": mean_of(cut_N, present_N),
+    }
 
 
 def answer_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:

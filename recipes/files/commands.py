@@ -1,6 +1,6 @@
-"""The commands of `recipes.prepare` for existing files: unpack, validate, convert, and mini (the demo as EVisRAG is).
+"""The commands of `recipes.prepare` for existing files: unpack, validate, convert, and mini.
 
-Their work is done in `recipes.files.layouts`, `recipes.files.row_check` and `recipes.demo.evisrag_layout`.
+The work is done in `recipes.files.layouts`, `recipes.files.row_check` and `recipes.demo.evisrag_layout`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
 Run = Callable[[dict[str, Any], Console], int | None]
-"""Does a command with its options; returns the exit code, None for 0."""
+"""Runs a command with its options; returns the exit code, None for 0."""
 
 
 def option_of(name: str) -> str:
@@ -57,7 +57,7 @@ def run_validate(options: dict[str, Any], console: Console) -> int:
 
 
 def run_convert(options: dict[str, Any], console: Console) -> None:
-    """Write other people's rows in our layout."""
+    """Convert rows of another layout to ours."""
     from recipes.answers.questions import named_prompt
     from recipes.files.layouts import convert
     from rsgrpo.data.prompts import read_template
@@ -70,17 +70,16 @@ def run_convert(options: dict[str, Any], console: Console) -> None:
     if done.system:
         console.info(f"All rows have the system message {done.system!r}. Pass it to training as prompt.system=...")
     if not done.num_rows or (done.faults and not keep_good):
-        total = done.num_rows + len(done.faults)
         raise InputError(
-            f"{len(done.faults)} of {total} rows cannot be converted, and nothing was written. Fix them, or leave them "
-            "out with --drop-bad."
+            f"{len(done.faults)} of {done.num_rows + len(done.faults)} rows cannot be converted, and nothing was "
+            "written. Fix them, or leave them out with --drop-bad."
         )
     rows = [("rows", str(done.num_rows)), ("left out", str(len(done.faults))), ("file", str(out))]
     console.summary("Converted", [*rows, ("next", f"python -m recipes.prepare validate {out}")])
 
 
 def run_mini(options: dict[str, Any], console: Console) -> None:
-    """Write the demo's rows as EVisRAG publishes its data, and two benchmarks."""
+    """Write the demo's rows in EVisRAG's published layout, and two benchmarks."""
     from recipes.demo.evisrag_layout import write_mini
 
     data, out, force = options.pop("demo") / "data", options.pop("out"), options.pop("force")
@@ -89,7 +88,6 @@ def run_mini(options: dict[str, Any], console: Console) -> None:
     if options["num_questions"] < 1:
         raise InputError(f"--num-questions must be >= 1, got {options['num_questions']}")
     made_from = json_object((data / MANIFEST).read_bytes(), str(data / MANIFEST))["settings"]
-
     facts = make_folder(
         out,
         options | {"demo": made_from},
@@ -102,7 +100,7 @@ def run_mini(options: dict[str, Any], console: Console) -> None:
 
 
 def add_command(commands: Any, name: str, run: Run, meaning: str) -> argparse.ArgumentParser:
-    """Add a command whose `run` is called with its options and a console; return its parser."""
+    """Add a command and return its parser."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     command: argparse.ArgumentParser = commands.add_parser(name, help=meaning, formatter_class=formatter)
     command.set_defaults(run=run)
@@ -123,28 +121,24 @@ def add_file_commands(commands: Any) -> None:
     unpack.add_argument("--out", type=Path, help="folder for images and rows (default: FOLDER itself)")
 
     check = add_command(commands, "validate", run_validate, "report each row that cannot be used")
-    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id: see docs/howto/data.md")
-    check.add_argument(
-        "--for", dest="purpose", choices=["grpo", "sft", "test"], default="grpo", help="what the rows are for"
-    )
-    check.add_argument(
-        "--prompt", default="", help="a name in conf/prompt or a file (default: the rows' own prompts, else evidence)"
-    )
+    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id (org/name:split)")
+    purposes = ["grpo", "sft", "test"]
+    check.add_argument("--for", dest="purpose", choices=purposes, default="grpo", help="what the rows are used for")
+    prompt_help = "a name in conf/prompt or a file (default: the rows' own prompts, else evidence)"
+    check.add_argument("--prompt", default="", help=prompt_help)
     check.add_argument("--image-dir", default="", help="folder that relative image paths start from")
     check.add_argument("--model", default="", help="folder or hub id of the model whose tokenizer counts tokens")
     add_options(check, InputsConfig())
 
-    convert = add_command(
-        commands, "convert", run_convert, "turn your questions, or sharegpt or alpaca files, into rows"
-    )
+    convert = add_command(commands, "convert", run_convert, "convert a table, or a sharegpt or alpaca file, to rows")
     convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")
     convert.add_argument("--out", type=Path, required=True, help="jsonl file to write")
     convert.add_argument("--image-dir", default="", help="folder that relative image paths start from")
-    convert.add_argument("--row-prompt", default="evidence", help="prompt for rows that have a bare question")
+    convert.add_argument("--row-prompt", default="evidence", help="prompt for rows that only have a question")
     convert.add_argument("--drop-bad", action="store_true", help="leave out rows that cannot be converted")
 
     mini = add_command(commands, "mini", run_mini, "the demo's data in EVisRAG's layout")
     mini.add_argument("--demo", type=Path, default=Path("demo"), help="folder that `prepare demo` wrote")
     mini.add_argument("--out", type=Path, default=Path("evisrag-mini/hub"), help="folder to write")
     mini.add_argument("--num-questions", type=int, default=200, help="questions per benchmark")
-    mini.add_argument("--force", action="store_true", help="replace what is there")
+    mini.add_argument("--force", action="store_true", help="replace an existing folder")

@@ -1,4 +1,4 @@
-"""Whether rows can be used, row by row: the check of training (`rsgrpo.data.dataset`), without starting a run."""
+"""Check row by row whether rows can be used, as training does (`rsgrpo.data.dataset`), without starting a run."""
 
 from __future__ import annotations
 
@@ -54,13 +54,12 @@ class RowReport:
 
 
 class Uncounted:
-    """Takes the place of a model's input processor: it knows the limits and counts no tokens."""
+    """Replaces a model's input processor where tokens are not counted."""
 
     def __init__(self, inputs: InputsConfig) -> None:
         self.inputs = inputs
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Return 0."""
         return 0
 
 

@@ -1,4 +1,4 @@
-"""A folder that a command makes from settings: either whole, with a manifest that names them, or absent."""
+"""Folders that commands make from settings: complete, with a manifest of the settings, or absent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rollout.files import json_object
 from rsgrpo.errors import InputError
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of what the commands write; raised when the same settings give other files
+FORMAT = 1  # raised when the same settings give different files
 
 
 def reusable(folder: Path, settings: dict[str, Any], *, force: bool) -> dict[str, Any] | None:
-    """Return the facts of a folder that was made from these very settings; None if it is to be made.
+    """Return the facts of a folder made from exactly these settings; None if it must be made.
 
     Raises:
         InputError: something else is there and `force` is not given.
@@ -42,7 +42,7 @@ def reusable(folder: Path, settings: dict[str, Any], *, force: bool) -> dict[str
 def make_folder(
     folder: Path, settings: dict[str, Any], fill: Callable[[Path], dict[str, Any]], *, force: bool
 ) -> dict[str, Any]:
-    """Let `fill` write a folder beside its final place and rename it when it is whole; reuse one that fits.
+    """Let `fill` write a temporary folder and rename it once complete; reuse one made from the same settings.
 
     Returns:
         The facts that `fill` returned, now or when the folder was made, and `state`: "made" or "reused".

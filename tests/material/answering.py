@@ -33,6 +33,12 @@ def prompts_of(count: int, page: str | None = None) -> list[Prompt]:
     return [Prompt(f"q{number}", f"{mark}question {number}", images) for number in range(count)]
 
 
+def response(answer: str, *slots: str, think: str = "so") -> str:
+    """Return a whole response with these evidence slots."""
+    lines = "\n".join(f"[{number}]: {slot}" for number, slot in enumerate(slots, start=1))
+    return f"<observe>o</observe>\n<evidence>\n{lines}\n</evidence>\n<think>{think}</think>\n<answer>{answer}</answer>"
+
+
 class Scripted:
     """Answers from a function; counts what it was asked."""
 

@@ -16,22 +16,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from recipes.answers.predictions import load_predictions
 from recipes.evaluate import EvaluateConfig, evaluate, folder_name, spell_out
 from recipes.evaluation.benchmarks import BENCHMARKS, find_benchmark, load_benchmark
-from recipes.evaluation.page import worst_cases
-from recipes.evaluation.scoring import evaluate_predictions
-from rollout.packed import PackedImage
 from rsgrpo import cli
 from rsgrpo.errors import ConfigError, RsgrpoError
 from tests.material import ROOT
+from tests.material.answering import response
 
 NOTHING = "no relevant information"
-
-
-def response(answer: str, *slots: str) -> str:
-    lines = "\n".join(f"[{number}]: {slot}" for number, slot in enumerate(slots, start=1))
-    return f"<observe>o</observe>\n<evidence>\n{lines}\n</evidence>\n<think>[1]</think>\n<answer>{answer}</answer>"
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def released_file(path: Path, **texts: str) -> str:
-    """A prediction file as the released code writes them: the gold answers stand in it too."""
+    """A prediction file as the released code writes them: the gold answers are in it too."""
     rows = [{"qid": qid, "pred": text, "answer": ["gold"]} for qid, text in texts.items()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -102,32 +94,16 @@ def test_a_benchmark_that_is_not_there_says_what_is(data, name, topk, complaint)
         find_benchmark(name, str(data), topk)
 
 
-def test_rows_of_the_test_layout_are_read(data):
+def test_rows_of_the_test_layout_are_read_without_surplus_pages(data, caplog):
     questions = load_benchmark("SlideVQA", folder=str(data), topk=3)
-    assert [question.id for question in questions] == ["q0", "q1", "q2", "q3"]
+    assert [(question.id, question.is_sufficient) for question in questions] == [
+        ("q0", True), ("q1", True), ("q2", False), ("q3", True),
+    ]  # fmt: skip
     assert questions[0].answers == ("16%", "16 percent")
-    assert [question.is_sufficient for question in questions] == [True, True, False, True]
     assert questions[0].images[2] == str(data / "EVisRAG-Test-SlideVQA/images/2.png")
-
-
-def test_surplus_pages_are_left_out_with_their_evidence(data, caplog):
     first = load_benchmark(str(data / "EVisRAG-Test-SlideVQA/top3_test.jsonl"), folder="", topk=2)[0]
-    assert len(first.images) == 2
-    assert first.evidence == ("Sweden 16%", NOTHING)
+    assert (len(first.images), first.evidence) == (2, ("Sweden 16%", NOTHING))
     assert "4 of 4 questions have more than topk=2 pages" in caplog.text
-
-
-def test_images_may_be_packed_in_a_parquet_file(data):
-    import pyarrow
-    import pyarrow.parquet
-
-    folder = data / "EVisRAG-Test-SlideVQA"
-    content = (folder / "images/1.png").read_bytes()
-    table = pyarrow.table({"image": [{"bytes": content, "path": "images/1.png"}]})
-    pyarrow.parquet.write_table(table, folder / "images.parquet")
-    page = load_benchmark("SlideVQA", folder=str(data), topk=3)[0].images[1]
-    assert isinstance(page, PackedImage)
-    assert page.read() == content
 
 
 def test_repeated_ids_and_rows_without_gold_are_refused(data):
@@ -171,26 +147,21 @@ def test_two_files_are_compared_and_the_lost_cases_come_first(data, tmp_path):
     assert "Against the other file" in (data.parent / "out/e/results.md").read_text()
 
 
-def test_the_worst_cases_are_answered_wrong_ones_in_order(data, tmp_path):
+@pytest.mark.parametrize(("limit", "worst"), [(10, ["q1", "q0"]), (1, ["q1"])])
+def test_the_worst_cases_are_answered_wrong_ones_in_order(data, tmp_path, limit, worst):
     file = released_file(tmp_path / "p.jsonl", q0=response("16 and more"), q1=response("x"), q3=response("Lund"))
-    questions = load_benchmark("SlideVQA", folder=str(data), topk=3)
-    evaluation = evaluate_predictions(questions, load_predictions(file), num_samples=0)
-    assert [item.question.id for item in worst_cases(evaluation, None, 10)] == ["q1", "q0"]
-    assert [item.question.id for item in worst_cases(evaluation, None, 1)] == ["q1"]
+    evaluate(config_of(data, predictions=file, worst_cases=limit))
+    assert results(data)["worst"] == worst
 
 
 def test_the_page_shows_cases_beside_their_pages_and_nothing_runs(data, tmp_path):
     hostile = response("<script>alert(1)</script>", NOTHING, "<img src=x onerror=alert(1)>", NOTHING)
     evaluate(config_of(data, predictions=released_file(tmp_path / "p.jsonl", q1=hostile)))
     page = (data.parent / "out/e/report.html").read_text()
-    assert "<script" not in page
-    assert "<img src=x" not in page
-    assert "&lt;script&gt;alert(1)" in page
-    assert "&lt;b&gt;who&lt;/b&gt;?" in page
+    shown = ("&lt;script&gt;alert(1)", "&lt;b&gt;who&lt;/b&gt;?", "missed", "unfounded claim", "correctly left out")
+    assert [text for text in shown if text not in page] == []
+    assert [text for text in ("<script", "<img src=x") if text in page] == []
     assert page.count('src="data:image/png;base64,') == 3
-    assert "overlooked" in page
-    assert "claimed without ground" in page
-    assert "rightly left out" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     (data / "EVisRAG-Test-SlideVQA/images/0.png").write_bytes(b"broken")
     evaluate(config_of(data, predictions=released_file(tmp_path / "p.jsonl", q1=response("x"))))
@@ -281,11 +252,8 @@ def test_the_groups_of_training_can_be_chosen():
 
 
 def test_a_model_folder_can_be_given_like_an_option():
-    assert spell_out(["model=runs/a/export", "model=demo", "seed=1"]) == [
-        "model.path=runs/a/export",
-        "model=demo",
-        "seed=1",
-    ]
+    given = ["model=runs/a/export", "model=demo", "model=demonstration", "seed=1"]
+    assert spell_out(given) == ["model.path=runs/a/export", "model=demo", "model.path=demonstration", "seed=1"]
 
 
 def test_the_folder_is_named_after_benchmark_model_and_sweep():

@@ -150,7 +150,7 @@ def test_a_folder_is_of_one_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evisrag_mini.require_seed(3)
     evisrag_mini.require_seed(3)
-    with pytest.raises(InputError, match=r"begun with seed 3, not 0\. Run the new seed in another folder"):
+    with pytest.raises(InputError, match=r"started with seed 3, not 0\. Run the new seed in another folder"):
         evisrag_mini.require_seed(0)
 
 

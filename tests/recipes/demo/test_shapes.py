@@ -1,7 +1,8 @@
-"""The demo's level easy_vqa: whose pages and questions, what is asked, and that a run starts on it."""
+"""The demo's level easy_vqa: its pages and questions, what is asked, and that training loads its rows."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from random import Random
@@ -14,7 +15,7 @@ import easy_vqa
 
 from recipes import prepare
 from recipes.demo.items import Item, Split, response_text, teacher_reading, true_reading
-from recipes.demo.shapes import COLORS, SHAPES, ShapeJob, read_question, shape_pool
+from recipes.demo.shapes import COLORS, SHAPES, ShapeJob, answer_to, shape_pool
 from rewards import evisrag
 from rewards.api import Response
 from rollout.config import InputsConfig
@@ -29,7 +30,7 @@ ITEM = Item(
     shown=(("teal", "circle"), ("red", "triangle")),
     question="page 2: is there not a red shape?",
     relevant=1,
-    answer=read_question("is there not a red shape?").answer,
+    answer=functools.partial(answer_to, "is there not a red shape?"),
 )
 
 
@@ -52,20 +53,9 @@ def test_every_question_of_the_package_is_understood(split: Split):
     compared = 0
     for text, answer, image in zip(*rows, strict=True):
         if files[image] in shown:
-            assert read_question(text).answer(*shown[files[image]]) == answer, (text, image)
+            assert answer_to(text, *shown[files[image]]) == answer, (text, image)
             compared += 1
     assert compared > {"train": 25_000, "val": 6_000}[split]
-
-
-def test_what_a_question_asks_for_worked_by_hand():
-    def answer(text: str) -> str:
-        return read_question(text).answer("teal", "circle")
-
-    assert answer("what color is the shape?") == "teal"
-    assert answer("what is the teal shape?") == "circle"
-    assert answer("is there a teal shape?") == "yes"
-    assert answer("is no circle present?") == "no"
-    assert answer("does the image not contain a triangle?") == "yes"
 
 
 def test_a_right_response_worked_by_hand():
@@ -75,7 +65,7 @@ def test_a_right_response_worked_by_hand():
     )
 
 
-def test_a_teacher_without_noise_is_right_and_one_with_noise_answers_as_he_read():
+def test_a_teacher_without_noise_is_right_and_one_with_noise_answers_what_they_read():
     assert teacher_reading(JOB, ITEM, 0.0, Random(0)) == true_reading(ITEM)
     readings = [teacher_reading(JOB, ITEM, 1.0, Random(seed)) for seed in range(400)]
     responses = [response_text(JOB, ITEM, reading) for reading in readings]

@@ -19,14 +19,10 @@ from recipes.evaluation.scoring import (
 )
 from rsgrpo.errors import RsgrpoError
 from tests.material import DATA
+from tests.material.answering import response
 
 REFERENCE = [json.loads(line) for line in (DATA / "metrics.jsonl").read_text().splitlines()]
 NOTHING = "no relevant information"
-
-
-def response(answer, slots=(), think="so"):
-    lines = "\n".join(f"[{number}]: {slot}" for number, slot in enumerate(slots, start=1))
-    return f"<observe>o</observe>\n<evidence>\n{lines}\n</evidence>\n<think>{think}</think>\n<answer>{answer}</answer>"
 
 
 def question(id_, answers=("16%",), **more):
@@ -37,10 +33,7 @@ def predictions(**texts):
     return Predictions({id_: Prediction(id_, text) for id_, text in texts.items()})
 
 
-# The reference numbers
-
-
-def test_the_paper_mode_gives_the_reference_numbers():
+def test_paper_mode_gives_the_reference_numbers():
     assert len(REFERENCE) == 200
     for row in REFERENCE:
         asked = Question(row["qid"], "q", answers=tuple(row["answer"]), is_sufficient=row["is_sufficient"])
@@ -116,10 +109,10 @@ QUESTIONS = [
     question("settled", is_sufficient=False, evidence=(NOTHING, NOTHING)),
 ]
 FILE = predictions(
-    right=response("16%", ["Sweden 16%", NOTHING], think="[1] says so"),
-    half=response("blue", ["blue", "blue"], think="[1] and [2]"),
-    abstains=response("insufficient to answer", [NOTHING, NOTHING]),
-    settled=response("no relevant information", [NOTHING, NOTHING]),
+    right=response("16%", "Sweden 16%", NOTHING, think="[1] says so"),
+    half=response("blue", "blue", "blue", think="[1] and [2]"),
+    abstains=response("insufficient to answer", NOTHING, NOTHING),
+    settled=response("no relevant information", NOTHING, NOTHING),
     stranger=response("16%"),
 )
 
@@ -127,24 +120,21 @@ FILE = predictions(
 def test_a_file_is_scored_as_by_hand():
     result = evaluate_predictions(QUESTIONS, FILE, num_samples=0)
     value = {name: estimate.value for name, estimate in result.estimates.items()}
-    assert value["strict/global/em"] == pytest.approx(2 / 5)  # right, settled
-    assert value["strict/sufficient/em"] == pytest.approx(1 / 3)
-    assert value["strict/insufficient/em"] == pytest.approx(1 / 2)
-    assert value["strict/sufficient/f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert value["strict/sufficient/acc"] == pytest.approx(1 / 3)
+    by_hand = {
+        "strict/global/em": 2 / 5,  # right, settled
+        "strict/sufficient/em": 1 / 3,
+        "strict/insufficient/em": 1 / 2,
+        "strict/sufficient/f1": (1 + 2 / 3 + 0) / 3,
+        "strict/sufficient/acc": 1 / 3,
+        "abstention/rate": 2 / 5,
+        "output/format_ok": 1.0,
+    }
     # abstained: "abstains" (wrongly), "settled" (rightly); "lost" has no answer at all
-    assert value["abstention/precision"] == pytest.approx(1 / 2)
-    assert value["abstention/recall"] == pytest.approx(1 / 2)
-    assert value["abstention/f1"] == pytest.approx(1 / 2)
-    assert value["abstention/rate"] == pytest.approx(2 / 5)
-    # slots claimed: right 1 (hit), half 1 (false) and 2 (hit); overlooked: abstains 1
-    assert value["evidence/slot_precision"] == pytest.approx(2 / 3)
-    assert value["evidence/slot_recall"] == pytest.approx(2 / 3)
+    by_hand |= {f"abstention/{part}": 1 / 2 for part in ("precision", "recall", "f1")}
+    # slots claimed: right 1 (hit), half 1 (false) and 2 (hit); missed: abstains 1. Cited: the same
+    by_hand |= {f"evidence/{kind}_{part}": 2 / 3 for kind in ("slot", "citation") for part in ("precision", "recall")}
+    assert {name: value[name] for name in by_hand} == pytest.approx(by_hand)
     assert value["evidence/slot_f1"] == pytest.approx(2 / 3)
-    # cited: right 1 (hit), half 1 (false) and 2 (hit)
-    assert value["evidence/citation_precision"] == pytest.approx(2 / 3)
-    assert value["evidence/citation_recall"] == pytest.approx(2 / 3)
-    assert value["output/format_ok"] == 1.0
     assert (result.num_missing, result.num_failed, result.num_unknown) == (1, 0, 1)
 
 
@@ -172,11 +162,9 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_items():
     for num_items in (25, 400):
         values = np.arange(num_items) % 2
         found = estimate({"m": mean_of(values)}, 500, seed=0)["m"]
-        assert found.value is not None
-        assert found.low is not None
-        assert found.high is not None
-        assert found.low < found.value < found.high
-        widths.append(found.high - found.low)
+        low, high = found.low or 0, found.high or 0
+        assert low < (found.value or 0) < high
+        widths.append(high - low)
     # the standard error of a fair coin: 1.96 * 2 * 0.5 / sqrt(n)
     assert widths[0] == pytest.approx(1.96 / 5, rel=0.2)
     assert widths[1] == pytest.approx(1.96 / 20, rel=0.2)
@@ -190,8 +178,7 @@ def test_a_constant_metric_has_no_width_and_a_seed_fixes_the_rest():
 
 
 def test_a_ratio_of_sums_is_not_a_mean_of_ratios():
-    ratio = Ratio(np.array([1.0, 0.0]), np.array([1.0, 3.0]))
-    assert estimate({"m": ratio}, 0, seed=0)["m"].value == 0.25
+    assert Ratio(np.array([1.0, 0.0]), np.array([1.0, 3.0])).value() == 0.25
 
 
 def test_large_files_are_resampled_in_pieces(monkeypatch):
@@ -207,25 +194,23 @@ def ones_and_zeros(num_ones, num_items=20):
     return {"m": mean_of(np.array([1.0] * num_ones + [0.0] * (num_items - num_ones)))}
 
 
-def test_equal_predictions_differ_by_nothing():
-    same = compare(ones_and_zeros(5), ones_and_zeros(5), 100, 1000, seed=0)["m"]
+def compared(first, second, num_permutations=500):
+    return compare(ones_and_zeros(first), ones_and_zeros(second), 200, num_permutations, seed=0)["m"]
+
+
+def test_equal_predictions_do_not_differ_and_swapping_the_files_turns_the_sign():
+    same, one, other = compared(5, 5), compared(10, 4), compared(4, 10)
     assert (same.value, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert [one.value, one.low, one.high] == pytest.approx([-(x or 0) for x in (other.value, other.high, other.low)])
+    assert other.p_value == one.p_value
 
 
 def test_the_p_value_is_that_of_the_exact_test():
     # 6 discordant items, all in favour of the first: two of 2**6 sign patterns are as extreme, p = 1/32
-    found = compare(ones_and_zeros(10), ones_and_zeros(4), 200, 20_000, seed=0)["m"]
+    found = compared(10, 4, num_permutations=20_000)
     assert found.value == pytest.approx(0.3)
     assert found.p_value == pytest.approx(1 / 32, rel=0.1)
-    assert found.low is not None
-    assert found.low > 0
-
-
-def test_swapping_the_files_turns_the_sign():
-    one = compare(ones_and_zeros(10), ones_and_zeros(4), 100, 500, seed=0)["m"]
-    other = compare(ones_and_zeros(4), ones_and_zeros(10), 100, 500, seed=0)["m"]
-    assert [one.value, one.low, one.high] == pytest.approx([-(x or 0) for x in (other.value, other.high, other.low)])
-    assert other.p_value == one.p_value
+    assert (found.low or 0) > 0
 
 
 def test_evaluations_are_compared_by_question():
@@ -261,12 +246,9 @@ def test_files_of_several_origins_load(tmp_path, row):
         assert load_predictions(tmp_path / name).by_id == {"7": Prediction("7", "16%")}
 
 
-def test_a_map_from_id_to_output_loads(tmp_path):
+def test_a_map_from_id_to_output_loads_and_the_last_of_several_lines_counts(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"7": "16%", "8": {"pred": "x"}}))
     assert [found.text for found in load_predictions(tmp_path / "p.json").by_id.values()] == ["16%", "x"]
-
-
-def test_the_last_of_several_lines_counts(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"id": "7", "raw": "old"}\n{"id": "7", "raw": "new"}\n')
     loaded = load_predictions(tmp_path / "p.jsonl")
     assert (loaded.by_id["7"].text, loaded.num_repeated) == ("new", 1)
