@@ -15,15 +15,15 @@ export OMP_WAIT_POLICY ?= passive
 .PHONY: demo evisrag-mini test test-all test-gpu check lint wheel-check format install clean
 .DELETE_ON_ERROR:
 
-# Each step names the file that its program writes last, so that a step that was stopped is taken up again.
+# Each step names the file that its program writes last, so that an interrupted step is resumed.
 DATA_AND_MODEL := demo/model/preprocessor_config.json
 WARM_START := demo/sft/export/preprocessor_config.json
 
 demo: $(WARM_START)
 	$(BIN)/python -m rsgrpo.train recipe=demo
 
-# EVisRAG's stages in small, from data in its layout to a server; the demo's warm start is taken where it is there.
-# make evisrag-mini ENGINE=hf evaluates and answers with the embedded engine where there is no vLLM.
+# EVisRAG's stages in small, from data in its layout to a server; the demo's warm start is used if it exists.
+# make evisrag-mini ENGINE=hf evaluates and answers with the embedded engine, without vLLM.
 ENGINE ?= vllm
 evisrag-mini: | $(DATA_AND_MODEL)
 	$(BIN)/python -m recipes.evisrag_mini --engine $(ENGINE)
@@ -34,19 +34,19 @@ $(DATA_AND_MODEL): | $(INSTALLED)
 $(WARM_START): | $(DATA_AND_MODEL)
 	$(BIN)/python -m recipes.sft recipe=sft_demo
 
-# Budget: at most 12 minutes on 2 idle cores. The slowest tests are listed at the end; what is slower belongs to test-all.
+# Budget: at most 12 minutes on 2 idle cores. The slowest tests are listed at the end; mark slow ones for test-all.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=15
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not gpu"
 
-# Uses the python at hand where `make` has installed nothing: torch, transformers, peft and pytest are enough, and what
-# needs more (vLLM, Ray, hydra) is then skipped.
+# Without a .venv from `make` it uses python3: torch, transformers, peft and pytest are enough; tests that need more
+# (vLLM, Ray, hydra) are then skipped.
 test-gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/gpu
 
-# What continuous integration holds every change to; `make lint` is its part without tests.
+# What continuous integration checks; `make lint` is the part without tests.
 check: lint
 	$(MAKE) test
 
@@ -55,7 +55,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(SOURCES)
 
-# The built wheel in an empty environment and an empty folder: what a user has who has no clone.
+# The built wheel in an empty environment and an empty folder, as for a user without a clone.
 wheel-check: $(INSTALLED)
 	$(BIN)/python tools/try_wheel.py
 

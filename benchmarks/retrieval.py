@@ -67,12 +67,12 @@ def timed(work: Callable[[], Any], clock: Callable[[], float] = time.process_tim
 
 
 def peak_mb() -> float:
-    """Return the most memory that this process has had."""
+    """Return the peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def write(folder: Path, num_pages: int, dim: int, num_queries: int) -> float:
-    """Write an index of so many vectors, and queries near some of them; return the seconds in the index."""
+    """Write an index of `num_pages` vectors and queries near some of them; return the seconds spent in the index."""
     index = VectorIndex.create(folder / "index", SYNTHETIC)
     seconds = 0.0
     for number, block in enumerate(blocks(num_pages, dim, 0)):
@@ -126,7 +126,7 @@ def ids_of(found: list[list[Hit]]) -> list[list[str]]:
 
 
 def vectors(num_pages: int, dim: int, num_queries: int, searches: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Time searches on so many vectors, the numpy scan first."""
+    """Time searches over `num_pages` vectors, the numpy scan first."""
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as scratch,
