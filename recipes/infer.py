@@ -1,6 +1,6 @@
 """Answer questions over page images: `python -m recipes.infer "how much?" --image a.png --model runs/x/export`.
 
-One question, a conversation over the same pages, or a file of questions. Owns the command line and what it shows.
+One question, a conversation over the same pages, or a file of questions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from recipes.answers.types import Answer, Answerer
 from rollout.config import InputsConfig
 from rollout.keys import named
 from rollout.types import Prompt
-from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
-INTERRUPTED = 130
 OPTIONS = {
     "model.path": "--model",
     "model.revision": "--revision",
@@ -124,7 +123,7 @@ def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bo
             elif text == "/json":
                 out.write(f"{json.dumps(last, ensure_ascii=False, indent=2)}\n")
             elif text.startswith("/"):
-                out.write(f"there is no {text.split()[0]}\n{HELP}\n")
+                out.write(f"unknown command {text.split()[0]}\n{HELP}\n")
             elif text:
                 last = session.ask(text)
         except RsgrpoError as error:
@@ -139,9 +138,7 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
     """
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise InputError(
-            f"there is no image {', '.join(missing)} (on the command line a question stands before --image)"
-        )
+        raise InputError(f"no such image: {', '.join(missing)} (on the command line, put the question before --image)")
     return paths
 
 
@@ -158,7 +155,7 @@ def run_batch(options: argparse.Namespace, answerer: Answerer, template: str, sy
                 ("questions", str(len(questions))),
                 ("asked", str(summary.asked)),
                 ("equal to another", str(summary.shared)),
-                ("there already", str(summary.reused)),
+                ("answered earlier", str(summary.reused)),
                 ("failed", str(summary.failed)),
                 ("answers", str(out)),
             ],
@@ -289,15 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.question and options.named_question:
         top.error("the question is given twice: as QUESTION and as --question")
     options.question = options.question or options.named_question
-    try:
-        return answer(options)
-    except RsgrpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        kept = "; answers so far are kept, the same command goes on" if options.batch else ""
-        print(f"stopped{kept}", file=sys.stderr)
-        return INTERRUPTED
+    kept = "answers so far are kept; run the same command to resume" if options.batch else ""
+    return run_program(lambda: answer(options), kept=kept)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Many questions into one jsonl file: resumable by id, deduplicated, and never losing what is finished.
 
-Owns that file: one line per question, appended as answers arrive, put into the order of the questions at the end.
+The file has one line per question, appended as answers arrive and put into the order of the questions at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from recipes.answers.parsing import ParsedAnswer, parse_lenient
 from recipes.answers.predictions import FAILED
 from recipes.answers.questions import prompt_hash
 from recipes.answers.types import Answer, Answerer
+from rollout.files import write_text
 from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
@@ -66,7 +67,7 @@ def answer_batch(
     """Answer all prompts that `out` does not answer yet; lines of failed questions are asked again.
 
     Args:
-        share_equal: ask equal prompts of different ids once; right where sampling is greedy.
+        share_equal: ask equal prompts with different ids once; correct where sampling is greedy.
 
     Raises:
         RsgrpoError: `out` holds answers to other prompts or of another model; two prompts share an id; or the answerer
@@ -99,7 +100,7 @@ def answer_batch(
         except RsgrpoError as error:
             raise RsgrpoError(
                 f"{error}\n{num_written} answers of this run and {len(reused)} earlier ones are kept in {out}; "
-                "the same command goes on from there"
+                "run the same command to resume"
             ) from error
     rewrite(out, [done[prompt_id] for prompt_id in (*unique, *(set(done) - set(unique))) if prompt_id in done])
     num_failed = sum(done[prompt_id]["finish_reason"] == FAILED for prompt_id in unique if prompt_id in done)
@@ -129,7 +130,7 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
             line["finish_reason"], line["prompt_hash"], line["model"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
-                f"line {number} of {path} is no answer that this program wrote ({type(error).__name__}: {error}); "
+                f"line {number} of {path} is not an answer that this program wrote ({type(error).__name__}: {error}); "
                 "choose another output file"
             ) from error
     if len(whole) < len(content):
@@ -139,9 +140,7 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
 
 def rewrite(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Replace the file by these lines, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _by_id(prompts: Sequence[Prompt]) -> dict[str, Prompt]:

@@ -1,4 +1,4 @@
-"""What supervised steps imitate: a row's answer column as written. Knows no model, no optimiser and no run."""
+"""What supervised steps imitate: a row's answer column as written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.config.train import SftConfig
 from rsgrpo.data.dataset import PromptDataset
-from rsgrpo.errors import InputError
+from rsgrpo.errors import InputError, listed
 from rsgrpo.types import Sample, TrainGroup
-
-MAX_LISTED_ROWS = 10
 
 
 class GoldResponses:
@@ -35,18 +33,11 @@ class GoldResponses:
         Raises:
             InputError: lists them.
         """
-        faults = [f"  id {prompt.id}: {fault}" for prompt in prompts if (fault := self._encode(prompt)[1])]
+        faults = [f"id {prompt.id}: {fault}" for prompt in prompts if (fault := self._encode(prompt)[1])]
         if faults:
-            more = [f"  ... and {len(faults) - MAX_LISTED_ROWS} more"] if len(faults) > MAX_LISTED_ROWS else []
             raise InputError(
-                "\n".join(
-                    [
-                        f"{self.config.data.train}: {len(faults)} of {len(prompts)} rows have no response to imitate:",
-                        *faults[:MAX_LISTED_ROWS],
-                        *more,
-                        "Mend them, or leave them out with data.bad_rows=drop",
-                    ]
-                )
+                f"{self.config.data.train}: {len(faults)} of {len(prompts)} rows have no response to imitate:\n"
+                f"{listed(faults)}\nFix them, or leave them out with data.bad_rows=drop"
             )
 
     def groups(self, prompts: Sequence[Prompt]) -> tuple[list[TrainGroup], int]:

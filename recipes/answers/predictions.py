@@ -1,4 +1,4 @@
-"""Prediction files: one model output per question id, as this project or others write them. Knows no scores."""
+"""Prediction files: one model output per question id, as this project or others write them."""
 
 from __future__ import annotations
 

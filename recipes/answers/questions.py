@@ -1,6 +1,6 @@
 """Questions over page images: from rows of any of our layouts to questions, and from a question to its prompt.
 
-Training, inference and evaluation all fill templates by `rsgrpo.data.prompts`. Knows nothing of engines or scores.
+Training, inference and evaluation all fill templates with `rsgrpo.data.prompts`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rollout.packed import PackedImage
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
-from rsgrpo.errors import InputError
+from rsgrpo.errors import InputError, listed
 
 IMAGE_MARK = "<image>"
 ID_KEYS = ("id", "qid", "query_id", "question_id")
@@ -65,14 +65,10 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
         try:
             questions.append(_question(row, images, need_answers=need_answers))
         except ValueError as error:
-            faults.append(f"  {row.place}: {error}")
+            faults.append(f"{row.place}: {error}")
     if faults:
-        more = [f"  ... and {len(faults) - MAX_LISTED_ROWS} more"] if len(faults) > MAX_LISTED_ROWS else []
-        raise InputError(
-            "\n".join(
-                [f"{source}: {len(faults)} of {len(rows)} rows cannot be used:", *faults[:MAX_LISTED_ROWS], *more]
-            )
-        )
+        shown = listed(faults, MAX_LISTED_ROWS)
+        raise InputError(f"{source}: {len(faults)} of {len(rows)} rows cannot be used:\n{shown}")
     return questions
 
 

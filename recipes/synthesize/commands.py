@@ -1,7 +1,7 @@
 """Let a teacher write training rows: `python -m recipes.synthesize trajectories --in qa.jsonl --out sft.jsonl`.
 
-Trajectories: the teacher answers questions whose answer is known; what is well formed and right is kept. Owns their
-judgement and rows, and the command line; `tries.py` asks again, `page_questions.py` writes queries about pages.
+Trajectories: the teacher answers questions whose answer is known; what is well formed and right is kept.
+`tries.py` asks again; `page_questions.py` writes queries about pages.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from recipes.answers.parsing import parse_strict
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
-from recipes.infer import INTERRUPTED, add_answerer_options, answerer_of
+from recipes.infer import add_answerer_options, answerer_of
 from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, synthesize_queries
 from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
+from rollout.files import write_text
 from rollout.keys import at_least
-from rsgrpo.errors import InputError, RsgrpoError
+from rsgrpo.errors import InputError, run_program
 from rsgrpo.records.console import Console
 
 MALFORMED = "not the four blocks"
@@ -57,7 +58,7 @@ class SynthesisConfig:
 
 
 def judge(question: Question, line: Line, min_accuracy: float = 1.0) -> str:
-    """Return KEPT, or why a result line of `recipes.infer` is no trajectory to learn from."""
+    """Return KEPT, or why a result line of `recipes.infer` is not a trajectory to learn from."""
     if fault := fault_of(line):
         return fault
     text = line["raw"].strip()
@@ -82,7 +83,7 @@ def synthesize(
     """Ask until each question has a kept trajectory or no try left; write rows and report beside each other.
 
     `out` gets whole responses, for `recipes.sft`; OUT.grpo.jsonl accepted answers with the evidence, for
-    `rsgrpo.train`; OUT.tries.jsonl every response, from which the same command goes on; OUT.report.json the report that
+    `rsgrpo.train`; OUT.tries.jsonl every response, from which the same command resumes; OUT.report.json the report that
     is returned.
 
     Raises:
@@ -102,7 +103,7 @@ def synthesize(
         write_rows(questions, {item: line["raw"].strip() for item, line in kept.items()}, config, out)
         report = {"questions": len(questions), **tries_report(list(by_id), lines, verdict, config.tries)}
         report["model"] = answerer.name
-        out.with_suffix(".report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -176,7 +177,7 @@ def _add_tries(what: argparse._ArgumentGroup, *, tries: int, item: str) -> None:
 def run(options: argparse.Namespace) -> None:
     """Do what the command line says."""
     if options.tries > 1 and options.temperature == 0:
-        raise InputError("--tries > 1 asks again for another response, greedy gives the same: set --temperature > 0")
+        raise InputError("--tries > 1 asks again, and greedy sampling would repeat itself: set --temperature > 0")
     if options.requests_per_minute and not options.endpoint:
         raise InputError("--requests-per-minute limits an endpoint, and none is given")
     options.run(options, TryConfig(options.tries, options.price_in, options.price_out))
@@ -230,12 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for wrong input, 1 for a failure, 130 when stopped by Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     options = parser().parse_args(argv)
-    try:
-        run(options)
-    except RsgrpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; responses so far are kept, the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return run_program(lambda: run(options), kept="responses so far are kept; run the same command to resume")

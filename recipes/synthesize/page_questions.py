@@ -1,7 +1,6 @@
 """Let a teacher write questions that a page answers: `python -m recipes.synthesize queries --in STORE --out FILE`.
 
 The rows train a retriever (`query`, `image`), and are questions with answers and relevant pages for its evaluation.
-Owns the request, the checks of what comes back, the rows and the report.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from recipes.files.layouts import portable_image
 from recipes.retrieval.pages.documents import IMAGES
 from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
 from rewards.text import normalise
+from rollout.files import write_text
 from rollout.keys import at_least
 from rollout.types import Prompt
 from rsgrpo.errors import InputError
@@ -157,7 +157,7 @@ def synthesize_queries(
 ) -> dict[str, Any]:
     """Ask about each page; write the rows to `out`, judgments to OUT.qrels.tsv, the report to OUT.report.json.
 
-    OUT.tries.jsonl has every response; the same command goes on from it.
+    OUT.tries.jsonl has every response; the same command resumes from it.
 
     Returns:
         The report.
@@ -181,9 +181,9 @@ def synthesize_queries(
         out.parent.mkdir(parents=True, exist_ok=True)
         rewrite(out, rows)
         judged = "".join(f"{row['id']}\t{row['page_id']}\t1\n" for row in rows)
-        out.with_suffix(".qrels.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}", encoding="utf-8")
+        write_text(out.with_suffix(".qrels.tsv"), f"query-id\tcorpus-id\tscore\n{judged}")
         report = _report(pages, rows, dropped, tries_report(ids, lines, verdict, tries)) | {"model": answerer.name}
-        out.with_suffix(".report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_text(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
     return report
 
 

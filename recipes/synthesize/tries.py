@@ -1,6 +1,6 @@
 """Ask a teacher until each item has a response that is kept; count what was not, and what it all cost.
 
-Knows nothing of what is asked or how it is judged; asking, and going on after a stop, is `recipes.answers.batch`.
+Asking, and resuming after a stop, is in `recipes.answers.batch`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def ask_until_kept(
     """Ask each prompt, whose id is the item's, until a response is kept or no try is left; all go to `file`.
 
     Raises:
-        RsgrpoError: the teacher gave up; what was finished is in the file, and the same call goes on from there.
+        RsgrpoError: the teacher gave up; what was finished is in the file, and the same call resumes from there.
     """
     for number in range(1, config.tries + 1):
         kept = first_kept([prompt.id for prompt in prompts], read_lines(file), judge, config.tries)

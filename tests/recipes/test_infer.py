@@ -55,7 +55,7 @@ def test_a_conversation_goes_on_after_errors_and_changes_pages(tmp_path, page):
     converse(session(out, answerer), typed, out, prompts_user=True)
     assert answerer.asked == ["question-1", "question-2"]
     shown = out.getvalue()
-    assert "error: there is no image none.png" in shown
+    assert "error: no such image: none.png" in shown
     assert f"[1] {page}: 16%" in shown
     assert '"id": "question-2"' in shown
     assert shown.count("/images A.png") == 2
@@ -98,14 +98,15 @@ def test_one_question_streams_to_the_terminal(serve, page, capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["q", "--image", "none.png"], "there is no image none.png"),
-        (["q"], "model.path is empty"),
+        (["q", "--image", "none.png"], "no such image: none.png"),
+        (["q"], "--model is empty"),
         (["q", "--model", "none/of/this"], "there is no such file or folder"),
         (["q", "--prompt", "nothing"], "neither a file nor one of"),
         (["q", "--prompt", "raw"], "has no template"),
         (["--batch", "none.jsonl"], "does not exist"),
         (["q", "--batch", "none.jsonl"], "brings its own questions"),
-        (["q", "--max-pixels", "5", "--model", "m"], "min_pixels must lie between"),
+        (["q", "--max-images", "-1", "--model", "m"], "--max-images must be >= 0, got -1"),
+        (["q", "--max-pixels", "5", "--model", "m"], "--min-pixels must be <= --max-pixels"),
     ],
 )
 def test_mistakes_are_one_line_each(arguments, complaint, capsys, serve):
@@ -130,7 +131,7 @@ def test_ctrl_c_says_that_the_answers_are_kept(monkeypatch, capsys):
 
     monkeypatch.setattr("recipes.infer.answer", interrupted)
     assert main(["--batch", "rows.jsonl"]) == 130
-    assert capsys.readouterr().err == "stopped; answers so far are kept, the same command goes on\n"
+    assert capsys.readouterr().err == "Stopped; answers so far are kept; run the same command to resume.\n"
 
 
 def test_an_engine_answers_in_process(tmp_path, page, tiny_model_path):

@@ -89,6 +89,6 @@ def test_answers_to_another_prompt_or_model_are_not_mixed(tmp_path):
 
 def test_a_file_that_is_something_else_is_left_alone(tmp_path):
     (tmp_path / "out.jsonl").write_text('{"id": "7", "text": "mine"}\n')
-    with pytest.raises(RsgrpoError, match=r"line 1 of .* is no answer that this program wrote"):
+    with pytest.raises(RsgrpoError, match=r"line 1 of .* is not an answer that this program wrote"):
         read_lines(tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == '{"id": "7", "text": "mine"}\n'
