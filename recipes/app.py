@@ -20,16 +20,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, get_args
 from urllib.parse import quote
 
+from recipes.answers.options import add_options, chosen
+from recipes.retrieval.answers.generation import Setting
+from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, AnswerProgress, Library, LibrarySettings
+from recipes.retrieval.answers.page_view import CSS, NO_ANSWERER, added_html, answer_html, faults_html, pages_html
 from recipes.retrieval.command_line import (
     EXTRAS,
-    SETTINGS,
     add_answerer,
     add_encoder,
     add_search_options,
-    chosen,
     encoder_settings,
     index_folder,
     open_encoder,
@@ -38,9 +40,6 @@ from recipes.retrieval.command_line import (
 )
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
-
-if TYPE_CHECKING:
-    from recipes.retrieval.answers.library import AnswerProgress, Library
 
 MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
@@ -61,12 +60,7 @@ def parser() -> argparse.ArgumentParser:
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
     page.add_argument("--port", type=int, default=7860, help="0: any free port")
     page.add_argument("--open", action="store_true", help="open it in a browser")
-    page.add_argument("--max-files", type=int, default=100, help="files that can be added at once")
-    page.add_argument("--max-file-mb", type=int, default=100, help="larger files cannot be added")
-    page.add_argument("--max-pages", type=int, default=2_000, help="documents with more pages cannot be added")
-    page.add_argument(
-        "--workers", dest="num_workers", type=int, default=os.cpu_count() or 1, help="processes that render pages"
-    )
+    add_options(page, LibrarySettings)
     return top
 
 
@@ -76,8 +70,6 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     Raises:
         RsgrpoError: the store, the encoder or the answerer cannot be opened.
     """
-    from recipes.retrieval.answers.library import Library, LibrarySettings
-
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
     settings = chosen(LibrarySettings, options)
@@ -97,9 +89,6 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
 def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> Any:
     """Return the page, as gradio's Blocks; traces are written into `scratch`."""
     import gradio as gr
-
-    from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS
-    from recipes.retrieval.answers.page_view import NO_ANSWERER, added_html, answer_html, faults_html, pages_html
 
     answers = library.reader is not None
 
@@ -139,7 +128,10 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
                 with gr.Row():
                     k = gr.Slider(1, MAX_K, value=options.k, step=1, label="Pages")
                     setting = gr.Dropdown(
-                        list(SETTINGS), value=options.setting, label="How pages are shown to the model", visible=answers
+                        list(get_args(Setting)),
+                        value=options.setting,
+                        label="How pages are shown to the model",
+                        visible=answers,
                     )
                 ask_button = gr.Button("Ask" if answers else "Search", variant="primary", elem_id="ask")
                 gr.HTML(NO_ANSWERER, visible=not answers, elem_id="nobody")
@@ -169,8 +161,6 @@ def address(path: str) -> str:
 def serve(library: Library, options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     import gradio as gr
-
-    from recipes.retrieval.answers.page_view import CSS
 
     if not _is_loopback(options.host):
         log.warning(

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes.answers.options import add_options, option_of
 from recipes.demo.forms import FormJob
 from recipes.demo.items import Job
 from recipes.demo.rows import corpus, write_rows_and_pages
 from recipes.demo.shapes import ShapeJob
-from recipes.files.commands import add_command, add_file_commands, add_options, option_of
+from recipes.files.commands import add_command, add_file_commands
 from recipes.files.whole_folder import make_folder, reusable
 from rollout.errors import run_program
 from rollout.keys import check, key, named
@@ -138,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     demo = add_command(commands, "demo", run_demo, "handwritten form pages and a small model")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data/ and model/")
-    add_options(demo, DemoSettings())
+    add_options(demo, DemoSettings)
     demo.add_argument("--force", action="store_true", help="replace existing folders")
     add_file_commands(commands)
     return top

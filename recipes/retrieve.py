@@ -15,29 +15,32 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from recipes.answers.options import add_options, chosen
+from recipes.retrieval.answers.generation import AskedQuestion, answer_all
 from recipes.retrieval.command_line import (
     EXTRAS,
     KEPT,
     add_answerer,
     add_encoder,
     add_search_options,
-    chosen,
     encoder_settings,
     index_folder,
     open_encoder,
     open_reader,
     open_retriever,
 )
+from recipes.retrieval.encoders.base import EncoderIdentity, identify
 from recipes.retrieval.evaluation.commands import add_evaluation
+from recipes.retrieval.pages.documents import RenderSettings
+from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.ocr import require_ocr
+from recipes.retrieval.pages.store import PageStore
+from recipes.retrieval.search.index import DTYPES, VectorIndex
+from recipes.retrieval.search.retriever import FoundPage
+from recipes.retrieval.search.update import EncodeStream, encode_here, fill_index
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
-
-if TYPE_CHECKING:  # a command loads only what it uses: models take half a minute
-    from recipes.retrieval.encoders.base import EncoderIdentity
-    from recipes.retrieval.search.retriever import FoundPage
-    from recipes.retrieval.search.update import EncodeStream
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,31 +68,15 @@ def _add_ingest(command: argparse.ArgumentParser) -> None:
     command.description = "Render documents into a store. Run it again to add, update and remove what has changed."
     command.add_argument("documents", nargs="+", type=Path, metavar="DOCS", help="folders (recursively) or files")
     command.add_argument("--out", type=Path, required=True, metavar="STORE")
-    command.add_argument("--dpi", type=int, default=150)
-    command.add_argument("--image-format", choices=("png", "jpeg"), default="png")
-    command.add_argument("--max-page-pixels", type=int, default=16_000_000, help="larger pages are scaled down")
-    command.add_argument("--max-pages", type=int, default=10_000, help="documents with more pages are refused")
-    command.add_argument("--max-file-mb", type=int, default=2_048, help="larger files are refused")
-    command.add_argument(
-        "--max-unpacked-mb", type=int, default=4_096, help="office files that unpack to more are refused"
-    )
-    command.add_argument("--office-timeout-s", type=int, default=300, help="of one conversion by LibreOffice")
+    add_options(command, RenderSettings)
     command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is abandoned")
-    command.add_argument(
-        "--ocr", default="", metavar="LANGUAGES", help="read pages without text by Tesseract: eng, eng+deu, ..."
-    )
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     command.set_defaults(run=_ingest)
 
 
-def _ingest(options: argparse.Namespace) -> int:
-    from recipes.retrieval.pages.documents import RenderSettings
-    from recipes.retrieval.pages.ingest import ingest
-
+def _ingest(options: argparse.Namespace) -> None:
     settings = chosen(RenderSettings, options)
     if options.ocr:
-        from recipes.retrieval.pages.ocr import require_ocr
-
         require_ocr(options.ocr)
     with Console() as console:
         report = ingest(
@@ -105,7 +92,6 @@ def _ingest(options: argparse.Namespace) -> int:
             ("pages in the store", report.num_pages),
         ]
         console.summary(f"store {options.out}", [(what, str(count)) for what, count in rows])
-    return 0
 
 
 def _add_index(command: argparse.ArgumentParser) -> None:
@@ -114,7 +100,7 @@ def _add_index(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--shard-pages", type=int, default=2_048, help="the most pages that a command encodes again after a crash"
     )
-    command.add_argument("--index-dtype", choices=("float16", "float32"), default="float16")
+    command.add_argument("--index-dtype", choices=DTYPES, default="float16")
     command.add_argument(
         "--workers", type=int, default=0, help="models in parallel on Ray; 0: one model, in this process"
     )
@@ -124,11 +110,7 @@ def _add_index(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_index)
 
 
-def _index(options: argparse.Namespace) -> int:
-    from recipes.retrieval.pages.store import PageStore
-    from recipes.retrieval.search.index import VectorIndex
-    from recipes.retrieval.search.update import fill_index
-
+def _index(options: argparse.Namespace) -> None:
     store = PageStore.open(options.store)
     with Console() as console:
         identity, stream = (_stream_on_ray if options.workers else _stream_here)(options)
@@ -143,18 +125,14 @@ def _index(options: argparse.Namespace) -> int:
                 console.warning(f"{num_blank} pages have no text and cannot be told apart; {remedy}")
         rows = [("added", report.num_added), ("deleted", report.num_deleted), ("pages", report.num_pages)]
         console.summary(f"index {index.folder}", [(what, str(count)) for what, count in rows])
-    return 0
 
 
 def _stream_here(options: argparse.Namespace) -> tuple[EncoderIdentity, EncodeStream]:
-    from recipes.retrieval.search.update import encode_here
-
     encoder = open_encoder(options)
     return encoder.identity, partial(encode_here, encoder, batch_pages=8 * options.batch_size)
 
 
 def _stream_on_ray(options: argparse.Namespace) -> tuple[EncoderIdentity, EncodeStream]:
-    from recipes.retrieval.encoders.base import identify
     from recipes.retrieval.encoders.on_ray import RaySettings, encode_on_ray
 
     settings = encoder_settings(options)
@@ -173,7 +151,7 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_search)
 
 
-def _search(options: argparse.Namespace) -> int:
+def _search(options: argparse.Namespace) -> None:
     retriever = open_retriever(options)
     for query, found in zip(options.queries, retriever.search(options.queries, options.k), strict=True):
         if options.json:
@@ -181,7 +159,6 @@ def _search(options: argparse.Namespace) -> int:
             print(json.dumps({"query": query, "pages": pages}, ensure_ascii=False))
         else:
             print(f"{query}\n" + "\n".join(table_lines(found)) if found else f"{query}\n  (no pages)")
-    return 0
 
 
 def _add_ask(command: argparse.ArgumentParser) -> None:
@@ -195,8 +172,6 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from recipes.retrieval.answers.generation import AskedQuestion, answer_all
-
     (pages,) = open_retriever(options).search([options.question], options.k)
     reader = open_reader(options, options.k)
     with closing(reader.answerer):

@@ -55,7 +55,7 @@ class Key:
         elif high is not None:
             text = f"{'<=' if self.lt is None else '<'} {high:g}"
         else:
-            return f"one of {', '.join(map(str, self.one_of))}" if self.one_of else ""
+            return f"one of {', '.join(filter(None, map(str, self.one_of)))}" if self.one_of else ""
         return text if self.off is None else f"{self.off:g} (off) or {text}"
 
     @property

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 
 HOMES = {
-    "vllm": ["rollout/vllm/*", "recipes/retrieval/encoders/vllm_pooling.py"],
+    "vllm": ["rollout/vllm/*", "recipes/retrieval/encoders/vllm.py"],
     "ray": [
         "rollout/worker.py",
         "rollout/pool.py",

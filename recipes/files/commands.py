@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipes.answers.options import add_options, option_of
 from recipes.files.whole_folder import MANIFEST, make_folder
 from rollout.config import InputsConfig
 from rollout.files import json_object
@@ -19,11 +20,6 @@ from rsgrpo.records.console import Console
 
 Run = Callable[[dict[str, Any], Console], int | None]
 """Runs a command with its options; returns the exit code, None for 0."""
-
-
-def option_of(name: str) -> str:
-    """Return the command-line option of a setting: `--max-images` of max_images."""
-    return "--" + name.replace("_", "-")
 
 
 def run_unpack(options: dict[str, Any], console: Console) -> int:
@@ -107,13 +103,6 @@ def add_command(commands: Any, name: str, run: Run, meaning: str) -> argparse.Ar
     return command
 
 
-def add_options(command: argparse.ArgumentParser, defaults: Any) -> None:
-    """Add an option for each key of a configuration."""
-    for name, about in keys_of(type(defaults)).items():
-        default, choices = getattr(defaults, name), about.one_of or None
-        command.add_argument(option_of(name), type=type(default), default=default, choices=choices, help=about.help)
-
-
 def add_file_commands(commands: Any) -> None:
     """Add the commands for existing files."""
     unpack = add_command(commands, "unpack", run_unpack, "write the images of an images.parquet as files")
@@ -128,7 +117,7 @@ def add_file_commands(commands: Any) -> None:
     check.add_argument("--prompt", default="", help=prompt_help)
     check.add_argument("--image-dir", default="", help="folder that relative image paths start from")
     check.add_argument("--model", default="", help="folder or hub id of the model whose tokenizer counts tokens")
-    add_options(check, InputsConfig())
+    add_options(check, InputsConfig)
 
     convert = add_command(commands, "convert", run_convert, "convert a table, or a sharegpt or alpaca file, to rows")
     convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")

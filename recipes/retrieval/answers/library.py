@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.answers.options import check_options
 from recipes.answers.reader import Reader
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
 from recipes.retrieval.encoders.base import PageEncoder
@@ -23,6 +24,7 @@ from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
 from recipes.retrieval.search.update import UpdateReport, update_index
 from rollout.files import replaced
+from rollout.keys import key
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -34,17 +36,15 @@ MAX_QUESTION_CHARACTERS = 4_000
 
 @dataclass(frozen=True, slots=True)
 class LibrarySettings:
-    """Limits on what is added. max_files: at once. max_file_mb, max_pages: per document."""
+    """Limits on what is added."""
 
-    max_files: int = 100
-    max_file_mb: int = 100
-    max_pages: int = 2_000
-    num_workers: int = 1
+    max_files: int = key(100, "files that can be added at once", ge=1)
+    max_file_mb: int = key(100, "larger files cannot be added", ge=1)
+    max_pages: int = key(2_000, "documents with more pages cannot be added", ge=1)
+    workers: int = key(os.cpu_count() or 1, "processes that render pages", ge=1)
 
     def __post_init__(self) -> None:
-        for name in ("max_files", "max_file_mb", "max_pages", "num_workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+        check_options(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Library:
                 with replaced(uploads / _kept_name(file)) as unfinished:  # hidden: an ingest skips it
                     shutil.copyfile(file, unfinished)
         ingested = ingest(
-            [uploads], self._store, render, num_workers=limits.num_workers, page_timeout_s=PAGE_TIMEOUT_S,
+            [uploads], self._store, render, num_workers=limits.workers, page_timeout_s=PAGE_TIMEOUT_S,
             console=self._console,
         )  # fmt: skip
         for row in ingested.errors:

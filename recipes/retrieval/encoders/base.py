@@ -11,21 +11,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
 
+from recipes.answers.options import check_options
 from recipes.retrieval.pages.store import Page
 from rollout.inputs.images import PromptError, decode, smart_resize
+from rollout.keys import key
 from rsgrpo.errors import InputError
 
 VISRAG_QUERY_PREFIX = "Represent this query for retrieving relevant documents: "
 Kind = Literal["image", "text", "late", "imported"]
 EncoderEngine = Literal["transformers", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-POOLINGS = ("weighted_mean", "mean", "last", "cls")
-DEFAULT_MIN_PIXELS, DEFAULT_MAX_PIXELS = 4 * 28 * 28, 1_280 * 28 * 28
+Pooling = Literal["", "weighted_mean", "mean", "last", "cls"]
 RETRIEVER_FILE = "retriever.json"  # in a trained folder: how its queries and pages are prepared
 _EDGE_BYTES = 1 << 20  # of a weight file, hashed at both ends
 
@@ -43,36 +44,28 @@ class EncoderSettings:
 
     kind: "image" and "text" turn a page's pixels or its text layer into one vector, "late" turns pixels into one
         vector per token; "imported" looks vectors up in files.
-    engine: what runs the model; it changes neither the vectors nor the fingerprint.
-    pooling: for a folder that does not fix its own; "" is weighted_mean. query_prefix: None leaves it to the model.
-    min_pixels, max_pixels: area of a resized page, for models that accept pages of any size.
+    encode_with: changes neither the vectors nor the fingerprint.
     """
 
     model: str
-    kind: Kind = "image"
-    engine: EncoderEngine = "transformers"
-    pooling: str = ""
-    query_prefix: str | None = None
-    min_pixels: int = DEFAULT_MIN_PIXELS
-    max_pixels: int = DEFAULT_MAX_PIXELS
-    batch_size: int = 8
-    device: str = ""
-    dtype: Dtype = "float32"
-    revision: str = ""
-    trust_remote_code: bool = False
+    kind: Kind = key("image", "what the model reads: one vector per page, one per token (late), or vectors from files")
+    encode_with: EncoderEngine = key("transformers", "what runs the model")
+    pooling: Pooling = key("", "for a model folder that does not fix its own; default: weighted_mean")
+    query_prefix: str | None = key(None, "precedes every query; default: the model's own, or VisRAG's")
+    min_pixels: int = key(4 * 28 * 28, "smallest area of a resized page", ge=1)
+    max_pixels: int = key(1_280 * 28 * 28, "largest area of a resized page", ge=1)
+    batch_size: int = key(8, "pages or queries per forward pass", ge=1)
+    device: str = key("", "default: a GPU if there is one")
+    dtype: Dtype = key("float32", "precision of the model's weights")
+    revision: str = key("", "hub commit of the model")
+    trust_remote_code: bool = key(False, "run code that comes with the model")
 
     def __post_init__(self) -> None:
-        choices = {"kind": get_args(Kind), "encode-with": get_args(EncoderEngine), "pooling": ("", *POOLINGS)}
-        chosen = {"kind": self.kind, "encode-with": self.engine, "pooling": self.pooling}
-        for option, value in chosen.items():
-            if value not in choices[option]:
-                raise InputError(f"--{option} {value}: choose one of {', '.join(filter(None, choices[option]))}")
-        if self.engine == "vllm" and self.kind != "image":
+        check_options(self)
+        if self.encode_with == "vllm" and self.kind != "image":
             raise InputError(f"--encode-with vllm supports --kind image only, not {self.kind}; omit it")
-        if self.batch_size < 1:
-            raise InputError(f"--batch-size must be >= 1, got {self.batch_size}")
-        if not 1 <= self.min_pixels <= self.max_pixels:
-            raise InputError(f"--min-pixels {self.min_pixels} must be in [1, --max-pixels {self.max_pixels}]")
+        if self.min_pixels > self.max_pixels:
+            raise InputError(f"--min-pixels {self.min_pixels} must be <= --max-pixels {self.max_pixels}")
 
 
 def model_folder(model: str, revision: str) -> Path:

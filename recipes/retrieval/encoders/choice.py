@@ -20,7 +20,7 @@ def load_encoder(settings: EncoderSettings) -> PageEncoder:
 
 def load_model_encoder(settings: EncoderSettings) -> ModelEncoder:
     """Load an encoder that runs a model; raises as `load_encoder`."""
-    if settings.engine == "vllm":
+    if settings.encode_with == "vllm":
         from recipes.retrieval.encoders.vllm import VllmEncoder
 
         return VllmEncoder(settings)

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
-from PIL import Image
 
-from recipes.retrieval.encoders.base import EncoderError, EncoderSettings, ModelIdentity, PageInput, PageLoader
+from recipes.retrieval.encoders.base import EncoderError, EncoderSettings, ModelIdentity, PageLoader
 from recipes.retrieval.encoders.choice import load_model_encoder
 from recipes.retrieval.pages.store import Page
 from rsgrpo.cluster.connect import connect_ray
@@ -29,11 +27,6 @@ MAX_BLOCK_PAGES = 256  # loaded by one task
 LOADERS_PER_WORKER = 4  # at most, if there are CPUs
 BLOCKS_PER_WORKER = 4  # so that every worker gets some of a small corpus
 OBJECT_STORE_BYTES = 2 << 30  # of a Ray that is started here
-_INPUT_SCHEMA = pa.schema(
-    [("page_id", pa.string()), ("text", pa.string()), ("pixels", pa.large_binary()), ("width", pa.int32()),
-     ("height", pa.int32())]
-)  # fmt: skip
-_VECTOR_SCHEMA = pa.schema([("page_id", pa.string()), ("vectors", pa.large_binary()), ("num_vectors", pa.int32())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,48 +59,41 @@ def encode_on_ray(
     Raises:
         InputError: the cluster is too small, or a page or the model cannot be used.
     """
-    blocks = _blocks(list(pages), identity, settings)
-    if not blocks:
+    rows = [asdict(page) if identity.loader.as_text else asdict(page) | {"text": ""} for page in pages]
+    if not rows:
         return
     _connect(settings)
     num_gpus = _gpus_per_worker(settings)
     encoder = identity.settings
+    num_blocks = _num_blocks(len(rows), encoder.batch_size, settings.num_workers)
     dataset = (
-        ray.data.from_arrow(blocks)
+        ray.data.from_items(rows, override_num_blocks=num_blocks)
         .map_batches(
             partial(_load, loader=identity.loader),
             # an explicit size also keeps Ray Data from loading pages inside the models' actors
-            compute=ray.data.TaskPoolStrategy(size=min(LOADERS_PER_WORKER * settings.num_workers, len(blocks))),
+            compute=ray.data.TaskPoolStrategy(size=min(LOADERS_PER_WORKER * settings.num_workers, num_blocks)),
             batch_size=encoder.batch_size,
-            batch_format="pyarrow",
         )
         .map_batches(
             _Model,
             fn_constructor_args=(encoder, identity.fingerprint),
             compute=ray.data.ActorPoolStrategy(size=settings.num_workers),
             batch_size=encoder.batch_size,
-            batch_format="pyarrow",
             num_cpus=0 if num_gpus else 1,
             num_gpus=num_gpus or None,
         )
     )
     try:
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from _vectors(table, multi_vector=identity.multi_vector)
+        for batch in dataset.iter_batches(batch_size=None):
+            yield from zip(batch["page_id"].tolist(), map(pickle.loads, batch["vectors"]), strict=True)
     except (ray.exceptions.RayError, RsgrpoError) as error:
         raise _cause(error) from error
 
 
-def _blocks(pages: list[Page], identity: ModelIdentity, settings: RaySettings) -> list[pa.Table]:
-    """Return the rows of the pages in blocks, so that every worker gets some."""
-    size = -(-len(pages) // (BLOCKS_PER_WORKER * settings.num_workers))
-    size = min(MAX_BLOCK_PAGES, max(identity.settings.batch_size, size))
-    remaining = iter(pages)
-    blocks = iter(lambda: list(islice(remaining, size)), [])
-    keep_text = identity.loader.as_text
-    return [
-        pa.Table.from_pylist([asdict(p) if keep_text else asdict(p) | {"text": ""} for p in block]) for block in blocks
-    ]
+def _num_blocks(num_pages: int, batch_size: int, num_workers: int) -> int:
+    """Return into how many blocks pages are cut: every worker gets some, and a block fills a batch."""
+    size = -(-num_pages // (BLOCKS_PER_WORKER * num_workers))
+    return -(-num_pages // min(MAX_BLOCK_PAGES, max(batch_size, size)))
 
 
 def _connect(settings: RaySettings) -> None:
@@ -144,18 +130,16 @@ def _gpus_per_worker(settings: RaySettings) -> float:
     return chosen
 
 
-def _load(pages: pa.Table, loader: PageLoader) -> pa.Table:
+# Pages and vectors travel pickled: Ray's tables have no type for images, nor for vectors of several shapes.
+
+
+def _load(pages: dict[str, np.ndarray], loader: PageLoader) -> dict[str, Any]:
     """Load pages, on any node, as 8-bit RGB at the size that the model sees."""
-    rows = []
-    for row in pages.to_pylist():
-        loaded = loader(Page(**row))
-        if isinstance(loaded, str):
-            rows.append({"page_id": row["page_id"], "text": loaded, "pixels": b"", "width": 0, "height": 0})
-        else:
-            image = loaded.convert("RGB")
-            size = {"width": image.width, "height": image.height}
-            rows.append({"page_id": row["page_id"], "text": "", "pixels": image.tobytes(), **size})
-    return pa.Table.from_pylist(rows, schema=_INPUT_SCHEMA)
+    inputs = []
+    for values in zip(*(column.tolist() for column in pages.values()), strict=True):
+        loaded = loader(Page(**dict(zip(pages, values, strict=True))))
+        inputs.append(pickle.dumps(loaded if isinstance(loaded, str) else loaded.convert("RGB")))
+    return {"page_id": pages["page_id"], "input": inputs}
 
 
 class _Model:
@@ -166,28 +150,11 @@ class _Model:
         if self._encoder.identity.fingerprint != fingerprint:
             raise EncoderError(f"the folder {settings.model} differs between nodes; copy one version to every node")
 
-    def __call__(self, inputs: pa.Table) -> pa.Table:
-        """Return the vectors of loaded pages as float32 bytes."""
-        rows = inputs.to_pylist()
-        page_ids = [row["page_id"] for row in rows]
-        vectors = self._encoder.encode_loaded([_input(row) for row in rows], page_ids)
-        found = [
-            {"page_id": page_id, "vectors": rows_VD.astype(np.float32).tobytes(), "num_vectors": len(rows_VD)}
-            for page_id, rows_VD in zip(page_ids, map(np.atleast_2d, vectors), strict=True)
-        ]
-        return pa.Table.from_pylist(found, schema=_VECTOR_SCHEMA)
-
-
-def _input(row: dict[str, Any]) -> PageInput:
-    if not row["width"]:
-        return row["text"]
-    return Image.frombytes("RGB", (row["width"], row["height"]), row["pixels"])
-
-
-def _vectors(table: pa.Table, *, multi_vector: bool) -> Iterator[tuple[str, np.ndarray]]:
-    for row in table.to_pylist():
-        rows_VD = np.frombuffer(row["vectors"], dtype=np.float32).reshape(row["num_vectors"], -1)
-        yield row["page_id"], rows_VD if multi_vector else rows_VD[0]
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Return the vectors of loaded pages."""
+        inputs = [pickle.loads(content) for content in batch["input"]]
+        vectors = self._encoder.encode_loaded(inputs, batch["page_id"].tolist())
+        return {"page_id": batch["page_id"], "vectors": [pickle.dumps(vector) for vector in vectors]}
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -1,7 +1,8 @@
 """The single-vector vision-language encoder run by vLLM: the vectors of `SentenceEncoder`, pooled here.
 
-vLLM has no position-weighted mean, so it returns the last hidden state of every token and `pool` does the rest. It
-supports models that cut pages into patches (the Qwen-VL families), as plain folders or saved by sentence-transformers.
+vLLM has no position-weighted mean, so its pooling runner returns the last hidden state of every token and `pool` does
+the rest. It supports models that cut pages into patches (the Qwen-VL families), as plain folders or saved by
+sentence-transformers.
 """
 
 from __future__ import annotations
@@ -14,18 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.retrieval.encoders.base import (
-    EncoderError,
-    EncoderSettings,
-    ModelEncoder,
-    PageInput,
-    unit_rows,
-)
-from recipes.retrieval.encoders.vllm_pooling import PoolingPrompt, TokenStates
-from rollout.config import ConfigError
-from rollout.engine import EngineError
+from recipes.retrieval.encoders.base import EncoderError, EncoderSettings, ModelEncoder, PageInput, unit_rows
+from rollout.config import ConfigError, VllmConfig
+from rollout.vllm.launch import CPU_BLOCK_SIZE, child_environment, environment, on_cpu
 
 MAX_TEXT_TOKENS = 2_048  # of a query, and of the chat template around a page
+CPU_CACHE_BYTES = 1 << 30
+MIN_BATCHED_TOKENS = 8_192
 POOLING_MODES = {"weightedmean": "weighted_mean", "mean": "mean", "lasttoken": "last", "cls": "cls"}
 
 
@@ -43,69 +39,112 @@ def pool(states_TD: np.ndarray, pooling: str) -> np.ndarray:
 
 
 class VllmEncoder(ModelEncoder):
-    """A vision-language model of one vector per item, run by vLLM."""
+    """A vision-language model of one vector per item. Create it once; `close` it in a process that continues."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         from transformers import AutoConfig, AutoProcessor
 
         super().__init__(settings)
-        loader = self.identity.loader
-        folder, consent = self.identity.folder, {"trust_remote_code": settings.trust_remote_code}
+        loader, folder = self.identity.loader, self.identity.folder
         self._pooling = folder_pooling(folder, self.identity.settings)
         if not loader.factor:
             raise EncoderError(
                 f"--encode-with vllm supports models that cut pages into patches (Qwen-VL), not {folder}"
             )
+        consent = {"trust_remote_code": settings.trust_remote_code}
         self._processor: Any = AutoProcessor.from_pretrained(folder, **consent)
         self._page_ids = self._token_ids([{"type": "image"}])
         text_config = AutoConfig.from_pretrained(folder, **consent).get_text_config()
         image_tokens = loader.max_pixels // loader.factor**2
         self._max_tokens = min(image_tokens + MAX_TEXT_TOKENS, text_config.max_position_embeddings)
+        self._llm = self._start()
+
+    def _start(self) -> Any:
+        """Return vLLM's pooling runner, which returns the last hidden state of every token of a prompt."""
+        settings, loader = self.identity.settings, self.identity.loader
         try:
-            self._states = TokenStates(
-                str(folder), dtype=self.identity.settings.dtype, max_tokens=self._max_tokens,
-                image_pixels=(loader.min_pixels, loader.max_pixels), device=settings.device or "auto",
-                **consent,
-            )  # fmt: skip
-        except (EngineError, ConfigError) as error:
+            cpu = on_cpu(settings.device or "auto")
+        except ConfigError as error:
             raise EncoderError(str(error)) from error
+        from vllm import LLM
+        from vllm.config import PoolerConfig
+
+        arguments: dict[str, Any] = {
+            "model": str(self.identity.folder),
+            "runner": "pooling",
+            "convert": "embed",
+            "dtype": settings.dtype,
+            "max_model_len": self._max_tokens,
+            # a prompt's states are returned by one step, and none of its cache is reused
+            "max_num_batched_tokens": max(MIN_BATCHED_TOKENS, self._max_tokens),
+            "enable_chunked_prefill": False,
+            "enable_prefix_caching": False,
+            "pooler_config": PoolerConfig(task="token_embed", pooling_type="ALL", use_activation=False),
+            "limit_mm_per_prompt": {"image": 1, "video": 0},
+            "mm_processor_kwargs": {
+                "do_resize": False,  # images arrive resized
+                "size": {"shortest_edge": loader.min_pixels, "longest_edge": loader.max_pixels},
+            },
+            "trust_remote_code": settings.trust_remote_code,
+            "disable_log_stats": True,
+        }
+        if cpu:
+            arguments |= {
+                "enforce_eager": True,
+                "block_size": CPU_BLOCK_SIZE,
+                "kv_cache_memory_bytes": CPU_CACHE_BYTES,
+                "distributed_executor_backend": "uni",
+            }
+        with environment(child_environment(VllmConfig(), cpu=cpu, backend="", num_threads=0)):
+            try:
+                return LLM(**arguments)
+            except (ValueError, NotImplementedError, RuntimeError) as error:
+                raise EncoderError(f"vLLM cannot pool {self.identity.folder}: {error}") from error
 
     def encode_loaded(self, inputs: Sequence[PageInput], page_ids: Sequence[str]) -> list[np.ndarray]:
         """Return (D,) per loaded page."""
-        prompts = []
+        prompts, num_tokens = [], []
         for image in inputs:
             assert isinstance(image, Image.Image), "this encoder reads pixels"
+            prompts.append({"prompt_token_ids": self._page_ids, "multi_modal_data": {"image": image}})
             image_tokens = image.width * image.height // self.identity.loader.factor**2
-            prompts.append(PoolingPrompt(self._page_ids, image, len(self._page_ids) - 1 + image_tokens))
-        return self._vectors(prompts, page_ids)
+            num_tokens.append(len(self._page_ids) - 1 + image_tokens)  # in the prompt, one placeholder is all of them
+        return self._vectors(prompts, num_tokens, page_ids)
 
     def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
         """Return (D,) per query."""
-        prompts = []
-        for query in queries:
-            text = (self.identity.query_prefix or "") + query
-            token_ids = self._token_ids([{"type": "text", "text": text}])
-            if len(token_ids) > self._max_tokens:
-                raise EncoderError(f"a query has {len(token_ids)} tokens, more than {self._max_tokens}; shorten it")
-            prompts.append(PoolingPrompt(token_ids, None, len(token_ids)))
-        return self._vectors(prompts, queries)
+        prefix = self.identity.query_prefix or ""
+        token_ids = [self._token_ids([{"type": "text", "text": prefix + query}]) for query in queries]
+        num_tokens = [len(ids) for ids in token_ids]
+        if max(num_tokens, default=0) > self._max_tokens:
+            raise EncoderError(f"a query has {max(num_tokens)} tokens, more than {self._max_tokens}; shorten it")
+        return self._vectors([{"prompt_token_ids": ids} for ids in token_ids], num_tokens, queries)
 
     def close(self) -> None:
         """End vLLM."""
-        self._states.close()
+        self._llm.llm_engine.engine_core.shutdown()
 
-    def _vectors(self, prompts: Sequence[PoolingPrompt], names: Sequence[str]) -> list[np.ndarray]:
+    def _vectors(
+        self, prompts: list[dict[str, Any]], num_tokens: Sequence[int], names: Sequence[str]
+    ) -> list[np.ndarray]:
+        """Return the pooled states of prompts, which vLLM must read as the expected numbers of tokens."""
         if not prompts:
             return []
-        try:
-            states = self._states.encode(prompts)
-        except EngineError as error:
-            raise EncoderError(str(error)) from error
-        return unit_rows(np.stack([pool(states_TD, self._pooling) for states_TD in states]), names)
+        vectors = []
+        found = self._llm.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        for output, expected in zip(found, num_tokens, strict=True):
+            states_TD = output.outputs.data.float().cpu().numpy()
+            if len(states_TD) != expected:
+                raise EncoderError(
+                    f"vLLM reads a prompt of {expected} tokens as {len(states_TD)}: its image processor differs from "
+                    "the one in transformers; check the model folder's processor configuration"
+                )
+            vectors.append(pool(states_TD, self._pooling))
+        return unit_rows(np.stack(vectors), names)
 
-    def _token_ids(self, content: list[dict[str, str]]) -> tuple[int, ...]:
+    def _token_ids(self, content: list[dict[str, str]]) -> list[int]:
         text = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        return tuple(self._processor.tokenizer.encode(text, add_special_tokens=False))
+        return list(self._processor.tokenizer.encode(text, add_special_tokens=False))
 
 
 def folder_pooling(folder: Path, settings: EncoderSettings) -> str:

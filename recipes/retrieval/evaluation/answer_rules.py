@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from rsgrpo.errors import InputError
-
 RELATIVE_TOLERANCE = 0.05
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)")
 
@@ -51,17 +49,6 @@ RULES: Mapping[str, Callable[[str, Sequence[str]], bool]] = {
     "InfoVQA": exact,
     "SlideVQA": exact,
 }
-
-
-def rule_of(dataset: str) -> Callable[[str, Sequence[str]], bool]:
-    """Return a data set's rule.
-
-    Raises:
-        InputError: there is no such data set.
-    """
-    if dataset not in RULES:
-        raise InputError(f"--rule {dataset}: choose one of {', '.join(RULES)}")
-    return RULES[dataset]
 
 
 def _plain(text: str) -> str:

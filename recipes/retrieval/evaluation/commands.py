@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recipes.retrieval.answers.generation import AskedQuestion, answer_all
 from recipes.retrieval.command_line import add_answerer, add_encoder, add_search_options, open_reader, open_retriever
+from recipes.retrieval.evaluation import scores
+from recipes.retrieval.evaluation.answer_rules import RULES
+from recipes.retrieval.evaluation.visrag_sets import write_visrag_set
+from recipes.retrieval.pages.store import PageStore
+from recipes.retrieval.search.exact import Hit
+from recipes.retrieval.search.retriever import found_pages
 from rollout.files import write_bytes, write_text
 from rsgrpo.errors import InputError
-
-if TYPE_CHECKING:
-    from recipes.retrieval.answers.generation import AskedQuestion
-    from recipes.retrieval.evaluation.scores import Qrels, Query, Run
-    from recipes.retrieval.pages.store import PageStore
 
 QUERIES_AT_ONCE = 256
 
@@ -58,7 +60,7 @@ def add_evaluation(commands: Any) -> None:
     pages.add_argument("--run-file", type=Path, metavar="RUN", help="answer from the first K pages of this run")
     pages.add_argument("--oracle", type=Path, metavar="QRELS", help="answer from the relevant pages themselves")
     generate.add_argument("--out", type=Path, required=True, help="jsonl of answers")
-    generate.add_argument("--rule", help="data set whose rule decides what is correct: ChartQA, ArxivQA, ...")
+    generate.add_argument("--rule", choices=RULES, help="data set whose rule decides what is correct")
     generate.add_argument("-k", type=int, default=3)
     generate.add_argument("--device", default="")
     add_answerer(generate)
@@ -69,10 +71,8 @@ def add_evaluation(commands: Any) -> None:
     unpack.set_defaults(run=_unpack)
 
 
-def _run(options: argparse.Namespace) -> int:
-    from recipes.retrieval.evaluation.scores import read_queries, write_run
-
-    queries = read_queries(options.queries)
+def _run(options: argparse.Namespace) -> None:
+    queries = scores.read_queries(options.queries)
     if not queries:
         raise InputError(f"{options.queries} has no queries")
     retriever = open_retriever(options)
@@ -81,60 +81,44 @@ def _run(options: argparse.Namespace) -> int:
         batch = queries[start : start + QUERIES_AT_ONCE]
         for query, hits in zip(batch, retriever.hits([query.text for query in batch], options.k), strict=True):
             run[query.id] = hits
-    write_run(options.out, run, tag=retriever.encoder.identity.fingerprint[:8])
+    scores.write_run(options.out, run, tag=retriever.encoder.identity.fingerprint[:8])
     print(f"{len(run)} queries, up to {options.k} pages each: {options.out}")
-    return 0
 
 
-def _merge(options: argparse.Namespace) -> int:
-    from recipes.retrieval.evaluation.scores import merge_runs, write_run
-
-    run, tag = merge_runs(options.run_files, options.k)
-    write_run(options.out, run, tag)
+def _merge(options: argparse.Namespace) -> None:
+    run, tag = scores.merge_runs(options.run_files, options.k)
+    scores.write_run(options.out, run, tag)
     print(f"{len(run)} queries of {len(options.run_files)} runs, up to {options.k} pages each: {options.out}")
-    return 0
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    from recipes.retrieval.evaluation.scores import evaluate_run, read_run
-    from recipes.retrieval.pages.store import PageStore
-
+def _evaluate(options: argparse.Namespace) -> None:
     qrels = _qrels(options.qrels, PageStore.open(options.store) if options.store else None)
-    run = read_run(options.run_file)
-    scores = evaluate_run(run, qrels, options.cutoffs)
-    found = {hit.page_id for hits in run.values() for hit in hits}
-    if not options.store and found.isdisjoint(page for pages in qrels.values() for page in pages):
+    run = scores.read_run(options.run_file)
+    found = scores.evaluate_run(run, qrels, options.cutoffs)
+    ranked = {hit.page_id for hits in run.values() for hit in hits}
+    if not options.store and ranked.isdisjoint(page for pages in qrels.values() for page in pages):
         print("warning: no judged page is in the run; if judgments name documents, add --store STORE", file=sys.stderr)
     out = options.out or options.run_file.with_suffix(".scores.json")
-    write_text(out, json.dumps(asdict(scores) | {"num_queries": len(scores.per_query)}, indent=1) + "\n")
-    print("\n".join(f"{name:<10} {value:.4f}" for name, value in scores.mean.items()))
+    write_text(out, json.dumps(asdict(found) | {"num_queries": len(found.per_query)}, indent=1) + "\n")
+    print("\n".join(f"{name:<10} {value:.4f}" for name, value in found.mean.items()))
     print(
-        f"{len(scores.per_query)} queries ({scores.num_missing} missing from the run count as 0; left out: "
-        f"{scores.num_without_relevant} without a relevant page, {scores.num_unjudged} not judged): {out}"
+        f"{len(found.per_query)} queries ({found.num_missing} missing from the run count as 0; left out: "
+        f"{found.num_without_relevant} without a relevant page, {found.num_unjudged} not judged): {out}"
     )
-    return 0
 
 
-def _top(options: argparse.Namespace) -> int:
-    from recipes.retrieval.evaluation.scores import read_queries, read_run, top_rows
-    from recipes.retrieval.pages.store import PageStore
-
+def _top(options: argparse.Namespace) -> None:
     store = PageStore.open(options.store)
-    run = read_run(options.run_file)
+    run = scores.read_run(options.run_file)
     images = {page_id: page.image for page_id, page in _found(store, run, options.k).items()}
-    rows = top_rows(read_queries(options.queries), run, _qrels(options.qrels, store), images, options.k)
+    rows = scores.top_rows(scores.read_queries(options.queries), run, _qrels(options.qrels, store), images, options.k)
     _write_lines(options.out, rows)
     print(f"{len(rows)} questions, {sum(row['is_sufficient'] for row in rows)} with all they need: {options.out}")
-    return 0
 
 
-def _generate(options: argparse.Namespace) -> int:
-    from recipes.retrieval.answers.generation import answer_all
-    from recipes.retrieval.evaluation.answer_rules import rule_of
-    from recipes.retrieval.evaluation.scores import read_queries
-
-    rule = rule_of(options.rule) if options.rule else None
-    queries = read_queries(options.queries)
+def _generate(options: argparse.Namespace) -> None:
+    rule = RULES[options.rule] if options.rule else None
+    queries = scores.read_queries(options.queries)
     asked = _asked(options, queries)
     reader = open_reader(options, max(len(question.pages) for question in asked))
     with closing(reader.answerer):
@@ -152,24 +136,17 @@ def _generate(options: argparse.Namespace) -> int:
     judged_rows = [row["right"] for row in rows if "right" in row]
     accuracy = f", {sum(judged_rows) / len(judged_rows):.4f} right by the rule of {options.rule}" if judged_rows else ""
     print(f"{len(rows)} answers{accuracy}: {options.out}")
-    return 0
 
 
-def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[AskedQuestion]:
+def _asked(options: argparse.Namespace, queries: Sequence[scores.Query]) -> list[AskedQuestion]:
     """Return every query with its pages: those of the run, or the relevant ones."""
-    from recipes.retrieval.answers.generation import AskedQuestion
-    from recipes.retrieval.evaluation.scores import read_run
-    from recipes.retrieval.pages.store import PageStore
-    from recipes.retrieval.search.exact import Hit
-    from recipes.retrieval.search.retriever import found_pages
-
     store = PageStore.open(options.store)
     if options.oracle:
         run, k = {}, None
         for query_id, judged in _qrels(options.oracle, store).items():
             run[query_id] = [Hit(page, float(grade)) for page, grade in sorted(judged.items()) if grade > 0]
     else:
-        run, k = read_run(options.run_file), options.k
+        run, k = scores.read_run(options.run_file), options.k
     pages = _found(store, run, k)
     asked = []
     for query in queries:
@@ -182,22 +159,17 @@ def _asked(options: argparse.Namespace, queries: Sequence[Query]) -> list[AskedQ
     return asked
 
 
-def _unpack(options: argparse.Namespace) -> int:
-    from recipes.retrieval.evaluation.visrag_sets import write_visrag_set
-
+def _unpack(options: argparse.Namespace) -> None:
     num_pages, num_queries, num_judgments = write_visrag_set(options.source, options.out)
     print(f"{num_pages} pages, {num_queries} queries, {num_judgments} judgments: {options.out}")
-    return 0
 
 
-def _qrels(file: Path, store: PageStore | None) -> Qrels:
-    from recipes.retrieval.evaluation.scores import read_qrels, resolve_qrels
-
-    qrels = read_qrels(file)
-    return qrels if store is None else resolve_qrels(qrels, list(store.pages()))
+def _qrels(file: Path, store: PageStore | None) -> scores.Qrels:
+    qrels = scores.read_qrels(file)
+    return qrels if store is None else scores.resolve_qrels(qrels, list(store.pages()))
 
 
-def _found(store: PageStore, run: Run, k: int | None) -> dict[str, Any]:
+def _found(store: PageStore, run: scores.Run, k: int | None) -> dict[str, Any]:
     if k is not None and k < 1:
         raise InputError(f"k must be >= 1, got {k}")
     wanted = {hit.page_id for hits in run.values() for hit in hits[:k]}

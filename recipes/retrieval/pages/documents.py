@@ -19,14 +19,17 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from recipes.answers.options import check_options
+from recipes.retrieval.pages.ocr import read_text
 from rollout.inputs.images import MAX_ASPECT_RATIO, PromptError, decode, to_rgb
-from rsgrpo.errors import InputError, RsgrpoError
+from rollout.keys import key
+from rsgrpo.errors import RsgrpoError
 
 OFFICE = frozenset(
     ".doc .docx .ppt .pptx .xls .xlsx .odt .odp .ods .odg .rtf .txt .md .csv .html .htm".split()  # noqa: SIM905
@@ -39,6 +42,10 @@ _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
 _CSV_QUOTE = ord('"')
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
+_SAVED_AS: dict[str, tuple[str, dict[str, Any]]] = {
+    "png": (".png", {"compress_level": 1}),
+    "jpeg": (".jpg", {"quality": 92}),
+}
 
 
 class DocumentError(RsgrpoError):
@@ -47,34 +54,24 @@ class DocumentError(RsgrpoError):
 
 @dataclass(frozen=True, slots=True)
 class RenderSettings:
-    """What decides the pixels of a page, and which documents are too large.
+    """What decides the pixels of a page, and which documents are too large."""
 
-    dpi: of PDF and office pages. max_page_pixels: a larger PDF page is rendered at a lower resolution, a larger image
-        is scaled down. max_pages, max_file_mb, max_unpacked_mb: a larger document is refused.
-    ocr: Tesseract's languages for pages without a text layer; "" leaves them without text.
-    """
-
-    dpi: int = 150
-    image_format: Literal["png", "jpeg"] = "png"
-    max_page_pixels: int = 16_000_000
-    max_pages: int = 10_000
-    max_file_mb: int = 2_048
-    max_unpacked_mb: int = 4_096
-    office_timeout_s: int = 300
-    ocr: str = ""
+    dpi: int = key(150, "resolution of PDF and office pages", ge=10, le=1200)
+    image_format: Literal["png", "jpeg"] = key("png", "format of the page images")
+    max_page_pixels: int = key(16_000_000, "larger pages are scaled down", ge=1)
+    max_pages: int = key(10_000, "documents with more pages are refused", ge=1)
+    max_file_mb: int = key(2_048, "larger files are refused", ge=1)
+    max_unpacked_mb: int = key(4_096, "office files that unpack to more are refused", ge=1)
+    office_timeout_s: int = key(300, "time limit of one conversion by LibreOffice", ge=1)
+    ocr: str = key("", "languages in which Tesseract reads pages that have no text: eng, eng+deu, ...")
 
     def __post_init__(self) -> None:
-        if not 10 <= self.dpi <= 1200:
-            raise InputError(f"--dpi must be in [10, 1200], got {self.dpi}")
-        for name in ("max_page_pixels", "max_pages", "max_file_mb", "max_unpacked_mb", "office_timeout_s"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+        check_options(self)
 
     def pixels(self) -> dict[str, Any]:
         """Return the settings that change the pixels or the text of an accepted page."""
-        kept = asdict(self)
-        names = ("dpi", "image_format", "max_page_pixels", *(("ocr",) if self.ocr else ()))
-        return {name: kept[name] for name in names}
+        kept = {"dpi": self.dpi, "image_format": self.image_format, "max_page_pixels": self.max_page_pixels}
+        return kept | {"ocr": self.ocr} if self.ocr else kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +95,9 @@ def is_candidate(path: Path) -> bool:
 def render(
     path: Path, folder: Path, settings: RenderSettings, on_page: Callable[[], None] = lambda: None
 ) -> tuple[list[RenderedPage], str]:
-    """Write every page of a document into `folder`.
+    """Write every page of a document into an empty folder. Its bytes decide its kind before its extension does.
 
     Args:
-        path: the document. Its bytes decide its kind before its extension does.
-        folder: exists and is empty.
         on_page: called after each page.
 
     Returns:
@@ -119,14 +114,12 @@ def render(
         size = f"the file has {num_bytes >> 20:,} MiB"
         raise DocumentError(f"{size}, more than --max-file-mb {settings.max_file_mb}; raise it")
     kind = _kind(path)
-    if kind == "pdf":
-        return _write(_pdf_pages(path, settings), folder, settings, on_page)
-    if kind == "image":
-        return _write(_image_pages(path, settings), folder, settings, on_page)
-    if path.suffix.lower() not in OFFICE:
+    if kind == "other" and path.suffix.lower() not in OFFICE:
         raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
     with tempfile.TemporaryDirectory(prefix="rsgrpo-office-") as scratch:
-        return _write(_pdf_pages(office_to_pdf(path, Path(scratch), settings), settings), folder, settings, on_page)
+        source = office_to_pdf(path, Path(scratch), settings) if kind == "other" else path
+        pages = _image_pages(source, settings) if kind == "image" else _pdf_pages(source, settings)
+        return _write(pages, folder, settings, on_page)
 
 
 def limit_memory() -> None:
@@ -134,6 +127,11 @@ def limit_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _unlimited_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
 def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
@@ -148,7 +146,12 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
             f"{path.suffix} files need LibreOffice, but neither `soffice` nor `libreoffice` is on PATH; install it and "
             "run the same command again, or convert the file to PDF"
         )
-    _refuse_zip_bomb(path, settings)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            num_bytes = sum(entry.file_size for entry in archive.infolist())
+        if num_bytes > settings.max_unpacked_mb << 20:
+            size = f"it unpacks to {num_bytes >> 20:,} MiB"
+            raise DocumentError(f"{size}, more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
     source = scratch / f"document{path.suffix.lower()}"  # hides odd names from LibreOffice
     shutil.copyfile(path, source)
     command = [program, f"-env:UserInstallation={(scratch / 'profile').as_uri()}", "--headless", "--norestore"]
@@ -195,21 +198,6 @@ def _import_filter(source: Path) -> list[str]:
     return [f"--infilter=CSV:{ord(separator)},{_CSV_QUOTE},{charset}"]
 
 
-def _unlimited_memory() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-
-
-def _refuse_zip_bomb(path: Path, settings: RenderSettings) -> None:
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        num_bytes = sum(entry.file_size for entry in archive.infolist())
-    if num_bytes > settings.max_unpacked_mb << 20:
-        size = f"it unpacks to {num_bytes >> 20:,} MiB"
-        raise DocumentError(f"{size}, more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
-
-
 def _kind(path: Path) -> Literal["pdf", "image", "other"]:
     """Say what the bytes are. Only in a file with the extension of a PDF may other bytes precede the PDF."""
     try:
@@ -239,6 +227,7 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD and b"/Encrypt" in path.read_bytes():
             raise DocumentError("the PDF is encrypted; remove its password (qpdf --decrypt)") from error
         raise DocumentError("the PDF is broken or has no pages") from error
+    result: tuple[Image.Image, str] | str
     with document:
         if len(document) == 0:
             raise DocumentError("the PDF has no pages")
@@ -247,17 +236,14 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
         for index in range(len(document)):
             try:
                 page = document[index]
-                width_points, height_points = page.get_size()
-                scale = _pdf_scale(width_points, height_points, settings)
+                scale = _pdf_scale(*page.get_size(), settings)
                 text = page.get_textpage().get_text_bounded()
-                image = page.render(scale=scale).to_pil().convert("RGB")
+                result = page.render(scale=scale).to_pil().convert("RGB"), text
             except (pypdfium2.PdfiumError, DocumentError, ValueError) as error:
-                yield str(error)
-                continue
+                result = str(error)
             except MemoryError:
-                yield "it needs more memory than a page may use"
-                continue
-            yield image, clean_text(text)
+                result = "it needs more memory than a page may use"
+            yield result
 
 
 def _pdf_scale(width_points: float, height_points: float, settings: RenderSettings) -> float:
@@ -283,17 +269,17 @@ def _image_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.I
                 yield _fit(decode(os.fspath(path)), settings), ""
                 return
             for index in range(num_frames):
+                result: tuple[Image.Image, str] | str
                 try:
                     opened.seek(index)
                     if opened.width * opened.height > limit:
-                        yield f"{opened.width} x {opened.height} pixels, more than the safe limit of {limit:,}"
-                        continue
-                    opened.load()
-                    frame = to_rgb(opened.copy())
+                        result = f"{opened.width} x {opened.height} pixels, more than the safe limit of {limit:,}"
+                    else:
+                        opened.load()
+                        result = _fit(to_rgb(opened.copy()), settings), ""
                 except (OSError, EOFError, ValueError, SyntaxError, PromptError) as error:
-                    yield f"{type(error).__name__}: {error}"
-                    continue
-                yield _fit(frame, settings), ""
+                    result = f"{type(error).__name__}: {error}"
+                yield result
     except PromptError as error:  # its text names the path, which the catalogue shows already
         raise DocumentError(str(error).replace(os.fspath(path), "").replace("image  ", "the image ")) from error
     except Image.DecompressionBombError as error:
@@ -314,41 +300,30 @@ def _fit(image: Image.Image, settings: RenderSettings) -> Image.Image:
 
 
 def _write(
-    pages: Iterator[tuple[Image.Image, str] | str],
-    folder: Path,
-    settings: RenderSettings,
-    on_page: Callable[[], None],
+    pages: Iterator[tuple[Image.Image, str] | str], folder: Path, settings: RenderSettings, on_page: Callable[[], None]
 ) -> tuple[list[RenderedPage], str]:
+    suffix, options = _SAVED_AS[settings.image_format]
     written, faults = [], []
     for number, page in enumerate(pages, start=1):
         if isinstance(page, str):
-            faults.append(f"page {number}: {page}")
+            fault = page
         elif max(page[0].size) > MAX_ASPECT_RATIO * min(page[0].size):
             sides = f"{page[0].width} x {page[0].height} pixels"
-            faults.append(f"page {number}: {sides}, one side is more than {MAX_ASPECT_RATIO} times the other")
+            fault = f"{sides}, one side is more than {MAX_ASPECT_RATIO} times the other"
         else:
-            image, text = page
+            image, text, fault = page[0], clean_text(page[1]), ""
             if settings.ocr and not text:
-                text, fault = _read(image, settings.ocr)
-                faults += [f"page {number}: {fault}"] if fault else []
-            name = f"{number:05d}.{'png' if settings.image_format == 'png' else 'jpg'}"
-            options: dict[str, Any] = {"compress_level": 1} if settings.image_format == "png" else {"quality": 92}
+                text, fault = read_text(image, settings.ocr)
+                text = clean_text(text)
+            name = f"{number:05d}{suffix}"
             image.save(folder / name, **options)
             written.append(RenderedPage(number, name, image.width, image.height, text))
+        if fault:
+            faults.append(f"page {number}: {fault}")
         on_page()
     if not written:
         raise DocumentError("; ".join(faults[:3]))
     return written, "; ".join(faults)
-
-
-def _read(image: Image.Image, language: str) -> tuple[str, str]:
-    """Return the text in a page's image, and what went wrong."""
-    from recipes.retrieval.pages.ocr import OcrError, read_text
-
-    try:
-        return clean_text(read_text(image, language)), ""
-    except OcrError as error:
-        return "", str(error)
 
 
 def clean_text(text: str) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
+import json
 import logging
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +22,7 @@ from recipes.retrieval.pages.store import (
     content_writer,
     hash_file,
     shown,
-    write_record,
+    single_writer,
     writing,
 )
 from recipes.retrieval.pages.workers import TaskResult, run_tasks
@@ -32,7 +32,6 @@ from rsgrpo.records.console import Console
 log = logging.getLogger(__name__)
 
 COMMIT_EVERY_S = 60.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +80,52 @@ def ingest(
     found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
     candidates = [entry for entry in found if is_candidate(entry[1])]
     store = PageStore.create(out, settings.pixels())
-    with store.locked():
+    with single_writer(store.folder):
         named = {shown(root.resolve()) for root in roots}
         before = {row.path: row for row in store.documents()}
-        if not candidates and not any(row.root in named for row in before.values()):
+        rows = {key: row for key, row in before.items() if row.root not in named}
+        if not candidates and len(rows) == len(before):
             raise InputError(
                 f"no documents in {', '.join(shown(root) for root in roots)} ({len(found)} files of other kinds); "
                 "name a folder with PDF, image, office, text or HTML files"
             )
-        rows = {key: row for key, row in before.items() if row.root not in named}
         wanted = [row for entry in candidates if (row := _file_row(*entry)) is not None]
-        num_removed = len({key for key, row in before.items() if row.root in named} - {row.path for row in wanted})
+        num_removed = len(before.keys() - rows.keys() - {row.path for row in wanted})
         waiting = []
         for row in wanted:
             old = before.get(row.path)
-            if old is not None and _unchanged(old, row) and store.has_content(old.content):
+            if old is not None and _is_unchanged(old, row) and store.has_content(old.content):
                 rows[row.path] = replace(old, root=row.root, document=row.document)
             else:
                 waiting.append(row)
-        errors = _render_all(store, waiting, rows, settings, num_workers, page_timeout_s, console)
+        tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
+        committed = time.monotonic()
+        errors = []
+        with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
+            results = run_tasks(
+                render_document, tasks, num_workers=min(num_workers, len(tasks)),
+                timeout_s=page_timeout_s + settings.office_timeout_s, on_alive=pages.advance,
+            )  # fmt: skip
+            by_path = {row.path: row for row in waiting}
+            for result in results:
+                row = _row(by_path[result.task.path], result)
+                rows[row.path] = row
+                if row.error:
+                    errors.append(row)
+                    console.warning(f"{row.document}: {row.error}")
+                documents.advance()
+                if time.monotonic() - committed > COMMIT_EVERY_S:
+                    store.commit(rows.values())
+                    committed = time.monotonic()
         store.commit(rows.values())
         store.collect_garbage()
-        num_pages = len(store.page_ids())
-    num_unchanged = len(wanted) - len(waiting)
-    num_rendered = len(waiting) - sum(not row.num_pages for row in errors)
     return IngestReport(
-        num_rendered, num_unchanged, num_removed, len(found) - len(candidates), num_pages, tuple(errors)
+        num_rendered=len(waiting) - sum(not row.num_pages for row in errors),
+        num_unchanged=len(wanted) - len(waiting),
+        num_removed=num_removed,
+        num_skipped=len(found) - len(candidates),
+        num_pages=len(store.page_ids()),
+        errors=tuple(errors),
     )
 
 
@@ -128,7 +147,7 @@ def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
     return DocumentRow(root, name, os.fsencode(path), "", status.st_size, status.st_mtime_ns, 0, "")
 
 
-def _unchanged(old: DocumentRow, new: DocumentRow) -> bool:
+def _is_unchanged(old: DocumentRow, new: DocumentRow) -> bool:
     """Say whether a file need not be read again; one with an error is always read again."""
     return not old.error and (old.num_bytes, old.modified_ns) == (new.num_bytes, new.modified_ns)
 
@@ -162,43 +181,7 @@ def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
                 yield path, shown(path.relative_to(root))
 
 
-def _render_all(
-    store: PageStore,
-    waiting: list[DocumentRow],
-    rows: dict[bytes, DocumentRow],
-    settings: RenderSettings,
-    num_workers: int,
-    page_timeout_s: float,
-    console: Console,
-) -> list[DocumentRow]:
-    """Render the waiting documents into the store and their rows into `rows`; return those with errors."""
-    errors: list[DocumentRow] = []
-    by_path = {row.path: row for row in waiting}
-    committed = time.monotonic()
-    timeout_s = page_timeout_s + settings.office_timeout_s
-    tasks = (RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting)
-    with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
-        results = run_tasks(
-            render_document, tasks, num_workers=max(1, min(num_workers, len(waiting))), timeout_s=timeout_s,
-            on_alive=pages.advance,
-        )  # fmt: skip
-        for result in results if waiting else ():
-            row = _row(by_path[result.task.path], result, store)
-            rows[row.path] = row
-            if row.error:
-                errors.append(row)
-                console.warning(f"{row.document}: {row.error}")
-            documents.advance()
-            if time.monotonic() - committed > COMMIT_EVERY_S:
-                store.commit(rows.values())
-                committed = time.monotonic()
-    return errors
-
-
-def _row(row: DocumentRow, result: TaskResult, store: PageStore) -> DocumentRow:
-    if isinstance(result.error, OSError) and result.error.errno in _FULL:
-        with writing(store.folder):
-            raise result.error
+def _row(row: DocumentRow, result: TaskResult) -> DocumentRow:
     if isinstance(result.error, StoreError):
         raise result.error
     if result.error is not None or result.died:
@@ -223,13 +206,15 @@ def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, i
     except OSError as error:
         raise DocumentError(f"the file cannot be read: {os.strerror(error.errno or 0)}") from error
     if store.has_content(content):
-        return content, *store.num_pages(content)
-    with content_writer(store.content_folder(content)) as folder:
+        record = store.record(content)
+        return content, len(record["pages"]), record["error"]
+    with writing(store.folder), content_writer(store.content_folder(content)) as folder:
         try:
             pages, fault = render(path, folder, task.settings, alive)
         except MemoryError as error:
             raise DocumentError("it needs more memory than a document may take") from error
         if hash_file(path) != content:
             raise DocumentError("the file changed while it was read; run the same command again")
-        write_record(folder, pages, fault)
+        record = {"pages": [asdict(page) for page in pages], "error": fault}
+        (folder / "pages.json").write_text(json.dumps(record))
     return content, len(pages), fault

@@ -9,19 +9,8 @@ from rsgrpo.errors import InputError
 OCR_TIMEOUT_S = 60.0  # of a page
 
 
-class OcrError(Exception):
-    """One page could not be read; its image is not affected."""
-
-
 def require_ocr(language: str) -> None:
-    """Refuse to start if pages cannot be read.
-
-    Args:
-        language: of Tesseract, such as "eng" or "eng+deu".
-
-    Raises:
-        InputError: the package, the program or a language is missing.
-    """
+    """Raise InputError unless the package, the program and the languages ("eng", "eng+deu") are installed."""
     try:
         import pytesseract
     except ModuleNotFoundError as error:
@@ -38,15 +27,11 @@ def require_ocr(language: str) -> None:
         raise InputError(f"--ocr {language}: Tesseract lacks {', '.join(missing)}; choose from {', '.join(installed)}")
 
 
-def read_text(image: Image.Image, language: str) -> str:
-    """Return the text in a page's image.
-
-    Raises:
-        OcrError: Tesseract fails or takes too long.
-    """
+def read_text(image: Image.Image, language: str) -> tuple[str, str]:
+    """Return the text in a page's image, and what went wrong ("" if nothing did)."""
     import pytesseract
 
     try:
-        return pytesseract.image_to_string(image, lang=language, timeout=OCR_TIMEOUT_S)
+        return pytesseract.image_to_string(image, lang=language, timeout=OCR_TIMEOUT_S), ""
     except (pytesseract.TesseractError, RuntimeError) as error:  # RuntimeError is what it raises for its timeout
-        raise OcrError(f"Tesseract cannot read it: {error}") from error
+        return "", f"Tesseract cannot read it: {error}"

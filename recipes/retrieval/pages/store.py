@@ -29,7 +29,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recipes.retrieval.pages.documents import RenderedPage
 from rollout.files import replaced, write_text
 from rsgrpo.errors import RUN_ERROR, InputError
 
@@ -37,10 +36,10 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 ID_CHARACTERS = 16  # of the content's sha256, in a page id
-_HASH_BLOCK = 1 << 20
 _ROW_GROUP = 4096
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room") | dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"
+)
 
 
 class StoreError(InputError):
@@ -114,15 +113,12 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 def hash_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class PageStore:
-    """One store. Reading needs nothing; writing goes through `locked`."""
+    """One store. Reading needs no lock; write within `single_writer`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -172,10 +168,6 @@ class PageStore:
             write_text(file, json.dumps({"format": FORMAT, "settings": dict(settings)}, indent=1))
         return store
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Be the only writer; raises as `single_writer`."""
-        return single_writer(self.folder)
-
     def documents(self) -> list[DocumentRow]:
         """Return the catalogue of files, in order of root and document.
 
@@ -191,8 +183,7 @@ class PageStore:
     def pages(self) -> Iterator[Page]:
         """Yield all pages, in order of document and number; memory stays bounded.
 
-        Raises:
-            StoreError: the catalogue is damaged; also raised by `page_ids` and `find`.
+        Like `page_ids` and `find`, it raises StoreError if the catalogue is damaged.
         """
         with self._reading_pages() as stream, pq.ParquetFile(stream) as file:
             for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=list(Page.__slots__)):
@@ -223,16 +214,17 @@ class PageStore:
         """Return where the pages of these bytes are, or would be."""
         return self.folder / "pages" / content[:2] / content
 
-    def num_pages(self, content: str) -> tuple[int, str]:
-        """Return how many pages these bytes have, and which could not be rendered ("" for none)."""
-        record = self._record(content)
-        return len(record["pages"]), record["error"]
+    def record(self, content: str) -> dict[str, Any]:
+        """Return the `pages` of these bytes (fields of RenderedPage), and as `error` which could not be rendered."""
+        file = self.content_folder(content) / "pages.json"
+        with _reading(file, f"delete {file.parent} and ingest all folders of the store in one command") as stream:
+            return json.loads(stream.read())
 
     def commit(self, rows: Iterable[DocumentRow]) -> None:
         """Replace both tables.
 
         Raises:
-            StoreError: the disk is full; the previous tables are intact.
+            StoreWriteError: the disk is full; the previous tables are intact.
         """
         ordered = sorted(rows, key=lambda row: (row.root, row.document, row.path))
         with writing(self.folder):
@@ -260,23 +252,17 @@ class PageStore:
         Raises:
             StoreError: they cannot be read.
         """
+        file = self.folder / "store.json"
         try:
-            written = json.loads((self.folder / "store.json").read_text())
+            written = json.loads(file.read_text())
             if written["format"] == FORMAT:
                 return written["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"{self.folder / 'store.json'} cannot be read: {error}; ingest into a new store"
-            ) from error
+            raise StoreError(f"{file} cannot be read: {error}; ingest into a new store") from error
         raise StoreError(f"{self.folder} has format {written['format']}, but this program reads {FORMAT}; ingest again")
 
     def _reading_pages(self) -> AbstractContextManager[pa.NativeFile]:
         return _reading(self._pages_file, "delete it and run the last ingest again; no page is rendered again")
-
-    def _record(self, content: str) -> dict[str, Any]:
-        file = self.content_folder(content) / "pages.json"
-        with _reading(file, f"delete {file.parent} and ingest all folders of the store in one command") as stream:
-            return json.loads(stream.read())
 
     def _page_rows(self, rows: list[DocumentRow]) -> Iterator[dict[str, Any]]:
         by_content: dict[str, list[DocumentRow]] = {}
@@ -285,18 +271,14 @@ class PageStore:
                 by_content.setdefault(row.content, []).append(row)
         for content, same in by_content.items():
             folder = self.content_folder(content).relative_to(self.folder)
-            for page in self._record(content)["pages"]:
-                yield {
+            for page in self.record(content)["pages"]:
+                yield page | {
                     "page_id": page_id(content, page["number"]),
                     "document": same[0].document,
                     "root": same[0].root,
                     "copies": [row.document for row in same[1:]],
                     "content": content,
-                    "number": page["number"],
                     "image": str(folder / page["image"]),
-                    "width": page["width"],
-                    "height": page["height"],
-                    "text": page["text"],
                 }
 
 
@@ -341,33 +323,23 @@ def content_writer(final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_record(folder: Path, pages: list[RenderedPage], error: str) -> None:
-    """Write the list of a content's pages into their folder."""
-    (folder / "pages.json").write_text(json.dumps({"pages": [asdict(page) for page in pages], "error": error}))
-
-
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an error that names the fix."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (*_FULL, *_FORBIDDEN):
+        if error.errno not in _REMEDIES:
             raise
-        remedy = "Make room" if error.errno in _FULL else "Make it writable"
         raise StoreWriteError(
-            f"cannot write to {folder}: {os.strerror(error.errno)}; finished work is intact. {remedy}, then run the "
-            "same command again to continue"
+            f"cannot write to {folder}: {os.strerror(error.errno)}; finished work is intact. {_REMEDIES[error.errno]}, "
+            "then run the same command again to resume"
         ) from error
 
 
 @contextmanager
 def _reading(file: Path, remedy: str) -> Iterator[pa.NativeFile]:
-    """Open a file; if it is missing or damaged, name the fix.
-
-    Raises:
-        StoreError: names the file.
-    """
+    """Open a file; a StoreError names it and the fix if it is missing or damaged."""
     try:
         with pa.OSFile(os.fsencode(file)) as stream:  # bytes, for paths that are not UTF-8
             yield stream

@@ -15,12 +15,10 @@ from typing import Any
 Work = Callable[[Any, Callable[[], None]], Any]
 """Takes a task and a function that reports "still alive"; returns the result. Must be importable by name."""
 
-_ALIVE, _DONE, _FAILED = "alive", "done", "failed"
-
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """A task's result, or its error, or how the worker that ran it died."""
+    """A task's result, or its error, or how the worker that ran it died. task: not None."""
 
     task: Any
     value: Any = None
@@ -35,13 +33,13 @@ class _Worker:
         self.process = context.Process(target=_run_worker, args=(work, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.task: Any = None
-        self.busy = False
+        self.task: Any = None  # while it is idle
         self.deadline = 0.0
 
     def give(self, task: Any, timeout_s: float) -> None:
-        self.task, self.busy, self.deadline = task, True, time.monotonic() + timeout_s
-        self.connection.send(task)
+        self.task, self.deadline = task, time.monotonic() + timeout_s
+        if task is not None:
+            self.connection.send(task)
 
     def stop(self) -> None:
         self.process.kill()
@@ -62,39 +60,30 @@ def run_tasks(
     workers = [_Worker(work) for _ in range(num_workers)]
     try:
         for worker in workers:
-            _next(worker, queue, timeout_s)
-        while any(worker.busy for worker in workers):
-            wait([w.connection for w in workers if w.busy], timeout=1.0)
+            worker.give(next(queue, None), timeout_s)
+        while any(worker.task is not None for worker in workers):
+            wait([w.connection for w in workers if w.task is not None], timeout=1.0)
             for index, worker in enumerate(workers):
-                result = _received(worker, timeout_s, on_alive) if worker.busy else None
+                result = None if worker.task is None else _received(worker, timeout_s, on_alive)
                 if result is None:
                     continue
                 yield result
                 if result.died:
                     worker.stop()
                     workers[index] = worker = _Worker(work)
-                _next(worker, queue, timeout_s)
+                worker.give(next(queue, None), timeout_s)
     finally:
         for worker in workers:
             worker.stop()
-
-
-def _next(worker: _Worker, queue: Iterator[Any], timeout_s: float) -> None:
-    worker.busy = False
-    for task in queue:
-        worker.give(task, timeout_s)
-        return
 
 
 def _received(worker: _Worker, timeout_s: float, on_alive: Callable[[], None]) -> TaskResult | None:
     """Read what a worker has reported; None while it works."""
     try:
         while worker.connection.poll():
-            kind, value = worker.connection.recv()
-            if kind == _DONE:
-                return TaskResult(worker.task, value=value)
-            if kind == _FAILED:
-                return TaskResult(worker.task, error=value)
+            result = worker.connection.recv()
+            if result is not None:
+                return TaskResult(worker.task, **result)
             worker.deadline = time.monotonic() + timeout_s
             on_alive()
     except (EOFError, ConnectionResetError):
@@ -111,14 +100,13 @@ def _run_worker(work: Work, connection: Connection) -> None:
     with suppress(EOFError, BrokenPipeError):
         while True:
             task = connection.recv()
-            message: tuple[str, Any]
             try:
-                message = (_DONE, work(task, lambda: connection.send((_ALIVE, None))))
+                result = {"value": work(task, lambda: connection.send(None))}  # None: still alive
             except BrokenPipeError:
                 raise
             except Exception as error:
-                message = (_FAILED, _portable(error))
-            connection.send(message)
+                result = {"error": _portable(error)}
+            connection.send(result)
 
 
 def _portable(error: Exception) -> Exception:

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.answers.options import check_options
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.index import Backend, IndexFault, VectorIndex
+from rollout.keys import key
 from rsgrpo.errors import InputError
 
 
@@ -30,19 +32,16 @@ class FoundPage:
 class SearchSettings:
     """How pages are searched.
 
-    backend: scan the index, or take candidates from FAISS. num_probes: lists that IVF reads per query.
-    reranker: a second encoder and its index, which reorder the first `num_candidates` pages.
+    reranker: a second encoder and its index, which reorder the first `candidates` pages.
     """
 
-    backend: Backend = "exact"
-    num_probes: int = 32
+    backend: Backend = key("exact", "scan the index, or take candidates from a FAISS file")
+    num_probes: int = key(32, "lists read per query (ivf)", ge=1)
+    candidates: int = key(100, "number of pages to rerank", ge=1)
     reranker: tuple[PageEncoder, Path] | None = None
-    num_candidates: int = 100
 
     def __post_init__(self) -> None:
-        for option, value in (("--num-probes", self.num_probes), ("--candidates", self.num_candidates)):
-            if value < 1:
-                raise InputError(f"{option} must be >= 1, got {value}")
+        check_options(self)
 
 
 EXACT = SearchSettings()
@@ -58,7 +57,7 @@ class Retriever:
             RsgrpoError: something is missing, or another encoder made an index.
         """
         self.store, self.index, self.encoder = PageStore.open(store), _opened(index, encoder), encoder
-        self._num_candidates = search.num_candidates
+        self._num_candidates = search.candidates
         self._search = self.index.searcher(search.backend, search.num_probes)
         self._reranker = None
         if search.reranker is not None:

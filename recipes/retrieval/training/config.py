@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.base import EncoderSettings, Pooling
 from rollout.keys import check, key
-
-Pooling = Literal["", "weighted_mean", "mean", "last", "cls"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,7 @@ class RetrieverConfig:
         """Return how the model is loaded."""
         return EncoderSettings(
             self.base_model,
-            pooling=self.pooling,
-            query_prefix=self.query_prefix,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            batch_size=self.micro_batch_size,
-            revision=self.revision,
+            pooling=self.pooling, query_prefix=self.query_prefix, min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels, batch_size=self.micro_batch_size, revision=self.revision,
             trust_remote_code=self.trust_remote_code,
-        )
+        )  # fmt: skip

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipes import retrieve
-from recipes.retrieval.evaluation.answer_rules import RULES, exact, first_letter, relaxed, rule_of
+from recipes.retrieval.evaluation.answer_rules import RULES, exact, first_letter, relaxed
 from recipes.retrieval.evaluation.scores import (
     Query,
     evaluate_run,
@@ -285,8 +285,9 @@ def test_multiple_choice_counts_the_first_letter(prediction, gold, right):
     assert first_letter(prediction, [gold]) is right
 
 
-def test_every_data_set_has_its_rule():
-    assert rule_of("ChartQA") is RULES["PlotQA"] is relaxed
-    assert rule_of("ArxivQA") is first_letter
-    with pytest.raises(RsgrpoError, match=r"--rule chartqa: choose one of ArxivQA, ChartQA"):
-        rule_of("chartqa")
+def test_every_data_set_has_its_rule(capsys):
+    assert RULES["ChartQA"] is RULES["PlotQA"] is relaxed
+    assert RULES["ArxivQA"] is first_letter
+    with pytest.raises(SystemExit):
+        retrieve.main(["generate", "s", "--queries", "q", "--oracle", "o", "--out", "a", "--rule", "chartqa"])
+    assert "invalid choice: 'chartqa' (choose from 'ArxivQA', 'ChartQA'" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def test_vllm_gives_the_vectors_of_transformers(family, pooling, tiny_model_path
         plain.model.save(str(tmp_path / "saved"))  # type: ignore[attr-defined]
         folder, pooling = str(tmp_path / "saved"), ""
         plain = load_encoder(EncoderSettings(folder, **settings))
-    fast = load_encoder(EncoderSettings(folder, engine="vllm", pooling=pooling, **settings))
+    fast = load_encoder(EncoderSettings(folder, encode_with="vllm", pooling=pooling, **settings))
     try:
         assert fast.identity.fingerprint == plain.identity.fingerprint  # an index made by one is searched by the other
         pages = [Page(f"p{row}", "d", row + 1, path, 1, 1, "") for row, path in enumerate(page_images)]
@@ -64,7 +64,7 @@ def test_vllm_gives_the_vectors_of_transformers(family, pooling, tiny_model_path
 def test_what_vllm_cannot_stand_in_for_is_refused(tmp_path, tiny_model_path):
     def refused(fault: str, folder: Path, **changes: Any) -> None:
         with pytest.raises(EncoderError, match=fault):
-            folder_pooling(folder, EncoderSettings(str(folder), engine="vllm", **changes))
+            folder_pooling(folder, EncoderSettings(str(folder), encode_with="vllm", **changes))
 
     assert folder_pooling(Path(tiny_model_path), EncoderSettings("x", pooling="cls")) == "cls"
     refused("not a model folder", tmp_path)

@@ -20,7 +20,7 @@ from PIL import Image
 from recipes import retrieve
 from recipes.retrieval.pages.documents import DocumentError, RenderedPage, RenderSettings, office_to_pdf, render
 from recipes.retrieval.pages.ingest import IngestReport
-from recipes.retrieval.pages.store import PageStore, StoreError, content_writer, page_id, shown, writing
+from recipes.retrieval.pages.store import PageStore, StoreError, content_writer, page_id, shown, single_writer, writing
 from recipes.retrieval.pages.workers import run_tasks
 from rsgrpo.errors import RsgrpoError
 from tests.material import ROOT
@@ -231,7 +231,7 @@ def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
 def test_two_writers_exclude_each_other(tmp_path, docs):
     write_image(docs / "a.png")
     run(docs, tmp_path / "store")
-    with PageStore(tmp_path / "store").locked(), pytest.raises(StoreError, match="another process is writing"):
+    with single_writer(tmp_path / "store"), pytest.raises(StoreError, match="another process is writing"):
         run(docs, tmp_path / "store")
 
 

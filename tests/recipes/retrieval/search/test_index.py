@@ -234,13 +234,17 @@ def test_a_vector_that_is_zero_or_not_finite_is_refused(tmp_path):
             encoder.encode_pages([page(name)])
 
 
-def test_settings_that_cannot_work_are_refused():
-    with pytest.raises(RsgrpoError, match="--pooling max: choose one of weighted_mean, mean, last, cls"):
-        EncoderSettings("m", pooling="max")
-    with pytest.raises(RsgrpoError, match="--batch-size must be >= 1, got 0"):
-        EncoderSettings("m", batch_size=0)
-    with pytest.raises(RsgrpoError, match="--min-pixels 9000 must be in"):
-        EncoderSettings("m", min_pixels=9000, max_pixels=8000)
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"pooling": "max"}, "--pooling must be one of weighted_mean, mean, last, cls; got 'max'"),
+        ({"batch_size": 0}, "--batch-size must be >= 1, got 0"),
+        ({"min_pixels": 9000, "max_pixels": 8000}, "--min-pixels 9000 must be <= --max-pixels 8000"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, fault):
+    with pytest.raises(RsgrpoError, match=fault):
+        EncoderSettings("m", **settings)
 
 
 def test_visrag_ret_pools_by_place_and_ignores_padding_on_either_side():
