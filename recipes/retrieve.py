@@ -98,14 +98,17 @@ def _add_index(command: argparse.ArgumentParser) -> None:
     command.description = "Encode the pages that the index lacks, and delete those that are no longer in the store."
     add_encoder(command)
     command.add_argument(
-        "--shard-pages", type=int, default=2_048, help="the most pages that a command encodes again after a crash"
+        "--shard-pages",
+        type=int,
+        default=2_048,
+        help="pages that are written at once, and at most encoded again after a crash",
     )
     command.add_argument("--index-dtype", choices=DTYPES, default="float16")
     command.add_argument(
         "--workers", type=int, default=0, help="models in parallel on Ray; 0: one model, in this process"
     )
-    command.add_argument("--gpus-per-worker", type=float, help="default: 1 if Ray has GPUs")
-    command.add_argument("--ray-address", default="", help="auto: join a running Ray; default: start one")
+    command.add_argument("--gpus-per-worker", type=float, help="GPUs per model; default: 1 if Ray has GPUs")
+    command.add_argument("--ray-address", default="", help="auto joins a running Ray; default: start one")
     command.add_argument("--faiss", choices=("flat", "ivf"), help="also build a FAISS file for search --backend")
     command.set_defaults(run=_index)
 

@@ -89,9 +89,9 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-k", type=int, default=5, help="number of pages")
     add_options(command, SearchSettings)
     command.add_argument(
-        "--rerank-index", type=Path, metavar="INDEX", help="of late interaction: reorders the candidates"
+        "--rerank-index", type=Path, metavar="INDEX", help="late-interaction index that reorders the candidates"
     )
-    command.add_argument("--rerank", metavar="MODEL", help="its model; default: the one that made it")
+    command.add_argument("--rerank", metavar="MODEL", help="model of --rerank-index; default: the one that made it")
 
 
 def search_settings(options: argparse.Namespace) -> SearchSettings:
@@ -124,12 +124,14 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--answer-model", default="", help="model folder or hub id; with --endpoint, the server's name")
     who.add_argument("--engine", choices=("hf", "vllm", "fake"), default="hf")
     who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
-    who.add_argument("--max-tries", type=int, default=6, help="requests for one answer before the endpoint is down")
+    who.add_argument("--max-tries", type=int, default=6, help="requests per answer before the endpoint counts as down")
     who.add_argument("--script", default="", help="answers of the fake engine")
     who.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
-    who.add_argument("--max-tokens", type=int, default=2048, help="of an answer")
-    who.add_argument("--max-prompt-tokens", type=int, help="of question and pages; default: that of recipes.infer")
-    who.add_argument("--answer-max-pixels", type=int, default=0, help="area of a resized page; 0: the engine's default")
+    who.add_argument("--max-tokens", type=int, default=2048, help="longest answer, in tokens")
+    who.add_argument(
+        "--max-prompt-tokens", type=int, help="longest prompt with its pages, in tokens; default: that of recipes.infer"
+    )
+    who.add_argument("--answer-max-pixels", type=int, default=0, help="largest area of a page; 0: the model's default")
     who.add_argument("--setting", choices=get_args(Setting), default="multi_image", help="how pages become prompts")
 
 

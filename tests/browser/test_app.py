@@ -220,7 +220,7 @@ def test_the_answer_of_a_real_model_streams_into_the_page(chromium, running, sto
     chromium.goto(running("--answer-model", taught, "--prompt", "demo", "-k", "2", "--device", "cpu"))
     assert "2 pages" in chromium.locator("#heading").inner_text()
     watch = "setInterval(() => seen.add(document.querySelector('#response textarea').value), 1)"
-    chromium.evaluate(f"() => {{ window.seen = new Set(); {watch} }}")  # every text that stands there, however briefly
+    chromium.evaluate(f"() => {{ window.seen = new Set(); {watch} }}")  # every text that appears, however briefly
     ask(chromium, "how many?")
     answered(chromium)
     assert len(set(chromium.evaluate("[...seen]")) - {""}) > 1  # it came in pieces
@@ -236,7 +236,7 @@ def test_without_an_answerer_the_page_finds_pages_and_says_so(chromium, running,
     assert (trace["question"], trace["result"], len(trace["pages"])) == ("red", None, 2)
 
 
-def test_the_page_says_when_its_endpoint_dies_and_goes_on_when_it_is_back(
+def test_the_page_says_when_its_endpoint_dies_and_works_again_when_it_is_back(
     chromium, program, running, store, taught, tmp_path, tiny_model_path
 ):
     with socket.socket() as free:

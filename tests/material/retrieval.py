@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from PIL import Image
 from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import IngestReport, ingest
 from rsgrpo.records.console import Console
+from tests.material import ROOT
 
 QUIET = Console(io.StringIO())
 
@@ -103,3 +109,21 @@ def write_vectors(folder: Path, page_ids: Sequence[str], pages: Any, queries: Ma
     np.save(folder / "queries.npy", np.array(list(queries.values())))
     (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
     return folder
+
+
+def stop_python(
+    arguments: Sequence[str | Path], is_time: Callable[[], bool], number: signal.Signals = signal.SIGKILL
+) -> tuple[int, bytes]:
+    """Start `python ARGUMENTS`, send a signal to all its processes once it is time; return exit code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not is_time():
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, number)
+    _, said = process.communicate()
+    return process.returncode, said

@@ -1,4 +1,4 @@
-"""A small model that has learnt a few answers by heart: real engines then give real, known text."""
+"""A small model that has memorised a few answers, so that real engines return known text."""
 
 from __future__ import annotations
 

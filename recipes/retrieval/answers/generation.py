@@ -167,7 +167,7 @@ def _answered(asked: AskedQuestion, setting: Setting, outputs: dict[str, Answer]
         return Answered(asked, result_line(found[0], model) | {"id": asked.id}, asked.pages)
     logprobs = [output.mean_logprob for _, output in usable if output.mean_logprob is not None]
     if len(logprobs) != len(usable):
-        raise InputError(f"setting weighted needs log-probabilities, but {model} returns none; use a local engine")
+        raise InputError(f"--setting weighted needs log-probabilities, but {model} returns none; use a local engine")
     weights = page_weights([page.score for page, _ in usable], logprobs)
     best = max(range(len(usable)), key=lambda row: (weights[row], -row))
     page, output = usable[best]

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from recipes.retrieval.pages.ingest import IngestReport, ingest
 from recipes.retrieval.pages.store import PageStore, writing
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
-from recipes.retrieval.search.update import UpdateReport, update_index
+from recipes.retrieval.search.update import UpdateReport, encode_here, fill_index
 from rollout.files import replaced
 from rollout.keys import key
 from rsgrpo.errors import InputError
@@ -30,7 +31,7 @@ from rsgrpo.records.console import Console
 
 UPLOADS = "uploads"  # folder in the store for copies of added documents
 PAGE_TIMEOUT_S = 120.0
-SHARD_PAGES = 2_048
+SHARD_PAGES, BATCH_PAGES = 2_048, 64
 MAX_QUESTION_CHARACTERS = 4_000
 
 
@@ -201,10 +202,9 @@ class Library:
 
     def _updated(self, folder: Path, encoder: PageEncoder) -> tuple[VectorIndex, UpdateReport]:
         index = VectorIndex.create(folder, encoder.identity)
-        report = update_index(
-            PageStore.open(self._store), encoder, index, shard_pages=SHARD_PAGES, batch_pages=64, console=self._console
-        )
-        return index, report
+        stream = partial(encode_here, encoder, batch_pages=BATCH_PAGES)
+        store = PageStore.open(self._store)
+        return index, fill_index(store, index, stream, shard_pages=SHARD_PAGES, console=self._console)
 
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}

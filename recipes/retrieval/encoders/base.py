@@ -179,7 +179,7 @@ class ModelIdentity(EncoderIdentity):
 
 
 class PageEncoder(Protocol):
-    """Turns pages and queries into unit vectors whose inner products compare."""
+    """Turns pages and queries into unit vectors that are compared by inner product."""
 
     @property
     def identity(self) -> EncoderIdentity:
@@ -226,8 +226,11 @@ def identify(settings: EncoderSettings) -> ModelIdentity:
         EncoderError: there is no such folder.
     """
     folder = model_folder(settings.model, settings.revision)
-    if (folder / RETRIEVER_FILE).exists():
-        settings = _with_trained_defaults(settings, folder / RETRIEVER_FILE)
+    if (file := folder / RETRIEVER_FILE).exists():
+        try:
+            settings = filled(settings, json.loads(file.read_text()))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise EncoderError(f"{file} cannot be read: {error}; export the retriever again") from error
     prefix = settings.query_prefix
     if prefix is None and settings.kind != "late" and not (folder / "modules.json").exists():
         prefix = VISRAG_QUERY_PREFIX
@@ -248,15 +251,10 @@ def identify(settings: EncoderSettings) -> ModelIdentity:
     )  # fmt: skip
 
 
-def _with_trained_defaults(settings: EncoderSettings, file: Path) -> EncoderSettings:
-    """Replace values that are at their default by those that a trained folder sets for itself."""
+def filled(settings: EncoderSettings, kept: Mapping[str, Any]) -> EncoderSettings:
+    """Return settings in which every value that is at its default is replaced by that of `kept`."""
     default = EncoderSettings("")
-    try:
-        trained = json.loads(file.read_text())
-        taken = {name: trained[name] for name in trained if getattr(settings, name) == getattr(default, name)}
-        return replace(settings, **taken)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise EncoderError(f"{file} cannot be read: {error}; export the retriever again") from error
+    return replace(settings, **{n: kept[n] for n in kept if getattr(settings, n) == getattr(default, n)})
 
 
 def _image_processor(folder: Path, settings: EncoderSettings) -> Any:

@@ -28,9 +28,8 @@ class ImportedEncoder:
             queries = [json.loads(line) for line in lines if line.strip()]
             self._queries = self._table("queries.npy", queries) if queries else ({}, np.zeros((0, 0)))
         except (OSError, ValueError) as error:
-            raise EncoderError(
-                f"imported vectors in {folder} cannot be read: {error}; see docs/reference/retrieval.md"
-            ) from error
+            files = "encoder.json, pages.npy, page_ids.txt, queries.npy and queries.jsonl"
+            raise EncoderError(f"imported vectors in {folder} cannot be read: {error}; it needs {files}") from error
         self.identity = EncoderIdentity(description=description, settings=settings)
 
     def _table(self, name: str, keys: list[str]) -> tuple[dict[str, int], np.ndarray]:

@@ -124,7 +124,7 @@ def _gpus_per_worker(settings: RaySettings) -> float:
     kind, needed = ("GPU", settings.num_workers * chosen) if chosen else ("CPU", settings.num_workers + 1)
     if there.get(kind, 0) < needed:
         raise InputError(
-            f"--workers {settings.num_workers} need {needed:g} {kind}s (one CPU loads pages), but the Ray cluster has "
+            f"--workers {settings.num_workers} needs {needed:g} {kind}s (one CPU loads pages), but the Ray cluster has "
             f"{there.get(kind, 0):g}; lower it"
         )
     return chosen

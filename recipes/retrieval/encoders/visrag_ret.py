@@ -26,15 +26,18 @@ def weighted_mean(hidden_BTD: Any, mask_BT: Any) -> Any:
     return pooled_BD / pooled_BD.norm(dim=1, keepdim=True)
 
 
-def encode(model: Any, tokenizer: Any, texts: Sequence[str], images: Sequence[Any], batch_size: int) -> np.ndarray:
-    """Return (N, D) float16: a page is an image with an empty text, a query is a text without an image."""
+def encode(model: Any, tokenizer: Any, items: Sequence[str | Path], batch_size: int) -> np.ndarray:
+    """Return (N, D) float16. A page is the path of its image and goes in with an empty text; a query is a text."""
     import torch
+    from PIL import Image
 
     parts = []
-    for start in range(0, len(texts), batch_size):
-        chosen = slice(start, start + batch_size)
+    for start in range(0, len(items), batch_size):
+        chosen = items[start : start + batch_size]
+        texts = [item if isinstance(item, str) else "" for item in chosen]
+        images = [None if isinstance(item, str) else Image.open(item).convert("RGB") for item in chosen]
         with torch.no_grad():
-            found = model(text=list(texts[chosen]), image=list(images[chosen]), tokenizer=tokenizer)
+            found = model(text=texts, image=images, tokenizer=tokenizer)
         pooled = weighted_mean(found.last_hidden_state.float(), found.attention_mask)
         parts.append(pooled.cpu().numpy().astype(np.float16))
     return np.concatenate(parts)
@@ -43,7 +46,6 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str], images: Sequence[An
 def encode_pages(model: Any, tokenizer: Any, store: Path, out: Path, batch_size: int, part_pages: int) -> None:
     """Write OUT/pages.npy and OUT/page_ids.txt, one part at a time; finished parts are kept."""
     import pyarrow.parquet as pq
-    from PIL import Image
 
     rows = pq.read_table(store / "pages.parquet", columns=["page_id", "image"]).to_pylist()
     parts = []
@@ -53,12 +55,8 @@ def encode_pages(model: Any, tokenizer: Any, store: Path, out: Path, batch_size:
         part, names = out / f"part-{start:09d}.npy", out / f"part-{start:09d}.txt"
         if not (part.exists() and names.exists() and names.read_text() == ids):
             names.unlink(missing_ok=True)
-            vectors = []
-            for first in range(0, len(chosen), batch_size):
-                batch = chosen[first : first + batch_size]
-                images = [Image.open(store / row["image"]).convert("RGB") for row in batch]
-                vectors.append(encode(model, tokenizer, [""] * len(images), images, batch_size))
-            _save(part, np.concatenate(vectors))
+            images = [store / row["image"] for row in chosen]
+            _save(part, encode(model, tokenizer, images, batch_size))
             names.write_text(ids)  # marks the part as complete
         parts.append(part)
         print(f"{start + len(chosen)}/{len(rows)} pages", flush=True)
@@ -72,8 +70,7 @@ def encode_queries(model: Any, tokenizer: Any, queries: Path, out: Path, batch_s
     """Write OUT/queries.npy and OUT/queries.jsonl."""
     found = [json.loads(line) for line in queries.read_text().split("\n") if line.strip()]
     texts = [row.get("text") or row.get("query") or row["question"] for row in found]
-    vectors = encode(model, tokenizer, [QUERY_PREFIX + text for text in texts], [None] * len(texts), batch_size)
-    _save(out / "queries.npy", vectors)
+    _save(out / "queries.npy", encode(model, tokenizer, [QUERY_PREFIX + text for text in texts], batch_size))
     (out / "queries.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
 
 

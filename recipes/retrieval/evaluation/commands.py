@@ -113,7 +113,7 @@ def _top(options: argparse.Namespace) -> None:
     images = {page_id: page.image for page_id, page in _found(store, run, options.k).items()}
     rows = scores.top_rows(scores.read_queries(options.queries), run, _qrels(options.qrels, store), images, options.k)
     _write_lines(options.out, rows)
-    print(f"{len(rows)} questions, {sum(row['is_sufficient'] for row in rows)} with all they need: {options.out}")
+    print(f"{len(rows)} questions, {sum(row['is_sufficient'] for row in rows)} with every relevant page: {options.out}")
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -134,7 +134,9 @@ def _generate(options: argparse.Namespace) -> None:
         rows.append(row)
     _write_lines(options.out, rows)
     judged_rows = [row["right"] for row in rows if "right" in row]
-    accuracy = f", {sum(judged_rows) / len(judged_rows):.4f} right by the rule of {options.rule}" if judged_rows else ""
+    accuracy = (
+        f", {sum(judged_rows) / len(judged_rows):.4f} correct by the rule of {options.rule}" if judged_rows else ""
+    )
     print(f"{len(rows)} answers{accuracy}: {options.out}")
 
 

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +93,14 @@ def _at_cutoffs(values: Mapping[str, float], cutoffs: Sequence[int]) -> dict[str
 
 
 def _ordered(query: str, hits: Sequence[Hit]) -> list[str]:
-    pages = [hit.page_id for hit in sorted(hits, key=lambda hit: (-hit.score, hit.page_id))]
+    pages = [hit.page_id for hit in _sorted(hits)]
     if len(set(pages)) != len(pages):
         raise InputError(f"query {query}: the run contains a page twice; remove one of the lines")
     return pages
+
+
+def _sorted(hits: Iterable[Hit]) -> list[Hit]:
+    return sorted(hits, key=lambda hit: (-hit.score, hit.page_id))
 
 
 def merge_runs(files: Sequence[Path], k: int) -> tuple[dict[str, list[Hit]], str]:
@@ -151,7 +155,7 @@ def read_run(file: Path) -> dict[str, list[Hit]]:
         except ValueError as error:
             wanted = "a run line is 'query Q0 page rank score tag'"
             raise InputError(f"{file}:{number}: {wanted}, got {line.strip()!r}") from error
-    return {query: sorted(hits, key=lambda hit: (-hit.score, hit.page_id)) for query, hits in run.items()}
+    return {query: _sorted(hits) for query, hits in run.items()}
 
 
 def read_qrels(file: Path) -> dict[str, dict[str, int]]:

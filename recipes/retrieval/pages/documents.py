@@ -164,7 +164,8 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
             out, err = process.communicate(timeout=settings.office_timeout_s)
         except subprocess.TimeoutExpired as error:
             os.killpg(process.pid, signal.SIGKILL)  # `soffice` is a script: the program itself is its child
-            raise DocumentError(f"LibreOffice took over {settings.office_timeout_s} s (--office-timeout-s)") from error
+            said = f"LibreOffice took more than {settings.office_timeout_s} s"
+            raise DocumentError(f"{said}; raise --office-timeout-s") from error
     produced = source.with_suffix(".pdf")
     if process.returncode or not produced.exists():
         said = (err or out).strip().splitlines()

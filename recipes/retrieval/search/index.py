@@ -327,8 +327,9 @@ class VectorIndex:
             raise InputError(f"k must be >= 1, got {k}")
         for query in queries:
             if len(self) and query.shape[-1] != self.dim:
-                lengths = f"the query's vector has length {query.shape[-1]}, those of {self.folder} {self.dim}"
-                raise IndexFault(lengths)
+                raise IndexFault(
+                    f"the query's vector has length {query.shape[-1]}, but those of {self.folder} have length {self.dim}"
+                )
 
     @cached_property
     def _present(self) -> set[str]:

@@ -1,15 +1,14 @@
 """How an index's encoder was opened, kept beside the index so that later commands need not name it.
 
-It decides nothing: the index's fingerprint still refuses any other encoder.
+The index's fingerprint still refuses any other encoder.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
 from pathlib import Path
 
-from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.base import EncoderSettings, filled
 from rollout.files import write_text
 from rsgrpo.errors import InputError
 
@@ -27,9 +26,7 @@ def remember(index: Path, settings: EncoderSettings) -> None:
     kept = {name: getattr(settings, name) for name in KEPT}
     if Path(settings.model).is_dir():
         kept["model"] = str(Path(settings.model).absolute())
-    text = json.dumps(kept, indent=1) + "\n"
-    if not (index / FILE).exists() or (index / FILE).read_text(errors="replace") != text:
-        write_text(index / FILE, text)
+    write_text(index / FILE, json.dumps(kept, indent=1) + "\n")
 
 
 def recall(index: Path, asked: EncoderSettings) -> EncoderSettings:
@@ -40,7 +37,7 @@ def recall(index: Path, asked: EncoderSettings) -> EncoderSettings:
     """
     try:
         kept = json.loads((index / FILE).read_text())
-        settings = EncoderSettings(**{name: kept[name] for name in KEPT})
+        settings = filled(asked, {name: kept[name] for name in KEPT})
     except FileNotFoundError as error:
         if index.exists():
             raise InputError(f"{index} does not say which model made it; {NAME_IT}") from error
@@ -50,6 +47,4 @@ def recall(index: Path, asked: EncoderSettings) -> EncoderSettings:
         raise InputError(f"{index / FILE} cannot be read: {error}; {NAME_IT}") from error
     if Path(settings.model).is_absolute() and not Path(settings.model).is_dir():
         raise InputError(f"{index} was made with {settings.model}, which is gone; {NAME_IT}")
-    default = EncoderSettings("")
-    given = {field.name: getattr(asked, field.name) for field in fields(asked) if field.name != "model"}
-    return replace(settings, **{name: value for name, value in given.items() if value != getattr(default, name)})
+    return settings

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -29,18 +28,6 @@ class UpdateReport:
     num_added: int
     num_deleted: int
     num_pages: int
-
-
-def update_index(
-    store: PageStore, encoder: PageEncoder, index: VectorIndex, *, shard_pages: int, batch_pages: int, console: Console
-) -> UpdateReport:
-    """Bring an index in line, with its encoder in this process; it is given `batch_pages` pages at a time.
-
-    Raises:
-        As `fill_index`.
-    """
-    stream = partial(encode_here, encoder, batch_pages=batch_pages)
-    return fill_index(store, index, stream, shard_pages=shard_pages, console=console)
 
 
 def fill_index(

@@ -116,11 +116,8 @@ def test_each_setting_asks_as_it_should(pages):
 
 
 def test_an_answer_cites_document_and_page(pages):
-    (answered,) = answer_all(
-        [AskedQuestion("q", "how many?", pages)],
-        "multi_image",
-        Reader(ScriptedAnswerer({"q": (ANSWER, None)}), TEMPLATE),
-    )
+    reader = Reader(ScriptedAnswerer({"q": (ANSWER, None)}), TEMPLATE)
+    (answered,) = answer_all([AskedQuestion("q", "how many?", pages)], "multi_image", reader)
     assert answered.line["answer"] == "7"
     assert [(page.document, page.number) for page in answered.cited] == [("blue.pdf", 2)]
 
@@ -130,9 +127,8 @@ def test_an_answer_from_one_pasted_image_can_only_cite_all_its_pages(pages):
     for setting in ("horizontal", "vertical"):
         (answered,) = answer_all([AskedQuestion("q", "which?", pages)], setting, Reader(answerer, TEMPLATE))
         assert [(page.document, answered.index_of(page)) for page in answered.cited] == [
-            ("red.pdf", 1),
-            ("blue.pdf", 1),
-        ]
+            ("red.pdf", 1), ("blue.pdf", 1)
+        ]  # fmt: skip
 
 
 def test_weighted_selection_takes_the_surest_answer(pages):
@@ -198,30 +194,22 @@ def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, 
     shown = command(
         "top", store, run, "--queries", queries, "--qrels", qrels, "--out", tmp_path / "top1_test.jsonl", "-k", 1
     )
-    assert "2 questions, 1 with all they need" in shown
+    assert "2 questions, 1 with every relevant page" in shown
     rows = [json.loads(text) for text in (tmp_path / "top1_test.jsonl").read_text().splitlines()]
     assert [row["is_sufficient"] for row in rows] == [True, False]
     assert Path(rows[0]["image"][0]).exists()
     out = tmp_path / "answers.jsonl"
     base = ["generate", store, "--queries", queries, "--out", out, "--rule", "ChartQA", *who]
-    assert "2 answers, 0.5000 right by the rule of ChartQA" in command(*base, "--run-file", run, "-k", 2)
-    assert "0.5000 right" in command(*base, "--oracle", qrels)
+    assert "2 answers, 0.5000 correct by the rule of ChartQA" in command(*base, "--run-file", run, "-k", 2)
+    assert "0.5000 correct" in command(*base, "--oracle", qrels)
     assert [len(json.loads(text)["pages"]) for text in out.read_text().splitlines()] == [1, 1]
 
 
 def test_generate_refuses_queries_without_pages(store, tmp_path, capsys):
     (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "which?"}\n')
     (tmp_path / "x.run").write_text("")
-    command = [
-        "generate",
-        store,
-        "--queries",
-        tmp_path / "queries.jsonl",
-        "--run-file",
-        tmp_path / "x.run",
-        "--out",
-        "x",
-    ]
+    files = ["--queries", tmp_path / "queries.jsonl", "--run-file", tmp_path / "x.run", "--out", "x"]
+    command = ["generate", store, *files]
     assert retrieve.main([str(part) for part in command]) == 2
     assert "query q1 has no pages" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ from rsgrpo.errors import RsgrpoError
 QRELS = {"q1": {"a": 1, "c": 1}, "q2": {"x": 2, "y": 1}, "q3": {"a": 1}, "q4": {"a": 0}}
 RUN = {
     "q1": [Hit("b", 0.9), Hit("a", 0.8), Hit("c", 0.7)],
-    "q2": [Hit("y", 0.5), Hit("x", 0.5)],  # a tie: x stands before y
+    "q2": [Hit("y", 0.5), Hit("x", 0.5)],  # a tie: x comes before y
     "q9": [Hit("a", 1.0)],
 }
 
@@ -52,12 +53,37 @@ def test_metrics_are_those_worked_out_by_hand():
     assert (scores.num_missing, scores.num_without_relevant, scores.num_unjudged) == (1, 1, 1)
 
 
-def test_an_mrr_beyond_its_cutoff_is_zero_and_graded_gains_are_linear():
+def direct(ranked: list[str], judged: dict[str, int], cutoff: int) -> dict[str, float]:
+    """The formulas, with linear gains."""
+    gains = [max(0, judged.get(page, 0)) for page in ranked[:cutoff]]
+    ideal = sorted((grade for grade in judged.values() if grade > 0), reverse=True)[:cutoff]
+
+    def discounted(values: list[int]) -> float:
+        return sum(gain / math.log2(place + 2) for place, gain in enumerate(values))
+
+    first = next((place for place, gain in enumerate(gains) if gain > 0), None)
+    num_relevant = sum(grade > 0 for grade in judged.values())
+    return {
+        f"ndcg@{cutoff}": discounted(gains) / discounted(ideal),
+        f"mrr@{cutoff}": 0.0 if first is None else 1 / (first + 1),
+        f"recall@{cutoff}": sum(gain > 0 for gain in gains) / num_relevant,
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_of_random_rankings_with_ties_are_the_formulas(seed):
     pytest.importorskip("pytrec_eval", reason="needs the retrieval extra")
-    run = {"q": [Hit("low", 0.9), Hit("none", 0.8), Hit("high", 0.7)]}
-    scores = evaluate_run(run, {"q": {"high": 3, "low": 1}}, [3]).per_query["q"]
-    assert scores["ndcg@3"] == pytest.approx((1 + 3 / 2) / (3 + 1 / math.log2(3)))
-    assert evaluate_run({"q": [Hit("z", 1), Hit("high", 0.5)]}, {"q": {"high": 1}}, [1]).mean["mrr@1"] == 0
+    rng = Random(seed)
+    names = [f"p{row}" for row in range(30)]
+    run = {f"q{q}": [Hit(page, rng.randrange(6) / 4) for page in rng.sample(names, 20)] for q in range(8)}
+    qrels = {f"q{q}": {page: rng.randrange(4) for page in rng.sample(names, 9)} | {"p0": 1} for q in range(10)}
+    scores = evaluate_run(run, qrels, [1, 3, 10, 100])
+    assert scores.num_missing == 2
+    for query, judged in qrels.items():
+        ranked = [hit.page_id for hit in sorted(run.get(query, []), key=lambda hit: (-hit.score, hit.page_id))]
+        for cutoff in (1, 3, 10, 100):
+            wanted = direct(ranked, judged, cutoff)
+            assert {name: scores.per_query[query][name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
 
 
 def test_scoring_nonsense_is_refused():
@@ -96,20 +122,19 @@ def test_qrels_are_read_in_every_layout(tmp_path, text):
 
 def test_faulty_qrels_and_queries_name_the_line(tmp_path):
     file = tmp_path / "file"
-    for text, fault in (("q1 a 1\nq1 a\n", "file:2: a judgment is"), ("q1 a 1\nq1 a 2\n", "two different judgments")):
-        file.write_text(text)
-        with pytest.raises(RsgrpoError, match=fault):
-            read_qrels(file)
-    for text, fault in (
-        ('{"_id": 1}\n', "file, line 1: a query needs _id"),
-        ("[]\n", "file, line 1: must be a JSON object"),
-        ('{"_id": null, "text": "a"}\n', "file, line 1: a query needs"),
-        ('{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file, line 1: not usable JSON"),
-        ('{"_id": 1, "text": "a"}\n{"id": "1", "query": "b"}\n', "file, line 2: query id 1 occurs twice"),
+    twice = '{"_id": 1, "text": "a"}\n{"id": "1", "query": "b"}\n'
+    for read, text, fault in (
+        (read_qrels, "q1 a 1\nq1 a\n", "file:2: a judgment is"),
+        (read_qrels, "q1 a 1\nq1 a 2\n", "two different judgments"),
+        (read_queries, '{"_id": 1}\n', "file, line 1: a query needs _id"),
+        (read_queries, "[]\n", "file, line 1: must be a JSON object"),
+        (read_queries, '{"_id": null, "text": "a"}\n', "file, line 1: a query needs"),
+        (read_queries, '{"_id": 1, "text": ' + 100_000 * "[" + "\n", "file, line 1: not usable JSON"),
+        (read_queries, twice, "file, line 2: query id 1 occurs twice"),
     ):
         file.write_text(text)
         with pytest.raises(RsgrpoError, match=fault):
-            read_queries(file)
+            read(file)
     file.write_text('{"qid": 7, "question": "what?", "answer": "x"}\n')
     assert read_queries(file) == [Query("7", "what?", ("x",))]
     with pytest.raises(RsgrpoError, match="cannot be read"):
@@ -144,26 +169,6 @@ def test_top_rows_know_whether_the_pages_suffice():
     assert [row["is_sufficient"] for row in rows] == [False, True, False]
 
 
-def test_visrag_test_sets_become_plain_files(tmp_path):
-    source = tmp_path / "VisRAG-Ret-Test-X"
-    for part, rows in {
-        "corpus": [{"corpus-id": "a/b.png", "image": {"bytes": b"one", "path": "b.png"}},
-                   {"corpus-id": "two", "image": {"bytes": b"two", "path": None}}],
-        "queries": [{"query-id": "q1", "query": "what?", "answer": "7"}],
-        "qrels": [{"query-id": "q1", "corpus-id": "two", "score": 1}],
-    }.items():  # fmt: skip
-        (source / part).mkdir(parents=True)
-        name = "corpus-00000.parquet" if part == "corpus" else "train-00000.parquet"  # found once, whatever its name
-        pq.write_table(pa.Table.from_pylist(rows), source / part / name)
-    assert write_visrag_set(str(source), tmp_path / "out") == (2, 1, 1)
-    names = sorted(file.name for file in (tmp_path / "out" / "documents").iterdir())
-    assert names == ["a%2Fb.png", "two.png"]
-    assert read_qrels(tmp_path / "out" / "qrels.tsv") == {"q1": {"two.png": 1}}
-    assert read_queries(tmp_path / "out" / "queries.jsonl") == [Query("q1", "what?", ("7",))]
-    with pytest.raises(RsgrpoError, match="has no corpus/"):
-        write_visrag_set(str(tmp_path), tmp_path / "again")
-
-
 def visrag_set(source: Path, page: str, image: bytes, grade: Any = 1) -> Path:
     """Write a set of one page, one query and one judgment."""
     parts: dict[str, dict[str, Any]] = {
@@ -173,21 +178,26 @@ def visrag_set(source: Path, page: str, image: bytes, grade: Any = 1) -> Path:
     }
     for part, row in parts.items():
         (source / part).mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist([row]), source / part / "train.parquet")
+        name = "corpus-00000.parquet" if part == "corpus" else "train.parquet"  # found once, whatever its name
+        pq.write_table(pa.Table.from_pylist([row]), source / part / name)
     return source
 
 
 @pytest.mark.parametrize(
-    ("page", "name"), [(".hidden", "%2Ehidden.png"), ("..", "%2E..png"), ("../up.jpg", "%2E.%2Fup.jpg")]
+    ("page", "name"),
+    [("two", "two.png"), (".hidden", "%2Ehidden.png"), ("..", "%2E..png"), ("../up.jpg", "%2E.%2Fup.jpg")],
 )
-def test_a_page_of_any_name_is_a_file_that_an_ingest_sees(tmp_path, page, name):
-    write_visrag_set(str(visrag_set(tmp_path / "set", page, b"x", 1.0)), tmp_path / "out")
+def test_a_visrag_set_becomes_plain_files_that_an_ingest_sees(tmp_path, page, name):
+    source = visrag_set(tmp_path / "set", page, b"x", 1.0)
+    assert write_visrag_set(str(source), tmp_path / "out") == (1, 1, 1)
     assert [file.name for file in (tmp_path / "out" / "documents").iterdir()] == [name]
     assert read_qrels(tmp_path / "out" / "qrels.tsv") == {"q1": {name: 1}}
-    assert [query.text for query in read_queries(tmp_path / "out" / "queries.jsonl")] == ["one\u2028line"]
+    assert read_queries(tmp_path / "out" / "queries.jsonl") == [Query("q1", "one\u2028line", ("7",))]
 
 
 def test_damaged_visrag_sets_say_where(tmp_path):
+    with pytest.raises(RsgrpoError, match="has no corpus/"):
+        write_visrag_set(str(tmp_path), tmp_path / "out")
     for grade in (0.5, math.nan, "high"):
         with pytest.raises(RsgrpoError, match=rf"a score in qrels must be a whole number, got {grade!r}"):
             write_visrag_set(str(visrag_set(tmp_path / str(grade), "a", b"x", grade)), tmp_path / "out")
@@ -250,39 +260,23 @@ def test_evaluate_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "gold", "right"),
+    ("rule", "prediction", "gold", "right"),
     [
-        ("Paris.", "paris", True), ("  the  Cat ", "the cat", True), ("Paris, France", "Paris", False),
-        ("-5", "5", False), ("12.5", "125", False),
+        (exact, "Paris.", "paris", True), (exact, "  the  Cat ", "the cat", True), (exact, "-5", "5", False),
+        (exact, "Paris, France", "Paris", False), (exact, "12.5", "125", False),
+        (relaxed, "105", "100", True), (relaxed, "105.1", "100", False), (relaxed, "95", "100", True),
+        (relaxed, "94.9", "100", False), (relaxed, "-95", "-100", True), (relaxed, "-95", "100", False),
+        (relaxed, "0", "0", True), (relaxed, "0.01", "0", False), (relaxed, "$1,050", "1000", True),
+        (relaxed, "10.2%", "10", True), (relaxed, "about 10", "10", False), (relaxed, "Yes", "yes", True),
+        (relaxed, ".5", "0.5", True), (relaxed, "nan", "10", False), (relaxed, "", "10", False),
+        (first_letter, "B", "B", True), (first_letter, "b) the second", "B", True), (first_letter, "(B)", "B", True),
+        (first_letter, "Because", "B", False), (first_letter, "C", "B", False), (first_letter, "", "B", False),
+        (first_letter, "**B**. x", "B) long text", True),
     ],
 )  # fmt: skip
-def test_exact_match(prediction, gold, right):
-    assert exact(prediction, [gold]) is right
-    assert exact(prediction, ["something else", gold]) is right
-
-
-@pytest.mark.parametrize(
-    ("prediction", "gold", "right"),
-    [
-        ("105", "100", True), ("105.1", "100", False), ("95", "100", True), ("94.9", "100", False),
-        ("-95", "-100", True), ("-95", "100", False), ("0", "0", True), ("0.01", "0", False),
-        ("$1,050", "1000", True), ("10.2%", "10", True), ("about 10", "10", False), ("Yes", "yes", True),
-        (".5", "0.5", True), ("nan", "10", False), ("", "10", False),
-    ],
-)  # fmt: skip
-def test_numbers_may_be_five_percent_off(prediction, gold, right):
-    assert relaxed(prediction, [gold]) is right
-
-
-@pytest.mark.parametrize(
-    ("prediction", "gold", "right"),
-    [
-        ("B", "B", True), ("b) the second", "B", True), ("(B)", "B", True), ("Because", "B", False),
-        ("C", "B", False), ("", "B", False), ("**B**. x", "B) long text", True),
-    ],
-)  # fmt: skip
-def test_multiple_choice_counts_the_first_letter(prediction, gold, right):
-    assert first_letter(prediction, [gold]) is right
+def test_an_answer_is_right_by_its_rule(rule, prediction, gold, right):
+    assert rule(prediction, [gold]) is right
+    assert rule(prediction, ["something else", gold]) is right
 
 
 def test_every_data_set_has_its_rule(capsys):

@@ -25,7 +25,15 @@ from recipes.retrieval.pages.store import PageStore, StoreError
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from tests.material import ROOT
-from tests.material.retrieval import coloured_store, ingested, write_form, write_image, write_pdf, write_vectors
+from tests.material.retrieval import (
+    coloured_store,
+    ingested,
+    stop_python,
+    write_form,
+    write_image,
+    write_pdf,
+    write_vectors,
+)
 from tests.recipes.retrieval.search.test_index import make, random_vectors
 
 
@@ -71,7 +79,7 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
     pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
     docs = tmp_path / "docs"
     docs.mkdir()
-    os.mkfifo(docs / "pipe.pdf")  # opening it would wait for ever
+    os.mkfifo(docs / "pipe.pdf")  # opening it would block forever
     (docs / "round").symlink_to(docs)
     (docs / "self.png").symlink_to(docs / "self.png")
     (docs / "nowhere.pdf").symlink_to("/nowhere")
@@ -114,7 +122,7 @@ def test_only_a_file_that_calls_itself_a_pdf_may_begin_with_something_else(tmp_p
     assert [is_candidate(tmp_path / name) for name in ("a.pdf", "a.bin", "b.bin")] == [True, False, True]
 
 
-def test_what_is_no_folder_of_documents_is_refused(tmp_path, capsys):
+def test_what_is_not_a_folder_of_documents_is_refused(tmp_path, capsys):
     store = coloured_store(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     itself = "is the store itself"
@@ -159,7 +167,7 @@ def test_a_slow_libreoffice_is_stopped_with_all_its_processes(tmp_path, monkeypa
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "note.txt").write_text("hello")
-    with pytest.raises(DocumentError, match="took over 1 s"):
+    with pytest.raises(DocumentError, match="took more than 1 s; raise --office-timeout-s"):
         office_to_pdf(tmp_path / "note.txt", tmp_path, RenderSettings(office_timeout_s=1))
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
     deadline = time.monotonic() + 10
@@ -193,7 +201,7 @@ def test_a_lost_catalogue_of_documents_is_not_taken_for_an_empty_one(tmp_path):
     assert before.items() <= {file: file.stat().st_mtime_ns for file in store.glob("pages/*/*/*")}.items()
 
 
-def test_damaged_pages_of_a_store_are_made_anew_as_the_error_says(tmp_path):
+def test_damaged_pages_of_a_store_are_rendered_again_as_the_error_says(tmp_path):
     store = coloured_store(tmp_path)
     (store / "pages.parquet").write_bytes(b"PAR1")
     for read in (PageStore.page_ids, lambda it: list(it.pages()), lambda it: it.find(["x"])):
@@ -228,7 +236,9 @@ def test_a_manifest_that_was_edited_is_refused_by_every_reader(tmp_path):
     good = json.loads(file.read_text())
     for manifest in broken_manifests(good):
         file.write_text(json.dumps(manifest))
-        with pytest.raises(IndexFault, match=r"damaged|format|cannot be read|has length 16, those of .* 7"):
+        with pytest.raises(
+            IndexFault, match=r"damaged|format|cannot be read|has length 16, but those of .* have length 7"
+        ):
             VectorIndex.open(tmp_path).search([vectors["p0001"]], 3)
     file.write_text(json.dumps(good))
     assert VectorIndex.open(tmp_path).search([vectors["p0001"]], 1)[0][0].page_id == "p0001"
@@ -279,18 +289,14 @@ def test_a_store_at_a_path_that_is_not_utf8_works_from_end_to_end(tmp_path):
     assert Path(page["image"]).exists()
 
 
-def test_ctrl_c_is_one_line_and_the_command_goes_on(tmp_path):
+def test_ctrl_c_is_one_line_and_the_command_resumes(tmp_path):
     docs, store = tmp_path / "docs", tmp_path / "store"
     docs.mkdir()
     for number in range(40):
         write_image(docs / f"{number:03d}.png", f"#{number:02x}4080", 700, 700)
-    process = subprocess.Popen(
-        command("ingest", docs, "--out", store, "--workers", "1"), cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, start_new_session=True,
+    code, said = stop_python(
+        ["-m", "recipes.retrieve", "ingest", docs, "--out", store, "--workers", "1"],
+        lambda: len(list(store.glob("pages/*/*/pages.json"))) >= 3, signal.SIGINT,
     )  # fmt: skip
-    while len(list(store.glob("pages/*/*/pages.json"))) < 3 and process.poll() is None:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate()
-    assert (process.returncode, said) == (130, b"Stopped; finished work is kept; run the same command to resume.\n")
+    assert (code, said) == (130, b"Stopped; finished work is kept; run the same command to resume.\n")
     assert ingested(store, docs).num_pages == 40

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-
-from tests.material import ROOT
 
 pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
@@ -29,15 +23,21 @@ from recipes.retrieval.encoders.sentence import LateEncoder, SentenceEncoder
 from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from recipes.retrieval.search.retriever import Retriever
-from recipes.retrieval.search.update import update_index
+from recipes.retrieval.search.update import UpdateReport, encode_here, fill_index
 from rsgrpo.errors import RsgrpoError
-from tests.material.retrieval import QUIET, coloured_store, ingested, write_image, write_pdf
+from tests.material.retrieval import QUIET, coloured_store, ingested, stop_python, write_image, write_pdf
 
 PIXELS = {"min_pixels": 784, "max_pixels": 784 * 16}
 
 
 def settings(path: str, **changes: Any) -> EncoderSettings:
     return EncoderSettings(path, **(PIXELS | {"device": "cpu"} | changes))
+
+
+def updated(store: Path, encoder: SentenceEncoder, index: VectorIndex, size: int) -> UpdateReport:
+    """Bring an index in line with a store, with batches and shards of `size` pages."""
+    stream = partial(encode_here, encoder, batch_pages=size)
+    return fill_index(PageStore.open(store), index, stream, shard_pages=size, console=QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -48,29 +48,6 @@ def pages(page_images: list[str]) -> list[Page]:
 @pytest.fixture(scope="module")
 def encoder(tiny_model_path: str) -> SentenceEncoder:
     return SentenceEncoder(settings(tiny_model_path))
-
-
-def direct_pooling(hidden_TD: torch.Tensor, pooling: str) -> torch.Tensor:
-    """The formulas, written out over one unpadded sequence."""
-    weights = torch.arange(1, len(hidden_TD) + 1, dtype=torch.float32)
-    pooled = {
-        "weighted_mean": (weights[:, None] * hidden_TD).sum(0) / weights.sum(),
-        "mean": hidden_TD.mean(0),
-        "last": hidden_TD[-1],
-        "cls": hidden_TD[0],
-    }[pooling]
-    return pooled / pooled.norm()
-
-
-@pytest.mark.parametrize("pooling", ["weighted_mean", "mean", "last", "cls"])
-def test_each_pooling_is_its_formula_over_the_models_hidden_states(tiny_model_path, pages, pooling):
-    encoder = SentenceEncoder(settings(tiny_model_path, pooling=pooling))
-    found = encoder.encode_pages(pages)
-    for page, vector in zip(pages, found, strict=True):
-        features = encoder.model.preprocess([encoder.identity.loader(page)])
-        with torch.no_grad():
-            hidden_TD = encoder.model[0](features)["token_embeddings"][0]
-        np.testing.assert_allclose(vector, direct_pooling(hidden_TD, pooling).numpy(), atol=1e-6)
 
 
 def test_a_query_has_the_prefix_of_visrag(tiny_model_path, encoder):
@@ -136,7 +113,7 @@ def test_a_damaged_model_or_a_device_that_is_not_there_is_one_line(tmp_path, tin
         load_encoder(settings(tiny_model_path, device="abacus"))
 
 
-def test_a_query_that_says_nothing_or_is_no_text_is_refused(store, encoder, tmp_path):
+def test_a_query_that_is_empty_or_is_not_text_is_refused(store, encoder, tmp_path):
     VectorIndex.create(tmp_path / "index", encoder.identity)
     retriever = Retriever(store, tmp_path / "index", encoder)
     with pytest.raises(RsgrpoError, match="a query is empty"):
@@ -162,15 +139,15 @@ def test_late_interaction_gives_one_unit_vector_a_token(tiny_model_path, encoder
     assert late.encode_queries(["what amount"])[0].ndim == 2
 
 
-def test_a_damaged_page_of_the_store_is_made_anew_as_its_error_says(store, encoder, tmp_path):
+def test_a_damaged_page_of_the_store_is_rendered_again_as_its_error_says(store, encoder, tmp_path):
     page = next(iter(PageStore.open(store).pages()))
     Path(page.image).write_bytes(b"damaged")
     index = VectorIndex.create(tmp_path / "index", encoder.identity)
     with pytest.raises(EncoderError, match=r"; delete .* and ingest again"):
-        update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=QUIET)
+        updated(store, encoder, index, 1)
     shutil.rmtree(Path(page.image).parent)
     ingested(store, tmp_path / "docs")
-    report = update_index(PageStore.open(store), encoder, index, shard_pages=1, batch_pages=1, console=QUIET)
+    report = updated(store, encoder, index, 1)
     assert report.num_pages == 3
 
 
@@ -183,7 +160,7 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
     index = VectorIndex.create(tmp_path / "index", encoder.identity)
 
     def update() -> tuple[int, int, int]:
-        report = update_index(PageStore.open(store), encoder, index, shard_pages=2, batch_pages=2, console=QUIET)
+        report = updated(store, encoder, index, 2)
         return report.num_added, report.num_deleted, report.num_pages
 
     assert update() == (3, 0, 3)
@@ -203,7 +180,7 @@ def test_an_update_encodes_only_what_is_new_and_deletes_what_is_gone(store, enco
 
 
 @pytest.mark.slow
-def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_model_path, encoder, tmp_path):
+def test_encoding_killed_in_the_middle_resumes_without_loss_or_repetition(tiny_model_path, encoder, tmp_path):
     pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
     write_pdf(tmp_path / "a.pdf", [f"page {row} amount {row * row}" for row in range(120)])
     store = tmp_path / "store"
@@ -211,16 +188,12 @@ def test_encoding_killed_in_the_middle_goes_on_without_loss_or_repetition(tiny_m
     command = ["index", str(store), "--model", tiny_model_path, "--max-pixels", "12544", "--device", "cpu"]
     command += ["--min-pixels", "784", "--shard-pages", "2", "--batch-size", "1"]
     shards = store / "index" / "shards"
-    process = subprocess.Popen([sys.executable, "-m", "recipes.retrieve", *command], cwd=ROOT)
-    while process.poll() is None and len(list(shards.glob("*.ids"))) < 3:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    stop_python(["-m", "recipes.retrieve", *command], lambda: len(list(shards.glob("*.ids"))) >= 3)
     kept = len(VectorIndex.open(store / "index"))
     assert 4 <= kept < 120
     index = VectorIndex.create(store / "index", encoder.identity)
     pages = PageStore.open(store)
-    report = update_index(pages, encoder, index, shard_pages=50, batch_pages=8, console=QUIET)
+    report = updated(store, encoder, index, 8)
     assert (report.num_added, report.num_deleted, report.num_pages) == (120 - kept, 0, 120)
     ids = list(VectorIndex.open(store / "index").page_ids())
     assert len(set(ids)) == len(ids)

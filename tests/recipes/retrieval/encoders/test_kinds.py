@@ -56,10 +56,9 @@ def pages(page_images: list[str]) -> list[Page]:
 
 
 @cache
-def load(folder: str, kind: Any, batch_size: int) -> Any:
-    return load_encoder(
-        EncoderSettings(folder, kind, min_pixels=32 * 32, max_pixels=16 * 32 * 32, batch_size=batch_size, device="cpu")
-    )
+def load(folder: str, kind: Any, batch_size: int, pooling: Any = "") -> Any:
+    sizes = {"min_pixels": 32 * 32, "max_pixels": 16 * 32 * 32, "batch_size": batch_size}
+    return load_encoder(EncoderSettings(folder, kind, pooling=pooling, device="cpu", **sizes))
 
 
 def vectors(encoder: PageEncoder, pages: list[Page]) -> list[np.ndarray]:
@@ -70,9 +69,8 @@ def vectors(encoder: PageEncoder, pages: list[Page]) -> list[np.ndarray]:
 def test_neither_batch_size_nor_padding_side_changes_a_vector(name, folders, pages, tmp_path):
     alone = load(folders[name], KINDS[name], 1)
     together = load(folders[name], KINDS[name], 8)
-    assert (
-        together.identity.fingerprint == alone.identity.fingerprint == identify(together.identity.settings).fingerprint
-    )
+    again = identify(together.identity.settings)
+    assert together.identity.fingerprint == alone.identity.fingerprint == again.fingerprint
     shutil.copytree(folders[name], tmp_path / "left")
     file = tmp_path / "left" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
@@ -96,16 +94,29 @@ def test_vectors_have_length_one_and_tell_items_apart(name, folders, pages):
     assert len({vector.tobytes() for vector in found}) == len(found)
 
 
-def test_qwen3_pools_by_place_over_the_models_hidden_states(folders, pages):
-    encoder = load(folders["qwen3"], "image", 4)
+def direct_pooling(hidden_TD: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The formulas, written out over one unpadded sequence."""
+    weights = torch.arange(1, len(hidden_TD) + 1, dtype=torch.float32)
+    pooled = {
+        "weighted_mean": (weights[:, None] * hidden_TD).sum(0) / weights.sum(),
+        "mean": hidden_TD.mean(0),
+        "last": hidden_TD[-1],
+        "cls": hidden_TD[0],
+    }[pooling]
+    return pooled / pooled.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [("qwen3", ""), ("qwen2.5", ""), ("qwen2.5", "mean"), ("qwen2.5", "last"), ("qwen2.5", "cls")],
+)
+def test_each_pooling_is_its_formula_over_the_models_hidden_states(folders, pages, name, pooling):
+    encoder = load(folders[name], "image", 4, pooling)
     for page, vector in zip(pages, encoder.encode_pages(pages), strict=True):
+        features = encoder.model.preprocess([encoder.identity.loader(page)])
         with torch.no_grad():
-            states_TD = encoder.model[0](encoder.model.preprocess([encoder.identity.loader(page)]))["token_embeddings"][
-                0
-            ]
-        weights = torch.arange(1, len(states_TD) + 1, dtype=torch.float32)
-        pooled = (weights[:, None] * states_TD).sum(0) / weights.sum()
-        np.testing.assert_allclose(vector, (pooled / pooled.norm()).numpy(), atol=1e-6)
+            hidden_TD = encoder.model[0](features)["token_embeddings"][0]
+        np.testing.assert_allclose(vector, direct_pooling(hidden_TD, pooling or "weighted_mean").numpy(), atol=1e-6)
 
 
 def test_a_page_is_cut_to_the_patches_of_its_family(folders):
@@ -185,7 +196,7 @@ def test_a_model_of_remote_code_runs_out_of_process_by_consent_and_is_imported(
     assert "--workers is for models" in capsys.readouterr().err
 
 
-def test_candidates_are_ordered_anew_by_late_interaction(coloured, folders, tmp_path, capsys):
+def test_candidates_are_reordered_by_late_interaction(coloured, folders, tmp_path, capsys):
     sizes = ["--min-pixels", "1024", "--max-pixels", "4096", "--device", "cpu"]
     late = ["--model", folders["late"], "--kind", "late", "--index", str(tmp_path / "late"), *sizes]
     first = ["--model", folders["clip"], *sizes]

@@ -79,12 +79,12 @@ def test_two_actors_give_the_index_of_the_local_path(store, tiny_model_path, tmp
 
     with pytest.raises(RsgrpoError, match=r"page x of d: .*; delete .* and ingest again"):
         list(encode_on_ray(identity, settings, [*some, Page("x", "d", 1, str(tmp_path / "gone.png"), 1, 1, "")]))
-    with pytest.raises(RsgrpoError, match=r"--workers 500 need 501 CPUs .* but the Ray cluster has"):
+    with pytest.raises(RsgrpoError, match=r"--workers 500 needs 501 CPUs .* but the Ray cluster has"):
         list(encode_on_ray(identity, RaySettings(500, 0), some))
 
 
 @pytest.mark.slow
-def test_a_killed_command_on_ray_goes_on_and_leaves_no_process(store, tiny_model_path, tmp_path):
+def test_a_killed_command_on_ray_resumes_and_leaves_no_process(store, tiny_model_path, tmp_path):
     index = tmp_path / "index"
     command = [sys.executable, "-m", "recipes.retrieve", "index", str(store), "--model", tiny_model_path]
     command += ["--index", str(index), "--max-pixels", "6272", "--device", "cpu", "--batch-size", "2"]

@@ -61,7 +61,7 @@ def test_vllm_gives_the_vectors_of_transformers(family, pooling, tiny_model_path
         fast.close()  # type: ignore[attr-defined]
 
 
-def test_what_vllm_cannot_stand_in_for_is_refused(tmp_path, tiny_model_path):
+def test_what_vllm_cannot_run_is_refused(tmp_path, tiny_model_path):
     def refused(fault: str, folder: Path, **changes: Any) -> None:
         with pytest.raises(EncoderError, match=fault):
             folder_pooling(folder, EncoderSettings(str(folder), encode_with="vllm", **changes))

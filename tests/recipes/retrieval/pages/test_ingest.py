@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import stat
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -20,11 +17,18 @@ from PIL import Image
 from recipes import retrieve
 from recipes.retrieval.pages.documents import DocumentError, RenderedPage, RenderSettings, office_to_pdf, render
 from recipes.retrieval.pages.ingest import IngestReport
-from recipes.retrieval.pages.store import PageStore, StoreError, content_writer, page_id, shown, single_writer, writing
+from recipes.retrieval.pages.store import (
+    PageStore,
+    StoreError,
+    content_writer,
+    hash_file,
+    shown,
+    single_writer,
+    writing,
+)
 from recipes.retrieval.pages.workers import run_tasks
 from rsgrpo.errors import RsgrpoError
-from tests.material import ROOT
-from tests.material.retrieval import ingested, write_encrypted_pdf, write_image, write_pdf
+from tests.material.retrieval import ingested, stop_python, write_encrypted_pdf, write_image, write_pdf
 
 
 def rendered(file: Path, **settings: Any) -> tuple[list[RenderedPage], str]:
@@ -89,19 +93,14 @@ def fake_office(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_office_files_go_through_libreoffice(tmp_path, monkeypatch):
+def test_office_files_go_through_libreoffice_and_its_failure_is_an_error_of_that_document(tmp_path, monkeypatch):
     write_pdf(tmp_path / "made.pdf", ["x"])
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "note.txt").write_text("hello")
     # the last argument is the source, the one before it the folder
     fake_office(tmp_path, f'for a; do o=$s; s=$a; done; cp {tmp_path}/made.pdf "$o/document.pdf"', monkeypatch)
-    (tmp_path / "scratch").mkdir()
-    (tmp_path / "note.txt").write_text("hello")
     pdf = office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings())
     assert pdf.read_bytes() == (tmp_path / "made.pdf").read_bytes()
-
-
-def test_a_failing_libreoffice_is_an_error_of_that_document(tmp_path, monkeypatch):
-    (tmp_path / "note.txt").write_text("hello")
-    (tmp_path / "scratch").mkdir()
     fake_office(tmp_path, "echo source file could not be loaded >&2; exit 1", monkeypatch)
     with pytest.raises(DocumentError, match="source file could not be loaded"):
         office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings())
@@ -124,6 +123,7 @@ def test_pages_have_ids_that_survive_renames_and_follow_content(tmp_path, docs):
     assert (report.num_rendered, report.num_pages, report.num_skipped, report.errors) == (2, 2, 1, ())
     store = PageStore.open(tmp_path / "store")
     before = {page.document: page.page_id for page in store.pages()}
+    assert before["a.png"] == f"{hash_file(docs / 'a.png')[:16]}-00001"
     assert set(before) == {"a.png", "deep/er/b.png"}
     (docs / "a.png").rename(docs / "renamed.png")
     report = run(docs, tmp_path / "store")
@@ -160,7 +160,7 @@ def test_another_root_is_added_and_the_first_kept(tmp_path, docs):
     assert run(other / "b.png", tmp_path / "store").num_pages == 2
 
 
-def test_faulty_files_become_error_rows_and_the_rest_goes_on(tmp_path, docs):
+def test_faulty_files_become_error_rows_and_the_rest_is_rendered(tmp_path, docs):
     pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
     write_pdf(docs / "good.pdf", ["one", "two"])
     write_pdf(docs / "zero.pdf", [])
@@ -295,18 +295,12 @@ def test_a_worker_that_dies_or_hangs_costs_one_task():
     assert (str(found[3].error), str(found[6].error)) == ("three", "Needy: this and that")
 
 
-def test_ingest_killed_in_the_middle_goes_on_without_loss_or_repetition(tmp_path, docs):
-    rng_colours = [f"#{value:06x}" for value in range(0x102030, 0x102030 + 40 * 977, 977)]
-    for index, colour in enumerate(rng_colours):
-        write_image(docs / f"{index:03d}.png", colour, 700, 700)
+def test_ingest_killed_in_the_middle_resumes_without_loss_or_repetition(tmp_path, docs):
+    for index in range(40):
+        write_image(docs / f"{index:03d}.png", f"#{0x102030 + 977 * index:06x}", 700, 700)
     store = tmp_path / "store"
-    command = [sys.executable, "-m", "recipes.retrieve", "ingest", str(docs), "--out", str(store), "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while len(list(store.glob("pages/*/*/pages.json"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    command = ["-m", "recipes.retrieve", "ingest", docs, "--out", store, "--workers", "1"]
+    stop_python(command, lambda: len(list(store.glob("pages/*/*/pages.json"))) >= 5)
     finished = {file: file.stat().st_mtime_ns for file in store.glob("pages/*/[!.]*/pages.json")}
     assert 5 <= len(finished) < 40
     (store / "pages" / "00").mkdir(exist_ok=True)
@@ -317,7 +311,3 @@ def test_ingest_killed_in_the_middle_goes_on_without_loss_or_repetition(tmp_path
     assert len(set(ids)) == len(ids) == 40
     assert {file: file.stat().st_mtime_ns for file in finished} == finished  # nothing was made twice
     assert not list(store.glob("pages/*/.*"))
-
-
-def test_page_ids_are_worked_out_by_hand():
-    assert page_id("0123456789abcdef" + "f" * 48, 7) == "0123456789abcdef-00007"

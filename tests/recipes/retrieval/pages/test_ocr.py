@@ -55,7 +55,7 @@ def test_a_language_that_is_not_there_is_named(tesseract, tmp_path, capsys):
     write_image(tmp_path / "a.png")
     arguments = ["ingest", str(tmp_path / "a.png"), "--out", str(tmp_path / "s"), "--ocr", "eng+xyz"]
     assert retrieve.main(arguments) == 2
-    assert "--ocr eng+xyz: Tesseract has no xyz; it has eng" in capsys.readouterr().err
+    assert "--ocr eng+xyz: Tesseract lacks xyz; choose from eng" in capsys.readouterr().err
 
 
 def test_without_the_package_or_the_program_the_message_says_what_to_install(tmp_path, monkeypatch, capsys):

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +11,7 @@ import pytest
 from benchmarks.retrieval_outline import outline, write_judgments
 from recipes import retrieve
 from recipes.retrieval.pages.store import PageStore, hash_file
-from tests.material import ROOT
-from tests.material.retrieval import write_pdf
+from tests.material.retrieval import stop_python, write_pdf
 from tools.fetch_test_documents import ARCHIVES, MANUAL, MODEL
 
 pytestmark = [
@@ -79,21 +72,6 @@ def part_of(page: int) -> tuple[str, int]:
     return f"part{(page - 1) // PAGES_PER_PART:02d}.pdf", (page - 1) % PAGES_PER_PART + 1
 
 
-def kill_when(command: list[str], is_time: Callable[[], bool]) -> None:
-    """Start a command of recipes.retrieve, and kill it and its workers with -9 once it is time."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recipes.retrieve", *command],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not is_time() and time.monotonic() < deadline:
-        assert process.poll() is None, f"{command[0]} ended before it could be killed"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def shown_number(capsys: pytest.CaptureFixture[str], what: str) -> int:
     """Return a number of the table that a command has shown last."""
     lines = capsys.readouterr().out.splitlines()
@@ -118,7 +96,7 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     index = ["index", str(store), *text, "--shard-pages", "16", "--batch-size", "2"]
 
     # kill -9 in the middle of ingest and of encoding: nothing lost, nothing twice
-    kill_when(ingest, lambda: len(list(store.glob("pages/*/*/pages.json"))) >= 3)
+    stop_python(["-m", "recipes.retrieve", *ingest], lambda: len(list(store.glob("pages/*/*/pages.json"))) >= 3)
     rendered = set(store.glob("pages/*/*/pages.json"))
     times = {file: file.stat().st_mtime_ns for file in rendered}
     assert retrieve.main(ingest) == 0
@@ -130,7 +108,7 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     ids = PageStore.open(store).page_ids()
     assert len(set(ids)) == len(ids) == num_pages
     shards = store / "index" / "shards"
-    kill_when(index, lambda: shards.exists() and len(list(shards.glob("*.npy"))) >= 3)
+    stop_python(["-m", "recipes.retrieve", *index], lambda: shards.exists() and len(list(shards.glob("*.npy"))) >= 3)
     assert retrieve.main(index) == 0
     assert 0 < shown_number(capsys, "added") < num_pages
     indexed = [page for file in shards.glob("*.ids") for page in file.read_text().splitlines()]
@@ -139,7 +117,7 @@ def test_real_documents_survive_kills_and_changes_and_are_found_by_their_titles(
     assert retrieve.main([*index, "--faiss", "flat"]) == 0
     num_scans = sum(not page.text for page in PageStore.open(store).pages())
     assert num_scans > 30
-    assert f"{num_scans} pages have no text and look alike here" in capsys.readouterr().out
+    assert f"{num_scans} pages have no text and cannot be told apart" in capsys.readouterr().out
     places_of_form = found_by(store, text, FORM_TITLE, capsys)
     assert places_of_form[0] == (FORM, 1)
     assert found_by(store, [*text, "--backend", "flat"], FORM_TITLE, capsys) == places_of_form

@@ -104,7 +104,7 @@ def test_a_build_killed_while_it_writes_leaves_no_file_that_is_taken_for_whole(t
     assert_complete(index, "flat", queries)
 
 
-def test_a_build_killed_while_it_trains_starts_anew(tmp_path):
+def test_a_build_killed_while_it_trains_starts_again(tmp_path):
     vectors = random_vectors(20_000, dim=128)
     index = make(tmp_path, vectors, shard=20_000)
     start = time.monotonic()
@@ -145,7 +145,7 @@ def test_a_build_stopped_between_two_files_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["faiss-flat.bin", "faiss-flat.json"])
-def test_a_damaged_file_says_how_it_is_made_anew(tmp_path, name):
+def test_a_damaged_file_says_how_to_rebuild_it(tmp_path, name):
     index = make(tmp_path, random_vectors(50))
     index.build_faiss("flat")
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:20])

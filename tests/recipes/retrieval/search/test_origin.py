@@ -26,7 +26,7 @@ def test_what_the_command_line_says_goes_before_what_the_index_remembers(tmp_pat
     made = EncoderSettings("org/model", pooling="mean", max_pixels=5_000, batch_size=2, trust_remote_code=True)
     remember(tmp_path, made)
     asked = EncoderSettings("", dtype="bfloat16", device="cpu", batch_size=4)
-    assert recall(tmp_path, asked) == EncoderSettings(  # consent is given anew each time
+    assert recall(tmp_path, asked) == EncoderSettings(  # consent is asked for each time
         "org/model", pooling="mean", max_pixels=5_000, dtype="bfloat16", device="cpu", batch_size=4
     )
 
