@@ -101,7 +101,7 @@ def _add_index(command: argparse.ArgumentParser) -> None:
         "--shard-pages",
         type=int,
         default=2_048,
-        help="pages that are written at once, and at most encoded again after a crash",
+        help="pages per shard, and the most encoded again after a crash",
     )
     command.add_argument("--index-dtype", choices=DTYPES, default="float16")
     command.add_argument(

@@ -128,9 +128,7 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--script", default="", help="answers of the fake engine")
     who.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
     who.add_argument("--max-tokens", type=int, default=2048, help="longest answer, in tokens")
-    who.add_argument(
-        "--max-prompt-tokens", type=int, help="longest prompt with its pages, in tokens; default: that of recipes.infer"
-    )
+    who.add_argument("--max-prompt-tokens", type=int, help="longest prompt, in tokens; default: that of recipes.infer")
     who.add_argument("--answer-max-pixels", type=int, default=0, help="largest area of a page; 0: the model's default")
     who.add_argument("--setting", choices=get_args(Setting), default="multi_image", help="how pages become prompts")
 

@@ -133,10 +133,8 @@ def _generate(options: argparse.Namespace) -> None:
             row["right"] = rule(text, query.answers)
         rows.append(row)
     _write_lines(options.out, rows)
-    judged_rows = [row["right"] for row in rows if "right" in row]
-    accuracy = (
-        f", {sum(judged_rows) / len(judged_rows):.4f} correct by the rule of {options.rule}" if judged_rows else ""
-    )
+    judged = [row["right"] for row in rows if "right" in row]
+    accuracy = f", {sum(judged) / len(judged):.4f} correct by the rule of {options.rule}" if judged else ""
     print(f"{len(rows)} answers{accuracy}: {options.out}")
 
 

@@ -326,10 +326,9 @@ class VectorIndex:
         if k < 1:
             raise InputError(f"k must be >= 1, got {k}")
         for query in queries:
-            if len(self) and query.shape[-1] != self.dim:
-                raise IndexFault(
-                    f"the query's vector has length {query.shape[-1]}, but those of {self.folder} have length {self.dim}"
-                )
+            length = query.shape[-1]
+            if len(self) and length != self.dim:
+                raise IndexFault(f"the query's vector has length {length}, but those of {self.folder} have {self.dim}")
 
     @cached_property
     def _present(self) -> set[str]:

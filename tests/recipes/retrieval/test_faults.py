@@ -236,9 +236,7 @@ def test_a_manifest_that_was_edited_is_refused_by_every_reader(tmp_path):
     good = json.loads(file.read_text())
     for manifest in broken_manifests(good):
         file.write_text(json.dumps(manifest))
-        with pytest.raises(
-            IndexFault, match=r"damaged|format|cannot be read|has length 16, but those of .* have length 7"
-        ):
+        with pytest.raises(IndexFault, match=r"damaged|format|cannot be read|has length 16, but those of .* have 7"):
             VectorIndex.open(tmp_path).search([vectors["p0001"]], 3)
     file.write_text(json.dumps(good))
     assert VectorIndex.open(tmp_path).search([vectors["p0001"]], 1)[0][0].page_id == "p0001"

@@ -315,9 +315,7 @@ def test_the_command_line_names_a_wrong_key():
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_learns_from_both_batches(tiny_model_path, pairs, tmp_path):
-    rows = [
-        {"query": pair.query, "image": pairs[row // 2].page} for row, pair in enumerate(pairs)
-    ]  # every page occurs twice
+    rows = [{"query": pair.query, "image": pairs[row // 2].page} for row, pair in enumerate(pairs)]  # pages occur twice
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["recipe=visrag", f"base_model={tiny_model_path}", f"pairs={tmp_path}/p.jsonl", f"output_dir={tmp_path}"]
     settings += ["held_out_pairs=0", "max_pixels=3136", "min_pixels=784", "total_steps=2", "save_every=2", "lr=1e-3"]
