@@ -65,11 +65,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def open_library(options: argparse.Namespace, console: Console) -> Library:
-    """Return what the page shows.
-
-    Raises:
-        RsgrpoError: the store, the encoder or the answerer cannot be opened.
-    """
+    """Return what the page shows; RsgrpoError if the store, the encoder or the answerer cannot be opened."""
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
     settings = chosen(LibrarySettings, options)

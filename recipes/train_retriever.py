@@ -59,11 +59,7 @@ def main(config: RetrieverConfig) -> None:
 
 
 def split(pairs: list[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Return training and held-out pairs without a common page.
-
-    Raises:
-        ConfigError: no training pair would be left.
-    """
+    """Return training and held-out pairs without a common page; ConfigError if no training pair would be left."""
     by_page: dict[str | bytes, list[Pair]] = {}
     for pair in pairs:
         by_page.setdefault(pair.page, []).append(pair)

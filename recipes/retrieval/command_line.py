@@ -65,11 +65,7 @@ def encoder_settings(options: argparse.Namespace) -> EncoderSettings:
 
 
 def open_encoder(options: argparse.Namespace) -> PageEncoder:
-    """Return the encoder.
-
-    Raises:
-        InputError: it cannot be loaded, or the one that the index names has changed since.
-    """
+    """Return the encoder; InputError if it cannot be loaded, or the one that the index names has changed since."""
     settings = encoder_settings(options)
     if not options.model and settings.kind != "imported":
         try:
@@ -95,11 +91,7 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
 
 
 def search_settings(options: argparse.Namespace) -> SearchSettings:
-    """Return how pages are searched, with the reranker loaded.
-
-    Raises:
-        InputError: the reranker cannot be opened.
-    """
+    """Return how pages are searched, with the reranker loaded; InputError if the reranker cannot be opened."""
     reranker, folder = None, options.rerank_index
     if options.rerank and folder is None:
         raise InputError("--rerank needs --rerank-index; set it to the index that this model made")

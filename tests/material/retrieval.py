@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.retrieval.pages.documents import RenderSettings
+from recipes.retrieval.pages.documents import RenderedPage, RenderSettings, render
 from recipes.retrieval.pages.ingest import IngestReport, ingest
 from rsgrpo.records.console import Console
 from tests.material import ROOT
@@ -89,6 +89,12 @@ def write_image(path: Path, colour: str = "red", width: int = 40, height: int = 
 def ingested(store: Path, *roots: Path, **settings: Any) -> IngestReport:
     """Ingest roots into a store, in one worker and without a word. settings: fields of RenderSettings."""
     return ingest(roots, store, RenderSettings(**settings), num_workers=1, page_timeout_s=60, console=QUIET)
+
+
+def rendered(file: Path, **settings: Any) -> tuple[list[RenderedPage], str]:
+    """Render a document into the folder `pages` beside it; return its pages and faults."""
+    (file.parent / "pages").mkdir(exist_ok=True)
+    return render(file, file.parent / "pages", RenderSettings(**settings))
 
 
 def coloured_store(folder: Path, *colours: str) -> Path:

@@ -107,11 +107,7 @@ def prompts_of(asked: AskedQuestion, setting: Setting, template: str, system: st
 
 
 def with_text(asked: AskedQuestion) -> str:
-    """Return the question preceded by the text of its pages.
-
-    Raises:
-        RsgrpoError: no page has text.
-    """
+    """Return the question preceded by the text of its pages; RsgrpoError if no page has text."""
     if not any(page.text.strip() for page in asked.pages):
         nothing = f"none of the pages of {short(asked.question)!r} has text"
         raise RsgrpoError(f"{nothing}; use their images, or ingest with --ocr")

@@ -132,11 +132,7 @@ class PageLoader:
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def __call__(self, page: Page) -> PageInput:
-        """Return a page's input.
-
-        Raises:
-            EncoderError: its image is missing or damaged.
-        """
+        """Return a page's input; EncoderError if its image is missing or damaged."""
         if self.as_text:
             return page.text
         try:
@@ -211,20 +207,12 @@ class ModelEncoder:
         raise NotImplementedError
 
     def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
-        """Return one float32 array per query.
-
-        Raises:
-            EncoderError: a query is too long.
-        """
+        """Return one float32 array per query; EncoderError if a query is too long."""
         raise NotImplementedError
 
 
 def identify(settings: EncoderSettings) -> ModelIdentity:
-    """Return the identity of an encoder that runs a model.
-
-    Raises:
-        EncoderError: there is no such folder.
-    """
+    """Return the identity of an encoder that runs a model; EncoderError if there is no such folder."""
     folder = model_folder(settings.model, settings.revision)
     if (file := folder / RETRIEVER_FILE).exists():
         try:
@@ -268,11 +256,7 @@ def _image_processor(folder: Path, settings: EncoderSettings) -> Any:
 
 
 def unit_rows(vectors_ND: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
-    """Return float32 rows of length 1.
-
-    Raises:
-        EncoderError: a row is zero or not finite.
-    """
+    """Return float32 rows of length 1; EncoderError if a row is zero or not finite."""
     rows_ND = np.asarray(vectors_ND, dtype=np.float32)
     lengths_N = np.linalg.norm(rows_ND, axis=1)
     bad = np.flatnonzero(~(np.isfinite(lengths_N) & (lengths_N > 0)))

@@ -112,11 +112,7 @@ def _connect(settings: RaySettings) -> None:
 
 
 def _gpus_per_worker(settings: RaySettings) -> float:
-    """Return the number of GPUs per model.
-
-    Raises:
-        InputError: the cluster is too small for all of them.
-    """
+    """Return the number of GPUs per model; InputError if the cluster is too small for all of them."""
     there = ray.cluster_resources()
     chosen = settings.gpus_per_worker
     if chosen is None:

@@ -52,11 +52,7 @@ class RetrievalScores:
 
 
 def evaluate_run(run: Run, qrels: Qrels, cutoffs: Sequence[int]) -> RetrievalScores:
-    """Score a run.
-
-    Raises:
-        InputError: no query has a relevant page, a cutoff is < 1, or a ranking contains a page twice.
-    """
+    """Score a run; InputError if no query has a relevant page, a cutoff is < 1, or a ranking contains a page twice."""
     import pytrec_eval
 
     if not cutoffs or min(cutoffs) < 1:
@@ -139,11 +135,7 @@ def write_run(file: Path, run: Run, tag: str) -> None:
 
 
 def read_run(file: Path) -> dict[str, list[Hit]]:
-    """Read a TREC run file; scores decide, the rank column is ignored.
-
-    Raises:
-        InputError: a line is malformed.
-    """
+    """Read a TREC run file; scores decide, not the rank column. InputError if a line is malformed."""
     run: dict[str, list[Hit]] = {}
     for number, line in _lines(file):
         fields = line.split()

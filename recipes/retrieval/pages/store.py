@@ -125,11 +125,7 @@ class PageStore:
 
     @classmethod
     def open(cls, folder: Path) -> PageStore:
-        """Open an existing store.
-
-        Raises:
-            StoreError: there is none.
-        """
+        """Open an existing store; StoreError if there is none."""
         store = cls(folder)
         if not store._pages_file.exists():
             create = f"create it with: python -m recipes.retrieve ingest DOCS --out {folder}"
@@ -247,11 +243,7 @@ class PageStore:
         return self.folder / "pages.parquet"
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the pixels of this store's pages.
-
-        Raises:
-            StoreError: they cannot be read.
-        """
+        """Return what decides the pixels of this store's pages; StoreError if they cannot be read."""
         file = self.folder / "store.json"
         try:
             written = json.loads(file.read_text())

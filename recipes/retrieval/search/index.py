@@ -56,11 +56,7 @@ class VectorIndex:
 
     @classmethod
     def open(cls, folder: Path) -> VectorIndex:
-        """Open an existing index.
-
-        Raises:
-            IndexFault: there is none, or it has another format.
-        """
+        """Open an existing index; IndexFault if there is none, or it has another format."""
         file = folder / "manifest.json"
         try:
             manifest = json.loads(file.read_text())
@@ -106,11 +102,7 @@ class VectorIndex:
         return index
 
     def require(self, encoder: EncoderIdentity) -> None:
-        """Refuse an encoder whose vectors do not compare with those of this index.
-
-        Raises:
-            IndexFault: names what differs.
-        """
+        """Raise IndexFault for an encoder whose vectors do not compare with those of this index."""
         if encoder.fingerprint == self._manifest["fingerprint"]:
             return
         here, there = self._manifest["encoder"], dict(encoder.description)

@@ -51,11 +51,7 @@ class Retriever:
     """Searches one store. Create it once: the encoder and the index stay loaded."""
 
     def __init__(self, store: Path, index: Path, encoder: PageEncoder, search: SearchSettings = EXACT) -> None:
-        """Open everything.
-
-        Raises:
-            RsgrpoError: something is missing, or another encoder made an index.
-        """
+        """Open everything; RsgrpoError if something is missing, or another encoder made an index."""
         self.store, self.index, self.encoder = PageStore.open(store), _opened(index, encoder), encoder
         self._num_candidates = search.candidates
         self._search = self.index.searcher(search.backend, search.num_probes)

@@ -85,9 +85,6 @@ def test_pages_are_pasted_side_by_side_or_one_below_the_other(pages):
     tall = np.asarray(Image.open(io.BytesIO(paste(paths, "vertical"))))
     assert tall.shape == (60, 30, 3)
     assert tall[50, 5].tolist() == [0, 0, 255]
-
-
-def test_too_many_pages_cannot_be_pasted(pages):
     with pytest.raises(RsgrpoError, match=r"are 30000 x 20 pixels; use fewer"):
         paste([pages[0].image] * 1000, "horizontal")
 
@@ -167,9 +164,8 @@ def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, 
 
     vectors = ["--kind", "imported", "--model", tmp_path / "vectors"]
     command("index", store, *vectors)
-    documents = [
-        page["document"] for page in json.loads(command("search", store, *vectors, "which?", "--json"))["pages"]
-    ]
+    found = json.loads(command("search", store, *vectors, "which?", "--json"))
+    documents = [page["document"] for page in found["pages"]]
     by_id = {page.page_id: page.document for page in PageStore.open(store).pages()}
     ids = PageStore.open(store).page_ids()
     assert documents == [by_id[ids[1]], by_id[ids[0]]]  # scores .8 and .6
@@ -191,9 +187,8 @@ def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, 
     )
     qrels.write_text(f"q1\t{documents[0]}\t1\nq2\t{documents[0]}\t1\n")
     command("run", store, *vectors, "--queries", queries, "--out", run, "-k", 2)
-    shown = command(
-        "top", store, run, "--queries", queries, "--qrels", qrels, "--out", tmp_path / "top1_test.jsonl", "-k", 1
-    )
+    top = ["--out", tmp_path / "top1_test.jsonl", "-k", 1]
+    shown = command("top", store, run, "--queries", queries, "--qrels", qrels, *top)
     assert "2 questions, 1 with every relevant page" in shown
     rows = [json.loads(text) for text in (tmp_path / "top1_test.jsonl").read_text().splitlines()]
     assert [row["is_sufficient"] for row in rows] == [True, False]
@@ -214,44 +209,21 @@ def test_generate_refuses_queries_without_pages(store, tmp_path, capsys):
     assert "query q1 has no pages" in capsys.readouterr().err
 
 
-def test_a_real_model_answers_in_every_setting_and_weighs_pages_by_its_own_likelihood(
-    store, tmp_path, tiny_model_path, capsys
-):
+def test_a_real_model_answers_in_every_setting(store, tmp_path, tiny_model_path, capsys):
     vectors = ["--kind", "imported", "--model", str(tmp_path / "vectors")]
     assert retrieve.main(["index", str(store), *vectors]) == 0
     who = ["--answer-model", tiny_model_path, "--device", "cpu", "--answer-max-pixels", "3136", "--max-tokens", "8"]
     capsys.readouterr()
 
     def ask(setting: str) -> dict[str, Any]:
-        assert (
-            retrieve.main(["ask", str(store), "which?", *vectors, "-k", "2", *who, "--setting", setting, "--json"]) == 0
-        )
+        command = ["ask", str(store), "which?", *vectors, "-k", "2", *who, "--setting", setting, "--json"]
+        assert retrieve.main(command) == 0
         (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("{")]
         return json.loads(line)
 
     lines = {setting: ask(setting) for setting in ("multi_image", "horizontal", "vertical", "weighted")}
     assert all(line["raw"] and line["finish_reason"] in ("stop", "length") for line in lines.values())
     assert lines["multi_image"]["num_prompt_tokens"] > lines["weighted"]["num_prompt_tokens"]  # two pages, one page
-
-    # the same prompts, asked directly
-    pages = tuple(FoundPage(**page) for page in lines["weighted"]["pages"])
-    assert [page.score for page in pages] == [0.8, 0.6]
-    arguments = ["--model", tiny_model_path, "--device", "cpu", "--max-pixels", "3136", "--min-pixels", "784"]
-    answerer = infer.answerer_of(infer.parser().parse_args([*arguments, "--max-tokens", "8"]))
-    prompt = named_prompt("evidence")
-    outputs = {
-        output.prompt.id: output
-        for output in answerer.answer(
-            prompts_of(AskedQuestion("q", "which?", pages), "weighted", read_template(prompt))
-        )
-    }
-    answerer.close()
-    logprobs = [outputs[f"q#{rank}"].mean_logprob or 0.0 for rank in (1, 2)]
-    top = math.exp(0.8) / (math.exp(0.8) + math.exp(0.6))
-    expected = [top * math.exp(logprobs[0]), (1 - top) * math.exp(logprobs[1])]
-    assert lines["weighted"]["weights"] == pytest.approx(expected, rel=1e-4)
-    chosen = outputs["q#1" if expected[0] >= expected[1] else "q#2"]
-    assert lines["weighted"]["raw"] == chosen.text
 
 
 def test_weighted_takes_the_answer_that_a_model_of_one_page_is_sure_of(store, tmp_path, attentive_model_path, capsys):

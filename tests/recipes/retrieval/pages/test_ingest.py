@@ -8,14 +8,13 @@ import stat
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from recipes import retrieve
-from recipes.retrieval.pages.documents import DocumentError, RenderedPage, RenderSettings, office_to_pdf, render
+from recipes.retrieval.pages.documents import DocumentError, RenderSettings, office_to_pdf
 from recipes.retrieval.pages.ingest import IngestReport
 from recipes.retrieval.pages.store import (
     PageStore,
@@ -28,13 +27,7 @@ from recipes.retrieval.pages.store import (
 )
 from recipes.retrieval.pages.workers import run_tasks
 from rsgrpo.errors import RsgrpoError
-from tests.material.retrieval import ingested, stop_python, write_encrypted_pdf, write_image, write_pdf
-
-
-def rendered(file: Path, **settings: Any) -> tuple[list[RenderedPage], str]:
-    """Render a document into the folder `pages` beside it."""
-    (file.parent / "pages").mkdir(exist_ok=True)
-    return render(file, file.parent / "pages", RenderSettings(**settings))
+from tests.material.retrieval import ingested, rendered, stop_python, write_encrypted_pdf, write_image, write_pdf
 
 
 def run(docs: Path, out: Path, dpi: int = 72) -> IngestReport:

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from recipes import retrieve
-from recipes.retrieval.pages.documents import RenderSettings, render
 from recipes.retrieval.pages.store import PageStore, StoreError
-from tests.material.retrieval import ingested, write_image
+from tests.material.retrieval import ingested, rendered, write_image
 
 
 @pytest.fixture
@@ -45,8 +44,7 @@ def test_a_scan_gets_its_text_only_when_asked(tesseract, tmp_path):
 
 def test_a_page_that_cannot_be_read_keeps_its_pixels(tesseract, tmp_path):
     write_image(tmp_path / "a.png")
-    (tmp_path / "out").mkdir()
-    pages, fault = render(tmp_path / "a.png", tmp_path / "out", RenderSettings(ocr="xyz"))
+    pages, fault = rendered(tmp_path / "a.png", ocr="xyz")
     assert [page.text for page in pages] == [""]
     assert fault.startswith("page 1: Tesseract cannot read it")
 

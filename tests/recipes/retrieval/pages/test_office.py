@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
 
-from recipes.retrieval.pages.documents import RenderSettings, render
 from recipes.retrieval.pages.store import PageStore
 from tests.material.office import write_docx, write_opendocument, write_pptx, write_xlsx
-from tests.material.retrieval import ingested
+from tests.material.retrieval import ingested, rendered
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,11 +24,9 @@ pytestmark = [
 
 def texts_of(file: Path, tmp_path: Path) -> list[str]:
     """Return the text of each page that a document becomes, its lines joined."""
-    out = tmp_path / "out"
-    out.mkdir()
-    pages, fault = render(file, out, RenderSettings(dpi=30))
+    pages, fault = rendered(file, dpi=30)
     assert fault == ""
-    assert all((out / page.image).stat().st_size > 0 for page in pages)
+    assert all((tmp_path / "pages" / page.image).stat().st_size > 0 for page in pages)
     return [" ".join(page.text.split()) for page in pages]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,11 @@ from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from tests.material.retrieval import stop_python, write_vectors
 
-
-class ScriptedEncoder:
-    """Gives every page and query the vector that it was made with."""
-
-    def __init__(self, vectors: dict[str, np.ndarray], *, name: str = "scripted", multi_vector: bool = False) -> None:
-        self.vectors = vectors
-        self.identity = EncoderIdentity(description={"name": name}, multi_vector=multi_vector)
-
-    def encode_pages(self, pages: Any) -> list[np.ndarray]:
-        return [self.vectors[page.page_id] for page in pages]
-
-    def encode_queries(self, queries: Any) -> list[np.ndarray]:
-        return [self.vectors[query] for query in queries]
+SCRIPTED = EncoderIdentity(description={"name": "scripted"})
 
 
 def make(folder: Path, vectors: dict[str, np.ndarray], shard: int = 3, multi: bool = False) -> VectorIndex:
-    encoder = ScriptedEncoder(vectors, multi_vector=multi)
-    index = VectorIndex.create(folder, encoder.identity, "float32")
+    index = VectorIndex.create(folder, replace(SCRIPTED, multi_vector=multi), "float32")
     ids = list(vectors)
     for start in range(0, len(ids), shard):
         part = ids[start : start + shard]
@@ -126,7 +114,7 @@ def test_another_encoder_is_refused_by_name_of_what_differs(tmp_path):
     with pytest.raises(
         IndexFault, match=r"another encoder \(name 'scripted' -> 'other'\); use that encoder, or create"
     ):
-        VectorIndex.create(tmp_path, ScriptedEncoder({}, name="other").identity)
+        VectorIndex.create(tmp_path, EncoderIdentity(description={"name": "other"}))
 
 
 def test_bad_use_of_an_index_is_an_error_and_changes_nothing(tmp_path):
@@ -169,9 +157,9 @@ def test_a_full_disk_leaves_the_index_as_it_was(tmp_path, monkeypatch):
 def test_indexing_killed_in_the_middle_resumes_without_loss_or_repetition(tmp_path):
     program = f"""
 from pathlib import Path
-from tests.recipes.retrieval.search.test_index import ScriptedEncoder, random_vectors
+from tests.recipes.retrieval.search.test_index import SCRIPTED, random_vectors
 from recipes.retrieval.search.index import VectorIndex
-index = VectorIndex.create(Path({str(tmp_path / "index")!r}), ScriptedEncoder({{}}).identity, "float32")
+index = VectorIndex.create(Path({str(tmp_path / "index")!r}), SCRIPTED, "float32")
 vectors = random_vectors(4000)
 with index.locked():
     for page_id, vector in vectors.items():
@@ -180,7 +168,7 @@ with index.locked():
     shards = tmp_path / "index" / "shards"
     stop_python(["-c", program], lambda: shards.exists() and len(list(shards.glob("*.npy"))) >= 5)
     vectors = random_vectors(4000)
-    index = VectorIndex.create(tmp_path / "index", ScriptedEncoder({}).identity, "float32")
+    index = VectorIndex.create(tmp_path / "index", SCRIPTED, "float32")
     with index.locked():
         have = list(index.page_ids())
         assert 4 <= len(have) < 4000
