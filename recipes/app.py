@@ -106,7 +106,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
 
     def add(files: list[str] | None) -> tuple[Any, ...]:
         try:
-            report, _ = library.add([Path(file) for file in files or ()])
+            report = library.add([Path(file) for file in files or ()])
         except RsgrpoError as error:
             return faults_html([str(error)]), heading_html(), gr.skip()
         return added_html(report, library.num_pages), heading_html(), None

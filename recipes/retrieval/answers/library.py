@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from recipes.retrieval.pages.ingest import IngestReport, ingest
 from recipes.retrieval.pages.store import PageStore, writing
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
-from recipes.retrieval.search.update import UpdateReport, encode_here, fill_index
+from recipes.retrieval.search.update import encode_here, fill_index
 from rollout.files import replaced
 from rollout.keys import key
 from rsgrpo.errors import InputError
@@ -106,7 +106,7 @@ class Library:
         """Where all page images are."""
         return (self._store / "pages").absolute()
 
-    def add(self, files: Sequence[Path]) -> tuple[IngestReport, UpdateReport]:
+    def add(self, files: Sequence[Path]) -> IngestReport:
         """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
 
         Raises:
@@ -129,7 +129,8 @@ class Library:
         for row in ingested.errors:
             if not row.num_pages:  # else it is read and reported again with every later file
                 Path(os.fsdecode(row.path)).unlink()
-        return ingested, self._open()
+        self._open()
+        return ingested
 
     def ask(self, question: str, k: int, setting: Setting) -> Iterator[AnswerProgress]:
         """Yield the progress: the pages, then the answer as it is written, then the complete answer.
@@ -146,21 +147,21 @@ class Library:
             raise InputError("the question contains half a character (a lone surrogate); type it again")
         if self._retriever is None or not self.num_pages:
             raise InputError("there are no pages yet: add documents first")
-        start, seconds = time.monotonic(), {}
+        start = time.monotonic()
         (found,) = self._retriever.search([question], k)
-        seconds["retrieval"] = time.monotonic() - start
-        pages, text = tuple(found), ""
-        yield AnswerProgress(question, setting, pages, text, None, dict(seconds))
+        seconds = {"retrieval": time.monotonic() - start}
+        progress = AnswerProgress(question, setting, tuple(found), "", None, seconds)
+        yield progress
         if self.reader is None:
             return
-        for piece in answer_stream(AskedQuestion("question", question, pages), setting, self.reader):
+        for piece in answer_stream(AskedQuestion("question", question, progress.pages), setting, self.reader):
             if isinstance(piece, str):
-                text += piece
                 seconds.setdefault("first_text", time.monotonic() - start)
-                yield AnswerProgress(question, setting, pages, text, None, dict(seconds))
+                progress = replace(progress, text=progress.text + piece, seconds=dict(seconds))
             else:
                 seconds["whole"] = time.monotonic() - start
-                yield AnswerProgress(question, setting, pages, piece.line["raw"], piece, dict(seconds))
+                progress = replace(progress, text=piece.line["raw"], answered=piece, seconds=dict(seconds))
+            yield progress
 
     def trace(self, asking: AnswerProgress) -> dict[str, Any]:
         """Return everything about a question as JSON: the pages, the prompt and the answer, if there is one."""
@@ -190,21 +191,20 @@ class Library:
         if self.reader is not None:
             self.reader.answerer.close()
 
-    def _open(self) -> UpdateReport:
+    def _open(self) -> None:
         """Update the indexes from the store and reopen them."""
-        index, report = self._updated(self._index, self.encoder)
+        index = self._updated(self._index, self.encoder)
         if self._search.reranker is not None:
             self._updated(self._search.reranker[1], self._search.reranker[0])
         if self._search.backend != "exact" and len(index):
             index.build_faiss(self._search.backend, only_if_older=True)
         self._retriever = Retriever(self._store, self._index, self.encoder, self._search) if len(index) else None
-        return report
 
-    def _updated(self, folder: Path, encoder: PageEncoder) -> tuple[VectorIndex, UpdateReport]:
+    def _updated(self, folder: Path, encoder: PageEncoder) -> VectorIndex:
         index = VectorIndex.create(folder, encoder.identity)
         stream = partial(encode_here, encoder, batch_pages=BATCH_PAGES)
-        store = PageStore.open(self._store)
-        return index, fill_index(store, index, stream, shard_pages=SHARD_PAGES, console=self._console)
+        fill_index(PageStore.open(self._store), index, stream, shard_pages=SHARD_PAGES, console=self._console)
+        return index
 
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}

@@ -93,8 +93,9 @@ def ingest(
         num_removed = len(before.keys() - rows.keys() - {row.path for row in wanted})
         waiting = []
         for row in wanted:
-            old = before.get(row.path)
-            if old is not None and _is_unchanged(old, row) and store.has_content(old.content):
+            old = before.get(row.path)  # read again if it has changed or had an error
+            same = old is not None and (old.num_bytes, old.modified_ns) == (row.num_bytes, row.modified_ns)
+            if old is not None and same and not old.error and store.has_content(old.content):
                 rows[row.path] = replace(old, root=row.root, document=row.document)
             else:
                 waiting.append(row)
@@ -145,11 +146,6 @@ def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
     except FileNotFoundError:
         return None
     return DocumentRow(root, name, os.fsencode(path), "", status.st_size, status.st_mtime_ns, 0, "")
-
-
-def _is_unchanged(old: DocumentRow, new: DocumentRow) -> bool:
-    """Say whether a file need not be read again; one with an error is always read again."""
-    return not old.error and (old.num_bytes, old.modified_ns) == (new.num_bytes, new.modified_ns)
 
 
 def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:

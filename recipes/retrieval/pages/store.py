@@ -100,11 +100,6 @@ _PAGE_SCHEMA = pa.schema(
 )  # fmt: skip
 
 
-def page_id(content: str, number: int) -> str:
-    """Return the id of a page: stable as long as the document's bytes are."""
-    return f"{content[:ID_CHARACTERS]}-{number:05d}"
-
-
 def shown(path: str | os.PathLike[str]) -> str:
     r"""Return a path as valid text of one line; bytes that are not UTF-8, and control characters, become \xNN."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -265,7 +260,7 @@ class PageStore:
             folder = self.content_folder(content).relative_to(self.folder)
             for page in self.record(content)["pages"]:
                 yield page | {
-                    "page_id": page_id(content, page["number"]),
+                    "page_id": f"{content[:ID_CHARACTERS]}-{page['number']:05d}",
                     "document": same[0].document,
                     "root": same[0].root,
                     "copies": [row.document for row in same[1:]],

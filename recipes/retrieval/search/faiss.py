@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,13 +25,18 @@ FaissKind = Literal["flat", "ivf"]
 POINTS_PER_LIST = 39  # training vectors per list that FAISS asks for
 ADD_VECTORS = 65_536
 
+Propose = Callable[[Sequence[np.ndarray], int], list[np.ndarray]]
+"""Takes queries and a count; returns the rows of up to that many pages per query."""
+
 
 class FaissError(InputError):
     """There is no FAISS file for this index as it is now, or none can be built."""
 
 
 def write_faiss(file: Path, kind: FaissKind, shards: Sequence[Shard], state: str) -> None:
-    """Write a FAISS file of all living pages. A process that dies leaves the old file, or none that `FaissFile` opens.
+    """Write a FAISS file of all living pages.
+
+    A process that dies leaves the old file, or one that `open_faiss` refuses.
 
     Args:
         state: of the index, written beside the file.
@@ -66,38 +71,36 @@ def state_of(file: Path) -> str:
         return ""
 
 
-class FaissFile:
-    """A FAISS file in memory."""
+def open_faiss(file: Path, state: str, num_pages: int, num_probes: int) -> Propose:
+    """Load a FAISS file.
 
-    def __init__(self, file: Path, state: str, num_pages: int, num_probes: int) -> None:
-        """Load it.
+    Args:
+        state, num_pages: of the index as it is now. num_probes: lists that are read per query (ivf).
 
-        Args:
-            state, num_pages: of the index as it is now. num_probes: lists that are read per query (ivf).
+    Raises:
+        FaissError: there is no file, it is damaged, or the index has changed since it was built.
+    """
+    import faiss
 
-        Raises:
-            FaissError: there is no file, it is damaged, or the index has changed since it was built.
-        """
-        import faiss
+    kind = file.stem.partition("-")[2]
+    remedy = f"run: python -m recipes.retrieve index STORE --faiss {kind} (with the same --index and --model)"
+    built_from = state_of(file)
+    if not built_from:
+        raise FaissError(f"{file.parent} has no FAISS file of kind {kind}; {remedy}")
+    if built_from != state:
+        raise FaissError(f"{file} is older than the index; {remedy}")
+    try:
+        with open(file, "rb") as stream:  # FAISS itself opens no path that is not UTF-8
+            loaded = faiss.read_index(faiss.PyCallbackIOReader(stream.read))  # type: ignore[attr-defined]
+    except (OSError, RuntimeError) as error:
+        raise FaissError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
+    if loaded.ntotal != num_pages:
+        raise FaissError(f"{file} has {loaded.ntotal} vectors for {num_pages} pages; {remedy}")
+    if kind == "ivf":
+        faiss.ParameterSpace().set_index_parameter(loaded, "nprobe", num_probes)
 
-        kind = file.stem.partition("-")[2]
-        remedy = f"run: python -m recipes.retrieve index STORE --faiss {kind} (with the same --index and --model)"
-        built_from = state_of(file)
-        if not built_from:
-            raise FaissError(f"{file.parent} has no FAISS file of kind {kind}; {remedy}")
-        if built_from != state:
-            raise FaissError(f"{file} is older than the index; {remedy}")
-        try:
-            with open(file, "rb") as stream:  # FAISS itself opens no path that is not UTF-8
-                self._faiss = faiss.read_index(faiss.PyCallbackIOReader(stream.read))  # type: ignore[attr-defined]
-        except (OSError, RuntimeError) as error:
-            raise FaissError(f"{file} is damaged ({' '.join(str(error).split())}); {remedy}") from error
-        if self._faiss.ntotal != num_pages:
-            raise FaissError(f"{file} has {self._faiss.ntotal} vectors for {num_pages} pages; {remedy}")
-        if kind == "ivf":
-            faiss.ParameterSpace().set_index_parameter(self._faiss, "nprobe", num_probes)
-
-    def propose(self, queries: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-        """Return the rows of up to `count` pages per query."""
-        _, rows_QC = self._faiss.search(np.stack(queries).astype(np.float32), min(self._faiss.ntotal, count))
+    def propose(queries: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        _, rows_QC = loaded.search(np.stack(queries).astype(np.float32), min(loaded.ntotal, count))
         return [rows_C[rows_C >= 0] for rows_C in rows_QC]
+
+    return propose

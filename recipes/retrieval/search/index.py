@@ -156,11 +156,11 @@ class VectorIndex:
         """
         if backend == "exact":
             return self.search
-        loaded = faiss.FaissFile(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
+        propose = faiss.open_faiss(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
 
         def search(queries: Sequence[np.ndarray], k: int) -> list[list[Hit]]:
             self._check(queries, k)
-            proposed = loaded.propose(queries, 2 * k + FAISS_MARGIN)
+            proposed = propose(queries, 2 * k + FAISS_MARGIN)
             pairs = zip(queries, proposed, strict=True)
             return [rank_candidates(query, self._pages_at(numbers), k) for query, numbers in pairs]
 

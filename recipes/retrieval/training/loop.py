@@ -28,6 +28,7 @@ from rollout.files import write_text
 from rollout.inputs.images import PromptError, decode
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console, short
+from rsgrpo.records.tracking import cut_metrics_after
 
 NDCG_AT = 10
 SHOWN = {
@@ -113,9 +114,8 @@ class Journal(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Drop the lines of steps after the checkpoint from which the run resumes."""
-        if state.is_world_process_zero and self._file.exists():
-            lines = self._file.read_text().splitlines()
-            write_text(self._file, "".join(f"{line}\n" for line in lines if _step_of(line) <= state.global_step))
+        if state.is_world_process_zero:
+            cut_metrics_after(self._file, state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Write one line."""
@@ -130,14 +130,6 @@ class Journal(TrainerCallback):
         if shown:
             values = "  ".join(f"{SHOWN[name]} {short(float(row[name]), 3)}" for name in shown)
             self._console.info(f"step {state.global_step}/{state.max_steps}  {values}")
-
-
-def _step_of(line: str) -> float:
-    """Return the step of a line of metrics.jsonl; infinity if a kill cut the line off."""
-    try:
-        return float(json.loads(line)["step"])
-    except ValueError:
-        return math.inf
 
 
 def encode(model: Any, items: Sequence[Any], to_inputs: Callable[[Sequence[Any]], list[Any]], batch: int) -> np.ndarray:
