@@ -23,8 +23,9 @@ import numpy as np
 
 from recipes.retrieval.encoders.base import EncoderIdentity
 from recipes.retrieval.pages.store import remove_unfinished, single_writer, writing
-from recipes.retrieval.search import faiss, origin
 from recipes.retrieval.search.exact import Hit, rank_candidates, scan
+from recipes.retrieval.search.faiss import FaissError, FaissKind, open_faiss, state_of, write_faiss
+from recipes.retrieval.search.origin import remember
 from recipes.retrieval.search.shards import Shard, read_shard, write_shard
 from rollout.files import write_text
 from rsgrpo.errors import InputError
@@ -98,7 +99,7 @@ class VectorIndex:
             index._commit()
         if encoder.settings is not None:
             with writing(folder):
-                origin.remember(folder, encoder.settings)
+                remember(folder, encoder.settings)
         return index
 
     def require(self, encoder: EncoderIdentity) -> None:
@@ -156,7 +157,7 @@ class VectorIndex:
         """
         if backend == "exact":
             return self.search
-        propose = faiss.open_faiss(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
+        propose = open_faiss(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
 
         def search(queries: Sequence[np.ndarray], k: int) -> list[list[Hit]]:
             self._check(queries, k)
@@ -185,7 +186,7 @@ class VectorIndex:
         self._check(queries, k)
         return [rank_candidates(query, self.vectors(ids), k) for query, ids in zip(queries, candidates, strict=True)]
 
-    def build_faiss(self, kind: faiss.FaissKind, *, only_if_older: bool = False) -> Path:
+    def build_faiss(self, kind: FaissKind, *, only_if_older: bool = False) -> Path:
         """Write the FAISS file of a kind, unless only one that is older is to be replaced.
 
         Raises:
@@ -193,15 +194,15 @@ class VectorIndex:
             StoreError: another process writes to the index, or the disk is full.
         """
         file = self.folder / f"faiss-{kind}.bin"
-        if only_if_older and faiss.state_of(file) == self.state:
+        if only_if_older and state_of(file) == self.state:
             return file
         if self.multi_vector:
-            raise faiss.FaissError("FAISS takes one vector per page; search this index exactly, or --rerank by it")
+            raise FaissError("FAISS takes one vector per page; search this index exactly, or --rerank by it")
         with self.locked():
             if not len(self):
-                raise faiss.FaissError(f"{self.folder} is empty; index some pages first")
+                raise FaissError(f"{self.folder} is empty; index some pages first")
             with writing(self.folder):
-                faiss.write_faiss(file, kind, self.shards, self.state)
+                write_faiss(file, kind, self.shards, self.state)
         return file
 
     def vectors(self, page_ids: Iterable[str]) -> dict[str, np.ndarray]:
