@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -27,8 +26,8 @@ def add_options(command: Any, settings: type) -> None:
         command.add_argument(option_of(name), type=kind, default=about.default, choices=choices, help=about.help)
 
 
-def chosen(settings: type[SettingsT], options: argparse.Namespace, **given: Any) -> SettingsT:
-    """Return settings whose fields have the names of options; `given` overrides the options."""
+def chosen(settings: type[SettingsT], options: object, **given: Any) -> SettingsT:
+    """Return settings whose fields have the names of attributes of `options`; `given` overrides them."""
     names = {field.name for field in fields(settings)} & set(vars(options))  # type: ignore[arg-type]
     return settings(**{name: getattr(options, name) for name in names} | given)
 

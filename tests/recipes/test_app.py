@@ -103,15 +103,18 @@ def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_question_needs_words_and_pages(tmp_path):
-    with pytest.raises(InputError, match="the question is empty"):
-        next(library(tmp_path / "store").ask("  ", 3, "multi_image"))
-    with pytest.raises(InputError, match="the question has 4,001 characters, more than 4,000"):
-        next(library(tmp_path / "store").ask("é" * 4_001, 3, "multi_image"))
-    with pytest.raises(InputError, match="the question contains half a character"):
-        next(library(tmp_path / "store").ask("how\ud83d?", 3, "multi_image"))
-    with pytest.raises(InputError, match="add documents first"):
-        next(library(tmp_path / "store").ask("how much?", 3, "multi_image"))
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [
+        ("  ", "the question is empty"),
+        ("é" * 4_001, "the question has 4,001 characters, more than 4,000"),
+        ("how\ud83d?", "the question contains half a character"),
+        ("how much?", "add documents first"),
+    ],
+)
+def test_a_question_needs_words_and_pages(tmp_path, question, says):
+    with pytest.raises(InputError, match=says):
+        next(library(tmp_path / "store").ask(question, 3, "multi_image"))
 
 
 def test_a_folder_that_is_something_else_is_left_alone(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recipes.answers.options import chosen
 from recipes.retrieval.encoders.base import EncoderSettings, Pooling
 from rollout.keys import check, key
 
@@ -48,9 +49,4 @@ class RetrieverConfig:
 
     def encoder(self) -> EncoderSettings:
         """Return how the model is loaded."""
-        return EncoderSettings(
-            self.base_model,
-            pooling=self.pooling, query_prefix=self.query_prefix, min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels, batch_size=self.micro_batch_size, revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+        return chosen(EncoderSettings, self, model=self.base_model, batch_size=self.micro_batch_size)

@@ -282,20 +282,21 @@ def test_settings_that_cannot_work_are_refused(changes, fault):
 def test_a_run_of_other_settings_is_not_continued(tiny_model_path, tmp_path, pairs):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"query": p.query, "image": p.page}) + "\n" for p in pairs))
     settings = config(tiny_model_path, tmp_path, pairs=str(tmp_path / "p.jsonl"), total_steps=1)
-    with pytest.raises(RsgrpoError, match="batch_size 99 is more than the 8 training pairs"):
-        main(replace(settings, batch_size=99))
     same = [json.dumps({"query": f"{number}", "image": pairs[0].page}) + "\n" for number in range(8)]
     (tmp_path / "same.jsonl").write_text("".join(same))
-    with pytest.raises(RsgrpoError, match="all 8 training pairs have the same page"):
-        main(replace(settings, pairs=str(tmp_path / "same.jsonl")))
-    with pytest.raises(RsgrpoError, match=r"held_out_pairs 2 leaves no pair of 8 pairs \(on 1 pages\)"):
-        main(replace(settings, pairs=str(tmp_path / "same.jsonl"), held_out_pairs=2))
+    one_page: dict[str, Any] = {"pairs": str(tmp_path / "same.jsonl")}
+    for changes, fault in (
+        ({"batch_size": 99}, "batch_size 99 is more than the 8 training pairs"),
+        (one_page, "all 8 training pairs have the same page"),
+        (one_page | {"held_out_pairs": 2}, r"held_out_pairs 2 leaves no pair of 8 pairs \(on 1 pages\)"),
+        ({"base_model": ""}, "base_model is empty"),
+    ):
+        with pytest.raises(RsgrpoError, match=fault):
+            main(replace(settings, **changes))
     main(settings)
     assert (tmp_path / "run" / "model" / "modules.json").exists()
     with pytest.raises(RsgrpoError, match=r"started with other settings \(lr 0.001 -> 0.1\)"):
         main(replace(settings, lr=0.1))
-    with pytest.raises(RsgrpoError, match="base_model is empty"):
-        main(RetrieverConfig())
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf/train_retriever/recipe").glob("*.yaml")))
