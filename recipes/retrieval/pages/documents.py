@@ -164,8 +164,8 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
             out, err = process.communicate(timeout=settings.office_timeout_s)
         except subprocess.TimeoutExpired as error:
             os.killpg(process.pid, signal.SIGKILL)  # `soffice` is a script: the program itself is its child
-            said = f"LibreOffice took more than {settings.office_timeout_s} s"
-            raise DocumentError(f"{said}; raise --office-timeout-s") from error
+            slow = f"LibreOffice took more than {settings.office_timeout_s} s"
+            raise DocumentError(f"{slow}; raise --office-timeout-s") from error
     produced = source.with_suffix(".pdf")
     if process.returncode or not produced.exists():
         said = (err or out).strip().splitlines()
@@ -237,7 +237,8 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
         for index in range(len(document)):
             try:
                 page = document[index]
-                scale = _pdf_scale(*page.get_size(), settings)
+                width_points, height_points = page.get_size()
+                scale = _pdf_scale(width_points, height_points, settings)
                 text = page.get_textpage().get_text_bounded()
                 result = page.render(scale=scale).to_pil().convert("RGB"), text
             except (pypdfium2.PdfiumError, DocumentError, ValueError) as error:

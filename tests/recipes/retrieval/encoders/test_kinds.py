@@ -57,7 +57,7 @@ def pages(page_images: list[str]) -> list[Page]:
 
 @cache
 def load(folder: str, kind: Any, batch_size: int, pooling: Any = "") -> Any:
-    sizes = {"min_pixels": 32 * 32, "max_pixels": 16 * 32 * 32, "batch_size": batch_size}
+    sizes: dict[str, Any] = {"min_pixels": 32 * 32, "max_pixels": 16 * 32 * 32, "batch_size": batch_size}
     return load_encoder(EncoderSettings(folder, kind, pooling=pooling, device="cpu", **sizes))
 
 
