@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rsgrpo.stopping import leave_on_signals
+from rsgrpo.running.stopping import leave_on_signals
 
 if __name__ == "__main__":
     leave_on_signals()  # before the imports that take their time

@@ -32,7 +32,7 @@ from rollout.errors import INTERRUPTED, run_program
 from rollout.keys import Section, nearest, sections
 from rsgrpo.config.renamed import RENAMED
 from rsgrpo.errors import USER_ERROR, ConfigError, RsgrpoError
-from rsgrpo.stopping import StopRequested
+from rsgrpo.running.stopping import StopRequested
 
 ConfigT = TypeVar("ConfigT")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.stopping import kept_handlers
 
 
 def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_driver: bool = True) -> bool:
@@ -41,3 +44,17 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
             message = f"Ray failed to start ({reason}). Run `python -m rsgrpo.doctor` to find out why."
         raise RsgrpoError(message) from error
     return True
+
+
+@contextmanager
+def kept_handlers() -> Iterator[None]:
+    """Restore the current signal handlers afterwards: Ray sets its own in every process that connects to it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

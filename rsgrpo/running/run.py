@@ -35,8 +35,8 @@ from rsgrpo.running.batches import Collector, Lookahead
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.running.guards import GuardBroken, Guards
 from rsgrpo.running.prompts import RunPrompts, load_run_prompts
+from rsgrpo.running.stopping import StopRequested, StopSignals
 from rsgrpo.running.validation import validate_policy, validation_modes
-from rsgrpo.stopping import StopRequested, StopSignals
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 Settings = dict[str, Any]
@@ -65,7 +65,7 @@ class RunParts:
 class Run:
     """Everything that `train` works with. Use as a context manager: leaving it stops the workers, whatever happened.
 
-    A signal that asks the run to stop leaves it with a checkpoint and StopRequested (`rsgrpo.stopping`).
+    A signal that asks the run to stop leaves it with a checkpoint and StopRequested (`rsgrpo.running.stopping`).
     """
 
     def __init__(self, config: TrainConfig, parts: RunParts, settings: Settings, *, line_every: int = 1) -> None:

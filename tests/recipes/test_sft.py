@@ -22,7 +22,7 @@ from rsgrpo.data.dataset import PromptDataset
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.records.console import Console
 from rsgrpo.records.tracking import read_metrics
-from rsgrpo.stopping import StopRequested
+from rsgrpo.running.stopping import StopRequested
 
 NO_VALIDATION = ["validation.every=0"]
 

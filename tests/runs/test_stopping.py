@@ -16,8 +16,9 @@ import psutil
 import pytest
 import yaml
 
+from rsgrpo.cluster.connect import kept_handlers
 from rsgrpo.running.checkpoint import CheckpointFolder
-from rsgrpo.stopping import SIGNALS, StopRequested, StopSignals, kept_handlers
+from rsgrpo.running.stopping import SIGNALS, StopRequested, StopSignals
 from tests.material import ROOT
 from tests.material.training import tiny_run, write_rewards, write_rows
 
@@ -41,7 +42,9 @@ def listening():
 @pytest.mark.parametrize("waits", [IN_FOREIGN_CODE, IN_PYTHON])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_before_the_run_ends_the_program_at_once_with_one_line_and_0(number, waits):
-    program = f"from rsgrpo.stopping import leave_on_signals\nleave_on_signals()\nprint('ready', flush=True)\n{waits}"
+    program = (
+        f"from rsgrpo.running.stopping import leave_on_signals\nleave_on_signals()\nprint('ready', flush=True)\n{waits}"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

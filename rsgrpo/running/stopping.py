@@ -7,8 +7,6 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -43,20 +41,6 @@ def leave_on_signals() -> None:
         os._exit(0)
 
     threading.Thread(target=watch, daemon=True, name="leave on signals").start()
-
-
-@contextmanager
-def kept_handlers() -> Iterator[None]:
-    """Restore the current signal handlers afterwards: Ray sets its own in every process that connects to it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class StopSignals:
