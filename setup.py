@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
     package_data={
         "conf": ["**/*.yaml", "**/*.json"],
-        "rsgrpo": ["py.typed", "report/assets/*"],
+        "rsgrpo": ["py.typed", "report/assets/*", "lab/assets/*"],
         "recipes": ["py.typed", "evaluation/assets/*"],
         **{room: ["py.typed"] for room in ("rewards", "rollout")},
     },

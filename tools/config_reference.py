@@ -11,6 +11,7 @@ from recipes.evaluate import EvaluateConfig
 from recipes.retrieval.training.config import RetrieverConfig
 from rollout.keys import Section, sections
 from rsgrpo.config.train import SftConfig, TrainConfig
+from rsgrpo.lab.config import LabConfig
 from rsgrpo.plan.config import PlanConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "reference" / "configuration.md"
@@ -19,6 +20,7 @@ PROGRAMS = {
     "rsgrpo.train": TrainConfig,
     "recipes.sft": SftConfig,
     "rsgrpo.plan": PlanConfig,
+    "rsgrpo.lab": LabConfig,
     "recipes.evaluate": EvaluateConfig,
     "recipes.train_retriever": RetrieverConfig,
 }

@@ -202,6 +202,21 @@ class Learner:
         optimizer.step += 1
         return merge_updates(results) | self._passes.work()
 
+    def gradient(
+        self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], algorithm: AlgorithmConfig
+    ) -> torch.Tensor:
+        """Return the gradient of one on-policy batch's loss under `algorithm`, without a step. Collective.
+
+        Flat float32 on the CPU, over all trained parameters in their order; zeros where no term is active.
+        """
+        optimizer, surrogate = self._trainer(), SurrogateConfig.of(algorithm)
+        [packing] = self._passes.pack(groups, [range(len(groups))])
+        totals = step_totals([sample for group in groups for sample in group.samples], loss_weights_K, self.device)
+        if totals.active_K.any():
+            loss_of = partial(policy_loss, totals=totals, config=surrogate)
+            self._passes.run(groups, packing, loss_of, temperature=self.temperature)
+        return optimizer.take_gradient()
+
     def supervised_update(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Take one optimiser step on the mean negative log-likelihood per response token. Collective."""
         optimizer = self._trainer()

@@ -80,6 +80,16 @@ class Optimizer:
             self.step, schedule=config.lr_schedule, warmup_steps=config.warmup_steps, total_steps=self.total_steps
         )
 
+    def take_gradient(self) -> torch.Tensor:
+        """Return the gradients that backward left, whole, flat and float32 on the CPU, and clear them. Collective."""
+        parts = []
+        for parameter in self.parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            parts.append(whole.detach().float().flatten().cpu())
+        self.adamw.zero_grad(set_to_none=True)
+        return torch.cat(parts)
+
     def take_step(self) -> dict[str, float]:
         """Clip the gradients that backward left, update the weights, and clear the gradients. Collective.
 
