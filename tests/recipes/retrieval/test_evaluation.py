@@ -42,12 +42,10 @@ def test_metrics_are_those_worked_out_by_hand():
     pytest.importorskip("pytrec_eval", reason="needs the retrieval extra")
     scores = evaluate_run(RUN, QRELS, [1, 2])
     second = 1 / math.log2(3)
-    assert scores.per_query["q1"] == pytest.approx(
-        {"ndcg@1": 0, "mrr@1": 0, "recall@1": 0, "ndcg@2": second / (1 + second), "mrr@2": 0.5, "recall@2": 0.5}
-    )
-    assert scores.per_query["q2"] == pytest.approx(
-        {"ndcg@1": 1, "mrr@1": 1, "recall@1": 0.5, "ndcg@2": 1, "mrr@2": 1, "recall@2": 1}
-    )
+    q1 = {"ndcg@1": 0, "mrr@1": 0, "recall@1": 0, "ndcg@2": second / (1 + second), "mrr@2": 0.5, "recall@2": 0.5}
+    assert scores.per_query["q1"] == pytest.approx(q1)
+    q2 = {"ndcg@1": 1, "mrr@1": 1, "recall@1": 0.5, "ndcg@2": 1, "mrr@2": 1, "recall@2": 1}
+    assert scores.per_query["q2"] == pytest.approx(q2)
     assert set(scores.per_query["q3"].values()) == {0.0}  # missing from the run
     assert scores.mean["mrr@2"] == pytest.approx((0.5 + 1 + 0) / 3)
     assert (scores.num_missing, scores.num_without_relevant, scores.num_unjudged) == (1, 1, 1)
@@ -159,13 +157,8 @@ def test_top_rows_know_whether_the_pages_suffice():
     queries = [Query("q1", "one?", ("x",)), Query("q2", "two?"), Query("q3", "three?")]
     images = {name: f"/{name}.png" for name in "abcxy"}
     rows = top_rows(queries, RUN, QRELS, images, 2)
-    assert rows[0] == {
-        "qid": "q1",
-        "query": "one?",
-        "image": ["/b.png", "/a.png"],
-        "answer": ["x"],
-        "is_sufficient": False,
-    }
+    first = {"qid": "q1", "query": "one?", "image": ["/b.png", "/a.png"], "answer": ["x"], "is_sufficient": False}
+    assert rows[0] == first
     assert [row["is_sufficient"] for row in rows] == [False, True, False]
 
 

@@ -190,9 +190,8 @@ def test_a_lost_catalogue_of_documents_is_not_taken_for_an_empty_one(tmp_path):
     (tmp_path / "other").mkdir()
     write_image(tmp_path / "other" / "other.png", "white")
     (store / "documents.parquet").unlink()
-    with pytest.raises(
-        StoreError, match=r"documents\.parquet is missing; delete it and pages\.parquet, and ingest all"
-    ):
+    fault = r"documents\.parquet is missing; delete it and pages\.parquet, and ingest all"
+    with pytest.raises(StoreError, match=fault):
         ingested(store, tmp_path / "other")
     (store / "pages.parquet").unlink()  # as the error says
     assert ingested(store, tmp_path / "other", tmp_path / "docs").num_pages == 4

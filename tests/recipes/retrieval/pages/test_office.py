@@ -78,7 +78,6 @@ def test_text_is_read_in_its_encoding(tmp_path, content):
 
 
 def test_text_is_text_whatever_its_words_look_like(tmp_path):
-    (tmp_path / "page.md").write_text(
-        "In HTML this is like an `<svg>`.\n"
-    )  # LibreOffice left alone takes it for a drawing
+    # LibreOffice, left alone, takes it for a drawing
+    (tmp_path / "page.md").write_text("In HTML this is like an `<svg>`.\n")
     assert texts_of(tmp_path / "page.md", tmp_path) == ["In HTML this is like an `<svg>`."]

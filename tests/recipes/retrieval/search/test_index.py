@@ -111,9 +111,8 @@ def test_a_mostly_deleted_shard_is_rewritten_without_them(tmp_path):
 
 def test_another_encoder_is_refused_by_name_of_what_differs(tmp_path):
     make(tmp_path, random_vectors(3))
-    with pytest.raises(
-        IndexFault, match=r"another encoder \(name 'scripted' -> 'other'\); use that encoder, or create"
-    ):
+    fault = r"another encoder \(name 'scripted' -> 'other'\); use that encoder, or create"
+    with pytest.raises(IndexFault, match=fault):
         VectorIndex.create(tmp_path, EncoderIdentity(description={"name": "other"}))
 
 
@@ -186,13 +185,11 @@ def page(page_id: str, image: str = "", text: str = "") -> Page:
 
 
 def test_imported_vectors_are_looked_up_and_normalised(tmp_path):
-    write_vectors(
-        tmp_path, ["a", "b"], np.array([[3.0, 4.0], [0.0, 2.0]], dtype=np.float16), {"two\nlines": [2.0, 0.0]}
-    )
+    pages = np.array([[3.0, 4.0], [0.0, 2.0]], dtype=np.float16)
+    write_vectors(tmp_path, ["a", "b"], pages, {"two\nlines": [2.0, 0.0]})
     encoder = ImportedEncoder(EncoderSettings(str(tmp_path), "imported"))
-    np.testing.assert_allclose(
-        np.stack(encoder.encode_pages([page("b"), page("a")])), [[0.0, 1.0], [0.6, 0.8]], atol=1e-6
-    )
+    found = np.stack(encoder.encode_pages([page("b"), page("a")]))
+    np.testing.assert_allclose(found, [[0.0, 1.0], [0.6, 0.8]], atol=1e-6)
     np.testing.assert_allclose(np.stack(encoder.encode_queries(["two\nlines"])), [[1, 0]])
     with pytest.raises(EncoderError, match=r"no vector for 1 of 2 page keys, such as 'c'"):
         encoder.encode_pages([page("a"), page("c")])
