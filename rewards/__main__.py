@@ -1,4 +1,8 @@
-"""Try a reward on responses in a file: every score, the scope highlighted in the text, and a summary."""
+"""Try a reward on responses in a file.
+
+Prints, per response, the score and the text with the reward's scope highlighted (in colour on a terminal, between
+[[ ]] elsewhere), then the mean, the spread, missing scope markers and errors.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,8 @@ from rewards.evisrag import parse_gold
 from rewards.hints import why_never, why_no_scope
 
 POLICIES = {
-    "void": "there the reward teaches nothing",
-    "widen": "there the reward teaches the whole response",
+    "void": "the reward teaches nothing there",
+    "widen": "the reward teaches the whole response there",
     "error": "each counts as an error",
 }
 TEXT_KEYS = ("text", "response")
@@ -32,21 +36,17 @@ HIGHLIGHTS = ("\x1b[30;42m", "\x1b[30;46m")
 RESET = "\x1b[0m"
 NUM_HINT_RESPONSES = 20
 
-DESCRIPTION = """\
-Try a reward on responses in a file. Prints, per response, the score and the text with the reward's scope highlighted
-(in colour on a terminal, between [[ ]] elsewhere), then mean, spread, missed scope markers and errors."""
-
 EPILOG = """\
 FILE is a .jsonl with one response per line:
   text (or response)                  the response
   truth, or ground_truth or answer    an object with `answers` and `evidence`, such an object as a JSON string, a list
-                                      of answers, or gold text with <evidence> and <answer> blocks; without one of
-                                      them, the row's own columns are the truth
-  num_tokens, truncated, question, images, id   where the reward reads them
+                                      of answers, or gold text with <evidence> and <answer> blocks; if none of these
+                                      is given, the row's own columns are the truth
+  num_tokens, truncated, question, images, id   if the reward reads them
 or the stored rollouts of a run: a .parquet file, its folder, or the run's folder.
 
 examples:
-  python -m rewards rewards.evisrag:accuracy tests/material/data/rewards.jsonl --limit 3
+  python -m rewards rewards.evisrag:accuracy responses.jsonl --limit 3
   python -m rewards rewards.evisrag:overlong runs/demo --args '{"max_tokens": 512, "buffer_tokens": 128}' --summary
   python -m rewards my_rewards.pages:cites_page runs/demo/rollouts/step_000010.parquet
 
@@ -57,8 +57,8 @@ exit status: 0 all scored, 1 the reward failed on some response, 2 it could not 
 class Trial:
     """What a reward did with one response.
 
-    value: None if it did not apply or failed. spans: the characters it teaches. missed: a scope marker is missing.
-    error: the exception and where it was raised; "" if there was none.
+    value: None if it did not apply or failed. spans: the characters it teaches. missed: whether a scope marker is
+    missing. error: the exception and where it was raised; "" if there was none.
     """
 
     value: float | tuple[Credit, ...] | None = None
@@ -68,7 +68,6 @@ class Trial:
 
     @property
     def score(self) -> float | None:
-        """The plain score, or the mean of the credits."""
         if isinstance(self.value, tuple):
             return statistics.fmean(credit.score for credit in self.value)
         return self.value
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m rewards",
-        description=DESCRIPTION,
+        description=__doc__,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -145,17 +144,16 @@ async def try_reward(function: Reward, response: Response, policy: str) -> Trial
     try:
         value = function(response)
         value = check_score(await value if inspect.isawaitable(value) else value, len(response.text))
-        credits = value if isinstance(value, tuple) else None
-        spans = [credit.span for credit in credits] if credits else [function.scope(response)]
+        spans = [credit.span for credit in value] if isinstance(value, tuple) else [function.scope(response)]
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return Trial(error=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno} in {where.name})")
     if value is None:
         return Trial()
     missed = None in spans
-    if missed and not credits and policy == "error":
+    if missed and isinstance(value, float) and policy == "error":
         return Trial(missed=True, error="a scope marker is missing, and --policy is 'error'")
-    if missed and not credits and policy == "widen":
+    if missed and isinstance(value, float) and policy == "widen":
         spans = [Span(0, len(response.text))]
     return Trial(value, tuple(span for span in spans if span is not None), missed)
 
@@ -211,9 +209,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Response]]:
 def _to_response(row: Mapping[str, Any]) -> Response:
     text = _first(row, TEXT_KEYS)
     if not isinstance(text, str):
-        raise ValueError(
-            f"a response needs its text under 'text' or 'response', got the keys {', '.join(row) or 'none'}"
-        )
+        raise ValueError(f"the text must be under 'text' or 'response', got the keys {', '.join(row) or 'none'}")
     num_tokens = _first(row, NUM_TOKENS_KEYS) or 0
     if not isinstance(num_tokens, int):
         raise ValueError(f"num_tokens must be an integer, got {num_tokens!r}")
@@ -232,7 +228,7 @@ def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 
 def _truth(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the gold columns of a row, in any of the forms that the help text lists."""
+    """Return the gold columns of a row, from any of the forms that the help text lists."""
     gold = _first(row, TRUTH_KEYS)
     if isinstance(gold, str) and gold.lstrip().startswith("{"):
         gold = json.loads(gold)
@@ -245,7 +241,7 @@ def _truth(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def describe(name: str, response: Response, trial: Trial, colour: bool) -> str:
-    """Return a response as it is shown: its name and score, the credits if there are several, the text."""
+    """Return the lines that show a response: its name and score, its credits if there are several, its text."""
     heading = "did not apply" if trial.score is None else f"{trial.score:.4f}"
     heading += "  (scope marker missing)" if trial.missed else ""
     lines = [f"--- {name}: " + (f"ERROR {trial.error}" if trial.error else heading)]
@@ -271,7 +267,7 @@ def highlight(text: str, spans: Sequence[Span], colour: bool) -> str:
 
 
 def _visible(text: str) -> str:
-    """Escape what a terminal would obey: model output must not control it."""
+    """Escape control characters, so that model output cannot control the terminal."""
     return "".join(
         char if char in "\n\t" or char.isprintable() or (char.isspace() and char > "\x7f") else repr(char)[1:-1]
         for char in text
@@ -285,9 +281,8 @@ def summarise(target: str, trials: Sequence[Trial], policy: str) -> str:
     lines = [f"{target} on {len(trials)} responses", f"  applied         {len(scores)} of {len(trials)}"]
     if scores:
         spread = f"std {statistics.stdev(scores):.4f}, " if len(scores) > 1 else ""
-        lines.append(
-            f"  score           mean {statistics.fmean(scores):.4f}, {spread}{min(scores):g} to {max(scores):g}"
-        )
+        mean = statistics.fmean(scores)
+        lines.append(f"  score           mean {mean:.4f}, {spread}{min(scores):g} to {max(scores):g}")
     lines.append(f"  missed marker   {num_missed}" + (f" ({policy}: {POLICIES[policy]})" if num_missed else ""))
     lines.append(f"  errors          {sum(bool(trial.error) for trial in trials)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Why a reward applied to no response, or found its scope in none: what it looked for, and what was there."""
+"""Why a reward applied to no response, or found its scope in none: what it looked for, and what it found."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TAG = re.compile(r"</?\w+>")
 
 
 class WatchedTruth(Mapping[str, Any]):
-    """A response's truth that notes in `missing` which keys are looked for in vain."""
+    """A response's truth that records in `missing` the keys that are looked up and absent."""
 
     def __init__(self, truth: Mapping[str, Any], missing: list[str]) -> None:
         self._truth = truth
@@ -33,7 +33,7 @@ class WatchedTruth(Mapping[str, Any]):
 
 
 async def why_never(function: Reward, responses: Sequence[Response]) -> str:
-    """Return why a reward gives None for each of these responses, as far as calling it again on them shows."""
+    """Return why a reward gives None for each of these responses, as far as calling it again shows."""
     missing: list[str] = []
     for response in responses:
         value = function(replace(response, truth=WatchedTruth(response.truth, missing)))

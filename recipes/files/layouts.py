@@ -1,6 +1,6 @@
-"""From other people's files to our rows: packed images, tables of questions, and LLaMA-Factory's SFT files.
+"""Convert packed images, tables of questions and LLaMA-Factory's SFT files to our rows.
 
-Whether a row can be trained on is checked by `recipes.files.row_check`.
+`recipes.files.row_check` checks whether rows can be trained on.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from rsgrpo.data.rows import ImageFolder, Row, find_images, image_entries, image
 from rsgrpo.errors import InputError
 
 USER_ROLES, ASSISTANT_ROLES = ("human", "user"), ("gpt", "assistant")
-NOT_TAKEN = ("videos", "audios", "tools", "history", "chosen", "rejected")
+UNSUPPORTED = ("videos", "audios", "tools", "history", "chosen", "rejected")
 
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What `unpack` did. missing: "place: path" of each image that rows name and that is still missing."""
+    """What `unpack` did. missing: "place: path" of each image that a row names and no file has."""
 
     num_written: int
     num_there: int
@@ -54,7 +54,7 @@ class Converted:
 def unpack(folder: Path, out: Path, advance: Callable[[], None] = lambda: None) -> Unpacked:
     """Write the images of `images*.parquet` to their paths below `out`, and copy the .jsonl files there.
 
-    A file that already has these bytes is left alone, so a stopped call can be repeated.
+    A file that already has these bytes is not rewritten, so an interrupted call can be repeated.
 
     Raises:
         InputError: there is nothing to unpack, a path leads out of `out`, or two images claim one path.
@@ -62,8 +62,7 @@ def unpack(folder: Path, out: Path, advance: Callable[[], None] = lambda: None) 
     packs = packs_in(folder) if folder.is_dir() else []
     if not packs:
         raise InputError(f"{folder} has no images.parquet (or images-*.parquet) to unpack")
-    num_written, num_there = 0, 0
-    seen: set[Path] = set()
+    num_written, num_there, seen = 0, 0, set[Path]()
     for pack in packs:
         for name, content in packed_images(pack):
             target = _inside(out, name, pack)
@@ -71,11 +70,10 @@ def unpack(folder: Path, out: Path, advance: Callable[[], None] = lambda: None) 
             if target in seen and not is_there:
                 raise InputError(f"{pack} has two different images for the path {name}")
             seen.add(target)
-            num_there += is_there
             if not is_there:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(target, content)
-                num_written += 1
+            num_there, num_written = num_there + is_there, num_written + (not is_there)
             advance()
     rows: list[Row] = []
     for file in sorted(folder.glob("*.jsonl")):
@@ -93,10 +91,10 @@ def unpack(folder: Path, out: Path, advance: Callable[[], None] = lambda: None) 
 
 
 def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep_good: bool = False) -> Converted:
-    """Write rows of a table of questions, or of a sharegpt or alpaca file, in our layout to `out`.
+    """Write the rows of a table of questions, or of a sharegpt or alpaca file, to `out` in our layout.
 
-    template: the user message of rows that bring a bare question.
-    keep_good: write the good rows even if others cannot be converted; otherwise nothing is written then.
+    template: the user message of rows that only have a question.
+    keep_good: write the good rows even if others cannot be converted; otherwise, nothing is written then.
 
     Raises:
         InputError: the file cannot be read, or its rows have different system messages.
@@ -117,7 +115,9 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
         systems.setdefault(system, row.place)
     if len(systems) > 1:
         named = "; ".join(f"{place}: {system!r:.60}" for system, place in systems.items())
-        raise InputError(f"{source} has rows with different system messages ({named}). Split it into a file for each.")
+        raise InputError(
+            f"{source} has rows with different system messages ({named}). Split it into one file per message."
+        )
     if written and (keep_good or not faults):
         out.parent.mkdir(parents=True, exist_ok=True)
         rewrite(out, written)
@@ -148,7 +148,7 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def portable_image(source: ImageSource, out: Path) -> str:
-    """Return a page's path relative to the file `out`; bytes, packed or not, become a file beside it."""
+    """Return a page's path relative to the file `out`; bytes, packed or not, are written beside it."""
     if isinstance(source, str):
         return os.path.relpath(source, out.parent)
     content = bytes_of(source)
@@ -162,17 +162,12 @@ def portable_image(source: ImageSource, out: Path) -> str:
 
 
 def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: str) -> tuple[dict[str, Any], str]:
-    """Return our row and its system message.
-
-    Raises:
-        ValueError: the row cannot be converted; says why.
-    """
+    """Return our row and its system message; raise ValueError if it cannot be converted."""
     columns = row.columns
     if row.fault:
         raise ValueError(row.fault)
-    for name in NOT_TAKEN:
-        if columns.get(name):
-            raise ValueError(f"column {name!r} cannot be converted")
+    if refused := [name for name in UNSUPPORTED if columns.get(name)]:
+        raise ValueError(f"column {refused[0]!r} cannot be converted")
     images = [folder.resolve(entry) for entry in image_entries(first_of(columns, IMAGE_KEYS))]
     for source in images:
         if isinstance(source, str) and not os.path.isfile(source):
@@ -189,8 +184,8 @@ def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: 
         fields = _alpaca(columns)
     else:
         fields = _own(columns, template, len(images))
-    if fields["prompt"].count(IMAGE_MARK) != len(images):
-        raise ValueError(f"{fields['prompt'].count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(images)} images")
+    if (num_marks := fields["prompt"].count(IMAGE_MARK)) != len(images):
+        raise ValueError(f"{num_marks} {IMAGE_MARK} marks for {len(images)} images")
     row_id = first_of(columns, ID_KEYS)
     head = {"id": f"{stem}-{row.number:06d}" if row_id is None else str(row_id)}
     return head | fields | {"image": [portable_image(source, out) for source in images]}, system
@@ -201,16 +196,13 @@ def _turns(turns: Any) -> tuple[str, str, str]:
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError("a conversation must be a list of objects with from and value, or role and content")
     said = [(str(turn.get("from", turn.get("role"))), turn.get("value", turn.get("content"))) for turn in turns]
-    system = ""
-    if said and said[0][0] == "system":
-        system = said.pop(0)[1]
-        if not isinstance(system, str):
-            raise ValueError(f"the system message must be text, got {system!r:.80}")
+    system = said.pop(0)[1] if said and said[0][0] == "system" else ""
+    if not isinstance(system, str):
+        raise ValueError(f"the system message must be text, got {system!r:.80}")
     roles = [role for role, _ in said]
     if len(said) != 2 or roles[0] not in USER_ROLES or roles[1] not in ASSISTANT_ROLES:
-        raise ValueError(
-            f"a row must be one question and its answer, but this conversation has {', '.join(roles) or 'none'}"
-        )
+        had = ", ".join(roles) or "no turns"
+        raise ValueError(f"a row must be one question and its answer, but this conversation has {had}")
     if not all(isinstance(text, str) and text.strip() for _, text in said):
         raise ValueError("a turn of the conversation has no text")
     return system, said[0][1], said[1][1]
@@ -219,7 +211,7 @@ def _turns(turns: Any) -> tuple[str, str, str]:
 def _alpaca(columns: Mapping[str, Any]) -> dict[str, Any]:
     instruction, further, answer = (columns.get(name) or "" for name in ("instruction", "input", "output"))
     if not all(isinstance(text, str) for text in (instruction, further, answer)) or not answer.strip():
-        raise ValueError("an alpaca row needs instruction and output, both text")
+        raise ValueError("an alpaca row needs the text columns instruction and output")
     return {"prompt": f"{instruction}\n{further}" if further else instruction, "answer": answer}
 
 
@@ -228,12 +220,11 @@ def _own(columns: Mapping[str, Any], template: str, num_images: int) -> dict[str
 
     question, answer = first_of(columns, QUESTION_KEYS), first_of(columns, ANSWER_KEYS)
     if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"no question: it needs a column {' or '.join(QUESTION_KEYS)}; it has {', '.join(columns)}")
-    is_bare = isinstance(answer, str) and "</answer>" not in answer
-    if is_bare or isinstance(answer, int | float):
-        answer = [str(answer)]
-    elif isinstance(answer, list):
+        raise ValueError(f"no question: a row needs a column {' or '.join(QUESTION_KEYS)}, got {', '.join(columns)}")
+    if isinstance(answer, list):
         answer = [str(text) for text in answer]
+    elif isinstance(answer, str | int | float) and "</answer>" not in str(answer):
+        answer = [str(answer)]
     evidence = columns.get("evidence")
     read_gold(answer, {"evidence": evidence}, num_images)
     fields = {"question": question, "prompt": render_template(template, question, num_images), "answer": answer}

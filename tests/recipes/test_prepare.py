@@ -1,4 +1,4 @@
-"""The demo's data and model: what is on disk, what it shows, who erred, and that nothing is half written."""
+"""The demo's data and model: what is on disk, what it shows, how the teacher errs, and that nothing is half written."""
 
 from __future__ import annotations
 
@@ -15,15 +15,7 @@ from PIL import Image
 from recipes import prepare
 from recipes.answers.questions import Question, named_prompt, to_prompt
 from recipes.demo.forms import FIRST_VALIDATION_SCAN, FormJob, Scans, draw_item, draw_pool
-from recipes.demo.items import (
-    Item,
-    Reading,
-    gold_text,
-    prompt_text,
-    response_text,
-    teacher_reading,
-    true_reading,
-)
+from recipes.demo.items import Item, Reading, gold_text, prompt_text, response_text, teacher_reading, true_reading
 from rewards import evisrag
 from rewards.api import Response
 from rewards.evisrag import INSUFFICIENT, NO_EVIDENCE, parse_gold
@@ -58,9 +50,8 @@ def read(demo: Path, name: str) -> list[dict]:
 
 
 def found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    assert match is not None
-    return match[1]
+    [match] = re.findall(pattern, text)
+    return match
 
 
 def draw_items(scans: Scans, level="easy", count=3000) -> list[Item]:
@@ -109,13 +100,12 @@ def test_every_page_on_disk_is_used_and_written_once(demo):
 
 
 def test_no_handwritten_digit_is_in_both_training_and_validation(demo):
-    digits: dict[str, set[bytes]] = {"train": set(), "val": set()}
-    for path in (demo / "data/images").iterdir():
-        page = np.asarray(Image.open(path))
-        digits[path.name.split("-")[0]] |= {page[:, :28].tobytes(), page[:, 28:].tobytes()}
-    assert digits["train"]
-    assert digits["val"]
-    assert not digits["train"] & digits["val"]
+    def digits(split: str) -> set[bytes]:
+        pages = [np.asarray(Image.open(path)) for path in (demo / "data/images").glob(f"{split}-*")]
+        assert pages
+        return {half.tobytes() for page in pages for half in (page[:, :28], page[:, 28:])}
+
+    assert not digits("train") & digits("val")
 
 
 def test_pools_show_what_they_say_with_scans_of_their_own_split(scans):
@@ -140,10 +130,9 @@ def test_pages_put_code_left_and_amount_right_and_jitter_moves_them(scans):
     page = draw_pool(scans, "train", 1, Random(0))[27]  # code 2, amount 7
     sheet = np.asarray(scans.render(page))
     for half, scan in ((sheet[:, :28], page.code_scan), (sheet[:, 28:], page.amount_scan)):
-        coarse = half.reshape(28, 28).astype(float)
         small = np.asarray(Image.fromarray(half).resize((8, 8), Image.Resampling.BOX), dtype=float)
         assert np.corrcoef(small.ravel(), scans.images[scan].ravel())[0, 1] > 0.9
-        assert coarse.max() > 128
+        assert half.max() > 128
     moved = [np.asarray(scans.render(page, Random(seed))) for seed in range(5)]
     assert len({image.tobytes() for image in moved}) > 1
     assert all(image.shape == (28, 56) for image in moved)
@@ -151,8 +140,8 @@ def test_pages_put_code_left_and_amount_right_and_jitter_moves_them(scans):
 
 def test_easy_questions_name_the_relevant_page_or_one_that_is_not_there(scans):
     for item in draw_items(scans, count=300):
-        named = int(found(r"page (\d)", item.question))
-        assert named == (len(item.pages) + 1 if item.relevant is None else item.relevant + 1)
+        expected = len(item.pages) if item.relevant is None else item.relevant
+        assert found(r"page (\d)", item.question) == str(expected + 1)
 
 
 def test_a_yes_or_no_question_is_answered_rightly_by_half_of_all_misreadings(scans):
@@ -181,24 +170,20 @@ def test_fifteen_percent_of_questions_cannot_be_answered(scans):
     assert all(count / len(items) == pytest.approx(1 / 3, abs=0.03) for count in pages.values())
 
 
-def test_the_teacher_errs_as_often_as_he_says(scans):
+def test_the_teacher_errs_as_often_as_the_noise_says(scans):
     items, rng = draw_items(scans), Random(3)
     readings = [teacher_reading(JOB, item, 0.3, rng) for item in items]
-    pairs = [
-        pair
-        for item, reading in zip(items, readings, strict=True)
-        for pair in zip(item.shown, reading.shown, strict=True)
-    ]
+    both = list(zip(items, readings, strict=True))
+    pairs = [pair for item, reading in both for pair in zip(item.shown, reading.shown, strict=True)]
     # A random digit is right one time in ten: 0.3 x 0.9.
     assert np.mean([true != read for true, read in pairs]) == pytest.approx(0.27, abs=0.015)
     # A random choice of n pages or none is right one time in n + 1: 0.18 x (2/3 + 3/4 + 4/5) / 3.
-    strayed = [item.relevant != reading.chosen for item, reading in zip(items, readings, strict=True)]
-    assert np.mean(strayed) == pytest.approx(0.133, abs=0.02)
+    assert np.mean([item.relevant != reading.chosen for item, reading in both]) == pytest.approx(0.133, abs=0.02)
     assert all(true[0] == read[0] for true, read in pairs)  # codes are read correctly
     assert all(teacher_reading(JOB, item, 0.0, rng) == true_reading(item) for item in items[:100])
 
 
-def test_the_teacher_stays_true_to_his_own_errors(demo):
+def test_a_teachers_response_follows_from_its_own_errors(demo):
     for row in read(demo, "sft"):
         observed = found("<observe>(.*)</observe>", row["answer"]).split(", ")
         gold = parse_gold(row["answer"])
@@ -226,10 +211,9 @@ def test_whole_responses_earn_every_reward_and_teach_no_bad_habit(demo):
     for name in ("sft", "val"):
         for row in read(demo, name):
             response = Response(row["answer"], truth=parse_gold(row["answer"]))
-            for function in (evisrag.accuracy, evisrag.evidence, evisrag.well_formed):
-                assert function(response) == 1.0
-            assert evisrag.no_early_index(response) == 0.0
-            assert evisrag.think_differs(response) == 0.0
+            rewards = (evisrag.accuracy, evisrag.evidence, evisrag.well_formed)
+            assert [function(response) for function in rewards] == [1, 1, 1]
+            assert (evisrag.no_early_index(response), evisrag.think_differs(response)) == (0, 0)
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(demo, tmp_path):
@@ -282,9 +266,8 @@ def test_the_tower_learns_to_read(scans):
 
     model = build_model(train_tokenizer(["0 1"], vocab_size=300))
     pool = [page for page in draw_pool(scans, "train", 20, Random(0)) if page.code < 2 and page.amount < 2]
-    lessons = Lessons.of(
-        image_processor(), [scans.render(page) for page in pool], [[page.code, page.amount] for page in pool]
-    )
+    labels = [[page.code, page.amount] for page in pool]
+    lessons = Lessons.of(image_processor(), [scans.render(page) for page in pool], labels)
     losses: list[float] = []
     head = teach_to_read(model, lessons, num_labels=2, num_steps=25, batch_pages=16, on_step=losses.append)
     assert len(losses) == 25
@@ -296,15 +279,14 @@ def test_a_second_run_reuses_what_is_there_and_refuses_other_settings(demo, caps
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*")}
     assert prepare.main(["demo", "--out", str(demo), *SMALL]) == 0
     shown = capsys.readouterr().out
-    assert "(reused)" in shown
-    assert "30 sft, 20 train, 10 val" in shown
-    assert "python -m recipes.sft recipe=sft_demo" in shown
+    for text in ("(reused)", "30 sft, 20 train, 10 val", "python -m recipes.sft recipe=sft_demo"):
+        assert text in shown
     assert prepare.main(["demo", "--out", str(demo), *SMALL, "--noise", "0.1"]) == 2
     assert "noise=0.3 instead of 0.1" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*")} == before
 
 
-def test_force_replaces_and_a_strange_folder_is_refused_without_it(tmp_path):
+def test_force_replaces_and_a_foreign_folder_is_refused_without_it(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "mine.txt").write_text("keep")

@@ -67,8 +67,7 @@ def test_a_marked_function_is_still_the_function():
 
 def test_a_reward_without_scope_teaches_the_whole_response():
     assert judge.scope is whole
-    assert judge.scope(Response("abc")) == Span(0, 3)
-    assert judge.scope(Response("")) == Span(0, 0)
+    assert [judge.scope(Response(text)) for text in ("abc", "")] == [Span(0, 3), Span(0, 0)]
 
 
 def test_an_async_reward_is_awaited_by_its_caller():
@@ -104,16 +103,13 @@ def test_between_refuses_markers_that_bound_nothing(start, end):
 
 
 def test_only_a_function_of_a_response_can_be_marked():
-    with pytest.raises(RewardError, match="above a function"):
-        reward(3)  # type: ignore[call-overload]
-    with pytest.raises(RewardError, match="first argument"):
-        reward(lambda: 1.0)
-    with pytest.raises(RewardError, match="first argument"):
-
-        @reward()
-        def keyword_only(*, response):
-            return 1.0
-
+    for wrong, message in (
+        (3, "above a function"),
+        (lambda: 1.0, "first argument"),
+        (lambda *, response: 1.0, "first"),
+    ):
+        with pytest.raises(RewardError, match=message):
+            reward(wrong)  # type: ignore[call-overload]
     with pytest.raises(RewardError, match="takes a function of the response"):
         reward(scope="<think>")  # type: ignore[call-overload]
 
@@ -175,15 +171,18 @@ def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch, source, m
         load_reward("broken_rewards:f")
 
 
-def test_arguments_are_checked_when_they_are_bound():
-    with pytest.raises(RewardError, match="'overlong' takes no argument 'max_token'; did you mean 'max_tokens'"):
-        load_reward("rewards.evisrag:overlong", {"max_token": 512})
-    with pytest.raises(RewardError, match="It takes none"):
-        load_reward("rewards.evisrag:well_formed", {"x": 1})
-    with pytest.raises(RewardError, match="no argument 'response'"):
-        bind_reward(judge, {"response": 1, "threshold": 1})
-    with pytest.raises(RewardError, match="needs the argument"):
-        bind_reward(judge, {"scale": 2.0})
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (rewards.evisrag.overlong, {"max_token": 5}, "'overlong' takes no argument 'max_token'; did you mean 'max_tok"),
+        (rewards.evisrag.well_formed, {"x": 1}, "It takes none"),
+        (judge, {"response": 1, "threshold": 1}, "no argument 'response'"),
+        (judge, {"scale": 2.0}, "needs the argument"),
+    ],
+)
+def test_arguments_are_checked_when_they_are_bound(function, arguments, message):
+    with pytest.raises(RewardError, match=message):
+        bind_reward(function, arguments)
 
 
 def test_a_bound_reward_keeps_name_and_scope_and_travels_to_another_process():

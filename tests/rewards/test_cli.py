@@ -37,6 +37,18 @@ def not_finite(response):
 def sees(response):
     print(response.question, response.truncated, response.images, dict(response.truth), response.num_tokens)
     return None
+
+@reward
+def by_column(response):
+    return None if "pages" not in response.truth or response.truth.get("kind") == "x" else 1.0
+
+@reward
+async def by_tag(response):
+    return 1.0 if "<cite>" in response.text else None
+
+@reward(scope=between("<cite>", "</cite>"))
+def cites(response):
+    return 1.0
 """
 
 
@@ -78,7 +90,7 @@ def test_scores_scope_and_summary_are_printed(capsys, workdir):
         "rewards.evisrag:accuracy on 3 responses\n"
         "  applied         2 of 3\n"
         "  score           mean 0.5000, std 0.7071, 0 to 1\n"
-        "  missed marker   1 (void: there the reward teaches nothing)\n"
+        "  missed marker   1 (void: the reward teaches nothing there)\n"
         "  errors          0\n"
         "note: no response has num_tokens, so rewards of length saw 0 tokens\n"
     )
@@ -149,19 +161,12 @@ def test_every_form_of_truth_is_read(capsys, workdir, row, truth):
 
 def write_parquet(path: Path, texts: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = len(texts)
-    columns = {
-        "step": [3] * count,
-        "sample": list(range(count)),
-        "prompt_id": ["p7"] * count,
-        "question": ["how much?"] * count,
-        "images": [["images/a.png", "/data/b.png"]] * count,
-        "truth": [json.dumps({"answers": ["16"], "evidence": ["16"]})] * count,
-        "text": texts,
-        "num_tokens": [12] * count,
-        "truncated": [True] * count,
-    }
-    pq.write_table(pa.table(columns), path)
+    shared = {
+        "step": 3, "prompt_id": "p7", "question": "how much?", "images": ["images/a.png", "/data/b.png"],
+        "truth": json.dumps({"answers": ["16"], "evidence": ["16"]}), "num_tokens": 12, "truncated": True,
+    }  # fmt: skip
+    rows = [shared | {"sample": sample, "text": text} for sample, text in enumerate(texts)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 @pytest.mark.parametrize("target", ["run/rollouts/step_000003.parquet", "run/rollouts", "run"])
@@ -183,7 +188,7 @@ def test_stored_rollouts_are_read_from_a_file_or_a_folder(capsys, workdir, targe
         ('{"text": "x"}\n\n[1]\n', "line 3: a line must be a JSON object, got list"),
         (
             '{"txt": "x", "id": 1}\n',
-            "line 1: a response needs its text under 'text' or 'response', got the keys txt, id",
+            "line 1: the text must be under 'text' or 'response', got the keys txt, id",
         ),
         ('{"text": "x", "num_tokens": "many"}\n', "line 1: num_tokens must be an integer, got 'many'"),
         ('{"text": "x", "truth": "{"}\n', "line 1: Expecting property name"),
@@ -199,15 +204,18 @@ def test_a_bad_line_is_named_by_number(capsys, workdir, content, message):
 
 
 def test_files_that_cannot_be_read_are_named(capsys, workdir):
-    assert run(capsys, "rewards.evisrag:well_formed", "none.jsonl")[2] == "error: no file or folder none.jsonl\n"
     (workdir / "empty").mkdir()
-    assert "no step_*.parquet in empty" in run(capsys, "rewards.evisrag:well_formed", "empty")[2]
     (workdir / "x.parquet").write_text("not parquet")
-    assert run(capsys, "rewards.evisrag:well_formed", "x.parquet")[2].startswith("error: x.parquet: ")
     pq.write_table(pa.table({"a": [1]}), workdir / "y.parquet")
-    assert "y.parquet: there is no column 'text'" in run(capsys, "rewards.evisrag:well_formed", "y.parquet")[2]
     (workdir / "z.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    assert "z.jsonl, line 1: 'utf-8' codec" in run(capsys, "rewards.evisrag:well_formed", "z.jsonl")[2]
+    for name, message in {
+        "none.jsonl": "error: no file or folder none.jsonl\n",
+        "empty": "error: no step_*.parquet in empty",
+        "x.parquet": "error: x.parquet: ",
+        "y.parquet": "error: y.parquet: there is no column 'text'",
+        "z.jsonl": "error: z.jsonl, line 1: 'utf-8' codec",
+    }.items():
+        assert run(capsys, "rewards.evisrag:well_formed", name)[2].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -234,67 +242,34 @@ def test_highlighting_uses_colour_on_a_terminal_and_hides_control_characters():
 
 
 def test_the_module_runs_as_a_program_from_any_folder(workdir):
-    (workdir / "r.jsonl").write_text('{"text": "<think>x</think>", "page": 1}\n')
-    root = ROOT
-    result = subprocess.run(
-        [sys.executable, "-m", "rewards", "cli_rewards:async_page", "r.jsonl"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"PYTHONPATH": str(root), "PATH": ""},
-    )
-    assert result.stderr == ""
-    assert result.returncode == 0
-    assert "[[<think>x]]</think>" in result.stdout
-    helped = subprocess.run(
-        [sys.executable, "-m", "rewards", "--help"], capture_output=True, text=True, cwd=root, check=True
-    )
-    assert "stored rollouts of a run" in helped.stdout
+    write_rows(workdir / "r.jsonl", {"text": "<think>x</think>", "page": 1})
 
+    def program(*arguments: str) -> str:
+        command = [sys.executable, "-m", "rewards", *arguments]
+        env = {"PYTHONPATH": str(ROOT), "PATH": ""}
+        return subprocess.run(command, stdout=-1, stderr=-2, text=True, check=True, env=env).stdout
 
-HINTED = """
-from rewards.api import between, reward
-
-@reward
-def by_column(response):
-    return None if "pages" not in response.truth or response.truth.get("kind") == "x" else 1.0
-
-@reward
-async def by_tag(response):
-    return 1.0 if "<cite>" in response.text else None
-
-@reward(scope=between("<cite>", "</cite>"))
-def cites(response):
-    return 1.0
-"""
+    assert program("cli_rewards:async_page", "r.jsonl").startswith("--- line 1: 1.0000\n[[<think>x]]</think>")
+    assert "stored rollouts of a run" in program("--help")
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("target", "num_applied", "hint"),
     [
-        ("by_column", "looked for truth['pages'], which is missing; the rows have answers, kind, page"),
+        ("cli_rewards:by_column", 0, "looked for truth['pages'], which is missing; the rows have answers, kind, page"),
+        ("cli_rewards:by_tag", 0, "the condition under which it returns None. The responses have the tags </answer>, "),
         (
-            "by_tag",
-            "check the condition under which it returns None. The responses have the tags </answer>, ",
+            "cli_rewards:cites",
+            2,
+            "found in none of 2 responses, so it would teach nothing: no response has <cite> or </",
         ),
-        (
-            "cites",
-            "found in none of 2 responses, so it would teach nothing: no response has <cite> or </cite>",
-        ),
+        ("rewards.evisrag:accuracy", 2, None),
     ],
 )
-def test_a_reward_that_teaches_nothing_says_why(workdir, capsys, monkeypatch, name, said):
-    (workdir / "hinted.py").write_text(HINTED)
-    monkeypatch.delitem(sys.modules, "hinted", raising=False)
-    truth = {"answers": ["16"], "page": 1, "kind": "a"}
-    file = write_rows(workdir / "rows.jsonl", {"text": GOOD, "truth": truth}, {"text": GOOD, "truth": truth})
-    status, out, _ = run(capsys, f"hinted:{name}", file, "--summary")
+def test_only_a_reward_that_teaches_nothing_gets_a_hint_which_says_why(workdir, capsys, target, num_applied, hint):
+    row = {"text": GOOD, "truth": {"answers": ["16"], "page": 1, "kind": "a"}}
+    status, out, _ = run(capsys, target, write_rows(workdir / "rows.jsonl", row, row), "--summary")
     assert status == 0
-    assert said in out
-    assert f"applied         {2 if name == 'cites' else 0} of 2" in out
-    assert out.count("hint: ") == 1
-
-
-def test_a_reward_that_applies_somewhere_gets_no_hint(workdir, capsys):
-    file = write_rows(workdir / "rows.jsonl", {"text": GOOD, "truth": {"answers": ["16"]}})
-    assert "hint" not in run(capsys, "rewards.evisrag:accuracy", file)[1]
+    assert f"applied         {num_applied} of 2" in out
+    assert out.count("hint: ") == (hint is not None)
+    assert hint is None or hint in out

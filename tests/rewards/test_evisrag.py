@@ -57,14 +57,10 @@ def slots(block: str, *golds: str, function=evidence, **arguments) -> float:
     return function(Response(f"<evidence>{block}</evidence>", {"evidence": list(golds)}), **arguments)
 
 
-def test_there_are_240_reference_rows_and_each_value_occurs():
-    assert len(GOLDEN) == 240
-    for name in GOLDEN_NAMES:
-        assert len({row[name] for row in GOLDEN}) > 1
-
-
 @pytest.mark.parametrize("name", [*GOLDEN_NAMES, "overall"])
 def test_reference_values_are_reproduced(name):
+    assert len(GOLDEN) == 240
+    assert len({row[name] for row in GOLDEN}) > 1
     for row in GOLDEN:
         response = Response(row["response"], parse_gold(row["ground_truth"]), row["response_length"])
         assert len(response.truth["evidence"]) == row["n_images"]
@@ -110,23 +106,24 @@ def test_evidence_stays_at_most_1_for_any_number_of_images(num_images):
     assert evidence(wrong) == perception(wrong) == 0.0
 
 
-@pytest.mark.parametrize("key", ["answers", "evidence"])
-@pytest.mark.parametrize("gold", ["a</answer>", "<evidence>x", "y</think>"])
-def test_a_gold_text_that_no_response_can_repeat_is_refused(key, gold):
-    with pytest.raises(RewardError, match="block tag"):
-        gold_response({"answers": ["16"], "evidence": ["16"], key: [gold]})
+UNREPEATABLE = ("a</answer>", "<evidence>x", "y</think>")
 
 
-@pytest.mark.parametrize("golds", [["see [2]: total", "b"], ["see [3]: total", "b", "c"], ["see [2]: total"]])
-def test_a_gold_text_with_a_slot_label_is_refused(golds):
-    with pytest.raises(RewardError, match="slot label"):
-        gold_response({"answers": ["16"], "evidence": golds})
-
-
-def test_a_gold_response_needs_an_answer_and_may_lack_evidence():
-    assert "<evidence>\n</evidence>" in gold_response({"answers": ["16"]})
-    with pytest.raises(RewardError, match="needs truth with 'answers'"):
-        gold_response({"answers": [], "evidence": ["x"]})
+@pytest.mark.parametrize(
+    ("truth", "message"),
+    [
+        *(({"answers": [gold], "evidence": ["16"]}, "block tag") for gold in UNREPEATABLE),
+        *(({"answers": ["16"], "evidence": [gold]}, "block tag") for gold in UNREPEATABLE),
+        ({"answers": ["16"], "evidence": ["see [2]: total", "b"]}, "slot label"),
+        ({"answers": ["16"], "evidence": ["see [3]: total", "b", "c"]}, "slot label"),
+        ({"answers": ["16"], "evidence": ["see [2]: total"]}, "slot label"),
+        ({"answers": ["16"]}, r"needs truth with 'evidence' and 'answers', got the columns \['answers'\]"),
+        ({"answers": [], "evidence": ["x"]}, "needs truth"),
+    ],
+)
+def test_gold_that_no_response_can_repeat_is_refused(truth, message):
+    with pytest.raises(RewardError, match=message):
+        gold_response(truth)
 
 
 @pytest.mark.parametrize("truth", [{}, {"answers": None, "evidence": None}, {"answers": [], "evidence": []}])
@@ -224,7 +221,7 @@ def test_perception_by_hand():
     assert slots("[1]: x [2]: 16 units, no relevant information", *both) == 0.25
 
 
-def test_slot_credits_stand_on_their_own_characters():
+def test_slot_credits_cover_their_own_characters():
     text = "<evidence>[1]: 16 [2]: red\n</evidence>"
     credits = evidence_slots(Response(text, {"evidence": ["16", "blue", NO_EVIDENCE]}))
     assert credits == (
@@ -232,8 +229,7 @@ def test_slot_credits_stand_on_their_own_characters():
         Credit("slot2", 0.0, Span(18, 27), len(text)),
         Credit("slot3", 0.0, None, len(text)),
     )
-    assert text[10:18] == "[1]: 16 "
-    assert text[18:27] == "[2]: red\n"
+    assert (text[10:18], text[18:27]) == ("[1]: 16 ", "[2]: red\n")
 
 
 def test_slot_credits_do_not_overlap_out_of_order():

@@ -1,4 +1,4 @@
-"""EVisRAG in small: the published layout, benchmarks clean and worn, the order of the stages, and the last table."""
+"""EVisRAG in small: the published layout, benchmarks clean and worn, the order of the stages, and the final table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from PIL import Image
 
 from recipes import evisrag_mini, prepare
 from recipes.answers.questions import to_prompt
-from recipes.demo import evisrag_layout as mini_data
 from recipes.demo.evisrag_layout import BENCHMARKS, TRAIN, TRAIN_FILES, wear, write_mini
 from recipes.evaluation.benchmarks import load_benchmark
 from rsgrpo.data.image_packs import packed_images
@@ -31,8 +30,7 @@ def demo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(demo, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("mini") / "hub"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("mini")
     write_mini(demo, folder, 10, seed=0)
     return folder
 
@@ -102,11 +100,9 @@ def test_a_worn_page_is_another_picture_of_the_same_size_and_the_same_every_time
 
 
 def test_the_same_seed_gives_the_same_files(demo, hub, tmp_path):
-    again = tmp_path / "hub"
-    again.mkdir()
-    write_mini(demo, again, 10, seed=0)
+    write_mini(demo, tmp_path, 10, seed=0)
     for path in sorted(hub.rglob("*.*")):
-        assert (again / path.relative_to(hub)).read_bytes() == path.read_bytes(), path
+        assert (tmp_path / path.relative_to(hub)).read_bytes() == path.read_bytes(), path
 
 
 # The stages
@@ -137,7 +133,7 @@ def test_the_demos_warm_start_is_taken_where_it_is_whole(tmp_path, monkeypatch):
     assert next(stage for stage in evisrag_mini.stages("hf") if stage.name == "sft").makes == whole
 
 
-def test_without_vllm_the_other_engine_is_a_choice_and_no_silent_change(monkeypatch, capsys):
+def test_without_vllm_the_command_refuses_and_names_the_other_engine(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="make evisrag-mini ENGINE=hf"):
         evisrag_mini.require_engine("vllm")
@@ -161,7 +157,7 @@ def test_a_stage_that_fails_ends_the_command_with_its_own_line(tmp_path, monkeyp
     assert "`python -m recipes.prepare mini` ended with exit code 2" in error
 
 
-def test_the_last_table_shows_before_after_and_the_paired_difference():
+def test_the_final_table_shows_before_after_and_the_paired_difference():
     def report(em: float, slots: float, cited: float, **more: object) -> dict:
         estimates = {"slot_f1": {"value": slots}, "citation_f1": {"value": cited}}
         return {"scores": {"strict": {"global": {"em": {"value": em}}}, "evidence": estimates}, **more}
@@ -177,7 +173,7 @@ def test_the_last_table_shows_before_after_and_the_paired_difference():
     ]
 
 
-def test_what_is_packed_again_from_the_command_line_is_reused_or_refused(demo, tmp_path, monkeypatch, capsys):
+def test_packing_again_from_the_command_line_reuses_or_refuses(demo, tmp_path, monkeypatch, capsys):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "data").symlink_to(demo)
     if not (demo / "manifest.json").exists():
@@ -189,4 +185,3 @@ def test_what_is_packed_again_from_the_command_line_is_reused_or_refused(demo, t
     assert "(reused)" in capsys.readouterr().out
     assert prepare.main(["mini", "--num-questions", "4"]) == 2
     assert "num_questions=3 instead of 4" in capsys.readouterr().err
-    assert mini_data.TOPK == 3

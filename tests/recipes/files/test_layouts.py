@@ -1,4 +1,4 @@
-"""Files of others: packed images to files, tables and SFT files to our rows, and the row-by-row report."""
+"""Other layouts: packed images to files, tables and SFT files to our rows, and the row-by-row report."""
 
 from __future__ import annotations
 
@@ -67,8 +67,7 @@ def run(*arguments: str | Path) -> int:
 def test_packed_images_become_the_files_that_the_rows_name(packed, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("unpack", packed, "--out", out) == 0
-    assert (out / "images/a.png").read_bytes() == png()
-    assert (out / "images/b.png").read_bytes() == png(9)
+    assert [(out / f"images/{name}.png").read_bytes() for name in "ab"] == [png(), png(9)]
     assert (out / "train.jsonl").read_bytes() == (packed / "train.jsonl").read_bytes()
     assert run("validate", out / "train.jsonl") == 0
     assert "all 1 rows can be used" in capsys.readouterr().out
@@ -112,10 +111,13 @@ def test_every_bad_row_has_a_line_and_the_exit_code_says_so(pages, capsys):
     assert run("validate", write_rows(pages / "train.jsonl", rows)) == 1
     out = capsys.readouterr().out
     assert out.count("missing image: image") == 30
-    assert "line 33 of train.jsonl, id q3: gold answer without <answer> tags" in out
-    assert "line 34 of train.jsonl, id q4: <image> marks differ from images" in out
-    assert "line 1 of train.jsonl, id q1: unreadable image" in out
-    assert "34 of 34 rows cannot be used (30 x missing image" in out
+    for line in (
+        "line 33 of train.jsonl, id q3: gold answer without <answer> tags",
+        "line 34 of train.jsonl, id q4: <image> marks differ from images",
+        "line 1 of train.jsonl, id q1: unreadable image",
+        "34 of 34 rows cannot be used (30 x missing image",
+    ):
+        assert line in out
 
 
 def test_a_broken_line_is_one_of_the_rows_that_cannot_be_used(pages, capsys):
@@ -144,9 +146,8 @@ def test_rows_for_sft_need_the_whole_response_and_the_columns_of_training(pages,
 
 def test_test_rows_have_their_own_names_and_plain_answers(pages, capsys):
     row = {"qid": 7, "query": "what share?", "image": ["a.png"], "answer": ["16%", "0.16"], "is_sufficient": True}
-    source = write_rows(
-        pages / "top3_test.jsonl", [row, row | {"qid": 8, "answer": "16%"}, row | {"qid": 9, "query": ""}]
-    )
+    rows = [row, row | {"qid": 8, "answer": "16%"}, row | {"qid": 9, "query": ""}]
+    source = write_rows(pages / "top3_test.jsonl", rows)
     assert run("validate", source, "--for", "test") == 1
     out = capsys.readouterr().out
     assert "line 3 of top3_test.jsonl, id 9: empty prompt" in out
@@ -157,14 +158,12 @@ def test_test_rows_have_their_own_names_and_plain_answers(pages, capsys):
 
 
 def test_own_questions_become_rows_that_training_reads(pages, capsys):
-    source = write_rows(
-        pages / "mine.jsonl",
-        [
-            {"id": 1, "question": "share?", "images": ["a.png", "b.png"], "answers": ["16%"], "evidence": ["16%", "-"]},
-            {"query": "tagged?", "image": "a.png", "answer": "<evidence>[1]: 5</evidence><answer>5</answer>"},
-            {"question": "bare?", "image": "a.png", "answer": 5},
-        ],
-    )
+    rows: list[dict[str, Any]] = [
+        {"id": 1, "question": "share?", "images": ["a.png", "b.png"], "answers": ["16%"], "evidence": ["16%", "-"]},
+        {"query": "tagged?", "image": "a.png", "answer": "<evidence>[1]: 5</evidence><answer>5</answer>"},
+        {"question": "bare?", "image": "a.png", "answer": 5},
+    ]
+    source = write_rows(pages / "mine.jsonl", rows)
     out = pages / "new/train.jsonl"
     assert run("convert", source, "--out", out) == 0
     first, second, third = rows_of(out)
@@ -195,7 +194,7 @@ def test_sharegpt_alpaca_and_messages_files_become_sft_rows(pages, capsys):
     said = {"system": "be exact", "user": PROMPT, "assistant": WHOLE}
     messages = {
         "messages": [{"role": role, "content": text} for role, text in said.items()],
-        "images": ["a.png", "b.png"],
+        "images": shared["images"],
     }
     alpaca = {"instruction": "[1]<image>[2]<image>", "input": "what share?", "output": WHOLE, "history": [], **shared}
     (pages / "llama.json").write_text(json.dumps([sharegpt, messages, alpaca]))
@@ -220,10 +219,7 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("human", "gpt") | {"tools": "x"}, "column 'tools' cannot be converted"),
         (turns("human", "gpt") | {"images": ["a.png"]}, "0 <image> marks for 1 images"),
         ({"conversations": "text"}, "a conversation must be a list"),
-        (
-            {"conversations": [{"from": "system", "value": None}, *turns("human", "gpt")["conversations"]]},
-            "the system message must be text, got None",
-        ),
+        ({"conversations": [{"from": "system", "value": None}]}, "the system message must be text, got None"),
         ({"instruction": "x"}, "an alpaca row needs"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "column 'history'"),
         ([1], "a row must be a JSON object, got list"),
