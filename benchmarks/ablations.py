@@ -2,8 +2,8 @@
 
     python -m benchmarks.ablations [--seeds 0 1 2 3 4] [--steps 40] [--level easy] [--folder ablations]
 
-Every seed has data, model and warm start of its own, from which each arm starts. A finished stage is not run again, so
-a study that was stopped goes on. An arm takes about two minutes on two cores, a warm start six. `--table` runs nothing.
+Every seed has its own data, model and warm start, from which each arm starts. Finished stages are not run again, so an
+interrupted study resumes. An arm takes about two minutes on two cores, a warm start six. `--table` only prints.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_of(folder: Path, arm: str) -> Path:
     """Return the run folder of one arm of one seed."""
     found = sorted(folder.glob(f"runs/demo-algorithm={arm},*"))
     if len(found) != 1:
-        raise SystemExit(f"{folder}: {len(found)} runs of {arm}, not 1; run the study, or name another --folder")
+        raise SystemExit(f"{folder}: {len(found)} runs of {arm}, not 1. Run the study, or name another --folder.")
     return found[0]
 
 
@@ -67,13 +67,13 @@ def table(folders: Sequence[Path]) -> str:
 
 
 def main() -> None:
-    """Run what is not yet there; print the table."""
+    """Run the stages that are missing; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="2 to 10 seeds")
     parser.add_argument("--steps", type=int, default=40, help="RL steps of every arm")
     parser.add_argument("--level", default="easy", help="of the demo's questions, as in `recipes.prepare demo`")
     parser.add_argument("--folder", type=Path, default=Path("ablations"), help="where the seeds' folders are made")
-    parser.add_argument("--table", action="store_true", help="run nothing, print the table of what is there")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the table of finished runs")
     arguments = parser.parse_args()
     folders = [arguments.folder / f"seed{seed}" for seed in arguments.seeds]
     for seed, folder in zip(arguments.seeds, folders, strict=True):

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on whole gold responses: `python -m recipes.sft recipe=sft_demo`.
 
-The same data, learner, validation, checkpoints and export as `rsgrpo.train`; only the update is another one. One rank
-runs in this process, several are spread by Ray.
+The same data, learner, validation, checkpoints and export as `rsgrpo.train`; only the update differs. One rank runs in
+this process, several run under Ray.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rsgrpo.running.stopping import leave_on_signals
 
 if __name__ == "__main__":
-    leave_on_signals()  # before the imports that take their time
+    leave_on_signals()  # before the slow imports
 
 from rollout.config import RolloutConfig
 from rsgrpo import cli
@@ -35,11 +35,11 @@ def sft(config: SftConfig) -> None:
     """Train one run to its last step.
 
     Raises:
-        StopRequested: a signal asked it to stop; what it had learnt is in a checkpoint.
+        StopRequested: a signal asked it to stop; a checkpoint holds its progress.
     """
     validate_sft(config)
     require_inputs(config)
-    # Read once, when torch is loaded: threads that wait must not spin on cores where others work.
+    # Read once, when torch is loaded: waiting threads must not occupy cores that others need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from recipes.answers.gold_responses import GoldResponses
     from rsgrpo.cluster.local import LocalCluster
@@ -57,7 +57,7 @@ def sft(config: SftConfig) -> None:
             gold.check(run.train_prompts)
         held_out, num_left_out = gold.groups(run.val_prompts)
         if num_left_out:
-            run.console.warning(f"val/loss leaves out {num_left_out} validation rows without a response to imitate")
+            run.console.warning(f"val/loss excludes {num_left_out} validation rows without a response to imitate")
         run.validate_if_due()
         for step in run.steps_left:
             take_step(run, step, gold, held_out)

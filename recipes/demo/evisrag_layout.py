@@ -1,4 +1,4 @@
-"""The demo's form pages as EVisRAG publishes its data: `python -m recipes.prepare mini`.
+"""The demo's form pages in EVisRAG's published layout: `python -m recipes.prepare mini`.
 
 Writes EVisRAG-Train (jsonl files beside an `images.parquet`) from the demo's rows and pages, and two test benchmarks of
 held-out pages: forms as in training, and worn copies of forms.
@@ -79,7 +79,7 @@ def write_mini(demo_data: Path, out: Path, num_questions: int, seed: int) -> dic
 
 
 def test_row(row_id: str, item: Item) -> dict[str, Any]:
-    """Return one row with the columns of EVisRAG-Test and, as the demo knows it, the gold evidence."""
+    """Return one row with the columns of EVisRAG-Test and the gold evidence, which the demo knows."""
     truth = true_reading(item)
     return {
         "qid": row_id,

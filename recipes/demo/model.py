@@ -28,8 +28,8 @@ SPECIAL_TOKENS = [
     "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 
-# Qwen's pre-tokenisation: digits stand alone, and punctuation takes the newlines that follow it, so that the ">" of a
-# tag fuses with what comes after it.
+# Qwen's pre-tokenisation: each digit is a token, and punctuation takes the newlines that follow it, so the ">" of a tag
+# fuses with what comes after it.
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

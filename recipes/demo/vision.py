@@ -1,4 +1,4 @@
-"""Teach a small vision tower to read through a linear head, before it meets a language model."""
+"""Teach a small vision tower to read through a linear head, before the language model is trained."""
 
 from __future__ import annotations
 
