@@ -109,7 +109,7 @@ def test_only_a_function_of_a_response_can_be_marked():
         (lambda *, response: 1.0, "first"),
     ):
         with pytest.raises(RewardError, match=message):
-            reward(wrong)  # type: ignore[call-overload]
+            reward(wrong)  # type: ignore[arg-type]
     with pytest.raises(RewardError, match="takes a function of the response"):
         reward(scope="<think>")  # type: ignore[call-overload]
 
