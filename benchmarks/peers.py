@@ -130,9 +130,10 @@ def run_ours(material: Material, repeats: int, *, ban: bool, watch: Any = None) 
     import numpy as np
 
     from rollout.config import InputsConfig
+    from rollout.inputs.processor import InputProcessor
     from rollout.types import Prompt
     from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
-    from rsgrpo.learning.learner import InputProcessor, Learner
+    from rsgrpo.learning.learner import Learner
     from rsgrpo.types import Sample, TrainGroup
 
     inputs = InputsConfig(min_pixels=784, max_pixels=material.max_pixels)
@@ -194,7 +195,8 @@ class Recorded:
     def __init__(self, material: Material) -> None:
         from rollout.config import InputsConfig
         from rollout.inputs.processor import InputProcessor
-        from rollout.types import Prompt
+        from rollout.inputs.processor import InputProcessor
+    from rollout.types import Prompt
 
         self.material, self.scored_at = material, 0.0
         inputs = InputProcessor(material.path, InputsConfig(min_pixels=784, max_pixels=material.max_pixels))

@@ -317,7 +317,8 @@ def _whole_response(scored: Sequence[ScoredGroup], kind: Advantage, weights_K: S
 def _summed_advantages(scored: ScoredGroup, weights_K: Sequence[float]) -> np.ndarray:
     """GDPO's first half (arXiv 2601.05242): every reward standardised in its group, then the weighted sum."""
     scores_GK = np.array([[np.nan if s is None else s for s in scores_K] for scores_K in scored.scores_GK], dtype=float)
-    return np.stack([standardise(scores_G) for scores_G in scores_GK.T], axis=1) @ np.asarray(weights_K, dtype=float)
+    advantages_KG = np.stack([standardise(scores_G) for scores_G in scores_GK.T])
+    return np.asarray(np.asarray(weights_K, dtype=float) @ advantages_KG)
 
 
 def _whitened(advantages_PG: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -109,6 +109,6 @@ def test_it_runs_in_an_environment_that_has_nothing(tmp_path: Path) -> None:
 
 
 def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.9.1")
+    monkeypatch.setattr("platform.python_version", lambda: "3.9.1")
     assert doctor._python().status == "fail"
     assert sys.version_info >= (3, 11)

@@ -35,7 +35,7 @@ from rsgrpo.records.tracking import read_metrics
 from rsgrpo.running.checkpoint import CheckpointFolder
 from rsgrpo.train import train
 from tests.material import ROOT
-from tests.material.training import write_rows
+from tests.material.training import write_rewards, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,11 @@ def rows(tmp_path_factory, page_images) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", page_images)
 
 
-@pytest.fixture
-def config(tmp_path, rows, tiny_model_path) -> TrainConfig:
+def config_of(output_dir: Path, rows: Path, model_path: str) -> TrainConfig:
     """Two steps of two prompts with four rollouts; `length` has signal even on a random model."""
     return TrainConfig(
         name="run",
-        output_dir=str(tmp_path),
+        output_dir=str(output_dir),
         total_steps=2,
         rewards={
             "accuracy": "rewards.evisrag:accuracy",
@@ -66,7 +65,7 @@ def config(tmp_path, rows, tiny_model_path) -> TrainConfig:
         },
         reward_args={"overlong": {"min_tokens": 4, "max_tokens": 24, "buffer_tokens": 8}},
         monitors={"marked": "rewards.evisrag:marked_rate"},
-        model=ModelConfig(path=tiny_model_path),
+        model=ModelConfig(path=model_path),
         data=DataConfig(train=str(rows), val=str(rows)),
         inputs=InputsConfig(min_pixels=784, max_pixels=50_176, max_prompt_tokens=400),
         rollout=RolloutConfig(group_size=4, max_response_tokens=24, num_threads=1),
@@ -81,17 +80,39 @@ def config(tmp_path, rows, tiny_model_path) -> TrainConfig:
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def own_reward(tmp_path_factory, monkeypatch):
-    """A user's reward in a module of its own, with signal on random text."""
+@pytest.fixture
+def config(tmp_path, rows, tiny_model_path) -> TrainConfig:
+    return config_of(tmp_path, rows, tiny_model_path)
+
+
+@pytest.fixture(scope="module")
+def whole(ray_cluster, own_rewards, rows, tiny_model_path, tmp_path_factory) -> TrainConfig:
+    """The undisturbed run that others are compared with: five steps, a checkpoint after every second, an export."""
+    config = config_of(tmp_path_factory.mktemp("whole"), rows, tiny_model_path)
+    config = variant(config, total_steps=5, checkpoint=dataclasses.replace(config.checkpoint, every=2, export=True))
+    train(config)
+    return config
+
+
+def copied(whole: TrainConfig, output_dir: Path) -> TrainConfig:
+    """Return the whole run in a folder of its own."""
+    shutil.copytree(whole_folder(whole), output_dir / whole.name, symlinks=True)
+    return variant(whole, output_dir=str(output_dir))
+
+
+def whole_folder(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / config.name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_rewards(tmp_path_factory):
+    """A user's rewards in a module of its own, with signal on random text."""
     folder = tmp_path_factory.mktemp("rewards")
-    (folder / "tests_rewards_for_train.py").write_text(
-        "from rewards.api import Response, reward\n\n\n@reward\ndef vowels(response: Response) -> float:\n"
-        "    return sum(c in 'aeiou' for c in response.text) / 10\n\n\n@reward\n"
-        "def fails(response: Response) -> float:\n    raise LookupError('no such page')\n"
-    )
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    write_rewards(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+        yield
 
 
 def metrics_of(config: TrainConfig) -> list[dict]:
@@ -117,13 +138,10 @@ def as_command(config: TrainConfig, tmp_path: Path) -> list[str]:
     return [sys.executable, "-m", "rsgrpo.train", "--config-dir", str(recipe.parent.parent), "recipe=mine", *only]
 
 
-def test_a_run_leaves_metrics_rollouts_checkpoints_export_and_report(ray_cluster, config):
-    config = variant(config, checkpoint=dataclasses.replace(config.checkpoint, export=True))
-    train(config)
-    folder = Path(config.output_dir) / "run"
-    steps = [row["step"] for row in metrics_of(config)]
-    assert steps == [0, 1, 2, 2]
-    rows = metrics_of(config)
+def test_a_run_leaves_metrics_rollouts_checkpoints_export_and_report(whole):
+    folder = whole_folder(whole)
+    rows = metrics_of(whole)
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
     assert {"val/greedy/accuracy", "val/sampled/vowels", "val/sampled/marked"} - set(rows[0]) <= {"val/sampled/marked"}
     for key in (
         "actor/loss",
@@ -134,32 +152,42 @@ def test_a_run_leaves_metrics_rollouts_checkpoints_export_and_report(ray_cluster
     ):
         assert key in rows[1], key
     assert rows[1]["actor/mismatch_max"] < 1e-4
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["latest", "step_000001", "step_000002"]
+    checkpoints = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"latest", "step_000004", "step_000005"} <= checkpoints  # the newest two, and the best of all
+    assert len(checkpoints) <= 4
     assert (folder / "report.html").stat().st_size > 10_000
     assert (folder / "rollouts" / "step_000002.parquet").exists()
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     exported = AutoModelForImageTextToText.from_pretrained(folder / "export").state_dict()
-    started = AutoModelForImageTextToText.from_pretrained(config.model.path).state_dict()
+    started = AutoModelForImageTextToText.from_pretrained(whole.model.path).state_dict()
     changed = [name for name in started if not np.array_equal(started[name].numpy(), exported[name].numpy())]
     assert any("layers.0" in name for name in changed)
     assert not any("visual" in name for name in changed)
     AutoProcessor.from_pretrained(folder / "export")
 
 
-def test_stopping_and_resuming_gives_the_same_metrics_bit_for_bit(ray_cluster, config):
+def test_resuming_with_surplus_groups_gives_the_same_metrics_bit_for_bit(ray_cluster, config):
     # A filter that refuses some groups makes surplus, which must survive too.
-    filtered = dataclasses.replace(
-        config.algorithm, filter=FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
-    )
-    config = variant(config, algorithm=filtered, total_steps=4)
-    whole, parts = variant(config, name="whole"), variant(config, name="parts")
-    train(whole)
-    train(variant(parts, total_steps=2))
-    train(parts)
-    # The run of two steps validated at its last step, as the other did: 2 is a multiple of validation.every.
-    assert metrics_of(parts) == metrics_of(whole)
-    assert len(metrics_of(whole)) == 7
+    filtered = FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
+    checkpoint = dataclasses.replace(config.checkpoint, keep_last=9, keep_best=0)
+    algorithm = dataclasses.replace(config.algorithm, filter=filtered)
+    config = variant(config, algorithm=algorithm, total_steps=4, checkpoint=checkpoint)
+    train(config)
+    rows = metrics_of(config)
+    assert len(rows) == 7
+    forget_after(config, 2)
+    train(config)
+    assert metrics_of(config) == rows
+
+
+def forget_after(config: TrainConfig, step: int) -> None:
+    """Remove the checkpoints after a step, as if the run had been killed before it wrote them."""
+    folder = whole_folder(config) / "checkpoints"
+    for checkpoint in folder.glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    (folder / "latest").unlink()
 
 
 def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cluster, config):
@@ -174,53 +202,49 @@ def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cl
     assert [row["rollout/oldest_weights_version"] for row in whole] == [0, 0, 1, 2]
     assert whole[0]["actor/mismatch_max"] < 1e-4 < whole[1]["actor/mismatch_max"]
     # Taken up after step 2: the batch of step 3 was sampled with version 1, which is gone; the checkpoint holds it.
-    for step in (3, 4):
-        shutil.rmtree(Path(config.output_dir) / "run" / "checkpoints" / f"step_{step:06d}")
-    (Path(config.output_dir) / "run" / "checkpoints" / "latest").unlink()
+    forget_after(config, 2)
     train(config)
     assert metrics_of(config) == whole
 
 
-def test_a_finished_run_is_not_trained_again(ray_cluster, config, capsys):
-    train(variant(config, total_steps=1))
-    before = metrics_of(config)
-    train(variant(config, total_steps=1))
-    assert metrics_of(config) == before
+def test_a_finished_run_is_not_trained_again(whole, tmp_path):
+    again = copied(whole, tmp_path)
+    train(again)
+    assert metrics_of(again) == metrics_of(whole)
 
 
-def test_resume_never_refuses_a_folder_that_holds_a_run(ray_cluster, config):
-    train(variant(config, total_steps=1))
-    never = dataclasses.replace(config.checkpoint, resume="never")
+def test_resume_never_refuses_a_folder_that_holds_a_run(whole):
+    never = dataclasses.replace(whole.checkpoint, resume="never")
     with pytest.raises(RsgrpoError, match=r"already holds a run, and checkpoint.resume=never"):
-        train(variant(config, checkpoint=never))
+        train(variant(whole, checkpoint=never))
 
 
-def test_two_learner_ranks_take_the_same_first_step_as_one(ray_cluster, config):
-    one = variant(config, name="one", total_steps=1)
-    two = variant(
-        config, name="two", total_steps=1, learner=dataclasses.replace(config.learner, num_ranks=2),
-    )  # fmt: skip
-    train(one)
+def assert_close(row: dict, wanted: dict) -> None:
+    assert row.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert row[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+def learning_rows(config: TrainConfig) -> list[dict]:
+    return [row for row in metrics_of(config) if "actor/loss" in row]
+
+
+def test_two_learner_ranks_take_the_same_first_step_as_one(whole, config):
+    two = variant(config, total_steps=1, learner=dataclasses.replace(config.learner, num_ranks=2))
     train(two)
-    for row_one, row_two in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert row_one.keys() == row_two.keys()
-        for key, value in row_one.items():
-            assert row_two[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+    (row,) = learning_rows(two)
+    assert_close(row, learning_rows(whole)[0])
 
 
-def test_a_run_resumes_on_another_number_of_ranks(ray_cluster, config):
-    whole = variant(config, name="whole")
-    train(whole)
-    train(variant(config, name="parts", total_steps=1))
-    train(variant(config, name="parts", learner=dataclasses.replace(config.learner, num_ranks=2)))
-    steps_whole, steps_parts = (
-        [row for row in metrics_of(variant(config, name=name)) if "actor/loss" in row] for name in ("whole", "parts")
-    )
-    assert len(steps_whole) == len(steps_parts) == 2
-    for row_whole, row_parts in zip(steps_whole, steps_parts, strict=True):
-        assert row_whole.keys() == row_parts.keys()
-        for key, value in row_whole.items():
-            assert row_parts[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+def test_a_run_resumes_on_another_number_of_ranks(whole, tmp_path):
+    parts = copied(whole, tmp_path)
+    newest = max(step for step in (2, 4) if (whole_folder(parts) / "checkpoints" / f"step_{step:06d}").exists())
+    forget_after(parts, newest)
+    parts = variant(parts, total_steps=newest + 1, learner=dataclasses.replace(parts.learner, num_ranks=2))
+    train(parts)
+    rows = learning_rows(parts)
+    assert rows[:newest] == learning_rows(whole)[:newest]
+    assert_close(rows[newest], learning_rows(whole)[newest])
 
 
 def test_a_kl_term_brings_a_reference(ray_cluster, config):
@@ -259,10 +283,9 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout_s:
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_stopped_from_outside_goes_on_bit_for_bit(config, tmp_path, how):
-    config = variant(config, total_steps=5, checkpoint=dataclasses.replace(config.checkpoint, every=2))
-    stopped, whole = variant(config, name="stopped"), variant(config, name="whole")
-    command = as_command(stopped, tmp_path / "a")
+def test_a_run_that_is_stopped_from_outside_resumes_bit_for_bit(whole, tmp_path, how):
+    stopped = variant(whole, output_dir=str(tmp_path), name="stopped")
+    command = as_command(stopped, tmp_path)
     with subprocess.Popen(
         command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -277,8 +300,7 @@ def test_a_run_that_is_stopped_from_outside_goes_on_bit_for_bit(config, tmp_path
         assert newest.step >= 3
     else:
         assert newest.step in (2, 4)
-    for run, folder in ((stopped, "a"), (whole, "b")):
-        subprocess.run(as_command(run, tmp_path / folder), cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=300)
     assert metrics_of(stopped) == metrics_of(whole)
 
 

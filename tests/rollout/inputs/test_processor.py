@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoProcessor
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize as qwen_smart_resize
 
 from rollout.config import ConfigError, InputsConfig
-from rollout.inputs.images import check_decodes, decode, file_of, local_source, read_size, smart_resize
-from rollout.inputs.processor import InputProcessor, InputsError, PromptError
+from rollout.inputs.images import PromptError, check_decodes, decode, file_of, local_source, read_size, smart_resize
+from rollout.inputs.processor import InputProcessor, InputsError
 from rollout.types import Prompt
 
 SMALL = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)

@@ -76,7 +76,7 @@ def test_weights_of_two_fsdp_ranks_arrive_whole(engine, attentive_model_path, pr
     ours, theirs = context.Pipe()
     serving = threading.Thread(target=serve, args=(engine, ours), daemon=True)
     serving.start()
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined,unused-ignore]
     ranks = [
         context.Process(
             target=learner_rank, args=(rank, store.port, attentive_model_path, theirs if rank == 0 else None)
@@ -109,7 +109,7 @@ def learner_rank(rank, port, model_path, connection):
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined,unused-ignore]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model = reference_model(model_path, seed=6)
     mesh = init_device_mesh("cpu", (2,))

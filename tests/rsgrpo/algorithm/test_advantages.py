@@ -10,7 +10,8 @@ import pytest
 
 from rewards.api import Credit, Span
 from rollout.types import Prompt, Rollout, RolloutGroup
-from rsgrpo.algorithm.advantages import centre, credit_group, leave_one_out, standardise, term_names, term_weights
+from rsgrpo.algorithm.advantages import credit_group, term_names, term_weights
+from rsgrpo.algorithm.baselines import centre, leave_one_out, standardise
 from rsgrpo.types import ScoredGroup
 from tests.material import DATA
 

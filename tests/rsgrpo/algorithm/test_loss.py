@@ -47,7 +47,8 @@ def test_the_clipped_surrogate_by_hand(ratio, advantage, dual_clip, loss, clippe
     found_KN, clipped_KN = clipped_surrogate(
         torch.tensor([ratio]).log(), torch.tensor([[advantage]]), clip_low=0.2, clip_high=0.28, dual_clip=dual_clip
     )
-    assert (found_KN.item(), clipped_KN.item()) == (pytest.approx(loss, rel=1e-6), clipped)
+    assert found_KN.item() == pytest.approx(loss, rel=1e-6)
+    assert clipped_KN.item() == clipped
 
 
 def test_log_ratios_are_clamped_at_twenty():

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import rsgrpo.data.checked_images as module
 from rsgrpo.data.checked_images import CHECKED_FILE, CheckedImages
 
 
@@ -50,7 +49,7 @@ def test_a_changed_image_is_decoded_again(tmp_path, page, change, monkeypatch):
     elif change == "time":
         os.utime(page, ns=(1, 1))
     else:
-        monkeypatch.setattr(module.PIL, "__version__", "0.1")
+        monkeypatch.setattr("PIL.__version__", "0.1")
     again = CheckedImages(tmp_path / CHECKED_FILE)
     assert ("cannot be read" in again.fault_of(str(page))) == (change == "content")
     assert counts(again) == (1, 0)
