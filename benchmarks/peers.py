@@ -195,8 +195,7 @@ class Recorded:
     def __init__(self, material: Material) -> None:
         from rollout.config import InputsConfig
         from rollout.inputs.processor import InputProcessor
-        from rollout.inputs.processor import InputProcessor
-    from rollout.types import Prompt
+        from rollout.types import Prompt
 
         self.material, self.scored_at = material, 0.0
         inputs = InputProcessor(material.path, InputsConfig(min_pixels=784, max_pixels=material.max_pixels))
