@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -61,13 +61,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine is told beside its settings.
+    """What an engine is told in addition to its settings.
 
     num_threads: CPU threads; 0 takes `rollout.num_threads`.
-    device: "cpu", "cuda", or "auto" for CUDA where there is any (vLLM: for what it was built for).
+    device: "cpu", "cuda", or "auto" for CUDA if present (vLLM: for the device that it was built for).
     revision, trust_remote_code: of the model.
     colocated: a learner works on the same devices.
-    lora_rank: > 0 makes vLLM ready to be sent adapters of that rank in place of whole weights.
+    lora_rank: > 0 prepares vLLM for adapters of that rank, sent in place of whole weights.
     name: of the engine in vLLM's errors.
     """
 
@@ -79,12 +79,15 @@ class EngineOptions:
     lora_rank: int = 0
     name: str = "engine"
 
-
-DEFAULT_OPTIONS = EngineOptions()
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keywords of every `from_pretrained`; no revision is the hub's default branch."""
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"trust_remote_code": self.trust_remote_code, **revision}
 
 
 def check_sampling(sampling: SamplingParams) -> None:
-    """Refuse values that no engine can sample with."""
+    """Raise EngineError for values that no engine can sample with."""
     limits = {
         "group_size must be >= 1": sampling.group_size >= 1,
         "temperature must be >= 0 (0 is greedy)": sampling.temperature >= 0,

@@ -1,6 +1,6 @@
 """The errors that a user can fix, and how a program ends with one. Standard library only.
 
-Their class decides a program's exit code, the same for every command: see docs/reference/configuration.md.
+The class of an error decides the exit code, in the same way for every command.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 MAX_LISTED = 10
-"""Items that a message lists before it counts the rest."""
+"""Number of items that a message lists before it counts the rest."""
 
 
 class RsgrpoError(Exception):
     """Base of every error that a user can fix; its text names the value, the limit and the fix.
 
-    By itself it is a failure of the work: something that could not be known before it began.
+    Raised directly, it is a failure that could not be known before the work began.
     """
 
     exit_code = RUN_ERROR
 
 
 class SourceBroke(RsgrpoError):
-    """Rows that are read while a run trains come no more: nothing is wrong with the run, and it can go on later."""
+    """The source of rows that are streamed during training failed; the run itself is fine and can be resumed."""
 
 
 class InputError(RsgrpoError):
-    """What the user gave cannot work (a setting, rows, a reward, a model, a file), and nothing has been started."""
+    """The input cannot work (a setting, rows, a reward, a model, a file), and nothing has been started."""
 
     exit_code = USER_ERROR
 
@@ -49,13 +49,13 @@ def listed(items: Sequence[str], limit: int = MAX_LISTED) -> str:
 
 
 def run_program(work: Callable[[], int | None], *, kept: str = "", extras: Mapping[str, str] | None = None) -> int:
-    """Run a command line program's work and return its exit code; an error of the user's becomes one message.
+    """Run a command-line program's work and return its exit code; a user error becomes one message.
 
     Exit codes: what `work` returns (None is 0), 2 for wrong input, 1 for a failure, 130 after Ctrl-C.
 
     Args:
         kept: what a Ctrl-C leaves behind, such as "answers so far are kept; run the same command to resume".
-        extras: of an optional package, by import name, the extra of this project that installs it.
+        extras: import name of an optional package -> the extra of this project that installs it.
     """
     try:
         code = work() or 0
@@ -69,10 +69,10 @@ def run_program(work: Callable[[], int | None], *, kept: str = "", extras: Mappi
             raise
         install = f'install the extra, for example with `pip install -e ".[{extra}]"`'
         return _ended(f"error: {error.name} is not installed; {install}", USER_ERROR)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a place that cannot be read or written: its text names it
+    except OSError as error:  # its text names the path that cannot be read or written
         return _ended(f"error: {error}", RUN_ERROR)
     except KeyboardInterrupt:
         return _ended(f"Stopped; {kept}." if kept else "Stopped.", INTERRUPTED)

@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and JSON lines with the line number of what is wrong in them.
+"""Atomic file writes, and JSON lines whose errors carry line numbers. Standard library only.
 
-Every writer of this project replaces a file through `replaced`, so that a kill, a full disk or a power cut leaves the
-old content or the new one, never a part. Standard library only.
+Every writer of this project goes through `replaced`, so that a kill, a full disk or a power cut leaves either the old
+content or the new one, never a part of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rollout.errors import InputError
 def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; leaving without an exception makes its file the content of `path`.
 
-    The data reaches the disk before the name does. After an exception `path` is as it was and the temporary is gone.
+    The data is on the disk before the rename. After an exception `path` is unchanged and the temporary file is deleted.
 
     >>> with replaced(folder / "scores.json") as unfinished:
     ...     unfinished.write_text("{}")
@@ -40,19 +40,19 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the content of a UTF-8 text file in one move."""
+    """Replace the content of a UTF-8 text file atomically."""
     with replaced(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the content of a file in one move."""
+    """Replace the content of a file atomically."""
     with replaced(path) as unfinished:
         unfinished.write_bytes(content)
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -79,7 +79,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
 
 
 def json_object(text: bytes | str, where: str) -> dict[str, Any]:
-    """Return the JSON object in `text`, a byte order mark aside.
+    """Return the JSON object in `text`, ignoring a byte order mark.
 
     Raises:
         InputError: it is not one; the message begins with `where`.
@@ -94,10 +94,10 @@ def json_object(text: bytes | str, where: str) -> dict[str, Any]:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Return what a JSON text says, a byte order mark aside.
+    """Return the value of a JSON text, ignoring a byte order mark.
 
     Raises:
-        ValueError: it is broken, or its texts cannot be written again; the message says how and where.
+        ValueError: it is invalid, or its strings cannot be encoded again; the message says how and where.
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text

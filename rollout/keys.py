@@ -1,4 +1,4 @@
-"""Configuration keys: default, help and bounds beside each field, and the check that reads them. Standard library only.
+"""Configuration keys: default, help and bounds beside each field, and the check of values. Standard library only.
 
     @dataclass(frozen=True)
     class InputsConfig:
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Key:
     """What is known about one key.
 
-    help: one sentence or two. ge, gt, le, lt: bounds of a number; None does not bound. off: a value outside of them
-    that is allowed as well and switches the feature off. one_of: the only values allowed; empty allows all.
+    help: one or two sentences. ge, gt, le, lt: bounds of a number; None is unbounded. off: one further value, outside
+    the bounds, that switches the feature off. one_of: the only values allowed; empty allows all.
     """
 
     default: Any
@@ -46,7 +46,7 @@ class Key:
 
     @property
     def bounds(self) -> str:
-        """Return the bounds in words, such as ">= 1", "in (0, 1]" or "0 (off) or > 1"; "" where there are none."""
+        """Return the bounds in words, such as ">= 1", "in (0, 1]" or "0 (off) or > 1"; "" if there are none."""
         low, high = (self.ge if self.gt is None else self.gt), (self.le if self.lt is None else self.lt)
         if low is not None and high is not None:
             text = f"in {'[' if self.gt is None else '('}{low:g}, {high:g}{']' if self.lt is None else ')'}"
@@ -80,19 +80,9 @@ class Key:
             require(holds, f"{name} must be {self.bounds}, got {value:g}")
 
 
-def key(
-    default: T,
-    help: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    lt: float | None = None,
-    off: float | None = None,
-    one_of: Collection[Any] = (),
-) -> T:
-    """Return a dataclass field with a default, what it means, and its bounds (see `Key`)."""
-    about = {"key": Key(default, help, ge, gt, le, lt, off, one_of)}
+def key(default: T, help: str, **bounds: Any) -> T:
+    """Return a dataclass field with a default, its meaning, and its bounds: ge, gt, le, lt, off, one_of of `Key`."""
+    about = {"key": Key(default, help, **bounds)}
     if isinstance(default, (list, dict)):
         return typing.cast(T, dataclasses.field(default_factory=default.copy, metadata=about))
     return dataclasses.field(default=default, metadata=about)
@@ -141,7 +131,7 @@ def keys_of(schema: type) -> Mapping[str, Key]:
 def check(config: object, mounted_at: str = "") -> None:
     """Raise ConfigError for the first key of a dataclass whose value is not allowed.
 
-    mounted_at: dotted path of the dataclass in the configuration, which messages name the key by.
+    mounted_at: dotted path of the dataclass in the configuration, for messages.
     """
     for name, about in keys_of(type(config)).items():
         about.check(f"{mounted_at}.{name}".lstrip("."), getattr(config, name))
@@ -149,13 +139,13 @@ def check(config: object, mounted_at: str = "") -> None:
 
 @contextmanager
 def named(options: Mapping[str, str]) -> Iterator[None]:
-    """Make errors name settings as the user of a command line wrote them.
+    """Make errors name settings as a command line calls them.
 
     >>> with named({"inputs.max_images": "--max-images"}):
     ...     InputsConfig(max_images=-1)
     ConfigError: --max-images must be >= 0, got -1
 
-    Where a message gives a key with a value (`rollout.engine=hf`), the option is given it too (`--engine hf`).
+    A key with a value in a message (`rollout.engine=hf`) becomes the option with its value (`--engine hf`).
     """
     try:
         yield
@@ -165,7 +155,7 @@ def named(options: Mapping[str, str]) -> Iterator[None]:
 
 
 def as_named(text: str, options: Mapping[str, str]) -> str:
-    """Return a message with the keys in it replaced by the names that `options` has for them."""
+    """Return a message in which keys are replaced by their names in `options`."""
     known = "|".join(re.escape(name) for name in sorted(options, key=len, reverse=True))
     return re.sub(
         rf"(?<![\w./-])({known})(?![\w-]|\.\w)(=(?=\S))?",
@@ -187,6 +177,6 @@ def at_least(limit: float, **values: float) -> None:
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return "; did you mean X?", or nothing when no known word is close."""
+    """Return "; did you mean X?", or "" if no known word is close."""
     best = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {best[0]}?" if best else ""

@@ -17,13 +17,11 @@ from rollout.worker import WorkerError, WorkerHandle, worker_error
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-"""How often a wait looks up: for a request to stop, for a worker that is late."""
-
+"""Interval at which a wait checks for a request to stop and for late workers."""
 SYNCS_IN_FLIGHT = 2
 """Chunks of weights in flight at once: one is copied while the next travels."""
-
 CLOSE_TIMEOUT_S = 10.0
-"""How long a worker may take to end its engine's processes before it is killed."""
+"""Time that a worker has to stop its engine's processes before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class Supervision:
     """How lost workers are replaced.
 
     start: starts the worker of an index, as at the beginning. send: gives workers the current weights; raises
-    WorkerError. max_restarts: consecutive failures tolerated, without a batch that succeeded between them.
+    WorkerError. max_restarts: consecutive failures tolerated; a batch that succeeds resets the count.
     """
 
     start: Callable[[int], WorkerHandle]
@@ -41,7 +39,7 @@ class Supervision:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A piece of work in progress: which worker has it, what is still to come, and when it is late (monotonic)."""
+    """A piece of work in progress: its worker, the prompts left, and when it is late (monotonic seconds)."""
 
     worker: WorkerHandle
     left: dict[str, Prompt]
@@ -57,8 +55,8 @@ class RolloutPool:
     ) -> None:
         """Take workers that have been started.
 
-        timeout_s: the longest that a worker may take for one piece of work, start-up included.
-        supervision: None: any failure ends the work.
+        timeout_s: limit of one piece of work of one worker, start-up included.
+        supervision: None lets any failure end the work.
         """
         assert workers, "a pool needs a worker"
         self.workers = list(workers)
@@ -72,14 +70,14 @@ class RolloutPool:
     ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in any order, as they finish.
 
-        The prompts are cut into the same pieces every time, so that results do not depend on which worker is faster.
-        When a worker is lost, what it had not finished is sampled again.
+        The prompts are always cut into the same pieces, so that results do not depend on which worker is faster. What a
+        lost worker had not finished is sampled again.
 
         Args:
             check: called while waiting; raises to give up.
 
         Raises:
-            WorkerError: a worker raised, or was lost too often; names it and the cause.
+            WorkerError: a worker raised, or was lost too often; names the worker and the cause.
         """
         pieces = deque(self._pieces(prompts, sampling.group_size))
         idle = deque(self.workers)
@@ -121,27 +119,20 @@ class RolloutPool:
         while waiting := [worker for worker in self.workers if worker.index not in answers]:
             for work in [self._start(worker, prompts, sampling) for worker in waiting]:
                 try:
-                    groups = {group.prompt.id: group for group in self._groups_of(work)}
-                    answers[work.worker.index] = [groups[prompt.id] for prompt in prompts]
+                    if not ray.wait([work.stream.completed()], timeout=max(0.0, work.late_at - time.monotonic()))[0]:
+                        raise self._late(work.worker, "sampling")
+                    groups = [self._get(work.worker, ref, "sampling") for ref in work.stream]
+                    by_id = {group.prompt.id: group for group in groups}
+                    answers[work.worker.index] = [by_id[prompt.id] for prompt in prompts]
                 except WorkerError as error:
                     self.replace([work.worker], error)
         return [answers[worker.index] for worker in self.workers]
-
-    def _groups_of(self, work: _Running) -> Iterator[RolloutGroup]:
-        while True:
-            if not ray.wait([work.stream], timeout=max(0.0, work.late_at - time.monotonic()))[0]:
-                raise self._late(work.worker, "sampling")
-            try:
-                ref = next(work.stream)
-            except StopIteration:
-                return
-            yield self._get(work.worker, ref, "sampling")
 
     def replace(self, lost: Sequence[WorkerHandle], error: WorkerError) -> list[WorkerHandle]:
         """Restart lost workers and give them the current weights.
 
         Raises:
-            WorkerError: `error`, when a restart would not help or has not helped `max_restarts` times.
+            WorkerError: `error`, if a restart cannot help or has failed `max_restarts` times.
         """
         supervision = self._supervision
         while True:
@@ -149,8 +140,8 @@ class RolloutPool:
                 raise error
             if self._failures_in_a_row >= supervision.max_restarts:
                 raise WorkerError(
-                    f"{error}\nThis is failure {supervision.max_restarts + 1} in a row, and "
-                    f"rollout.max_restarts={supervision.max_restarts}; restarting the engines did not help.",
+                    f"{error}\nThis is consecutive failure {supervision.max_restarts + 1}, and rollout.max_restarts is "
+                    f"{supervision.max_restarts}: restarting the engines did not help.",
                     error.cause,
                 )
             self._failures_in_a_row += 1
@@ -182,7 +173,7 @@ class RolloutPool:
         failure: WorkerError | None = None
         for chunk in chunks:
             if failure is not None:
-                continue  # the chunks are gathered from several ranks, which must all reach the end
+                continue  # several ranks gather the chunks and must all reach the end
             ref = chunk if isinstance(chunk, ray.ObjectRef) else ray.put(chunk)
             in_flight.append([worker.actor.load_weights.remote(ref) for worker in workers])
             try:
@@ -207,7 +198,7 @@ class RolloutPool:
         return self._call("stats")
 
     def sleep(self) -> None:
-        """Let engines on a learner's devices give up memory; those that fail are replaced."""
+        """Let engines on a learner's devices release memory; those that fail are replaced."""
         self._call_or_replace("sleep")
 
     def wake(self, part: str) -> None:
@@ -232,7 +223,7 @@ class RolloutPool:
         self._stop(self.workers)
 
     def _stop(self, workers: Sequence[WorkerHandle]) -> None:
-        """End engines with processes of their own in an orderly way, if they still can; then kill the workers."""
+        """Let engines stop their own processes if they still can; then kill the workers."""
         closing = [worker.actor.close.remote() for worker in workers if worker.has_processes]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
@@ -240,7 +231,7 @@ class RolloutPool:
             ray.kill(worker.actor)
 
     def _pieces(self, prompts: Sequence[Prompt], group_size: int) -> list[Sequence[Prompt]]:
-        """Cut the prompts into equal shares per worker, none over what its engine samples at once."""
+        """Cut the prompts into equal shares per worker, none larger than what its engine samples at once."""
         at_once = min(worker.max_batch_sequences for worker in self.workers) // group_size
         num_prompts = max(1, min(at_once, -(-len(prompts) // len(self.workers))))
         return [prompts[start : start + num_prompts] for start in range(0, len(prompts), num_prompts)]

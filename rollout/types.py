@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rollout.packed import PackedImage
 
 ImageSource = str | bytes | PackedImage
-"""One page image: a path, its compressed bytes (png, jpeg, ...), or where these lie. Never a pixel tensor."""
+"""One page image: a path, its compressed bytes (png, jpeg, ...), or a reference to them. Never a pixel tensor."""
 
 FinishReason = Literal["stop", "length"]
 
@@ -19,9 +19,9 @@ class Prompt:
     """One question over page images.
 
     id: unique and stable in its data set; it seeds sampling.
-    text: the user message with one `<image>` where each image stands.
-    images: as many as `text` has `<image>`.
-    truth: gold columns of the row; carried untouched to the rewards.
+    text: the user message with one `<image>` at the position of each image.
+    images: one per `<image>` in `text`.
+    truth: gold columns of the row, passed unchanged to the rewards.
     question: the bare question, for judges and reports.
     system: the system message; "" leaves it to the chat template.
     """
@@ -42,7 +42,7 @@ class SamplingParams:
     temperature: 0 is greedy.
     top_p, top_k: 1.0 and 0 are off.
     max_tokens: response limit, end-of-text included.
-    seed: with the prompt's id and the rollout's index it fixes every random draw of the embedded engine.
+    seed: fixes, with the prompt's id and the rollout's index, every random draw of the embedded engine.
     """
 
     group_size: int = 1

@@ -1,6 +1,6 @@
-"""Engines as Ray actors, each in a process of its own, and how a learner reaches them to send weights.
+"""Engines as Ray actors, each in its own process, and how a learner reaches them to send weights.
 
-Which worker samples what, and what happens when one fails, is in `rollout.pool`.
+`rollout.pool` spreads work over them and handles their failures.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rollout.vllm.peers import Peer
     from rollout.vllm.weights_out import WeightSender
 
-
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -46,21 +45,20 @@ class WorkerError(RsgrpoError):
 
 
 def worker_error(who: str, what: str, error: ray.exceptions.RayError, *, replaceable: bool = False) -> WorkerError:
-    """Return what Ray raised for a call as one message: which actor, doing what, and why.
+    """Turn Ray's exception into one message: which actor failed, doing what, and why.
 
-    An error that a user can fix says everything in its message; any other needs the remote traceback.
+    The message of a RsgrpoError is complete; any other error needs the remote traceback.
     """
     if not isinstance(error, ray.exceptions.RayTaskError):
         return WorkerError(f"{who} died in {what}: {error}", error, is_lost=replaceable)
     cause = error.cause if isinstance(error.cause, Exception) else error
     reason = str(cause) if isinstance(cause, RsgrpoError) else f"{type(cause).__name__}\n{str(error).strip()}"
-    return WorkerError(
-        f"{who} failed in {what}: {reason}", cause, is_lost=replaceable and isinstance(cause, EngineFailed)
-    )
+    is_lost = replaceable and isinstance(cause, EngineFailed)
+    return WorkerError(f"{who} failed in {what}: {reason}", cause, is_lost=is_lost)
 
 
 def enter_folder(folder: str) -> None:
-    """Make relative paths mean what they mean to the driver: on a cluster that it joined, a worker starts elsewhere.
+    """Change to the driver's folder, so that relative paths agree: on a joined cluster a worker starts elsewhere.
 
     Raises:
         ConfigError: this node has no such folder.
@@ -69,13 +67,13 @@ def enter_folder(folder: str) -> None:
         os.chdir(folder)
     except OSError as error:
         raise ConfigError(
-            f"node {socket.gethostname()} has no folder {folder} ({error.strerror}), in which the run was started. "
-            "Share it between the nodes under the same path."
+            f"node {socket.gethostname()} has no folder {folder} ({error.strerror}), where the run was started. Share "
+            "it between the nodes under the same path."
         ) from None
 
 
 class RolloutWorker:
-    """One engine in a process of its own."""
+    """One engine in its own process."""
 
     def __init__(
         self,
@@ -86,7 +84,7 @@ class RolloutWorker:
         engine_options: Mapping[str, Any] | None = None,
         folder: str = ".",
     ) -> None:
-        """Build the engine; the first call that needs it raises why it could not be built.
+        """Build the engine; a failure is raised by the first call that needs the engine.
 
         engine_options: further keywords of `build_engine`. folder: where relative paths start.
         """
@@ -96,39 +94,30 @@ class RolloutWorker:
         try:
             enter_folder(folder)
             self._engine = build_engine(model_path, rollout, inputs, **(engine_options or {}))
-        except RsgrpoError as error:  # raised from here, Ray would pass on a traceback in place of the error
+        except RsgrpoError as error:  # raised here, Ray would deliver a traceback instead of the error
             self._failure = error
 
     @property
     def engine(self) -> Engine:
-        """The engine.
-
-        Raises:
-            RsgrpoError: it could not be built.
-        """
+        """The engine; raises RsgrpoError where it could not be built."""
         if self._failure is not None:
             raise self._failure
         return self._engine
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
-        """Stream groups as the engine finishes them."""
         yield from self.engine.generate(prompts, sampling)
 
     def load_weights(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Pass one chunk of weights on to the engine."""
         self.engine.load_weights(named_tensors)
 
     def finish_weights(self, version: int) -> None:
-        """All weights of `version` have arrived."""
         self.engine.finish_weights(version)
 
     @ray.method(concurrency_group="control")
     def ping(self) -> dict[str, Any]:
         """Describe this worker, also while it samples.
 
-        Returns:
-            index, pid, host, backend (`Engine.backend`), weights_version, rss_mb (its peak, and what further processes
-            of its engine use now).
+        rss_mb: its own peak plus the current memory of its engine's other processes.
         """
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
         return {
@@ -147,26 +136,25 @@ class RolloutWorker:
 
     @ray.method(concurrency_group="control")
     def close(self) -> None:
-        """Free the engine, if there is one."""
         if self._failure is None:
             self._engine.close()
 
 
 def _children_bytes() -> int:
-    """Return the resident memory of this process's children; one that has just ended holds none."""
+    """Return the resident memory of this process's children."""
     num_bytes = 0
     for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
             num_bytes += child.memory_info().rss
     return num_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerHandle:
-    """A worker as others see it.
+    """A worker as its callers see it.
 
-    actor: Ray's handle. max_batch_sequences: what its engine samples at once, and so the most it is given at a time.
-    num_devices: its tensor-parallel size. has_processes: its engine has processes of its own, to be ended before it.
+    actor: Ray's handle. max_batch_sequences: sequences that its engine samples at once; it is given no more at a time.
+    num_devices: tensor-parallel size. has_processes: its engine has other processes, which must be stopped first.
     """
 
     index: int
@@ -190,7 +178,7 @@ def start_rollout_worker(
 
     Args:
         folder: where relative paths start, on whichever node the worker is.
-        options: of the actor: num_cpus, num_gpus, scheduling_strategy, runtime_env.
+        options: Ray's options of the actor: num_cpus, num_gpus, scheduling_strategy, runtime_env.
         engine_options: further keywords of `build_engine`, such as `device`.
     """
     options = dict(options or {})
@@ -205,7 +193,7 @@ def start_rollout_worker(
         .options(runtime_env={**given, "env_vars": env_vars}, **options)
         .remote(index, model_path, rollout, inputs, engine_options, folder)
     )
-    if vllm:  # it schedules by itself, so it is given its whole share at once
+    if vllm:  # vLLM schedules by itself, so it receives its whole share at once
         return WorkerHandle(index, actor, sys.maxsize, rollout.vllm.tensor_parallel_size, has_processes=True)
     return WorkerHandle(index, actor, rollout.max_batch_sequences)
 
@@ -222,18 +210,25 @@ def weight_sender(
 
     Args:
         backend: as `ping` returns it.
-        adapter_config: send an adapter with this adapter_config.json instead of whole weights.
+        adapter_config: content of adapter_config.json: send an adapter instead of whole weights.
 
     Raises:
         TransferError: an engine did not answer in time.
     """
-    from rollout.vllm.launch import sender_options
     from rollout.vllm.weights_out import AdapterSender, build_sender
 
-    peers = [_peer(worker) for worker in workers]
+    vllm, peers = rollout.vllm, [_peer(worker) for worker in workers]
     if adapter_config is not None:
-        return AdapterSender(peers, dict(adapter_config), rank=rank, timeout_s=rollout.vllm.sync_timeout_s)
-    return build_sender(peers, backend=backend, rank=rank, **sender_options(rollout))
+        return AdapterSender(peers, dict(adapter_config), rank=rank, timeout_s=vllm.sync_timeout_s)
+    return build_sender(
+        peers,
+        backend=backend,
+        rank=rank,
+        dtype=getattr(torch, rollout.dtype),
+        bucket_bytes=vllm.sync_bucket_mib * 2**20,
+        timeout_s=vllm.sync_timeout_s,
+        verify_every=vllm.verify_every,
+    )
 
 
 def _peer(worker: WorkerHandle) -> Peer:

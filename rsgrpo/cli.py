@@ -1,6 +1,6 @@
-"""From a command line to one configuration object. The only module that knows hydra and omegaconf.
+"""Turn a command line into one configuration object. The only module that imports hydra and omegaconf.
 
-`run` finds `conf/` wherever the program is started, and turns every mistake of the user into one readable message.
+`run` finds `conf/` wherever the program is started, and turns every user error into one readable message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from importlib import resources
-from importlib.resources.abc import Traversable
 from typing import Any, Literal, NoReturn, TypeVar
 
 import hydra
@@ -46,15 +45,15 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     """Parse the command line into a `schema` object, call `main` with it and exit with its return value.
 
     Args:
-        main: the program. A returned int is the exit code. A raised `RsgrpoError` is printed without a trace; the code
-            is then the error's own. HYDRA_FULL_ERROR=1 in the environment shows the trace. StopRequested gives 0.
+        main: the program. A returned int is the exit code. A raised `RsgrpoError` is printed without a traceback and
+            sets the exit code; HYDRA_FULL_ERROR=1 in the environment shows the traceback. StopRequested exits with 0.
         schema: dataclass with a default for every key.
         config_name: "config" reads `conf/config.yaml`, any other NAME `conf/NAME/config.yaml`.
     """
     if {"--help", "-h"} & set(sys.argv[1:]):
         wanted = [argument for argument in sys.argv[1:] if "=" not in argument and not argument.startswith("-")]
         sys.exit(run_program(lambda: print(help_text(schema, config_name, *wanted[:1]))))
-    # The sweep flag may stand anywhere; the parser below wants it behind the overrides.
+    # The sweep flag may be anywhere; hydra's parser wants it after the overrides.
     arguments = sorted(sys.argv[1:], key=lambda argument: argument in ("-m", "--multirun"))
     sys.argv[1:] = [_entry(argument, schema) for argument in arguments]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
@@ -66,7 +65,8 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     def fail(error: Exception, code: int) -> NoReturn:
         if full_trace:
             raise error
-        sys.exit(_ended(explain(error, schema, config_name, sys.argv[1:]), code))
+        print(f"error: {explain(error, schema, config_name, sys.argv[1:])}", file=sys.stderr)
+        sys.exit(code)
 
     def task(node: DictConfig) -> None:
         nonlocal started
@@ -77,7 +77,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         started = True
         try:
             exit_code = main(config)
-        except StopRequested:  # the program has said so; exit handlers would wait for workers that the signal killed
+        except StopRequested:  # already reported; exit handlers would wait for workers that the signal killed
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
@@ -98,13 +98,8 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
     sys.exit(0)
 
 
-def _ended(message: str, code: int = USER_ERROR) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
 def _to_object(node: DictConfig, schema: type[ConfigT]) -> ConfigT:
-    """Turn a composed configuration into its dataclass; runs of a sweep get names of their own."""
+    """Turn a composed configuration into its dataclass; each run of a sweep gets its own name."""
     config: Any = _built(schema, OmegaConf.to_container(node, resolve=True))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
@@ -113,7 +108,7 @@ def _to_object(node: DictConfig, schema: type[ConfigT]) -> ConfigT:
 
 
 def job_name(name: str, swept: str) -> str:
-    """Return the run name of one job of a sweep; where it is too long, a digest keeps two jobs out of one folder."""
+    """Return the run name of one job of a sweep; a name that is too long ends in a digest, so that it stays unique."""
     full = f"{name}-{swept}".rstrip("-")
     if len(full) <= MAX_NAME_CHARS:
         return full
@@ -135,25 +130,25 @@ def compose(schema: type[ConfigT], config_name: str = "config", overrides: typin
 
 
 def explain(error: Exception, schema: type, config_name: str = "config", arguments: typing.Sequence[str] = ()) -> str:
-    """Return one message that names the key, as `arguments` write it, the value and the nearest valid one."""
+    """Return one message that names the key as `arguments` write it, the value and the nearest valid one."""
     text = str(error).strip()
     if isinstance(error, RsgrpoError):
         return text
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = sorted({*groups(schema, config_name).get(group, []), *error.options})
-        return f"{group}={option}: there is no such {group}{nearest(option, options)} There are {', '.join(options)}"
+        return f"{group}={option}: there is no such {group}{nearest(option, options)} Choose {', '.join(options)}."
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0]
-        return f"cannot read {error.override!r}: {reason}; write key=value, with quotes around special characters"
+        return f"cannot read {error.override!r}: {reason}. Write key=value, with quotes around special characters."
     required = re.match(r"You must specify '([\w/]+)'", text)
     if required:
         group = required[1]
         options = groups(schema, config_name).get(group, [])
-        return (
-            f"{group} is missing: choose one, for example {group}={_easiest(options)} (there are {', '.join(options)})"
-        )
-    cause = _omegaconf_cause(error)
+        return f"{group} is missing. Choose one of {', '.join(options)}, for example {group}={_easiest(options)}."
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
     return text if cause is None else _explain_key(cause, text, schema, config_name, arguments)
 
 
@@ -161,7 +156,7 @@ def _explain_key(
     cause: OmegaConfBaseException, text: str, schema: type, config_name: str, arguments: typing.Sequence[str]
 ) -> str:
     found = str(cause.full_key or cause.key or "")
-    # Of an unknown a.b.c the error may name only a, or take a for a value.
+    # For an unknown a.b.c the error may name only a, or treat a as a value.
     written = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
     key = next((name for name in written if name.startswith(f"{found}.")), found)
     source = re.match(r"In '([^']+)'", text)
@@ -174,7 +169,7 @@ def _explain_key(
         return f"{key}: {first_line}{where}"
     known = [*keys(schema), *groups(schema, config_name)]
     if key in known:
-        return f"{key} cannot be removed with ~; set it to another value"
+        return f"{key} cannot be removed with ~. Set it to another value."
     if key in RENAMED:
         return f"{key} {RENAMED[key]}{where}"
     last = key.rpartition(".")[2]
@@ -184,7 +179,7 @@ def _explain_key(
 
 
 def keys(schema: type) -> Iterator[str]:
-    """Yield every dotted key of a dataclass, its parts included."""
+    """Yield every dotted key of a dataclass, including its parts."""
     for section in sections(schema):
         if section.path:
             yield section.path
@@ -193,16 +188,17 @@ def keys(schema: type) -> Iterator[str]:
 
 def groups(schema: type, config_name: str = "config") -> dict[str, list[str]]:
     """Return the groups of `conf/` that this program takes, each with its options; `recipe` comes first."""
-    found = {"recipe": _options(resources.files(_package(config_name)) / "recipe")}
     fields = {field.name for field in dataclasses.fields(schema)}
-    for folder in sorted(resources.files("conf").iterdir(), key=lambda entry: entry.name):
-        if folder.name in fields and folder.is_dir():
-            found[folder.name] = _options(folder)
-    return found
+    folders = sorted(resources.files("conf").iterdir(), key=lambda entry: entry.name)
+    return {
+        folder.name: sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+        for folder in [resources.files(_package(config_name)) / "recipe", *folders]
+        if folder.name == "recipe" or (folder.name in fields and folder.is_dir())
+    }
 
 
 def help_text(schema: type, config_name: str = "config", part: str = "") -> str:
-    """Return what `--help` prints; with the path of a part, such as "learner", the keys of that part alone.
+    """Return what `--help` prints; with the path of a part, such as "learner", only the keys of that part.
 
     Raises:
         ConfigError: there is no such part.
@@ -246,15 +242,9 @@ def _section_help(section: Section) -> str:
         if len(name) >= HELP_COLUMN:
             lines.append(name)
             name = ""
-        wrapped = textwrap.wrap(
-            text, width, initial_indent=f"{name:<{HELP_COLUMN}}", subsequent_indent=" " * HELP_COLUMN
-        )
-        lines += wrapped
+        indent = " " * HELP_COLUMN
+        lines += textwrap.wrap(text, width, initial_indent=name.ljust(HELP_COLUMN), subsequent_indent=indent)
     return "\n".join(lines)
-
-
-def _options(folder: Traversable) -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def _easiest(options: list[str]) -> str:
@@ -271,19 +261,16 @@ def _store_schema(schema: type) -> None:
 
 def _loose(schema: type) -> type:
     """Return a twin of a dataclass that omegaconf can fill: not frozen, not checked, without Literal."""
-    hints, twins = typing.get_type_hints(schema), []
+    hints: dict[str, Any] = typing.get_type_hints(schema)
+    twins: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(schema):
-        hint, default = hints[field.name], field.default
+        hint, default, factory = hints[field.name], field.default, field.default_factory
         if typing.get_origin(hint) is Literal:
             hint = type(typing.get_args(hint)[0])
-        if dataclasses.is_dataclass(hint):
-            hint = _loose(typing.cast(type, hint))
-            twin = dataclasses.field(default_factory=hint)
-        elif default is not dataclasses.MISSING:
-            twin = dataclasses.field(default=default)
-        else:
-            twin = dataclasses.field(default_factory=typing.cast(Callable[[], Any], field.default_factory))
-        twins.append((field.name, hint, twin))
+        elif dataclasses.is_dataclass(hint):
+            hint = factory = _loose(typing.cast(type, hint))
+        made: Any = {"default": default} if default is not dataclasses.MISSING else {"default_factory": factory}
+        twins.append((field.name, hint, dataclasses.field(**made)))
     return dataclasses.make_dataclass(schema.__name__, twins)
 
 
@@ -297,7 +284,7 @@ def _built(schema: type, values: Any) -> Any:
 
 
 def _entry(argument: str, schema: type) -> str:
-    """Let `rewards.name=...` and `+rewards.name=...` both add to a flat map, and no `+` invent a key elsewhere."""
+    """Let `rewards.name=...` and `+rewards.name=...` both add to a flat map, but no `+` create a key elsewhere."""
     match = re.match(r"\+*(?P<key>[A-Za-z_][\w.]*)=", argument)
     if not match or match["key"].startswith("hydra."):
         return argument
@@ -306,11 +293,3 @@ def _entry(argument: str, schema: type) -> str:
     ]
     in_map = any(match["key"].startswith(prefix + ".") for prefix in maps)
     return ("++" if in_map else "") + argument.lstrip("+")
-
-
-def _omegaconf_cause(error: BaseException | None) -> OmegaConfBaseException | None:
-    while error is not None:
-        if isinstance(error, OmegaConfBaseException):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

@@ -1,4 +1,4 @@
-"""What differs between model families: one small file each, chosen by the configuration's `model_type`."""
+"""What differs between model families: one small file each, selected by the model configuration's `model_type`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def family_of(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise InputError(
-            f"model.path is a {model_type!r} model; supported families are {', '.join(FAMILIES)}. To add one, write a "
-            "file beside rollout/families/qwen3_vl.py"
+            f"model.path is a {model_type!r} model; supported families are {', '.join(FAMILIES)}. Set model.path to a "
+            "model of one of them; the documentation explains how to add a family."
         )
     return FAMILIES[model_type]()

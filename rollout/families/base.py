@@ -1,4 +1,4 @@
-"""What inputs, engines, learner and plan ask of a model family, answered as most of Qwen's do."""
+"""The interface of a model family for inputs, engines, learner and plan, with the defaults of most Qwen models."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rollout.errors import InputError
 class Family:
     """One kind of vision-language model; `model` is always transformers' own `...ForConditionalGeneration`.
 
-    A family overrides what differs. Each needs `model_type`, `language_inputs` and a run of the family tests.
+    A family overrides what differs. Each needs `model_type`, `language_inputs` and a place in the family tests.
 
     Attributes:
         model_type: of the configuration.
-        vision_tokens: tokens that stand for images; never sampled, and refused in a text.
+        vision_tokens: tokens that represent images; never sampled, and refused in a text.
         turn_tokens: tokens that open a turn of the chat template; refused in a text.
         language_prefix, vision_prefix: of the names of the decoder's and the tower's weights.
         no_mask: decoder arguments that keep transformers from building a mask for an attention that needs none.
@@ -79,7 +79,7 @@ class Family:
         return features
 
     def blank_image(self, model: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return pixels and grid of the smallest image that the tower takes."""
+        """Return pixels and grid of the smallest image that the tower accepts."""
         config = model.config.vision_config
         merge = config.spatial_merge_size
         patch_dim = config.in_channels * config.temporal_patch_size * config.patch_size**2
@@ -109,8 +109,8 @@ class Family:
         kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise InputError(
-                f"the model has layers of kind {', '.join(sorted(kinds))}, and only full_attention is supported here. "
-                "If it was trained without sliding windows, set use_sliding_window=false in its config.json"
+                f"the model has layers of kind {', '.join(sorted(kinds))}, but only full_attention is supported. If it "
+                "was trained without sliding windows, set use_sliding_window=false in its config.json."
             )
         decoder.config._attn_implementation = attention
         return decoder
@@ -129,5 +129,5 @@ class Family:
         return name
 
     def adapted_layers(self, targets: Sequence[str]) -> str:
-        """Return the regular expression of the layers' names that get a LoRA adapter."""
+        """Return a regular expression for the names of the layers that get a LoRA adapter."""
         return rf".*{self.language_prefix.split('.')[-2]}\..*\.({'|'.join(targets)})"

@@ -1,4 +1,4 @@
-"""Image features by the content of their image, in memory: what an engine and the learner need not compute again."""
+"""Image features in memory, keyed by image content, so that engines and learner compute them only once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 class FeatureCache:
-    """Tensors by image hash; the least recently used ones go when together they exceed `max_bytes`.
+    """Tensors by image hash; the least recently used are evicted when all together exceed `max_bytes`.
 
     Attributes:
-        hits: look-ups that found something.
+        hits: successful look-ups.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -24,11 +24,11 @@ class FeatureCache:
         return len(self._features)
 
     def __contains__(self, image_hash: str) -> bool:
-        """Say whether an image is here, without using it; safe from any thread."""
+        """Tell whether an image is cached without marking it as used; safe from any thread."""
         return image_hash in self._features
 
     def get(self, image_hash: str) -> torch.Tensor | None:
-        """Return (merged tokens, F), or None where they must be computed."""
+        """Return (merged tokens, F), or None if they must be computed."""
         features = self._features.get(image_hash)
         if features is not None:
             self.hits += 1
@@ -36,7 +36,7 @@ class FeatureCache:
         return features
 
     def put(self, image_hash: str, features: torch.Tensor) -> None:
-        """Keep an image's features; those larger than the whole cache are not kept."""
+        """Cache an image's features unless they are larger than the whole cache."""
         if image_hash in self._features or features.nbytes > self._max_bytes:
             return
         self._features[image_hash] = features
@@ -45,6 +45,6 @@ class FeatureCache:
             self._num_bytes -= self._features.popitem(last=False)[1].nbytes
 
     def clear(self) -> None:
-        """Forget all of them, because the tower has changed."""
+        """Drop all features, because the tower has changed."""
         self._features.clear()
         self._num_bytes = 0

@@ -1,8 +1,8 @@
 """The embedded engine: a transformers model in this process, grouped sampling in batches, weights copied in place.
 
-It decodes by `rollout.hf.decoding` and not by `model.generate`: a group's prompt is computed once and not G times, each
-rollout has random draws of its own that do not depend on its batch, and the log-probability of every sampled token is
-kept under exactly the distribution that it was sampled from.
+It decodes with `rollout.hf.decoding` instead of `model.generate`: a group's prompt is computed once instead of G times,
+each rollout's random draws do not depend on its batch, and the log-probability of every sampled token is kept under
+exactly the distribution that it was sampled from.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import Backend, EngineError, check_sampling
+from rollout.engine import Backend, EngineError, EngineOptions, check_sampling
 from rollout.families import Family, family_of
 from rollout.families.features import FeatureCache
 from rollout.hf.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
 from rollout.hf.sampling import rollout_uniforms, sample_tokens
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs
-from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
+from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 Item = TypeVar("Item")
 
 FEATURE_CACHE_BYTES = 512 << 20
 PREFILL_TOKENS = 16_384
 """Prompt tokens, padding included, of one prefill pass; a longer prompt has a pass of its own."""
-
 
 Listener = Callable[[torch.Tensor], None]
 """Receives the tokens of each step, (B,)."""
@@ -48,38 +47,26 @@ class HFEngine:
 
     backend: Backend = "load"
 
-    def __init__(
-        self,
-        model_path: str,
-        rollout: RolloutConfig,
-        inputs: InputsConfig,
-        *,
-        num_threads: int = 0,
-        device: str = "auto",
-        revision: str = "",
-        trust_remote_code: bool = False,
-    ) -> None:
+    def __init__(self, model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> None:
         """Load tokenizer, image processor and weights.
+
+        Args:
+            options: fields of `EngineOptions`.
 
         Raises:
             InputError: no family adapter for this model, or layers that this engine cannot compute.
         """
-        if num_threads or rollout.num_threads:
-            torch.set_num_threads(num_threads or rollout.num_threads)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.processor = InputProcessor(model_path, inputs, revision=revision, trust_remote_code=trust_remote_code)
-        self.device = torch.device(device)
+        chosen = EngineOptions(**options)
+        if chosen.num_threads or rollout.num_threads:
+            torch.set_num_threads(chosen.num_threads or rollout.num_threads)
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor = InputProcessor(model_path, inputs, **chosen.source)
+        self.device = torch.device(automatic if chosen.device == "auto" else chosen.device)
         self.weights_version = 0
         self._max_batch_sequences = rollout.max_batch_sequences
-        options: dict[str, Any] = {"revision": revision} if revision else {}
         load_model: Callable[..., Any] = AutoModelForImageTextToText.from_pretrained
         self._model = load_model(
-            model_path,
-            dtype=getattr(torch, rollout.dtype),
-            attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
-            **options,
+            model_path, dtype=getattr(torch, rollout.dtype), attn_implementation="sdpa", **chosen.source
         )
         self._model.eval().requires_grad_(False).to(self.device)
         self._family = family_of(self._model.config.model_type)
@@ -96,14 +83,16 @@ class HFEngine:
 
         The same arguments and weights give the same groups, bit for bit, on the same machine and thread count.
         """
-        yield from self._generate(prompts, sampling)
+        return self._generate(prompts, sampling)
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, listen: Listener | None = None
     ) -> Iterator[RolloutGroup]:
         check_sampling(sampling)
         if self._missing is not None:
-            raise EngineError("weights were loaded but finish_weights was not called: they may be half new, half old")
+            raise EngineError(
+                "weights were loaded but finish_weights was not called: they may be half new, half old. Call it first."
+            )
         encoded: list[tuple[Prompt, PromptInputs]] = []
         for prompt in prompts:
             try:
@@ -196,16 +185,13 @@ class HFEngine:
         self.weights_version = version
 
     def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
-        """Return (tokens, image tokens among them, image features) of each prompt."""
         return [self.processor.count_vision(prompt) for prompt in prompts]
 
     def stats(self) -> dict[str, float]:
-        """Return no counts: this engine keeps none."""
         return {}
 
     def close(self) -> None:
-        """Drop the image features; the model is freed with the engine."""
-        self._features.clear()
+        self._features.clear()  # the model is freed with the engine
 
     @torch.inference_mode()
     def _sample(
@@ -244,13 +230,8 @@ class HFEngine:
             max_tokens=sampling.max_tokens,
             eos_token_id=self.processor.eos_token_id,
         )
-        rollouts = [self._rollout(token_ids_T, logprobs_T) for token_ids_T, logprobs_T in responses]
+        rollouts = [self.processor.rollout(*response, self.weights_version) for response in responses]
         return [list(group) for group in _chunks(rollouts, len(siblings))]
-
-    def _rollout(self, token_ids_T: list[int], logprobs_T: list[float]) -> Rollout:
-        text, spans_T = self.processor.decode(token_ids_T)
-        finish: FinishReason = "stop" if token_ids_T[-1] == self.processor.eos_token_id else "length"
-        return Rollout(token_ids_T, logprobs_T, text, spans_T, finish, self.weights_version)
 
     def _next_logits(
         self, tokens_B1: torch.Tensor, positions_3B1: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache

@@ -1,4 +1,4 @@
-"""From an image source to the pixels that a model sees: decoding, orientation, colour and the one resize."""
+"""Turn an image source into the pixels that a model sees: decoding, orientation, colour and the single resize."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rollout.types import ImageSource
 
 MAX_ASPECT_RATIO = 200
 MAX_PNG_SIDE = 256
-"""Larger thumbnails in pages are JPEG files."""
+"""Larger thumbnails are encoded as JPEG."""
 
 
 class PromptError(InputError):
@@ -30,7 +30,7 @@ class PromptError(InputError):
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
 
-# What undoes each EXIF orientation; 1 is upright.
+# The operation that undoes each EXIF orientation; 1 is upright.
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,7 +48,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
     Each side is rounded to a multiple of `factor`; if the area then lies outside [min_pixels, max_pixels], both sides
     are scaled by the same ratio and rounded down (up) to multiples. Only a side of one `factor` may break the limit.
-    (qwen_vl_utils agrees on ordinary pages, but gives slim ones a side of 0 pixels; a test covers both.)
+    (qwen_vl_utils agrees on ordinary pages, but gives narrow ones a side of 0 pixels; a test covers both.)
 
     >>> smart_resize(100, 150, factor=28, min_pixels=784, max_pixels=10_000)
     (56, 112)
@@ -85,11 +85,7 @@ def read_size(source: ImageSource) -> tuple[int, int]:
 
 
 def check_decodes(source: ImageSource) -> None:
-    """Decode the image as cheaply as its format allows and drop the pixels.
-
-    Raises:
-        PromptError: as `decode`.
-    """
+    """Decode the image as cheaply as its format allows and drop the pixels; raises as `decode`."""
     with _opened(source) as image:
         _require_supported(image, source)
         image.draft("L", (1, 1))  # JPEG: skip most of the inverse transform; other formats ignore it
@@ -111,22 +107,14 @@ def decode(source: ImageSource) -> Image.Image:
 
 
 def thumbnail(source: ImageSource, max_side: int) -> Image.Image:
-    """Return the upright RGB image, reduced to `max_side` pixels where it is larger.
-
-    Raises:
-        PromptError: as `decode`.
-    """
+    """Return the upright RGB image, reduced to at most `max_side` pixels per side; raises as `decode`."""
     image = decode(source)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return image
 
 
 def data_uri(source: ImageSource, max_side: int) -> str:
-    """Return a thumbnail as a `data:` URL for a page that holds its images: PNG where it is small, else JPEG.
-
-    Raises:
-        PromptError: as `decode`.
-    """
+    """Return a thumbnail as a `data:` URL for an HTML page: PNG if it is small, else JPEG; raises as `decode`."""
     image = thumbnail(source, max_side)
     kind = "PNG" if max(image.size) <= MAX_PNG_SIDE else "JPEG"
     buffer = io.BytesIO()
@@ -136,7 +124,7 @@ def data_uri(source: ImageSource, max_side: int) -> str:
 
 @contextmanager
 def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Open an image lazily; what its bytes make Pillow raise, here or in the block, becomes a PromptError."""
+    """Open an image lazily; what Pillow raises because of its bytes, here or in the block, becomes a PromptError."""
     try:
         with Image.open(file_of(source)) as image:
             limit = Image.MAX_IMAGE_PIXELS
@@ -202,7 +190,7 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation (1 to 8) still to be applied, from what comes before the pixel data."""
     if image.format == "TIFF":
         return 1  # Pillow turns it upright itself
-    # PngImageFile.getexif decodes the whole image to look behind it; the base method reads what open() has read.
+    # PngImageFile.getexif decodes the whole image to find EXIF data after it; the base method does not.
     return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
 
 

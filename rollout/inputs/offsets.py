@@ -1,7 +1,7 @@
-"""From tokens to characters: which characters of the decoded text each token holds.
+"""Map tokens to characters: which characters of the decoded text each token contains.
 
-One rule for every byte-level BPE (Qwen's and all that descend from GPT-2): a token is bytes, the text is those bytes
-decoded as a whole, and a token's characters are all characters of which it holds any byte.
+One rule for every byte-level BPE (Qwen's and all that derive from GPT-2): a token is bytes, the text is all bytes
+decoded together, and a token's characters are those of which it contains any byte.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class OffsetsError(InputError):
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the character that stands for each byte in a byte-level vocabulary, as {character: byte}.
+    """Return {character: byte} of a byte-level vocabulary.
 
-    Printable Latin-1 bytes stand for themselves; the other 68 are numbered from U+0100 on (GPT-2's table).
+    Printable Latin-1 characters are their own bytes; the other 68 bytes are numbered from U+0100 (GPT-2's table).
     """
     printable = set(chain(range(0x21, 0x7F), range(0xA1, 0xAD), range(0xAE, 0x100)))
     others = (byte for byte in range(0x100) if byte not in printable)
@@ -36,11 +36,11 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 def token_spans(
     tokenizer: PreTrainedTokenizerBase, token_ids_T: Sequence[int]
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Decode a response and say which characters each token holds.
+    """Decode a response and return which characters each token contains.
 
     The text equals `tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)`: an
     incomplete or invalid byte sequence is one U+FFFD. Neighbouring spans overlap where a character is split over
-    tokens. A token that decodes to nothing (special, or outside the vocabulary) has the empty span at its place.
+    tokens. A token that decodes to nothing (special, or outside the vocabulary) has an empty span at its position.
 
     With tokens "é"[0:1 byte], "é"[1:2]+"a", end-of-text the answer is ("éa", ((0, 1), (0, 2), (2, 2))).
 
@@ -58,7 +58,7 @@ def token_spans(
         for index, token in zip(token_ids_T, tokens_T, strict=True)
     ]
     text, character_of_byte = _decode(b"".join(pieces_T))
-    character_of_byte.append(len(text))  # where a token stands that comes after the last byte
+    character_of_byte.append(len(text))  # position of a token after the last byte
     spans_T = []
     first = 0
     for piece in pieces_T:
@@ -70,10 +70,10 @@ def token_spans(
 
 
 def fresh_text(told: str, text: str, *, is_whole: bool = False) -> str:
-    """Return what a listener who was `told` the start of a growing response should hear next, "" for nothing yet.
+    """Return the next piece of a growing response of which `told` was already sent, "" for nothing yet.
 
-    A character of which some bytes are missing waits for them, or for the end of the response (`is_whole`): with told
-    "a" and text "ab\N{REPLACEMENT CHARACTER}" it is "" at first.
+    An incomplete character waits for its other bytes, or for the end of the response (`is_whole`): with told "a" and
+    text "ab\N{REPLACEMENT CHARACTER}" the result is "" at first.
     """
     waits = text.endswith("\N{REPLACEMENT CHARACTER}") and not is_whole
     return text[len(told) :] if text.startswith(told) and not waits else ""

@@ -1,4 +1,4 @@
-"""How a prompt becomes tokens and pixels: the one path that engines, learner, SFT and inference share."""
+"""Turn prompts into tokens and pixels: the single path that engines, learner, SFT and inference share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rollout.config import InputsConfig
+from rollout.engine import EngineOptions
 from rollout.errors import InputError
 from rollout.families import FAMILIES, Family
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import fresh_text, token_spans
-from rollout.types import ImageSource, Prompt, RolloutGroup
+from rollout.types import FinishReason, ImageSource, Prompt, Rollout, RolloutGroup
 
 IMAGE_MARK = "<image>"
 
@@ -42,21 +43,19 @@ class PromptInputs:
 
 
 class InputProcessor:
-    """Renders prompts and decodes responses for one model folder. Make it once per process; it is thread-safe.
+    """Renders prompts and decodes responses for one model folder. Create one per process; it is thread-safe.
 
     Attributes:
         tokenizer, image_processor, family: of the model folder.
-        eos_token_id: end-of-text of a response. pad_token_id: end-of-text where the folder names none.
-        image_token_id: the placeholder that stands for one merged vision token.
-        banned_token_ids: vision tokens, never to be sampled.
+        eos_token_id: end-of-text of a response. pad_token_id: the same if the folder names none.
+        image_token_id: placeholder of one merged vision token.
+        banned_token_ids: vision tokens, which must never be sampled.
     """
 
     def __init__(
         self, model_path: str, inputs: InputsConfig, *, revision: str = "", trust_remote_code: bool = False
     ) -> None:
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-        if revision:
-            options["revision"] = revision
+        options: dict[str, Any] = EngineOptions(revision=revision, trust_remote_code=trust_remote_code).source
         self.inputs = inputs
         self.tokenizer = AutoTokenizer.from_pretrained(model_path, **options)
         load_image_processor: Callable[..., Any] = AutoImageProcessor.from_pretrained
@@ -69,13 +68,14 @@ class InputProcessor:
         image_token_id = getattr(config, "image_token_id", None)
         if image_token_id is None:
             raise InputsError(
-                f"the config in {model_path} has no image_token_id: not a supported vision-language model"
+                f"the config in {model_path} has no image_token_id: it is not a supported vision-language model. Set "
+                "model.path to one."
             )
         self.image_token_id: int = image_token_id
         self.eos_token_id: int = self.tokenizer.eos_token_id
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        self.family = FAMILIES.get(config.model_type, Family)()  # an engine may sample families that cannot be trained
+        self.family = FAMILIES.get(config.model_type, Family)()  # vLLM also samples families that cannot be trained
         self._factor = self.family.resize_unit(self.image_processor)
         if inputs.max_pixels < self._factor**2:
             raise InputsError(
@@ -89,7 +89,7 @@ class InputProcessor:
         turn_tokens = [*self.family.turn_tokens, self.tokenizer.eos_token, self.tokenizer.pad_token]
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._forbidden_in_text = [token for token in [*vision_tokens, *turn_tokens] if token in special]
-        self.token_ids("settle the tokenizer's padding state, which threads must not change")
+        self.token_ids("fix the tokenizer's padding state, which threads must not change")
 
     def render(self, prompt: Prompt) -> str:
         """Return the prompt through the chat template, ready for the response, with one placeholder per image.
@@ -112,7 +112,7 @@ class InputProcessor:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def encode(self, prompt: Prompt) -> PromptInputs:
-        """Return tokens and pixels of a prompt; where possible it is refused before any pixel is decoded.
+        """Return tokens and pixels of a prompt; if possible it is refused before any pixel is decoded.
 
         Raises:
             PromptError: as `render`; too many images, an unreadable one, or more tokens than the limit.
@@ -137,7 +137,7 @@ class InputProcessor:
         return len(encoded.token_ids_T), encoded.token_ids_T.count(self.image_token_id), num_features
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """Return the length of `encode(prompt).token_ids_T` from image headers alone; the token limit is not applied.
+        """Return the length of `encode(prompt).token_ids_T`, from image headers alone.
 
         Raises:
             PromptError: as `encode`, except for pixels that do not decode and for the token limit.
@@ -179,8 +179,14 @@ class InputProcessor:
                 yield piece
                 heard = text
 
+    def rollout(self, token_ids_T: Sequence[int], logprobs_T: Sequence[float], weights_version: int) -> Rollout:
+        """Return a sampled response with its text; it was cut at the limit unless end-of-text is its last token."""
+        text, spans_T = self.decode(token_ids_T)
+        finish: FinishReason = "stop" if token_ids_T[-1] == self.eos_token_id else "length"
+        return Rollout(token_ids_T, logprobs_T, text, spans_T, finish, weights_version)
+
     def encode_response(self, text: str) -> list[int]:
-        """Return the tokens of a response that is to be learnt, end-of-text appended.
+        """Return the tokens of a response to learn, end-of-text appended.
 
         Raises:
             PromptError: the text contains a control token.
@@ -195,7 +201,7 @@ class InputProcessor:
         if ids.count(self.image_token_id) != len(prompt.images):
             raise InputsError(
                 f"the chat template made {ids.count(self.image_token_id)} image placeholders (token "
-                f"{self.image_token_id}) for {len(prompt.images)} images; it must make one per image"
+                f"{self.image_token_id}) for {len(prompt.images)} images. Fix it to make one per image."
             )
         lengths = iter([self._num_vision_tokens(source) for source in prompt.images])
         expanded: list[int] = []
@@ -214,7 +220,7 @@ class InputProcessor:
             raise PromptError(f"image {name}: {error}") from error
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the tokens of a text and no others."""
+        """Return the tokens of a text, without special tokens around it."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
@@ -226,7 +232,7 @@ class InputProcessor:
             )
 
     def check_length(self, num_tokens: int) -> None:
-        """Raise PromptError where a rendered prompt has more tokens than the limit."""
+        """Raise PromptError if a rendered prompt has more tokens than the limit."""
         if num_tokens > self.inputs.max_prompt_tokens:
             raise PromptError(
                 f"the prompt has {num_tokens:,} tokens, but inputs.max_prompt_tokens is "

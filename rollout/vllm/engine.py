@@ -1,6 +1,6 @@
-"""The vLLM engine: grouped sampling on a background event loop, and weights received while it lives.
+"""The vLLM engine: grouped sampling on a background event loop, and weight updates while it runs.
 
-Weights come through `transfer_*` (see `rollout.vllm.weights_out`) or, in the same process, through `load_weights`.
+Weights arrive by `transfer_*` (see `rollout.vllm.weights_out`) or, in the same process, by `load_weights`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import queue
-import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +20,12 @@ import safetensors.torch
 import torch
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import DEFAULT_OPTIONS, EngineError, EngineFailed, EngineOptions, check_sampling
+from rollout.engine import EngineError, EngineFailed, EngineOptions, check_sampling
+from rollout.files import write_bytes, write_text
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.vllm.launch import Launch, environment, prepare, start_timeout_s
+from rollout.vllm.launch import environment, max_model_len, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
 from rollout.vllm.wire import HeldChecksum, buckets
@@ -37,59 +37,53 @@ CHUNK_BYTES = 64 << 20
 POLL_S = 0.5
 
 
-def build_vllm_engine(
-    model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions = DEFAULT_OPTIONS
-) -> VllmEngine:
-    """Start a vLLM engine for a model folder.
-
-    Raises:
-        ConfigError: a setting cannot work with this model and these devices.
-        EngineFailed: the engine did not start.
-    """
-    launch = prepare(model_path, rollout, inputs, options)
-    processor = InputProcessor(
-        model_path, inputs, revision=options.revision, trust_remote_code=options.trust_remote_code
-    )
-    return VllmEngine(launch, processor, rollout, options.name)
-
-
 class VllmEngine:
     """Samples with vLLM. Its methods may be called from several threads; `generate` from one at a time.
 
     Attributes:
         weights_version: of the weights that new requests will be sampled with.
-        backend: of the weight transfer, "gloo", "nccl" or "ipc"; what `build_sender` must be given.
-        num_workers: its tensor-parallel size.
+        backend: of the weight transfer, "gloo", "nccl" or "ipc"; `build_sender` must be given the same.
+        num_workers: tensor-parallel size.
     """
 
-    def __init__(self, launch: Launch, processor: InputProcessor, rollout: RolloutConfig, name: str) -> None:
-        self.name = name
-        self.processor = processor
-        self.backend = launch.backend
+    def __init__(self, model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> None:
+        """Start vLLM for a model folder.
+
+        Args:
+            options: fields of `EngineOptions`.
+
+        Raises:
+            ConfigError: a setting cannot work with this model and these devices.
+            EngineFailed: the engine did not start.
+        """
+        chosen = EngineOptions(**options)
+        arguments, variables, self.backend = prepare(model_path, rollout, inputs, chosen)
+        self.name = chosen.name
+        self.processor = InputProcessor(model_path, inputs, **chosen.source)
         self.num_workers = rollout.vllm.tensor_parallel_size
         self.weights_version = 0
         self._config = rollout.vllm
-        self._can_sleep = rollout.vllm.sleep_level > 0 and launch.backend != "gloo"
-        self._max_model_len = launch.max_model_len
+        self._can_sleep = rollout.vllm.sleep_level > 0 and self.backend != "gloo"
+        self._max_model_len = max_model_len(rollout, inputs)
         self._broken = ""
         self._received: set[str] | None = None
         self._adapter: Any = None
-        self._adapter_folder: Path | None = None
         self._num_requests = 0
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="vllm-inputs")
         self._loop = BackgroundLoop("vllm-loop")
         self._llm: Any = None
-        with environment(launch.variables):
-            self._start(launch.arguments)
+        with environment(variables):
+            self._start(arguments)
+        self._adapter_folder = tempfile.TemporaryDirectory(prefix="rsgrpo-adapter-", ignore_cleanup_errors=True)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
         """Yield one group per prompt as soon as its last rollout is finished, in any order.
 
-        The prompt's id and `sampling.seed` fix the random draws, but rounding in vLLM's batches moves the logits, so
-        equal seeds give equal responses almost always, not always. With top_p < 1 or top_k > 0 the log-probabilities
-        are those of the truncated distribution. Closing the iterator aborts what is still running.
+        The prompt's id and `sampling.seed` fix the random draws, but the logits depend on rounding within vLLM's
+        batches: equal seeds usually give equal responses, not always. With top_p < 1 or top_k > 0 the log-probabilities
+        are those of the truncated distribution. Closing the iterator aborts the requests still running.
 
         Raises:
             EngineFailed: the engine died, or no token came for `stall_timeout_s`; groups already yielded are valid.
@@ -135,7 +129,7 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _sampling(self, work: Coroutine[Any, Any, None]) -> Iterator[Future[None]]:
-        """Run `work` on the loop for a block; leaving the block cancels it."""
+        """Run `work` on the loop for the duration of a block; leaving the block cancels it."""
         future = self._loop.submit(work)
         self._progress.start()
         try:
@@ -163,7 +157,7 @@ class VllmEngine:
     ) -> RolloutGroup:
         """Sample one group; a fault of the prompt itself becomes the group's error.
 
-        listen: receives the first response's tokens so far whenever there are more.
+        listen: receives the first response's tokens so far whenever there are new ones.
         """
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineGenerateError
@@ -190,7 +184,7 @@ class VllmEngine:
         return to_group(self.processor, prompt, sampling, num_tokens, output)
 
     def _next(self, results: queue.SimpleQueue[Result], work: Future[None]) -> Result:
-        """Wait for the next result of `work`; raise why it ended without one, or that it stalled."""
+        """Wait for the next result of `work`; raise the reason if it ends without one or stalls."""
         while True:
             is_over = work.done()
             with contextlib.suppress(queue.Empty):
@@ -214,7 +208,7 @@ class VllmEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand weights to the engine's processes by their Hugging Face names; may be called several times.
 
-        Each layer must arrive whole: weight and bias, and all that vLLM fuses (q, k and v; gate and up).
+        Each layer must arrive whole: weight and bias, and every part that vLLM fuses (q, k and v; gate and up).
         """
         with self._update("load_weights"):
             if self._received is None:
@@ -226,7 +220,7 @@ class VllmEngine:
                 self._received |= tensors.keys()  # type: ignore[operator]
 
     def finish_weights(self, version: int) -> None:
-        """Put the loaded weights to use, drop all caches made under the old ones, and let sampling resume."""
+        """Use the loaded weights, drop all caches made under the old ones, and let sampling resume."""
         with self._update("finish_weights"):
             if self._received is not None:
                 self._check_whole_layers()
@@ -254,7 +248,7 @@ class VllmEngine:
             self._received |= set(info["names"])  # type: ignore[operator]
 
     def transfer_finish(self, version: int) -> None:
-        """Put the received weights to use, drop all caches made under the old ones, and let sampling resume."""
+        """Do what `finish_weights` does, for weights that came by `transfer_update`."""
         with self._update("transfer_finish"):
             self._check_whole_layers()
             self._run(self._llm.finish_weight_update())
@@ -264,19 +258,17 @@ class VllmEngine:
         """Sample with a LoRA adapter (tensors in peft's names, its adapter_config) on the base weights from now on."""
         from vllm.lora.request import LoRARequest
 
-        folder = Path(tempfile.mkdtemp(prefix="rsgrpo-adapter-"))
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        (folder / "adapter_model.safetensors").write_bytes(chunk)
+        folder = Path(self._adapter_folder.name)
         with self._update("load_adapter"):
             self._begin()
-            adapter = LoRARequest(f"version-{version}", version + 1, str(folder))
             if self._adapter is not None:
                 self._run(self._llm.remove_lora(self._adapter.lora_int_id))
-            if not self._run(self._llm.add_lora(adapter)):
+            write_text(folder / "adapter_config.json", json.dumps(config))
+            write_bytes(folder / "adapter_model.safetensors", chunk)
+            self._adapter = LoRARequest(f"version-{version}", version + 1, str(folder))
+            if not self._run(self._llm.add_lora(self._adapter)):
                 raise EngineError("vLLM did not accept the adapter")
             self._commit(version)
-            self._remove_adapter_folder()
-            self._adapter, self._adapter_folder = adapter, folder
 
     def checksums(self, names: list[str]) -> list[list[HeldChecksum]]:
         """Return `WeightReceiver.resident_checksums` of each worker of the engine."""
@@ -290,7 +282,7 @@ class VllmEngine:
 
     def _commit(self, version: int) -> None:
         self._run(self._llm.update_weight_version(str(version)))
-        # All three: cached keys and values, preprocessed images (the engine's copy must match ours), image features.
+        # Three caches: keys and values, preprocessed images (the engine's copy must match ours), image features.
         if not self._run(self._llm.reset_prefix_cache()):
             raise EngineError("vLLM did not reset its prefix cache: requests are still running")
         self._run(self._llm.reset_mm_cache())
@@ -300,14 +292,14 @@ class VllmEngine:
         self._run(self._llm.resume_generation())
 
     def _check_whole_layers(self) -> None:
-        """Refuse layers that arrived in part: they would silently keep uninitialised memory for the rest."""
+        """Refuse layers of which only a part arrived: the rest would silently be uninitialised memory."""
         missing = self._rpc("missing_parts", sorted(self._received or ()))[0]
         if missing:
-            raise EngineError(f"layers arrived only in part; missing are {', '.join(missing[:4])}")
+            raise EngineError(f"only parts of some layers arrived. Missing: {', '.join(missing[:4])}")
 
     @contextlib.contextmanager
     def _update(self, what: str) -> Iterator[None]:
-        """Mark the engine as broken when an update fails half-way: it must not sample with such weights."""
+        """Mark the engine as broken when an update fails half-way: it must not sample with mixed weights."""
         self._refuse_if_broken()
         try:
             yield
@@ -318,14 +310,14 @@ class VllmEngine:
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def sleep(self) -> None:
-        """Give up GPU memory as set by `rollout.vllm.sleep_level` once running requests have ended; no-op on CPU."""
+        """Release GPU memory as `rollout.vllm.sleep_level` says, once running requests have ended; no-op on CPU."""
         if self._can_sleep:
             self._run(self._llm.sleep(self._config.sleep_level, mode="wait"))
 
     def wake(self, parts: list[str] | None = None) -> None:
-        """Take the memory back; after level 2 the weights must be sent before sampling.
+        """Allocate the memory again; after level 2 the weights must be sent before sampling.
 
-        parts: ["weights"] or ["kv_cache"], so that a sync can run before the cache takes its memory; None is both.
+        parts: ["weights"] or ["kv_cache"], so that a sync can run before the cache is allocated; None is both.
         """
         if self._can_sleep:
             self._run(self._llm.wake_up(parts))
@@ -333,7 +325,7 @@ class VllmEngine:
     def close(self) -> None:
         """Stop the engine's processes."""
         if self._llm is not None:
-            if self._llm.output_handler is not None:  # it would take the end of the processes for a crash
+            if self._llm.output_handler is not None:  # it would mistake the end of the processes for a crash
                 self._loop.cancel(self._llm.output_handler)
             sockets = self._llm.engine_core.resources.ctx
             self._llm.shutdown(timeout=5.0)
@@ -342,7 +334,7 @@ class VllmEngine:
             self._loop.stop()
             sockets.destroy(linger=0)  # vLLM leaves its zmq context to the garbage collector, which warns
             self._pool.shutdown(wait=False)
-            self._remove_adapter_folder()
+            self._adapter_folder.cleanup()
 
     def _start(self, arguments: dict[str, Any]) -> None:
         from vllm import AsyncEngineArgs
@@ -375,8 +367,3 @@ class VllmEngine:
     def _refuse_if_broken(self) -> None:
         if self._broken:
             raise EngineFailed(f"{self.name} is no longer usable ({self._broken}). Start another.")
-
-    def _remove_adapter_folder(self) -> None:
-        if self._adapter_folder is not None:
-            shutil.rmtree(self._adapter_folder, ignore_errors=True)
-            self._adapter_folder = None

@@ -1,4 +1,4 @@
-"""What vLLM is started with (arguments, environment, memory), and the checks that run before any process starts."""
+"""What vLLM is started with: arguments, environment and memory, all checked before any process starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,42 +19,31 @@ from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
 from rollout.engine import Backend, EngineOptions
 from rollout.keys import nearest, require
 
-CPU_BLOCK_SIZE = 32  # vLLM's own default there, 128, is longer than a short prompt, which then never hits the cache
+CPU_BLOCK_SIZE = 32  # vLLM's default on CPU is 128: shorter prompts would never hit the prefix cache
 GPU_BLOCK_SIZE = 16  # vLLM's own
 CPU_BATCHED_TOKENS = 2048
 WORKER_EXTENSION = "rollout.vllm.weights_in.WeightReceiver"
 
 GIB = 2**30
 CPU_CACHE_BYTES = 1 * GIB
-"""The most that an engine on CPU takes for its KV cache unless it is set, or a single response needs more."""
+"""Limit of the KV cache on CPU unless the cache size is set or a single response needs more."""
 CPU_PROGRAM_BYTES = int(1.5 * GIB)
-"""What vLLM's two processes hold on CPU beside weights and cache (measured with a model of 2 M parameters)."""
+"""Memory of vLLM's two processes on CPU, weights and cache excluded (measured with a model of 2 M parameters)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """All that a start needs.
-
-    arguments: of `vllm.AsyncEngineArgs`. variables: of the environment of vLLM's processes. backend: of the weight
-    transfer. max_model_len: the longest prompt with its response, in tokens.
-    """
-
-    arguments: dict[str, Any]
-    variables: dict[str, str]
-    backend: Backend
-    max_model_len: int
-
-
-def prepare(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions) -> Launch:
+def prepare(
+    model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions
+) -> tuple[dict[str, Any], dict[str, str], Backend]:
     """Check that a model can run as configured, and return what to start it with.
+
+    Returns:
+        Arguments of `vllm.AsyncEngineArgs`, environment variables of vLLM's processes, weight-transfer backend.
 
     Raises:
         ConfigError: a setting cannot work with this model and these devices.
     """
     cpu = on_cpu(options.device)
-    source: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    source |= {"revision": options.revision} if options.revision else {}
-    config = check_model(model_path, rollout, inputs, **source)
+    config = check_model(model_path, rollout, inputs, options)
     backend: Backend = "gloo" if cpu else "ipc" if options.colocated else "nccl"
     arguments = engine_arguments(
         model_path,
@@ -67,7 +56,7 @@ def prepare(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, optio
     )
     num_threads = options.num_threads or rollout.num_threads
     variables = child_environment(rollout.vllm, cpu=cpu, backend=backend, num_threads=num_threads)
-    return Launch(arguments | source, variables, backend, max_model_len(rollout, inputs))
+    return arguments | options.source, variables, backend
 
 
 def on_cpu(device: str) -> bool:
@@ -90,33 +79,20 @@ def on_cpu(device: str) -> bool:
     return cpu
 
 
-def sender_options(rollout: RolloutConfig) -> dict[str, Any]:
-    """Return the keyword arguments of `build_sender` that the settings decide."""
-    return {
-        "dtype": getattr(torch, rollout.dtype),
-        "bucket_bytes": rollout.vllm.sync_bucket_mib * 2**20,
-        "timeout_s": rollout.vllm.sync_timeout_s,
-        "verify_every": rollout.vllm.verify_every,
-    }
-
-
 def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
     """Return the longest prompt plus response, in tokens."""
     return rollout.vllm.engine_args.get("max_model_len") or inputs.max_prompt_tokens + rollout.max_response_tokens
 
 
-def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, **options: Any) -> Any:
+def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions) -> Any:
     """Refuse a model or a size that vLLM cannot run; return the model's config.
-
-    Args:
-        options: of `from_pretrained`: revision, trust_remote_code.
 
     Raises:
         ConfigError: names the setting and what to change.
     """
     from vllm.model_executor.models import ModelRegistry
 
-    config = AutoConfig.from_pretrained(model_path, **options)
+    config = AutoConfig.from_pretrained(model_path, **options.source)
     architectures = config.architectures or []
     if not set(architectures) & set(ModelRegistry.get_supported_archs()):
         raise ConfigError(
@@ -153,15 +129,28 @@ def engine_arguments(
     lora_rank: int,
     kv_cache_bytes: int,
 ) -> dict[str, Any]:
-    """Return the keyword arguments of `vllm.AsyncEngineArgs`; kv_cache_bytes as `cache_bytes` returns them."""
-    vllm = rollout.vllm
-    length = max_model_len(rollout, inputs)
-    # What engine_args may change comes first; what our own code relies on goes over it.
+    """Return the keyword arguments of `vllm.AsyncEngineArgs`.
+
+    kv_cache_bytes: as `cache_bytes` returns it.
+
+    Raises:
+        ConfigError: `engine_args` has an argument that the installed vLLM lacks, or changes one that is fixed here.
+    """
+    from vllm import AsyncEngineArgs
+
+    vllm, length = rollout.vllm, max_model_len(rollout, inputs)
+    known = [field.name for field in fields(AsyncEngineArgs)]
+    for name in vllm.engine_args:
+        require(
+            name in known,
+            f"rollout.vllm.engine_args.{name}: the installed vLLM has no such engine argument{nearest(name, known)}",
+        )
+    # What engine_args may change comes first; what our own code relies on overrides it.
     arguments: dict[str, Any] = {
         "max_num_seqs": vllm.max_num_seqs,
         "enable_prefix_caching": vllm.prefix_caching,
         "disable_log_stats": True,
-        **_known_arguments(vllm.engine_args),
+        **vllm.engine_args,
     }
     fixed: dict[str, Any] = {
         "model": model_path,
@@ -184,15 +173,15 @@ def engine_arguments(
     if kv_cache_bytes:
         fixed["kv_cache_memory_bytes"] = kv_cache_bytes
     if cpu:
-        # A prompt cut in two draws a token that is thrown away, and vLLM cannot set a seeded CPU generator back: its
-        # engine dies. So every prompt goes into one step.
+        # A prompt split over two steps draws a token that is discarded, and vLLM cannot rewind a seeded CPU generator:
+        # its engine dies. So every prompt goes into one step.
         whole = max(arguments.get("max_num_batched_tokens", CPU_BATCHED_TOKENS), length)
         fixed |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
         arguments.setdefault("block_size", CPU_BLOCK_SIZE)
         if vllm.tensor_parallel_size == 1:
             fixed["distributed_executor_backend"] = "uni"
     elif vllm.tensor_parallel_size > 1:
-        fixed["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would place actors of its own
+        fixed["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would start actors of its own
     if lora_rank:
         fixed |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
     for name in vllm.engine_args.keys() & fixed.keys() - {"max_model_len", "max_num_batched_tokens"}:
@@ -203,25 +192,8 @@ def engine_arguments(
     return arguments | fixed
 
 
-def _known_arguments(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the user passes through to vLLM's engine.
-
-    Raises:
-        ConfigError: the installed vLLM has no such argument; names the nearest.
-    """
-    from vllm import AsyncEngineArgs
-
-    known = [field.name for field in fields(AsyncEngineArgs)]
-    for name in given:
-        require(
-            name in known,
-            f"rollout.vllm.engine_args.{name}: the installed vLLM has no such engine argument{nearest(name, known)}",
-        )
-    return given
-
-
 def start_timeout_s() -> int:
-    """Return how long an engine may take to load the model and profile memory; vLLM's own variable sets it."""
+    """Return the time limit to load the model and profile memory; vLLM's own environment variable sets it."""
     return int(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "900"))
 
 
@@ -241,7 +213,7 @@ def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit locks of the parent's threads
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(start_timeout_s()),
-        # On CPU a start logs ten warnings about what cannot be changed there.
+        # On CPU a start logs ten warnings about settings that cannot be changed there.
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR" if cpu else "WARNING"),
     }
     if cpu:
@@ -258,15 +230,14 @@ def child_environment(vllm: VllmConfig, *, cpu: bool, backend: str, num_threads:
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for a block and restore the old ones after it."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -297,7 +268,7 @@ def cache_bytes(model_path: str, config: Any, rollout: RolloutConfig, inputs: In
 
 
 def response_cache_bytes(text_config: Any, dtype: str, max_tokens: int, block_size: int) -> int:
-    """Return the bytes of a prompt with its response of full length, in whole blocks and one of vLLM's own."""
+    """Return the bytes of a prompt with its response of full length, in whole blocks, plus one that vLLM reserves."""
     heads = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     width = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     token_bytes: int = 2 * text_config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize
@@ -305,7 +276,7 @@ def response_cache_bytes(text_config: Any, dtype: str, max_tokens: int, block_si
 
 
 def cpu_cache_bytes(one_response: int, rollout: RolloutConfig) -> int:
-    """Return the KV cache on CPU: as set, else what all responses at once need, within `CPU_CACHE_BYTES`."""
+    """Return the bytes of the KV cache on CPU: as set, else for all responses at once, up to `CPU_CACHE_BYTES`."""
     if rollout.vllm.kv_cache_gib:
         return int(rollout.vllm.kv_cache_gib * GIB)
     return max(one_response, min(CPU_CACHE_BYTES, rollout.vllm.max_num_seqs * one_response))
@@ -321,9 +292,9 @@ def weight_bytes(model_path: str, dtype: str) -> int:
 
 
 def check_cache(num_bytes: int, one_response: int, max_tokens: int) -> None:
-    """Refuse a KV cache that was set too small for one response; names the least size."""
+    """Refuse a KV cache that is too small for one response; the message names the smallest that works."""
     if num_bytes < one_response:
-        digits = 1 - math.floor(math.log10(one_response / GIB))  # of a value of two digits that is not too small
+        digits = 1 - math.floor(math.log10(one_response / GIB))  # keep two significant digits, rounded up
         least = math.ceil(one_response / GIB * 10**digits) / 10**digits
         raise ConfigError(
             f"rollout.vllm.kv_cache_gib={num_bytes / GIB:.3g} is too small for one prompt with its response "
@@ -333,7 +304,7 @@ def check_cache(num_bytes: int, one_response: int, max_tokens: int) -> None:
 
 
 def check_cpu_memory(weights: int, cache: int, available: int) -> None:
-    """Refuse a start that needs more memory than is free; shows the sum. All in bytes."""
+    """Refuse a start that needs more memory than is available; the message shows the sum. All in bytes."""
     needed = weights + cache + CPU_PROGRAM_BYTES
     if needed > available:
         raise ConfigError(
@@ -344,13 +315,13 @@ def check_cpu_memory(weights: int, cache: int, available: int) -> None:
 
 
 def check_gpu_memory(weights: int, one_response: int, rollout: RolloutConfig, device_bytes: int) -> None:
-    """Refuse weights and a cache that do not fit into the engine's share of each GPU; shows the sum.
+    """Refuse weights and a cache that do not fit into the engine's share of each GPU; the message shows the sum.
 
-    one_response: as `response_cache_bytes`; the least cache, split like the weights.
+    one_response: as `response_cache_bytes`; the smallest possible cache, split over GPUs like the weights.
     """
     vllm, degree = rollout.vllm, rollout.vllm.tensor_parallel_size
     cache = vllm.kv_cache_gib * GIB or one_response / degree
-    share = 1.0 if vllm.kv_cache_gib else vllm.gpu_memory_utilization  # vLLM asks no share where the cache is given
+    share = 1.0 if vllm.kv_cache_gib else vllm.gpu_memory_utilization  # a given cache size overrides it
     if weights / degree + cache > share * device_bytes:
         key = "kv_cache_gib" if vllm.kv_cache_gib else "gpu_memory_utilization"
         raise ConfigError(

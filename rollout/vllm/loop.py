@@ -1,4 +1,4 @@
-"""An event loop on a thread of its own: asynchronous work for callers that are not."""
+"""An event loop on a background thread, for synchronous callers of asynchronous code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, Result], timeout_s: float) -> Result:
-        """Wait for `work` and return its result; when it takes too long, cancel it and raise TimeoutError."""
+        """Wait for `work` and return its result; after `timeout_s` cancel it and raise TimeoutError."""
         future = self.submit(work)
         try:
             return future.result(timeout_s)
@@ -40,7 +40,7 @@ class BackgroundLoop:
         self._loop.call_soon_threadsafe(task.cancel)
 
     def stop(self) -> None:
-        """Cancel what is still running and end the thread."""
+        """Cancel what is still running and stop the thread."""
 
         async def end_tasks() -> None:
             others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

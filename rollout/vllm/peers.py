@@ -1,4 +1,4 @@
-"""The engines as the sender of weights sees them: calls that every one of them must answer in time."""
+"""The engines as the sender of weights sees them: calls that each engine must answer in time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rollout.errors import RsgrpoError
 
 Wait = Callable[[float], Any]
-"""Returns the result of a call, or raises TimeoutError after this many seconds; it may be asked again."""
+"""Returns the result of a call, or raises TimeoutError after this many seconds; it may be called again."""
 
 POLL_S = 0.02
 
@@ -36,23 +36,22 @@ class Peer:
 
 
 def local_peer(engine: Any) -> Peer:
-    """Reach an engine of this process; each call runs on a thread of its own."""
+    """Reach an engine of this process; each call runs on its own thread."""
     return Peer(
         engine.name, engine.num_workers, lambda method, args: _on_thread(lambda: getattr(engine, method)(*args))
     )
 
 
 class Peers:
-    """Calls all engines at once and reports which one failed or did not answer."""
+    """Calls all engines at once and reports which one failed or did not answer.
+
+    world_size: ranks of a group of the sender and all workers of all engines.
+    """
 
     def __init__(self, peers: Sequence[Peer], timeout_s: float) -> None:
         self.peers = peers
         self.timeout_s = timeout_s
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of a group of the sender and all workers of all engines."""
-        return 1 + sum(peer.num_workers for peer in self.peers)
+        self.world_size = 1 + sum(peer.num_workers for peer in peers)
 
     def call(self, method: str, *args: Any, meanwhile: Callable[[], None] | None = None) -> list[Any]:
         """Call `method(*args)` on every engine and return the results; `meanwhile` as for `call_each`."""
@@ -63,7 +62,7 @@ class Peers:
     ) -> list[Any]:
         """Call `method` on every engine with its own arguments and return the results.
 
-        meanwhile: the sender's part of a collective; it runs on a daemon thread and must finish in time, too.
+        meanwhile: the sender's part of a collective; it runs on a daemon thread and must finish in time as well.
 
         Raises:
             TransferError: names the engine that failed, or those that did not answer in time.
@@ -73,7 +72,7 @@ class Peers:
         if meanwhile is not None:
             waiting["the sender"] = _on_thread(meanwhile)
         results: dict[str, Any] = {}
-        # Ask all of them in turn: when one engine fails, the others wait for it until their own timeout.
+        # Poll all of them in turn: when one engine fails, the others wait for it until their own timeout.
         while waiting:
             if time.monotonic() > deadline:
                 raise TransferError(

@@ -1,4 +1,4 @@
-"""From our types to vLLM's and back: a prompt becomes a request, its output a group."""
+"""Conversion between our types and vLLM's: a prompt becomes a request, its output a group."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from rollout.engine import EngineError
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, pixel_hash
-from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup, SamplingParams
+from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 
 def build_request(
@@ -29,7 +29,7 @@ def build_request(
     request: dict[str, Any] = {"prompt_token_ids": processor.token_ids(processor.render(prompt))}
     if prompt.images:
         images = processor.load_images(prompt)
-        # Keyed by its content, a page is preprocessed and encoded once, whichever prompts contain it.
+        # Keyed by content, a page is preprocessed and encoded once, even if several prompts contain it.
         hashes = [pixel_hash(image) for image in images]
         request |= {"multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": hashes}}
     return request, num_tokens
@@ -52,7 +52,7 @@ def sampling_params(
         # vLLM adds the rollout's index; 48 bits keep the ranges of prompts apart and inside int64.
         seed=int.from_bytes(digest[:6], "big"),
         stop_token_ids=[processor.eos_token_id],
-        ignore_eos=True,  # only our end-of-text stops, whatever else the model folder lists
+        ignore_eos=True,  # only our end-of-text ends a response, whatever else the model folder lists
         logit_bias=dict.fromkeys(processor.banned_token_ids, float("-inf")),
         logprobs=0,
         flat_logprobs=True,
@@ -79,21 +79,10 @@ def to_group(
     for completion in output.outputs:
         if completion.finish_reason not in ("stop", "length"):
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM ended a rollout by {completion.finish_reason}")
-        rollouts.append(_rollout(processor, completion))
+        # A response that was preempted for lack of memory may have started under older weights: the oldest counts.
+        version = min(int(span.version) for span in completion.weight_versions)
+        token_ids_T, logprobs_T = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
+        rollouts.append(processor.rollout(token_ids_T, logprobs_T, version))
     if not sampling.temperature:
         rollouts *= sampling.group_size
     return RolloutGroup(prompt, tuple(rollouts), num_tokens)
-
-
-def _rollout(processor: InputProcessor, completion: Any) -> Rollout:
-    text, spans_T = processor.decode(completion.token_ids)
-    finish_reason: FinishReason = "stop" if completion.finish_reason == "stop" else "length"
-    return Rollout(
-        token_ids_T=tuple(completion.token_ids),
-        logprobs_T=tuple(completion.logprobs.logprobs),
-        text=text,
-        token_spans_T=spans_T,
-        finish_reason=finish_reason,
-        # A response that was preempted for lack of memory may have begun under older weights: the oldest counts.
-        weights_version=min(int(span.version) for span in completion.weight_versions),
-    )

@@ -1,4 +1,4 @@
-"""What vLLM reports while it runs, added up: tokens, prefix-cache hits, and when the last token came."""
+"""Totals of what vLLM reports while it runs: tokens, prefix-cache hits, and the time of the last token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COUNTS = ("prompt_tokens", "cached_tokens", "generated_tokens", "preempted")
 
 
 class Progress(StatLoggerBase):  # type: ignore[misc,unused-ignore]
-    """Counters of one engine, filled by vLLM after each of its steps; thread-safe."""
+    """Counters of one engine, updated by vLLM after each of its steps; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -42,7 +42,7 @@ class Progress(StatLoggerBase):  # type: ignore[misc,unused-ignore]
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
     ) -> None:
-        """Take in the report of one step of vLLM."""
+        """Add the report of one step of vLLM."""
         with self._lock:
             if scheduler_stats is not None:
                 self._counts["prompt_tokens"] += scheduler_stats.prefix_cache_stats.queries
@@ -54,10 +54,10 @@ class Progress(StatLoggerBase):  # type: ignore[misc,unused-ignore]
                     self._last_token = time.monotonic()
 
     def log_engine_initialized(self) -> None:
-        """Do nothing; vLLM requires the method."""
+        """Required by vLLM."""
 
     def take(self) -> dict[str, float]:
-        """Return the counts since the last call and start from zero."""
+        """Return the counts since the last call and reset them."""
         with self._lock:
             now = time.monotonic()
             busy_s = self._busy_s + (now - self._since if self._running else 0.0)

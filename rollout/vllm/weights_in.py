@@ -1,7 +1,6 @@
-"""The engines' side of a weight sync; `rollout.vllm.weights_out` names the hops.
+"""The engines' side of a weight sync; `rollout.vllm.weights_out` lists its steps.
 
-Runs inside vLLM's own worker processes, which load this module by name (`worker_extension_cls`); importing it registers
-the gloo transport.
+vLLM's worker processes load this module by name (`worker_extension_cls`); importing it registers the gloo transport.
 """
 
 from __future__ import annotations
@@ -55,14 +54,12 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):  # type: ignore[
     group: GlooGroup | None = None
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
-        """Join the sender's group, which waits for all members."""
         rank = init_info.rank_offset + self.parallel_config.rank
         self.group = GlooGroup.join(
             init_info.address, init_info.port, rank, init_info.world_size, timeout_s=init_info.timeout_s
         )
 
     def start_weight_update(self) -> None:
-        """Expect weights in checkpoint format."""
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -70,18 +67,15 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):  # type: ignore[
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: GlooUpdate) -> None:
-        """Receive one bucket and load it."""
         if self.group is None:
             raise RuntimeError("weights arrive before init_transfer_engine")
         model: Any = self.model
         model.load_weights(self.group.receive(update_info.names, update_info.dtype_names, update_info.shapes))
 
     def finish_weight_update(self) -> None:
-        """Put the loaded weights to use."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Leave the group."""
         self.group = None
 
 
@@ -103,13 +97,13 @@ class WeightReceiver:
             self.model_runner.get_model().load_weights(iter(safetensors.torch.load(chunk).items()))
 
     def receive_finish(self) -> None:
-        """Put the loaded weights to use."""
+        """Use the loaded weights."""
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
         self.model_runner.reset_lora_state()
 
     def missing_parts(self, names: list[str]) -> list[str]:
-        """Return what is missing to make whole every layer of which `names` has a part."""
+        """Return what is missing from the layers of which `names` contains a part."""
         model = self.model_runner.get_model()
         parameters = _parameters(model)
         came = _names_by_parameter(names, model, parameters)
@@ -128,7 +122,7 @@ class WeightReceiver:
     def resident_checksums(self, names: list[str]) -> list[HeldChecksum]:
         """Return the checksum of each parameter that holds any of `names` (Hugging Face names).
 
-        A parameter whose values vLLM has repacked for its kernels (linear weights on CPU) has 0 elements here.
+        A parameter that vLLM has repacked for its kernels (linear weights on CPU) has 0 elements here.
         """
         model = self.model_runner.get_model()
         parameters = _parameters(model)
@@ -142,7 +136,7 @@ def _parameters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _names_by_parameter(names: Iterable[str], model: Any, parameters: dict[str, Any]) -> dict[str, list[str]]:
-    """Return vLLM parameter -> the Hugging Face names that it holds; a name that the model lacks is left out."""
+    """Return vLLM parameter -> the Hugging Face names that it holds; names that the model lacks are left out."""
     fused = {part: whole for whole, parts in model.packed_modules_mapping.items() for part in parts}
     held: dict[str, list[str]] = {}
     for name in names:

@@ -1,14 +1,14 @@
 """The learner's side of a weight sync with vLLM engines.
 
-The hops of one sync:
+The steps of one sync:
 1. Every rank of the learner calls `WeightSender.send` with its own iterator of named tensors, in the same order.
 2. `Peers` (peers.py) calls `VllmEngine.transfer_start`: running requests end, new ones wait. A `Peer` carries each call
    to its engine, within this process or through Ray.
-3. `_Verifier` converts the tensors to the engine's dtype and adds up their checksums; `buckets` (wire.py) cuts them.
+3. `_Verifier` converts the tensors to the engine's dtype and computes their checksums; `buckets` (wire.py) groups them.
 4. For each bucket `VllmEngine.transfer_update` announces names and shapes, while a link moves the bytes: `_GlooLink` on
-   CPU, `_NcclLink` between GPUs. On shared GPUs `_IpcSender` hands over handles instead. nccl and ipc are vLLM's own.
+   CPU, `_NcclLink` between GPUs. On shared GPUs `_IpcSender` passes handles instead. nccl and ipc are vLLM's own.
 5. In the engine's worker processes the receiver (weights_in.py for gloo, else vLLM's own) loads the bucket.
-6. `VllmEngine.transfer_finish` refuses layers that came in part, drops all caches and lets sampling resume.
+6. `VllmEngine.transfer_finish` refuses incomplete layers, drops all caches and lets sampling resume.
 7. `_Verifier` compares its sums with what the workers hold (`WeightReceiver.resident_checksums`).
 """
 
@@ -22,7 +22,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import safetensors.torch
 import torch
@@ -45,16 +45,16 @@ from rollout.vllm.wire import (
 log = logging.getLogger(__name__)
 
 
-class WeightSender(Protocol):
-    """What the learner holds on every rank."""
+class WeightSender:
+    """What every rank of the learner sends with; by itself, a rank that takes part in gathering but sends nothing."""
 
     def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
         """Bring all engines to `version`. Called on every rank with the rank's own iterator of the same order."""
-        ...
+        for _ in named_tensors:
+            pass
 
     def close(self) -> None:
         """Leave the group; calling it twice is allowed."""
-        ...
 
 
 def build_sender(
@@ -69,10 +69,10 @@ def build_sender(
 ) -> WeightSender:
     """Connect a learner rank to all engines; every rank calls it, but with "gloo" and "nccl" only rank 0 connects.
 
-    backend: the one that the engines were started with.
-    dtype: floating tensors are sent in it (the engines' own saves bandwidth); None sends them as they are.
+    backend: `VllmEngine.backend`.
+    dtype: floating-point tensors are sent in it (the engines' own saves bandwidth); None sends them as they are.
     timeout_s: limit of each phase (connect, start, one bucket, finish).
-    verify_every: compare checksums after every n-th sync, the first included; 0 is never.
+    verify_every: compare checksums after every n-th sync, the first included; 0 never compares.
 
     Raises:
         TransferError: an engine did not answer in time.
@@ -82,14 +82,14 @@ def build_sender(
     if backend == "ipc":
         return _IpcSender(group, rank, bucket_bytes, verifier)
     if rank > 0:
-        return _Follower()
+        return WeightSender()
     assert backend != "load", "its weights come by `load_weights`"
     link = _GlooLink(group) if backend == "gloo" else _NcclLink(group, bucket_bytes)
     return _BroadcastSender(group, link, bucket_bytes, verifier)
 
 
-class AdapterSender:
-    """Ships a LoRA adapter's own tensors; the base weights stay as the engine loaded them."""
+class AdapterSender(WeightSender):
+    """Sends a LoRA adapter's tensors only; the base weights stay as the engine loaded them."""
 
     def __init__(
         self, peers: Sequence[Peer], adapter_config: dict[str, Any], *, rank: int = 0, timeout_s: float = 300.0
@@ -103,9 +103,6 @@ class AdapterSender:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}
         if self._rank == 0:
             self._peers.call("load_adapter", safetensors.torch.save(tensors), self._config, version)
-
-    def close(self) -> None:
-        """Do nothing: no connection is held open."""
 
 
 def _first_difference(
@@ -134,7 +131,7 @@ def _first_difference(
 
 
 class _Verifier:
-    """Converts tensors on their way out, adds up checksums, and compares them with what the engines hold afterwards."""
+    """Converts outgoing tensors, computes their checksums, and compares them with what the engines hold afterwards."""
 
     def __init__(self, peers: Peers, every: int, dtype: torch.dtype | None = None) -> None:
         self._peers = peers
@@ -167,18 +164,7 @@ class _Verifier:
             log.info("weights %d on %s: %d parameters agree", version, peer.name, compared)
 
 
-class _Follower:
-    """A learner rank that only helps to gather."""
-
-    def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
-        for _ in named_tensors:
-            pass
-
-    def close(self) -> None:
-        pass
-
-
-class _BroadcastSender:
+class _BroadcastSender(WeightSender):
     """Rank 0 of the learner: broadcasts bucket after bucket to all workers of all engines."""
 
     def __init__(self, peers: Peers, link: _GlooLink | _NcclLink, bucket_bytes: int, verifier: _Verifier) -> None:
@@ -188,7 +174,6 @@ class _BroadcastSender:
         self._verifier = verifier
 
     def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
-        """Send all tensors as one version."""
         self._peers.call("transfer_start")
         for bucket in buckets(self._verifier.outgoing(named_tensors), self._bucket_bytes):
             self._peers.call("transfer_update", layout_of(bucket), meanwhile=partial(self._link.broadcast, bucket))
@@ -196,7 +181,6 @@ class _BroadcastSender:
         self._verifier.check(version)
 
     def close(self) -> None:
-        """Leave the group."""
         self._link.close()
 
 
@@ -260,7 +244,7 @@ class _NcclLink:
             self._group = None
 
 
-class _IpcSender:
+class _IpcSender(WeightSender):
     """Every learner rank shares its copy of the weights with the engine worker on its own GPU (vLLM's packed ipc)."""
 
     def __init__(self, peers: Peers, rank: int, bucket_bytes: int, verifier: _Verifier) -> None:
@@ -271,11 +255,11 @@ class _IpcSender:
         self._verifier = verifier
         self._client = _IpcClient(peers)
         init_info = IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
-        client, source = cast(Any, self._client), cast(Any, self)  # what is asked of both, without vLLM's base classes
+        client, source = cast(Any, self._client), cast(Any, self)  # both only behave like vLLM's base classes
         self._transfer = IPCTrainerWeightTransferEngine.trainer_init(init_info, client=client, source=source)
 
     def __iter__(self) -> Iterator[NamedTensor]:
-        """Yield the tensors of the sync under way: this object is the source that vLLM's end reads."""
+        """Yield the tensors of the current sync: this object is the source that vLLM's sender reads."""
         for name, tensor in self._tensors:
             if tensor.nbytes > self._bucket_bytes:
                 raise TransferError(
@@ -285,19 +269,18 @@ class _IpcSender:
             yield name, tensor
 
     def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
-        """Send all tensors as one version; the iterator must yield full tensors on every rank."""
+        """Send all tensors as one version; every rank's iterator must yield full tensors."""
         self._tensors = self._verifier.outgoing(named_tensors)
         self._client.version = version
         self._transfer.send_weights()
         self._verifier.check(version)
 
     def close(self) -> None:
-        """Let go of shared memory."""
         self._transfer.shutdown()
 
 
 class _IpcClient:
-    """The four calls that vLLM's sender makes, passed on to all engines; handles travel pickled."""
+    """Forwards the four calls of vLLM's sender to all engines; handles travel pickled."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers

@@ -1,6 +1,6 @@
 """What both ends of the gloo weight transfer share: named tensors as bytes, the process group, and checksums.
 
-Needs torch alone, so that a learner without vLLM can send.
+Only torch is needed, so that a learner without vLLM can send.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 NamedTensor = tuple[str, torch.Tensor]
 """A weight under its Hugging Face name."""
 Checksum = tuple[float, float, int]
-"""(sum, sum of squares, elements) in float64: numbers that add up over the shards of a tensor."""
+"""(sum, sum of squares, elements), sums in float64; they add up over the shards of a tensor."""
 HeldChecksum = tuple[list[str], float, float, int]
 """The Hugging Face names that one parameter of an engine holds, and the parameter's checksum."""
 
@@ -25,7 +25,7 @@ CHECKSUM_CHUNK = 1 << 24
 
 
 class GlooGroup:
-    """Broadcasts buckets of weights from rank 0, apart from any other process group of the process."""
+    """Broadcasts buckets of weights from rank 0, independent of the process's other groups."""
 
     def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
         self._timeout = timedelta(seconds=timeout_s)
@@ -36,13 +36,13 @@ class GlooGroup:
 
     @classmethod
     def join(cls, address: str, port: int, rank: int, world_size: int, *, timeout_s: float) -> GlooGroup:
-        """Meet the others at a store that rank 0 keeps."""
+        """Join through the store of rank 0."""
         timeout = timedelta(seconds=timeout_s)
         store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # type: ignore[attr-defined,unused-ignore]
         return cls(store, rank, world_size, timeout_s)
 
     def broadcast(self, bucket: Sequence[NamedTensor]) -> None:
-        """Hand a bucket to all other ranks; called on rank 0."""
+        """Send a bucket to all other ranks; called on rank 0."""
         self._broadcast(to_buffer(bucket))
 
     def receive(
@@ -58,7 +58,7 @@ class GlooGroup:
 
 
 def layout_of(bucket: Sequence[NamedTensor]) -> dict[str, list[Any]]:
-    """Return the names, dtype names and shapes of a bucket, in the order in which their bytes follow each other."""
+    """Return the names, dtype names and shapes of a bucket, in the order of their bytes."""
     return {
         "names": [name for name, _ in bucket],
         "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -74,7 +74,7 @@ def to_buffer(bucket: Sequence[NamedTensor]) -> torch.Tensor:
 def from_buffer(
     buffer: torch.Tensor, names: Sequence[str], dtype_names: Sequence[str], shapes: Sequence[Sequence[int]]
 ) -> Iterator[NamedTensor]:
-    """Yield the tensors whose bytes are in a buffer, each in memory of its own."""
+    """Yield the tensors whose bytes are in a buffer, each in its own memory."""
     parts = torch.split(buffer, _num_bytes(dtype_names, shapes))
     for name, part, dtype_name, shape in zip(names, parts, dtype_names, shapes, strict=True):
         yield name, part.clone().view(getattr(torch, dtype_name)).view(tuple(shape))
@@ -89,7 +89,7 @@ def checksum(tensor: torch.Tensor) -> Checksum:
     """Return the checksum of a tensor on any device."""
     flat = tensor.detach().reshape(-1)
     total = squares = torch.zeros((), dtype=torch.float64, device=flat.device)
-    for part in torch.split(flat, CHECKSUM_CHUNK):  # float64 copies of an embedding would not fit beside it
+    for part in torch.split(flat, CHECKSUM_CHUNK):  # a float64 copy of a whole embedding would not fit
         exact = part.double()
         total, squares = total + exact.sum(), squares + exact.square().sum()
     return total.item(), squares.item(), flat.numel()
@@ -110,7 +110,7 @@ def buckets(named_tensors: Iterable[NamedTensor], max_bytes: int) -> Iterator[li
 
 
 def own_address() -> str:
-    """Return the address under which other machines reach this one; the loopback address when there is no network."""
+    """Return the address under which other machines reach this one; the loopback address without a network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # a documentation address: nothing is sent, only a route is looked up

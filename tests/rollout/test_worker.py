@@ -223,9 +223,9 @@ def test_a_worker_killed_in_mid_step_is_replaced_and_every_prompt_is_sampled(clu
     assert {rollout.weights_version for group in arrived for rollout in group.rollouts} == {4}
     assert sent == [[0, 1], [1]]
     assert supervised.num_restarts == 1
-    # The failure was the first in a row, and no batch has gone well since: one more ends it.
+    # No batch has succeeded since that failure: one more ends the work.
     os.kill(supervised.ping()[0]["pid"], signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*failure 2 in a row"):
+    with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*consecutive failure 2"):
         list(supervised.generate(prompts, SAMPLING))
     supervised.close()
 

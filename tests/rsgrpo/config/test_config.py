@@ -305,7 +305,7 @@ def test_a_run_gets_its_configuration_and_leaves_no_litter(tmp_path):
 
 def test_user_errors_exit_with_2_and_run_errors_with_1(tmp_path):
     for arguments, code, said in (
-        ([], 2, "recipe is missing: choose one, for example recipe=demo"),
+        ([], 2, "recipe is missing. Choose one of "),
         (["recipe=demo", "rollout.group_size=1"], 2, "must be >= 2"),
         (["recipe=demo", "seed=13"], 1, "seed 13 brings bad luck"),
     ):

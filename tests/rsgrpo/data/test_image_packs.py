@@ -169,7 +169,7 @@ def test_images_are_read_after_a_fork_even_one_in_the_middle_of_a_read(tmp_path)
     index["imgs/00.png"].read()
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    with packed._turn.lock:  # held, by a thread that the child will not have
+    with packed._turn["lock"]:  # held, by a thread that the child will not have
         child = context.Process(target=read_in_child, args=(list(index.values()), answers))
         child.start()
     assert answers.get(timeout=30) == list(PAGES.values())
