@@ -1,4 +1,4 @@
-"""What a user can set about images, prompts and sampling. Plain dataclasses; no engine is imported here."""
+"""Settings of images, prompts and sampling. Plain dataclasses; no engine is imported here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rollout.keys import check, key, require
 EngineKind = Literal["hf", "fake", "vllm"]
 Dtype = Literal["float32", "bfloat16"]
 
-# Arguments of vLLM's engine that other keys decide.
+# Arguments of vLLM's engine that have a key of their own.
 DECIDED = {
     "model": "model.path",
     "revision": "model.revision",
@@ -77,7 +77,7 @@ class VllmConfig:
         for name in self.engine_args:
             require(
                 name not in DECIDED,
-                f"rollout.vllm.engine_args.{name} is decided by another key: set {DECIDED.get(name)} instead",
+                f"rollout.vllm.engine_args.{name} has its own key. Set {DECIDED.get(name)} instead.",
             )
 
     @property

@@ -190,10 +190,10 @@ def groups(schema: type, config_name: str = "config") -> dict[str, list[str]]:
     """Return the groups of `conf/` that this program takes, each with its options; `recipe` comes first."""
     fields = {field.name for field in dataclasses.fields(schema)}
     folders = sorted(resources.files("conf").iterdir(), key=lambda entry: entry.name)
+    taken = [folder for folder in folders if folder.name in fields and folder.is_dir()]
     return {
         folder.name: sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-        for folder in [resources.files(_package(config_name)) / "recipe", *folders]
-        if folder.name == "recipe" or (folder.name in fields and folder.is_dir())
+        for folder in [resources.files(_package(config_name)) / "recipe", *taken]
     }
 
 

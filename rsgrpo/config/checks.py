@@ -1,7 +1,7 @@
-"""Combinations of settings that cannot work, and files that are missing: refused before anything starts.
+"""Refuse combinations of settings that cannot work, and missing files, before anything starts.
 
-Every message names the key, the value and what would work, and shows its arithmetic. Bounds of single keys are checked
-by the classes that declare them. Only `require_inputs` and `require_found` look at the disk.
+Every message names the key, the value and the fix, and shows its arithmetic. The classes that declare keys check the
+bounds of single keys. Only `require_inputs` and `require_found` access the disk.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%]+)?")
 
 
 def validate(config: TrainConfig) -> None:
-    """Refuse a training run that cannot work, before anything is started.
+    """Refuse a training run that cannot work.
 
     Raises:
-        ConfigError: two or more keys contradict each other; the message shows the arithmetic.
+        ConfigError: two or more keys contradict each other.
     """
     _check_run(config, config.rollout.max_response_tokens, "rollout.max_response_tokens")
     _check_reward_names(config)
@@ -41,16 +41,12 @@ def validate(config: TrainConfig) -> None:
     if config.algorithm.kl_coef > 0 and config.algorithm.kl_estimator == "k1":
         log.warning(
             "algorithm.kl_estimator=k1 as a loss has zero expected gradient: it is reported but does not restrain the "
-            "policy. Use k3 (or k2)."
+            "policy. Set it to k3 or k2."
         )
 
 
 def validate_sft(config: SftConfig) -> None:
-    """Refuse a supervised run that cannot work, before anything is started.
-
-    Raises:
-        ConfigError: two or more keys contradict each other; the message shows the arithmetic.
-    """
+    """Refuse a supervised run that cannot work; raises as `validate`."""
     _check_run(config, config.max_response_tokens, "max_response_tokens")
 
 
@@ -58,25 +54,25 @@ def how_to_get(key: str, path: str, made_by: Mapping[str, str] | None = None) ->
     """Return the message for a model or data path that does not exist, with the command that makes it if one does."""
     command = next((command for start, command in (made_by or {}).items() if path.startswith(start)), None)
     if command is not None:
-        fix = f"run `{command}` once to make it"
+        fix = f"Run `{command}` once to make it."
     elif key.startswith("model"):
-        fix = "name a folder or hub id that exists, or make it: `python -m recipes.sft` exports to <run folder>/export"
+        fix = f"Set {key} to a folder or hub id; `python -m recipes.sft` exports a model to <run folder>/export."
     else:
-        fix = f"set {key} to a .jsonl, .json or .parquet file, a folder or a hub data set"
-    return f"{key}={path}: there is no such file or folder; {fix}"
+        fix = f"Set {key} to a .jsonl, .json or .parquet file, a folder or a hub data set."
+    return f"{key}={path}: there is no such file or folder. {fix}"
 
 
 def require_found(key: str, path: str, made_by: Mapping[str, str] | None = None) -> None:
     """Refuse a model or data path that is neither on disk nor shaped like a hub id ("org/name", "org/name:split").
 
-    made_by: start of a local path -> command that makes what is there (`made_by` of a run's configuration).
+    made_by: start of a local path -> command that makes it (`made_by` of a run's configuration).
     """
     is_hub_id = HUB_ID.fullmatch(path) is not None and not path.startswith(tuple(made_by or ()))
     require(os.path.exists(path) or is_hub_id, how_to_get(key, path, made_by))
 
 
 def require_inputs(config: RunConfig) -> None:
-    """Refuse a model or rows that are not there, before anything heavy is loaded."""
+    """Refuse a model or rows that do not exist, before anything heavy is loaded."""
     require_found("model.path", config.model.path, config.made_by)
     require_found("data.train", config.data.train, config.made_by)
     if config.data.val:
@@ -86,12 +82,12 @@ def require_inputs(config: RunConfig) -> None:
 def _check_run(config: RunConfig, response_tokens: int, response_key: str) -> None:
     """Check what training and warm start have in common."""
     model, data, learner, validation = config.model, config.data, config.learner, config.validation
-    require(model.path != "", "model.path is empty: choose a model, for example model=qwen2_5_vl_3b")
-    require(data.train != "", "data.train is empty: name the training rows, for example data.train=my/train.jsonl")
+    require(model.path != "", "model.path is empty. Choose a model, for example model=qwen2_5_vl_3b.")
+    require(data.train != "", "data.train is empty. Name the training rows, for example data.train=my/train.jsonl.")
     require(
         data.val != "" or not (validation.every or validation.at_start),
-        f"data.val is empty, but validation.every={validation.every} and validation.at_start={validation.at_start}: "
-        "name held-out rows, or set validation.every=0 validation.at_start=false",
+        f"data.val is empty, but validation.every={validation.every} and validation.at_start={validation.at_start}. "
+        "Set data.val to held-out rows, or set validation.every=0 validation.at_start=false.",
     )
     if data.train == data.val:
         log.warning("data.train and data.val are the same rows (%s): validation measures memorization", data.train)
@@ -100,31 +96,29 @@ def _check_run(config: RunConfig, response_tokens: int, response_key: str) -> No
     require(
         budget >= needed,
         f"learner.max_tokens_per_micro_batch {budget} < {prompt_tokens} + {response_tokens} = {needed} "
-        f"(inputs.max_prompt_tokens + {response_key}): the longest prompt with one response would not fit; set it to "
-        f"{needed} or more",
+        f"(inputs.max_prompt_tokens + {response_key}): the longest prompt with one response would not fit. Set it to "
+        f"{needed} or more.",
     )
     require(
         not (learner.offload and learner.device == "cpu"),
-        "learner.offload=true moves parameters off a GPU, but learner.device=cpu: set learner.offload=false",
+        "learner.offload=true moves parameters off a GPU, but learner.device=cpu. Set learner.offload=false.",
     )
     require(
         not (learner.attention == "flash" and learner.device == "cpu"),
-        "learner.attention=flash needs a GPU, but learner.device=cpu: set learner.attention=sdpa",
+        "learner.attention=flash needs a GPU, but learner.device=cpu. Set learner.attention=sdpa.",
     )
     require(
         not model.lora.rank or model.freeze_vision,
         f"model.lora.rank={model.lora.rank} puts adapters on the language model and trains nothing else, but "
-        "model.freeze_vision=false trains the vision tower: set it to true, or model.lora.rank=0",
+        "model.freeze_vision=false trains the vision tower. Set it to true, or set model.lora.rank=0.",
     )
 
 
 def _check_reward_names(config: TrainConfig) -> None:
     names = list(config.rewards)
-    require(bool(names), "rewards is empty: there is nothing to learn from; choose some, for example rewards=evisrag")
+    require(bool(names), "rewards is empty: there is nothing to learn from. Choose some, for example rewards=evisrag.")
     for name in names:
-        require(
-            name not in config.monitors, f"monitors.{name}: a reward has this name; give the monitor a different one"
-        )
+        require(name not in config.monitors, f"monitors.{name}: a reward has this name. Rename the monitor.")
     scored = [*names, *config.monitors]
     for key, weights, known in (
         ("reward_weights", config.reward_weights, names),
@@ -134,7 +128,7 @@ def _check_reward_names(config: TrainConfig) -> None:
         for name in weights:
             require(
                 name in known,
-                f"{key}.{name}: there is no reward {name!r}{nearest(name, known)} The run has {', '.join(known)}",
+                f"{key}.{name}: there is no reward {name!r}{nearest(name, known)} The run has {', '.join(known)}.",
             )
     for name in config.reward_args:
         close = nearest(name, scored, cutoff=0.8)
@@ -151,16 +145,16 @@ def _check_sampling(config: TrainConfig) -> None:
     )
     require(
         rollout.temperature > 0,
-        f"rollout.temperature must be > 0 in training, got {rollout.temperature:g}: greedy rollouts of a group are all "
-        "the same, so no reward varies",
+        f"rollout.temperature must be > 0 in training, got {rollout.temperature:g}: greedy rollouts of a group are "
+        "identical, so no reward varies",
     )
     biased = (rollout.top_p < 1 and f"rollout.top_p={rollout.top_p:g}") or (
         rollout.top_k > 0 and f"rollout.top_k={rollout.top_k}"
     )
     require(
         not biased or rollout.allow_biased_sampling,
-        f"{biased} cuts the distribution that is sampled from, and importance ratios do not correct it: set "
-        "rollout.top_p=1 rollout.top_k=0, or force it with rollout.allow_biased_sampling=true",
+        f"{biased} cuts the sampling distribution, and importance ratios do not correct it. Set rollout.top_p=1 "
+        "rollout.top_k=0, or force it with rollout.allow_biased_sampling=true.",
     )
 
 
@@ -170,7 +164,7 @@ def _check_cpus(config: TrainConfig) -> None:
         placement = place(config, has_gpus=False)
         require(
             placement.total_cpus <= cluster.num_cpus + 1e-6,
-            f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}: raise it, or lower cluster.cpus",
+            f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}. Raise it, or lower cluster.cpus.",
         )
 
 
@@ -181,16 +175,16 @@ def _check_sleep(config: TrainConfig) -> None:
     require(
         config.algorithm.max_staleness == 0 or not colocated,
         f"algorithm.max_staleness=1 samples while the learner works, but rollout.vllm.sleep_level={level} puts "
-        "colocated engines to sleep then: set rollout.vllm.sleep_level=0, or cluster.placement=disaggregated",
+        "colocated engines to sleep then. Set rollout.vllm.sleep_level=0, or cluster.placement=disaggregated.",
     )
     require(
         level < 2 or not config.model.lora.rank,
-        "rollout.vllm.sleep_level=2 gives up the weights, but a LoRA run sends adapters only: set sleep_level=1",
+        "rollout.vllm.sleep_level=2 discards the weights, but a LoRA run sends adapters only. Set sleep_level=1.",
     )
     require(
         level < 2 or not config.model.freeze_vision,
-        "rollout.vllm.sleep_level=2 gives up all weights, but a frozen vision tower is never sent again: set "
-        "sleep_level=1, or model.freeze_vision=false",
+        "rollout.vllm.sleep_level=2 discards all weights, but a frozen vision tower is never sent again. Set "
+        "sleep_level=1, or model.freeze_vision=false.",
     )
 
 
@@ -203,12 +197,12 @@ def _check_checkpoint_metric(config: TrainConfig) -> None:
     require(
         validation.every > 0 and bool(modes),
         f"checkpoint.keep_best={config.checkpoint.keep_best} ranks checkpoints by {metric}, but nothing is validated "
-        f"(validation.every={validation.every}, greedy={validation.greedy}, samples={validation.samples}): "
-        f"switch it on, {off}",
+        f"(validation.every={validation.every}, greedy={validation.greedy}, samples={validation.samples}). "
+        f"Switch validation on, {off}.",
     )
     known = [f"val/{mode}/{name}" for mode in modes for name in (*config.rewards, *config.monitors)]
     require(
         metric in known,
-        f"checkpoint.metric={metric} is not measured by this run{nearest(metric, known)} "
-        f"It has {', '.join(known)}; {off}",
+        f"checkpoint.metric={metric} is not measured by this run{nearest(metric, known)} Set it to one of "
+        f"{', '.join(known)}, {off}.",
     )

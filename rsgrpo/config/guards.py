@@ -1,4 +1,4 @@
-"""Bounds that metrics of training must keep to: how the rules are written and read."""
+"""Rules that bound the metrics of training: how they are written and parsed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rollout.errors import ConfigError
 from rollout.keys import check, key, nearest, require
 
 DEFAULT_PATIENCE = 5
@@ -15,7 +16,7 @@ _OLD_RULE = re.compile(r"\s*([\w./-]+)\s*(>=|<=)\s*(\S+)\s*")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One metric and its bounds; it is broken after `patience` consecutive steps outside of them."""
+    """One metric and its bounds; the rule is broken after `patience` consecutive steps outside them."""
 
     metric: str
     min: float | None = None
@@ -23,15 +24,12 @@ class Rule:
     patience: int = DEFAULT_PATIENCE
 
     def holds(self, value: float) -> bool:
-        """Whether a value keeps to the bounds; NaN does not."""
+        """Return whether a value is within the bounds; NaN is not."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max) and value == value
 
     def __str__(self) -> str:
-        bounds = [
-            f">= {self.min:g}" if self.min is not None else "",
-            f"<= {self.max:g}" if self.max is not None else "",
-        ]
-        return f"{self.metric} {' and '.join(filter(None, bounds))}"
+        pairs = [(">=", self.min), ("<=", self.max)]
+        return f"{self.metric} {' and '.join(f'{sign} {bound:g}' for sign, bound in pairs if bound is not None)}"
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,7 @@ class GuardsConfig:
         self.parsed()
 
     def parsed(self) -> list[Rule]:
-        """Return the rules.
-
-        Raises:
-            ConfigError: one cannot be read; names what is wrong with it.
-        """
+        """Return the rules; raises ConfigError for one that is malformed."""
         return [_parsed(metric, bounds) for metric, bounds in self.rules.items() if bounds is not None]
 
 
@@ -65,38 +59,32 @@ def _parsed(metric: str, bounds: Any) -> Rule:
     if isinstance(bounds, str):
         old = _OLD_RULE.fullmatch(bounds)
         name, sign, number = old.groups() if old else ("METRIC", ">=", "0.1")
-        raise_as = f"{{{name}: {{{'min' if sign == '>=' else 'max'}: {number}}}}}"
-        require(
-            False, f'guards.rules.{metric}="{bounds}": rules are written as data now; write guards.rules={raise_as}'
-        )
+        new = f"{{{name}: {{{'min' if sign == '>=' else 'max'}: {number}}}}}"
+        raise ConfigError(f'guards.rules.{metric}="{bounds}": rules are no longer text. Write guards.rules={new}.')
     form = "bounds such as {min: 0.1, patience: 5}"
     require(isinstance(bounds, dict), f"{where} must have {form}, got {bounds!r}")
     for name, value in bounds.items():
-        require(name in ("min", "max", "patience"), f"{where} has no {name!r}; it takes min, max and patience")
+        require(name in ("min", "max", "patience"), f"{where} takes min, max and patience, got {name!r}")
         require(
             isinstance(value, int | float) and not isinstance(value, bool),
-            f"{where} must have {form}: {name} is not a number, got {value!r}",
+            f"{where} must have {form}: {name} must be a number, got {value!r}",
         )
     rule = Rule(metric, **bounds)
-    require(rule.min is not None or rule.max is not None, f"{where} has no bound: give it min or max")
+    require(rule.min is not None or rule.max is not None, f"{where} has no bound. Give it min or max.")
     require(
         rule.patience == int(rule.patience) >= 1,
         f"{where}: patience must be a whole number >= 1, got {rule.patience:g}",
     )
     require(
         not metric.startswith("val/"),
-        f"{where}: this metric is measured by validation only; use one that every step measures, such as "
-        "reward/<name>/mean or monitor/<name>/mean",
+        f"{where}: only validation measures this metric. Use one that every step measures, such as "
+        "reward/<name>/mean or monitor/<name>/mean.",
     )
     return rule
 
 
 def check_names(config: GuardsConfig, rewards: Iterable[str], monitors: Iterable[str]) -> None:
-    """Refuse rules on rewards and monitors that the run does not have.
-
-    Raises:
-        ConfigError: names the nearest.
-    """
+    """Raise ConfigError for rules on rewards and monitors that the run does not have."""
     known = {"reward": list(rewards), "monitor": list(monitors)}
     for rule in config.parsed():
         scored = scored_name(rule.metric)

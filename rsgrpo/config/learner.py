@@ -1,4 +1,4 @@
-"""Keys of the learner: the model it trains, what it learns and how. Read without Ray and hydra, as the learner is."""
+"""Keys of the learner: the model it trains, what it learns and how. Neither Ray nor hydra is imported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check(self, "model.lora")
-        require(not self.rank or bool(self.targets), "model.lora.targets is empty: name the layers that get an adapter")
+        require(not self.rank or bool(self.targets), "model.lora.targets is empty. Name the layers to adapt.")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class AlgorithmConfig:
         require(
             self.max_staleness == 0 or self.importance_cap > 0,
             "algorithm.max_staleness=1 learns from rollouts of older weights, which algorithm.importance_cap=0 does "
-            "not correct: set algorithm.importance_cap=2",
+            "not correct. Set algorithm.importance_cap=2.",
         )
 
 
@@ -176,8 +176,8 @@ class LearnerConfig:
         parse_checkpointing(self.gradient_checkpointing)
         require(
             not (self.compile and self.gradient_checkpointing == "attention"),
-            "learner.compile=true does not work with learner.gradient_checkpointing=attention: use full, every_n:K or "
-            "none",
+            "learner.compile=true does not work with learner.gradient_checkpointing=attention. Set it to full, "
+            "every_n:K or none.",
         )
 
     @property
@@ -188,7 +188,7 @@ class LearnerConfig:
 
 
 def parse_checkpointing(how: str) -> int:
-    """Return n where every n-th layer is recomputed (1: every one), 0 where none is."""
+    """Return n if every n-th layer is recomputed, 0 if none is."""
     known = {"none": 0, "full": 1, "attention": 1}
     if how in known:
         return known[how]

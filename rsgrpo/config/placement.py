@@ -1,4 +1,4 @@
-"""Which workers share a device: pure arithmetic on the configuration, before Ray is asked for anything."""
+"""Which workers share a device: pure arithmetic on the configuration, done before Ray is asked for resources."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rsgrpo.config.train import TrainConfig
 class Seat:
     """What one worker gets: its share of the CPUs and GPUs of one bundle.
 
-    shares_with: learner ranks whose GPUs the worker uses as well, though it reserves none; it sits on their node.
+    shares_with: learner ranks whose GPUs the worker also uses, without reserving any; it is placed on their node.
     """
 
     bundle: int
@@ -36,7 +36,7 @@ class Placement:
         bundles = []
         for index in range(max(seat.bundle for seat in all_seats) + 1):
             here = [seat for seat in all_seats if seat.bundle == index]
-            # A shared device is reserved whole: thirds of it do not add up to one in floating point.
+            # A shared device is reserved whole: thirds do not add up to one in floating point.
             resources = {"CPU": sum(seat.cpus for seat in here), "GPU": math.ceil(sum(seat.gpus for seat in here))}
             bundles.append({kind: amount for kind, amount in resources.items() if amount})
         return bundles
@@ -77,10 +77,10 @@ def place(config: TrainConfig, *, has_gpus: bool) -> Placement:
         require(
             num_engines * degree <= num_ranks,
             f"cluster.placement=colocated puts {num_engines} x {degree} = {num_engines * degree} engine GPUs "
-            f"(rollout.num_workers x tensor-parallel size) on learner.num_ranks={num_ranks} learner GPUs: lower "
-            "rollout.num_workers or rollout.vllm.tensor_parallel_size, or set cluster.placement=disaggregated",
+            f"(rollout.num_workers x tensor-parallel size) on learner.num_ranks={num_ranks} learner GPUs. Lower "
+            "rollout.num_workers or rollout.vllm.tensor_parallel_size, or set cluster.placement=disaggregated.",
         )
-        # Ray gives out no two and a half GPUs, and may put two halves on one: so engines are told which they share.
+        # Ray cannot assign two and a half GPUs, and may put two halves on one: so engines are told which they share.
         shared = [tuple(range(i * degree, (i + 1) * degree)) for i in range(num_engines)]
         engines = [Seat(ranks[0], cpus["rollout"], 0.0, ranks) for ranks in shared]
     else:

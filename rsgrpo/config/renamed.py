@@ -1,4 +1,4 @@
-"""Keys of the last release that have another name now, or none: what a user who still writes them is told."""
+"""Keys of the last release that were renamed or removed, and the answer to a user who still sets them."""
 
 from __future__ import annotations
 

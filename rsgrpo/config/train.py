@@ -1,7 +1,7 @@
-"""Every key of the configuration, with its default, its meaning and its bounds. Plain dataclasses: hydra is in `cli`.
+"""Every key of the configuration, with its default, meaning and bounds, as plain dataclasses; `cli` fills them.
 
-Groups of `conf/` fill them; those of the learner are in `rsgrpo.config.learner`, those of sampling in `rollout.config`.
-Each class checks its own bounds; `rsgrpo.config.checks` refuses combinations that cannot work, before anything starts.
+Keys of the learner are in `rsgrpo.config.learner`, those of sampling in `rollout.config`. Each class checks its own
+bounds; `rsgrpo.config.checks` refuses combinations that cannot work.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ValidationConfig:
         check(self, "validation")
         require(
             self.temperature > 0 or not self.samples,
-            "validation.temperature=0 is greedy: set validation.greedy=true validation.samples=0",
+            "validation.temperature=0 is greedy. Set validation.greedy=true validation.samples=0.",
         )
 
 
@@ -191,11 +191,11 @@ class RunConfig:
         require(self.total_steps + self.epochs > 0, f"epochs must be >= 1 where total_steps is 0, got {self.epochs}")
         require(
             not self.data.streaming or self.total_steps > 0,
-            "data.streaming=true cannot count the rows in advance: set total_steps",
+            "data.streaming=true cannot count the rows in advance. Set total_steps.",
         )
         require(
             self.checkpoint.export or not self.export.push_to_hub,
-            f"export.push_to_hub={self.export.push_to_hub} needs an export: set checkpoint.export=true",
+            f"export.push_to_hub={self.export.push_to_hub} needs an export. Set checkpoint.export=true.",
         )
 
 
@@ -228,7 +228,7 @@ class TrainConfig(RunConfig):
         for name, weight in self.reward_weights.items():
             require(
                 weight > 0,
-                f"reward_weights.{name} must be > 0, got {weight:g}; to drop the reward, use ~rewards.{name}",
+                f"reward_weights.{name} must be > 0, got {weight:g}. To drop the reward, use ~rewards.{name}.",
             )
         for name, timeout_s in self.reward_timeouts_s.items():
             require(timeout_s >= 0, f"reward_timeouts_s.{name} must be >= 0, got {timeout_s:g}")
@@ -252,7 +252,7 @@ class SftConfig(RunConfig):
 
 
 def _filled(where: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults with what is given in their place; refuse names that are not among them."""
+    """Return the defaults overridden by what is given; refuse names that are not among them."""
     for name in given:
         require(name in defaults, f"{where}.{name}: there is no such key{nearest(name, defaults)}")
     return defaults | given

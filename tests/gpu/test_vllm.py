@@ -30,6 +30,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs CUDA")
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+SMALL: dict[str, Any] = {
+    "kv_cache_gib": 0.25, "engine_args": {"enforce_eager": True}, "gpu_memory_utilization": 0.2
+}  # fmt: skip
 # The float32 of this machine's matrix units is not that of its CPU.
 GPU_TOLERANCE = 2e-3
 
@@ -37,8 +40,7 @@ GPU_TOLERANCE = 2e-3
 @contextmanager
 def started(model_path: str, *, dtype: Dtype = "float32", colocated: bool = True, **vllm: Any) -> Iterator[Any]:
     """A small engine on the first GPU (tensor parallel: on the first ones)."""
-    options = {"kv_cache_gib": 0.25, "engine_args": {"enforce_eager": True}, "gpu_memory_utilization": 0.2, **vllm}
-    rollout = dataclasses.replace(ROLLOUT, dtype=dtype, vllm=dataclasses.replace(ROLLOUT.vllm, **options))
+    rollout = dataclasses.replace(ROLLOUT, dtype=dtype, vllm=dataclasses.replace(ROLLOUT.vllm, **(SMALL | vllm)))
     engine = build_engine(model_path, rollout, INPUTS, colocated=colocated, name="engine 0")
     try:
         yield engine
@@ -71,20 +73,15 @@ def sent(engine: Any, backend: Backend, model: Any, version: int, device: str = 
     sender.close()
 
 
-def test_float32_logprobs_equal_transformers_and_bfloat16_stays_within_the_gates_tolerance(
-    attentive_model_path, prompts
-):
-    model = reference_model(attentive_model_path)
-    with started(attentive_model_path) as engine:
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, GPU_TOLERANCE), ({"engine_args": {}}, GPU_TOLERANCE), ({"dtype": "bfloat16"}, 0.3)],
+    ids=["float32", "compiled graphs", "bfloat16 within the tolerance of the gate"],
+)
+def test_logprobs_equal_those_of_transformers(attentive_model_path, prompts, options, tolerance):
+    with started(attentive_model_path, **options) as engine:
         assert engine.backend == "ipc"
-        assert_same_logprobs(engine, model, prompts, GPU_TOLERANCE)
-    with started(attentive_model_path, dtype="bfloat16") as engine:
-        assert_same_logprobs(engine, model, prompts, 0.3)
-
-
-def test_compiled_graphs_sample_what_eager_does(attentive_model_path, prompts):
-    with started(attentive_model_path, engine_args={}) as engine:
-        assert_same_logprobs(engine, reference_model(attentive_model_path), prompts, GPU_TOLERANCE)
+        assert_same_logprobs(engine, reference_model(attentive_model_path), prompts, tolerance)
 
 
 def test_weights_shared_by_ipc_are_used_and_all_caches_are_dropped(tiny_model_path, prompts):
@@ -152,19 +149,13 @@ def run_of(tmp_path, tmp_path_factory, page_images, tiny_model_path, monkeypatch
     config = tiny_run(tmp_path, rows, tiny_model_path)
 
     def make(placement: PlacementKind, *, num_ranks: int = 1, num_workers: int = 1, **vllm: Any) -> Any:
-        options = {
-            "kv_cache_gib": 0.25,
-            "gpu_memory_utilization": 0.2,
-            "verify_every": 1,
-            "engine_args": {"enforce_eager": True},
-            **vllm,
-        }
+        options = {**SMALL, "verify_every": 1, "sync_timeout_s": 120, **vllm}
         rollout = dataclasses.replace(
             config.rollout,
             engine="vllm",
             dtype="bfloat16",
             num_workers=num_workers,
-            vllm=dataclasses.replace(ROLLOUT.vllm, sync_timeout_s=120, **(options | vllm)),
+            vllm=dataclasses.replace(ROLLOUT.vllm, **options),
         )
         learner = dataclasses.replace(config.learner, device="cuda", precision="bfloat16", num_ranks=num_ranks)
         cluster = dataclasses.replace(config.cluster, num_cpus=8, placement=placement)
@@ -173,36 +164,22 @@ def run_of(tmp_path, tmp_path_factory, page_images, tiny_model_path, monkeypatch
     return make
 
 
-def assert_learnt_on_policy(config: Any) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "placement", "options"),
+    [
+        (1, "colocated", {"sleep_level": 0}),
+        (1, "colocated", {"sleep_level": 1}),
+        (2, "disaggregated", {}),
+        (2, "colocated", {"num_ranks": 2, "tensor_parallel_size": 2, "sleep_level": 1}),
+        (4, "disaggregated", {"num_ranks": 2, "tensor_parallel_size": 2}),
+    ],
+)
+def test_a_run_learns_on_policy_with_gpus_shared_and_apart(run_of, gpus, placement, options):
+    if gpus > GPUS:
+        pytest.skip(f"needs {gpus} GPUs")
+    config = run_of(placement, **options)
+    train(config)
     for step, row in enumerate(steps_of(config)):
         assert row["rollout/oldest_weights_version"] == step
         assert row["actor/mismatch_max"] < 0.3  # bfloat16 on both sides
         assert row["rollout/engine_restarts"] == 0
-
-
-@pytest.mark.parametrize("level", [0, 1])
-def test_a_run_shares_one_gpu_between_engine_and_learner(run_of, level):
-    config = run_of("colocated", sleep_level=level)
-    train(config)
-    assert_learnt_on_policy(config)
-
-
-@two_gpus
-def test_a_run_has_engine_and_learner_on_gpus_of_their_own(run_of):
-    config = run_of("disaggregated")
-    train(config)
-    assert_learnt_on_policy(config)
-
-
-@two_gpus
-def test_a_run_shares_two_gpus_between_two_ranks_and_an_engine_of_both(run_of):
-    config = run_of("colocated", num_ranks=2, tensor_parallel_size=2, sleep_level=1)
-    train(config)
-    assert_learnt_on_policy(config)
-
-
-@pytest.mark.skipif(GPUS < 4, reason="needs four GPUs")
-def test_a_run_of_two_ranks_sends_to_an_engine_of_two_other_gpus(run_of):
-    config = run_of("disaggregated", num_ranks=2, tensor_parallel_size=2)
-    train(config)
-    assert_learnt_on_policy(config)

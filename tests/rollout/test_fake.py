@@ -10,7 +10,7 @@ import torch
 from rollout.build import build_engine
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import EngineError
-from rollout.fake import FakeEngine
+from rollout.fake import FakeEngine, read_script
 from rollout.types import Prompt, SamplingParams
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
@@ -98,13 +98,10 @@ def test_versions_count_and_weights_are_dropped(tiny_model_path, script):
 
 
 @pytest.mark.parametrize("line", ["{", '{"id": "a"}', "[1]", '{"responses": ["x"]}'])
-def test_a_bad_script_names_file_and_line(tiny_model_path, tmp_path, line):
+def test_a_bad_script_names_file_and_line_and_a_missing_one_the_file(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"id": "a", "responses": ["x"]}\n' + line + "\n")
     with pytest.raises(EngineError, match=r"bad\.jsonl, line 2"):
-        start(tiny_model_path, str(path))
-
-
-def test_a_missing_script_is_named(tiny_model_path):
+        read_script(str(path))
     with pytest.raises(EngineError, match=r"rollout\.script: nowhere\.jsonl cannot be read"):
-        start(tiny_model_path, "nowhere.jsonl")
+        read_script("nowhere.jsonl")

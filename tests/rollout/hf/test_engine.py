@@ -83,8 +83,7 @@ def test_a_model_of_another_family_samples_right(model_type, tmp_path, tiny_mode
 def test_loaded_weights_are_the_weights_that_sample(model, other_model, own_engine, prompts):
     sampling = SamplingParams(temperature=0, max_tokens=16)
     before = by_id(own_engine.generate(prompts, sampling))
-    own_engine.load_weights(other_model.state_dict().items())
-    own_engine.finish_weights(3)
+    updated(own_engine, other_model.state_dict(), 3)
     groups = by_id(own_engine.generate(prompts, sampling))
     for prompt in prompts:
         assert_greedy(other_model, own_engine, groups[prompt.id])
@@ -102,24 +101,26 @@ def test_weights_come_under_the_hub_names_too(other_model, own_engine, prompts):
     }
     assert "visual.patch_embed.proj.weight" in hub_named
     assert "model.layers.0.mlp.up_proj.weight" in hub_named
-    own_engine.load_weights(hub_named.items())
-    own_engine.finish_weights(1)
+    updated(own_engine, hub_named, 1)
     (group,) = own_engine.generate(prompts[-1:], SamplingParams(temperature=0, max_tokens=8))
     assert_greedy(other_model, own_engine, group)
+
+
+def updated(engine, weights, version):
+    """Load the weights and let the engine sample with them."""
+    engine.load_weights(weights.items())
+    engine.finish_weights(version)
 
 
 def test_features_survive_new_weights_unless_the_tower_changed(model, other_model, own_engine, prompts):
     list(own_engine.generate(prompts, SamplingParams(max_tokens=1)))
     assert len(own_engine._features) == 5, "one per distinct image"
     text_changed = {n: w for n, w in other_model.state_dict().items() if not n.startswith(VISION)}
-    own_engine.load_weights(text_changed.items())
-    own_engine.finish_weights(1)
+    updated(own_engine, text_changed, 1)
     assert len(own_engine._features) == 5
-    own_engine.load_weights({**model.state_dict(), **text_changed}.items())
-    own_engine.finish_weights(2)
+    updated(own_engine, {**model.state_dict(), **text_changed}, 2)
     assert len(own_engine._features) == 5, "the same tower arrived again"
-    own_engine.load_weights(other_model.state_dict().items())
-    own_engine.finish_weights(3)
+    updated(own_engine, other_model.state_dict(), 3)
     assert not own_engine._features
 
 
@@ -153,8 +154,7 @@ def test_tied_embeddings_are_one_weight(tmp_path, tiny_model_path, model, prompt
     weights["model.language_model.embed_tokens.weight"] = torch.flip(
         weights["model.language_model.embed_tokens.weight"], dims=[0]
     )
-    engine.load_weights(weights.items())
-    engine.finish_weights(1)
+    updated(engine, weights, 1)
     tied.load_state_dict(weights, strict=False)
     (group,) = engine.generate(prompts[1:2], SamplingParams(temperature=0, max_tokens=8))
     assert_greedy(tied.eval(), engine, group)
@@ -194,8 +194,7 @@ def test_finished_rows_leave_the_batch_without_touching_the_others(monkeypatch, 
 
     monkeypatch.setattr(decoding.SpareRoomLayer, "batch_select_indices", spy)
     weights = {**model.state_dict(), "lm_head.weight": head}
-    own_engine.load_weights(weights.items())
-    own_engine.finish_weights(1)
+    updated(own_engine, weights, 1)
     rigged = AutoModelForImageTextToText.from_config(model.config).eval()
     rigged.load_state_dict(weights)
     sampling = SamplingParams(group_size=8, max_tokens=100, temperature=0.8)
@@ -204,12 +203,6 @@ def test_finished_rows_leave_the_batch_without_touching_the_others(monkeypatch, 
     assert len(lengths) > 5
     assert len(set(selected)) > 1, "rows were meant to be taken out more than once"
     for group in groups:
-        for rollout in group.rollouts:
-            stopped = rollout.token_ids_T[-1] == eos
-            assert (rollout.finish_reason == "stop") == stopped
-            assert stopped or len(rollout.token_ids_T) == 100
-            assert eos not in rollout.token_ids_T[:-1]
-            assert len(rollout.token_spans_T) == len(rollout.logprobs_T) == len(rollout.token_ids_T)
         assert_sampled_from(rigged, own_engine, group, 0.8)
         (alone,) = own_engine.generate([group.prompt], sampling)
         assert [r.token_ids_T for r in alone.rollouts] == [r.token_ids_T for r in group.rollouts]
@@ -248,8 +241,7 @@ def test_vision_tokens_are_never_sampled(model, own_engine, prompts):
         rigged.lm_head.weight.copy_(head)
         free = rigged(input_ids=torch.tensor([[5, 6, 7]]), position_ids=torch.arange(3).expand(3, 1, 3)).logits[0]
     assert set(free.argmax(-1).tolist()) <= set(banned), "without the ban the rigged head prefers vision tokens"
-    own_engine.load_weights(rigged.state_dict().items())
-    own_engine.finish_weights(1)
+    updated(own_engine, rigged.state_dict(), 1)
     for temperature in (0.0, 1.0):
         sampling = SamplingParams(group_size=4, temperature=temperature, max_tokens=30)
         for group in own_engine.generate(prompts, sampling):
@@ -278,16 +270,14 @@ def test_groups_come_out_as_their_batch_is_finished(monkeypatch, tiny_model_path
 
 def test_vllm_without_its_package_says_what_to_install(tiny_model_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"pip install -e \.\[gpu\]"):
+    with pytest.raises(EngineError, match=r'pip install -e "\.\[gpu\]"'):
         build_engine(tiny_model_path, RolloutConfig(engine="vllm"), INPUTS)
 
 
 def test_top_p_reaches_the_engine(engine, prompts):
-    sampling = SamplingParams(group_size=4, max_tokens=10, top_p=1e-6)
     greedy = by_id(engine.generate(prompts, SamplingParams(temperature=0, max_tokens=10)))
-    for group in engine.generate(prompts, sampling):
-        for rollout in group.rollouts:
-            assert rollout.token_ids_T == greedy[group.prompt.id].rollouts[0].token_ids_T
+    for group in engine.generate(prompts, SamplingParams(group_size=4, max_tokens=10, top_p=1e-6)):
+        assert [r.token_ids_T for r in group.rollouts] == [greedy[group.prompt.id].rollouts[0].token_ids_T] * 4
 
 
 def test_a_stream_that_nobody_reads_to_its_end_stops_the_sampling(engine, prompts):

@@ -75,24 +75,18 @@ def test_sizes_worked_out_by_hand(height, width, expected):
 
 @settings(max_examples=500, deadline=None)
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([28, 32]), st.integers(1, 64), st.integers(1, 2000))
-def test_sizes_equal_those_of_qwens_own_processor(height, width, factor, low, more):
-    limits = {"factor": factor, "min_pixels": low * 784, "max_pixels": (low + more) * 784}
+def test_sizes_equal_those_of_qwens_own_processor_and_of_qwen_vl_utils_where_it_has_any(
+    height, width, factor, low, more
+):
+    limits = {"factor": factor, "min_pixels": low * 1024, "max_pixels": (low + more) * 1024}
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(PromptError, match="200 times"):
             smart_resize(height, width, **limits)
-    else:
-        assert smart_resize(height, width, **limits) == qwen_smart_resize(height, width, **limits)
-
-
-@settings(max_examples=500, deadline=None)
-@given(
-    st.integers(32, 4000), st.integers(32, 4000), st.sampled_from([28, 32]), st.integers(1, 64), st.integers(1, 2000)
-)
-def test_sizes_equal_those_of_qwen_vl_utils_where_it_has_any(height, width, factor, low, more):
-    limits = {"factor": factor, "min_pixels": low * 1024, "max_pixels": (low + more) * 1024}
-    theirs = utils_smart_resize(height, width, **limits) if max(height, width) <= 200 * min(height, width) else (0, 0)
-    if 0 not in theirs:
-        assert smart_resize(height, width, **limits) == theirs
+        return
+    ours = smart_resize(height, width, **limits)
+    assert ours == qwen_smart_resize(height, width, **limits)
+    theirs = utils_smart_resize(height, width, **limits)
+    assert ours == theirs or 0 in theirs or min(height, width) < 32
 
 
 def test_qwen_vl_utils_still_gives_slim_pages_no_pixels_and_other_sizes_than_qwens_processor():
@@ -199,19 +193,13 @@ def test_a_prompt_without_images_has_no_pixels(processor):
     assert (inputs.pixel_values, inputs.image_grid_thw, inputs.image_hashes) == (None, None, ())
 
 
-def test_equal_pixels_have_equal_hashes_wherever_they_come_from(processor, page_images, tmp_path):
-    first = processor.encode(prompt_of(page_images[0], page_images[1], page_images[0]))
-    data = png_bytes(Image.open(page_images[0]), compress_level=0)
-    again = processor.encode(prompt_of(data))
-    assert first.image_hashes[0] == first.image_hashes[2] == again.image_hashes[0]
-    assert first.image_hashes[0] != first.image_hashes[1]
-
-
-def test_the_same_pixels_in_another_shape_have_another_hash(processor):
-    inputs = processor.encode(
-        prompt_of(png_bytes(Image.new("RGB", (28, 56), "red")), png_bytes(Image.new("RGB", (56, 28), "red")))
-    )
-    assert len(set(inputs.image_hashes)) == 2
+def test_hashes_are_of_pixels_and_shape_wherever_they_come_from(processor, page_images):
+    again = png_bytes(Image.open(page_images[0]), compress_level=0)
+    first, other, *equal = processor.encode(prompt_of(*page_images[:2], page_images[0], again)).image_hashes
+    assert first != other
+    assert equal == [first, first]
+    red = [png_bytes(Image.new("RGB", size, "red")) for size in ((28, 56), (56, 28))]
+    assert len(set(processor.encode(prompt_of(*red)).image_hashes)) == 2
 
 
 def test_load_images_are_the_pixels_that_encode_normalises(processor, page_images):
@@ -253,20 +241,14 @@ def test_exif_orientation_is_applied_to_pixels_and_to_counts(processor, orientat
     assert processor.count_tokens(prompt_of(data)) == len(processor.encode(prompt_of(data)).token_ids_T)
 
 
-def test_transparency_is_flattened_on_white():
+def test_transparency_also_of_a_palette_is_flattened_on_white():
     image = Image.new("RGBA", (28, 28), (255, 0, 0, 0))
-    image.putpixel((3, 4), (0, 0, 255, 255))
-    pixels = np.asarray(decode(png_bytes(image)))
-    assert pixels[4, 3].tolist() == [0, 0, 255]
-    assert pixels[0, 0].tolist() == [255, 255, 255]
-
-
-def test_a_palette_with_a_transparent_entry_is_flattened_on_white():
-    image = Image.new("P", (28, 28), 0)
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 0), 1)
-    pixels = np.asarray(decode(png_bytes(image, transparency=0)))
-    assert pixels[0, :2].tolist() == [[255, 255, 255], [40, 50, 60]]
+    image.putpixel((1, 0), (0, 0, 255, 255))
+    assert np.asarray(decode(png_bytes(image)))[0, :2].tolist() == [[255, 255, 255], [0, 0, 255]]
+    palette = Image.new("P", (28, 28), 0)
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert np.asarray(decode(png_bytes(palette, transparency=0)))[0, :2].tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
 def test_grey_images_of_1_8_and_16_bits_and_cmyk_become_rgb():
@@ -297,12 +279,9 @@ def assert_refused(processor, prompt, match):
         processor.encode(prompt)
 
 
-def test_a_missing_file_is_named(processor, tmp_path):
-    assert_refused(processor, prompt_of(str(tmp_path / "gone.png")), r"gone\.png does not exist")
-
-
-def test_a_file_that_is_no_image_is_named(processor, tmp_path):
+def test_a_missing_file_and_one_that_is_not_an_image_are_named(processor, tmp_path):
     (tmp_path / "page.png").write_text("hello")
+    assert_refused(processor, prompt_of(str(tmp_path / "gone.png")), r"gone\.png does not exist")
     assert_refused(processor, prompt_of(str(tmp_path / "page.png")), r"page\.png cannot be read")
     assert_refused(processor, prompt_of(str(tmp_path)), "cannot be read: IsADirectoryError")
 
@@ -329,16 +308,9 @@ def test_a_decompression_bomb_is_refused(processor, monkeypatch):
                 processor.count_tokens(prompt_of(data))
 
 
-def test_a_floating_point_image_is_refused(processor):
+def test_floating_point_strips_and_marks_without_images_are_refused(processor, page_images):
     assert_refused(processor, prompt_of(png_bytes(Image.new("F", (28, 28)), "TIFF")), "floating-point")
-
-
-def test_a_strip_is_refused_with_its_size(processor):
-    strip = png_bytes(Image.new("RGB", (402, 2)))
-    assert_refused(processor, prompt_of(strip), r"402 x 2.*200 times")
-
-
-def test_marks_and_images_must_agree(processor, page_images):
+    assert_refused(processor, prompt_of(png_bytes(Image.new("RGB", (402, 2)))), r"402 x 2.*200 times")
     assert_refused(processor, prompt_of(page_images[0], text="no mark"), "0 <image> marks for 1 images")
     assert_refused(processor, prompt_of(text="<image><image>"), "2 <image> marks for 0 images")
 
@@ -353,17 +325,15 @@ def test_too_many_images_and_too_many_tokens_name_the_limit(tiny_model_path, pag
 @pytest.mark.parametrize(
     "token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_end|>"]
 )
-def test_control_tokens_in_texts_are_refused_by_name(processor, page_images, token):
+def test_control_tokens_in_texts_are_refused_by_name_and_those_of_vision_never_sampled(processor, page_images, token):
+    is_banned = processor.tokenizer.convert_tokens_to_ids(token) in processor.banned_token_ids
+    assert is_banned == (token != "<|im_end|>")
+    assert len(processor.banned_token_ids) == 5
     where = rf"contains the control token '{re.escape(token)}'"
     assert_refused(processor, prompt_of(page_images[0], text=f"<image> {token}"), "the prompt text " + where)
     assert_refused(processor, prompt_of(page_images[0], system=token), "the system message " + where)
     with pytest.raises(PromptError, match="the response " + where):
         processor.encode_response(token)
-
-
-def test_all_vision_tokens_are_banned_from_sampling(processor):
-    tokens = processor.tokenizer.convert_ids_to_tokens(processor.banned_token_ids)
-    assert set(tokens) == {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"}
 
 
 # --- responses and folders --------------------------------------------------------------------------------------

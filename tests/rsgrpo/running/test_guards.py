@@ -61,7 +61,7 @@ def test_a_rule_is_a_metric_with_bounds(bounds, value, holds):
         ({"min": "x"}, "min is not a number, got 'x'"),
         ({"min": 1, "patience": 0}, "patience must be a whole number >= 1, got 0"),
         (3, r"must have bounds such as \{min: 0.1, patience: 5\}, got 3"),
-        ("a/b >= 0.1", r"rules are written as data now; write guards.rules=\{a/b: \{min: 0.1\}\}"),
+        ("a/b >= 0.1", r"rules are no longer text. Write guards.rules=\{a/b: \{min: 0.1\}\}"),
         ("a/b <= -1e-3", r"write guards.rules=\{a/b: \{max: -1e-3\}\}"),
     ],
 )
