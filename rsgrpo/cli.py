@@ -264,7 +264,8 @@ def _loose(schema: type) -> type:
     hints: dict[str, Any] = typing.get_type_hints(schema)
     twins: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(schema):
-        hint, default, factory = hints[field.name], field.default, field.default_factory
+        hint, default = hints[field.name], field.default
+        factory: Any = field.default_factory
         if typing.get_origin(hint) is Literal:
             hint = type(typing.get_args(hint)[0])
         elif dataclasses.is_dataclass(hint):
