@@ -1,4 +1,4 @@
-"""Many questions into one jsonl file: resumable by id, deduplicated, and never losing what is finished.
+"""Answer many questions into one jsonl file: resumable by id, deduplicated, and never losing finished answers.
 
 The file has one line per question, appended as answers arrive and put into the order of the questions at the end.
 """

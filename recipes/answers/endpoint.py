@@ -1,4 +1,4 @@
-"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming. The home of `openai`.
+"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming, on the `openai` client.
 
 Pages are sent as training sees them: decoded, resized, as PNG.
 """
@@ -86,7 +86,7 @@ class Endpoint:
             raise
 
     def start(self) -> None:
-        """Nothing to load: the model is the server's."""
+        """Do nothing: the server has loaded the model."""
 
     def answer(self, prompts: Sequence[Prompt]) -> Generator[Answer]:
         """Yield one answer per prompt as it arrives; a request that the server refuses becomes an answer with `error`.
@@ -114,7 +114,7 @@ class Endpoint:
         return self._told(lambda tell: self._ask_streaming(prompt, tell))
 
     def close(self) -> None:
-        """End what is under way and close the connections."""
+        """Cancel what is in progress and close the connections."""
         if self._loop.is_closed():
             return
 
@@ -264,8 +264,8 @@ class Endpoint:
         if self._last_success > started:  # others get through: it is this request that the server cannot answer
             raise PromptError(f"the endpoint failed {config.max_tries} times, the last time with {fault}")
         raise EndpointError(
-            f"endpoint {config.url} did not answer in {config.max_tries} tries, the last was {fault}; is the server "
-            "running, and is endpoint.url right?"
+            f"endpoint {config.url} did not answer in {config.max_tries} tries, the last was {fault}. Check that the "
+            "server is running and that endpoint.url is correct."
         )
 
     def _refuse_for_good(self, error: openai.APIStatusError, fault: str) -> None:
@@ -336,7 +336,7 @@ async def _pieces(reply: Any) -> AsyncIterator[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """Return a text of a reply, "" for none; what is not Unicode in it cannot be written anywhere and is replaced.
+    """Return a text of a reply, "" for none; what is not valid Unicode cannot be written anywhere and is replaced.
 
     Raises:
         TypeError: it is something else.
@@ -357,7 +357,7 @@ def _detail(error: openai.APIStatusError) -> str:
 def _broken_off(error: Exception, timeout_s: float) -> str:
     """Return in one line why a reply did not come, or did not come to its end."""
     if isinstance(error, TimeoutError):
-        return f"no end within {timeout_s:g} s"
+        return f"not finished within {timeout_s:g} s"
     if isinstance(error, openai.APIConnectionError):
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     elif isinstance(error, openai.APIError):  # an event of the stream says that the server failed

@@ -1,9 +1,10 @@
-"""Opens what answers: an engine of `rollout` in this process, or an endpoint."""
+"""Open what answers: an engine of `rollout` in this process, or an endpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from recipes.answers.spec import MADE_BY, AnswerSpec
@@ -57,26 +58,23 @@ class LocalAnswerer:
         self._sampling = spec.sampling()
         # vLLM takes all prompts at once and bounds its memory itself; the embedded engine encodes what it is given.
         self._at_once = 0 if spec.rollout.engine == "vllm" else spec.rollout.max_batch_sequences
-        self._engine: Engine | None = None
 
     def start(self) -> None:
         """Load the model, once; see `Answerer`."""
-        self._started()
+        _ = self._engine
 
-    def _started(self) -> Engine:
-        if self._engine is not None:
-            return self._engine
+    @cached_property
+    def _engine(self) -> Engine:
         import transformers
 
         from rollout.build import build_engine
 
         transformers.utils.logging.disable_progress_bar()  # it would tear our own bars
         model, rollout = self._spec.model, self._spec.rollout
-        config = rollout.as_rollout_config()
         try:
-            self._engine = build_engine(
+            return build_engine(
                 model.path,
-                config,
+                rollout.as_rollout_config(),
                 self._spec.inputs,
                 num_threads=rollout.num_threads,
                 device=rollout.device,
@@ -85,22 +83,20 @@ class LocalAnswerer:
             )
         except (RsgrpoError, ValueError, OSError, ImportError) as error:
             raise InputError(f"the model {model.path} cannot be started: {error}") from error
-        return self._engine
 
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         """Yield one output per prompt; see `Answerer`."""
-        engine = self._started()
         at_once = self._at_once or max(1, len(prompts))
         for start in range(0, len(prompts), at_once):
             try:
-                for group in engine.generate(prompts[start : start + at_once], self._sampling):
+                for group in self._engine.generate(prompts[start : start + at_once], self._sampling):
                     yield _answer(group)
             except RsgrpoError as error:  # a prompt's own fault comes as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 
     def stream(self, prompt: Prompt) -> Generator[str | Answer]:
         """Yield the text in pieces where the engine streams (the embedded one does), then the answer."""
-        engine = self._started()
+        engine = self._engine
         if not isinstance(engine, StreamingEngine):
             yield from self.answer([prompt])
             return
@@ -113,7 +109,7 @@ class LocalAnswerer:
 
     def close(self) -> None:
         """Release the engine."""
-        if self._engine is not None:
+        if "_engine" in vars(self):
             self._engine.close()
 
 

@@ -1,7 +1,7 @@
-"""From a model's text to its four blocks, its evidence slots and its citations. Never raises, whatever the text is.
+"""Split a model's text into its four blocks, evidence slots and citations. Never raises, whatever the text is.
 
 The strict reader sees what the rewards see (`rewards.evisrag`): the first closed block of each name. The lenient one
-also keeps what a truncated, repeated or nested output has. Both list the same faults.
+also keeps what can be recovered from a truncated, repeated or nested output. Both list the same faults.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ParsedAnswer:
 def parse_strict(text: str, images: Sequence[ImageSource] | None = None) -> ParsedAnswer:
     """Read only what the rewards read: of each name the first opening tag up to the next closing one.
 
-    images: the pages that were shown; None when it is not known how many there were.
+    images: the pages that were shown; None when their number is not known.
     """
     blocks = {name: block_text(text, name) for name in BLOCKS}
     return _assemble(text, blocks, written_slots(text) or {}, images)

@@ -1,4 +1,4 @@
-"""Questions over page images: from rows of any of our layouts to questions, and from a question to its prompt.
+"""Read questions over page images from rows of any supported layout, and turn a question into its prompt.
 
 Training, inference and evaluation all fill templates with `rsgrpo.data.prompts`.
 """

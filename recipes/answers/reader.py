@@ -1,4 +1,4 @@
-"""Questions about pages, asked: an answerer together with the template that it is asked with."""
+"""Ask questions about pages: an answerer together with its prompt template."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What a program says about who answers and how: the settings from which an answerer is opened."""
+"""Settings from which an answerer is opened: who answers, and how."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, VllmC
 from rollout.keys import check, key, require
 from rollout.types import SamplingParams
 
+GOLD_RESPONSE = "rewards.evisrag:gold_response"  # what the fake engine answers where it has no script
 MADE_BY = {"demo/": "make demo"}
 """Start of a path -> command that makes what is there."""
 
@@ -45,19 +46,8 @@ class AnswerRolloutConfig:
 
     def as_rollout_config(self) -> RolloutConfig:
         """Return what engines take."""
-        return RolloutConfig(
-            engine=self.engine,
-            group_size=1,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            max_response_tokens=self.max_response_tokens,
-            max_batch_sequences=self.max_batch_sequences,
-            dtype=self.dtype,
-            num_threads=self.num_threads,
-            script=self.script,
-            vllm=self.vllm,
-        )
+        shared = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "device"}
+        return RolloutConfig(group_size=1, gold_response=GOLD_RESPONSE, **shared)
 
 
 @dataclass(frozen=True)

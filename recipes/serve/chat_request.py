@@ -1,6 +1,6 @@
-"""From the body of a chat completion request to a question and its pages: everything that a client may send, checked.
+"""Check the body of a chat completion request and turn it into a prompt with its pages.
 
-Pages are data URLs, or files inside folders that were allowed by name. Nothing is fetched.
+Pages are data URLs, or files inside explicitly allowed folders. Nothing is fetched.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
 from rollout.inputs.images import PromptError, check_decodes, read_size
 from rollout.keys import at_least
-from rollout.types import ImageSource, Prompt
+from rollout.types import ImageSource, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError
 
 MIB = 1024 * 1024
 
 
 class RequestError(RsgrpoError):
-    """A request that cannot be served: an HTTP status, and what exactly is wrong."""
+    """A request that cannot be served, with the HTTP status to answer."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -34,10 +34,10 @@ class RequestError(RsgrpoError):
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may bring.
+    """Limits of a request.
 
     max_images: pages. image_bytes: of one page, compressed. image_pixels: of one page before its resize.
-    folders: where files may lie; empty allows data URLs alone.
+    folders: from which files may be read; empty allows only data URLs.
     """
 
     max_images: int = 5
@@ -46,26 +46,16 @@ class RequestLimits:
     folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least(0, max_images=self.max_images)
-        at_least(1, image_bytes=self.image_bytes, image_pixels=self.image_pixels)
+        at_least(0, **{"--max-images": self.max_images})
+        at_least(1, **{"--max-image-mib": self.image_bytes, "--max-image-pixels": self.image_pixels})
         for folder in self.folders:
             if not folder.is_dir():
                 raise InputError(f"--allow-folder {folder} is not a folder")
 
 
 @dataclass(frozen=True, slots=True)
-class ServedSampling:
-    """How this server samples; a request may repeat it, not change it."""
-
-    temperature: float
-    top_p: float
-    seed: int
-    max_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request that passed. stream: send the text in pieces."""
+    """A request that was accepted. stream: send the text in pieces."""
 
     prompt: Prompt
     stream: bool
@@ -139,11 +129,12 @@ def read_request(
     model: str,
     template: str,
     system: str,
-    sampling: ServedSampling,
+    sampling: SamplingParams,
     limits: RequestLimits,
 ) -> ChatRequest:
     """Check a request and make its prompt.
 
+    sampling: the server's; a request may repeat it, not change it.
     template: what the question is put into; "" takes the user's message as it is, with its pages in place.
     system: the system message where the request brings none.
 
@@ -189,9 +180,9 @@ def _fault(error: ValidationError) -> str:
     return f"{place or 'the body'} must be {wanted}, got {first['input']!r:.80}"
 
 
-def _check_sampling(fields: _Body, sampling: ServedSampling) -> None:
-    """Refuse a request that wants another sampling than the server's."""
-    served: dict[str, float] = {"temperature": sampling.temperature, "top_k": 0, "n": 1}
+def _check_sampling(fields: _Body, sampling: SamplingParams) -> None:
+    """Refuse a request whose sampling differs from the server's."""
+    served: dict[str, float] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "n": 1}
     if sampling.temperature:  # greedy answers depend on neither
         served |= {"top_p": sampling.top_p, "seed": sampling.seed}
     for name, value in served.items():
@@ -266,7 +257,7 @@ def _decoded(address: str, place: int, limits: RequestLimits) -> bytes:
 
 
 def _allowed_file(address: str, place: int, limits: RequestLimits) -> str:
-    """Return the real path of a file below an allowed folder; others are refused alike, whether they exist or not."""
+    """Return the real path of a file below an allowed folder; all others get one refusal, existing or not."""
     path = Path(unquote(address[len("file://") :]) if address[:7].lower() == "file://" else address)
     for folder in limits.folders:
         root = folder.resolve()
@@ -282,5 +273,5 @@ def _allowed_file(address: str, place: int, limits: RequestLimits) -> str:
             continue
     allowed = "a data URL; this server was given no --allow-folder"
     if limits.folders:
-        allowed = "a file in an allowed folder, its path taken from there"
+        allowed = "a file in an allowed folder, its path relative to that folder"
     raise RequestError(403, f"image {place} must be {allowed}; got {address!r:.80}")

@@ -1,6 +1,6 @@
-"""The queue between HTTP and what answers: threads empty it, in batches where an engine is asked.
+"""The queue between HTTP and the answerer, emptied by threads; an engine is given batches.
 
-Whoever asks is called back from another thread.
+Callers are called back from another thread.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Piece = str | Answer | RsgrpoError
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A prompt that waits.
+    """A prompt in the queue.
 
-    hear: is called with what comes. alone: it is not put into a batch. left: set when whoever asked is gone.
+    hear: called with each piece. alone: never put into a batch. left: set when the caller is gone.
     """
 
     prompt: Prompt
@@ -36,10 +36,10 @@ class Waiting:
 
 
 class PromptQueue:
-    """Passes prompts to an answerer from threads of its own; what comes back is given to a callback.
+    """Passes prompts to an answerer from its own threads and the results to callbacks.
 
-    An engine gets what waits as one batch, then the next; a prompt whose text is wanted in pieces it gets alone. An
-    answerer that is concurrent gets every prompt as it comes.
+    An engine gets all waiting prompts as one batch, then the next; a prompt that streams it gets alone. A concurrent
+    answerer gets every prompt as it arrives.
     """
 
     def __init__(self, answerer: Answerer, *, num_threads: int, batch_size: int) -> None:
@@ -59,14 +59,14 @@ class PromptQueue:
         streams: call it with pieces of the text before.
 
         Returns:
-            What to set when nobody listens any more: a prompt that still waits is dropped, a stream is ended.
+            An event to set when nobody listens any more: a waiting prompt is dropped, a stream is ended.
         """
         waiting = Waiting(prompt, hear, streams or self._answerer.is_concurrent, threading.Event())
         self._queue.put(waiting)
         return waiting.left
 
     def close(self) -> None:
-        """Let the threads finish what they do, drop what waits, and end."""
+        """Drop what waits, let the threads finish their current prompts, and join them."""
         while not self._queue.empty():
             self._queue.get()
         for _ in self._threads:
@@ -95,7 +95,7 @@ class PromptQueue:
 
 
 def _deliver(pieces: Iterable[str | Answer], batch: Sequence[Waiting]) -> None:
-    """Pass pieces on; whoever has heard no answer in the end hears an error."""
+    """Pass pieces on; callers without an answer in the end get an error."""
     hears = {waiting.prompt.id: waiting.hear for waiting in batch}
     fault: RsgrpoError = RsgrpoError("the model returned no answer")
     try:

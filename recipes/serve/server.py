@@ -1,7 +1,7 @@
 """Answer over HTTP: `python -m recipes.serve --model runs/x/export`, asked like any OpenAI-compatible server.
 
 Replies have the parsed fields beside the usual choices. What a request may say is in `recipes.serve.chat_request`, the
-queue in `recipes.serve.queue`. The home of `aiohttp`.
+queue in `recipes.serve.queue`. Built on `aiohttp`.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from recipes.answers.batch import result_line
 from recipes.answers.questions import named_prompt
 from recipes.answers.types import Answer, Answerer
 from recipes.infer import add_answerer_options, answerer_of
-from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, ServedSampling, read_request
+from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, read_request
 from recipes.serve.queue import Piece, PromptQueue
 from rollout.keys import at_least
-from rollout.types import Prompt
+from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 
 RETRY_AFTER_S = 5
@@ -37,7 +37,7 @@ SHUTDOWN_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """What the server says and how much it takes.
+    """What the server asks the model and how much it accepts.
 
     template, system: what questions are put into, as in `recipes.infer`.
     sampling, limits: see `recipes.serve.chat_request`.
@@ -47,14 +47,14 @@ class ServeConfig:
 
     template: str
     system: str
-    sampling: ServedSampling
+    sampling: SamplingParams
     limits: RequestLimits
     request_bytes: int = 64 * MIB
     max_requests: int = 32
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        at_least(1, request_bytes=self.request_bytes, max_requests=self.max_requests, batch_size=self.batch_size)
+        at_least(1, **{"--max-request-mib": self.request_bytes, "--max-requests": self.max_requests})
 
 
 class Server:
@@ -94,22 +94,21 @@ class Server:
 
     async def _models(self, _: web.Request) -> web.Response:
         model = {"id": self._answerer.name, "object": "model", "created": 0, "owned_by": "rsgrpo"}
-        model["has_template"] = bool(self._config.template)  # clients with a template of their own must know
+        model["has_template"] = bool(self._config.template)  # clients that apply a template themselves need to know
         return web.json_response({"object": "list", "data": [model]})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
+        config = self._config
         if self._is_closing:
-            return _error(503, "the server is shutting down", retry=True)
+            raise RequestError(503, "the server is shutting down")
         if request.content_type != "application/json":
-            return _error(415, f"the content type must be application/json, got {request.content_type}")
-        if self._num_requests >= self._config.max_requests:
-            return _error(
-                429,
-                f"{self._num_requests} requests are being answered, which is the limit; try again later",
-                retry=True,
+            raise RequestError(415, f"the content type must be application/json, got {request.content_type}")
+        if self._num_requests >= config.max_requests:
+            raise RequestError(429, f"{config.max_requests} requests are being answered, the limit; try again later")
+        if (request.content_length or 0) > config.request_bytes:
+            raise RequestError(
+                413, f"the request has {request.content_length:,} bytes; the limit is {config.request_bytes:,} bytes"
             )
-        if (request.content_length or 0) > self._config.request_bytes:
-            return _error(413, f"the request has {request.content_length:,} bytes; the limit is {self._limit_text()}")
         self._num_requests += 1
         try:
             return await self._answer(request)
@@ -121,10 +120,10 @@ class Server:
         try:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await request.read()
-        except TimeoutError:
-            return _error(408, f"the request did not arrive within {BODY_TIMEOUT_S:.0f} s")
-        except web.HTTPRequestEntityTooLarge:
-            return _error(413, f"the request is larger than {self._limit_text()}")
+        except TimeoutError as error:
+            raise RequestError(408, f"the request did not arrive within {BODY_TIMEOUT_S:.0f} s") from error
+        except web.HTTPRequestEntityTooLarge as error:
+            raise RequestError(413, f"the request is larger than {config.request_bytes:,} bytes") from error
         except web.RequestPayloadError as error:
             reply = _error(400, f"the body cannot be read: {error}")
             reply.force_close()  # where the next request would begin is not known
@@ -137,47 +136,41 @@ class Server:
         return await (self._stream(request, chat) if chat.stream else self._whole(chat))
 
     async def _whole(self, chat: ChatRequest) -> web.Response:
-        output = None
         async with aclosing(self._pieces(chat.prompt, streams=False)) as pieces:
-            async for piece in pieces:
-                output = piece
-        if isinstance(output, RsgrpoError):
-            return _error(502, str(output), retry=True)
+            *_, output = [piece async for piece in pieces]
+        if fault := _fault(output):
+            raise fault
         assert isinstance(output, Answer)
-        if output.finish_reason == "error":
-            return _error(422, f"the question cannot be answered: {output.error}")
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": output.text},
-            "finish_reason": output.finish_reason,
-        }
-        return web.json_response(self._reply(output.prompt.id, "chat.completion", [choice], output), dumps=_to_json)
+        message = {"role": "assistant", "content": output.text}
+        choice = {"index": 0, "message": message, "finish_reason": output.finish_reason}
+        return web.json_response(self._reply(output.prompt.id, "chat.completion", choice, output))
 
     async def _stream(self, request: web.Request, chat: ChatRequest) -> web.StreamResponse:
         """Send server-sent events: pieces of the text, then the parsed fields, then [DONE]."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         was_sent = False
 
-        async def send(choices: list[dict[str, Any]], output: Answer | None = None) -> None:
-            event = self._reply(chat.prompt.id, "chat.completion.chunk", choices, output)
-            await response.write(f"data: {_to_json(event)}\n\n".encode())
+        async def send(text: str, output: Answer | None = None) -> None:
+            delta = {"role": "assistant", "content": text} if text or not was_sent else {}
+            choice = {"index": 0, "delta": delta, "finish_reason": output and output.finish_reason}
+            event = self._reply(chat.prompt.id, "chat.completion.chunk", choice, output)
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
 
         async with aclosing(self._pieces(chat.prompt, streams=True)) as pieces:
             async for piece in pieces:
-                if isinstance(piece, RsgrpoError) or (isinstance(piece, Answer) and piece.finish_reason == "error"):
-                    message = piece.error if isinstance(piece, Answer) else str(piece)
-                    if not response.prepared:
-                        return _error(422 if isinstance(piece, Answer) else 502, message)
-                    await response.write(f"data: {_to_json(_error_body(502, message))}\n\n".encode())
+                fault = _fault(piece)
+                if fault and not response.prepared:
+                    raise fault
+                if fault:
+                    await response.write(f"data: {json.dumps(_error_body(502, str(fault)))}\n\n".encode())
                     break
                 if not response.prepared:
                     await response.prepare(request)
                 if isinstance(piece, str):
+                    await send(piece)
                     was_sent = True
-                    await send([{"index": 0, "delta": {"role": "assistant", "content": piece}, "finish_reason": None}])
-                else:
-                    rest = {} if was_sent else {"role": "assistant", "content": piece.text}
-                    await send([{"index": 0, "delta": rest, "finish_reason": piece.finish_reason}], piece)
+                elif isinstance(piece, Answer):
+                    await send("" if was_sent else piece.text, piece)
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
@@ -200,13 +193,19 @@ class Server:
         finally:
             left.set()
 
-    def _reply(self, reply_id: str, kind: str, choices: list[dict[str, Any]], output: Answer | None) -> dict[str, Any]:
+    def _reply(self, reply_id: str, kind: str, choice: dict[str, Any], output: Answer | None) -> dict[str, Any]:
         model = self._answerer.name
-        reply = {"id": reply_id, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
+        reply = {"id": reply_id, "object": kind, "created": int(time.time()), "model": model, "choices": [choice]}
         return reply if output is None else reply | {"parsed": result_line(output, model)}
 
-    def _limit_text(self) -> str:
-        return f"{self._config.request_bytes:,} bytes"
+
+def _fault(piece: Piece) -> RequestError | None:
+    """Return what a request is refused with because of this piece; None for text and whole answers."""
+    if isinstance(piece, RsgrpoError):
+        return RequestError(502, str(piece))
+    if isinstance(piece, Answer) and piece.finish_reason == "error":
+        return RequestError(422, f"the question cannot be answered: {piece.error}")
+    return None
 
 
 @web.middleware
@@ -221,8 +220,8 @@ async def _errors_as_json(
         return _error(error.status, f"{request.method} {request.path:.80}: {error.reason}")
 
 
-def _error(status: int, message: str, *, retry: bool = False) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else {}
+def _error(status: int, message: str) -> web.Response:
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 502, 503) else {}
     return web.json_response(_error_body(status, message), status=status, headers=headers)
 
 
@@ -231,24 +230,22 @@ def _error_body(status: int, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "rate_limit_error" if status == 429 else kind, "code": status}}
 
 
-def _to_json(value: Any) -> str:
-    return json.dumps(value)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(prog="python -m recipes.serve", description=__doc__.split("\n")[0])
-    where = top.add_argument_group("where, and how much is taken")
-    where.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+    where = top.add_argument_group("where to listen, and what to accept")
+    where.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, without a password")
     where.add_argument("--port", type=int, default=8000)
-    where.add_argument("--allow-folder", type=Path, action="append", default=[], help="where files may be read from")
-    where.add_argument("--max-request-mib", type=int, default=64, help="size of a request")
-    where.add_argument("--max-image-mib", type=int, default=20, help="size of an image, compressed")
-    where.add_argument("--max-image-pixels", type=int, default=50_000_000, help="area of an image before its resize")
-    where.add_argument("--max-requests", type=int, default=32, help="at once, waiting ones included; more get 429")
-    what = top.add_argument_group("what is asked")
-    what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file; raw: as it comes")
-    what.add_argument("--system", default="", help="system message of requests without one")
+    where.add_argument("--allow-folder", type=Path, action="append", default=[], help="files in it may be read")
+    where.add_argument("--max-request-mib", type=int, default=64, help="largest request")
+    where.add_argument("--max-image-mib", type=int, default=20, help="largest image, compressed")
+    where.add_argument("--max-image-pixels", type=int, default=50_000_000, help="largest area before the resize")
+    where.add_argument("--max-requests", type=int, default=32, help="waiting ones included; further ones get 429")
+    what = top.add_argument_group("what to ask")
+    what.add_argument(
+        "--prompt", default="evidence", help="a name in conf/prompt or a template file; raw keeps messages as sent"
+    )
+    what.add_argument("--system", default="", help="system message for requests without one")
     add_answerer_options(top)
     return top
 
@@ -261,7 +258,13 @@ def config_of(options: argparse.Namespace) -> ServeConfig:
     return ServeConfig(
         template=read_template(prompt),
         system=options.system or prompt.system,
-        sampling=ServedSampling(options.temperature, options.top_p, options.seed, options.max_tokens),
+        sampling=SamplingParams(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            max_tokens=options.max_tokens,
+            seed=options.seed,
+        ),
         limits=RequestLimits(
             max_images=options.max_images,
             image_bytes=options.max_image_mib * MIB,
@@ -285,7 +288,7 @@ def serve(options: argparse.Namespace) -> None:
             host=options.host,
             port=options.port,
             shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-            handler_cancellation=True,  # a client that leaves is not answered
+            handler_cancellation=True,  # a client that disconnects is not answered
             print=lambda *_: print(f"serving {answerer.name} at http://{options.host}:{options.port}/v1", flush=True),
         )
     except OSError as error:

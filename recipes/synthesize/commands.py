@@ -1,13 +1,12 @@
 """Let a teacher write training rows: `python -m recipes.synthesize trajectories --in qa.jsonl --out sft.jsonl`.
 
 Trajectories: the teacher answers questions whose answer is known; what is well formed and right is kept.
-`tries.py` asks again; `page_questions.py` writes queries about pages.
+`retries.py` asks again; `page_questions.py` writes queries about pages.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answers.batch import read_lines, rewrite
+from recipes.answers.batch import rewrite
 from recipes.answers.parsing import parse_strict
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
 from recipes.infer import add_answerer_options, answerer_of
 from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, synthesize_queries
-from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
+from recipes.synthesize.retries import KEPT, Line, RetryConfig, ask_and_report, fault_of
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
-from rollout.files import write_text
 from rollout.keys import at_least
 from rsgrpo.errors import InputError, run_program
 from rsgrpo.records.console import Console
@@ -38,23 +36,23 @@ GROUNDLESS = "no page is evidence for the answer"
 
 @dataclass(frozen=True, slots=True)
 class SynthesisConfig:
-    """How trajectories are asked for, judged and written.
+    """How trajectories are requested, judged and written.
 
     template, system: what the teacher is asked.
     row_template: the user message of the rows, which the student will be asked.
-    tries: how often is asked. min_accuracy: set-token F1, numbers strict, that counts as right.
+    retries: how often to ask. min_accuracy: set-token F1, numbers strict, that counts as right.
     """
 
     template: str
     system: str
     row_template: str
-    tries: TryConfig
+    retries: RetryConfig
     min_accuracy: float = 1.0
 
     def __post_init__(self) -> None:
-        at_least(0, min_accuracy=self.min_accuracy)
+        at_least(0, **{"--min-accuracy": self.min_accuracy})
         if not self.row_template:
-            raise InputError("--row-prompt must have a template: the rows' own message cannot be written from it")
+            raise InputError("--row-prompt needs a template to write each row's message from: choose another prompt")
 
 
 def judge(question: Question, line: Line, min_accuracy: float = 1.0) -> str:
@@ -80,36 +78,26 @@ def judge(question: Question, line: Line, min_accuracy: float = 1.0) -> str:
 def synthesize(
     questions: Sequence[Question], answerer: Answerer, config: SynthesisConfig, out: Path, console: Console
 ) -> dict[str, Any]:
-    """Ask until each question has a kept trajectory or no try left; write rows and report beside each other.
+    """Ask until each question has a kept trajectory or no try is left; write rows and report beside each other.
 
     `out` gets whole responses, for `recipes.sft`; OUT.grpo.jsonl accepted answers with the evidence, for
-    `rsgrpo.train`; OUT.tries.jsonl every response, from which the same command resumes; OUT.report.json the report that
-    is returned.
-
-    Raises:
-        RsgrpoError: the teacher gave up. All files are written from what was finished.
+    `rsgrpo.train`; the other files, errors and the report are those of `ask_and_report`.
     """
-    tries_file, by_id = out.with_suffix(".tries.jsonl"), {question.id: question for question in questions}
+    by_id = {question.id: question for question in questions}
     prompts = [to_prompt(question, config.template, config.system) for question in questions]
 
     def verdict(question_id: str, line: Line) -> str:
         return judge(by_id[question_id], line, config.min_accuracy)
 
-    try:
-        ask_until_kept(prompts, verdict, config.tries, answerer, tries_file, console)
-    finally:
-        lines = read_lines(tries_file)
-        kept = first_kept(list(by_id), lines, verdict, config.tries.tries)
+    def write(kept: Mapping[str, Line], tried: dict[str, Any]) -> dict[str, Any]:
         write_rows(questions, {item: line["raw"].strip() for item, line in kept.items()}, config, out)
-        report = {"questions": len(questions), **tries_report(list(by_id), lines, verdict, config.tries)}
-        report["model"] = answerer.name
-        write_text(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
-    return report
+        return {"questions": len(questions), **tried}
+
+    return ask_and_report(prompts, verdict, config.retries, answerer, out, console, write)
 
 
 def write_rows(questions: Sequence[Question], kept: Mapping[str, str], config: SynthesisConfig, out: Path) -> None:
     """Write the rows of both files, in the order of the questions."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     whole, gold = [], []
     for question in questions:
         if question.id in kept:
@@ -139,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_trajectories(command: argparse.ArgumentParser) -> None:
-    what = command.add_argument_group("what is asked, and what is kept")
+    what = command.add_argument_group("what to ask, and what to keep")
     what.add_argument("--in", dest="source", required=True, metavar="FILE", help="rows with question, image and answer")
     what.add_argument("--out", type=Path, required=True, help="jsonl of rows for recipes.sft")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
@@ -154,7 +142,7 @@ def _add_trajectories(command: argparse.ArgumentParser) -> None:
 
 def _add_queries(command: argparse.ArgumentParser) -> None:
     limits = QueryConfig()
-    what = command.add_argument_group("what is asked, and what is kept")
+    what = command.add_argument_group("what to ask, and what to keep")
     what.add_argument(
         "--in", dest="source", type=Path, required=True, metavar="PAGES", help="a store, or a folder of images"
     )
@@ -180,10 +168,10 @@ def run(options: argparse.Namespace) -> None:
         raise InputError("--tries > 1 asks again, and greedy sampling would repeat itself: set --temperature > 0")
     if options.requests_per_minute and not options.endpoint:
         raise InputError("--requests-per-minute limits an endpoint, and none is given")
-    options.run(options, TryConfig(options.tries, options.price_in, options.price_out))
+    options.run(options, RetryConfig(options.tries, options.price_in, options.price_out))
 
 
-def _trajectories(options: argparse.Namespace, tries: TryConfig) -> None:
+def _trajectories(options: argparse.Namespace, retries: RetryConfig) -> None:
     from rsgrpo.data.prompts import read_template
 
     prompt = named_prompt(options.prompt)
@@ -191,14 +179,14 @@ def _trajectories(options: argparse.Namespace, tries: TryConfig) -> None:
         template=read_template(prompt),
         system=options.system or prompt.system,
         row_template=read_template(named_prompt(options.row_prompt)),
-        tries=tries,
+        retries=retries,
         min_accuracy=options.min_accuracy,
     )
     questions = read_questions(options.source, image_dir=options.image_dir, need_answers=True)
     _report(options, lambda answerer, console: synthesize(questions, answerer, config, options.out, console))
 
 
-def _queries(options: argparse.Namespace, tries: TryConfig) -> None:
+def _queries(options: argparse.Namespace, retries: RetryConfig) -> None:
     limits = {"max_pairs": options.max_pairs, "max_question": options.max_question, "max_answer": options.max_answer}
     try:
         request = options.prompt.read_text(encoding="utf-8") if options.prompt else REQUEST
@@ -206,7 +194,9 @@ def _queries(options: argparse.Namespace, tries: TryConfig) -> None:
         raise InputError(f"--prompt {options.prompt} cannot be read: {error}") from error
     config = QueryConfig(**limits, request=request)
     pages = read_pages(options.source)
-    _report(options, lambda answerer, console: synthesize_queries(pages, answerer, config, tries, options.out, console))
+    _report(
+        options, lambda answerer, console: synthesize_queries(pages, answerer, config, retries, options.out, console)
+    )
 
 
 def _report(options: argparse.Namespace, work: Callable[[Answerer, Console], dict[str, Any]]) -> None:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.answers.batch import read_lines, rewrite
+from recipes.answers.batch import rewrite
 from recipes.answers.questions import IMAGE_MARK
 from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
 from recipes.retrieval.pages.documents import IMAGES
-from recipes.synthesize.tries import KEPT, Line, TryConfig, ask_until_kept, fault_of, first_kept, tries_report
+from recipes.synthesize.retries import KEPT, Line, RetryConfig, ask_and_report, fault_of
 from rewards.text import normalise
 from rollout.files import write_text
 from rollout.keys import at_least
@@ -60,18 +60,19 @@ class QueryConfig:
     request: str = REQUEST
 
     def __post_init__(self) -> None:
-        at_least(1, max_pairs=self.max_pairs, max_question=self.max_question, max_answer=self.max_answer)
+        limits = {"--max-pairs": self.max_pairs, "--max-question": self.max_question, "--max-answer": self.max_answer}
+        at_least(1, **limits)
         try:
             self.request.format(max_pairs=self.max_pairs)
         except (KeyError, IndexError, ValueError) as error:
             raise InputError(
-                f"--prompt: {error!r}; the only placeholder is {{max_pairs}}, other braces are doubled"
+                f"--prompt: {error!r}; the only placeholder is {{max_pairs}}; double all other braces"
             ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class SourcePage:
-    """One page to ask about. document, number: where it stands; of a folder of images the file and 1."""
+    """One page to ask about. document, number: where it is from; for a folder of images the file and 1."""
 
     id: str
     image: str
@@ -107,7 +108,7 @@ def read_pages(source: Path) -> list[SourcePage]:
 
 
 def read_pairs(text: str, config: QueryConfig) -> tuple[list[QueryPair] | None, Counter[str]]:
-    """Return the usable pairs of a response and why others are not; None where the response is no list of pairs.
+    """Return the usable pairs of a response and why others are not; None where the response is not a list of pairs.
 
     >>> read_pairs('[{"question": "Who won?", "answer": "Ada"}]', QueryConfig())
     ([QueryPair(question='Who won?', answer='Ada')], Counter())
@@ -151,40 +152,33 @@ def synthesize_queries(
     pages: Sequence[SourcePage],
     answerer: Answerer,
     config: QueryConfig,
-    tries: TryConfig,
+    retries: RetryConfig,
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Ask about each page; write the rows to `out`, judgments to OUT.qrels.tsv, the report to OUT.report.json.
+    """Ask about each page; write the rows to `out` and judgments to OUT.qrels.tsv.
 
-    OUT.tries.jsonl has every response; the same command resumes from it.
-
-    Returns:
-        The report.
-
-    Raises:
-        RsgrpoError: the teacher gave up. All files are written from what was finished.
+    The other files, errors and the report are those of `ask_and_report`.
     """
-    file, ids = out.with_suffix(".tries.jsonl"), [page.id for page in pages]
     request = f"{IMAGE_MARK}\n{config.request.format(max_pairs=config.max_pairs)}"
     prompts = [Prompt(page.id, request, (page.image,)) for page in pages]
 
-    def verdict(_: str, line: Line) -> str:
-        return judge(line, config)
-
-    try:
-        ask_until_kept(prompts, verdict, tries, answerer, file, console)
-    finally:
-        lines = read_lines(file)
-        kept = first_kept(ids, lines, verdict, tries.tries)
+    def write(kept: Mapping[str, Line], tried: dict[str, Any]) -> dict[str, Any]:
         rows, dropped = _rows(pages, kept, config, out)
-        out.parent.mkdir(parents=True, exist_ok=True)
         rewrite(out, rows)
         judged = "".join(f"{row['id']}\t{row['page_id']}\t1\n" for row in rows)
         write_text(out.with_suffix(".qrels.tsv"), f"query-id\tcorpus-id\tscore\n{judged}")
-        report = _report(pages, rows, dropped, tries_report(ids, lines, verdict, tries)) | {"model": answerer.name}
-        write_text(out.with_suffix(".report.json"), json.dumps(report, indent=2) + "\n")
-    return report
+        cost = tried["cost"]
+        return {
+            "pages": len(pages),
+            "pairs": len(rows),
+            "pages_with_pairs": len({row["page_id"] for row in rows}),
+            "dropped_pairs": dict(dropped.most_common()),
+            **{name: value for name, value in tried.items() if name != "cost_per_kept"},
+            "cost_per_pair": round(cost / len(rows), 6) if cost is not None and rows else None,
+        }
+
+    return ask_and_report(prompts, lambda _, line: judge(line, config), retries, answerer, out, console, write)
 
 
 def _rows(
@@ -219,24 +213,8 @@ def _rows(
     return rows, dropped
 
 
-def _report(
-    pages: Sequence[SourcePage], rows: Sequence[Mapping[str, Any]], dropped: Counter[str], tried: dict[str, Any]
-) -> dict[str, Any]:
-    cost = tried.pop("cost")
-    tried.pop("cost_per_kept")
-    return {
-        "pages": len(pages),
-        "pairs": len(rows),
-        "pages_with_pairs": len({row["page_id"] for row in rows}),
-        "dropped_pairs": dict(dropped.most_common()),
-        **tried,
-        "cost": cost,
-        "cost_per_pair": round(cost / len(rows), 6) if cost is not None and rows else None,
-    }
-
-
 def _json_list(text: str) -> list[dict[str, Any]] | None:
-    """Return the list of objects with question and answer in a text, whatever stands around it."""
+    """Return the list of objects with question and answer in a text, whatever surrounds it."""
     start, end = text.find("["), text.rfind("]")
     try:
         rows = json.loads(text[start : end + 1]) if 0 <= start < end else None

@@ -1,9 +1,10 @@
-"""Servers for tests, on this machine: any HTTP handler behind a thread, and an OpenAI-compatible endpoint."""
+"""Servers for tests, on this machine: any HTTP handler in a thread, an OpenAI-compatible endpoint, and a teacher."""
 
 from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -100,3 +101,33 @@ def start_endpoint(
     stub = EndpointStub(reply, **settings)
     stub.url = stack.enter_context(serving(endpoint_handler(stub))) + "/v1"
     return stub
+
+
+Say = Callable[[Any, int], str | int]
+"""Takes what is asked about and how often it was asked about before; returns a text, or an HTTP status."""
+
+
+class Teacher:
+    """An endpoint that answers by what it is asked about; every answer costs 1000 and 100 tokens.
+
+    subject: takes the content of the user message and returns what it asks about.
+    """
+
+    def __init__(self, stack: ExitStack, subject: Callable[[list[dict[str, Any]]], Any], say: Say) -> None:
+        self.say = say
+        self.asked: list[Any] = []
+        self.texts: list[str] = []
+        self.seeds: list[int] = []
+        self.times: list[float] = []
+        self._subject = subject
+        self.url = start_endpoint(stack, self._reply, model="teacher", usage=(1000, 100)).url
+
+    def _reply(self, _: int, body: dict[str, Any]) -> Any:
+        content = body["messages"][-1]["content"]
+        subject = self._subject(content)
+        said = self.say(subject, self.asked.count(subject))
+        self.asked.append(subject)
+        self.texts.append("".join(part.get("text", "") for part in content))
+        self.seeds.append(body["seed"])
+        self.times.append(time.monotonic())
+        return (said, {}, '{"error": {"message": "no"}}') if isinstance(said, int) else said

@@ -15,14 +15,14 @@ from aiohttp.test_utils import TestClient, TestServer
 from PIL import Image
 
 from recipes.answers.types import Answer
-from recipes.serve.chat_request import MIB, RequestLimits, ServedSampling
+from recipes.serve.chat_request import MIB, RequestLimits
 from recipes.serve.server import ServeConfig, Server
-from rollout.types import Prompt
+from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import RsgrpoError
+from tests.material.http_stub import ANSWER
 
-ANSWER = "<observe>o</observe>\n<evidence>\n[1]: 16%\n</evidence>\n<think>[1]</think>\n<answer>16%</answer>"
 TEMPLATE = "{images}\nQuestion: {question}"
-SAMPLING = ServedSampling(temperature=0.0, top_p=1.0, seed=0, max_tokens=64)
+SAMPLING = SamplingParams(temperature=0.0, top_p=1.0, seed=0, max_tokens=64)
 COMPLETE = "/v1/chat/completions"
 
 

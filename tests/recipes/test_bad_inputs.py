@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from recipes.synthesize import commands as synthesize
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from tests.material.answering import lines_of, write_page
-from tests.material.http_stub import ANSWER, EndpointStub, start_endpoint
+from tests.material.http_stub import ANSWER
 
 PROMPT = PromptConfig(template="{images}\n{question}")
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -26,12 +24,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "validate": lambda rest: prepare.main(["validate", *rest[:1]]),
     "convert": lambda rest: prepare.main(["convert", *rest[:1], "--out", "never.jsonl"]),
 }
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., EndpointStub]]:
-    with ExitStack() as stack:
-        yield partial(start_endpoint, stack)
 
 
 @pytest.fixture(autouse=True)

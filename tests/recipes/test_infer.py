@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from recipes.answers.batch import result_line
 from recipes.answers.engine import open_answerer
+from recipes.answers.reader import Reader
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, pixel_limits
 from recipes.answers.types import Answer
 from recipes.infer import Session, converse, main
 from rollout.config import InputsConfig
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
-from tests.material.answering import SMALL, Scripted, batch, lines_of, prompts_of, write_page
-from tests.material.http_stub import ANSWER, EndpointStub, start_endpoint
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., EndpointStub]]:
-    """Start endpoints; they end with the test."""
-    with ExitStack() as stack:
-        yield partial(start_endpoint, stack)
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> str:
-    return write_page(tmp_path)
-
+from tests.material.answering import SMALL, Scripted, batch, lines_of, prompts_of
+from tests.material.http_stub import ANSWER
 
 # The terminal
 
 
 def session(out, answerer=None, images=("a.png",)):
-    return Session(answerer or Scripted(), "{images}{question}", "", images, out)
+    return Session(Reader(answerer or Scripted(), "{images}{question}"), images, out)
 
 
 def test_an_answer_is_shown_with_its_evidence_and_faults():
@@ -115,13 +100,6 @@ def test_mistakes_are_one_line_each(arguments, complaint, capsys, serve):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert complaint in error
-    assert "Traceback" not in error
-
-
-def test_an_endpoint_that_is_down_is_a_failure_of_the_work(capsys):
-    assert main(["q", "--endpoint", "http://127.0.0.1:9/v1", "--max-tries", "1"]) == 1
-    error = capsys.readouterr().err
-    assert "did not answer in 1 tries" in error
     assert "Traceback" not in error
 
 

@@ -1,4 +1,4 @@
-"""The file of answers: one line a question, going on after a stop, and never mixing or losing any."""
+"""The file of answers: one line per question, resumed after a stop, none mixed up or lost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_each_question_gets_one_line_with_all_fields(tmp_path):
     assert (lines[0]["answer"], lines[0]["raw"], lines[0]["format_ok"]) == ("16%", ANSWER, True)
 
 
-def test_a_stopped_batch_goes_on_where_it_was(tmp_path):
+def test_a_stopped_batch_resumes_where_it_was(tmp_path):
     out = tmp_path / "out.jsonl"
     with pytest.raises(RsgrpoError, match=r"down\n2 answers of this run and 0 earlier ones are kept in .*out.jsonl"):
         batch(prompts_of(5), Scripted(fail_after=2), out)

@@ -128,10 +128,10 @@ def test_a_reply_that_cannot_be_unpacked_is_tried_again():
 
 def test_an_answer_that_never_ends_ends_at_its_time_limit():
     since = time.monotonic()
-    with pytest.raises(EndpointError, match=r"the last was no end within 0\.3 s"):
+    with pytest.raises(EndpointError, match=r"the last was not finished within 0\.3 s"):
         ask(in_pieces([b" "] * 100, {"Content-Length": "100000"}, 0.05), timeout_s=0.3)
     output, _ = ask(in_pieces([events(delta("x"))] * 100, EVENTS, 0.05), stream=True, timeout_s=0.3)
-    assert (output.finish_reason, output.error) == ("error", "the answer broke off: no end within 0.3 s")
+    assert (output.finish_reason, output.error) == ("error", "the answer broke off: not finished within 0.3 s")
     assert set(output.text) == {"x"}
     assert time.monotonic() - since < 5
 
@@ -145,10 +145,12 @@ def test_a_stream_is_read_across_any_cut_and_only_a_line_feed_ends_a_line():
 
 
 @pytest.mark.parametrize(
-    "event", [5, [1], {"choices": [None]}, {"choices": "abc"}, {"choices": [{"delta": "x"}]}, delta(5)]
-)
+    "event",
+    [*map(events, (5, [1], {"choices": [None]}, {"choices": "abc"}, {"choices": [{"delta": "x"}]}, delta(5))),
+     b"data: {broken\n\n"],
+)  # fmt: skip
 def test_an_event_of_another_form_ends_the_stream_and_keeps_its_text(event):
-    output, _ = ask(in_pieces([events(delta("half"), event)], EVENTS), stream=True)
+    output, _ = ask(in_pieces([events(delta("half")) + event], EVENTS), stream=True)
     assert (output.finish_reason, output.text) == ("error", "half")
     assert output.error.startswith("the answer broke off: ")
 

@@ -45,15 +45,8 @@ def test_a_parsed_answer_is_json():
     parsed = json.loads(json.dumps(parse_strict(GOOD, IMAGES).as_dict()))
     assert parsed["evidence"][0] == {"index": 1, "image": "a.png", "relevant": True, "text": "Sweden 16%"}
     assert list(parsed) == [
-        "answer",
-        "insufficient",
-        "observe",
-        "evidence",
-        "think",
-        "citations",
-        "format_ok",
-        "errors",
-    ]
+        "answer", "insufficient", "observe", "evidence", "think", "citations", "format_ok", "errors"
+    ]  # fmt: skip
 
 
 # Truncation
@@ -202,19 +195,9 @@ def test_blocks_out_of_order_are_read_and_named():
 @pytest.mark.parametrize("parse", PARSERS)
 @pytest.mark.parametrize(
     "content",
-    [
-        "16 % Größe",
-        "16 процентов",
-        "１６パーセント",
-        "١٦٪",
-        "🇸🇪 16",
-        "a\u200bb",
-        "e\u0301",
-        "\u2028x",
-        "{}\\n",
-        "\x00y",
-    ],
-)
+    ["16 % Größe", "16 процентов", "１６パーセント", "١٦٪", "🇸🇪 16", "a\u200bb", "e\u0301", "\u2028x", "{}\\n",
+     "\x00y"],
+)  # fmt: skip
 def test_any_characters_survive(parse, content):
     text = GOOD.replace("16%", content)
     parsed = parse(text, IMAGES)
@@ -389,23 +372,9 @@ def test_the_strict_reader_agrees_with_the_rewards(seed):
 def test_no_text_makes_a_parser_raise(seed):
     rng = Random(seed)
     parts = [
-        "<",
-        ">",
-        "</",
-        "answer",
-        "think",
-        "evidence",
-        "observe",
-        "[1]",
-        "[2]:",
-        "]:",
-        "\n",
-        "\r\n",
-        "é",
-        "\ud800",
-        " ",
+        "<", ">", "</", "answer", "think", "evidence", "observe", "[1]", "[2]:", "]:", "\n", "\r\n", "é", "\ud800", " ",
         "<answer>",
-    ]
+    ]  # fmt: skip
     text = "".join(rng.choice(parts) for _ in range(rng.randint(0, 60)))
     for images in (None, (), ("a",), (b"bytes", "b")):
         for parsed in both(text, images):
@@ -415,17 +384,9 @@ def test_no_text_makes_a_parser_raise(seed):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "<answer>" * 20_000,
-        "<think></answer>" * 20_000,
-        "[1]:" * 50_000,
-        "<" * 200_000,
-        "[1" * 100_000,
-        "< " * 50_000,
-        "<" + " " * 200_000,
-        "[1 , " * 40_000,
-    ],
-)
+    ["<answer>" * 20_000, "<think></answer>" * 20_000, "[1]:" * 50_000, "<" * 200_000, "[1" * 100_000, "< " * 50_000,
+     "<" + " " * 200_000, "[1 , " * 40_000],
+)  # fmt: skip
 def test_long_hostile_text_is_read_in_linear_time(text):
     for parsed in both(text):
         assert not parsed.format_ok

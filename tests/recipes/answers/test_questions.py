@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from recipes.answers.questions import Question, named_prompt, prompt_hash, read_questions, to_prompt
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
-from tests.material.answering import write_page
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> str:
-    return write_page(tmp_path)
 
 
 def test_rows_of_several_layouts_are_questions(tmp_path, page):

@@ -13,8 +13,8 @@ from aiohttp.test_utils import TestClient, TestServer
 from recipes.serve import server as serve
 from recipes.serve.chat_request import MIB, RequestLimits
 from recipes.serve.server import ServeConfig, Server
+from tests.material.http_stub import ANSWER
 from tests.material.serve import (
-    ANSWER,
     COMPLETE,
     SAMPLING,
     TEMPLATE,
@@ -121,20 +121,24 @@ def test_a_body_that_is_no_json_object_is_refused(body):
     assert refusal(body)[0] == 400
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["../secret.png", "/etc/passwd", "file:///etc/passwd", "file://..%2Fsecret.png", "link.png", "a\0.png", "x" * 5000,
-     "missing.png", "loop.png", "."],
-)  # fmt: skip
-def test_no_file_outside_of_the_allowed_folders_is_read(tmp_path, address):
-    (tmp_path / "secret.png").write_bytes(png())
+def test_no_file_outside_of_the_allowed_folders_is_read(tmp_path):
     allowed = tmp_path / "allowed"
     allowed.mkdir()
-    os.symlink(tmp_path / "secret.png", allowed / "link.png")
-    os.symlink(allowed / "loop.png", allowed / "loop.png")
-    status, message = refusal(request_of(address), folders=[allowed])
-    assert status == 403
-    assert message.startswith("image 1 must be a file in an allowed folder, its path taken from there; got ")
+    (tmp_path / "secret.png").write_bytes(png())
+    (allowed / "\u00e9.png").write_bytes(png())
+    (allowed / "link.png").symlink_to(tmp_path / "secret.png")
+    (allowed / "loop.png").symlink_to(allowed / "loop.png")
+    (allowed / "folder").symlink_to(tmp_path)
+    os.mkfifo(allowed / "pipe.png")
+    addresses = [
+        "../secret.png", f"{allowed}/../secret.png", "/etc/passwd", "file:///etc/passwd", "file://..%2Fsecret.png",
+        *(f"file://{allowed}/{dots}/secret.png" for dots in ("..", "%2e%2e", "%252e%252e")), "link.png", "loop.png",
+        "folder/secret.png", "pipe.png", "e\u0301.png", "a\0.png", "x" * 5000, "missing.png", ".",
+    ]  # fmt: skip
+    for address in addresses:
+        status, message = refusal(request_of(address), folders=[allowed])
+        assert status == 403, address
+        assert message.startswith("image 1 must be a file in an allowed folder, its path relative to that folder; got ")
 
 
 def test_without_an_allowed_folder_no_file_is_read(tmp_path):
@@ -284,7 +288,8 @@ def test_a_closing_server_finishes_what_it_took_and_takes_no_more():
     ("arguments", "says"),
     [
         (["--allow-folder", "nowhere"], "--allow-folder nowhere is not a folder"),
-        (["--max-requests", "0"], "max_requests must be >= 1"),
+        (["--max-requests", "0"], "--max-requests must be >= 1, got 0"),
+        (["--max-image-mib", "0"], "--max-image-mib must be >= 1, got 0"),
         ([], "--model is empty"),
         (["--prompt", "evidenc"], "did you mean evidence?"),
     ],

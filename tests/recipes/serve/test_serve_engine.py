@@ -13,11 +13,11 @@ from aiohttp.test_utils import TestClient, TestServer
 from recipes.answers.engine import LocalAnswerer
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec
 from recipes.answers.types import Answer
-from recipes.serve.chat_request import RequestLimits, ServedSampling
+from recipes.serve.chat_request import RequestLimits
 from recipes.serve.queue import Piece, PromptQueue
 from recipes.serve.server import ServeConfig, Server
 from rollout.config import InputsConfig
-from rollout.types import Prompt
+from rollout.types import Prompt, SamplingParams
 from tests.material.serve import COMPLETE, TEMPLATE, data_url, request_of
 
 
@@ -89,7 +89,7 @@ def test_a_real_engine_streams_and_answers_in_one_server(tiny_model_path):
     limits = RequestLimits(max_images=2)
 
     async def play() -> Any:
-        config = ServeConfig(TEMPLATE, "", ServedSampling(0.0, 1.0, 0, 12), limits)
+        config = ServeConfig(TEMPLATE, "", SamplingParams(temperature=0.0, max_tokens=12), limits)
         async with TestClient(TestServer(Server(config, engine).app)) as client:
             streamed = client.post(COMPLETE, json=request_of(data_url(), stream=True))
             whole = client.post(COMPLETE, json=request_of(data_url()))

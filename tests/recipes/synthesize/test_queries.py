@@ -1,4 +1,4 @@
-"""Questions about pages, written by a teacher: what is usable, what is asked again, going on, who reads the rows."""
+"""Questions about pages, written by a teacher: what is usable, what is asked again, who reads the rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from recipes.retrieval.pages.store import PageStore
 from recipes.synthesize import commands as synthesize
 from recipes.synthesize import page_questions
 from recipes.synthesize.page_questions import QueryConfig, QueryPair, SourcePage, judge, read_pairs
-from recipes.synthesize.tries import CUT_OFF, FAILED, KEPT
+from recipes.synthesize.retries import CUT_OFF, FAILED, KEPT
 from rsgrpo.errors import InputError
-from tests.material.http_stub import start_endpoint
+from tests.material.answering import lines_of
+from tests.material.http_stub import Say, Teacher
 from tests.material.retrieval import ingested
 
 CONFIG = QueryConfig()
@@ -91,36 +93,16 @@ def test_what_is_kept(text, verdict):
 # The command
 
 
-class Teacher:
-    """An endpoint that knows a page by its width in units of 28 pixels. say: (page, how often before) -> reply."""
-
-    def __init__(self, say: Callable[[int, int], str | int]) -> None:
-        self.say = say
-        self.asked: list[int] = []
-        self.texts: list[str] = []
-        self.url = ""
-
-    def reply(self, _: int, body: dict[str, Any]) -> Any:
-        image, text = body["messages"][-1]["content"]
-        content = base64.b64decode(image["image_url"]["url"].partition(",")[2])
-        page = Image.open(io.BytesIO(content)).width // 28
-        times = self.asked.count(page)
-        self.asked.append(page)
-        self.texts.append(text["text"])
-        said = self.say(page, times)
-        return (said, {}, '{"error": {"message": "no"}}') if isinstance(said, int) else said
+def width_of(content: list[dict[str, Any]]) -> int:
+    """Return the width of the page that is asked about, in units of 28 pixels."""
+    page = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
+    return Image.open(io.BytesIO(page)).width // 28
 
 
 @pytest.fixture
-def teach() -> Iterator[Callable[[Callable[[int, int], str | int]], Teacher]]:
+def teach() -> Iterator[Callable[[Say], Teacher]]:
     with ExitStack() as stack:
-
-        def start(say: Callable[[int, int], str | int]) -> Teacher:
-            teacher = Teacher(say)
-            teacher.url = start_endpoint(stack, teacher.reply, model="teacher", usage=(1000, 100)).url
-            return teacher
-
-        yield start
+        yield partial(Teacher, stack, width_of)
 
 
 @pytest.fixture
@@ -139,10 +121,6 @@ def run(teacher: Teacher, source: Path, out: Path, *more: str) -> int:
     return synthesize.main(["queries", "--in", str(source), "--out", str(out), *options])
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_pairs_of_pages_train_a_retriever_and_evaluate_one(teach, images, tmp_path, capsys):
     replies = {
         1: [pairs(("Who won the cup?", "Ada"), ("What is the total?", "7"))],
@@ -153,7 +131,7 @@ def test_pairs_of_pages_train_a_retriever_and_evaluate_one(teach, images, tmp_pa
     teacher = teach(lambda page, times: replies[page][times])
     out = tmp_path / "out" / "pairs.jsonl"
     assert run(teacher, images, out, "--price-in", "2", "--price-out", "10") == 0
-    rows = rows_of(out)
+    rows = lines_of(out)
     assert rows[0] == {
         "id": "a.png-q1", "query": "Who won the cup?", "answer": ["Ada"], "image": "../pages/a.png", "page_id": "a.png",
         "document": "a.png", "number": 1,
@@ -202,27 +180,6 @@ def test_the_rows_are_pairs_for_training(teach, images, tmp_path):
     assert Path(str(found[2].page)).resolve() == images / "more" / "c.png"
 
 
-def test_a_teacher_that_goes_down_loses_nothing_and_the_same_command_goes_on(teach, images, tmp_path, capsys):
-    teacher = teach(lambda page, times: pairs((f"Who is {page}?", "x")) if page == 1 else 401)
-    out = tmp_path / "pairs.jsonl"
-    assert run(teacher, images, out, "--concurrency", "1") == 1
-    assert "HTTP 401" in capsys.readouterr().err
-    assert [row["page_id"] for row in rows_of(out)] == ["a.png"]
-    teacher.say = lambda page, times: pairs((f"Who is {page}?", "x"))
-    assert run(teacher, images, out) == 0
-    assert [row["page_id"] for row in rows_of(out)] == ["a.png", "b.png", "more/c.png", "more/d.png"]
-    assert teacher.asked.count(1) == 1
-    num_asked = len(teacher.asked)
-    assert run(teacher, images, out) == 0
-    assert len(teacher.asked) == num_asked
-
-
-def test_a_failing_request_is_tried_again_and_stops_no_other(teach, images, tmp_path):
-    teacher = teach(lambda page, times: 503 if page == 2 and times == 0 else pairs((f"Who is {page}?", "x")))
-    assert run(teacher, images, tmp_path / "pairs.jsonl", "--max-tries", "2") == 0
-    assert len(rows_of(tmp_path / "pairs.jsonl")) == 4
-
-
 def test_pages_of_a_store_are_judged_by_page_id(teach, images, tmp_path):
     store = tmp_path / "store"
     ingested(store, images / "a.png")
@@ -233,7 +190,7 @@ def test_pages_of_a_store_are_judged_by_page_id(teach, images, tmp_path):
     assert run(teacher, store, tmp_path / "pairs.jsonl", "--prompt", str(own), "--max-pairs", "3") == 0
     assert teacher.texts == ["\nWrite 3 questions."]
     assert read_qrels(tmp_path / "pairs.qrels.tsv") == {f"{page_id}-q1": {page_id: 1}}
-    (row,) = rows_of(tmp_path / "pairs.jsonl")
+    (row,) = lines_of(tmp_path / "pairs.jsonl")
     assert (row["document"], row["number"]) == ("a.png", 1)
 
 
@@ -245,7 +202,7 @@ def test_pages_of_a_folder_are_its_images(images):
     ("arguments", "says"),
     [
         (["--in", "nowhere"], "--in nowhere: neither a page store nor a folder with images"),
-        (["--max-pairs", "0"], "max_pairs must be >= 1"),
+        (["--max-pairs", "0"], "error: --max-pairs must be >= 1, got 0"),
         (["--temperature", "0"], "--tries > 1 asks again"),
         (["--prompt", "gone.txt"], "--prompt gone.txt cannot be read"),
     ],

@@ -1,12 +1,12 @@
-"""Trajectories of a teacher: what is kept and why not, going on after a stop, the pace, the rows and the report."""
+"""Trajectories of a teacher: what is kept and why not, resuming after a stop, the pace, the rows and the report."""
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from PIL import Image
 
 from recipes.answers.questions import Question
 from recipes.synthesize import commands as synthesize
-from recipes.synthesize.tries import CUT_OFF, FAILED, KEPT
+from recipes.synthesize.retries import CUT_OFF, FAILED, KEPT
 from rewards.evisrag import read_gold
-from tests.material.http_stub import start_endpoint
+from tests.material.answering import lines_of
+from tests.material.http_stub import Say, Teacher
 
 NOTHING = "no relevant information"
 
@@ -33,36 +34,15 @@ def written(answer: str, *slots: str) -> str:
 GOOD = written("16%", "Sweden 16%", NOTHING)
 
 
-class Teacher:
-    """What an endpoint says. say: (question, how often it was asked before) -> text, or an HTTP status."""
-
-    def __init__(self, say: Callable[[str, int], str | int]) -> None:
-        self.say = say
-        self.asked: list[str] = []
-        self.seeds: list[int] = []
-        self.times: list[float] = []
-        self.url = ""
-
-    def reply(self, _: int, body: dict[str, Any]) -> Any:
-        text = "".join(part.get("text", "") for part in body["messages"][-1]["content"])
-        question = re.findall(r"\bq\d\b", text)[-1]
-        said = self.say(question, self.asked.count(question))
-        self.asked.append(question)
-        self.seeds.append(body["seed"])
-        self.times.append(time.monotonic())
-        return (said, {}, '{"error": {"message": "no"}}') if isinstance(said, int) else said
+def question_of(content: list[dict[str, Any]]) -> str:
+    """Return the question that is asked: q0, q1 or q2."""
+    return str(re.findall(r"\bq\d\b", "".join(part.get("text", "") for part in content))[-1])
 
 
 @pytest.fixture
-def teach() -> Iterator[Callable[[Callable[[str, int], str | int]], Teacher]]:
+def teach() -> Iterator[Callable[[Say], Teacher]]:
     with ExitStack() as stack:
-
-        def start(say: Callable[[str, int], str | int]) -> Teacher:
-            teacher = Teacher(say)
-            teacher.url = start_endpoint(stack, teacher.reply, model="teacher", usage=(1000, 100)).url
-            return teacher
-
-        yield start
+        yield partial(Teacher, stack, question_of)
 
 
 @pytest.fixture
@@ -80,10 +60,6 @@ def source(tmp_path: Path) -> Path:
 def run(teacher: Teacher, source: Path, out: Path, *more: str) -> int:
     options = ["--endpoint", teacher.url, "--max-tries", "1", "--min-pixels", "784", "--max-pixels", "3136", *more]
     return synthesize.main(["trajectories", "--in", str(source), "--out", str(out), *options])
-
-
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # The judgement
@@ -131,13 +107,13 @@ def test_kept_rows_are_what_training_reads_and_the_report_counts_all(teach, sour
     teacher = teach(lambda question, times: answers[question][times])
     out = tmp_path / "new" / "sft.jsonl"
     assert run(teacher, source, out, "--tries", "3", "--price-in", "2", "--price-out", "10") == 0
-    rows = rows_of(out)
+    rows = lines_of(out)
     assert [row["id"] for row in rows] == ["q0", "q1"]
     assert rows[0]["answer"] == GOOD
     assert rows[0]["image"] == ["../mine/a.png", "../mine/b.png"]
     assert rows[0]["prompt"].startswith("[1]: <image>\n[2]: <image>\n")
     assert read_gold(rows[0]["answer"], {}, 2)["evidence"] == ["Sweden 16%", NOTHING]
-    gold = rows_of(tmp_path / "new" / "sft.grpo.jsonl")
+    gold = lines_of(tmp_path / "new" / "sft.grpo.jsonl")
     assert read_gold(gold[1]["answer"], {"evidence": gold[1]["evidence"]}, 2) == {
         "answers": ["16%"],
         "evidence": ["Sweden 16%", NOTHING],
@@ -160,15 +136,15 @@ def test_kept_rows_are_what_training_reads_and_the_report_counts_all(teach, sour
     assert "4 x wrong answer" in capsys.readouterr().err
 
 
-def test_a_teacher_that_goes_down_loses_nothing_and_the_same_command_goes_on(teach, source, tmp_path, capsys):
+def test_a_teacher_that_goes_down_loses_nothing_and_the_same_command_resumes(teach, source, tmp_path, capsys):
     teacher = teach(lambda question, times: GOOD if question == "q0" else 401)
     out = tmp_path / "sft.jsonl"
     assert run(teacher, source, out, "--concurrency", "1") == 1
     assert "HTTP 401" in capsys.readouterr().err
-    assert [row["id"] for row in rows_of(out)] == ["q0"]
+    assert [row["id"] for row in lines_of(out)] == ["q0"]
     teacher.say = lambda question, times: GOOD
     assert run(teacher, source, out) == 0
-    assert [row["id"] for row in rows_of(out)] == ["q0", "q1", "q2"]
+    assert [row["id"] for row in lines_of(out)] == ["q0", "q1", "q2"]
     assert teacher.asked.count("q0") == 1
     num_asked = len(teacher.asked)
     assert run(teacher, source, out) == 0
@@ -186,8 +162,8 @@ def test_requests_keep_to_the_pace(teach, source, tmp_path):
     [
         (["--temperature", "0"], "--tries > 1 asks again"),
         (["--requests-per-minute", "5"], "and none is given"),
-        (["--tries", "0"], "tries must be >= 1"),
-        (["--row-prompt", "raw"], "--row-prompt must have a template"),
+        (["--tries", "0"], "error: --tries must be >= 1, got 0"),
+        (["--row-prompt", "raw"], "--row-prompt needs a template"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, says, source, tmp_path, capsys):
