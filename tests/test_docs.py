@@ -59,3 +59,23 @@ def test_files_that_pages_name_exist(page):
     folders = "rsgrpo|rollout|rewards|recipes|tests|tools|benchmarks|docs|conf"
     paths = re.findall(rf"`((?:{folders})/[\w./]+\.(?:py|md|yaml|txt))(?::[\w:]+)?`", text)
     assert {path for path in paths if "NAME" not in path and not (ROOT / path).exists()} == set()
+
+
+PARTS = ("algorithm", "checkpoint", "cluster", "data", "export", "gate", "guards", "inputs", "learner", "model", "plan")
+PARTS += ("prompt", "rollout", "tracking", "validation")
+KEYS = set(re.findall(r"`([a-z_]+\.[\w.]+)`", (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")))
+
+
+def is_key(name: str) -> bool:
+    """Whether a key, an entry of a map (`cluster.cpus.learner`) or a Python name (`rollout.types.Prompt`) exists."""
+    parents = {name.rsplit(".", count)[0] for count in range(name.count("."))}
+    is_python = name.startswith("rollout.") and importlib.util.find_spec(".".join(name.split(".")[:2])) is not None
+    return bool(parents & KEYS) or is_python
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=named)
+def test_keys_that_pages_name_exist(page):
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(rf"(?<![\w/.:])((?:{'|'.join(PARTS)})\.[a-z_][\w.]*\w)(?=[`=])", text))
+    files = {name for name in names if name.endswith((".py", ".md", ".json", ".jsonl", ".txt"))}
+    assert {name for name in names - files if not is_key(name)} == set()

@@ -12,8 +12,13 @@ from rollout.keys import check, key, require
 from rollout.types import SamplingParams
 
 GOLD_RESPONSE = "rewards.evisrag:gold_response"  # what the fake engine answers where it has no script
-MADE_BY = {"demo/": "make demo"}
-"""Start of a path -> command that makes what is there."""
+MADE_BY = {
+    "demo/": "make demo",
+    "runs/demo/": "make demo",
+    "evisrag-mini/": "make evisrag-mini",
+    "runs/": "python -m rsgrpo.train recipe=RECIPE name=NAME",
+}
+"""Start of a path -> command that makes what is there, special ones first; none of these is looked up on the hub."""
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,11 @@ def recall(index: Path, asked: EncoderSettings) -> EncoderSettings:
     except FileNotFoundError as error:
         if index.exists():
             raise InputError(f"{index} does not say which model made it; {NAME_IT}") from error
+        if not index.parent.exists():
+            raise InputError(
+                f"there is no page store {index.parent}; create it with "
+                f"`python -m recipes.retrieve ingest FOLDER --out {index.parent}`"
+            ) from error
         create = "create it with `python -m recipes.retrieve index STORE --model MODEL`"
         raise InputError(f"there is no index {index} yet; {create}, or {NAME_IT}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

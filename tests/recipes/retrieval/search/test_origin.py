@@ -43,6 +43,8 @@ def test_a_folder_is_remembered_wherever_it_is_named_from(tmp_path, monkeypatch)
     (tmp_path / "index" / "encoder.json").write_text("{")
     with pytest.raises(InputError, match=r"encoder\.json cannot be read: .*; name the retriever with --model"):
         recall(Path("index"), EncoderSettings(""))
+    with pytest.raises(InputError, match=r"no page store nowhere; .*retrieve ingest FOLDER --out nowhere"):
+        recall(Path("nowhere/index"), EncoderSettings(""))
 
 
 def test_a_model_that_has_changed_since_is_refused_by_name(tiny_model_path, tmp_path, capsys):
