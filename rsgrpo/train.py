@@ -112,13 +112,17 @@ def next_commands(folder: Path, arguments: Sequence[str], reward: str) -> list[t
     """Return three commands worth trying after a run; `arguments` started it, `reward` is a target of it."""
     kept = [argument for argument in arguments if not argument.startswith(("name=", "algorithm="))]
     again = " ".join(kept) or "recipe=..."
+    other = "rs_grpo" if "algorithm=grpo" in arguments else "grpo"
     return [
         (
             "what a reward says about the last rollouts",
             f"python -m rewards {reward} {folder} --limit 4",
         ),
         ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
-        ("the same run with plain GRPO", f"python -m rsgrpo.train {again} name={folder.name}-grpo algorithm=grpo"),
+        (
+            f"the same run with algorithm={other}",
+            f"python -m rsgrpo.train {again} name={folder.name}-{other} algorithm={other}",
+        ),
     ]
 
 
