@@ -1,6 +1,6 @@
 """The typed stages between sampling and the optimiser step. One stage adds, none mutates.
 
-Axes: P prompts a step, G rollouts a group, K loss terms (one per reward in `per_reward`), T response tokens.
+Axes: P prompts per step, G rollouts per group, K loss terms (one per reward in `per_reward`), T response tokens.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def render(config: PlanConfig, sizes: ModelSizes, source: str) -> str:
         f"Assumed: {assumed.mfu:.0%} of {device.flops / 1e12:g} TFLOP/s in prefill and training, "
         f"{assumed.decode_bandwidth:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decode,",
         f"  prompts {assumed.prompt_fill:.0%} and responses {assumed.response_fill:.0%} of their limits, "
-        f"{config.inputs.max_images} images a prompt, weights sent at {assumed.sync_gb_per_s:g} GB/s.",
+        f"{config.inputs.max_images} images per prompt, weights sent at {assumed.sync_gb_per_s:g} GB/s.",
         "  Left out: refills of the group filter, validation, checkpoints, traffic between tensor-parallel devices.",
         "  Change any of it with plan.KEY=VALUE. Counted, not assumed: parameters, FLOPs, state, activations, cache.",
     ]
