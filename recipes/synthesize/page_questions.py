@@ -39,7 +39,7 @@ REQUEST = """Write questions that somebody could ask who searches a large collec
 
 - At most {max_pairs} of them, about different things that the page says or shows; none where it holds nothing.
 - Each must be clear without seeing the page: name what it is about, and never write "this page" or "the figure above".
-- Each has one answer, short and exact, that stands on the page: a name, a number, a phrase.
+- Each has one answer, short and exact, that is written on the page: a name, a number, a phrase.
 
 Reply with nothing but a JSON list: [{{"question": "...", "answer": "..."}}, ...]"""
 

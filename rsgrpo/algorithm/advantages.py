@@ -76,7 +76,7 @@ def credit_groups(
 
     Args:
         scored: groups whose rollouts have scores and character spans.
-        rule: a kind alone stands for that kind with the other fields' defaults.
+        rule: a kind alone means that kind with the defaults of the other fields.
         weights_K: weight of each reward, in the order of `reward_names_K`.
     """
     terms_PG = credit_terms(scored, rule if isinstance(rule, Rule) else Rule(rule), weights_K)
