@@ -61,8 +61,9 @@ def test_files_that_pages_name_exist(page):
     assert {path for path in paths if "NAME" not in path and not (ROOT / path).exists()} == set()
 
 
-PARTS = ("algorithm", "checkpoint", "cluster", "data", "export", "gate", "guards", "inputs", "learner", "model", "plan")
-PARTS += ("prompt", "rollout", "tracking", "validation")
+PARTS = (
+    "algorithm checkpoint cluster data export gate guards inputs learner model plan prompt rollout tracking validation"
+).split()
 KEYS = set(re.findall(r"`([a-z_]+\.[\w.]+)`", (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")))
 
 
