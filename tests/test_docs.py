@@ -61,9 +61,7 @@ def test_files_that_pages_name_exist(page):
     assert {path for path in paths if "NAME" not in path and not (ROOT / path).exists()} == set()
 
 
-PARTS = (
-    "algorithm checkpoint cluster data export gate guards inputs learner model plan prompt rollout tracking validation"
-).split()
+PARTS = "(?:algorithm|checkpoint|cluster|data|export|gate|guards|inputs|learner|model|plan|prompt|rollout|tracking)"
 KEYS = set(re.findall(r"`([a-z_]+\.[\w.]+)`", (ROOT / "docs/reference/configuration.md").read_text(encoding="utf-8")))
 
 
@@ -77,6 +75,6 @@ def is_key(name: str) -> bool:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=named)
 def test_keys_that_pages_name_exist(page):
     text = page.read_text(encoding="utf-8")
-    names = set(re.findall(rf"(?<![\w/.:])((?:{'|'.join(PARTS)})\.[a-z_][\w.]*\w)(?=[`=])", text))
+    names = set(re.findall(rf"(?<![\w/.:])({PARTS}\.[a-z_][\w.]*\w)(?=[`=])", text))
     files = {name for name in names if name.endswith((".py", ".md", ".json", ".jsonl", ".txt"))}
     assert {name for name in names - files if not is_key(name)} == set()
