@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rsgrpo.records.tracking import read_metrics
-from rsgrpo.report.model_card import line_chart
+from rsgrpo.report.line_chart import line_chart
 
 SCORES = {
     "sampled F1": "val/sampled/accuracy",

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.learner_sides import SHAPES, WORK, Bench, Shape, Work
 from rsgrpo.learning.passes import cost_model
-from rsgrpo.report.model_card import line_chart
+from rsgrpo.report.line_chart import line_chart
 
 SIDES = ("plain", "best", "ours")
 

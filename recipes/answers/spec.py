@@ -11,7 +11,6 @@ from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, VllmC
 from rollout.keys import check, key, require
 from rollout.types import SamplingParams
 
-GOLD_RESPONSE = "rewards.evisrag:gold_response"  # what the fake engine answers where it has no script
 MADE_BY = {
     "demo/": "make demo",
     "runs/demo/": "make demo",
@@ -44,6 +43,9 @@ class AnswerRolloutConfig:
     num_threads: int = key(0, "CPU threads of the engine; 0 leaves the number to torch.", ge=0)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "Device of the engine; auto uses CUDA where there is any.")
     script: str = key("", 'Answers of the fake engine: a jsonl of {"id", "responses"}.')
+    gold_response: str = key(
+        "rewards.evisrag:gold_response", "module:function that the fake engine without a script answers with."
+    )
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
@@ -52,7 +54,7 @@ class AnswerRolloutConfig:
     def as_rollout_config(self) -> RolloutConfig:
         """Return what engines take."""
         shared = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "device"}
-        return RolloutConfig(group_size=1, gold_response=GOLD_RESPONSE, **shared)
+        return RolloutConfig(group_size=1, **shared)
 
 
 @dataclass(frozen=True)

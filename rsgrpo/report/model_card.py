@@ -19,6 +19,7 @@ from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.prompts import read_template
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.report.charts import Curve, collect_curves, split_validation
+from rsgrpo.report.line_chart import line_chart
 from rsgrpo.report.page import CONFIG_FILE, config_changes, headline, label_of, leading_names, validation_table
 from rsgrpo.report.templates import render
 
@@ -26,8 +27,6 @@ CARD_FILE, CURVES_FILE, SETTINGS_FILE, PROMPT_FILE = "README.md", "curves.svg", 
 MAX_ANCESTORS = 8
 MAX_POINTS = 9
 NOT_SHOWN = ("name", "output_dir", "cluster.", "tracking.", "learner.num_threads", "rollout.num_threads")
-COLOURS = ("#b3541e", "#7a7a7a", "#1f5fa8", "#2e7d4f")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 280, 56, 364, 30, 236
 
 
 def write_model_card(run_dir: Path, export: Path, settings: Mapping[str, Any]) -> None:
@@ -93,39 +92,6 @@ def model_card(
         changes=[change for change in config_changes(settings) if not change[0].startswith(NOT_SHOWN)],
         settings_file=SETTINGS_FILE,
     )
-
-
-def line_chart(
-    path: Path, title: str, x_name: str, x: Sequence[float], series: Mapping[str, Sequence[float]], *, unit: str = " s"
-) -> None:
-    """Write values from 0 up (seconds, or what `unit` says) against `x` as a small SVG, a labelled line per series."""
-    top = max(max(values) for values in series.values()) * 1.05 or 1.0
-    span = (max(x) - min(x)) or 1.0
-
-    def column(value: float) -> float:
-        return round(LEFT + (value - min(x)) / span * (RIGHT - LEFT), 1)
-
-    def row(value: float) -> float:
-        return round(BOTTOM - value / top * (BOTTOM - TOP), 1)
-
-    lines = [
-        (name, colour, [(column(at), row(value)) for at, value in zip(x, values, strict=True)])
-        for (name, values), colour in zip(series.items(), COLOURS, strict=False)
-    ]
-    chart = render(
-        "curves.svg",
-        title=title,
-        x_name=x_name,
-        width=WIDTH,
-        height=HEIGHT,
-        left=LEFT,
-        right=RIGHT,
-        bottom=BOTTOM,
-        rows=[(row(top * step / 4), f"{top * step / 4:.3g}{unit}") for step in range(5)],
-        columns=[(column(value), f"{value:g}") for value in x],
-        lines=lines,
-    )
-    path.write_text(chart, encoding="utf-8")
 
 
 def _is_hub_id(name: str) -> bool:

@@ -303,7 +303,7 @@ BAD_ROWS = [
     (good_row(image=["p0.png", "gone.png"]), "missing image", r"gone\.png does not exist"),
     (good_row(image=["p0.png", "text.png"]), "unreadable image", r"text\.png cannot be read"),
     (good_row(image=["p0.png", "cut.png"]), "unreadable image", r"cut\.png cannot be read"),
-    (good_row(image=["p0.png", "https://x/p.png"]), "unreadable image", "download it and give its path"),
+    (good_row(image=["p0.png", "https://x/p.png"]), "unreadable image", "Download it and give its path"),
     (good_row(image=["p0.png", 5]), "unreadable image", "must be a path, bytes, .* got 5"),
     (
         good_row(answer="7"),
