@@ -18,7 +18,8 @@ CORPUS = [
 # Rich in merges of ">" with what follows it, as Qwen's own vocabulary is.
 FUSING = [f"<evidence>{tail}</evidence>" for tail in ("The", "\n", "\n\n", "[1]", "><think>", " a", "。", "é")] * 50
 TOKENIZER = train_tokenizer(CORPUS + FUSING, vocab_size=700)
-EOS = TOKENIZER.eos_token_id
+EOS = 256
+"""Placeholder of end-of-text in the cases below; never a byte."""
 
 
 def ids_of(text: str) -> list[int]:
@@ -37,39 +38,25 @@ def byte_id(byte: int) -> int:
     return TOKENIZER.get_vocab()[character[byte]]
 
 
-def test_a_plain_response_by_hand():
-    ids = [byte_id(b) for b in b"ab"] + [EOS]
-    assert token_spans(TOKENIZER, ids) == ("ab", ((0, 1), (1, 2), (2, 2)))
-
-
-def test_a_character_split_over_tokens_belongs_to_each_of_them():
-    ids = [byte_id(b) for b in "a\u00e9b".encode()]
-    assert token_spans(TOKENIZER, ids) == ("a\u00e9b", ((0, 1), (1, 2), (1, 2), (2, 3)))
-
-
-def test_a_response_cut_inside_a_character_ends_in_one_replacement_character():
-    ids = [byte_id(b) for b in "x\u65e5".encode()[:-1]]
-    assert token_spans(TOKENIZER, ids) == ("x\ufffd", ((0, 1), (1, 2), (1, 2)))
-
-
-def test_invalid_bytes_in_the_middle_are_one_replacement_character_each():
-    ids = [byte_id(b) for b in b"a\xff\xfeb"]
-    assert token_spans(TOKENIZER, ids) == ("a\ufffd\ufffdb", ((0, 1), (1, 2), (2, 3), (3, 4)))
-
-
-def test_special_tokens_have_the_empty_span_at_their_place():
-    ids = [EOS, *[byte_id(b) for b in b"ab"], EOS, byte_id(ord("c")), EOS]
-    assert token_spans(TOKENIZER, ids) == ("abc", ((0, 0), (0, 1), (1, 2), (2, 2), (2, 3), (3, 3)))
-
-
-def test_nothing_decodes_to_nothing():
-    assert token_spans(TOKENIZER, []) == ("", ())
-
-
-def test_ids_outside_the_vocabulary_hold_no_characters():
-    beyond = len(TOKENIZER) + 5
-    assert token_spans(TOKENIZER, [byte_id(97), beyond]) == ("a", ((0, 1), (1, 1)))
-    assert decode([byte_id(97), beyond]) == "a"
+@pytest.mark.parametrize(
+    ("ids", "text", "spans"),
+    [
+        ([], "", ()),
+        ([*b"ab", EOS], "ab", ((0, 1), (1, 2), (2, 2))),
+        # A character that is split over tokens belongs to each of them.
+        ([*"a\u00e9b".encode()], "a\u00e9b", ((0, 1), (1, 2), (1, 2), (2, 3))),
+        # A response that is cut inside a character ends in one replacement character.
+        ([*"x\u65e5".encode()[:-1]], "x\ufffd", ((0, 1), (1, 2), (1, 2))),
+        ([*b"a\xff\xfeb"], "a\ufffd\ufffdb", ((0, 1), (1, 2), (2, 3), (3, 4))),
+        ([EOS, *b"ab", EOS, *b"c", EOS], "abc", ((0, 0), (0, 1), (1, 2), (2, 2), (2, 3), (3, 3))),
+        ([*b"a", len(TOKENIZER) + 5], "a", ((0, 1), (1, 1))),  # an id outside the vocabulary
+    ],
+)
+def test_spans_worked_out_by_hand(ids, text, spans):
+    """Numbers below 256 are bytes here, each a token of its own."""
+    ids = [TOKENIZER.eos_token_id if n == EOS else byte_id(n) if n < 256 else n for n in ids]
+    assert token_spans(TOKENIZER, ids) == (text, spans)
+    assert decode(ids) == text
 
 
 def test_added_tokens_that_are_not_special_keep_their_text():
