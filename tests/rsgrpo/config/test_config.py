@@ -227,8 +227,8 @@ def test_a_mistake_is_named_with_what_would_work(overrides, said):
     [
         (["rollout.group_size=1"], "rollout.group_size must be >= 2 to normalise within a group, got 1"),
         (["rollout.temperature=0"], "rollout.temperature must be > 0 in training"),
-        (["rollout.top_p=0.9"], "rollout.top_p=0.9 cuts the distribution"),
-        (["rollout.top_k=50"], "rollout.top_k=50 cuts the distribution"),
+        (["rollout.top_p=0.9"], "rollout.top_p=0.9 cuts the sampling distribution"),
+        (["rollout.top_k=50"], "rollout.top_k=50 cuts the sampling distribution"),
         (
             ["inputs.max_prompt_tokens=15000", "rollout.max_response_tokens=1536",
              "learner.max_tokens_per_micro_batch=4096"],

@@ -56,13 +56,13 @@ def test_a_rule_is_a_metric_with_bounds(bounds, value, holds):
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        ({}, "has no bound: give it min or max"),
-        ({"low": 1}, "has no 'low'; it takes min, max and patience"),
-        ({"min": "x"}, "min is not a number, got 'x'"),
+        ({}, "has no bound. Give it min or max"),
+        ({"low": 1}, "takes min, max and patience, got 'low'"),
+        ({"min": "x"}, "min must be a number, got 'x'"),
         ({"min": 1, "patience": 0}, "patience must be a whole number >= 1, got 0"),
         (3, r"must have bounds such as \{min: 0.1, patience: 5\}, got 3"),
         ("a/b >= 0.1", r"rules are no longer text. Write guards.rules=\{a/b: \{min: 0.1\}\}"),
-        ("a/b <= -1e-3", r"write guards.rules=\{a/b: \{max: -1e-3\}\}"),
+        ("a/b <= -1e-3", r"Write guards.rules=\{a/b: \{max: -1e-3\}\}"),
     ],
 )
 def test_anything_else_is_refused_with_the_metric(bounds, said):
@@ -75,7 +75,7 @@ def test_a_rule_is_removed_with_null():
 
 
 def test_metrics_of_validation_are_refused():
-    with pytest.raises(ConfigError, match=r"val/greedy/accuracy: .* measured by validation only"):
+    with pytest.raises(ConfigError, match=r"val/greedy/accuracy: .*only validation measures this metric"):
         rules("val/greedy/accuracy", min=0.5)
 
 
