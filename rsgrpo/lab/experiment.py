@@ -127,6 +127,7 @@ def measure(config: LabConfig, rules: Mapping[str, AlgorithmConfig], console: Co
             cluster.sync_weights(checkpoint.step)
         if stored is None:
             assert stream is not None
+            console.info(f"Sampling {count} batches of {config.algorithm.prompts_per_step} prompts.")
             with console.phase("sampling", total=count) as bar:
                 batches = sampled_batches(config, cluster, stream, count, bar)
         else:
@@ -134,6 +135,7 @@ def measure(config: LabConfig, rules: Mapping[str, AlgorithmConfig], console: Co
     finally:
         cluster.close()  # the engine gives up its memory before the gradients are taken
     held_out, measured_on = divided(batches, lab.batches)
+    console.info(f"Reference gradient of {len(held_out)} batches, then {len(rules)} rules on {len(measured_on)}.")
     with console.phase("reference", total=len(held_out)) as bar:
         reference = reference_gradient(cluster.learner, held_out, weights_K, config.algorithm, bar.advance)
     measured = {name: Measured() for name in rules}
