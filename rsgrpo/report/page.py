@@ -25,7 +25,7 @@ from rollout.files import write_text
 from rollout.inputs.images import PromptError, data_uri
 from rsgrpo.config.train import SftConfig, TrainConfig
 from rsgrpo.errors import InputError, run_program
-from rsgrpo.records.rollouts import StoredRollout, image_path, read_rollouts, rollout_files
+from rsgrpo.records.rollouts import StoredRollout, read_rollouts, rollout_files
 from rsgrpo.records.tracking import METRICS_FILE, read_metrics
 from rsgrpo.report.charts import Curve, build_charts, collect_curves, split_validation
 from rsgrpo.report.templates import asset, json_for_script, render, script_hash
@@ -209,12 +209,12 @@ def _view(run_dir: Path, path: Path, images: dict[str, str | None], max_groups: 
     for group in ordered:
         for image in group[0].images:
             if image not in images:
-                images[image] = _data_uri(image_path(run_dir, image))
+                images[image] = _data_uri(run_dir / image)
     return {
         "step": first.step if first else int(path.stem.split("_")[1]),
         "split": first.split if first else "train",
         "num_groups": len(groups),
-        "terms": [term.name for term in first.terms] if first else [],
+        "terms": list(first.terms) if first else [],
         "groups": [_group(group) for group in ordered],
     }
 
@@ -242,12 +242,12 @@ def _rollout(rollout: StoredRollout) -> dict[str, Any]:
         "version": rollout.weights_version,
         "rewards": [{"name": r.name, "score": r.score, "missed": r.missed} for r in rollout.rewards],
         "monitors": list(rollout.monitors.items()),
-        "terms": [[[run.start, run.end, round(run.advantage, 4)] for run in term.runs] for term in rollout.terms],
+        "terms": [[[run.start, run.end, round(run.advantage, 4)] for run in runs] for runs in rollout.terms.values()],
     }
 
 
 def _has_signal(group: Sequence[StoredRollout]) -> bool:
-    return any(run.advantage != 0 for rollout in group for term in rollout.terms for run in term.runs)
+    return any(run.advantage != 0 for rollout in group for runs in rollout.terms.values() for run in runs)
 
 
 def _data_uri(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from rewards.api import Credit, Span
 from rollout.types import Prompt
 from rsgrpo.config.train import TrackingConfig
 from rsgrpo.errors import RsgrpoError
-from rsgrpo.records.rollouts import TokenRun, advantage_runs, image_path, read_rollouts, rollout_files, write_rollouts
+from rsgrpo.records.rollouts import TokenRun, advantage_runs, read_rollouts, rollout_files, write_rollouts
 from rsgrpo.records.tracking import FAILURES_KEY, NON_FINITE_KEY, Tracker, page_strip, read_metrics, spread_rows
 from rsgrpo.types import ScoredGroup, TrainGroup
 from tests.material import ROOT
@@ -118,7 +118,7 @@ def test_rollouts_read_back_as_they_were(tmp_path: Path) -> None:
     first, second = rows
     assert first.truth == {"answers": ["2"], "page": 1}
     assert (first.step, first.split, first.group, first.sample, first.prompt_id) == (12, "train", 0, 0, "p1")
-    assert [term.name for term in first.terms] == list(REWARDS)
+    assert list(first.terms) == list(REWARDS)
     think = TEXT.index("<think>")
     assert first.rewards[1].credits == (Credit("", 0.5, Span(0, think)),)
     assert [(r.score, r.missed) for r in second.rewards] == [(0.0, True), (None, True), (0.0, False)]
@@ -133,7 +133,7 @@ def test_monitors_are_stored_beside_the_rewards(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = read_rollouts(write_rollouts(tmp_path, 1, [scored]))
     assert [row.monitors for row in rows] == [{"words": 3.0}, {"words": None}]
-    assert rows[0].terms == ()
+    assert rows[0].terms == {}
 
 
 def test_image_bytes_are_stored_once_and_paths_become_absolute(
@@ -146,8 +146,8 @@ def test_image_bytes_are_stored_once_and_paths_become_absolute(
     rows = [read_rollouts(write_rollouts(tmp_path, step, [scored]))[0] for step in (1, 2)]
     assert rows[0].images == rows[1].images
     assert [path.read_bytes() for path in (tmp_path / "rollouts" / "images").iterdir()] == [page]
-    assert image_path(tmp_path, rows[0].images[0]).read_bytes() == page
-    assert rows[0].images[1] == page_images[0] == str(image_path(tmp_path, page_images[0]))
+    assert (tmp_path / rows[0].images[0]).read_bytes() == page
+    assert rows[0].images[1] == page_images[0] == str(tmp_path / page_images[0])
 
 
 def test_both_validation_modes_share_a_file_and_a_mode_is_replaced(tmp_path: Path) -> None:
@@ -183,9 +183,9 @@ def test_table_rows_are_spread_over_the_groups() -> None:
 
 
 def test_page_strip_sets_pages_side_by_side(page_images: list[str]) -> None:
-    strip = page_strip([page_bytes(1, 2), page_images[0]], height=38)
+    strip = page_strip([page_bytes(1, 2), page_images[0]], max_side=38)
     assert strip is not None
-    assert strip.size == (30 + 4 + 57, 38)  # 300x380 -> 30x38, 84x56 -> 57x38
+    assert strip.size == (30 + 4 + 38, 38)  # 300x380 -> 30x38, 84x56 -> 38x25
     assert page_strip([]) is None
 
 
