@@ -1,4 +1,4 @@
-"""The numbers that describe one batch of rollouts. Names: docs/reference/metrics.md."""
+"""Compute the metrics of one batch of rollouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From sampled groups to scored groups: calls the reward functions and finds the characters that each may teach."""
+"""Score sampled groups: call the reward functions and find the characters that each may teach."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from rewards.api import Credit, Response, RewardError, Span, check_score, load_reward
@@ -55,7 +56,11 @@ class RewardSet:
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> RewardSet:
-        """Load every reward and monitor; raise RsgrpoError for one that cannot be loaded or takes other arguments."""
+        """Load every reward and monitor.
+
+        Raises:
+            InputError: one cannot be loaded, or takes other arguments.
+        """
 
         def load(key: str, names: Mapping[str, str]) -> tuple[NamedReward, ...]:
             loaded = []
@@ -81,7 +86,7 @@ class RewardSet:
         return tuple(reward.name for reward in self.rewards)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Score every rollout of every group; async rewards of all of them run side by side.
+        """Score every rollout of every group; the async rewards of all rollouts run concurrently.
 
         Raises:
             RewardFailed: a reward failed and errors are not skipped.
@@ -160,7 +165,7 @@ class RewardSet:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """What all rewards say of one response."""
+    """What all rewards say about one response."""
 
     scores_K: list[float | None]
     credits_K: list[tuple[Credit, ...]]
@@ -187,14 +192,10 @@ async def _call(
 ) -> float | tuple[Credit, ...] | None:
     """Call one reward, sync or async, within its time limit; an error names the reward, the sample and the text."""
     try:
-        async with slots:
-            if reward.timeout_s > 0:
-                async with asyncio.timeout(reward.timeout_s):
-                    value = await _in_daemon_thread(reward.function, response)
-                    value = await value if inspect.isawaitable(value) else value
-            else:
-                value = reward.function(response)
-                value = await value if inspect.isawaitable(value) else value
+        async with slots, asyncio.timeout(reward.timeout_s or None):
+            limited = reward.timeout_s > 0
+            value = await _in_daemon_thread(reward.function, response) if limited else reward.function(response)
+            value = await value if inspect.isawaitable(value) else value
         return check_score(value, len(response.text))
     except TimeoutError as error:
         limit = f"took longer than reward_timeouts_s.{reward.name}={reward.timeout_s:g} s"
@@ -209,24 +210,17 @@ async def _call(
 
 async def _in_daemon_thread(function: Callable[[Response], object], response: Response) -> object:
     """Run a function that may never return; its thread does not keep the process alive."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[object] = loop.create_future()
-
-    def settle(result: object, error: Exception | None) -> None:
-        if not future.done():
-            future.set_exception(error) if error else future.set_result(result)
+    future: Future[object] = Future()
+    future.set_running_or_notify_cancel()  # a time limit cancels the wait for it, not the future itself
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = function(response)
-        except Exception as raised:
-            error = raised
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
+            future.set_result(function(response))
+        except Exception as error:
+            future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="reward").start()
-    return await future
+    return await asyncio.wrap_future(future)
 
 
 def _show(response: Response) -> str:
@@ -247,11 +241,9 @@ def group_mean(scored: ScoredGroup, weights: Mapping[str, float]) -> float:
 
 def has_signal(scored: ScoredGroup) -> bool:
     """Return whether some reward differs between rollouts of the group, so that there is something to learn."""
-    for k in range(len(scored.reward_names_K)):
-        by_key: dict[str, set[float]] = {}
-        for credits_K in scored.credits_GK:
-            for credit in credits_K[k]:
-                by_key.setdefault(credit.key, set()).add(credit.score)
-        if any(len(scores) > 1 for scores in by_key.values()):
-            return True
-    return False
+    seen: dict[tuple[int, str], set[float]] = {}
+    for credits_K in scored.credits_GK:
+        for k, credits in enumerate(credits_K):
+            for credit in credits:
+                seen.setdefault((k, credit.key), set()).add(credit.score)
+    return any(len(scores) > 1 for scores in seen.values())

@@ -1,6 +1,6 @@
-"""Which images decode: each is decoded once, and not again at a later start while its file is unchanged.
+"""Remember which images decode, so that an unchanged image is decoded only at the first start.
 
-The file that remembers them is shared by all runs of one output folder; it may be deleted at any time.
+The file that remembers them is shared by all runs of one output folder, and may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ _DIGEST_BYTES = 16
 
 
 class CheckedImages:
-    """Answers whether an image decodes; used from several threads, which at worst decode one image twice.
+    """Tells whether an image decodes. Thread-safe; at worst two threads decode the same image.
 
     file: one digest per line of the images that decoded, of their path, size and time of change, or of their bytes.
         None: nothing is remembered beyond this object.
-    num_decoded, num_known: images that were decoded here, and images that the file vouched for.
     """
 
     def __init__(self, file: Path | None = None) -> None:

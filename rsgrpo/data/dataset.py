@@ -1,6 +1,6 @@
-"""Data sets of prompts: loading with a check of every row, and the endless stream that training takes batches from.
+"""Load data sets of prompts with a check of every row, and stream batches of them to training without end.
 
-How one row becomes a prompt is in `rsgrpo.data.prompts`, formats are in `rsgrpo.data.rows`.
+`rsgrpo.data.prompts` turns one row into a prompt; `rsgrpo.data.rows` reads the file formats.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def load_prompts(
 ) -> PromptDataset:
     """Read a data source (`rsgrpo.data.rows.read_rows`) and check every row of it.
 
-    A prompt's `truth` is what the reader `data.gold` makes of the row's gold columns, with its other columns.
+    A prompt's `truth` is what the reader `data.gold` makes of the row's gold columns, plus its other columns.
 
     checked: images that need not be decoded again; None decodes all.
     progress: called with (rows checked, rows).
 
     Raises:
-        InputError: the source cannot be read, rows are bad and are not to be dropped, or none is left.
+        InputError: the source cannot be read, there are bad rows that are not to be dropped, or no row is left.
     """
     rows, folder = read_rows(source, keep_broken=True)
     good, bad = sort_rows(rows, data, prompt, processor, folder=folder, checked=checked, progress=progress)
@@ -133,10 +133,10 @@ class PromptStream:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Resume where `state` was taken.
 
         Raises:
-            InputError: it was taken from other rows, or from another order of them.
+            InputError: it was taken from other rows, or in another order of them.
         """
         require_same_rows(state, self.state(), ("num_prompts", "fingerprint", "seed", "shuffle"))
         self._enter(int(state["epoch"]), int(state["position"]))
@@ -149,7 +149,7 @@ class PromptStream:
 
 
 def require_same_rows(then: Mapping[str, Any], now: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """Refuse to resume a stream whose state was taken from other rows, or from another order of them.
+    """Refuse to resume a stream whose state was taken from other rows, or in another order of them.
 
     Raises:
         InputError: the states differ in one of the keys.
@@ -163,8 +163,13 @@ def require_same_rows(then: Mapping[str, Any], now: Mapping[str, Any], keys: Seq
 
 
 def is_refused(row: BadRow, data: DataConfig) -> bool:
-    """Whether the configuration wants a bad row to end the run; else it is dropped and counted."""
+    """Whether a bad row ends the run; otherwise it is dropped and counted."""
     return (data.overlong if row.reason == OVERLONG else data.bad_rows) == "error"
+
+
+def dropped_by(row: BadRow) -> str:
+    """Return the setting that leaves out such a row."""
+    return "data.overlong=drop" if row.reason == OVERLONG else "data.bad_rows=drop"
 
 
 def _split_outcomes(outcomes: Sequence[Prompt | BadRow], rows: Sequence[Row]) -> tuple[list[Prompt], list[BadRow]]:
@@ -188,7 +193,7 @@ def _refuse(bad: Sequence[BadRow], data: DataConfig, source: str, num_rows: int)
     if not refused:
         return
     lines = [f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in refused]
-    keys = sorted({"data.overlong=drop" if row.reason == OVERLONG else "data.bad_rows=drop" for row in refused})
+    keys = sorted({dropped_by(row) for row in refused})
     raise InputError(
         f"{source}: {len(refused)} of {num_rows} rows cannot be used ({_counted(refused)}):\n"
         f"{listed(lines, MAX_LISTED_ROWS)}\nFix them, or leave them out with {' '.join(keys)}"

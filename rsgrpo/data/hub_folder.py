@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: the list of their files, and a local copy that is downloaded once."""
+"""Data sets on the Hugging Face hub: list their files, and keep a local copy that is downloaded once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def published_folder(name: str, *, local: str, setting: str) -> Path:
-    """Return the local copy of a hub data set's files; what was downloaded before needs no network.
+    """Return the local copy of a hub data set's files; files downloaded earlier need no network.
 
-    local, setting: for the message: a folder to download it to by hand, and the setting that then finds it.
+    local, setting: named by the error: a folder to download it to by hand, and the setting that then finds it.
 
     Raises:
         ConfigError: it is not on this machine and cannot be downloaded; the text says how to get it.

@@ -1,26 +1,26 @@
-"""Images packed in `images.parquet`, as EVisRAG-Train brings them: where each one is, and all of them in turn.
+"""Index and read the images packed in `images.parquet` files, the layout of EVisRAG-Train.
 
-`rollout.packed` reads one image out of such a file.
+`rollout.packed` reads a single image from such a file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rollout.files import replaced
 from rollout.packed import PackedImage
 from rsgrpo.errors import InputError
 
 log = logging.getLogger(__name__)
 
 IMAGE_FILE = "images.parquet"
-MAX_GROUP_BYTES = 16 * 2**20  # of a row group that is read to get at one image
+MAX_GROUP_BYTES = 16 * 2**20  # of a row group, all of which is read for one image
 ROWS_OF_COPY = 8
 READ_BYTES = 2**20
 _PACK = re.compile(r"images(-.*)?\.parquet")
@@ -37,7 +37,7 @@ def packs_in(folder: Path) -> list[Path]:
 
 
 def image_key(name: str) -> str:
-    """Return what an image is looked up by: its path, in one of the ways to write it.
+    """Return the key that an image is looked up by: its path, normalised.
 
     >>> image_key("./imgs//a.png")
     'imgs/a.png'
@@ -48,11 +48,11 @@ def image_key(name: str) -> str:
 def index_packs(packs: Sequence[Path]) -> dict[str, PackedImage]:
     """Return `image_key` -> where that image lies. No image is read, unless a pack must be copied.
 
-    A pack that was written in one go is one row group, which would have to be read whole for each image: of such a pack
-    a copy in small groups is kept in the Hugging Face assets cache.
+    A row group has to be read whole for each of its images. Of a pack with large row groups, a copy in small ones is
+    kept in the Hugging Face assets cache.
 
     Raises:
-        InputError: a pack cannot be read, lacks its columns, or has two different images of one path.
+        InputError: a pack cannot be read, lacks its columns, or has two different images under one path.
     """
     import pyarrow
 
@@ -137,7 +137,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def _name_of(row: Mapping[str, Any]) -> str | None:
-    """Return the path that a row of a pack says."""
+    """Return the path in a row of a pack."""
     inner = row.get("image", row.get("bytes"))
     return row.get("path") or (inner.get("path") if isinstance(inner, Mapping) else None)
 
@@ -153,7 +153,7 @@ def _batches(pack: Path) -> Iterator[Any]:
 
 
 def _copy_in_small_groups(pack: Path) -> Path:
-    """Return a copy of a pack that can be read image by image; made once, whole or not at all."""
+    """Return a copy of a pack that can be read image by image; it is made once, whole or not at all."""
     import pyarrow.parquet
     from huggingface_hub import cached_assets_path
 
@@ -164,22 +164,18 @@ def _copy_in_small_groups(pack: Path) -> Path:
     if target.is_file():
         return target
     log.warning("%s has row groups of over %d MiB: copying it to %s", pack, MAX_GROUP_BYTES >> 20, target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False}
     try:
-        writer = None
-        for batch in _batches(pack):
-            writer = writer or pyarrow.parquet.ParquetWriter(
-                temporary, batch.schema, compression="none", use_dictionary=False
-            )
-            writer.write_batch(batch)
-        assert writer is not None, "a pack without rows has no large row group"
-        writer.close()
-        temporary.replace(target)
+        with replaced(target) as unfinished:
+            writer = None
+            for batch in _batches(pack):
+                writer = writer or pyarrow.parquet.ParquetWriter(unfinished, batch.schema, **options)
+                writer.write_batch(batch)
+            assert writer is not None, "a pack without rows has no large row group"
+            writer.close()
     except OSError as error:
         raise InputError(
-            f"{pack} must be copied to be read image by image, and {target} cannot be written: {error}; set "
-            "HF_ASSETS_CACHE to a folder with room, or unpack it: python -m recipes.prepare unpack"
+            f"{pack} must be copied to be read image by image, but {target} cannot be written: {error}. Set "
+            "HF_ASSETS_CACHE to a folder with room, or unpack the file: python -m recipes.prepare unpack"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target

@@ -1,4 +1,4 @@
-"""From one row to one prompt: the user message, the gold columns, and every reason to refuse the row."""
+"""Turn one row into a prompt: the user message, the gold columns, and every reason to refuse the row."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def render_template(template: str, question: str, num_images: int) -> str:
 
 
 class TokenCounter(Protocol):
-    """What a check needs of an input processor."""
+    """The part of an input processor that a check uses."""
 
     inputs: InputsConfig
 
@@ -99,9 +99,9 @@ class TokenCounter(Protocol):
 
 
 class RowChecker:
-    """Turns one row into a prompt or says why it cannot; called from several threads.
+    """Turns one row into a prompt, or says why it cannot; called from several threads.
 
-    checked: images that need not be decoded again; it remembers every image, and may be replaced.
+    checked: images that need not be decoded again. It remembers every image, and may be replaced.
 
     Raises:
         InputError: the template or the gold reader of the configuration cannot be used.

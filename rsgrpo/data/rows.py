@@ -1,4 +1,4 @@
-"""From a data source to rows: files, folders and hub data sets, and where the images of a row are found."""
+"""Read rows from a data source (a file, a folder or a hub data set), and find the images of a row."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def _hub_stream(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _until_it_breaks(stream: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
-    """Yield what comes over the network; `datasets` itself retries for minutes before it gives up."""
+    """Yield rows from the network; `datasets` itself retries for minutes before it gives up."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 

@@ -1,4 +1,4 @@
-"""Training rows read while the run trains: for data sets that bring their images along and do not fit into memory.
+"""Read training rows while the run trains, for data sets that contain their images and do not fit into memory.
 
 The source is read from its start, pass after pass, and shuffled within a buffer; a stream can be resumed exactly.
 """
@@ -15,8 +15,8 @@ from typing import Any
 from rollout.types import Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
-from rsgrpo.data.dataset import PromptDataset, is_refused, require_same_rows
-from rsgrpo.data.prompts import BadRow, RowChecker, TokenCounter
+from rsgrpo.data.dataset import PromptDataset, dropped_by, is_refused, require_same_rows
+from rsgrpo.data.prompts import RowChecker, TokenCounter
 from rsgrpo.data.rows import Row, find_images, open_rows
 from rsgrpo.errors import InputError, RsgrpoError, SourceBroke
 
@@ -51,7 +51,7 @@ class StreamedPrompts:
 
         Raises:
             SourceBroke: no more rows can be read now. The stream is where it was before the call, for a checkpoint.
-            RsgrpoError: a row is bad and bad rows are not to be dropped, or a whole pass had no usable row.
+            RsgrpoError: a bad row that is not to be dropped, or a whole pass without a usable row.
         """
         if self._broke is not None:
             raise self._broke
@@ -79,7 +79,7 @@ class StreamedPrompts:
         return batch
 
     def first(self, n: int) -> PromptDataset:
-        """Return the first n prompts of the source at most, to look at before a run; the stream does not move."""
+        """Return at most the first n prompts of the source, to look at before a run; the stream does not move."""
         rows, _ = open_rows(self._data.train, streamed=True)
         found = list(islice((good for row in rows if isinstance(good := self._checker.check(row), Prompt)), n))
         if not found:
@@ -92,10 +92,10 @@ class StreamedPrompts:
         return {"streamed": kept, "seed": self._seed, "epoch": self.epoch, "position": self._position}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, by reading that pass up to there again.
+        """Resume where `state` was taken, by reading that pass again up to that point.
 
         Raises:
-            InputError: it was taken from another source or another order.
+            InputError: it was taken from another source or in another order.
         """
         require_same_rows(state, self.state(), ("streamed", "seed"))
         position = int(state["position"])
@@ -118,18 +118,12 @@ class StreamedPrompts:
         if isinstance(found, Prompt):
             self._num_good += 1
             return found
-        self._pass_over(found)
-        return None
-
-    def _pass_over(self, bad: BadRow) -> None:
-        where = f"{bad.place}, id {bad.id}: {bad.reason}: {bad.detail}"
-        if is_refused(bad, self._data):
-            raise RsgrpoError(
-                f"{self._data.train}, {where}. Fix it, or leave out such rows with data.bad_rows=drop "
-                "(data.overlong=drop)"
-            )
-        self.dropped[bad.reason] += 1
+        where = f"{found.place}, id {found.id}: {found.reason}: {found.detail}"
+        if is_refused(found, self._data):
+            raise RsgrpoError(f"{self._data.train}, {where}. Fix it, or set {dropped_by(found)} to leave out such rows")
+        self.dropped[found.reason] += 1
         log.warning("dropped %s", where)
+        return None
 
 
 def shuffled(rows: Iterator[Row], buffer_rows: int, order: random.Random) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Weights leaving the learner: full tensors by name, one at a time, and a Hugging Face folder.
+"""Gather the learner's weights, whole and one at a time, and export them as a Hugging Face folder.
 
 Gathering is collective: every rank must iterate to the end.
 """
@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 
 from rollout.config import InputsConfig
 from rsgrpo.config.train import ModelConfig
-from rsgrpo.learning.policy import Policy
+from rsgrpo.learning.policy import Policy, hub_options
 
 _SHARD_BYTES = 4 << 30
 
@@ -70,8 +70,9 @@ def export_folder(
     """Write weights, configuration, tokenizer and processor so that transformers and vLLM load the folder.
 
     The processor resizes to the pixel limits of training, so that whoever loads the folder sees the same pages.
-    Collective. Rank 0 holds at most one shard of the weights besides its own. dtype: of the floating-point
-    weights; None keeps float32.
+    Collective. Rank 0 holds at most one shard of the weights besides its own.
+
+    dtype: of the floating-point weights; None keeps float32.
     """
     is_writer = dist.get_rank() == 0
     if is_writer:
@@ -126,11 +127,8 @@ def _write_configs(hf: Any, model: ModelConfig, inputs: InputsConfig, folder: Pa
     config |= {"dtype": str(dtype).removeprefix("torch."), "architectures": [type(hf).__name__]}
     config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     hf.generation_config.save_pretrained(folder)
-    options: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
-    if model.revision:
-        options["revision"] = model.revision
     load_processor: Any = AutoProcessor.from_pretrained
-    processor = load_processor(model.path, **options)
+    processor = load_processor(model.path, **hub_options(model))
     processor.image_processor.size = {"shortest_edge": inputs.min_pixels, "longest_edge": inputs.max_pixels}
     processor.save_pretrained(folder)
     # transformers 5 writes processor_config.json only; older tools look for preprocessor_config.json.

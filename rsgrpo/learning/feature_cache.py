@@ -1,4 +1,4 @@
-"""Image features of a frozen tower on disk, over runs. The tower never changes, so an entry stays right."""
+"""Image features of a frozen tower on disk, shared by runs. The tower never changes, so an entry stays valid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class FeatureFolder:
     """Features on disk, one file per image; runs and ranks may share the folder. Thread-safe.
 
-    The least recently used files go when together they exceed `max_bytes`.
+    The least recently used files are removed when together they exceed `max_bytes`.
 
     Attributes:
         evicted: files removed to make room. failures: files that could not be written or read.

@@ -1,4 +1,4 @@
-"""The actor: one rank's share of the policy and its optimiser. A step is pack, run every micro-batch, step.
+"""The learner: one rank's share of the policy and its optimiser. A step packs, runs every micro-batch, and steps.
 
 Every rank is given the same full list of groups. Ray, hydra and engines are not needed.
 """
@@ -113,8 +113,8 @@ class Learner:
         if hf is None:
             source = load_model(model) if self.rank == 0 else None
             hf = source if dist.get_world_size() == 1 else empty_model(model)
-        for unadapted in {id(one): one for one in (hf, source) if one is not None}.values():
-            if model.lora.rank:
+        if model.lora.rank:
+            for unadapted in [hf] if source is None or source is hf else [hf, source]:
                 add_lora(unadapted, model.lora, seed=self.seed)
         dtype = compute_dtype(learner.precision)
         if not trainable:
@@ -147,19 +147,16 @@ class Learner:
         return PromptStore(
             self.encoder,
             lambda tokens_T, grid: family.position_ids(hf, tokens_T[None], grid)[:, 0],
-            self._encode_images if self.policy.frozen_tower else None,
+            self.policy.encode_images if self.policy.frozen_tower else None,
             FeatureCache(learner.vision_cache_mb << 20),
             folder,
             ahead=learner.encode_ahead,
         )
 
-    def _encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        return self.policy.encode_images(pixel_values.to(self.device), image_grid_thw.to(self.device))
-
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Begin to decode the images of prompts that are being sampled; returns at once. Every rank is given them all.
+        """Start to decode the images of prompts that are being sampled, and return at once.
 
-        This only saves time: an update decodes whatever is not ready when it is needed.
+        Every rank gets all prompts. This only saves time: an update decodes whatever is not ready when it needs it.
         """
         self._passes.prefetch(prompts)
 
@@ -228,7 +225,7 @@ class Learner:
         return metrics
 
     def supervised_loss(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """Return the metrics of `supervised_update` without learning from the groups. Collective."""
+        """Return the metrics of `supervised_update` without updating any weight. Collective."""
         packing, loss_of = self._supervised(groups)
         return self._passes.run(groups, packing, loss_of, temperature=1.0, learn=False)
 
@@ -252,8 +249,8 @@ class Learner:
         """
         if reference and self._optimizer is not None and not self.model_config.lora.rank:
             raise RsgrpoError(
-                "this learner trains all weights and has no reference model; set model.lora.rank > 0, or make a second "
-                "Learner with trainable=False"
+                "this learner trains all weights and has no reference model. Set model.lora.rank > 0, or create "
+                "a second Learner with trainable=False"
             )
         packings = self._passes.pack(groups, [range(len(groups))])
         with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
@@ -307,7 +304,7 @@ class Learner:
         save_state(self.policy, self._trainer(), Path(folder))
 
     def load(self, folder: str | Path) -> None:
-        """Continue exactly where `save` was called. Collective."""
+        """Resume exactly where `save` was called. Collective."""
         load_state(self.policy, self._trainer(), Path(folder), seed=self.seed)
 
     def export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -319,7 +316,7 @@ class Learner:
 
     def _trainer(self) -> Optimizer:
         if self._optimizer is None:
-            raise RsgrpoError("this Learner has no optimiser, because it was made with trainable=False")
+            raise RsgrpoError("this Learner has no optimiser, because it was created with trainable=False")
         return self._optimizer
 
     def _take_step(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
@@ -341,7 +338,7 @@ class Learner:
 
 
 def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_tower: bool) -> None:
-    """Raise RsgrpoError for what a trained tower excludes: adapters, and features kept on disk."""
+    """Raise RsgrpoError for what a trained tower rules out: adapters, and features kept on disk."""
     if frozen_tower:
         return
     if model.lora.rank:

@@ -1,4 +1,4 @@
-"""The optimiser of one rank: AdamW, the learning-rate schedule, gradient clipping, and steps that went wrong."""
+"""One rank's optimiser: AdamW, the learning-rate schedule, gradient clipping, and the handling of bad steps."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Optimizer:
         if not math.isfinite(norm_value):
             self.adamw.zero_grad(set_to_none=True)
             self.bad_steps += 1
-            logger.warning("gradient norm is %s: optimiser step skipped (%d in a row)", norm_value, self.bad_steps)
+            logger.warning("gradient norm is %s: optimiser step skipped (%d consecutive)", norm_value, self.bad_steps)
             if self.bad_steps >= self.config.max_bad_steps:
                 raise NonFiniteSteps(
                     f"{self.bad_steps} consecutive optimiser steps had a gradient norm of {norm_value} "

@@ -1,6 +1,6 @@
-"""Which groups go to which rank and into which micro-batch, and the row that a micro-batch becomes.
+"""Assign groups to ranks and micro-batches, and lay a micro-batch out as one row.
 
-The packing is a pure function of lengths, so that every rank makes the same one without asking the others.
+The packing is a pure function of lengths, so every rank computes the same one without communication.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class CostModel:
         """Return the work of one group: its prompt once, each response against the prompt and itself."""
         responses = sum(response_lengths)
         pairs = prompt_length**2 / 2 + sum(length * prompt_length + length**2 / 2 for length in response_lengths)
-        return (
-            self.per_token * (prompt_length + responses) + self.per_pair * pairs + self.per_response_token * responses
-        )
+        tokens = self.per_token * (prompt_length + responses)
+        return tokens + self.per_pair * pairs + self.per_response_token * responses
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +65,8 @@ def pack(
 
     Args:
         lengths: for each group, by its index, the tokens of its prompt and of each response.
-        homes: for each group index the rank that already has its images. The group goes there unless that rank would
-            get over 5% more work than the busiest rank of a packing without homes. None, or no list: any rank.
+        homes: for each group index, the rank that already has its images. The group goes there unless that rank would
+            get over 5% more work than the busiest rank of a packing without homes. None, or an empty list: any rank.
 
     Raises:
         RsgrpoError: a prompt with one of its responses is longer than `max_tokens`.

@@ -1,6 +1,6 @@
-"""Passes over a step's groups: pack them, run every micro-batch, total the metrics over ranks.
+"""Passes over a step's groups: pack them, run every micro-batch, and total the metrics over ranks.
 
-Every rank packs the same groups alike and runs the same number of micro-batches, so that FSDP's collectives meet.
+Every rank makes the same packing and runs the same number of micro-batches, so that FSDP's collectives match.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Passes:
         self._counted: dict[str, float] = {}
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Let every rank begin to encode its share of prompts that a later pass will need; returns at once.
+        """Start to encode this rank's share of the prompts that a later pass will need, and return at once.
 
         Every rank gets the same prompts. Later a group stays on the rank that has its images, where that keeps the
         work balanced.
@@ -171,7 +171,7 @@ class Passes:
         return build_micro_batch([(prompt, [sample])])
 
     def work(self) -> dict[str, float]:
-        """Return what encoding prompts cost all ranks since the last call (docs/reference/metrics.md). Collective."""
+        """Return what encoding prompts has cost all ranks since the last call. Collective."""
         counts = self.prompts.counts()
         mine = {key: count - self._counted.get(key, 0.0) for key, count in counts.items()}
         self._counted = counts
@@ -203,10 +203,10 @@ def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) 
         RsgrpoError: no group, a group without samples, an empty response, or one with a token that is never sampled.
     """
     if not groups:
-        raise RsgrpoError("the learner was given no groups; a step needs at least one")
+        raise RsgrpoError("the learner was given no groups. Pass at least one")
     for group in groups:
         if not group.samples:
-            raise RsgrpoError(f"group {group.prompt.id} has no samples; leave it out")
+            raise RsgrpoError(f"group {group.prompt.id} has no samples. Leave it out")
         for index, sample in enumerate(group.samples):
             where = f"group {group.prompt.id}, sample {index}"
             shape = (sample.scope_KT.shape[0], len(sample.token_ids_T))

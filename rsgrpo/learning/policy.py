@@ -1,6 +1,6 @@
 """The policy: transformers' own model, run on rows of groups, giving log-probabilities of response tokens only.
 
-Loading, the shared-prefix forward, the chunked head, and which activations backward recomputes.
+It covers loading, the shared-prefix forward, the chunked head, and which activations the backward pass recomputes.
 """
 
 from __future__ import annotations
@@ -22,34 +22,32 @@ from rsgrpo.errors import InputError
 from rsgrpo.learning.attention import PrefixRow
 from rsgrpo.types import MicroBatch, TokenScores
 
+_AS_LOADED: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+
+
+def hub_options(config: ModelConfig) -> dict[str, Any]:
+    """Return the options with which transformers loads anything from `model.path`."""
+    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    return options | ({"revision": config.revision} if config.revision else {})
+
 
 def load_model(config: ModelConfig) -> Any:
-    """Return the model of `model.path` in float32 on CPU, its generation configuration included."""
+    """Return the model of `model.path` in float32 on CPU, with its generation configuration."""
     if not config.path:
-        raise InputError("model.path is empty; set it to a Hugging Face folder or hub id")
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision:
-        options["revision"] = config.revision
-    return AutoModelForImageTextToText.from_pretrained(
-        config.path, dtype=torch.float32, attn_implementation="sdpa", **options
-    )
+        raise InputError("model.path is empty. Set it to a Hugging Face folder or hub id")
+    return AutoModelForImageTextToText.from_pretrained(config.path, **_AS_LOADED, **hub_options(config))
 
 
 def empty_model(config: ModelConfig) -> Any:
     """Return the model of `model.path` without storage: shapes only, to be sharded and then filled."""
-    options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision:
-        options["revision"] = config.revision
-    hf_config = AutoConfig.from_pretrained(config.path, **options)
+    hf_config = AutoConfig.from_pretrained(config.path, **hub_options(config))
     with torch.device("meta"):
         from_config: Any = AutoModelForImageTextToText.from_config
-        return from_config(
-            hf_config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=config.trust_remote_code
-        )
+        return from_config(hf_config, **_AS_LOADED, trust_remote_code=config.trust_remote_code)
 
 
 def add_lora(model: Any, config: LoraConfig, *, seed: int) -> None:
-    """Put adapters on the language model's linear layers, in place; everything else is frozen."""
+    """Put adapters on the language model's linear layers, in place, and freeze everything else."""
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
 
@@ -118,10 +116,10 @@ class Policy(nn.Module):
             self.family.vision_tower(model).requires_grad_(False)
 
     def forward(self, batch: MicroBatch | PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
-        """Return what log_softmax((logits + ban) / temperature) says of the response tokens.
+        """Score the response tokens under log_softmax((logits + ban) / temperature).
 
-        The log-probabilities have a gradient, the entropy only when asked. A PlainRow takes transformers' forward, for
-        comparison.
+        The log-probabilities have a gradient, the entropy only with `entropy_gradient`. A PlainRow takes transformers'
+        own forward, for comparison.
         """
         if isinstance(batch, PlainRow):
             return self._plain(batch, temperature, entropy_gradient)
@@ -195,8 +193,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
-        """Return a frozen tower's (merged tokens, F) for images on the tower's device."""
-        return self.family.image_features(self.hf, pixel_values, image_grid_thw)
+        """Return a frozen tower's (merged tokens, F), on the tower's device."""
+        device = next(self.family.vision_tower(self.hf).parameters()).device
+        return self.family.image_features(self.hf, pixel_values.to(device), image_grid_thw.to(device))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained, by the model's own names."""
@@ -231,8 +230,8 @@ def scale_adapters(model: nn.Module, scale: float) -> Iterator[None]:
 def recompute(policy: Policy, how: str) -> None:
     """Set up gradient checkpointing of the policy's layers, as `learner.gradient_checkpointing` says.
 
-    "none" keeps all activations, "full" recomputes every layer from its input, "every_n:K" every K-th layer;
-    "attention" recomputes every layer except what its attention kernel returned.
+    "none" keeps all activations, "full" recomputes every layer from its input and "every_n:K" every K-th layer;
+    "attention" recomputes every layer but keeps what its attention kernel returned.
     """
     every = parse_checkpointing(how)
     if not every:

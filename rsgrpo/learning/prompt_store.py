@@ -1,4 +1,4 @@
-"""A step's prompts on their way into the policy: counted, encoded ahead in threads, their image features reused."""
+"""Prepare a step's prompts for the policy: count them, encode them ahead in threads, and reuse image features."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Key = tuple[str, str, str, tuple[ImageSource, ...]]
 
 
 class PromptEncoder(Protocol):
-    """What the learner needs of `rollout.inputs.processor.InputProcessor`; benchmarks hand in a synthetic one."""
+    """The part of `rollout.inputs.processor.InputProcessor` that the learner uses; benchmarks pass a synthetic one."""
 
     eos_token_id: int
     banned_token_ids: list[int]
@@ -79,16 +79,16 @@ class PromptStore:
         return list(self._pool.map(lambda prompt: self._count(prompt, unreadable), prompts))
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Begin to encode prompts that a later pass will need, the first `ahead` of them; returns at once."""
+        """Start to encode the first `ahead` of the prompts that a later pass will need, and return at once."""
         for prompt in prompts[: self._ahead]:
             future = self._begun.pop(_key(prompt), None)
             self._begun[_key(prompt)] = future or self._submit(prompt)
         self._cancel_unneeded(())
 
     def start(self, prompts: Sequence[Prompt]) -> None:
-        """Begin a pass: encode `prompts` in this order, in which they will be needed.
+        """Start a pass: encode `prompts` in this order, which is that of their use.
 
-        Prompts that the last pass encoded are kept where they come again (reference logprobs, then the update).
+        What the last pass encoded is kept for prompts that recur (reference logprobs, then the update).
         """
         needed = {_key(prompt): prompt for prompt in prompts}
         self._encoded = {key: done for key, done in self._encoded.items() if key in needed}
@@ -98,7 +98,7 @@ class PromptStore:
         self._fill()
 
     def get(self, prompt: Prompt) -> EncodedPrompt:
-        """Return a prompt of the pass, waiting for its encoding where it is not done yet."""
+        """Return a prompt of the pass, waiting until it is encoded."""
         key = _key(prompt)
         if key not in self._encoded:
             self._waiting.pop(key, None)
@@ -115,7 +115,7 @@ class PromptStore:
         return self._finish(*self._prepare(prompt))
 
     def counts(self) -> dict[str, float]:
-        """Return what was done so far, by the names of docs/reference/metrics.md."""
+        """Return totals so far, under their metric names."""
         counts = {
             "time/encode_wait": self._wait_s,
             "perf/prompts_encoded": float(self._num_prompts),

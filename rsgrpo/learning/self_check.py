@@ -1,6 +1,6 @@
-"""One comparison, at the start of a run, of the shared-prefix forward with transformers' own on the real weights.
+"""Compare the shared-prefix forward with transformers' own, once at the start of a run and on the real weights.
 
-It also runs blank images once: a model that does not look at its images is caught before it is trained.
+Blank images are run once too: a model that does not look at its images is caught before it is trained.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a run will need, before anything is rented: `python -m rsgrpo.plan recipe=evisrag_7b [plan.gpu=a100] ...`.
+"""Estimate what a run needs before anything is rented: `python -m rsgrpo.plan recipe=evisrag_7b [plan.gpu=a100] ...`.
 
-Takes every key that training takes, plus `plan.*` (the assumptions) and the size of the cluster. Arithmetic only: no
-model, no data and no GPU is touched. Seconds are estimates from assumed rates; bytes and FLOPs follow from the sizes.
+It takes every key that training takes, plus `plan.*` (the assumptions) and the size of the cluster. Arithmetic only: no
+model, data or GPU is touched. Seconds are estimates from assumed rates; bytes and FLOPs follow from the sizes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,20 @@ def main(config: PlanConfig) -> None:
 
 def num_devices(config: PlanConfig) -> int:
     """Count the devices that the workers occupy."""
-    degree = config.rollout.vllm.tensor_parallel_size if config.rollout.engine == "vllm" else 1
-    engines = 0 if config.rollout.engine == "fake" else config.rollout.num_workers * degree
+    engines = 0 if config.rollout.engine == "fake" else config.rollout.num_workers * devices_per_engine(config)
     ranks = config.learner.num_ranks
     return ranks + engines if config.cluster.placement == "disaggregated" else max(ranks, engines)
+
+
+def devices_per_engine(config: PlanConfig) -> int:
+    """Count the devices of one engine."""
+    return config.rollout.vllm.tensor_parallel_size if config.rollout.engine == "vllm" else 1
+
+
+def cache_bytes(config: PlanConfig, sizes: ModelSizes) -> float:
+    """Return the KV cache of one engine, over all its devices."""
+    engine = engine_memory(config, sizes)
+    return (engine.static | engine.sampling)["engine KV cache"] * GIB * devices_per_engine(config)
 
 
 def mean_lengths(config: PlanConfig) -> tuple[float, float]:
@@ -75,11 +85,11 @@ def phases(config: PlanConfig, sizes: ModelSizes) -> list[Phase]:
 
 
 def sampling_phases(config: PlanConfig, sizes: ModelSizes, vision_flops: float) -> list[Phase]:
-    """Return prefill (arithmetic) and decode (memory traffic: all weights and the cache once per token)."""
+    """Return prefill (bound by arithmetic) and decode (bound by memory: all weights and the cache once per token)."""
     rollout, device = config.rollout, device_of(config)
     if rollout.engine == "fake":
         return []
-    degree = rollout.vllm.tensor_parallel_size if rollout.engine == "vllm" else 1
+    degree = devices_per_engine(config)
     prompts, group = config.algorithm.prompts_per_step, rollout.group_size
     prompt_tokens, response_tokens = mean_lengths(config)
     times_prefilled = 1 if rollout.engine == "vllm" and rollout.vllm.prefix_caching else group
@@ -102,15 +112,13 @@ def concurrency(config: PlanConfig, sizes: ModelSizes) -> int:
     rollout = config.rollout
     if rollout.engine != "vllm":
         return rollout.max_batch_sequences
-    engine = engine_memory(config, sizes)
-    cache_bytes = (engine.static | engine.sampling)["engine KV cache"] * GIB * rollout.vllm.tensor_parallel_size
     prompt_tokens, response_tokens = mean_lengths(config)
     per_sequence = (prompt_tokens / rollout.group_size + response_tokens) * sizes.kv_bytes_per_token
-    return max(1, min(rollout.vllm.max_num_seqs, int(cache_bytes / per_sequence)))
+    return max(1, min(rollout.vllm.max_num_seqs, int(cache_bytes(config, sizes) / per_sequence)))
 
 
 def warnings(config: PlanConfig, sizes: ModelSizes) -> list[str]:
-    """Return what will not fit or lie idle, each with what to change."""
+    """Return what will not fit or will be idle, each with what to change."""
     found = []
     limit = device_of(config).memory_gib
     for kind, memory in devices_memory(config, sizes).items():
@@ -122,19 +130,21 @@ def warnings(config: PlanConfig, sizes: ModelSizes) -> list[str]:
                 "(model.lora.rank=64)"
             )
     if config.rollout.engine == "vllm":
-        engine = engine_memory(config, sizes)
-        cached = (engine.static | engine.sampling)["engine KV cache"] * GIB * config.rollout.vllm.tensor_parallel_size
+        cached = cache_bytes(config, sizes)
         longest = (config.inputs.max_prompt_tokens + config.rollout.max_response_tokens) * sizes.kv_bytes_per_token
         if cached < longest:
             found.append(
                 f"engine: its KV cache of {cached / GIB:.2f} GiB does not hold one response of full length "
-                f"({longest / GIB:.2f} GiB): raise rollout.vllm.gpu_memory_utilization or tensor_parallel_size"
+                f"({longest / GIB:.2f} GiB). Raise rollout.vllm.gpu_memory_utilization or tensor_parallel_size"
             )
     if config.learner.device != "cpu" and config.cluster.gpus_per_node:
         have, used = config.cluster.nodes * config.cluster.gpus_per_node, num_devices(config)
         cluster = f"{config.cluster.nodes} x {config.cluster.gpus_per_node} = {have} GPUs"
         if used > have:
-            found.append(f"the workers take {used} GPUs, the cluster has {cluster}: the run would never start")
+            found.append(
+                f"the workers take {used} GPUs, the cluster has {cluster}: the run would never start. Add nodes, or "
+                "lower learner.num_ranks or rollout.num_workers"
+            )
         elif used < have:
             found.append(f"the workers take {used} of {cluster}: {have - used} stay idle")
     return found

@@ -1,4 +1,4 @@
-"""What a plan is asked: a training configuration, what the cluster is made of, and what nobody can know beforehand."""
+"""The configuration of a plan: a training configuration, the cluster's size, and the assumptions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rsgrpo.config.train import ClusterConfig, TrainConfig
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Memory in GiB, dense bfloat16 (CPU: float32) FLOP/s, bytes/s of memory."""
+    """Memory in GiB, dense bfloat16 (CPU: float32) FLOP/s, and memory bandwidth in bytes/s."""
 
     memory_gib: float
     flops: float
@@ -31,7 +31,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan cannot know."""
+    """What a plan has to assume."""
 
     gpu: str = key("h100", "Kind of GPU; runs with learner.device=cpu are planned for a CPU.", one_of=DEVICES)
     mfu: float = key(0.4, "Share of the device's FLOP/s that training and prefill reach.", gt=0, le=1)
@@ -46,10 +46,10 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class PlannedCluster(ClusterConfig):
-    """Ray, and what the cluster is made of."""
+    """Ray, and the size of the cluster."""
 
     nodes: int = key(1, "Number of nodes.", ge=1)
-    gpus_per_node: int = key(0, "GPUs of each node; 0 is as many as the workers need, all on one node.", ge=0)
+    gpus_per_node: int = key(0, "GPUs per node; 0 means as many as the workers need, all on one node.", ge=0)
 
 
 @dataclass(frozen=True)

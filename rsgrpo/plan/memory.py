@@ -1,4 +1,4 @@
-"""What one device holds, part by part: bytes from a model's sizes and the settings. Arithmetic only."""
+"""Compute what one device holds, part by part, from a model's sizes and the settings. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORKSPACE_GIB = 2.0  # CUDA context, communication buffers, an engine's own work
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """GiB on one device. static: there all the time. learning, sampling: there in that phase only."""
+    """GiB on one device. static: always there. learning, sampling: there in that phase only."""
 
     static: dict[str, float]
     learning: dict[str, float]
@@ -90,7 +90,7 @@ def learner_vision_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
 
 
 def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
-    """Return what one device of an engine holds. The KV cache of vLLM is what it was given; transformers' grows."""
+    """Return what one device of an engine holds. vLLM's KV cache has a fixed size; that of transformers grows."""
     rollout = config.rollout
     if rollout.engine == "fake":
         return Memory({}, {}, {})

@@ -1,6 +1,6 @@
-"""Sizes of a model and what follows from them: parameters, FLOPs of a group, bytes of a cached token.
+"""A model's sizes and what follows from them: parameters, FLOPs of a group, bytes of a cached token.
 
-Sizes are read off transformers' own model, built without memory on the meta device, so that every family has them.
+Sizes are read from transformers' own model, built on the meta device without memory, so they exist for every family.
 L layers, d attention width, P prompt tokens, R response tokens, G rollouts.
 """
 

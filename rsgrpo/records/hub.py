@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what its library raises, and publishing an exported folder there."""
+"""Publish an exported folder on the Hugging Face hub, and name what the hub's library raises."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = TypeVar("Answer")
 def hub_errors() -> tuple[type[Exception], ...]:
     """Return what the hub's library raises when the network, the hub or a name is at fault.
 
-    The library speaks through httpx or, from its second version on, httpx2.
+    The library uses httpx or, from version 2, httpx2.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -29,12 +29,12 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its class where it has none."""
+    """Return the first line of an error's text, or the name of its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def require_login(export: ExportConfig) -> None:
-    """Refuse to begin a run whose model could not be uploaded at the end; nothing is created on the hub yet.
+    """Refuse to start a run whose model could not be uploaded at its end; nothing is created on the hub yet.
 
     Raises:
         InputError: the hub cannot be reached, does not know us, or the repository is public and should not be.
@@ -84,7 +84,7 @@ def _api() -> HfApi:
 def _asked(
     ask: Callable[[], Answer], export: ExportConfig, kind: type[RsgrpoError], *passed_on: type[Exception]
 ) -> Answer:
-    """Return the hub's answer; what goes wrong becomes one line, except for errors that are `passed_on`."""
+    """Return the hub's answer; an error becomes one line, except for those that are `passed_on`."""
     try:
         return ask()
     except passed_on:

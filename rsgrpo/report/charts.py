@@ -1,4 +1,4 @@
-"""Which curves the report draws, in what order, and from which metrics."""
+"""Choose the curves that the report draws, their order and their metrics."""
 
 from __future__ import annotations
 

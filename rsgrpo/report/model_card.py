@@ -1,6 +1,6 @@
-"""The README.md of an exported model: what it was made from, how, what it scores and how it got there.
+"""Write the README.md of an exported model: its base, data, method, scores and curves.
 
-What a run's files cannot know (licence, intended use) is left to the publisher, and the card says so.
+What a run's files cannot tell (licence, intended use) is left to the publisher, and the card says so.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def write_model_card(run_dir: Path, export: Path, settings: Mapping[str, Any]) -
 
 
 def ancestors(model_path: str) -> list[str]:
-    """Return the models a run started from, nearest first: exports of ours name theirs, up to another's model."""
+    """Return the models that a run started from, nearest first; our exports name theirs in their settings."""
     found = [model_path]
     while len(found) < MAX_ANCESTORS and (settings := Path(found[-1]) / SETTINGS_FILE).is_file():
         found.append(str(yaml.safe_load(settings.read_text(encoding="utf-8"))["model"]["path"]))

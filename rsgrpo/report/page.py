@@ -1,9 +1,9 @@
-"""The report of a run: one self-contained HTML page from what is in its folder.
+"""Write the report of a run: one self-contained HTML page from the contents of its folder.
 
     python -m rsgrpo.report RUN [--out report.html] [--step N] [--max-groups 8]
 
-Everything that a rollout says reaches the page as JSON and is shown as text only; the page's content policy allows its
-own script and nothing from outside.
+Everything in a rollout reaches the page as JSON and is shown as text only; the page's content policy allows its own
+script and nothing from outside.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write_report(
 
 
 def collect_report(run_dir: Path, *, step: int | None = None, max_groups: int = MAX_GROUPS) -> dict[str, Any]:
-    """Return all that the page shows, as JSON-ready values."""
+    """Return everything that the page shows, as JSON-ready values."""
     lines = read_metrics(run_dir)
     curves = collect_curves(lines)
     config = _load_config(run_dir)
@@ -106,7 +106,7 @@ def render_page(payload: dict[str, Any]) -> str:
 def leading_names(config: Mapping[str, Any]) -> list[str]:
     """Return a run's rewards and monitors that declare themselves `leading`, the loss last.
 
-    A function that cannot be imported here is taken for one that does not.
+    A function that cannot be imported here counts as not leading.
     """
     found = []
     for name, target in {**(config.get("rewards") or {}), **(config.get("monitors") or {})}.items():
@@ -251,7 +251,7 @@ def _has_signal(group: Sequence[StoredRollout]) -> bool:
 
 
 def _data_uri(path: Path) -> str | None:
-    """Return an image at a screen's size; None if the file is gone or is not an image any more."""
+    """Return an image at screen size; None if the file is gone or is no longer an image."""
     try:
         return data_uri(str(path), MAX_IMAGE_SIDE)
     except PromptError:
@@ -290,8 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", help="run folder, e.g. runs/demo")
     parser.add_argument("--out", help=f"file to write (default: RUN/{REPORT_FILE})")
-    parser.add_argument("--step", type=int, help="only show the rollouts of this step")
-    parser.add_argument("--max-groups", type=int, default=MAX_GROUPS, help="groups shown per step (default: 8)")
+    parser.add_argument("--step", type=int, help="show the rollouts of this step only")
+    parser.add_argument(
+        "--max-groups", type=int, default=MAX_GROUPS, help="groups shown per step (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""The pages' templates: HTML with every value escaped, and SVG and Markdown files, from the `assets` of a package.
+"""Fill the templates in the `assets` of a package: HTML and SVG with every value escaped, and Markdown.
 
 A page extends `base.html` (style, header, and a content policy that allows nothing from outside); other packages may
 add templates of their own.
@@ -43,7 +43,7 @@ def asset(name: str, package: str = PACKAGE) -> str:
 
 
 def script_hash(script: str) -> str:
-    """Return what a content policy calls a script."""
+    """Return a script's SHA-256 as a content policy writes it."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 

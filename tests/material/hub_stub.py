@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,19 +104,9 @@ def data_set_hub(
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", cache)
         monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
         monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
-        monkeypatch.setattr("huggingface_hub.utils._http.time", _NoWait())
+        monkeypatch.setattr(
+            "huggingface_hub.utils._http.time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        )
         huggingface_hub.HfFileSystem.clear_instance_cache()
         yield hub
         huggingface_hub.HfFileSystem.clear_instance_cache()
-
-
-class _NoWait:
-    """Stands for the module `time` where the library waits between tries."""
-
-    def __getattr__(self, name: str) -> Any:
-        import time
-
-        return getattr(time, name)
-
-    def sleep(self, seconds: float) -> None:
-        pass

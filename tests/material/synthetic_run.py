@@ -1,4 +1,4 @@
-"""A run folder as training leaves it, made up: for tests of whatever reads one."""
+"""A made-up run folder like those of training, for tests of whatever reads one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 from PIL import Image, ImageDraw
 
 from rewards.api import Credit, Span
@@ -149,14 +150,10 @@ def make_metrics(step: int, rng: np.random.Generator) -> dict[str, float]:
     }
 
 
-def write_run(
-    run_dir: Path, *, num_steps: int = 40, val_every: int = 10, tracking: TrackingConfig | None = None
-) -> Path:
-    """Write a run of `num_steps` steps with validation before it and at every tenth step; return its folder."""
+def write_run(run_dir: Path, *, num_steps: int = 40, val_every: int = 10) -> Path:
+    """Write a run of `num_steps` steps, validated before it and after every `val_every` steps; return its folder."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(
-        "name: synthetic\nseed: 7\nalgorithm:\n  prompts_per_step: 4\nreward_weights:\n  well_formed: 0.5\n"
-    )
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     rng = np.random.default_rng(0)
     tracker = Tracker(run_dir, TrackingConfig(), CONFIG, name="synthetic", resume_step=None)
     for step in range(num_steps + 1):

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rsgrpo.data.checked_images import CHECKED_FILE, CheckedImages
-
-
-def png(color: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (28, 28), color).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.material.images import png
 
 
 @pytest.fixture

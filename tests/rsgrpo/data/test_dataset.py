@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import logging
 from pathlib import Path
@@ -21,6 +20,7 @@ from rsgrpo.data.dataset import PromptDataset, load_prompts, sort_rows
 from rsgrpo.data.prompts import render_template
 from rsgrpo.data.rows import Row, read_rows
 from rsgrpo.errors import RsgrpoError
+from tests.material.images import png
 
 GOLD = "<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n<answer>7</answer>"
 RAW = PromptConfig()
@@ -50,12 +50,6 @@ def write(folder: Path, *rows: dict, name: str = "train.jsonl") -> str:
     return str(path)
 
 
-def png(color="red") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (28, 28), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def load(source: str, processor: InputProcessor, prompt: PromptConfig = RAW, **data) -> PromptDataset:
     return load_prompts(source, DataConfig(**{"gold": EVISRAG, **data}), prompt, processor)
 
@@ -65,9 +59,8 @@ def load(source: str, processor: InputProcessor, prompt: PromptConfig = RAW, **d
 
 def test_an_evisrag_row_becomes_a_prompt(folder, processor):
     dataset = load(write(folder, good_row(id="q7", source="chartqa")), processor)
-    assert len(dataset) == 1
     assert dataset.dropped == {}
-    prompt = dataset[0]
+    (prompt,) = dataset
     assert prompt.id == "q7"
     assert prompt.text == "[1]<image>[2]<image>what?"
     assert prompt.images == (str(folder / "p0.png"), str(folder / "p1.png"))
@@ -144,16 +137,17 @@ def test_rows_of_another_task_need_no_tags_and_no_evidence(folder, processor):
 
 
 @pytest.mark.parametrize(
-    ("gold", "match"),
+    ("setting", "value", "match"),
     [
-        ("plain", r"data\.gold must be module:function, .* got 'plain'"),
-        ("rewards.gold:gone", r"data\.gold=rewards\.gold:gone: module rewards\.gold has no function 'gone'"),
-        ("no_such_module:read", "no module 'no_such_module'"),
+        ("gold", "plain", r"data\.gold must be module:function, .* got 'plain'"),
+        ("gold", "rewards.gold:gone", r"data\.gold=rewards\.gold:gone: module rewards\.gold has no function 'gone'"),
+        ("gold", "no_such_module:read", "no module 'no_such_module'"),
+        ("image_dir", "/nowhere", r"data\.image_dir /nowhere is not a folder"),
     ],
 )
-def test_a_gold_reader_that_cannot_be_loaded_is_named(folder, processor, gold, match):
+def test_a_gold_reader_or_image_folder_that_is_not_there_is_named(folder, processor, setting, value, match):
     with pytest.raises(RsgrpoError, match=match):
-        load(write(folder, good_row()), processor, gold=gold)
+        load(write(folder, good_row()), processor, **{setting: value})
 
 
 # --- formats ----------------------------------------------------------------------------------------------------
@@ -190,13 +184,8 @@ def test_saved_data_sets_keep_their_images_compressed(folder, processor):
     import datasets
 
     images = [Image.new("RGB", (28, 28), color) for color in ("red", "blue")]
-    features = datasets.Features(
-        {
-            "prompt": datasets.Value("string"),
-            "answer": datasets.Value("string"),
-            "image": datasets.List(datasets.Image()),
-        }
-    )
+    text = datasets.Value("string")
+    features = datasets.Features({"prompt": text, "answer": text, "image": datasets.List(datasets.Image())})
     rows = datasets.Dataset.from_list([good_row(image=images)] * 2, features=features)
     rows.save_to_disk(folder / "saved")
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(folder / "splits")
@@ -256,21 +245,13 @@ def test_images_are_looked_up_in_images_parquet_beside_the_file(tmp_path, proces
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        (
-            "train.jsonl",
-            '{"prompt": "a"}\n{"prompt": \n',
-            r"1 of 2 rows .*\n  line 2 of train\.jsonl: not valid JSON: .* at",
-        ),
+        ("train.jsonl", '{"a": 1}\n{"b": \n', r"1 of 2 rows .*\n  line 2 of train\.jsonl: not valid JSON: .* at"),
         ("train.jsonl", "\n[1]\n", r"\n  line 2 of train\.jsonl: a row must be a JSON object, got list$"),
         ("train.jsonl", "[" * 100_000, r"line 1 of train\.jsonl: not usable JSON: it is nested too deeply"),
         ("train.json", '[{"prompt": "a"}, 7]', r"\n  row 2 of train\.json: a row must be a JSON object, got int"),
         ("train.json", "{", r"train\.json is not valid JSON: .* at character 1\. Fix it"),
         ("train.jsonl", "\n\n", r"train\.jsonl has no rows"),
-        (
-            "train.json",
-            '{"prompt": "a"}',
-            r"must be a JSON list of objects; a file .* ends in \.jsonl",
-        ),
+        ("train.json", '{"prompt": "a"}', r"must be a JSON list of objects; a file .* ends in \.jsonl"),
         ("train.json", "[]", "has no rows"),
         ("train.parquet", "hello", "is not a readable parquet file"),
         ("train.csv", "a,b", r"must end in one of \.jsonl, \.json, \.parquet"),
@@ -282,19 +263,21 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, match):
         read_rows(str(tmp_path / name))
 
 
-def test_sources_that_are_not_there_are_named(tmp_path):
-    write(tmp_path, {}, name="a.jsonl")
-    write(tmp_path, {}, name="b.jsonl")
-    with pytest.raises(RsgrpoError, match=r"one data file .* found a\.jsonl, b\.jsonl\. Name the file, or .*:NAME"):
-        read_rows(str(tmp_path))
-    with pytest.raises(RsgrpoError, match=r"named c .* found none among a\.jsonl, b\.jsonl"):
-        read_rows(f"{tmp_path}:c")
-    with pytest.raises(RsgrpoError, match=r"gone\.jsonl does not exist"):
-        read_rows("data/gone.jsonl")
-    with pytest.raises(RsgrpoError, match=r"the data set org/name is not on this machine"):
-        read_rows("org/name:train")
-    with pytest.raises(RsgrpoError, match=r"set data\.train"):
-        read_rows("")
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("{folder}", r"one data file .* found a\.jsonl, b\.jsonl\. Name the file, or .*:NAME"),
+        ("{folder}:c", r"named c .* found none among a\.jsonl, b\.jsonl"),
+        ("data/gone.jsonl", r"gone\.jsonl does not exist"),
+        ("org/name:train", r"the data set org/name is not on this machine"),
+        ("", r"set data\.train"),
+    ],
+)
+def test_sources_that_are_not_there_are_named(tmp_path, source, match):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path, {}, name=name)
+    with pytest.raises(RsgrpoError, match=match):
+        read_rows(source.format(folder=tmp_path))
 
 
 # --- faults of a row --------------------------------------------------------------------------------------------
@@ -305,11 +288,7 @@ BAD_ROWS = [
     (good_row(image=["p0.png", "cut.png"]), "unreadable image", r"cut\.png cannot be read"),
     (good_row(image=["p0.png", "https://x/p.png"]), "unreadable image", "Download it and give its path"),
     (good_row(image=["p0.png", 5]), "unreadable image", "must be a path, bytes, .* got 5"),
-    (
-        good_row(answer="7"),
-        "gold answer without <answer> tags",
-        "got '7'; for rows with plain",
-    ),
+    (good_row(answer="7"), "gold answer without <answer> tags", "got '7'; for rows with plain"),
     (good_row(answer=...), "no gold answer", "got None"),
     (good_row(prompt="<image>what?"), "<image> marks differ from images", "1 <image> marks for 2 images"),
     (good_row(image=...), "evidence entries differ from images", "2 entries for 0 images"),
@@ -320,11 +299,7 @@ BAD_ROWS = [
     (good_row(prompt=["a"]), "empty prompt", "must be text, got list"),
     (good_row(prompt="<image><image> <|image_pad|>"), "unusable prompt", r"control token '<\|image_pad\|>'"),
     (good_row(id="same"), "duplicate id", "also the id of line 1"),
-    (
-        good_row(prompt="<image><image>" + "what? " * 100),
-        "over-long prompt",
-        r"\d+ tokens, inputs.max_prompt_tokens is 150",
-    ),
+    (good_row(prompt="<image>" * 2 + "what? " * 100), "over-long prompt", r"\d+ tokens, .*max_prompt_tokens is 150"),
 ]
 
 
@@ -370,12 +345,6 @@ def test_a_broken_line_is_a_bad_row_like_any_other(folder, processor, caplog, li
     assert f"dropped 1 of {len(dataset) + 1} rows (1 x broken row)" in caplog.text
 
 
-def test_a_file_of_broken_lines_alone_has_no_usable_row(folder, processor):
-    (folder / "train.jsonl").write_text("{\n{")
-    with pytest.raises(RsgrpoError, match="no usable row left; the first was dropped because: not valid JSON"):
-        load(str(folder / "train.jsonl"), processor, bad_rows="drop")
-
-
 def test_over_long_prompts_have_a_policy_of_their_own(folder, processor):
     overlong = BAD_ROWS[-1][0]
     source = write(folder, good_row(), overlong)
@@ -395,9 +364,13 @@ def test_twenty_bad_rows_are_listed_and_all_are_counted(folder, processor):
     assert "... and 5 more" in str(caught.value)
 
 
-def test_dropping_every_row_is_an_error(folder, processor):
-    with pytest.raises(RsgrpoError, match="no usable row left; the first was dropped because: got '7'"):
-        load(write(folder, good_row(answer="7")), processor, bad_rows="drop")
+@pytest.mark.parametrize(
+    ("content", "cause"), [("{\n{", "not valid JSON"), (json.dumps(good_row(answer="7")), "got '7'")]
+)
+def test_dropping_every_row_is_an_error(folder, processor, content, cause):
+    (folder / "train.jsonl").write_text(content)
+    with pytest.raises(RsgrpoError, match=f"no usable row left; the first was dropped because: {cause}"):
+        load(str(folder / "train.jsonl"), processor, bad_rows="drop")
 
 
 def test_progress_reaches_the_number_of_rows(folder, processor):
@@ -407,11 +380,6 @@ def test_progress_reaches_the_number_of_rows(folder, processor):
         progress=lambda done, total: calls.append((done, total)),
     )  # fmt: skip
     assert calls == [(n, 5) for n in range(1, 6)]
-
-
-def test_an_image_folder_that_is_not_there_is_named(folder, processor):
-    with pytest.raises(RsgrpoError, match=r"data\.image_dir /nowhere is not a folder"):
-        load(write(folder, good_row()), processor, image_dir="/nowhere")
 
 
 # --- templates --------------------------------------------------------------------------------------------------
@@ -436,26 +404,18 @@ def test_a_template_file_takes_the_place_of_the_text(folder, processor):
 
 
 @pytest.mark.parametrize(
-    ("config", "match"),
+    ("prompt", "row", "match"),
     [
-        (PromptConfig(template="{question} {pages}"), r"unknown placeholder \{pages\}\. Use \{question\}, \{images\}"),
-        (PromptConfig(template="{images} what?"), r"must have \{question\}"),
-        (PromptConfig(file="gone.txt"), r"prompt\.file gone\.txt cannot be read"),
+        ({"template": "{question} {pages}"}, {}, r"unknown placeholder \{pages\}\. Use \{question\}, \{images\}"),
+        ({"template": "{images} what?"}, {}, r"must have \{question\}"),
+        ({"file": "gone.txt"}, {}, r"prompt\.file gone\.txt cannot be read"),
+        ({"template": "{question}"}, {"question": "q"}, "0 <image> marks for 2 images"),
+        ({"template": "{images}{question}"}, {"prompt": ...}, "empty prompt: column 'question' is missing or empty"),
     ],
 )
-def test_templates_that_cannot_work_are_refused(folder, processor, config, match):
+def test_templates_that_cannot_work_are_refused(folder, processor, prompt, row, match):
     with pytest.raises(RsgrpoError, match=match):
-        load(write(folder, good_row()), processor, config)
-
-
-def test_a_template_without_images_makes_rows_with_images_bad(folder, processor):
-    with pytest.raises(RsgrpoError, match="0 <image> marks for 2 images"):
-        load(write(folder, good_row(question="q")), processor, PromptConfig(template="{question}"))
-
-
-def test_a_template_for_a_row_without_question_is_an_empty_prompt(folder, processor):
-    with pytest.raises(RsgrpoError, match="empty prompt: column 'question' is missing or empty"):
-        load(write(folder, good_row(prompt=...)), processor, PromptConfig(template="{images}{question}"))
+        load(write(folder, good_row(**row)), processor, PromptConfig(**prompt))
 
 
 def test_braces_of_other_kinds_stay_in_a_template():

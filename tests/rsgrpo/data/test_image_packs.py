@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import pickle
@@ -14,7 +13,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from recipes.answers.questions import prompt_hash, read_questions, to_prompt
 from recipes.files.layouts import unpack
@@ -31,17 +29,16 @@ from rsgrpo.data.image_packs import IMAGE_FILE, index_packs, packed_images
 from rsgrpo.data.streaming import StreamedPrompts
 from rsgrpo.errors import InputError
 from rsgrpo.records.rollouts import _store_image
+from tests.material.images import png
 
 NUM_PAGES = 12
 
 
-def png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (60, 40), (shade, shade, shade)).save(buffer, "PNG")
-    return buffer.getvalue()
+def page(shade: int) -> bytes:
+    return png((shade, shade, shade), 60, 40)
 
 
-PAGES = {f"imgs/{number:02d}.png": png(number) for number in range(NUM_PAGES)}
+PAGES = {f"imgs/{number:02d}.png": page(number) for number in range(NUM_PAGES)}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +49,9 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "assets"
 
 
-def write_pack(path: Path, pages: Mapping[str, bytes | None], layout: str = "struct and path", **options: Any) -> None:
+def write_pack(
+    path: Path, pages: Mapping[str, bytes | None] = PAGES, layout: str = "struct and path", **options: Any
+) -> None:
     cells = [{"bytes": content, "path": name} for name, content in pages.items()]
     layouts: dict[str, dict[str, Any]] = {
         "struct and path": {"image": cells, "path": list(pages)},
@@ -92,7 +91,7 @@ def contents(prompt: Any) -> list[bytes]:
 def test_packed_images_are_the_bytes_of_the_unpacked_files(tmp_path, layout, group_rows):
     folder = tmp_path / "packed"
     source = write_rows(folder)
-    write_pack(folder / IMAGE_FILE, dict(PAGES), layout, row_group_size=group_rows)
+    write_pack(folder / IMAGE_FILE, PAGES, layout, row_group_size=group_rows)
     unpack(folder, tmp_path / "files")
     lazy, plain = prompts_of(source), prompts_of(str(tmp_path / "files/train.jsonl"))
     assert all(isinstance(image, PackedImage) for prompt in lazy for image in prompt.images)
@@ -103,7 +102,7 @@ def test_packed_images_are_the_bytes_of_the_unpacked_files(tmp_path, layout, gro
 
 def test_a_streamed_folder_gives_the_same_prompts_as_one_that_is_read_whole(tmp_path):
     source = write_rows(tmp_path)
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES), row_group_size=5)
+    write_pack(tmp_path / IMAGE_FILE, PAGES, row_group_size=5)
     settings: dict[str, Any] = {"train": source, "streaming": True, "shuffle": False}
     stream = StreamedPrompts(DataConfig(**settings), PromptConfig(), Uncounted(InputsConfig()), 0)
     assert stream.next(NUM_PAGES) == prompts_of(source)
@@ -116,12 +115,12 @@ def test_images_of_several_packs_and_of_an_image_folder_are_found(tmp_path):
         write_pack(tmp_path / f"images-{shard}.parquet", {name: PAGES[name] for name in part})
     rows = write_rows(tmp_path / "rows")
     prompts = prompts_of(rows, image_dir=str(tmp_path))
-    assert contents(prompts[11]) == [png(11), png((5 * 11 + 3) % NUM_PAGES)]
+    assert contents(prompts[11]) == [page(11), page((5 * 11 + 3) % NUM_PAGES)]
 
 
 def test_a_pack_in_one_piece_is_copied_once_into_pieces_that_are_read_alone(tmp_path, assets, monkeypatch):
     source = write_rows(tmp_path)
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES))
+    write_pack(tmp_path / IMAGE_FILE, PAGES)
     monkeypatch.setattr(packs, "MAX_GROUP_BYTES", 100)
     monkeypatch.setattr(packs, "ROWS_OF_COPY", 5)
     prompts = prompts_of(source)
@@ -132,25 +131,27 @@ def test_a_pack_in_one_piece_is_copied_once_into_pieces_that_are_read_alone(tmp_
     made = copy.stat().st_mtime_ns
     prompts_of(source)
     assert copy.stat().st_mtime_ns == made
-    write_pack(tmp_path / IMAGE_FILE, {name: png(200) for name in PAGES})  # another file of that name, another copy
-    assert contents(prompts_of(source)[0]) == [png(200)] * 2
+    write_pack(tmp_path / IMAGE_FILE, {name: page(200) for name in PAGES})  # another file of that name, another copy
+    assert contents(prompts_of(source)[0]) == [page(200)] * 2
 
 
 def test_a_copy_that_cannot_be_written_says_where_and_what_else_to_do(tmp_path, assets, monkeypatch):
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES))
+    write_pack(tmp_path / IMAGE_FILE, PAGES)
     monkeypatch.setattr(packs, "MAX_GROUP_BYTES", 100)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pyarrow.parquet.ParquetWriter, "write_batch", full)
-    with pytest.raises(InputError, match=r"No space left on device; set HF_ASSETS_CACHE to a folder with room, or unp"):
+    with pytest.raises(
+        InputError, match=r"No space left on device\. Set HF_ASSETS_CACHE to a folder with room, or unp"
+    ):
         index_packs([tmp_path / IMAGE_FILE])
     assert not list(assets.rglob("*images*"))
 
 
 def test_no_more_row_groups_than_a_few_stay_in_memory_and_threads_read_the_right_ones(tmp_path):
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES), row_group_size=1)
+    write_pack(tmp_path / IMAGE_FILE, PAGES, row_group_size=1)
     index = index_packs([tmp_path / IMAGE_FILE])
     wanted = [name for step in (1, 5, 7, 11) for name in (list(PAGES) * step)[::step]] * 5
     with ThreadPoolExecutor(8) as pool:
@@ -164,7 +165,7 @@ def read_in_child(images: list[PackedImage], answers: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_images_are_read_after_a_fork_even_one_in_the_middle_of_a_read(tmp_path):
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES), row_group_size=2)
+    write_pack(tmp_path / IMAGE_FILE, PAGES, row_group_size=2)
     index = index_packs([tmp_path / IMAGE_FILE])
     index["imgs/00.png"].read()
     context = multiprocessing.get_context("fork")
@@ -178,27 +179,27 @@ def test_images_are_read_after_a_fork_even_one_in_the_middle_of_a_read(tmp_path)
 
 
 def test_a_pack_that_was_replaced_meanwhile_gives_no_other_image(tmp_path):
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES), row_group_size=1)
+    write_pack(tmp_path / IMAGE_FILE, PAGES, row_group_size=1)
     index = index_packs([tmp_path / IMAGE_FILE])
-    write_pack(tmp_path / IMAGE_FILE, {name: png(200) for name in PAGES}, row_group_size=1)
+    write_pack(tmp_path / IMAGE_FILE, {name: page(200) for name in PAGES}, row_group_size=1)
     with pytest.raises(PromptError, match=r"images\.parquet has changed since it was indexed"):
         decode(index["imgs/00.png"])
 
 
 def test_what_leaves_the_process_is_the_bytes_themselves(tmp_path):
     source = write_rows(tmp_path)
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES))
+    write_pack(tmp_path / IMAGE_FILE, PAGES)
     prompt = prompts_of(source)[0]
     sent = pickle.dumps(prompt)
     (tmp_path / IMAGE_FILE).unlink()
-    assert pickle.loads(sent).images == (png(0), png(3))
+    assert pickle.loads(sent).images == (page(0), page(3))
 
 
 def test_a_packed_image_is_looked_at_stored_and_named_like_any_other(tmp_path):
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES))
+    write_pack(tmp_path / IMAGE_FILE, PAGES)
     image = index_packs([tmp_path / IMAGE_FILE])["imgs/04.png"]
     assert decode(image).getpixel((0, 0)) == (4, 4, 4)
-    assert (tmp_path / _store_image(tmp_path, image)).read_bytes() == png(4)
+    assert (tmp_path / _store_image(tmp_path, image)).read_bytes() == page(4)
     known = tmp_path / "checked"
     first = CheckedImages(known)
     assert (first.fault_of(image), first.num_decoded) == ("", 1)
@@ -209,7 +210,7 @@ def test_a_packed_image_is_looked_at_stored_and_named_like_any_other(tmp_path):
 
 def test_a_damaged_or_empty_image_in_a_pack_is_a_bad_row(tmp_path):
     source = write_rows(tmp_path)
-    write_pack(tmp_path / IMAGE_FILE, {**PAGES, "imgs/01.png": png(1)[:40], "imgs/02.png": None})
+    write_pack(tmp_path / IMAGE_FILE, {**PAGES, "imgs/01.png": page(1)[:40], "imgs/02.png": None})
     with pytest.raises(InputError) as caught:
         prompts_of(source)
     text = str(caught.value)
@@ -218,10 +219,10 @@ def test_a_damaged_or_empty_image_in_a_pack_is_a_bad_row(tmp_path):
 
 
 def test_a_pack_that_says_two_things_or_not_enough_is_refused(tmp_path):
-    table = pyarrow.table({"path": ["a.png", "./a.png"], "bytes": [png(1), png(1)]})
+    table = pyarrow.table({"path": ["a.png", "./a.png"], "bytes": [page(1), page(1)]})
     pyarrow.parquet.write_table(table, tmp_path / IMAGE_FILE)
     assert list(index_packs([tmp_path / IMAGE_FILE])) == ["a.png"]
-    table = pyarrow.table({"path": ["a.png", "a.png"], "bytes": [png(1), png(2)]})
+    table = pyarrow.table({"path": ["a.png", "a.png"], "bytes": [page(1), page(2)]})
     pyarrow.parquet.write_table(table, tmp_path / IMAGE_FILE)
     with pytest.raises(InputError, match=r"two different images for the path a\.png"):
         index_packs([tmp_path / IMAGE_FILE])
@@ -244,9 +245,9 @@ def test_a_pack_that_says_two_things_or_not_enough_is_refused(tmp_path):
 def test_the_pages_of_a_test_set_are_not_in_memory_until_they_are_looked_at(tmp_path):
     row = {"qid": 1, "query": "how much?", "image": ["imgs/03.png"], "answer": ["3"], "is_sufficient": True}
     (tmp_path / "top1_test.jsonl").write_text(json.dumps(row))
-    write_pack(tmp_path / IMAGE_FILE, dict(PAGES))
+    write_pack(tmp_path / IMAGE_FILE, PAGES)
     (question,) = read_questions(str(tmp_path / "top1_test.jsonl"))
     (image,) = question.images
     assert packed._column_of.cache_info().currsize == 0
     assert isinstance(image, PackedImage)
-    assert contents(to_prompt(question, "{images}\n{question}")) == [png(3)]
+    assert contents(to_prompt(question, "{images}\n{question}")) == [page(3)]

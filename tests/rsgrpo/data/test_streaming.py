@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from PIL import Image
 
 from recipes.files.row_check import Uncounted
 from rollout.config import InputsConfig
@@ -20,6 +18,7 @@ from rsgrpo.config.train import DataConfig, PromptConfig, SftConfig, TrainConfig
 from rsgrpo.data.rows import open_rows, read_rows
 from rsgrpo.data.streaming import StreamedPrompts, shuffled
 from rsgrpo.errors import ConfigError, InputError, RsgrpoError
+from tests.material.images import png
 
 INPUTS = InputsConfig(min_pixels=784, max_pixels=3136)
 
@@ -119,11 +118,9 @@ def test_the_first_rows_are_looked_at_without_moving(tmp_path):
 
 
 def test_shards_with_images_inside_are_streamed_as_they_would_be_read(tmp_path):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 30), "white").save(buffer, "PNG")
     for shard in range(2):
         rows = [
-            row_of(2 * shard + n, prompt="<image>?", image=[{"bytes": buffer.getvalue(), "path": None}], evidence=["x"])
+            row_of(2 * shard + n, prompt="<image>?", image=[{"bytes": png(), "path": None}], evidence=["x"])
             for n in range(2)
         ]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"train-0000{shard}-of-00002.parquet")
@@ -132,7 +129,7 @@ def test_shards_with_images_inside_are_streamed_as_they_would_be_read(tmp_path):
     assert list(opened) == whole
     assert folder == same_folder
     (prompt,) = stream_of(f"{tmp_path}:train", shuffle=False).next(1)
-    assert prompt.images == (buffer.getvalue(),)
+    assert prompt.images == (png(),)
 
 
 def test_what_must_be_read_whole_is_refused_with_the_way_out(tmp_path):

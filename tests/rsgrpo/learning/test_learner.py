@@ -22,11 +22,6 @@ from tests.material.learner import learnt, make_groups, make_learner
 WEIGHTS = [1.0, 2.0]
 
 
-@pytest.fixture(scope="module")
-def groups(page_images) -> list[TrainGroup]:
-    return make_groups(page_images, [2, 0, 5, 1])
-
-
 def test_an_update_moves_the_weights_and_reports_what_it_did(tiny_model_path, groups):
     learner = make_learner(tiny_model_path)
     before = weights_of(learner)
@@ -108,28 +103,19 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(tiny_model_path
         make_learner(tiny_model_path).logprobs(groups, reference=True)
 
 
-def without_signal(groups: list[TrainGroup]) -> list[TrainGroup]:
-    zero = [tuple(dataclasses.replace(s, advantages_KT=s.advantages_KT * 0) for s in g.samples) for g in groups]
-    return [TrainGroup(g.prompt, samples) for g, samples in zip(groups, zero, strict=True)]
+def with_advantages(groups: list[TrainGroup], value: float) -> list[TrainGroup]:
+    """Return the groups with one advantage on every token in scope."""
 
+    def changed(sample: Sample) -> Sample:
+        return dataclasses.replace(sample, advantages_KT=np.where(sample.scope_KT, value, 0.0))
 
-def with_infinite_advantages(groups: list[TrainGroup]) -> list[TrainGroup]:
-    return [
-        TrainGroup(
-            group.prompt,
-            tuple(
-                dataclasses.replace(sample, advantages_KT=np.where(sample.scope_KT, np.inf, 0.0))
-                for sample in group.samples
-            ),
-        )
-        for group in groups
-    ]
+    return [TrainGroup(group.prompt, tuple(map(changed, group.samples))) for group in groups]
 
 
 def test_a_batch_without_signal_skips_the_step_and_says_so(tiny_model_path, groups):
     learner = make_learner(tiny_model_path)
     before = weights_of(learner)
-    metrics = learner.update(without_signal(groups), WEIGHTS)
+    metrics = learner.update(with_advantages(groups, 0.0), WEIGHTS)
     assert metrics["actor/skipped"] == 1
     assert metrics["actor/active_terms"] == 0
     assert all(np.isfinite(value) for value in metrics.values())
@@ -140,7 +126,7 @@ def test_a_batch_without_signal_skips_the_step_and_says_so(tiny_model_path, grou
 def test_non_finite_steps_move_nothing_and_stop_the_run_with_the_batch_saved(tiny_model_path, groups, tmp_path):
     learner = make_learner(tiny_model_path, max_bad_steps=2, debug_dir=tmp_path)
     before = weights_of(learner)
-    bad = with_infinite_advantages(groups)
+    bad = with_advantages(groups, np.inf)
     metrics = learner.update(bad, WEIGHTS)
     assert metrics["actor/skipped"] == 1
     assert metrics["actor/bad_steps"] == 1
@@ -153,7 +139,7 @@ def test_non_finite_steps_move_nothing_and_stop_the_run_with_the_batch_saved(tin
 
 def test_a_good_step_ends_a_row_of_bad_ones(tiny_model_path, groups):
     learner = make_learner(tiny_model_path, max_bad_steps=2)
-    bad = with_infinite_advantages(groups)
+    bad = with_advantages(groups, np.inf)
     for batch in (bad, groups, bad):
         learner.update(batch, WEIGHTS)
     assert learner.weights_version == 1
@@ -260,29 +246,23 @@ def test_the_self_check_finds_a_forward_that_differs(tiny_model_path, groups, mo
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "banned", "message"),
     [
-        ({"token_ids_T": np.array([], dtype=np.int64)}, "has no tokens"),
-        ({"scope_KT": np.ones((2, 1), dtype=bool)}, r"must both be \(terms, tokens\)"),
+        ({"token_ids_T": np.array([], dtype=np.int64)}, [], "has no tokens"),
+        ({"scope_KT": np.ones((2, 1), dtype=bool)}, [], r"must both be \(terms, tokens\)"),
+        ({}, range(300), r"contains vision token\(s\) \["),
+        (None, [], "has no samples"),
     ],
 )
-def test_groups_that_cannot_be_trained_on_are_refused(change, message, groups):
-    broken = dataclasses.replace(groups[0].samples[0], **change)
+def test_groups_that_cannot_be_trained_on_are_refused(change, banned, message, groups):
+    samples = () if change is None else (dataclasses.replace(groups[0].samples[0], **change),)
     with pytest.raises(RsgrpoError, match=message):
-        check_groups([TrainGroup(groups[0].prompt, (broken,))], [])
+        check_groups([TrainGroup(groups[0].prompt, samples)], banned)
 
 
-def test_vision_tokens_in_a_response_are_refused(groups):
-    token = int(groups[0].samples[0].token_ids_T[0])
-    with pytest.raises(RsgrpoError, match=rf"contains vision token\(s\) \[{token}\]"):
-        check_groups(groups, [token])
+def test_a_step_needs_a_group_and_a_loss_weight_for_every_term(tiny_model_path, groups):
     with pytest.raises(RsgrpoError, match="at least one"):
         check_groups([], [])
-    with pytest.raises(RsgrpoError, match="has no samples"):
-        check_groups([TrainGroup(groups[0].prompt, ())], [])
-
-
-def test_a_loss_weight_is_needed_for_every_term(tiny_model_path, groups):
     with pytest.raises(RsgrpoError, match="1 loss weights for 2 loss terms"):
         make_learner(tiny_model_path).update(groups, [1.0])
 
@@ -292,14 +272,17 @@ def test_metrics_of_several_updates_merge():
     assert merged == {"a": 2.0, "b_max": 1.0, "actor/skipped": 1.0}
 
 
-def test_adapters_and_a_trained_tower_exclude_each_other(tiny_model_path):
-    with pytest.raises(RsgrpoError, match=r"Set model\.freeze_vision=true"):
-        make_learner(tiny_model_path, lora=LoraConfig(rank=2), freeze_vision=False)
-
-
-def test_offload_needs_an_accelerator(tiny_model_path):
-    with pytest.raises(RsgrpoError, match=r"learner\.offload=true"):
-        make_learner(tiny_model_path, offload=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": LoraConfig(rank=2), "freeze_vision": False}, r"Set model\.freeze_vision=true"),
+        ({"feature_cache": "features", "freeze_vision": False}, r"feature_cache=.* keeps features of a frozen tower"),
+        ({"offload": True}, r"learner\.offload=true"),  # without an accelerator
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(tiny_model_path, options, message):
+    with pytest.raises(RsgrpoError, match=message):
+        make_learner(tiny_model_path, **options)
 
 
 def test_an_unreadable_prompt_is_named(tiny_model_path, groups, tmp_path):

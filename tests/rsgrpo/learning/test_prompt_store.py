@@ -18,16 +18,11 @@ from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
 from rsgrpo.learning.learner import Learner
 from rsgrpo.learning.policy import load_model
 from rsgrpo.types import RsgrpoError, ScoredGroup, TrainGroup
-from tests.material.learner import learnt, make_groups, make_learner
+from tests.material.learner import learnt, make_learner
 from tests.material.training import tiny_run
 
 WEIGHTS = [1.0, 2.0]
 OVERLONG = "rewards.evisrag:overlong"
-
-
-@pytest.fixture(scope="module")
-def groups(page_images) -> list[TrainGroup]:
-    return make_groups(page_images, [2, 0, 5, 1])
 
 
 def prompts_of(groups: list[TrainGroup]) -> list[Prompt]:
@@ -206,8 +201,3 @@ def test_files_that_were_not_used_for_longest_go_first(tmp_path):
     for name in "efg":
         again.put(name, features)
     assert {path.stem for path in tmp_path.glob("tower/*")} < {"a", "c", "d"}  # room is shared by all towers
-
-
-def test_a_trained_tower_keeps_no_features(tiny_model_path, tmp_path):
-    with pytest.raises(RsgrpoError, match=r"learner\.feature_cache=.* keeps features of a frozen tower"):
-        make_learner(tiny_model_path, freeze_vision=False, feature_cache=str(tmp_path))

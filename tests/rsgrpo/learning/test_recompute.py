@@ -12,16 +12,11 @@ from rsgrpo.config.train import LearnerConfig, LoraConfig
 from rsgrpo.errors import ConfigError
 from rsgrpo.learning.learner import Learner
 from rsgrpo.types import TrainGroup
-from tests.material.learner import learnt, make_groups, make_learner
+from tests.material.learner import learnt, make_learner
 
 WEIGHTS = [1.0, 2.0]
 # The frozen tower's own attention runs before, in another thread's stead: it is the same for every policy.
 POLICIES = {"none": 0, "full": 2, "attention": 0, "every_n:2": 1}
-
-
-@pytest.fixture(scope="module")
-def groups(page_images) -> list[TrainGroup]:
-    return make_groups(page_images, [2, 0, 5, 1])
 
 
 class AttentionCalls(TorchDispatchMode):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from rsgrpo import cli
@@ -47,6 +48,7 @@ def config_of(
 
 SMALL_CONFIG = config_of(8, 2, 2, 1, 16, 10)  # key width 4
 SMALL = count_sizes(SMALL_CONFIG)
+TWO_NODES = ("recipe=evisrag_7b", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.placement=disaggregated")
 SEVEN_B = sizes_of("Qwen/Qwen2.5-VL-7B-Instruct")[0]
 
 
@@ -225,27 +227,17 @@ def test_state_of_a_learner_is_what_it_holds(tiny_model_path, page_images):
     parameters = list(learner.policy.trainable().values())
     assert sum(parameter.nbytes for parameter in parameters) == 4 * total
     state = learner._trainer().adamw.state_dict()
-    moments = [tensor for tensor in tensors_of(state) if tensor.dim()]  # step counts are scalars
+    moments = [
+        leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor) and leaf.dim()
+    ]  # step counts are scalars
     assert sum(tensor.nbytes for tensor in moments) == 8 * total
-
-
-def tensors_of(state: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested containers."""
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, dict):
-        for value in state.values():
-            yield from tensors_of(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from tensors_of(value)
 
 
 def test_the_7b_recipe_is_planned_for_one_node_and_for_two():
     one = planned("recipe=evisrag_7b")
     assert (num_devices(one), one.rollout.vllm.tensor_parallel_size, one.cluster.placement) == (8, 2, "colocated")
     assert gib_warnings(one) == []
-    two = planned("recipe=evisrag_7b", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.placement=disaggregated")
+    two = planned(*TWO_NODES)
     assert num_devices(two) == 16
     assert gib_warnings(two) == []
     assert set(devices_memory(two, SEVEN_B)) == {"learner", "engine"}
@@ -292,27 +284,24 @@ def test_the_engine_gives_its_memory_back_only_when_it_sleeps():
     assert peaks[0] < peaks[1]
 
 
-def test_what_does_not_fit_is_said_with_the_arithmetic():
-    (warning,) = gib_warnings(planned("recipe=evisrag_7b", "learner.num_ranks=1", "rollout.num_workers=1"))
-    assert "> 0.94 x 80 GiB = 75.2" in warning
-    assert "learner.num_ranks" in warning
-
-
-def test_a_cache_too_small_for_one_response_is_said():
-    (warning,) = gib_warnings(planned("recipe=evisrag_7b", "rollout.vllm.kv_cache_gib=0.4"))
-    # 16,536 tokens x 57,344 bytes; 0.4 GiB on each of two GPUs
-    assert "0.80 GiB does not hold one response of full length (0.88 GiB)" in warning
+@pytest.mark.parametrize(
+    ("overrides", "arithmetic", "fix"),
+    [
+        (["learner.num_ranks=1", "rollout.num_workers=1"], "> 0.94 x 80 GiB = 75.2", "learner.num_ranks"),
+        # 16,536 tokens x 57,344 bytes; 0.4 GiB on each of two GPUs
+        (["rollout.vllm.kv_cache_gib=0.4"], "0.80 GiB does not hold one response of full length (0.88 GiB)", "Raise"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_the_arithmetic(overrides, arithmetic, fix):
+    (warning,) = gib_warnings(planned("recipe=evisrag_7b", *overrides))
+    assert arithmetic in warning
+    assert fix in warning
 
 
 def test_devices_are_counted_against_the_cluster():
-    two_nodes = [
-        "recipe=evisrag_7b", "cluster.nodes=2", "cluster.gpus_per_node=8", "cluster.placement=disaggregated",
-    ]  # fmt: skip
-    assert num_devices(planned(*two_nodes)) == 16
-    assert gib_warnings(planned(*two_nodes)) == []
-    (idle,) = gib_warnings(planned(*two_nodes, "rollout.num_workers=2"))
+    (idle,) = gib_warnings(planned(*TWO_NODES, "rollout.num_workers=2"))
     assert "the workers take 12 of 2 x 8 = 16 GPUs: 4 stay idle" in idle
-    (short,) = gib_warnings(planned(*two_nodes, "rollout.num_workers=8"))
+    (short,) = gib_warnings(planned(*TWO_NODES, "rollout.num_workers=8"))
     assert "take 24 GPUs, the cluster has 2 x 8 = 16" in short
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from tests.material.http_stub import QuietHandler, serving
 REPOSITORY = "org/model"
 
 
+@dataclass
 class Hub:
     """A hub with at most one repository. files: path -> content, as the last commit has them."""
 
-    def __init__(self) -> None:
-        self.is_private: bool | None = None
-        self.files: dict[str, bytes] = {}
-        self.knows_us = True
-        self.calls: list[str] = []
-        self.url = ""
+    is_private: bool | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    knows_us: bool = True
+    calls: list[str] = field(default_factory=list)
+    url: str = ""
 
 
 def handler_of(state: Hub) -> type[QuietHandler]:

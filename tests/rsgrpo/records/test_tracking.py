@@ -9,8 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -176,10 +176,12 @@ def test_store_rollouts_can_be_switched_off(tmp_path: Path) -> None:
     assert not (tmp_path / "rollouts").exists()
 
 
-def test_table_rows_are_spread_over_the_groups() -> None:
-    assert spread_rows([2, 1], 3) == [(0, 0), (1, 0), (0, 1)]
-    assert spread_rows([2, 2, 2], 2) == [(0, 0), (1, 0)]
-    assert spread_rows([], 4) == []
+@pytest.mark.parametrize(
+    ("sizes", "num_rows", "rows"),
+    [([2, 1], 3, [(0, 0), (1, 0), (0, 1)]), ([2, 2, 2], 2, [(0, 0), (1, 0)]), ([], 4, [])],
+)
+def test_table_rows_are_spread_over_the_groups(sizes, num_rows, rows) -> None:
+    assert spread_rows(sizes, num_rows) == rows
 
 
 def test_page_strip_sets_pages_side_by_side(page_images: list[str]) -> None:
@@ -216,38 +218,33 @@ def test_wandb_offline_writes_a_run_with_its_rollout_table(tmp_path: Path) -> No
     resumed.close()
 
 
-def fake_wandb(
-    monkeypatch: pytest.MonkeyPatch, *, online: Exception | None = None, log: Exception | None = None
-) -> list:
-    """Put a wandb into place that fails where it is told to; return the runs that it was asked for."""
-    asked: list[dict[str, Any]] = []
-
-    def fail_or_pass(error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-    def init(**options: Any) -> SimpleNamespace:
-        asked.append(options)
-        if options["mode"] == "online":
-            fail_or_pass(online)
-        return SimpleNamespace(
-            settings=SimpleNamespace(sync_dir=options["dir"]),
-            define_metric=lambda *a, **k: None,
-            log=lambda row: fail_or_pass(log),
-            finish=lambda: None,
-        )
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=lambda **k: k))
-    return asked
+@pytest.fixture
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """A wandb whose `init` can be told to fail."""
+    fake = Mock()
+    fake.init.side_effect = lambda **options: Mock(settings=Mock(sync_dir=options["dir"]), log=fake.log)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
 
 
-def test_wandb_without_network_goes_on_offline_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def unreachable(**options: Any) -> Mock:
+    if options["mode"] == "online":
+        raise TimeoutError("no route")
+    return Mock(settings=Mock(sync_dir=options["dir"]))
+
+
+def asked_of(fake: Mock) -> list[dict[str, Any]]:
+    return [call.kwargs for call in fake.init.call_args_list]
+
+
+def test_wandb_without_network_continues_offline_and_says_so(
+    tmp_path: Path, fake_wandb: Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = fake_wandb(monkeypatch, online=TimeoutError("no route"))
+    fake_wandb.init.side_effect = unreachable
     tracker = start(tmp_path, wandb="online")
     tracker.log(1, {"a": 1.0})
     tracker.close()
+    asked = asked_of(fake_wandb)
     assert [options["mode"] for options in asked] == ["online", "offline"]
     assert asked[0]["id"] != asked[1]["id"]
     assert tracker.state()["wandb_run_id"] == asked[1]["id"]
@@ -256,18 +253,19 @@ def test_wandb_without_network_goes_on_offline_and_says_so(
     assert "wandb sync" in caplog.text
 
 
-def test_an_online_run_keeps_its_id_through_an_offline_spell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = fake_wandb(monkeypatch, online=TimeoutError("no route"))
+def test_an_online_run_keeps_its_id_while_it_is_offline(tmp_path: Path, fake_wandb: Mock) -> None:
+    fake_wandb.init.side_effect = unreachable
     tracker = start(tmp_path, wandb="online", resume_step=0, state={"wandb_run_id": "abcd1234"})
-    assert (asked[0]["id"], asked[0]["resume"]) == ("abcd1234", "allow")
+    online = asked_of(fake_wandb)[0]
+    assert (online["id"], online["resume"]) == ("abcd1234", "allow")
     assert tracker.state()["wandb_run_id"] == "abcd1234"
     tracker.close()
 
 
 def test_a_tracker_that_fails_does_not_stop_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, fake_wandb: Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_wandb(monkeypatch, log=ConnectionError("gone"))
+    fake_wandb.log.side_effect = ConnectionError("gone")
     tracker = start(tmp_path, wandb="offline")
     for step in (1, 2, 3):
         tracker.log(step, {"a": float(step)})
@@ -297,16 +295,15 @@ def test_readers_of_a_run_load_neither_torch_nor_trackers() -> None:
 
 
 def test_every_metric_that_the_code_names_is_documented() -> None:
-    root = ROOT
-    quoted = re.findall(r"`([\w/<>]+)`", (root / "docs" / "reference" / "metrics.md").read_text())
+    quoted = re.findall(r"`([\w/<>]+)`", (ROOT / "docs" / "reference" / "metrics.md").read_text())
     documented = re.compile("|".join(re.sub(r"<\w+>", r"\\w+", name) for name in quoted))
     key = re.compile(r'f?"((?:actor|data|monitor|perf|reward|rollout|scope|time|tracking|val)/[\w{}/]*[\w}])"')
     readers = {"rsgrpo/report", "rsgrpo/records/console.py"}
     found = {
         name
         for folder in ("rsgrpo", "recipes")
-        for path in (root / folder).rglob("*.py")
-        if not any(path.relative_to(root).as_posix().startswith(reader) for reader in readers)
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(path.relative_to(ROOT).as_posix().startswith(reader) for reader in readers)
         for name in key.findall(path.read_text())
     }
     assert "actor/entropy" in found
@@ -315,11 +312,10 @@ def test_every_metric_that_the_code_names_is_documented() -> None:
 
 
 def test_a_line_written_after_the_checkpoint_goes_even_when_its_step_stays(tmp_path):
-    tracker = Tracker(tmp_path, TrackingConfig(), {}, name="run", resume_step=None)
+    tracker = start(tmp_path)
     tracker.log(1, {"actor/loss": 0.5})
     state = tracker.state()  # a signal stopped the run here, before step 1 was validated
     tracker.log(1, {"val/sampled/accuracy": 0.25})
     tracker.close()
-    resumed = Tracker(tmp_path, TrackingConfig(), {}, name="run", resume_step=1, state=state)
-    resumed.close()
+    start(tmp_path, resume_step=1, state=state).close()
     assert [row.get("actor/loss") for row in read_metrics(tmp_path)] == [0.5]
