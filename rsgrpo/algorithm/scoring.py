@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from rewards.api import Credit, Response, RewardError, Span, check_score, load_reward
+from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
 from rollout.inputs.images import bytes_of
 from rollout.types import RolloutGroup
 from rsgrpo.config.train import TrainConfig
@@ -35,10 +35,8 @@ class NamedReward:
     """One configured reward: its name in the config, the function with its arguments bound, and its time limit."""
 
     name: str
-    function: Callable[[Response], object]
-    scope: Callable[[Response], Span | None]
+    function: Reward
     timeout_s: float = 0.0
-    determined: Callable[[Response], int | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +67,7 @@ class RewardSet:
                     reward = load_reward(target, config.reward_args.get(name))
                 except RewardError as error:
                     raise InputError(f"{key}.{name}: {error}") from error
-                timeout_s = config.reward_timeouts_s.get(name, 0.0)
-                loaded.append(NamedReward(name, reward, reward.scope, timeout_s, reward.determined))
+                loaded.append(NamedReward(name, reward, config.reward_timeouts_s.get(name, 0.0)))
             return tuple(loaded)
 
         return cls(
@@ -149,7 +146,7 @@ class RewardSet:
             return (), False
         if not isinstance(value, float):
             return tuple(value), any(credit.span is None for credit in value)
-        span = reward.scope(response)
+        span, determined_at = reward.function.scope(response), reward.function.determined
         missed = span is None
         if missed and self.missing_marker == "error":
             raise RewardFailed(
@@ -157,7 +154,7 @@ class RewardSet:
                 f"Set it to 'void' to teach nothing there, or to 'widen' for the whole response.\n{_show(response)}"
             )
         # What is missing is known to be missing only when the response has ended.
-        determined = reward.determined(response) if reward.determined else span.end if span else None
+        determined = determined_at(response) if determined_at else span.end if span else None
         if missed and self.missing_marker == "widen":
             span = Span(0, len(response.text))
         return (Credit("", value, span, len(response.text) if determined is None else determined),), missed

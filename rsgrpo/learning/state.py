@@ -99,7 +99,7 @@ class _SafePlanner(DefaultLoadPlanner):
 
 @contextmanager
 def _naming_each_rank(what: str) -> Iterator[None]:
-    """Turn torch's failure of a collective, which is no Exception, into one that names each rank's cause."""
+    """Turn torch's failure of a collective, which is not an Exception, into one that names each rank's cause."""
     try:
         yield
     except CheckpointException as error:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from rewards.api import Reward
 
 WHOLE_NUMBERS = ("num_prompts", "prompt_errors", "num_tokens")
 STEP_REWARDS = 3
@@ -138,22 +140,10 @@ def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler
     return moved
 
 
-class Named(Protocol):
-    """A reward under the name that it has in a run (`rsgrpo.algorithm.scoring.NamedReward`)."""
-
-    @property
-    def name(self) -> str:
-        """As configured."""
-
-    @property
-    def function(self) -> Any:
-        """What `@reward` has marked."""
-
-
-def short_names(rewards: Iterable[Named]) -> dict[str, str]:
+def short_names(rewards: Mapping[str, Reward]) -> dict[str, str]:
     """Return each reward's or monitor's name for narrow displays (`@reward(short=...)`), the leading ones first."""
-    ordered = sorted(rewards, key=lambda reward: not getattr(reward.function, "leading", False))
-    return {reward.name: getattr(reward.function, "short", "") or reward.name for reward in ordered}
+    ordered = sorted(rewards.items(), key=lambda item: not item[1].leading)
+    return {name: reward.short or name for name, reward in ordered}
 
 
 def format_step(step: int, total: int, metrics: Mapping[str, float], names: Mapping[str, str]) -> str:

@@ -115,7 +115,8 @@ class Run:
         require_login(config.export)
         rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
         with ExitStack() as leaving:
-            console = Console(names=short_names([*rewards.rewards, *rewards.monitors]))
+            named = (*rewards.rewards, *rewards.monitors)
+            console = Console(names=short_names({reward.name: reward.function for reward in named}))
             leaving.callback(console.close)
             stop = StopSignals()
             leaving.callback(stop.close)

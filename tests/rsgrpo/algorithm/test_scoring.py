@@ -67,7 +67,7 @@ def group(prompt: Prompt | None = None) -> RolloutGroup:
 
 def reward_set(*functions, **options) -> RewardSet:
     timeout_s = options.pop("timeout_s", 0.0)
-    return RewardSet(tuple(NamedReward(f.name, f, f.scope, timeout_s) for f in functions), **options)
+    return RewardSet(tuple(NamedReward(f.name, f, timeout_s) for f in functions), **options)
 
 
 def test_scores_and_scopes_of_every_reward_and_rollout():
@@ -115,7 +115,7 @@ def test_several_credits_keep_their_spans_and_show_their_mean():
 
 
 def test_monitors_are_scored_but_are_no_rewards():
-    monitors = (NamedReward("gold", gold_only, gold_only.scope),)
+    monitors = (NamedReward("gold", gold_only),)
     scored = reward_set(length, monitors=monitors).score([group(Prompt("p", "q", truth={"page": 2}))])[0]
     assert scored.reward_names_K == ("length",)
     assert scored.monitor_names_M == ("gold",)
