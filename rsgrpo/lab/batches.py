@@ -14,7 +14,7 @@ from rsgrpo.data.streaming import StreamedPrompts
 from rsgrpo.errors import InputError
 from rsgrpo.lab.config import LabConfig
 from rsgrpo.records.console import Bar
-from rsgrpo.records.rollouts import StoredRollout, image_path, read_rollouts, rollout_files
+from rsgrpo.records.rollouts import StoredRollout, read_rollouts, rollout_files
 from rsgrpo.running.batches import Collector
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.running.run import train_sampling
@@ -61,7 +61,7 @@ def stored_batches(config: LabConfig, rewards: RewardSet, count: int, bar: Bar) 
 def rollout_group(run: Path, stored_G: list[StoredRollout], system: str) -> RolloutGroup:
     """Return a stored group as it was sampled. system: the run's system message, which is not stored."""
     first = stored_G[0]
-    images = tuple(str(image_path(run, image)) for image in first.images)
+    images = tuple(str(run / image) for image in first.images)
     prompt = Prompt(first.prompt_id, first.prompt_text, images, first.truth, first.question, system)
     return RolloutGroup(
         prompt,
