@@ -22,6 +22,13 @@ REWARDS = ("accuracy", "evidence", "well_formed")
 CONFIG = {"name": "synthetic", "seed": 7, "algorithm": {"prompts_per_step": 4}, "reward_weights": {"well_formed": 0.5}}
 
 
+def png(color: str | tuple[int, int, int] = "red", width: int = 28, height: int = 28) -> bytes:
+    """Return an image of one colour as PNG bytes."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def page_bytes(code: int, amount: int) -> bytes:
     """Return a small form as png bytes."""
     image = Image.new("RGB", (300, 380), "white")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rsgrpo.data.checked_images import CHECKED_FILE, CheckedImages
-from tests.material.images import png
+from tests.material.synthetic_run import png
 
 
 @pytest.fixture

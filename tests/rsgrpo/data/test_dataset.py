@@ -20,7 +20,7 @@ from rsgrpo.data.dataset import PromptDataset, load_prompts, sort_rows
 from rsgrpo.data.prompts import render_template
 from rsgrpo.data.rows import Row, read_rows
 from rsgrpo.errors import RsgrpoError
-from tests.material.images import png
+from tests.material.synthetic_run import png
 
 GOLD = "<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n</evidence>\n<answer>7</answer>"
 RAW = PromptConfig()

@@ -29,7 +29,7 @@ from rsgrpo.data.image_packs import IMAGE_FILE, index_packs, packed_images
 from rsgrpo.data.streaming import StreamedPrompts
 from rsgrpo.errors import InputError
 from rsgrpo.records.rollouts import _store_image
-from tests.material.images import png
+from tests.material.synthetic_run import png
 
 NUM_PAGES = 12
 

@@ -18,7 +18,7 @@ from rsgrpo.config.train import DataConfig, PromptConfig, SftConfig, TrainConfig
 from rsgrpo.data.rows import open_rows, read_rows
 from rsgrpo.data.streaming import StreamedPrompts, shuffled
 from rsgrpo.errors import ConfigError, InputError, RsgrpoError
-from tests.material.images import png
+from tests.material.synthetic_run import png
 
 INPUTS = InputsConfig(min_pixels=784, max_pixels=3136)
 
