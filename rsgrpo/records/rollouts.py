@@ -121,7 +121,8 @@ class StoredRollout:
 
     def scope_KT(self) -> np.ndarray:
         """Return (K, T) bool, the tokens that each loss term may teach."""
-        return ~np.isnan(self.advantages_KT(outside=np.nan))
+        scope_KT: np.ndarray = ~np.isnan(self.advantages_KT(outside=np.nan))
+        return scope_KT
 
     def advantages_KT(self, outside: float = 0.0) -> np.ndarray:
         """Return (K, T) float32; tokens outside a term's scope have the value `outside`."""
