@@ -22,10 +22,11 @@ PLAIN_WIDTH = 120
 
 
 class Bar:
-    """Progress of one phase."""
+    """Progress of one phase; without `progress` nothing is drawn."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+        self._progress = progress or Progress(disable=True)
+        self._task = self._progress.add_task("") if task is None else task
 
     def advance(self, count: int = 1) -> None:
         """Move the bar by `count`."""
