@@ -138,7 +138,7 @@ def test_only_addresses_of_this_machine_count_as_local(host, local):
         (["--model", "none", "-k", "21"], "-k must be in [1, 20], got 21"),
         (["--model", "none", "--engine", "vllm"], "name a model folder or hub id, or an endpoint"),
         (["--model", "none", "--rerank", "none"], "--rerank needs --rerank-index"),
-        ([], "MODEL`, or name the retriever with --model"),
+        ([], "there is no page store"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, says, tmp_path, capsys):

@@ -86,7 +86,7 @@ def test_one_question_streams_to_the_terminal(serve, page, capsys):
         (["q", "--image", "none.png"], "no such image: none.png"),
         (["q"], "--model is empty"),
         (["q", "--model", "none/of/this"], "there is no such file or folder"),
-        (["q", "--model", "runs/demo/exprt"], "run `make demo`"),
+        (["q", "--model", "runs/demo/exprt"], "Run `make demo`"),
         (["q", "--model", "runs/gone"], "there is no such file or folder"),
         (["q", "--prompt", "nothing"], "neither a file nor one of"),
         (["q", "--prompt", "raw"], "has no template"),

@@ -25,7 +25,7 @@ from tests.material.training import tiny_run, write_rewards, write_rows
 
 
 def test_a_node_without_the_runs_folder_says_which_folder(tmp_path):
-    with pytest.raises(ConfigError, match=r"node \S+ has no folder \S+nowhere .* share it between the nodes"):
+    with pytest.raises(ConfigError, match=r"node \S+ has no folder \S+nowhere .*Share it between the nodes"):
         enter_folder(str(tmp_path / "nowhere"))
 
 

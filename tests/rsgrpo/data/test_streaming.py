@@ -144,6 +144,6 @@ def test_what_must_be_read_whole_is_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("schema", [TrainConfig, SftConfig])
 def test_a_streamed_run_says_how_long_it_is(schema):
-    with pytest.raises(ConfigError, match="cannot count the rows in advance: set total_steps"):
+    with pytest.raises(ConfigError, match=r"cannot count the rows in advance\. Set total_steps"):
         schema(data=DataConfig(train="x.jsonl", streaming=True))
     assert schema(data=DataConfig(train="x.jsonl", streaming=True), total_steps=3).data.streaming

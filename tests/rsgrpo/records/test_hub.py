@@ -156,7 +156,7 @@ def test_a_name_that_is_no_repository_is_refused(name):
 
 @pytest.mark.parametrize("schema", [TrainConfig, SftConfig])
 def test_what_is_not_exported_cannot_be_uploaded(schema):
-    with pytest.raises(ConfigError, match=r"needs an export: set checkpoint\.export=true"):
+    with pytest.raises(ConfigError, match=r"needs an export\. Set checkpoint\.export=true"):
         schema(checkpoint=CheckpointConfig(export=False), export=ExportConfig(REPOSITORY))
 
 
