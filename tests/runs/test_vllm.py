@@ -114,6 +114,7 @@ def breaks_engines(response: Response) -> float:
 """
 
 
+@pytest.mark.slow  # two engines start again: minutes; tests/rollout/test_worker.py kills an embedded one
 def test_an_engine_killed_and_one_stalled_in_mid_step_are_replaced_and_the_run_goes_on(
     ray_cluster, config, tmp_path, monkeypatch
 ):
