@@ -38,6 +38,13 @@ class NamedReward:
     function: Reward
     timeout_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        if callable(self.timeout_s):
+            raise InputError(
+                f"NamedReward({self.name!r}): the third argument is timeout_s in seconds, got a function. The scope is "
+                "read from the reward: leave it out."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class RewardSet:

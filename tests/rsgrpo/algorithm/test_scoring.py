@@ -8,6 +8,7 @@ import time
 import pytest
 
 from rewards.api import Credit, Response, Span, between, reward
+from rollout.errors import InputError
 from rollout.types import Prompt, Rollout, RolloutGroup
 from rsgrpo.algorithm.scoring import NamedReward, RewardFailed, RewardSet, group_mean, has_signal
 
@@ -127,3 +128,8 @@ def test_the_filter_sum_is_weighted_and_signal_is_any_spread():
     assert group_mean(scored, {"length": 10.0}) == pytest.approx((3.5 + 1 + 1.4 + 1) / 2)
     assert has_signal(scored)
     assert not has_signal(reward_set(slow_judge, two_spans).score([group()])[0])
+
+
+def test_a_scope_where_the_time_limit_belongs_is_refused():
+    with pytest.raises(InputError, match="timeout_s in seconds, got a function"):
+        NamedReward("length", length, length.scope)
