@@ -132,4 +132,4 @@ def test_the_filter_sum_is_weighted_and_signal_is_any_spread():
 
 def test_a_scope_where_the_time_limit_belongs_is_refused():
     with pytest.raises(InputError, match="timeout_s in seconds, got a function"):
-        NamedReward("length", length, length.scope)
+        NamedReward("length", length, length.scope)  # type: ignore[arg-type]
