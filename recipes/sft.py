@@ -42,14 +42,14 @@ def sft(config: SftConfig) -> None:
     # Read once, when torch is loaded: waiting threads must not occupy cores that others need.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from recipes.answers.gold_responses import GoldResponses
+    from rsgrpo.cluster.build import build_cluster
     from rsgrpo.cluster.local import LocalCluster
-    from rsgrpo.cluster.ray_cluster import RayCluster
     from rsgrpo.running.run import Run
 
     with Run.open(
         as_train_config(config),
         settings=dataclasses.asdict(config),
-        start_cluster=LocalCluster if config.learner.num_ranks == 1 else RayCluster,
+        start_cluster=LocalCluster if config.learner.num_ranks == 1 else build_cluster,
         line_every=STEPS_PER_LINE,
     ) as run:
         gold = GoldResponses(config)

@@ -86,6 +86,18 @@ class EngineOptions:
         return {"trust_remote_code": self.trust_remote_code, **revision}
 
 
+def shares(
+    prompts: Sequence[Prompt], group_size: int, max_batch_sequences: int, num_engines: int
+) -> list[Sequence[Prompt]]:
+    """Cut prompts into equal shares per engine, none larger than what an engine samples at once.
+
+    Rounding depends on what is sampled together, so that every way to run an engine cuts alike.
+    """
+    at_once = max_batch_sequences // group_size
+    num_prompts = max(1, min(at_once, -(-len(prompts) // num_engines)))
+    return [prompts[start : start + num_prompts] for start in range(0, len(prompts), num_prompts)]
+
+
 def check_sampling(sampling: SamplingParams) -> None:
     """Raise EngineError for values that no engine can sample with."""
     limits = {

@@ -6,10 +6,12 @@ The class of an error decides the exit code, in the same way for every command.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 MAX_LISTED = 10
 """Number of items that a message lists before it counts the rest."""
 
@@ -25,6 +27,18 @@ class RsgrpoError(Exception):
 
 class SourceBroke(RsgrpoError):
     """The source of rows that are streamed during training failed; the run itself is fine and can be resumed."""
+
+
+class WorkerError(RsgrpoError):
+    """A worker (an engine, a learner rank, a process with rewards) raised, died or was too slow.
+
+    cause: the exception behind it, None when it was too slow. is_lost: another worker in its place could do the work.
+    """
+
+    def __init__(self, message: str, cause: BaseException | None = None, *, is_lost: bool = False) -> None:
+        super().__init__(_COLOURS.sub("", message))
+        self.cause = cause
+        self.is_lost = is_lost
 
 
 class InputError(RsgrpoError):

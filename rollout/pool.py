@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from rollout.engine import shares
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import WorkerError, WorkerHandle, worker_error
 
@@ -79,7 +80,8 @@ class RolloutPool:
         Raises:
             WorkerError: a worker raised, or was lost too often; names the worker and the cause.
         """
-        pieces = deque(self._pieces(prompts, sampling.group_size))
+        at_once = min(worker.max_batch_sequences for worker in self.workers)
+        pieces = deque(shares(prompts, sampling.group_size, at_once, len(self.workers)))
         idle = deque(self.workers)
         running: list[_Running] = []
         num_restarts = self.num_restarts
@@ -229,12 +231,6 @@ class RolloutPool:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for worker in workers:
             ray.kill(worker.actor)
-
-    def _pieces(self, prompts: Sequence[Prompt], group_size: int) -> list[Sequence[Prompt]]:
-        """Cut the prompts into equal shares per worker, none larger than what its engine samples at once."""
-        at_once = min(worker.max_batch_sequences for worker in self.workers) // group_size
-        num_prompts = max(1, min(at_once, -(-len(prompts) // len(self.workers))))
-        return [prompts[start : start + num_prompts] for start in range(0, len(prompts), num_prompts)]
 
     def _start(self, worker: WorkerHandle, piece: Sequence[Prompt], sampling: SamplingParams) -> _Running:
         stream = worker.actor.generate.options(num_returns="streaming").remote(piece, sampling)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import resource
 import socket
 import sys
@@ -23,25 +22,12 @@ from rollout.build import build_engine, hide_progress_bars
 from rollout.config import ConfigError, InputsConfig, RolloutConfig
 from rollout.engine import Backend, Engine, EngineFailed
 from rollout.errors import RsgrpoError
+from rollout.errors import WorkerError as WorkerError
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
     from rollout.vllm.peers import Peer
     from rollout.vllm.weights_out import WeightSender
-
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class WorkerError(RsgrpoError):
-    """A Ray actor (an engine, a learner rank, a reward worker) raised, died or was too slow.
-
-    cause: the exception behind it, None when it was too slow. is_lost: another actor in its place could do the work.
-    """
-
-    def __init__(self, message: str, cause: BaseException | None = None, *, is_lost: bool = False) -> None:
-        super().__init__(_COLOURS.sub("", message))
-        self.cause = cause
-        self.is_lost = is_lost
 
 
 def worker_error(who: str, what: str, error: ray.exceptions.RayError, *, replaceable: bool = False) -> WorkerError:

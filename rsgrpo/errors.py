@@ -9,5 +9,6 @@ from rollout.errors import ConfigError as ConfigError
 from rollout.errors import InputError as InputError
 from rollout.errors import RsgrpoError as RsgrpoError
 from rollout.errors import SourceBroke as SourceBroke
+from rollout.errors import WorkerError as WorkerError
 from rollout.errors import listed as listed
 from rollout.errors import run_program as run_program

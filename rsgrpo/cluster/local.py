@@ -1,29 +1,50 @@
 """The roles of a run in this process: one learner rank, one engine, the rewards. No Ray.
 
-For supervised training on one device, notebooks and tests.
+For `cluster=inline`, supervised training on one device, notebooks and tests. With the embedded engine it computes what
+`rsgrpo.cluster.ray_cluster` computes with one rank and one engine, bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 
 from rollout.build import build_engine, hide_progress_bars
-from rollout.engine import Engine
+from rollout.engine import Engine, shares
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
+from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.learning.learner import Learner
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 
+class OneEngine:
+    """An engine as the engine check asks it (`rsgrpo.cluster.engine_check.Engines`)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def generate_on_each(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[RolloutGroup]]:
+        """Return the groups of all prompts, in their order, as those of the only engine."""
+        by_id = {group.prompt.id: group for group in self._engine.generate(prompts, sampling)}
+        return [[by_id[prompt.id] for prompt in prompts]]
+
+    def count_vision(self, prompts: Sequence[Prompt]) -> list[list[tuple[int, int, int]]]:
+        """Return `rollout.engine.Engine.count_vision` of the only engine."""
+        return [self._engine.count_vision(prompts)]
+
+
 class LocalCluster:
     """Learner, engine and rewards of one process; the methods are those of `rsgrpo.cluster.protocol.Cluster`.
 
-    The engine is started, and given the newest weights, when something is sampled; until then it costs nothing.
+    The engine is started, and given the newest weights, when something is sampled; until then it costs nothing. It has
+    weights of its own, so that it can sample the next step while the learner works (`algorithm.max_staleness`).
     """
 
     def __init__(self, config: TrainConfig, *, total_steps: int, run_dir: Path, check_stop: Callable[[], None]) -> None:
@@ -31,7 +52,8 @@ class LocalCluster:
         hide_progress_bars()
         self.config = config
         self.check_stop = check_stop
-        self.learner = Learner(
+        learner = partial(
+            Learner,
             config.model,
             config.learner,
             config.inputs,
@@ -41,6 +63,8 @@ class LocalCluster:
             seed=config.seed,
             debug_dir=run_dir,
         )
+        self._reference = learner(trainable=False) if config.needs_reference_workers else None
+        self.learner = learner()  # the last one: it seeds the random numbers of training
         self.rewards = RewardSet.from_config(config)
         self._engine: Engine | None = None
         self._version: int | None = None  # of weights that the engine has yet to be given
@@ -49,12 +73,14 @@ class LocalCluster:
         self, prompts: Sequence[Prompt], sampling: SamplingParams
     ) -> Iterator[ScoredGroup | RolloutGroup]:
         """Sample prompts and score each group; a prompt that cannot be sampled yields its RolloutGroup."""
-        for group in self._ready_engine().generate(prompts, sampling):
-            self.check_stop()
-            if group.error is not None:
-                yield group
-            else:
-                yield from self.rewards.score([group])
+        engine = self._ready_engine()
+        for share in shares(prompts, sampling.group_size, self.config.rollout.max_batch_sequences, num_engines=1):
+            for group in engine.generate(share, sampling):
+                self.check_stop()
+                if group.error is not None:
+                    yield group
+                else:
+                    yield from self.rewards.score([group])
 
     def sample_to_learn(
         self, prompts: Sequence[Prompt], sampling: SamplingParams
@@ -73,17 +99,34 @@ class LocalCluster:
     def sync_weights(self, version: int) -> None:
         """Let the engine sample with the learner's weights once it next samples."""
         self._version = version
+        if self.config.algorithm.max_staleness:
+            self._ready_engine()  # it may next sample while the learner changes its weights
 
     def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
-        """Log-probabilities under the reference: the model without its adapters (LoRA runs only)."""
+        """Log-probabilities of every response under the reference; LoRA runs switch the adapter off instead."""
+        if self._reference is not None:
+            return self._reference.logprobs(groups)
         return self.learner.logprobs(groups, reference=True)
 
     def engine_metrics(self) -> dict[str, float]:
-        """Nothing is counted here."""
-        return {}
+        """Return the restarts of engines: none, since the engine lives and dies with the run."""
+        return {"rollout/engine_restarts": 0.0}
 
     def check_engines(self, prompts: Sequence[Prompt], version: int) -> None:
-        """Nothing to compare: the engine is given the learner's weights in this process."""
+        """Compare the engine with the learner on `prompts`.
+
+        Raises:
+            EnginesDiffer: they disagree; the message is the whole table.
+        """
+        checks = compare_engines(
+            OneEngine(self._ready_engine()),
+            self.learner,
+            prompts,
+            num_tokens=min(CHECKED_TOKENS, self.config.rollout.max_response_tokens),
+            tolerance=tolerance_of(self.config),
+            version=version,
+        )
+        require_agreement(checks, version)
 
     def memory_mb(self) -> dict[str, float]:
         """Return the resident memory of this process, which has all roles, in MiB."""
@@ -98,15 +141,18 @@ class LocalCluster:
     def _ready_engine(self) -> Engine:
         if self._engine is None:
             config = self.config
-            self._engine = build_engine(
-                config.model.path,
-                config.rollout,
-                config.inputs,
-                num_threads=config.learner.num_threads,
-                device=config.learner.device,
-                revision=config.model.revision,
-                trust_remote_code=config.model.trust_remote_code,
-            )
+            with torch.random.fork_rng(
+                devices=[]
+            ):  # the learner's random numbers are those of a run with a process per role
+                self._engine = build_engine(
+                    config.model.path,
+                    config.rollout,
+                    config.inputs,
+                    num_threads=config.learner.num_threads,
+                    device=config.learner.device,
+                    revision=config.model.revision,
+                    trust_remote_code=config.model.trust_remote_code,
+                )
         if self._version is not None:
             self._engine.load_weights(self.learner.gather_weights())
             self._engine.finish_weights(self._version)

@@ -31,6 +31,7 @@ def validate(config: TrainConfig) -> None:
     _check_sampling(config)
     _check_sleep(config)
     _check_cpus(config)
+    _check_inline(config)
     _check_checkpoint_metric(config)
     prompts, updates = config.algorithm.prompts_per_step, config.algorithm.updates_per_step
     require(
@@ -108,6 +109,11 @@ def _check_run(config: RunConfig, response_tokens: int, response_key: str) -> No
         "learner.attention=flash needs a GPU, but learner.device=cpu. Set learner.attention=sdpa.",
     )
     require(
+        config.cluster.kind == "ray" or learner.num_ranks == 1,
+        f"cluster.kind=inline has a single process, but learner.num_ranks={learner.num_ranks}. Set it to 1, or set "
+        "cluster.kind=ray.",
+    )
+    require(
         not model.lora.rank or model.freeze_vision,
         f"model.lora.rank={model.lora.rank} puts adapters on the language model and trains nothing else, but "
         "model.freeze_vision=false trains the vision tower. Set it to true, or set model.lora.rank=0.",
@@ -160,12 +166,28 @@ def _check_sampling(config: TrainConfig) -> None:
 
 def _check_cpus(config: TrainConfig) -> None:
     cluster = config.cluster
-    if cluster.num_cpus and not cluster.address:
+    if cluster.kind == "ray" and cluster.num_cpus and not cluster.address:
         placement = place(config, has_gpus=False)
         require(
             placement.total_cpus <= cluster.num_cpus + 1e-6,
             f"{placement.describe()}, but cluster.num_cpus={cluster.num_cpus}. Raise it, or lower cluster.cpus.",
         )
+
+
+def _check_inline(config: TrainConfig) -> None:
+    rollout = config.rollout
+    if config.cluster.kind != "inline":
+        return
+    require(
+        rollout.num_workers == 1,
+        f"cluster.kind=inline has one engine, but rollout.num_workers={rollout.num_workers}. Set it to 1, or set "
+        "cluster.kind=ray.",
+    )
+    require(
+        rollout.engine != "vllm",
+        "cluster.kind=inline samples in this process, but rollout.engine=vllm needs processes of its own. Set "
+        "rollout.engine=hf, or set cluster.kind=ray.",
+    )
 
 
 def _check_sleep(config: TrainConfig) -> None:

@@ -142,8 +142,13 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Ray."""
+    """Where the roles of a run live: in Ray's processes, or all in this one."""
 
+    kind: Literal["ray", "inline"] = key(
+        "ray",
+        "ray: a process per worker. inline: everything in this process, without Ray, for one device or a debugger; the "
+        "other keys of this part are then not used.",
+    )
     address: str = key("", '"" starts a local cluster, "auto" joins the one of this machine, else host:port.')
     num_cpus: int = key(0, "CPUs of a local cluster; 0 uses the number of CPUs of the machine.", ge=0)
     placement: PlacementKind = key(

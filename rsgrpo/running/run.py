@@ -19,13 +19,12 @@ import yaml
 
 from rollout.files import write_text
 from rollout.types import SamplingParams
-from rollout.worker import WorkerError
 from rsgrpo.algorithm.scoring import RewardSet
+from rsgrpo.cluster.build import build_cluster
 from rsgrpo.cluster.engine_check import CHECKED_PROMPTS, choose_prompts
 from rsgrpo.cluster.protocol import Cluster, StartCluster
-from rsgrpo.cluster.ray_cluster import RayCluster
 from rsgrpo.config.train import TrainConfig
-from rsgrpo.errors import InputError, SourceBroke
+from rsgrpo.errors import InputError, SourceBroke, WorkerError
 from rsgrpo.records.console import Console, short_names
 from rsgrpo.records.hub import push_folder, require_login
 from rsgrpo.records.tracking import Tracker, read_metrics
@@ -97,7 +96,7 @@ class Run:
         config: TrainConfig,
         *,
         settings: Settings | None = None,
-        start_cluster: StartCluster = RayCluster,
+        start_cluster: StartCluster = build_cluster,
         line_every: int = 1,
     ) -> Run:
         """Load the data, start the workers and, if there is a checkpoint, resume from it.

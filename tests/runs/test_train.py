@@ -128,6 +128,11 @@ def variant(config: TrainConfig, **changes) -> TrainConfig:
     return dataclasses.replace(config, **changes)
 
 
+def in_one_process(config: TrainConfig, output_dir: Path) -> TrainConfig:
+    """The same run without Ray (`cluster=inline`), in a folder of its own."""
+    return variant(config, output_dir=str(output_dir), cluster=ClusterConfig(kind="inline"))
+
+
 def as_command(config: TrainConfig, tmp_path: Path) -> list[str]:
     """The same run as a user's command line, its recipe a yaml file of the user's own."""
     recipe = tmp_path / "conf" / "recipe" / "mine.yaml"
@@ -167,6 +172,12 @@ def test_a_run_leaves_metrics_rollouts_checkpoints_export_and_report(whole):
     AutoProcessor.from_pretrained(folder / "export")
 
 
+def test_one_process_gives_the_numbers_of_many_bit_for_bit(whole, tmp_path):
+    one = in_one_process(whole, tmp_path)
+    train(one)
+    assert metrics_of(one) == metrics_of(whole)
+
+
 def test_resuming_with_surplus_groups_gives_the_same_metrics_bit_for_bit(ray_cluster, config):
     # A filter that refuses some groups makes surplus, which must survive too.
     filtered = FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
@@ -190,7 +201,7 @@ def forget_after(config: TrainConfig, step: int) -> None:
     (folder / "latest").unlink()
 
 
-def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cluster, config):
+def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cluster, config, tmp_path):
     filtered = FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
     algorithm = dataclasses.replace(config.algorithm, filter=filtered, max_staleness=1, importance_cap=2.0)
     validation = ValidationConfig(every=0, at_start=False)
@@ -205,6 +216,9 @@ def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cl
     forget_after(config, 2)
     train(config)
     assert metrics_of(config) == whole
+    one = in_one_process(config, tmp_path / "one")
+    train(one)
+    assert metrics_of(one) == whole
 
 
 def test_a_finished_run_is_not_trained_again(whole, tmp_path):
@@ -247,12 +261,15 @@ def test_a_run_resumes_on_another_number_of_ranks(whole, tmp_path):
     assert_close(rows[newest], learning_rows(whole)[newest])
 
 
-def test_a_kl_term_brings_a_reference(ray_cluster, config):
+def test_a_kl_term_brings_a_reference(ray_cluster, config, tmp_path):
     config = variant(config, algorithm=dataclasses.replace(config.algorithm, kl_coef=0.1))
     train(config)
     first, second = metrics_of(config)[1:3]
     assert first["actor/kl"] == pytest.approx(0, abs=1e-6)  # measured before the first update
     assert second["actor/kl"] > 1e-5
+    one = in_one_process(config, tmp_path / "one")
+    train(one)
+    assert metrics_of(one) == metrics_of(config)
 
 
 def test_a_failing_reward_ends_the_run_with_its_name_and_the_response(ray_cluster, config):
