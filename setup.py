@@ -18,6 +18,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    # Spelled out, it makes `pip install -e .` add this folder to the path. Without it setuptools installs a hook,
+    # which is asked only after any folder named conf or rewards where the user starts.
+    package_dir={"": "."},
     packages=find_packages(include=["rsgrpo*", "recipes*", "rewards*", "rollout*", "conf*"]),
     package_data={
         "conf": ["**/*.yaml", "**/*.json"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import math
 import os
@@ -12,8 +11,11 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol, cast, overload
+
+from rewards.namesakes import PACKAGES, import_with_namesakes
 
 _NO_TRUTH: Mapping[str, Any] = MappingProxyType({})
 
@@ -226,7 +228,7 @@ def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Rewa
     if "/" in module_name or module_name.endswith(".py"):
         dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
         raise RewardError(f"{target!r} names a file. Name the module instead: {dotted}:{name}")
-    module = import_user_module(module_name, target)
+    module = import_user_module(module_name, name)
     shipped = sorted(key for key, value in vars(module).items() if _is_marked(value))
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, shipped or list(vars(module)), n=3)
@@ -247,8 +249,11 @@ def _is_marked(value: object) -> bool:
     return callable(value) and callable(getattr(value, "scope", None)) and isinstance(getattr(value, "name", None), str)
 
 
-def import_user_module(module_name: str, target: str) -> ModuleType:
-    """Import the module of a `module:function`, the current directory included.
+def import_user_module(module_name: str, name: str) -> ModuleType:
+    """Import the module of a `module:name`, the current directory included.
+
+    A module of ours that lacks the name gives way to the user's own in the current directory: `rewards:mine` is found
+    in a `rewards.py` there.
 
     Raises:
         RewardError: it cannot be imported; the text names the cause.
@@ -256,14 +261,17 @@ def import_user_module(module_name: str, target: str) -> ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return importlib.import_module(module_name)
+        return import_with_namesakes(module_name, name, Path.cwd())
     except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise RewardError(f"importing '{module_name}' failed: {error}. Install what it imports.") from error
-        raise RewardError(
-            f"no module '{error.name}' for {target!r}. Start from the folder that contains it "
-            f"(now {os.getcwd()}), or put that folder on PYTHONPATH."
-        ) from error
+        missing = error.name or ""
+        if missing and (module_name + ".").startswith(missing + "."):
+            raise RewardError(
+                f"no module '{missing}' for '{module_name}:{name}'. Start from the folder that contains it "
+                f"(now {os.getcwd()}), or put that folder on PYTHONPATH."
+            ) from error
+        taken = missing.partition(".")[0] in PACKAGES
+        fix = "rsgrpo has a package of that name: rename yours." if taken else "Install what it imports."
+        raise RewardError(f"importing '{module_name}' failed: {error}. {fix}") from error
     except Exception as error:
         raise RewardError(f"importing '{module_name}' failed: {type(error).__name__}: {error}") from error
 

@@ -34,7 +34,7 @@ def load_gold_reader(target: str) -> GoldReader:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise RewardError(f"data.gold must be module:function, such as rewards.gold:plain, got {target!r}")
-    reader = getattr(import_user_module(module_name, target), name, None)
+    reader = getattr(import_user_module(module_name, name), name, None)
     if not callable(reader):
         raise RewardError(f"data.gold={target}: module {module_name} has no function {name!r}")
     return cast(GoldReader, reader)

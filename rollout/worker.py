@@ -79,6 +79,7 @@ class RolloutWorker:
         self._failure: RsgrpoError | None = None
         try:
             enter_folder(folder)
+            sys.path.sort(key=lambda place: place == folder)  # inherited by vLLM: no rollout/ of the user first
             self._engine = build_engine(model_path, rollout, inputs, **(engine_options or {}))
         except RsgrpoError as error:  # raised here, Ray would deliver a traceback instead of the error
             self._failure = error

@@ -7,9 +7,51 @@ hydra. Nothing heavy is imported before a name is asked for.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("rewards", "rollout", "recipes", "conf")
+
+
+class OurPackages:
+    """A finder that looks for our packages beside this one, whatever comes first on the Python path."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        """Return where one of our packages is; None for any other module."""
+        return PathFinder.find_spec(name, [str(_ROOT)]) if name in _PACKAGES else None
+
+
+def come_first() -> None:
+    """Find our packages before a user's `rewards.py` or `conf/` in the current folder, where Python looks first.
+
+    Processes that are started from here, such as vLLM's, inherit the path. Ray calls this in every worker.
+
+    Raises:
+        ImportError: a module of the same name has been imported before.
+    """
+    for index, folder in enumerate(sys.path):
+        place = Path(folder).resolve()
+        if place == _ROOT:
+            break
+        if any((place / f"{name}{ending}").exists() for name in _PACKAGES for ending in ("", ".py")):
+            sys.path.insert(index, str(_ROOT))
+            break
+    if OurPackages not in sys.meta_path:
+        sys.meta_path.insert(0, OurPackages)
+    for name in _PACKAGES:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file is not None and not Path(file).resolve().is_relative_to(_ROOT):
+            raise ImportError(f"{file} was imported as {name!r}, which is a package of rsgrpo. Rename the file.")
+
+
+come_first()
 
 _HOMES = {
     "rewards.api": ("Credit", "Response", "Span", "between", "reward", "whole"),

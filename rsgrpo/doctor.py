@@ -75,7 +75,7 @@ def examine(*, with_ray: bool = True) -> list[Finding]:
         for name, purpose in IMPORTS.items()
         if name not in OPTIONAL_IMPORTS or importlib.util.find_spec(name) is not None
     ]
-    findings = [_python(), *_requirements(), *imports, _vllm(), _devices(), *_resources(), _conf()]
+    findings = [_python(), *_requirements(), *imports, _vllm(), _devices(), *_resources(), _conf(), *_namesakes()]
     return [*findings, _ray()] if with_ray else findings
 
 
@@ -220,6 +220,20 @@ def _conf() -> Finding:
         return Finding("conf", "fail", f"{folder} has no config.yaml", fix)
     recipes = sorted(path.stem for path in folder.glob("recipe/*.yaml"))
     return Finding("conf", "ok", f"{folder}, recipes: {', '.join(recipes) or 'none'}")
+
+
+def _namesakes() -> Iterator[Finding]:
+    """Yield what lies in the current folder under the name of one of our packages."""
+    from rewards.namesakes import namesakes
+
+    for path in namesakes(Path.cwd()):
+        name = path.stem
+        found = f"{path.name} has the name of a package of rsgrpo; programs use the package"
+        if name == "rewards":
+            found += ", and find a reward of yours there as rewards:FUNCTION"
+        program = {"rewards": "rewards", "recipes": "recipes.infer", "rsgrpo": "rsgrpo.train"}.get(name)
+        how = f", or start programs as `python -P -m {program} ...`" if program else ""
+        yield Finding("names", "warn", found, f"rename it{how}")
 
 
 def _ray() -> Finding:

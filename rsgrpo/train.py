@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from rewards.namesakes import namesakes
 from rsgrpo import cli
 from rsgrpo.algorithm.advantages import Rule, credit_groups, term_names, term_weights
 from rsgrpo.algorithm.metrics import rollout_metrics, scope_metrics, score_metrics
@@ -112,11 +113,12 @@ def next_commands(folder: Path, arguments: Sequence[str], reward: str) -> list[t
     """Return three commands worth trying after a run; `arguments` started it, `reward` is a target of it."""
     kept = [argument for argument in arguments if not argument.startswith(("name=", "algorithm="))]
     again = " ".join(kept) or "recipe=..."
+    program = f"python {'-P ' * bool(namesakes(Path.cwd()))}-m rewards"  # -P: a rewards.py here is not run in its place
     other = "rs_grpo" if "algorithm=grpo" in arguments else "grpo"
     return [
         (
             "what a reward says about the last rollouts",
-            f"python -m rewards {reward} {folder} --limit 4",
+            f"{program} {reward} {folder} --limit 4",
         ),
         ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
         (

@@ -7,9 +7,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
+from rewards.namesakes import namesakes
 from rsgrpo.errors import RsgrpoError
 
 
@@ -32,10 +34,12 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
         # Nothing outside this machine connects to a cluster that lives as long as this process.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     own = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
-    joined = {"address": address, "namespace": "rsgrpo"}
+    settings = {"address": address, "namespace": "rsgrpo"} if address else own
+    # Ray puts the current folder first on the path of every worker.
+    first = {"worker_process_setup_hook": "rsgrpo.come_first"} if namesakes(Path.cwd()) else None
     try:
         with kept_handlers():
-            ray.init(configure_logging=False, log_to_driver=log_to_driver, **(joined if address else own))
+            ray.init(configure_logging=False, log_to_driver=log_to_driver, runtime_env=first, **settings)
     except Exception as error:  # Ray has no class of its own for this
         reason = f"{type(error).__name__}: {str(error).strip()}"
         if address:
