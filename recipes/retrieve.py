@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from recipes.answers.options import add_options, chosen
+from recipes.retrieval.answers.evidence import cited_pages, faults_of
 from recipes.retrieval.answers.generation import AskedQuestion, answer_all
 from recipes.retrieval.command_line import (
     EXTRAS,
@@ -190,11 +191,12 @@ def _ask(options: argparse.Namespace) -> int:
     if failed:
         raise RsgrpoError(answered.line["errors"][0])
     note = " (the pages are insufficient)" if answered.line["insufficient"] else ""
-    print(f"answer: {answered.line['answer'] or answered.line['raw']}{note}")
-    texts = {slot["index"]: slot["text"] for slot in answered.line["evidence"] if slot["relevant"]}
-    for page in answered.cited:
-        number = answered.index_of(page)
-        print(f"  [{number}] {page.document}, page {page.number}: {texts.get(number, '')}".rstrip(": "))
+    print(f"answer: {answered.line['answer'] or answered.line['raw'] or '(none)'}{note}")
+    for source in cited_pages(answered):
+        place = f"{source.page.document}, page {source.page.number}"
+        print(f"  [{source.number}] {place}: {source.text}".rstrip(": "))
+    for fault in faults_of(answered.line):
+        print(f"fault: {fault}")
     print("\n".join(["pages:", *table_lines(pages)]))
     return 0
 

@@ -17,7 +17,7 @@ from recipes.answers.predictions import FAILED
 from recipes.answers.questions import prompt_hash
 from recipes.answers.types import Answer, Answerer
 from rollout.files import write_text
-from rollout.types import Prompt
+from rollout.types import ImageSource, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
@@ -38,13 +38,17 @@ class BatchSummary:
     failed: int
 
 
-def result_line(output: Answer, model: str) -> dict[str, Any]:
+def result_line(output: Answer, model: str, pages: Sequence[ImageSource] | None = None) -> dict[str, Any]:
     """Return the JSON line of an answer: what was asked, the parsed fields, and the raw text.
 
     An output with an error has empty fields, its error in `errors`, and "error" as finish_reason.
+
+    Args:
+        pages: that the answer may name; default: the prompt's images.
     """
     prompt = output.prompt
-    parsed = parse_lenient(output.text, prompt.images) if output.text or not output.error else _UNREAD
+    shown = prompt.images if pages is None else pages
+    parsed = parse_lenient(output.text, shown) if output.text or not output.error else _UNREAD
     fields = parsed.as_dict()
     if output.error:
         fields["errors"] = [output.error, *fields["errors"]]

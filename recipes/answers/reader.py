@@ -15,11 +15,13 @@ class Reader:
     """Answers questions from pages.
 
     template: what a question is put into. system: the system message, "" for none.
+    text_template: instead of `template`, for pages that are given as text; "" is `template`.
     """
 
     answerer: Answerer
     template: str
     system: str = ""
+    text_template: str = ""
 
     def ask(self, question: str, pages: Sequence[ImageSource], *, name: str = "question") -> Answer:
         """Return the answer to one question. name: the prompt's id.

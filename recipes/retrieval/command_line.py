@@ -26,6 +26,8 @@ from rsgrpo.errors import InputError
 
 EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
 KEPT = "finished work is kept; run the same command to resume"
+WITH_TEXT_PROMPT = ("evidence", "direct")
+"""Prompts that have a form for pages as text, NAME_text; others show the texts in place of the images."""
 ANSWER_OPTIONS = {
     "model.path": "--answer-model",
     "rollout.engine": "--engine",
@@ -157,4 +159,5 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
         InputsConfig(**limits),
         EndpointConfig(options.endpoint, name, max_tries=options.max_tries),
     )  # fmt: skip
-    return Reader(open_answerer(spec), template, prompt.system)
+    text_template = read_template(named_prompt(f"{options.prompt}_text")) if options.prompt in WITH_TEXT_PROMPT else ""
+    return Reader(open_answerer(spec), template, prompt.system, text_template)

@@ -3,7 +3,7 @@
     multi_image            all pages in one prompt
     horizontal, vertical   all pages pasted into one image
     weighted               one prompt per page; the answer that maximises softmax(scores) x exp(mean log-probability)
-    text                   the pages' text (layer or OCR) instead of their pixels
+    text                   the pages' text (layer or OCR) where the template shows images
 
 Oracle pages are a choice of pages, not a setting: pass the gold pages.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from rsgrpo.errors import InputError, RsgrpoError
 
 Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
 MAX_SIDE = 20_000  # pixels of a pasted image
+_IMAGE_PLACES = re.compile(r"\{(?:images|image_marks|numbered_marks)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,27 @@ def answer_all(questions: Sequence[AskedQuestion], setting: Setting, reader: Rea
     Raises:
         RsgrpoError: a question has no pages, or `weighted` meets an answerer without log-probabilities.
     """
-    prompts = [prompt for asked in questions for prompt in prompts_of(asked, setting, reader.template, reader.system)]
-    answers = {answer.prompt.id: answer for answer in reader.answerer.answer(prompts)}
-    return [_answered(asked, setting, answers, reader.answerer.name) for asked in questions]
+    answered = {found.asked.id: found for found in answer_each(questions, setting, reader)}
+    return [answered[asked.id] for asked in questions]
+
+
+def answer_each(questions: Sequence[AskedQuestion], setting: Setting, reader: Reader) -> Iterator[Answered]:
+    """Yield every question as soon as it is answered, in any order; raises as `answer_all`."""
+    asked_of: dict[str, AskedQuestion] = {}
+    missing: dict[str, int] = {}
+    prompts = []
+    for asked in questions:
+        own = prompts_of(asked, setting, reader)
+        prompts += own
+        asked_of |= {prompt.id: asked for prompt in own}
+        missing[asked.id] = len(own)
+    answers: dict[str, Answer] = {}
+    for answer in reader.answerer.answer(prompts):
+        asked = asked_of[answer.prompt.id]
+        answers[answer.prompt.id] = answer
+        missing[asked.id] -= 1
+        if not missing[asked.id]:
+            yield _answered(asked, setting, answers, reader.answerer.name)
 
 
 def answer_stream(asked: AskedQuestion, setting: Setting, reader: Reader) -> Iterator[str | Answered]:
@@ -86,33 +106,45 @@ def answer_stream(asked: AskedQuestion, setting: Setting, reader: Reader) -> Ite
     if setting == "weighted":  # several texts are written, and only one of them is the answer
         yield from answer_all([asked], setting, reader)
         return
-    (prompt,) = prompts_of(asked, setting, reader.template, reader.system)
+    (prompt,) = prompts_of(asked, setting, reader)
     for piece in reader.answerer.stream(prompt):
         yield piece if isinstance(piece, str) else _answered(asked, setting, {asked.id: piece}, reader.answerer.name)
 
 
-def prompts_of(asked: AskedQuestion, setting: Setting, template: str, system: str = "") -> list[Prompt]:
+def prompts_of(asked: AskedQuestion, setting: Setting, reader: Reader) -> list[Prompt]:
     """Return the prompts of one question: one, or one per page for `weighted`."""
     if not asked.pages:
         raise RsgrpoError(f"{short(asked.question)!r} has no pages to answer from")
+    if setting == "text":
+        return [text_prompt(asked, reader)]
     paths = tuple(page.image for page in asked.pages)
     questions = [Question(asked.id, asked.question, paths)]
     if setting == "weighted":
         questions = [Question(f"{asked.id}#{page.rank}", asked.question, (page.image,)) for page in asked.pages]
-    elif setting == "text":
-        questions = [Question(asked.id, with_text(asked))]
     elif setting != "multi_image":
         questions = [Question(asked.id, asked.question, (paste(paths, setting),))]
-    return [to_prompt(question, template, system) for question in questions]
+    return [to_prompt(question, reader.template, reader.system) for question in questions]
 
 
-def with_text(asked: AskedQuestion) -> str:
-    """Return the question preceded by the text of its pages; RsgrpoError if no page has text."""
+def text_prompt(asked: AskedQuestion, reader: Reader) -> Prompt:
+    """Return a prompt with the numbered texts of the pages where its template shows images.
+
+    Raises:
+        RsgrpoError: no page has text.
+    """
+    from rsgrpo.data.prompts import render_template  # brings in torch
+
     if not any(page.text.strip() for page in asked.pages):
         nothing = f"none of the pages of {short(asked.question)!r} has text"
         raise RsgrpoError(f"{nothing}; use their images, or ingest with --ocr")
-    parts = [f"[{page.rank}]\n{page.text.replace(IMAGE_MARK, '')}" for page in asked.pages]
-    return "\n\n".join([*parts, asked.question])
+    template = reader.text_template or reader.template
+    texts = "\n\n".join(
+        f"[{number}]\n{page.text.replace(IMAGE_MARK, '')}" for number, page in enumerate(asked.pages, start=1)
+    )
+    # each part of the template is filled by itself, because a page may hold what looks like a placeholder
+    first, *others = (render_template(part, asked.question, 0) for part in _IMAGE_PLACES.split(template))
+    text = f"{first}{texts}{''.join(others)}" if others else f"{texts}\n\n{first}"
+    return Prompt(asked.id, text, (), {"is_sufficient": True}, asked.question, reader.system)
 
 
 def short(question: str) -> str:
@@ -156,7 +188,8 @@ def page_weights(scores: Sequence[float], mean_logprobs: Sequence[float]) -> lis
 def _answered(asked: AskedQuestion, setting: Setting, outputs: dict[str, Answer], model: str) -> Answered:
     if setting != "weighted":
         pasted = setting in ("horizontal", "vertical")
-        return Answered(asked, result_line(outputs[asked.id], model), asked.pages, pasted=pasted)
+        images = tuple(page.image for page in asked.pages) if setting == "text" else None
+        return Answered(asked, result_line(outputs[asked.id], model, images), asked.pages, pasted=pasted)
     found = [outputs[f"{asked.id}#{page.rank}"] for page in asked.pages]
     usable = [(page, output) for page, output in zip(asked.pages, found, strict=True) if not output.error]
     if not usable:

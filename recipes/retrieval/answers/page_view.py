@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from html import escape
 
+from recipes.retrieval.answers.evidence import cited_pages, faults_of
 from recipes.retrieval.answers.library import AnswerProgress
 from recipes.retrieval.pages.ingest import IngestReport
 from recipes.retrieval.search.retriever import FoundPage
@@ -54,18 +55,10 @@ def answer_html(progress: AnswerProgress) -> str:
     if line["finish_reason"] != "error":
         note = " <small>(the pages are insufficient)</small>" if line["insufficient"] else ""
         parts.append(f'<div class="answer">{escape(line["answer"] or line["raw"])}{note}</div>')
-    texts = {slot["index"]: slot["text"] for slot in line["evidence"] if slot["relevant"]}
-    cards = [
-        _card(number, page, texts.get(number, ""))
-        for page in progress.answered.cited
-        for number in [progress.answered.index_of(page)]
-    ]
+    cards = [_card(cited.number, cited.page, cited.text) for cited in cited_pages(progress.answered)]
     if cards:
         parts.append(f'<div class="cards">{"".join(cards)}</div>')
-    faults = list(line["errors"])
-    if line["finish_reason"] == "length":
-        faults.append("cut off at the token limit: raise --max-tokens")
-    return "".join(parts) + faults_html(faults)
+    return "".join(parts) + faults_html(faults_of(line))
 
 
 def faults_html(faults: Sequence[str]) -> str:

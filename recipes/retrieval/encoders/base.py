@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,13 @@ import numpy as np
 from PIL import Image
 
 from recipes.answers.options import check_options
+from recipes.retrieval.encoders.digest import edges_digest, folder_digest
 from recipes.retrieval.pages.store import Page
 from rollout.inputs.images import PromptError, decode, smart_resize
 from rollout.keys import key
 from rsgrpo.errors import InputError
+
+log = logging.getLogger(__name__)
 
 VISRAG_QUERY_PREFIX = "Represent this query for retrieving relevant documents: "
 Kind = Literal["image", "text", "late", "imported"]
@@ -28,7 +32,6 @@ EncoderEngine = Literal["transformers", "vllm"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pooling = Literal["", "weighted_mean", "mean", "last", "cls"]
 RETRIEVER_FILE = "retriever.json"  # in a trained folder: how its queries and pages are prepared
-_EDGE_BYTES = 1 << 20  # of a weight file, hashed at both ends
 
 PageInput = Image.Image | str
 """A page as a model takes it: resized pixels or text."""
@@ -82,21 +85,6 @@ def model_folder(model: str, revision: str) -> Path:
         return Path(snapshot_download(model, revision=revision or None))
     except (OSError, ValueError) as error:
         raise EncoderError(f"model {model} is not a folder and cannot be downloaded: {error}") from error
-
-
-def folder_digest(folder: Path) -> str:
-    """Return the digest of a model folder: small files in full, large ones by length and both ends."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if not file.is_file() or file.suffix in (".md", ".png") or file.name.startswith("."):
-            continue
-        num_bytes = file.stat().st_size
-        digest.update(f"{file.relative_to(folder).as_posix()} {num_bytes}\n".encode())
-        with open(file, "rb") as stream:
-            digest.update(stream.read(_EDGE_BYTES))
-            stream.seek(max(0, num_bytes - _EDGE_BYTES))
-            digest.update(stream.read())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +145,15 @@ class EncoderIdentity:
     @property
     def fingerprint(self) -> str:
         """Return the digest of `description`: equal for two encoders exactly when their vectors compare."""
-        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()[:32]
+        return _fingerprint(self.description)
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """Whether an index with this fingerprint holds vectors of this encoder."""
+        return fingerprint == self.fingerprint
+
+
+def _fingerprint(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +168,15 @@ class ModelIdentity(EncoderIdentity):
     folder: Path
     query_prefix: str | None
     loader: PageLoader
+
+    def is_known_as(self, fingerprint: str) -> bool:
+        """As the base says; also by the fingerprint of earlier releases, which read only the ends of large files."""
+        if fingerprint == self.fingerprint:
+            return True
+        if fingerprint != _fingerprint(dict(self.description) | {"model": edges_digest(self.folder)}):
+            return False
+        log.warning("the index is of an earlier release, which did not compare all weights of %s", self.folder)
+        return True
 
 
 class PageEncoder(Protocol):

@@ -11,7 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recipes.retrieval.answers.generation import AskedQuestion, answer_all
+from recipes.answers.predictions import FAILED
+from recipes.retrieval.answers.answer_file import answer_file, line_of
+from recipes.retrieval.answers.generation import AskedQuestion
 from recipes.retrieval.command_line import add_answerer, add_encoder, add_search_options, open_reader, open_retriever
 from recipes.retrieval.evaluation import scores
 from recipes.retrieval.evaluation.answer_rules import RULES
@@ -122,20 +124,33 @@ def _generate(options: argparse.Namespace) -> None:
     asked = _asked(options, queries)
     reader = open_reader(options, max(len(question.pages) for question in asked))
     with closing(reader.answerer):
-        answered = answer_all(asked, options.setting, reader)
-    rows = []
-    for query, result in zip(queries, answered, strict=True):
-        text = result.line["answer"] or result.line["raw"]
-        row = {**result.line, "answers": list(query.answers), "pages": [page.page_id for page in result.asked.pages]}
-        if result.weights:
-            row["weights"] = list(result.weights)
+        limits = (options.max_tokens, options.max_prompt_tokens, options.answer_max_pixels)
+        rows, num_reused = answer_file(asked, options.setting, reader, options.out, limits)
+    for query, row in zip(queries, rows, strict=True):
+        row["answers"] = list(query.answers)
+        row.pop("right", None)
         if rule and query.answers:
-            row["right"] = rule(text, query.answers)
-        rows.append(row)
+            row["right"] = rule(row["answer"] or row["raw"], query.answers)
     _write_lines(options.out, rows)
     judged = [row["right"] for row in rows if "right" in row]
     accuracy = f", {sum(judged) / len(judged):.4f} correct by the rule of {options.rule}" if judged else ""
-    print(f"{len(rows)} answers{accuracy}: {options.out}")
+    print(f"{len(rows)} answers ({num_reused} from before){accuracy}: {options.out}")
+    for fault, count in _common_faults(rows).items():
+        print(f"  {count} {fault}")
+
+
+def _common_faults(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return how many answers have each fault that makes them unusable or misleading."""
+    return {
+        fault: count
+        for fault, count in {
+            "failed": sum(row["finish_reason"] == FAILED for row in rows),
+            "cut off at the token limit (raise --max-tokens)": sum(row["finish_reason"] == "length" for row in rows),
+            "empty": sum(not (row["answer"] or row["raw"]).strip() for row in rows),
+            "that cite a page that was not given": sum("names no page" in " ".join(row["errors"]) for row in rows),
+        }.items()
+        if count
+    }
 
 
 def _asked(options: argparse.Namespace, queries: Sequence[scores.Query]) -> list[AskedQuestion]:
@@ -181,5 +196,4 @@ def _found(store: PageStore, run: scores.Run, k: int | None) -> dict[str, Any]:
 
 def _write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(file, lines.encode("utf-8", "backslashreplace"))  # paths need not be valid text
+    write_bytes(file, b"".join(map(line_of, rows)))

@@ -104,7 +104,7 @@ class VectorIndex:
 
     def require(self, encoder: EncoderIdentity) -> None:
         """Raise IndexFault for an encoder whose vectors do not compare with those of this index."""
-        if encoder.fingerprint == self._manifest["fingerprint"]:
+        if encoder.is_known_as(self._manifest["fingerprint"]):
             return
         here, there = self._manifest["encoder"], dict(encoder.description)
         changed = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]

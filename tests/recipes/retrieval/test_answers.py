@@ -7,6 +7,8 @@ import json
 import math
 import random
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from recipes import infer, retrieve
 from recipes.answers.questions import Question, named_prompt, to_prompt
 from recipes.answers.reader import Reader
 from recipes.answers.types import Answer
+from recipes.retrieval.answers.answer_file import answer_file
+from recipes.retrieval.answers.evidence import cited_pages, faults_of
 from recipes.retrieval.answers.generation import AskedQuestion, answer_all, page_weights, paste, prompts_of
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.retriever import FoundPage
@@ -95,21 +99,21 @@ def test_the_weight_of_a_page_is_its_softmax_times_the_likelihood_of_its_answer(
 
 
 def test_each_setting_asks_as_it_should(pages):
-    asked = AskedQuestion("q", "how many?", pages)
-    (multi,) = prompts_of(asked, "multi_image", TEMPLATE)
+    asked, reader = AskedQuestion("q", "how many?", pages), Reader(ScriptedAnswerer({}), TEMPLATE)
+    (multi,) = prompts_of(asked, "multi_image", reader)
     assert multi.images == tuple(page.image for page in pages)
     assert multi.text.count("<image>") == 2
-    (text,) = prompts_of(asked, "text", TEMPLATE)
+    (text,) = prompts_of(asked, "text", reader)
     assert text.images == ()
-    assert "[1]\ntext of red \n\n[2]\ntext of blue \n\nhow many?" in text.text
-    singles = prompts_of(asked, "weighted", TEMPLATE)
+    assert text.text == "[1]\ntext of red \n\n[2]\ntext of blue \nQuestion: how many?"
+    singles = prompts_of(asked, "weighted", reader)
     assert [(prompt.id, prompt.images) for prompt in singles] == [
         ("q#1", (pages[0].image,)), ("q#2", (pages[1].image,))
     ]  # fmt: skip
-    (pasted,) = prompts_of(asked, "vertical", TEMPLATE)
+    (pasted,) = prompts_of(asked, "vertical", reader)
     assert isinstance(pasted.images[0], bytes)
     with pytest.raises(RsgrpoError, match=r"'how many\?' has no pages"):
-        prompts_of(AskedQuestion("q", "how many?", ()), "multi_image", TEMPLATE)
+        prompts_of(AskedQuestion("q", "how many?", ()), "multi_image", reader)
 
 
 def test_an_answer_cites_document_and_page(pages):
@@ -143,10 +147,81 @@ def test_weighted_selection_takes_the_surest_answer(pages):
         answer_all([AskedQuestion("q", "?", pages)], "weighted", Reader(ScriptedAnswerer(script), TEMPLATE))
 
 
+def test_the_text_setting_speaks_of_text_and_fills_only_its_own_template(pages):
+    own = named_prompt("evidence_text")
+    braces = replace(pages[0], text="a {question} and {images}")
+    reader = Reader(ScriptedAnswerer({"q": (ANSWER, None)}), TEMPLATE, text_template=read_template(own))
+    asked = AskedQuestion("q", "how many?", (braces, pages[1]))
+    (prompt,) = prompts_of(asked, "text", reader)
+    assert prompt.text.startswith(
+        "[1]\na {question} and {images}\n\n[2]\ntext of blue \n\nYou are given the text of pages"
+    )
+    assert prompt.text.endswith("Question: how many?")
+    assert "page images" not in prompt.text
+    (answered,) = answer_all([asked], "text", reader)
+    assert [fault for fault in faults_of(answered.line) if "names no page" in fault] == []  # [2] was given
+    assert [(cited.number, cited.text) for cited in cited_pages(answered)] == [(2, "seven")]
+
+
+def test_what_is_said_of_a_page_that_was_not_given_appears_under_no_other(pages):
+    text = ANSWER.replace("[1]: no relevant information\n[2]: seven", "[1]: six\n[9]: nine").replace(
+        "<answer>7", "<answer>"
+    )
+    (answered,) = answer_all(
+        [AskedQuestion("q", "?", pages)], "multi_image", Reader(ScriptedAnswerer({"q": (text, None)}), TEMPLATE)
+    )
+    assert [(cited.number, cited.text) for cited in cited_pages(answered)] == [(1, "six")]
+    faults = faults_of(answered.line | {"finish_reason": "length"})
+    for fault in ("slot [9] names no page; there are 2", "the answer is empty", "cut off at the token limit"):
+        assert any(fault in said for said in faults)
+
+
+def test_a_plain_answer_is_not_told_that_it_has_no_blocks(pages):
+    reader = Reader(ScriptedAnswerer({"q": ("seven, as [3] says", None)}), TEMPLATE)
+    (answered,) = answer_all([AskedQuestion("q", "?", pages)], "multi_image", reader)
+    assert faults_of(answered.line) == ["citation [3] names no page; there are 2"]
+
+
+class Interrupted(ScriptedAnswerer):
+    """Ends after some answers, as a process that is killed does."""
+
+    def __init__(self, script: dict[str, tuple[str, float | None]], after: int) -> None:
+        super().__init__(script)
+        self._after = after
+
+    def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+        yield from islice(super().answer(prompts), self._after)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("setting", ["multi_image", "weighted"])
+def test_a_file_of_answers_survives_an_interruption_and_asks_nothing_twice(setting, pages, tmp_path):
+    asked = [AskedQuestion(f"q{number}", f"how many {number}?", pages) for number in range(5)]
+    each = [f"q{number}" if setting == "multi_image" else f"q{number}#{page}" for number in range(5) for page in (1, 2)]
+    script: dict[str, tuple[str, float | None]] = dict.fromkeys(each, (ANSWER, -0.1))
+    out, stopped = tmp_path / "out.jsonl", Interrupted(script, 6 if setting == "weighted" else 3)
+    with pytest.raises(KeyboardInterrupt):
+        answer_file(asked, setting, Reader(stopped, TEMPLATE), out)
+    assert len(out.read_bytes().splitlines()) == 3
+    with out.open("ab") as file:
+        file.write(b'{"id": "q0", "fini')  # a line that was cut off by the kill
+    second = ScriptedAnswerer(script)
+    rows, num_reused = answer_file(asked, setting, Reader(second, TEMPLATE), out)
+    assert num_reused == 3
+    assert {prompt.question for prompt in second.asked} == {"how many 0?", "how many 1?"}
+    assert [row["id"] for row in rows] == [question.id for question in asked]
+    third = ScriptedAnswerer(script)
+    again, num_reused = answer_file(asked, setting, Reader(third, TEMPLATE), out)
+    assert (num_reused, third.asked, again) == (5, [], json.loads(json.dumps(rows)))
+    other = ScriptedAnswerer(script)  # another template: everything is asked again
+    assert answer_file(asked, setting, Reader(other, "{images} {question}"), out)[1] == 0
+    assert answer_file(asked, setting, Reader(other, "{images} {question}"), out, limits=[99])[1] == 0
+
+
 def test_pages_without_text_cannot_be_a_text_baseline(pages):
     bare = FoundPage(1, 1.0, "p", "d", 1, pages[0].image, " ")
     with pytest.raises(RsgrpoError, match=r"none of the pages of '\?' has text; use their images"):
-        prompts_of(AskedQuestion("q", "?", (bare,)), "text", TEMPLATE)
+        prompts_of(AskedQuestion("q", "?", (bare,)), "text", Reader(ScriptedAnswerer({}), TEMPLATE))
 
 
 @pytest.fixture
@@ -195,8 +270,11 @@ def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, 
     assert Path(rows[0]["image"][0]).exists()
     out = tmp_path / "answers.jsonl"
     base = ["generate", store, "--queries", queries, "--out", out, "--rule", "ChartQA", *who]
-    assert "2 answers, 0.5000 correct by the rule of ChartQA" in command(*base, "--run-file", run, "-k", 2)
-    assert "0.5000 correct" in command(*base, "--oracle", qrels)
+    assert "2 answers (0 from before), 0.5000 correct by the rule of ChartQA" in command(
+        *base, "--run-file", run, "-k", 2
+    )
+    assert "2 answers (2 from before)" in command(*base, "--run-file", run, "-k", 2)
+    assert "2 answers (0 from before), 0.5000 correct" in command(*base, "--oracle", qrels)
     assert [len(json.loads(text)["pages"]) for text in out.read_text().splitlines()] == [1, 1]
 
 

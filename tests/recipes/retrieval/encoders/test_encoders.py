@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from sentence_transformers import MultiVectorEncoder
 from recipes import retrieve
 from recipes.retrieval.encoders.base import VISRAG_QUERY_PREFIX, EncoderError, EncoderSettings, identify
 from recipes.retrieval.encoders.choice import load_encoder
+from recipes.retrieval.encoders.digest import edges_digest, folder_digest
 from recipes.retrieval.encoders.sentence import LateEncoder, SentenceEncoder
 from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.index import IndexFault, VectorIndex
@@ -77,6 +80,28 @@ def test_the_fingerprint_changes_with_weights_and_settings(tiny_model_path, enco
     weights[-3] ^= 1
     (folder / "model.safetensors").write_bytes(bytes(weights))
     assert fingerprint(str(folder)) != own
+
+
+def test_every_byte_of_a_large_file_of_weights_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    weights, content = tmp_path / "model" / "model.safetensors", bytearray(3 << 20)
+    weights.write_bytes(content)
+    first = folder_digest(tmp_path / "model")
+    assert folder_digest(tmp_path / "model") == first  # from the cache
+    content[len(content) // 2] = 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(0, 0))
+    assert folder_digest(tmp_path / "model") != first
+
+
+def test_an_index_of_an_earlier_release_is_still_opened(tiny_model_path, encoder, caplog):
+    identity = identify(settings(tiny_model_path))
+    before = replace(identity, description=dict(identity.description) | {"model": edges_digest(Path(tiny_model_path))})
+    assert identity.is_known_as(before.fingerprint)
+    assert "did not compare all weights" in caplog.text
+    other = replace(identity, description=dict(identity.description) | {"model": "another"})
+    assert not identity.is_known_as(other.fingerprint)
 
 
 def test_a_model_that_cannot_do_what_is_asked_is_refused(tmp_path, encoder, pages):
