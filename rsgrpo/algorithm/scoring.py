@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import math
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
+from rewards.calls import Lanes
 from rollout.inputs.images import bytes_of
 from rollout.types import RolloutGroup
 from rsgrpo.config.train import TrainConfig
@@ -21,9 +19,6 @@ from rsgrpo.types import ScoredGroup
 log = logging.getLogger(__name__)
 
 _LOGGED: set[str] = set()  # rewards whose failures this process has logged
-
-MAX_CONCURRENT_CALLS = 64
-"""Async rewards (judges) in flight at once in one reward worker."""
 
 
 class RewardFailed(RsgrpoError):
@@ -98,13 +93,18 @@ class RewardSet:
         return asyncio.run(self._score(groups))
 
     async def _score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        slots = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
-        return list(await asyncio.gather(*(self._score_group(group, slots) for group in groups)))
+        lanes = Lanes()
+        return list(await asyncio.gather(*(self.score_group(group, lanes) for group in groups)))
 
-    async def _score_group(self, group: RolloutGroup, slots: asyncio.Semaphore) -> ScoredGroup:
+    async def score_group(self, group: RolloutGroup, lanes: Lanes) -> ScoredGroup:
+        """Score one group; several calls on one event loop share `lanes`.
+
+        Raises:
+            RewardFailed: as `score`.
+        """
         responses = [to_response(group, index) for index in range(len(group.rollouts))]
         rows = await asyncio.gather(
-            *(self._score_response(f"{group.prompt.id}#{i}", response, slots) for i, response in enumerate(responses))
+            *(self._score_response(f"{group.prompt.id}#{i}", response, lanes) for i, response in enumerate(responses))
         )
         return ScoredGroup(
             group=group,
@@ -117,26 +117,26 @@ class RewardSet:
             num_errors_K=tuple(sum(row.failed_K[k] for row in rows) for k in range(len(self.rewards))),
         )
 
-    async def _score_response(self, sample_id: str, response: Response, slots: asyncio.Semaphore) -> _Row:
+    async def _score_response(self, sample_id: str, response: Response, lanes: Lanes) -> _Row:
+        """Ask all rewards at once; what they say is kept in their order, whichever answers first."""
+        named = (*self.rewards, *self.monitors)
+        answers = await asyncio.gather(*(self._value(reward, sample_id, response, lanes) for reward in named))
         row = _Row([], [], [], [], [])
-        for reward in self.rewards:
-            value, failed = await self._value(reward, sample_id, response, slots)
+        for reward, (value, failed) in zip(self.rewards, answers, strict=False):
             credits, missed = self._place(reward, sample_id, response, value)
             row.credits_K.append(credits)
             row.scores_K.append(sum(credit.score for credit in credits) / len(credits) if credits else None)
             row.missed_K.append(missed)
             row.failed_K.append(failed)
-        for monitor in self.monitors:
-            value, _ = await self._value(monitor, sample_id, response, slots)
-            row.monitors_M.append(value if isinstance(value, float) else None)
+        row.monitors_M.extend(value if isinstance(value, float) else None for value, _ in answers[len(self.rewards) :])
         return row
 
     async def _value(
-        self, reward: NamedReward, sample_id: str, response: Response, slots: asyncio.Semaphore
+        self, reward: NamedReward, sample_id: str, response: Response, lanes: Lanes
     ) -> tuple[float | tuple[Credit, ...] | None, bool]:
         """Return a reward's value, and whether it failed and was skipped as configured."""
         try:
-            return await _call(reward, sample_id, response, slots), False
+            return await _call(reward, sample_id, response, lanes), False
         except RewardFailed as error:
             if not self.skip_errors:
                 raise
@@ -192,14 +192,11 @@ def to_response(group: RolloutGroup, index: int) -> Response:
 
 
 async def _call(
-    reward: NamedReward, sample_id: str, response: Response, slots: asyncio.Semaphore
+    reward: NamedReward, sample_id: str, response: Response, lanes: Lanes
 ) -> float | tuple[Credit, ...] | None:
-    """Call one reward, sync or async, within its time limit; an error names the reward, the sample and the text."""
+    """Call one reward; an error names the reward, the sample and the text."""
     try:
-        async with slots, asyncio.timeout(reward.timeout_s or None):
-            limited = reward.timeout_s > 0
-            value = await _in_daemon_thread(reward.function, response) if limited else reward.function(response)
-            value = await value if inspect.isawaitable(value) else value
+        value = await lanes.call(reward.function, response, reward.timeout_s)
         return check_score(value, len(response.text))
     except TimeoutError as error:
         limit = f"took longer than reward_timeouts_s.{reward.name}={reward.timeout_s:g} s"
@@ -210,21 +207,6 @@ async def _call(
             f"reward '{reward.name}' failed on sample {sample_id}: {what}\n{_show(response)}\n"
             "Fix the function, or set on_reward_error=skip to count such samples and continue."
         ) from error
-
-
-async def _in_daemon_thread(function: Callable[[Response], object], response: Response) -> object:
-    """Run a function that may never return; its thread does not keep the process alive."""
-    future: Future[object] = Future()
-    future.set_running_or_notify_cancel()  # a time limit cancels the wait for it, not the future itself
-
-    def run() -> None:
-        try:
-            future.set_result(function(response))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="reward").start()
-    return await asyncio.wrap_future(future)
 
 
 def _show(response: Response) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import psutil
@@ -128,16 +130,18 @@ class LearnerWorker(_Process):
 
 
 class RewardWorker(_Process):
-    """One process that runs the run's reward functions."""
+    """One process that runs the run's reward functions; calls of `score` share its event loop."""
 
     def build(self, config: TrainConfig, folder: str, module_path: Sequence[str]) -> None:
         """Load the reward functions; `module_path` is where the driver, working in `folder`, finds the user's own."""
+        from rewards.calls import Lanes
         from rsgrpo.algorithm.scoring import RewardSet
 
         enter_folder(folder)
         sys.path += [folder for folder in module_path if folder not in sys.path]
         self.rewards = RewardSet.from_config(config)
+        self._lanes = Lanes(thread=ThreadPoolExecutor(1, thread_name_prefix="rewards"))
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Score whole groups."""
-        return self.rewards.score(groups)
+    async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
+        """Score whole groups, beside those of other calls."""
+        return list(await asyncio.gather(*(self.rewards.score_group(group, self._lanes) for group in groups)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from rewards.api import Credit, Response, Span, between, reward
+from rewards.calls import Lanes
 from rollout.errors import InputError
 from rollout.types import Prompt, Rollout, RolloutGroup
 from rsgrpo.algorithm.scoring import NamedReward, RewardFailed, RewardSet, group_mean, has_signal
@@ -133,3 +136,51 @@ def test_the_filter_sum_is_weighted_and_signal_is_any_spread():
 def test_a_scope_where_the_time_limit_belongs_is_refused():
     with pytest.raises(InputError, match="timeout_s in seconds, got a function"):
         NamedReward("length", length, length.scope)  # type: ignore[arg-type]
+
+
+MEETING: dict[str, asyncio.Event] = {}
+
+
+def meets(name: str, other: str, score: float):
+    """An async reward that ends only when the other one has begun."""
+
+    @reward
+    async def judge(response: Response) -> float:
+        MEETING.setdefault(name, asyncio.Event()).set()
+        await asyncio.wait_for(MEETING.setdefault(other, asyncio.Event()).wait(), timeout=20)
+        return score
+
+    judge.name = name
+    return judge
+
+
+def test_async_rewards_of_one_response_run_side_by_side_and_keep_their_order():
+    MEETING.clear()
+    judges = reward_set(meets("first", "second", 1.0), length, meets("second", "first", 2.0))
+    assert judges.score([group()])[0].scores_GK == [[1.0, 0.35, 2.0], [1.0, 0.14, 2.0]]
+
+
+def test_calls_on_one_loop_share_it_and_a_slow_plain_reward_holds_up_no_judge():
+    """Two groups come in two calls, as a reward worker gets them; only the judge's end lets the plain reward end."""
+    judged = threading.Event()
+    order: list[str] = []
+
+    @reward
+    def plain(response: Response) -> float:
+        assert judged.wait(20), "the judge was held up"
+        order.append(response.text)
+        return 0.5
+
+    @reward
+    async def judge(response: Response) -> float:
+        judged.set()
+        return 1.0
+
+    async def two_calls() -> tuple:
+        lanes = Lanes(thread=ThreadPoolExecutor(1))
+        rewards = reward_set(plain, judge)
+        return await asyncio.gather(rewards.score_group(group(), lanes), rewards.score_group(group(), lanes))
+
+    for scored in asyncio.run(two_calls()):
+        assert scored.scores_GK == [[0.5, 1.0], [0.5, 1.0]]
+    assert order == list(TEXTS) * 2, "plain rewards are called one after another, in order"
