@@ -13,6 +13,7 @@ import ray
 from rollout.config import RolloutConfig
 from rollout.types import Prompt
 from rollout.worker import WorkerError, WorkerHandle, worker_error
+from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.workers import LearnerMethod
 from rsgrpo.types import TrainGroup
 
@@ -34,6 +35,17 @@ class Ranks:
         Raises:
             WorkerError: as soon as any rank fails, without waiting for the others.
         """
+        return self.wait_for_all(refs, what, stoppable=stoppable)[0]
+
+    def wait_for_all(
+        self, refs: Sequence[Any], what: str, *, stoppable: bool = False, deadline: Deadline | None = None
+    ) -> list[Any]:
+        """Wait for one result per rank; return all of them.
+
+        Raises:
+            WorkerError: as soon as any rank fails, without waiting for the others.
+            RsgrpoError: `deadline` has passed.
+        """
         rank_of = {ref: rank for rank, ref in enumerate(refs)}
         pending = list(refs)
         while pending:
@@ -42,7 +54,10 @@ class Ranks:
                 self.get(ref, rank_of[ref], what)
             if stoppable:
                 self.check_stop()
-        return self.get(refs[0], 0, what)
+            if pending and deadline is not None and not deadline.left_s:
+                late = ", ".join(str(rank_of[ref]) for ref in pending)
+                raise deadline.missed(f"{self.role} {late}", what)
+        return [self.get(ref, rank, what) for rank, ref in enumerate(refs)]
 
     def get(self, ref: Any, rank: int, what: str) -> Any:
         """Return what one rank has finished."""
@@ -113,6 +128,12 @@ class RayLearner(Ranks):
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with tokenizer and processor."""
         self._call("export", folder)
+
+    def release_memory(self) -> None:
+        """Give cached memory back to the devices, for engines that share them."""
+        with self._submitting:
+            refs = [actor.release_memory.remote() for actor in self.actors]
+        self.wait(refs, "release_memory")
 
     def weight_chunks(self, chunk_bytes: int) -> tuple[int, Iterator[Any]]:
         """Return the version of the current weights, and Ray references to lists of (name, tensor) that hold them."""

@@ -6,26 +6,23 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import WorkerError, WorkerHandle, start_rollout_worker
 from rsgrpo.cluster.connect import connect_ray
+from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
 from rsgrpo.cluster.ranks import POLL_S, Ranks, RayLearner
+from rsgrpo.cluster.reservation import Reservation
 from rsgrpo.cluster.workers import LearnerWorker, RewardWorker
-from rsgrpo.config.placement import place
 from rsgrpo.config.train import TrainConfig
-from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 log = logging.getLogger(__name__)
@@ -35,12 +32,6 @@ SYNC_CHUNK_BYTES = 64 << 20
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that workers may take to end after a signal."""
-
-WORKER_ENV = {
-    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_WAIT_POLICY": "passive",  # threads of a role that waits must not spin on the cores of the one that works
-}
 
 
 class RayCluster:
@@ -57,7 +48,7 @@ class RayCluster:
         """
         self.config = config
         self.check_stop = check_stop
-        self._placement: PlacementGroup | None = None
+        self._seats: Reservation | None = None
         self._pool: RolloutPool | None = None
         self._resting = False
         cluster = config.cluster
@@ -73,32 +64,46 @@ class RayCluster:
             raise
 
     def _start(self, total_steps: int, run_dir: Path) -> None:
-        config, started = self.config, time.monotonic()
-        roles = self._place()
-        self.learner = self._ranks("learner", roles["learner"])
-        self.reference = self._ranks("reference", roles["reference"]) if roles["reference"] else None
-        self._engine_options = roles["rollout"]
-        self._share_gpus()
-        engines = [self._start_engine(index) for index in range(config.rollout.num_workers)]
-        supervision = Supervision(self._start_engine, self._send_weights, config.rollout.max_restarts)
-        self.rollouts = self._pool = RolloutPool(engines, timeout_s=config.rollout.timeout_s, supervision=supervision)
-        reward_workers = [ray.remote(RewardWorker).options(**options).remote() for options in roles["reward"]]
+        config, deadline = self.config, Deadline(self.config.cluster.startup_timeout_s)
+        self._seats = seats = Reservation(config, timeout_s=deadline.left_s)
+        self.learner = self._ranks("learner")
+        calls = [actor.devices.remote() for actor in self.learner.actors]
+        seats.share_gpus(self.learner.wait_for_all(calls, "starting a process", deadline=deadline))
+        self.reference = self._ranks("reference") if seats.placement.seats["reference"] else None
+        reward_workers = [
+            ray.remote(RewardWorker).options(**self._options("reward", index)).remote()
+            for index in range(config.cluster.reward_workers)
+        ]
         self.rewards = Ranks("reward worker", reward_workers, self.check_stop)
+        if not seats.shares_gpus:
+            self._start_engines()
         for ranks, trainable in ((self.learner, True), (self.reference, False)):
             if ranks is not None:
-                host, port = ray.get(ranks.actors[0].address.remote(), timeout=config.cluster.startup_timeout_s)
-                ranks.wait(
-                    [
-                        actor.build.remote(config, os.getcwd(), host, port, total_steps, str(run_dir), trainable)
-                        for actor in ranks.actors
-                    ],
-                    "start-up",
-                )
-        self.rewards.wait(
-            [actor.build.remote(config, os.getcwd(), sys.path) for actor in self.rewards.actors], "start-up"
+                self._build(ranks, total_steps, run_dir, trainable, deadline)
+        if seats.shares_gpus:
+            # Not before: vLLM sizes its cache by what all processes together take of a GPU while it starts.
+            self._start_engines()
+        self.rewards.wait_for_all(
+            [actor.build.remote(config, os.getcwd(), sys.path) for actor in self.rewards.actors],
+            "loading the reward functions",
+            deadline=deadline,
         )
         self._backend = self.rollouts.ping()[0]["backend"]  # an engine that cannot load its model fails here
-        log.info("all workers are up after %.1f s", time.monotonic() - started)
+        log.info("all workers are up after %.1f s", deadline.limit_s - deadline.left_s)
+
+    def _build(self, ranks: RayLearner, total_steps: int, run_dir: Path, trainable: bool, deadline: Deadline) -> None:
+        ((host, port),) = ranks.wait_for_all([ranks.actors[0].address.remote()], "starting", deadline=deadline)
+        calls = [
+            actor.build.remote(self.config, os.getcwd(), host, port, total_steps, str(run_dir), trainable)
+            for actor in ranks.actors
+        ]
+        ranks.wait_for_all(calls, "loading the model", deadline=deadline)
+
+    def _start_engines(self) -> None:
+        rollout = self.config.rollout
+        engines = [self._start_engine(index) for index in range(rollout.num_workers)]
+        supervision = Supervision(self._start_engine, self._send_weights, rollout.max_restarts)
+        self.rollouts = self._pool = RolloutPool(engines, timeout_s=rollout.timeout_s, supervision=supervision)
 
     def _start_engine(self, index: int) -> WorkerHandle:
         config = self.config
@@ -108,70 +113,23 @@ class RayCluster:
             config.rollout,
             config.inputs,
             folder=os.getcwd(),
-            options=self._engine_options[index],
+            options=self._options("rollout", index),
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
             colocated=config.cluster.placement == "colocated",
             lora_rank=config.model.lora.rank,
         )
 
-    def _ranks(self, role: str, options: Sequence[dict[str, Any]]) -> RayLearner:
-        threads = self.config.learner.num_threads
-        actors = [ray.remote(LearnerWorker).options(**o).remote(rank, threads) for rank, o in enumerate(options)]
+    def _options(self, role: str, index: int) -> dict[str, Any]:
+        assert self._seats is not None, "a worker before its reservation"
+        return self._seats.options(role, index)
+
+    def _ranks(self, role: str) -> RayLearner:
+        actors = [
+            ray.remote(LearnerWorker).options(**self._options(role, rank)).remote(rank, self.config.learner.num_threads)
+            for rank in range(self.config.learner.num_ranks)
+        ]
         return RayLearner(role, actors, self.check_stop)
-
-    def _place(self) -> dict[str, list[dict[str, Any]]]:
-        """Reserve resources for all workers at once; return the actor options of each role's workers."""
-        untyped: Any = ray
-        have: dict[str, float] = untyped.cluster_resources()
-        cpus, gpus = have.get("CPU", 0.0), have.get("GPU", 0.0)
-        plan = place(self.config, has_gpus=gpus > 0)
-        if plan.total_cpus > cpus + 1e-6 or plan.total_gpus > gpus + 1e-6:
-            raise InputError(
-                f"{plan.describe()} (cluster.placement={self.config.cluster.placement}), but the cluster has "
-                f"{cpus:g} and {gpus:g}. Lower learner.num_ranks, rollout.num_workers or cluster.cpus, or add nodes."
-            )
-        self._placement = placement_group(plan.bundles, strategy="PACK")
-        timeout_s = self.config.cluster.startup_timeout_s
-        if not self._placement.wait(timeout_s):
-            raise RsgrpoError(
-                f"{plan.describe()}, and they could not be placed within cluster.startup_timeout_s={timeout_s:g} s: "
-                f"other jobs are using the cluster, or no single node has room for each of {plan.bundles}"
-            )
-        return {
-            role: [
-                {
-                    "num_cpus": seat.cpus,
-                    "num_gpus": seat.gpus,
-                    "runtime_env": {"env_vars": WORKER_ENV},
-                    "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                        self._placement, placement_group_bundle_index=seat.bundle
-                    ),
-                }
-                for seat in seats
-            ]
-            for role, seats in plan.seats.items()
-        }
-
-    def _share_gpus(self) -> None:
-        """Tell engines that sit on the learner's GPUs which these are.
-
-        Raises:
-            RsgrpoError: the GPUs of one engine lie on two nodes.
-        """
-        devices = ray.get([actor.devices.remote() for actor in self.learner.actors])
-        for index, seat in enumerate(place(self.config, has_gpus=any(gpus for _, gpus in devices)).seats["rollout"]):
-            if not seat.shares_with:
-                continue
-            nodes = {devices[rank][0] for rank in seat.shares_with}
-            if len(nodes) > 1:
-                raise RsgrpoError(
-                    f"engine {index} shares the GPUs of learner ranks {list(seat.shares_with)}, which lie on the nodes "
-                    f"{sorted(nodes)}: choose rollout.vllm.tensor_parallel_size so that it divides the GPUs of a node"
-                )
-            visible = ",".join(gpu for rank in seat.shares_with for gpu in devices[rank][1])
-            own = {"CUDA_VISIBLE_DEVICES": visible, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-            self._engine_options[index]["runtime_env"] = {"env_vars": WORKER_ENV | own}
 
     def sample_and_score(
         self, prompts: Sequence[Prompt], sampling: SamplingParams
@@ -222,6 +180,7 @@ class RayCluster:
         """
         self.learner.version = version
         if self._resting:
+            self.learner.release_memory()  # what the update left cached is room that the engines need
             self.rollouts.wake("weights")
         try:
             self._send_weights(self.rollouts.workers)
@@ -302,8 +261,8 @@ class RayCluster:
         if self._pool is not None:
             self._pool.close()  # engines may have processes of their own, which Ray does not know
             self._pool = None
-        if self._placement is not None:
-            remove_placement_group(self._placement)  # kills the workers that sit in it
-            self._placement = None
+        if self._seats is not None:
+            self._seats.release()
+            self._seats = None
         if self._owns_ray:
             ray.shutdown()

@@ -54,9 +54,9 @@ class LearnerWorker(_Process):
             probe.bind(("", 0))
             return host, probe.getsockname()[1]
 
-    def devices(self) -> tuple[str, list[str]]:
-        """Return this node's id and the GPUs of it that Ray gave this rank."""
-        return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
+    def devices(self) -> list[str]:
+        """Return the GPUs of this node that Ray gave this rank."""
+        return [str(gpu) for gpu in ray.get_gpu_ids()]
 
     def build(
         self, config: TrainConfig, folder: str, host: str, port: int, total_steps: int, run_dir: str, trainable: bool
@@ -79,6 +79,12 @@ class LearnerWorker(_Process):
             trainable=trainable,
             debug_dir=run_dir,
         )
+        self.release_memory()
+
+    def release_memory(self) -> None:
+        """Give cached memory back to the device: engines on the same device may use what the learner does not."""
+        if self.learner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def call(self, method: LearnerMethod, *args: Any) -> Any:
         """Call a method of the learner; only rank 0 sends its result back."""
@@ -119,8 +125,7 @@ class LearnerWorker(_Process):
             self._disconnect()
         for _ in tensors:
             pass  # the ranks gather together, so each must reach the end whatever happened to the engines
-        if self.learner.device.type == "cuda":
-            torch.cuda.empty_cache()  # engines on the same device may use what the learner does not
+        self.release_memory()
         return failure
 
     def _disconnect(self) -> None:

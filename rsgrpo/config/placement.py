@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from rollout.keys import require
 from rsgrpo.config.train import TrainConfig
@@ -14,7 +14,7 @@ from rsgrpo.config.train import TrainConfig
 class Seat:
     """What one worker gets: its share of the CPUs and GPUs of one bundle.
 
-    shares_with: learner ranks whose GPUs the worker also uses, without reserving any; it is placed on their node.
+    shares_with: learner ranks whose GPUs the worker also uses, without reserving any; they are in the same bundle.
     """
 
     bundle: int
@@ -60,38 +60,69 @@ class Placement:
 def place(config: TrainConfig, *, has_gpus: bool) -> Placement:
     """Seat every worker of a run.
 
-    `colocated`: learner rank i and reference rank i share device i; an engine of tensor-parallel size d uses those
-    of d consecutive ranks. `disaggregated`: engines have devices of their own; the reference still shares the
-    learner's. Reward workers take CPUs only.
+    `colocated`: an engine of tensor-parallel size d uses the GPUs of d consecutive learner ranks; all of them are one
+    bundle, because a bundle never spans two nodes. `disaggregated`: engines have devices of their own. Reference rank i
+    shares the device of learner rank i. Reward workers take CPUs only.
 
     Raises:
         ConfigError: colocated engines need more GPUs than the learner has ranks.
     """
     cluster, num_ranks, num_engines = config.cluster, config.learner.num_ranks, config.rollout.num_workers
     cpus = cluster.cpus
-    num_references = num_ranks if config.needs_reference_workers else 0
     colocated = cluster.placement == "colocated"
-    learner_gpus = (0.5 if num_references else 1.0) if has_gpus else 0.0
     degree = config.rollout.vllm.tensor_parallel_size if config.rollout.engine == "vllm" else 1
-    if has_gpus and colocated:
+    shares = has_gpus and colocated
+    if shares:
         require(
             num_engines * degree <= num_ranks,
             f"cluster.placement=colocated puts {num_engines} x {degree} = {num_engines * degree} engine GPUs "
             f"(rollout.num_workers x tensor-parallel size) on learner.num_ranks={num_ranks} learner GPUs. Lower "
             "rollout.num_workers or rollout.vllm.tensor_parallel_size, or set cluster.placement=disaggregated.",
         )
-        # Ray cannot assign two and a half GPUs, and may put two halves on one: so engines are told which they share.
-        shared = [tuple(range(i * degree, (i + 1) * degree)) for i in range(num_engines)]
-        engines = [Seat(ranks[0], cpus["rollout"], 0.0, ranks) for ranks in shared]
+    # Ranks beyond the last shared engine have bundles of their own.
+    bundle_of_rank = [
+        rank // degree if shares and rank < num_engines * degree else rank - shares * num_engines * (degree - 1)
+        for rank in range(num_ranks)
+    ]
+    num_learner_bundles = bundle_of_rank[-1] + 1
+    if shares:
+        engines = [
+            Seat(i, cpus["rollout"], 0.0, tuple(range(i * degree, (i + 1) * degree))) for i in range(num_engines)
+        ]
     else:
-        first, gpus = (0 if colocated else num_ranks), float(degree if has_gpus else 0)
-        engines = [Seat(first + i, cpus["rollout"], gpus) for i in range(num_engines)]
-    first_reward = max(num_ranks, *(seat.bundle + 1 for seat in engines))
+        first = 0 if colocated else num_learner_bundles
+        engines = [Seat(first + i, cpus["rollout"], float(degree if has_gpus else 0)) for i in range(num_engines)]
+    first_reward = max(num_learner_bundles, *(seat.bundle + 1 for seat in engines))
+    references = range(num_ranks if config.needs_reference_workers else 0)
     return Placement(
         {
-            "learner": tuple(Seat(i, cpus["learner"], learner_gpus) for i in range(num_ranks)),
-            "reference": tuple(Seat(i, cpus["learner"], learner_gpus) for i in range(num_references)),
+            "learner": tuple(Seat(bundle, cpus["learner"], float(has_gpus)) for bundle in bundle_of_rank),
+            # Ray may put two halves on one GPU and cannot assign two and a half: so workers that share are told where.
+            "reference": tuple(
+                Seat(bundle_of_rank[i], cpus["learner"], 0.0, (i,) if has_gpus else ()) for i in references
+            ),
             "rollout": tuple(engines),
             "reward": tuple(Seat(first_reward + i, cpus["reward"], 0.0) for i in range(cluster.reward_workers)),
         }
     )
+
+
+def by_node(placement: Placement, node_of_bundle: Sequence[str]) -> Placement:
+    """Return the placement with equal bundles exchanged, so that consecutive ranks are on the same node.
+
+    Ray promises nothing about the order in which it spreads equal bundles over nodes.
+
+    Args:
+        node_of_bundle: id of the node that holds each bundle.
+    """
+    bundles = placement.bundles
+    nodes = sorted(set(node_of_bundle), key=list(node_of_bundle).index)  # the node of bundle 0 comes first
+    taken: dict[int, int] = {}
+    for index, resources in enumerate(bundles):
+        equal = [other for other, its in enumerate(bundles) if its == resources and other not in taken.values()]
+        taken[index] = min(equal, key=lambda other: (nodes.index(node_of_bundle[other]), other))
+    seats = {
+        role: tuple(replace(seat, bundle=taken[seat.bundle]) for seat in seats)
+        for role, seats in placement.seats.items()
+    }
+    return Placement(seats)
