@@ -32,6 +32,8 @@ HOMES = {
         "rsgrpo/cluster/ray_cluster.py",
         "rsgrpo/cluster/connect.py",
         "rsgrpo/cluster/ranks.py",
+        "rsgrpo/cluster/reservation.py",
+        "rsgrpo/cluster/reward_pool.py",
         "rsgrpo/cluster/workers.py",
         "recipes/retrieval/encoders/on_ray.py",
     ],
