@@ -27,10 +27,11 @@ from rollout.errors import run_program
 from rollout.keys import check, key, named
 from rsgrpo.records.console import Console
 
-Level = Literal["easy", "yes_no", "lookup", "easy_vqa"]
+Level = Literal["easy", "yes_no", "two_hop", "lookup", "easy_vqa"]
 LEVELS: dict[Level, str] = {
     "easy": "questions name a page",
     "yes_no": "they ask whether its amount is over 4",
+    "two_hop": "they ask for the larger amount of two pages",
     "lookup": "they name a code that must be found",
     "easy_vqa": "easy-VQA's questions about pages with a coloured shape (slow to learn, as is lookup)",
 }

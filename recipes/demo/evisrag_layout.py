@@ -86,7 +86,7 @@ def test_row(row_id: str, item: Item) -> dict[str, Any]:
         "query": item.question,
         "image": [page_path(position) for position in item.pages],
         "answer": [answer_text(item, truth)],
-        "is_sufficient": item.relevant is not None,
+        "is_sufficient": bool(item.relevant),
         "evidence": evidence_slots(FormJob.fact, truth),
     }
 

@@ -1,4 +1,4 @@
-"""The demo's levels easy, yes_no and lookup: handwritten form pages and questions about them.
+"""The demo's levels easy, yes_no, two_hop and lookup: handwritten form pages and questions about them.
 
 The handwriting is real: scikit-learn's copy of the UCI optdigits scans (8 x 8 grey levels, 43 writers). A page shows
 a code digit and an amount digit side by side.
@@ -6,8 +6,7 @@ a code digit and an amount digit side by side.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -16,9 +15,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from recipes.demo.items import MAX_PAGES, MIN_PAGES, Item, Split, draw_relevant
+from recipes.demo.items import MAX_PAGES, MIN_PAGES, Item, Shown, Split, draw_relevant
 
-FormLevel = Literal["easy", "yes_no", "lookup"]
+FormLevel = Literal["easy", "yes_no", "two_hop", "lookup"]
 
 DIGITS = "0123456789"
 DIGIT_PIXELS = 28  # one merged vision token of Qwen2.5-VL is 28 x 28 pixels
@@ -86,34 +85,49 @@ def draw_pool(scans: Scans, split: Split, pages_per_pair: int, rng: Random) -> l
 
 
 def draw_item(pool: Sequence[FormPage], level: FormLevel, rng: Random) -> Item:
-    """Draw two to four pages with different codes, and a question that one of them answers, or none.
+    """Draw two to four pages with different codes, and a question that one or two of them answer, or none.
 
     pool: pages as `draw_pool` orders them.
     level: "easy" names a page; "yes_no" asks whether its amount is over 4 (half of all misreadings answer correctly);
+        "two_hop" asks for the larger amount of two pages, which a misreading of the smaller one may leave right;
         "lookup" names a code, and the page must be found by reading.
     """
     num_pages = rng.randint(MIN_PAGES, MAX_PAGES)
     codes = rng.sample(range(10), num_pages)
     amounts = [rng.randrange(10) for _ in range(num_pages)]
-    relevant = draw_relevant(num_pages, rng)
-    page_number = 1 + (num_pages if relevant is None else relevant)
+    hops = 2 if level == "two_hop" else 1
+    relevant = draw_relevant(num_pages, rng, hops)
+    page_number = 1 + (relevant[0] if relevant else num_pages)
     if level == "easy":
         question = rng.choice([f"what amount is on page {page_number}?", f"amount of page {page_number}?"])
     elif level == "yes_no":
         question = f"is the amount on page {page_number} over {YES_ABOVE}?"
+    elif level == "two_hop":
+        one, other = relevant or rng.sample((rng.randrange(num_pages), num_pages), 2)
+        question = f"which is larger, the amount on page {one + 1} or on page {other + 1}?"
     else:
         absent = [code for code in range(10) if code not in codes]
-        code = rng.choice(absent) if relevant is None else codes[relevant]
+        code = codes[relevant[0]] if relevant else rng.choice(absent)
         question = rng.choice([f"what amount has code {code}?", f"amount of code {code}?"])
     per_pair = len(pool) // 100
     pairs = list(zip(codes, amounts, strict=True))
     pages = tuple((10 * code + amount) * per_pair + rng.randrange(per_pair) for code, amount in pairs)
     shown = tuple((str(code), str(amount)) for code, amount in pairs)
-    return Item(pages, shown, question, relevant, functools.partial(_answer, yes_no=level == "yes_no"))
+    return Item(pages, shown, question, relevant, ANSWERS.get(level, larger_amount), hops)
 
 
-def _answer(code: str, amount: str, *, yes_no: bool) -> str:
-    return amount if not yes_no else "yes" if int(amount) > YES_ABOVE else "no"
+def larger_amount(shown: Sequence[Shown]) -> str:
+    """Return the larger amount of the pages, which is the amount where there is one page."""
+    return max((amount for _, amount in shown), key=int)
+
+
+def is_over(shown: Sequence[Shown]) -> str:
+    """Answer the question of level yes_no."""
+    return "yes" if int(larger_amount(shown)) > YES_ABOVE else "no"
+
+
+ANSWERS: dict[FormLevel, Callable[[Sequence[Shown]], str]] = {"yes_no": is_over}
+"""How levels answer that do not ask for an amount."""
 
 
 class FormJob:

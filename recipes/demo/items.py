@@ -6,6 +6,7 @@ The jobs in `recipes.demo.forms` and `recipes.demo.shapes` decide what the pages
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ Shown = tuple[str, str]
 
 MIN_PAGES, MAX_PAGES = 2, 4
 UNANSWERABLE_SHARE = 0.15
-STRAYS_PER_MISREADING = 0.6  # how often a teacher answers from a random page, relative to how often they misread
+STRAYS_PER_MISREADING = 0.6  # how often a teacher answers from random pages, relative to how often they misread
+SLIPS_PER_MISREADING = 0.6  # the same of answers from one of several pages, with right evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +33,30 @@ class Item:
 
     pages: positions in the pool that the item was drawn from.
     shown: what each page shows.
-    relevant: position of the page that answers the question; None when no page does.
-    answer: maps what the relevant page shows to the answer.
+    relevant: positions of the pages that answer the question together; empty when it cannot be answered.
+    answer: maps what those pages show to the answer.
+    hops: number of pages that the question is about, whether they exist or not.
     """
 
     pages: tuple[int, ...]
     shown: tuple[Shown, ...]
     question: str
-    relevant: int | None
-    answer: Callable[[str, str], str]
+    relevant: tuple[int, ...]
+    answer: Callable[[Sequence[Shown]], str]
+    hops: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What someone read on an item's pages, correctly or not, and the page they answer from (None to abstain)."""
+    """What someone read on an item's pages, correctly or not, and what they make of it.
+
+    chosen: the pages that they give as evidence; empty to abstain.
+    used: those of them that they answer from.
+    """
 
     shown: tuple[Shown, ...]
-    chosen: int | None
+    chosen: tuple[int, ...]
+    used: tuple[int, ...]
 
 
 class Job(Protocol):
@@ -75,21 +84,24 @@ class Job(Protocol):
         """Return pages of one size, and a label for each merged vision token of each page."""
 
 
-def draw_relevant(num_pages: int, rng: Random) -> int | None:
-    """Draw the page that a question is about; None for a question that no page answers."""
-    return None if rng.random() < UNANSWERABLE_SHARE else rng.randrange(num_pages)
+def draw_relevant(num_pages: int, rng: Random, hops: int = 1) -> tuple[int, ...]:
+    """Draw the pages that a question is about, in the order in which it names them; none if it has no answer."""
+    if rng.random() < UNANSWERABLE_SHARE:
+        return ()
+    return (rng.randrange(num_pages),) if hops == 1 else tuple(rng.sample(range(num_pages), hops))
 
 
 def true_reading(item: Item) -> Reading:
-    """Read every page correctly and answer from the right one."""
-    return Reading(item.shown, item.relevant)
+    """Read every page correctly and answer from the right ones."""
+    return Reading(item.shown, item.relevant, item.relevant)
 
 
 def teacher_reading(job: Job, item: Item, noise: float, rng: Random) -> Reading:
     """Read as a teacher who makes mistakes, and whose whole response follows from them.
 
     Each thing is replaced with probability `noise` by a random one of its kind (sometimes the right one), and with
-    probability 0.6 `noise` the chosen page by a random one or none.
+    probability 0.6 `noise` the chosen pages by random ones or none. Of several chosen pages, only one is used with
+    probability 0.6 `noise`: the evidence may be right then and the answer wrong.
     """
 
     def read(thing: str, misreadings: Sequence[str]) -> str:
@@ -97,8 +109,11 @@ def teacher_reading(job: Job, item: Item, noise: float, rng: Random) -> Reading:
 
     first, second = job.misreadings
     shown = tuple((read(one, first), read(other, second)) for one, other in item.shown)
-    strays = rng.random() < STRAYS_PER_MISREADING * noise
-    return Reading(shown, rng.choice([None, *range(len(item.pages))]) if strays else item.relevant)
+    chosen = item.relevant
+    if rng.random() < STRAYS_PER_MISREADING * noise:
+        chosen = rng.choice([(), *itertools.combinations(range(len(item.pages)), item.hops)])
+    slips = len(chosen) > 1 and rng.random() < SLIPS_PER_MISREADING * noise
+    return Reading(shown, chosen, (rng.choice(chosen),) if slips else chosen)
 
 
 def prompt_text(item: Item) -> str:
@@ -118,12 +133,12 @@ def _template() -> str:
 
 def evidence_slots(fact: str, reading: Reading) -> list[str]:
     """Return what the evidence block says of each page. fact: see `Job`."""
-    return [fact.format(*shown) if page == reading.chosen else NO_EVIDENCE for page, shown in enumerate(reading.shown)]
+    return [fact.format(*shown) if page in reading.chosen else NO_EVIDENCE for page, shown in enumerate(reading.shown)]
 
 
 def answer_text(item: Item, reading: Reading) -> str:
     """Return the answer that follows from a reading."""
-    return INSUFFICIENT if reading.chosen is None else item.answer(*reading.shown[reading.chosen])
+    return item.answer([reading.shown[page] for page in reading.used]) if reading.used else INSUFFICIENT
 
 
 def gold_text(job: Job, item: Item) -> str:
@@ -134,7 +149,8 @@ def gold_text(job: Job, item: Item) -> str:
 def response_text(job: Job, item: Item, reading: Reading) -> str:
     """Return the whole four-block response of a reader with this reading; the observe block cites no page."""
     observed = ", ".join(" ".join(shown) for shown in reading.shown)
-    thought = "no page has it" if reading.chosen is None else f"page {reading.chosen + 1} has it"
+    pages = " and ".join(f"page {page + 1}" for page in sorted(reading.used)) or "no page"
+    thought = f"{pages} {'have' if len(reading.used) > 1 else 'has'} it"
     return f"<observe>{observed}</observe>\n" + _blocks(job, item, reading, f"<think>{thought}</think>\n")
 
 

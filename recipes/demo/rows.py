@@ -61,7 +61,9 @@ def _row(row_id: str, item: Item, split: Split, answer: str) -> dict[str, Any]:
         "answer": answer,
         "image": [image_path(split, position) for position in item.pages],
     }
-    return row if item.relevant is None else {**row, "page": item.relevant + 1}
+    if item.hops > 1:
+        return {**row, "pages": [page + 1 for page in item.relevant]}
+    return {**row, "page": item.relevant[0] + 1} if item.relevant else row
 
 
 def image_path(split: Split, position: int) -> str:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from PIL import Image
 
-from recipes.demo.items import MAX_PAGES, MIN_PAGES, Item, Split, draw_relevant
+from recipes.demo.items import MAX_PAGES, MIN_PAGES, Item, Shown, Split, draw_relevant
 from rsgrpo.errors import InputError
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -98,11 +98,16 @@ def draw_item(pool: Sequence[ShapePage], rng: Random) -> Item:
     """Draw two to four pages, and a question about one of them or about a page that is not there."""
     pages = tuple(rng.sample(range(len(pool)), rng.randint(MIN_PAGES, MAX_PAGES)))
     relevant = draw_relevant(len(pages), rng)
-    asked_about = pool[rng.choice(pages) if relevant is None else pages[relevant]]
+    asked_about = pool[pages[relevant[0]] if relevant else rng.choice(pages)]
     asked = rng.choice(asked_about.questions[rng.choice(KINDS)])
-    number = 1 + (len(pages) if relevant is None else relevant)
+    number = 1 + (relevant[0] if relevant else len(pages))
     shown = tuple((pool[page].color, pool[page].shape) for page in pages)
-    return Item(pages, shown, f"page {number}: {asked}", relevant, functools.partial(answer_to, asked))
+    return Item(pages, shown, f"page {number}: {asked}", relevant, functools.partial(_answer, asked))
+
+
+def _answer(question: str, shown: Sequence[Shown]) -> str:
+    [(color, shape)] = shown
+    return answer_to(question, color, shape)
 
 
 class ShapeJob:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from recipes import prepare
 from recipes.answers.questions import Question, named_prompt, to_prompt
-from recipes.demo.forms import FIRST_VALIDATION_SCAN, FormJob, Scans, draw_item, draw_pool
+from recipes.demo.forms import FIRST_VALIDATION_SCAN, FormJob, Scans, draw_item, draw_pool, larger_amount
 from recipes.demo.items import Item, Reading, gold_text, prompt_text, response_text, teacher_reading, true_reading
 from rewards import evisrag
 from rewards.api import Response
@@ -29,7 +29,7 @@ from rsgrpo.errors import RsgrpoError
 SMALL = ["--sft-items", "30", "--train-items", "20", "--val-items", "10", "--vision-steps", "1"]
 DEMO_INPUTS = InputsConfig(min_pixels=784, max_pixels=50176, max_images=4, max_prompt_tokens=256)
 JOB = FormJob("easy", 0)
-ITEM = Item((250, 931), (("2", "5"), ("9", "3")), "what amount is on page 2?", 1, lambda code, amount: amount)
+ITEM = Item((250, 931), (("2", "5"), ("9", "3")), "what amount is on page 2?", (1,), larger_amount)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,12 @@ def test_texts_of_one_item_are_as_written_by_hand(demo):
         assert to_prompt(Question("q", row["question"], tuple(row["image"])), template).text == row["prompt"]
     gold = f"<evidence>\n[1]: {NO_EVIDENCE}\n[2]: code 9 amount 3\n</evidence>\n<answer>3</answer>"
     assert gold_text(JOB, ITEM) == gold
-    assert response_text(JOB, ITEM, Reading((("2", "5"), ("9", "8")), chosen=0)) == (
+    assert response_text(JOB, ITEM, Reading((("2", "5"), ("9", "8")), chosen=(0,), used=(0,))) == (
         f"<observe>2 5, 9 8</observe>\n<evidence>\n[1]: code 2 amount 5\n[2]: {NO_EVIDENCE}\n</evidence>\n"
         "<think>page 1 has it</think>\n<answer>5</answer>"
     )
     abstaining = {"evidence": [NO_EVIDENCE, NO_EVIDENCE], "answers": [INSUFFICIENT]}
-    assert parse_gold(response_text(JOB, ITEM, Reading(ITEM.shown, None))) == abstaining
+    assert parse_gold(response_text(JOB, ITEM, Reading(ITEM.shown, (), ()))) == abstaining
 
 
 def test_rows_have_the_columns_of_evisrag_and_one_mark_per_page(demo):
@@ -140,31 +140,66 @@ def test_pages_put_code_left_and_amount_right_and_jitter_moves_them(scans):
 
 def test_easy_questions_name_the_relevant_page_or_one_that_is_not_there(scans):
     for item in draw_items(scans, count=300):
-        expected = len(item.pages) if item.relevant is None else item.relevant
+        [expected] = item.relevant or [len(item.pages)]
         assert found(r"page (\d)", item.question) == str(expected + 1)
 
 
 def test_a_yes_or_no_question_is_answered_rightly_by_half_of_all_misreadings(scans):
     for item in draw_items(scans, "yes_no", count=300):
-        assert item.question == f"is the amount on page {1 + (item.relevant or 0)} over 4?" or item.relevant is None
-        if item.relevant is None:
+        if not item.relevant:
             assert "<answer>insufficient to answer</answer>" in gold_text(JOB, item)
             continue
+        [page] = item.relevant
+        assert item.question == f"is the amount on page {page + 1} over 4?"
         answer = found(r"<answer>(.*)</answer>", gold_text(JOB, item))
-        assert answer == ("yes" if item.shown[item.relevant][1] in "56789" else "no")
-        misread = [Reading((("0", amount),) * len(item.pages), item.relevant) for amount in "0123456789"]
+        assert answer == ("yes" if item.shown[page][1] in "56789" else "no")
+        misread = [Reading((("0", amount),) * len(item.pages), (page,), (page,)) for amount in "0123456789"]
         assert sum(f"<answer>{answer}</answer>" in response_text(JOB, item, reading) for reading in misread) == 5
+
+
+def test_two_hop_questions_name_two_pages_and_are_answered_by_the_larger_amount(scans):
+    for item in draw_items(scans, "two_hop", count=300):
+        named = [int(page) - 1 for page in re.findall(r"page (\d)", item.question)]
+        assert len(set(named)) == 2
+        if not item.relevant:  # one page is there, the other is not
+            assert len(item.pages) in named
+            assert parse_gold(gold_text(JOB, item))["evidence"] == [NO_EVIDENCE] * len(item.pages)
+            continue
+        assert list(item.relevant) == named
+        gold = parse_gold(gold_text(JOB, item))
+        assert [page for page, slot in enumerate(gold["evidence"]) if slot != NO_EVIDENCE] == sorted(named)
+        assert gold["answers"] == [max(item.shown[page][1] for page in named)]
+
+
+def test_on_two_pages_evidence_may_be_right_with_a_wrong_answer_and_the_reverse(scans):
+    """Of one item, by hand; and what the teacher writes has both."""
+    item = Item((0, 0, 0), (("1", "5"), ("2", "8"), ("3", "0")), "", (1, 0), larger_amount, hops=2)
+    truth = parse_gold(gold_text(JOB, item))
+
+    def scores(reading: Reading) -> tuple[float | None, float | None]:
+        response = Response(response_text(JOB, item, reading), truth)
+        return evisrag.evidence(response), evisrag.accuracy(response)
+
+    assert scores(true_reading(item)) == (1, 1)
+    assert "<think>page 1 and page 2 have it</think>" in response_text(JOB, item, true_reading(item))
+    assert scores(Reading(item.shown, (0, 1), (0,))) == (1, 0)  # the second hop is forgotten
+    assert scores(Reading((("1", "4"), *item.shown[1:]), (0, 1), (0, 1))) == (4 / 7, 1)  # the smaller one is misread
+    readings = [teacher_reading(JOB, item, 0.3, Random(seed)) for seed in range(1000)]
+    both = Counter((read == 1, right == 1) for read, right in map(scores, readings))
+    assert both[True, False] > 30
+    assert both[False, True] > 150
+    assert all(1 <= len(reading.used) <= len(reading.chosen) for reading in readings if reading.chosen)
 
 
 def test_lookup_questions_name_the_code_of_the_relevant_page_or_of_none(scans):
     for item in draw_items(scans, "lookup", count=300):
         code, codes = found(r"code (\d)", item.question), [code for code, _ in item.shown]
-        assert (None if item.relevant is None else codes[item.relevant]) == (code if code in codes else None)
+        assert [codes[page] for page in item.relevant] == ([code] if code in codes else [])
 
 
 def test_fifteen_percent_of_questions_cannot_be_answered(scans):
     items = draw_items(scans)
-    share = sum(item.relevant is None for item in items) / len(items)
+    share = sum(not item.relevant for item in items) / len(items)
     assert share == pytest.approx(0.15, abs=0.02)  # 3 sigma at 3,000 items
     pages = Counter(len(item.pages) for item in items)
     assert all(count / len(items) == pytest.approx(1 / 3, abs=0.03) for count in pages.values())

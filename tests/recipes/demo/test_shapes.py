@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from random import Random
@@ -29,8 +28,8 @@ ITEM = Item(
     pages=(3, 5),
     shown=(("teal", "circle"), ("red", "triangle")),
     question="page 2: is there not a red shape?",
-    relevant=1,
-    answer=functools.partial(answer_to, "is there not a red shape?"),
+    relevant=(1,),
+    answer=lambda shown: answer_to("is there not a red shape?", *shown[0]),
 )
 
 
