@@ -1,85 +1,178 @@
-"""RS-GRPO against its ablations on the demo's task, same budget: one table with intervals over seeds.
+"""The trial of credit rules: the same runs under every rule, from one warm start per level of the demo's questions.
 
-    python -m benchmarks.ablations [--seeds 0 1 2 3 4] [--steps 40] [--level easy] [--folder ablations]
+    python -m benchmarks.ablations [--levels easy two_hop yes_no] [--arms grpo causal rs_grpo] [--seeds 8]
+    python -m benchmarks.ablations --table        # only the tables, from the committed runs
 
-Every seed has its own data, model and warm start, from which each arm starts. Finished stages are not run again, so an
-interrupted study resumes. An arm takes about two minutes on two cores, a warm start six. `--table` only prints.
+Makes data, model and warm start of a level where they are missing, then runs what is missing of the plan. A part of the
+plan is of use already: all arms of seed 1 on every level at the recipe's learning rate come first, then the next seeds;
+then every arm's own rate is chosen, and arms whose rate is another one run again with it. A finished run is one small
+json in --results and is not run again. Stop it at any time: a run resumes from its last checkpoint. All is in one
+process, without Ray; a run takes about a minute of one core.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from benchmarks.ablation_tables import (
+    ARMS,
+    LEVELS,
+    RATES,
+    SETTINGS,
+    TUNED_ON,
+    TUNING_SEEDS,
+    read_runs,
+    tables,
+    tuned_rate,
+)
+from rollout.files import write_text
 
-from benchmarks.demo_seeds import SCORES, curve, interval
-
-ARMS = {
-    "per_reward": "RS-GRPO",
-    "per_scope": "per scope (paper)",
-    "widen": "widened scopes (released code)",
-    "grpo": "plain GRPO",
-}
-BASELINE = "grpo"
+RESULTS = Path(__file__).parent / "credit_runs"
 EXPORTED = "preprocessor_config.json"  # the file that an export writes last
+KEPT = ("reward/", "monitor/", "actor/entropy", "actor/grad_norm", "actor/skipped", "rollout/num_tokens_mean", "val/")
+"""The metrics of a run that its json holds; of rewards and monitors the means."""
 
 
-def run_of(folder: Path, arm: str) -> Path:
-    """Return the run folder of one arm of one seed."""
-    found = sorted(folder.glob(f"runs/demo-algorithm={arm},*"))
-    if len(found) != 1:
-        raise SystemExit(f"{folder}: {len(found)} runs of {arm}, not 1. Run the study, or name another --folder.")
-    return found[0]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Planned:
+    """One run of the plan. rate: factor on the recipe's learning rate; None is the best of its arm's tuning runs."""
+
+    level: str
+    arm: str
+    rate: float | None
+    seed: int
 
 
-def study(folder: Path, seed: int, steps: int, level: str) -> None:
-    """Make one seed's data, model and warm start, then run every arm (one hydra multirun)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = [
-        ("demo/model", ["recipes.prepare", "demo", "--seed", f"{seed}", "--level", level]),
-        ("demo/sft/export", ["recipes.sft", "recipe=sft_demo", f"seed={seed}"]),
+def plan(levels: Sequence[str], arms: Sequence[str], num_seeds: int) -> Iterator[Planned]:
+    """Yield every run of the trial, the most useful ones first."""
+    for seed in range(1, num_seeds + 1):
+        yield from (Planned(level, arm, 1.0, seed) for level in levels for arm in arms)
+    for seed in TUNING_SEEDS:
+        yield from (Planned(TUNED_ON, arm, rate, seed) for rate in RATES for arm in arms)
+    for seed in range(1, num_seeds + 1):
+        yield from (Planned(level, arm, None, seed) for level in levels for arm in arms)
+
+
+def warm_start(folder: Path, level: str) -> Path:
+    """Make a level's data, model and warm start where they are missing; return the exported policy."""
+    home = folder / level
+    home.mkdir(parents=True, exist_ok=True)
+    for made, command in (
+        ("demo/model", ["recipes.prepare", "demo", "--level", level]),
+        ("demo/sft/export", ["recipes.sft", "recipe=sft_demo", "validation.every=0", "checkpoint.every=100"]),
+    ):
+        if not (home / made / EXPORTED).exists():
+            print(f"{home}: python -m {' '.join(command)}", flush=True)
+            subprocess.run([sys.executable, "-m", *command], cwd=home, check=True)
+    return home / "demo/sft/export"
+
+
+def run_once(home: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
+    """Train one arm from the warm start in `home`; return its metrics and what they were made with."""
+    from rsgrpo import cli
+    from rsgrpo.cluster.local import LocalCluster
+    from rsgrpo.config.train import TrainConfig
+    from rsgrpo.records.tracking import read_metrics
+    from rsgrpo.running.run import Run, run_folder
+    from rsgrpo.train import take_step
+
+    shared = cli.compose(TrainConfig, overrides=list(SETTINGS))
+    overrides = [
+        *SETTINGS,
+        *ARMS[arm].overrides,
+        f"learner.lr={rate * shared.learner.lr}",
+        f"seed={seed}",
+        f"name={arm}-x{rate:g}-seed{seed}",
     ]
-    sweep = ["rsgrpo.train", "-m", "recipe=demo", f"seed={seed}", f"total_steps={steps}", f"algorithm={','.join(ARMS)}"]
-    missing = [command for made, command in stages if not (folder / made / EXPORTED).exists()]
-    for command in [*missing, sweep]:
-        print(f"{folder}: python -m {' '.join(command)}", flush=True)
-        subprocess.run([sys.executable, "-m", *command], cwd=folder, check=True)
+    config = cli.compose(TrainConfig, overrides=overrides)
+    started = time.process_time()
+    os.chdir(home)  # the recipe names data and model from here
+    with Run.open(config, start_cluster=LocalCluster, line_every=config.total_steps) as run:
+        run.validate_if_due()
+        for step in run.steps_left:
+            take_step(run, step)
+    rows = read_metrics(run_folder(config))
+    shutil.rmtree(run_folder(config))
+    return {
+        "commit": commit(),
+        "settings": digest(json.dumps(dataclasses.asdict(shared), sort_keys=True, default=str).encode()),
+        "warm_start": digest((home / shared.model.path / "model.safetensors").read_bytes()),
+        "lr": config.learner.lr,
+        "cpu_seconds": round(time.process_time() - started),
+        "metrics": kept_metrics(rows),
+    }
 
 
-def table(folders: Sequence[Path]) -> str:
-    """Return a markdown table: per arm the mean score after the run, and its paired difference from plain GRPO."""
-    lines = [f"Mean over {len(folders)} seeds after the run; in brackets the difference from plain GRPO (95%)."]
-    lines += ["", f"| score | before | {' | '.join(ARMS.values())} |", "|---|" + "---|" * (len(ARMS) + 1)]
-    for name, key in SCORES.items():
-        ends = {arm: np.array([curve(run_of(folder, arm), key)[1][-1] for folder in folders]) for arm in ARMS}
-        before = np.mean([curve(run_of(folder, BASELINE), key)[1][0] for folder in folders])
-        cells = []
-        for arm, values in ends.items():
-            mean, half = interval(values - ends[BASELINE])
-            paired = "" if arm == BASELINE else f" [{mean:+.3f} ± {half:.3f}]"
-            cells.append(f"{values.mean():.3f}{paired}")
-        lines.append(f"| {name} | {before:.3f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def kept_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return metric -> its steps and values, rounded to five digits."""
+    kept: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(KEPT) and not name.endswith("/std"):
+                column = kept.setdefault(name, {"step": [], "value": []})
+                column["step"].append(row["step"])
+                column["value"].append(float(f"{value:.5g}"))
+    return kept
+
+
+def digest(content: bytes) -> str:
+    """Return a short name of some bytes."""
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def commit() -> str:
+    """Return the commit of this code; "unknown" outside a clone."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def sweep(wanted: Iterable[Planned], folder: Path, results: Path) -> None:
+    """Run what is missing of a plan."""
+    for planned in wanted:
+        rate = planned.rate or tuned_rate(read_runs(results), planned.arm)
+        assert rate is not None  # the plan has all tuning runs before
+        path = results / planned.level / planned.arm / f"x{rate:g}-seed{planned.seed}.json"
+        if path.exists():
+            continue
+        home = warm_start(folder, planned.level).parent.parent.parent
+        made = run_once(home, planned.arm, rate, planned.seed)
+        named = {"level": planned.level, "arm": planned.arm, "rate": rate, "seed": planned.seed}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({**named, **made}) + "\n")
+        print(f"{path}: {made['cpu_seconds']} s of CPU", flush=True)
 
 
 def main() -> None:
-    """Run the stages that are missing; print the table."""
+    """Run what is missing; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="2 to 10 seeds")
-    parser.add_argument("--steps", type=int, default=40, help="RL steps of every arm")
-    parser.add_argument("--level", default="easy", help="of the demo's questions, as in `recipes.prepare demo`")
-    parser.add_argument("--folder", type=Path, default=Path("ablations"), help="where the seeds' folders are made")
-    parser.add_argument("--table", action="store_true", help="run nothing; print the table of finished runs")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="of the demo's questions")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="rules to run")
+    parser.add_argument("--seeds", type=int, default=8, help="fresh seeds of every arm and level, from 1")
+    parser.add_argument("--folder", type=Path, default=Path("ablations"), help="where levels and unfinished runs are")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the metrics of finished runs are")
+    parser.add_argument("--table", action="store_true", help="run nothing; print the tables of finished runs")
     arguments = parser.parse_args()
-    folders = [arguments.folder / f"seed{seed}" for seed in arguments.seeds]
-    for seed, folder in zip(arguments.seeds, folders, strict=True):
-        if not arguments.table:
-            study(folder.absolute(), seed, arguments.steps, arguments.level)
-    print(table(folders))
+    results = arguments.results.absolute()
+    if not arguments.table:
+        sweep(plan(arguments.levels, arguments.arms, arguments.seeds), arguments.folder.absolute(), results)
+    print("\n\n".join(tables(read_runs(results))))
 
 
 if __name__ == "__main__":
