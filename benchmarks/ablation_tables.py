@@ -38,6 +38,7 @@ STEPS, LAST = 40, 10
 SETTINGS = (
     "recipe=demo",
     f"total_steps={STEPS}",
+    "algorithm.prompts_per_step=6",
     "validation.at_start=false",
     f"validation.every={STEPS}",
     "checkpoint.every=10",
@@ -48,7 +49,7 @@ SETTINGS = (
     "gate.every=0",
     "guards.action=warn",
 )
-"""What all runs share, beside the recipe's own settings."""
+"""What all runs share, beside the recipe's own settings: half its batch, for twice the seeds."""
 RATES = (1.0, 2.0, 0.5)
 TUNED_ON, TUNING_SEEDS = "easy", (101,)
 """Rates are chosen per arm on one level, on seeds that are not used afterwards."""
