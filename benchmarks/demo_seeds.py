@@ -8,12 +8,10 @@ Each RUN is the run folder of one seed, `<folder of the seed>/runs/demo`; docs/r
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+from rsgrpo.lab.compare import interval
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.report.line_chart import line_chart
 
@@ -25,8 +23,6 @@ SCORES = {
     "pages marked (sampled)": "val/sampled/marked_rate",
     "well formed (sampled)": "val/sampled/well_formed",
 }
-# Two-sided 95% quantiles of Student's t, by degrees of freedom.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def curve(run: Path, key: str) -> tuple[list[int], list[float]]:
@@ -35,12 +31,6 @@ def curve(run: Path, key: str) -> tuple[list[int], list[float]]:
     if not rows:
         raise SystemExit(f"{run}: no {key} in metrics.jsonl; is this the run folder of `rsgrpo.train recipe=demo`?")
     return [row["step"] for row in rows], [row[key] for row in rows]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return mean and half width of the 95% t-interval."""
-    mean, n = float(np.mean(values)), len(values)
-    return mean, T_95[n - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
 def table(runs: Sequence[Path]) -> str:
@@ -52,9 +42,10 @@ def table(runs: Sequence[Path]) -> str:
     ]
     for name, key in SCORES.items():
         ends = [(values[0], values[-1]) for _, values in (curve(run, key) for run in runs)]
-        mean, half = interval([after - before for before, after in ends])
+        gain = interval([after - before for before, after in ends])
+        low, high = gain.mean - gain.half_width, gain.mean + gain.half_width
         cells = " | ".join(f"{before:.3f} → {after:.3f}" for before, after in ends)
-        lines.append(f"| {name} | {cells} | {mean:+.3f} | [{mean - half:+.3f}, {mean + half:+.3f}] |")
+        lines.append(f"| {name} | {cells} | {gain.mean:+.3f} | [{low:+.3f}, {high:+.3f}] |")
     return "\n".join(lines)
 
 
@@ -74,7 +65,7 @@ def draw(runs: Sequence[Path], folder: Path) -> list[Path]:
 def main() -> None:
     """Print the table; write the figure where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one per seed (2 to 10)")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, one per seed, two or more")
     parser.add_argument("--curves", type=Path, help="also draw the curves into this folder")
     arguments = parser.parse_args()
     print(table(arguments.runs))
