@@ -62,6 +62,21 @@ def listed(items: Sequence[str], limit: int = MAX_LISTED) -> str:
     return "\n".join(f"  {line}" for line in [*items[:limit], *more])
 
 
+def printable(text: str) -> str:
+    r"""Return text from a model, a file or another program for a terminal: control characters but \n and \t as \xNN.
+
+    A terminal obeys some of them: it moves the cursor, sets its title, or fills the clipboard.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def one_line(error: object, limit: int = 200) -> str:
+    """Return what an error says as one printable line of at most `limit` characters."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def run_program(work: Callable[[], int | None], *, kept: str = "", extras: Mapping[str, str] | None = None) -> int:
     """Run a command-line program's work and return its exit code; a user error becomes one message.
 
@@ -93,5 +108,5 @@ def run_program(work: Callable[[], int | None], *, kept: str = "", extras: Mappi
 
 
 def _ended(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -239,6 +240,7 @@ def _namesakes() -> Iterator[Finding]:
 def _ray() -> Finding:
     """Start a one-CPU cluster in its own process, run one task and stop it."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # as a run does; else Ray writes one to a file
     command = [sys.executable, "-c", RAY_PROBE]
     try:
         probe = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RAY_TIMEOUT_S)

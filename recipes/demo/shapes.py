@@ -18,6 +18,7 @@ from typing import Literal
 from PIL import Image
 
 from recipes.demo.items import MAX_PAGES, MIN_PAGES, Item, Shown, Split, draw_relevant
+from rollout.inputs.images import opened
 from rsgrpo.errors import InputError
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -131,6 +132,6 @@ class ShapeJob:
         pages, labels = [], []
         for page in shape_pool(split):
             labels.append([COLORS.index(page.color) * len(SHAPES) + SHAPES.index(page.shape)] * 4)
-            with Image.open(page.file) as image:
+            with opened(page.file) as image:
                 pages.append(image.convert("RGB"))
         return pages, labels

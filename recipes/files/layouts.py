@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -16,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
 from recipes.answers.batch import rewrite
 from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS, first_of
 from rewards.evisrag import read_gold
 from rollout.files import write_bytes
-from rollout.inputs.images import PromptError, bytes_of, read_size
+from rollout.inputs.images import PromptError, bytes_of, opened, read_size
 from rollout.types import ImageSource
 from rsgrpo.data.image_packs import packed_images, packs_in
 from rsgrpo.data.rows import ImageFolder, Row, find_images, image_entries, image_paths, read_rows
@@ -152,7 +149,7 @@ def portable_image(source: ImageSource, out: Path) -> str:
     if isinstance(source, str):
         return os.path.relpath(source, out.parent)
     content = bytes_of(source)
-    with Image.open(io.BytesIO(content)) as image:
+    with opened(content) as image:
         suffix = (image.format or "img").lower()
     path = out.parent / f"{out.stem}_images" / f"{hashlib.sha256(content).hexdigest()[:16]}.{suffix}"
     if not path.is_file():

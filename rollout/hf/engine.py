@@ -25,7 +25,7 @@ from rollout.families.features import FeatureCache
 from rollout.hf.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
 from rollout.hf.sampling import rollout_uniforms, sample_tokens
 from rollout.inputs.images import PromptError
-from rollout.inputs.processor import InputProcessor, PromptInputs
+from rollout.inputs.processor import InputProcessor, PromptInputs, preparing
 from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 Item = TypeVar("Item")
@@ -96,7 +96,8 @@ class HFEngine:
         encoded: list[tuple[Prompt, PromptInputs]] = []
         for prompt in prompts:
             try:
-                encoded.append((prompt, self.processor.encode(prompt)))
+                with preparing(prompt):
+                    encoded.append((prompt, self.processor.encode(prompt)))
             except PromptError as error:
                 yield RolloutGroup(prompt, (), error=str(error))
         encoded.sort(key=lambda pair: -len(pair[1].token_ids_T))

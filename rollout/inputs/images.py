@@ -1,4 +1,8 @@
-"""Turn an image source into the pixels that a model sees: decoding, orientation, colour and the single resize."""
+"""Turn an image source into the pixels that a model sees: decoding, orientation, colour and the single resize.
+
+`opened` is the one place of this project that opens an image: which formats a decoder may see, how large an image may
+be before it is decoded, and that whatever a decoder raises is a bad image with a message of one line.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,23 @@ import base64
 import io
 import math
 import re
-import struct
-import zlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from rollout.errors import InputError
+from rollout.errors import InputError, RsgrpoError, one_line, printable
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
 
 MAX_ASPECT_RATIO = 200
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")
+"""Pillow reads more. Of those, EPS starts another program, ICO decodes before its size is known, and some crash."""
+MAX_TILE_PIXELS = 2**22
+"""A TIFF is decoded by whole tiles, which may be far larger than the image; larger ones may only be as the image."""
 MAX_PNG_SIDE = 256
 """Larger thumbnails are encoded as JPEG."""
 
@@ -27,8 +34,6 @@ MAX_PNG_SIDE = 256
 class PromptError(InputError):
     """This one prompt cannot be used: too long, an unreadable image, too many images, misplaced image marks."""
 
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
 
 # The operation that undoes each EXIF orientation; 1 is upright.
 _TRANSPOSE = {
@@ -79,14 +84,14 @@ def read_size(source: ImageSource) -> tuple[int, int]:
     Raises:
         PromptError: the file is missing, not an image, or a decompression bomb.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def check_decodes(source: ImageSource) -> None:
     """Decode the image as cheaply as its format allows and drop the pixels; raises as `decode`."""
-    with _opened(source) as image:
+    with opened(source) as image:
         _require_supported(image, source)
         image.draft("L", (1, 1))  # JPEG: skip most of the inverse transform; other formats ignore it
         image.load()
@@ -98,7 +103,7 @@ def decode(source: ImageSource) -> Image.Image:
     Raises:
         PromptError: the file is missing, not an image, truncated, a decompression bomb, or of floating-point pixels.
     """
-    with _opened(source) as image:
+    with opened(source) as image:
         _require_supported(image, source)
         orientation = _orientation(image)
         image.load()
@@ -123,25 +128,89 @@ def data_uri(source: ImageSource, max_side: int) -> str:
 
 
 @contextmanager
-def _opened(source: ImageSource) -> Iterator[Image.Image]:
-    """Open an image lazily; what Pillow raises because of its bytes, here or in the block, becomes a PromptError."""
-    try:
-        with Image.open(file_of(source)) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise PromptError(
-                    f"image {name_of(source)} has {image.width} x {image.height} pixels, more than the "
-                    f"{limit:,} that Pillow considers safe. Scale it down."
-                )
+def opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Open an image lazily; whatever Pillow raises because of its bytes, here or in the block, becomes a PromptError.
+
+    Raises:
+        PromptError: it is missing, of another format than `FORMATS`, too large to decode safely, or damaged.
+    """
+    with _naming(source):
+        try:
+            image = Image.open(file_of(source), formats=FORMATS)
+        except UnidentifiedImageError:
+            known = ", ".join(FORMATS)
+            raise PromptError(f"image {name_of(source)} cannot be read: it is damaged or not one of {known}") from None
+        with image:
+            _require_safe(image, source)
             yield image
-    except PromptError:
+
+
+def has_known_format(path: str) -> bool:
+    """Say whether the first bytes of a file are those of an image that `opened` would read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.open(path, formats=FORMATS).close()
+    except Image.DecompressionBombError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def num_frames(image: Image.Image) -> int:
+    """Return the number of pages of an opened TIFF; 1 for any other format, animated or not."""
+    return int(getattr(image, "n_frames", 1)) if image.format == "TIFF" else 1
+
+
+def decode_frame(image: Image.Image, source: ImageSource, index: int) -> Image.Image:
+    """Return one page of an opened TIFF as RGB; raises as `decode`."""
+    with _naming(source):
+        image.seek(index)
+        _require_safe(image, source)
+        _require_supported(image, source)
+        image.load()
+        return to_rgb(image.copy())
+
+
+@contextmanager
+def _naming(source: ImageSource) -> Iterator[None]:
+    """Turn whatever a decoder raises into a PromptError of one line that names the image.
+
+    Decoders raise nearly everything when their input is damaged on purpose, so no list of classes would be complete.
+    """
+    try:
+        yield
+    except RsgrpoError:  # ours, raised in the block
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PromptError(f"image {name_of(source)} is too large to decode safely: {error}. Scale it down.") from error
     except FileNotFoundError as error:
         raise PromptError(f"image {name_of(source)} does not exist") from error
-    except _UNREADABLE as error:
-        raise PromptError(f"image {name_of(source)} cannot be read: {type(error).__name__}: {error}") from error
+    except MemoryError as error:
+        raise PromptError(f"image {name_of(source)} needs more memory than there is. Scale it down.") from error
+    except Exception as error:
+        raise PromptError(
+            f"image {name_of(source)} cannot be read: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _require_safe(image: Image.Image, source: ImageSource) -> None:
+    """Refuse, before a pixel is decoded, what would take far more memory than a page."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise PromptError(
+            f"image {name_of(source)} has {image.width} x {image.height} pixels, more than the "
+            f"{limit:,} that Pillow considers safe. Scale it down."
+        )
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        tile = tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0)
+        if tile[0] * tile[1] > max(MAX_TILE_PIXELS, image.width * image.height):
+            raise PromptError(
+                f"image {name_of(source)} of {image.width} x {image.height} pixels is stored in tiles of {tile[0]} x "
+                f"{tile[1]}. Save it without tiles."
+            )
 
 
 def local_source(reference: str) -> str | bytes:
@@ -177,8 +246,8 @@ def bytes_of(source: bytes | PackedImage) -> bytes:
 def name_of(source: ImageSource) -> str:
     """Name an image in a message."""
     if isinstance(source, PackedImage):
-        return f"{source.name} of {source.file}"
-    return f"<{len(source):,} bytes>" if isinstance(source, bytes) else source
+        return printable(f"{source.name} of {source.file}")
+    return f"<{len(source):,} bytes>" if isinstance(source, bytes) else printable(source)
 
 
 def _require_supported(image: Image.Image, source: ImageSource) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +15,15 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rollout.config import InputsConfig
 from rollout.engine import EngineOptions
-from rollout.errors import InputError
+from rollout.errors import InputError, RsgrpoError, one_line
 from rollout.families import FAMILIES, Family
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import fresh_text, token_spans
 from rollout.types import FinishReason, ImageSource, Prompt, Rollout, RolloutGroup
 
 IMAGE_MARK = "<image>"
+
+log = logging.getLogger(__name__)
 
 
 class InputsError(InputError):
@@ -248,3 +252,15 @@ class InputProcessor:
 def pixel_hash(image: Image.Image) -> str:
     """Return the sha256 of an image's size and pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
+
+
+@contextmanager
+def preparing(prompt: Prompt) -> Iterator[None]:
+    """Turn a surprise while one prompt is prepared into its own PromptError, so that all others are sampled."""
+    try:
+        yield
+    except RsgrpoError:
+        raise
+    except Exception as error:
+        log.exception("prompt %s cannot be prepared", prompt.id)
+        raise PromptError(f"the prompt cannot be prepared: {type(error).__name__}: {one_line(error)}") from error

@@ -23,7 +23,7 @@ from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import EngineError, EngineFailed, EngineOptions, check_sampling
 from rollout.files import write_bytes, write_text
 from rollout.inputs.images import PromptError
-from rollout.inputs.processor import InputProcessor
+from rollout.inputs.processor import InputProcessor, preparing
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import environment, max_model_len, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
@@ -163,9 +163,10 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineGenerateError
 
         try:
-            request, num_tokens = await asyncio.get_running_loop().run_in_executor(
-                self._pool, build_request, self.processor, prompt, sampling.max_tokens, self._max_model_len
-            )
+            with preparing(prompt):
+                request, num_tokens = await asyncio.get_running_loop().run_in_executor(
+                    self._pool, build_request, self.processor, prompt, sampling.max_tokens, self._max_model_len
+                )
         except PromptError as error:
             return RolloutGroup(prompt, (), error=str(error))
         self._num_requests += 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
@@ -31,8 +33,7 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:
-        # Nothing outside this machine connects to a cluster that lives as long as this process.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        require_token()
     own = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
     settings = {"address": address, "namespace": "rsgrpo"} if address else own
     # Ray puts the current folder first on the path of every worker.
@@ -48,6 +49,17 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
             message = f"Ray failed to start ({reason}). Run `python -m rsgrpo.doctor` to find out why."
         raise RsgrpoError(message) from error
     return True
+
+
+def require_token() -> None:
+    """Let only those who know a token talk to the Ray that this process starts: Ray listens on every interface.
+
+    The token is the user's own (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH) or a new one, which lives as long as this process
+    and is in no file. Ray's own default is a file in the home folder that everyone on the machine can read.
+    """
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager

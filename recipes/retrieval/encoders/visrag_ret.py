@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+FORMATS = ("PNG", "JPEG")  # of a store's pages; Pillow reads others by starting programs
 QUERY_PREFIX = "Represent this query for retrieving relevant documents: "
 
 
@@ -35,7 +36,9 @@ def encode(model: Any, tokenizer: Any, items: Sequence[str | Path], batch_size: 
     for start in range(0, len(items), batch_size):
         chosen = items[start : start + batch_size]
         texts = [item if isinstance(item, str) else "" for item in chosen]
-        images = [None if isinstance(item, str) else Image.open(item).convert("RGB") for item in chosen]
+        images = [
+            None if isinstance(item, str) else Image.open(item, formats=FORMATS).convert("RGB") for item in chosen
+        ]
         with torch.no_grad():
             found = model(text=texts, image=images, tokenizer=tokenizer)
         pooled = weighted_mean(found.last_hidden_state.float(), found.attention_mask)

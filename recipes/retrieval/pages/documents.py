@@ -16,18 +16,25 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from recipes.answers.options import check_options
 from recipes.retrieval.pages.ocr import read_text
-from rollout.inputs.images import MAX_ASPECT_RATIO, PromptError, decode, to_rgb
+from rollout.inputs.images import (
+    MAX_ASPECT_RATIO,
+    PromptError,
+    decode,
+    decode_frame,
+    has_known_format,
+    num_frames,
+    opened,
+)
 from rollout.keys import key
 from rsgrpo.errors import RsgrpoError
 
@@ -36,7 +43,6 @@ OFFICE = frozenset(
 )
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
-IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")  # Pillow reads more: EPS runs programs
 POINTS_PER_INCH = 72
 _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
@@ -206,14 +212,9 @@ def _kind(path: Path) -> Literal["pdf", "image", "other"]:
             start = file.read(1024)
         if start.startswith(b"%PDF-") or (b"%PDF-" in start and path.suffix.lower() == ".pdf"):
             return "pdf"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size limits are checked where the pixels are decoded
-            with Image.open(path, formats=IMAGE_FORMATS):
-                return "image"
-    except Image.DecompressionBombError:
-        return "image"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except OSError:
         return "other"
+    return "image" if has_known_format(os.fspath(path)) else "other"
 
 
 def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Image, str] | str]:
@@ -259,33 +260,27 @@ def _pdf_scale(width_points: float, height_points: float, settings: RenderSettin
 
 def _image_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Image, str] | str]:
     """Yield an image's pixels; every frame of a TIFF, the first frame of anything else."""
-    limit = Image.MAX_IMAGE_PIXELS or 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path, formats=IMAGE_FORMATS)
-        with opened:
-            num_frames = getattr(opened, "n_frames", 1) if opened.format == "TIFF" else 1
-            _refuse_pages(num_frames, settings)
-            if num_frames == 1:
+        with opened(os.fspath(path)) as image:
+            count = num_frames(image)
+            _refuse_pages(count, settings)
+            if count == 1:
                 yield _fit(decode(os.fspath(path)), settings), ""
                 return
-            for index in range(num_frames):
-                result: tuple[Image.Image, str] | str
+            for index in range(count):
                 try:
-                    opened.seek(index)
-                    if opened.width * opened.height > limit:
-                        result = f"{opened.width} x {opened.height} pixels, more than the safe limit of {limit:,}"
-                    else:
-                        opened.load()
-                        result = _fit(to_rgb(opened.copy()), settings), ""
-                except (OSError, EOFError, ValueError, SyntaxError, PromptError) as error:
-                    result = f"{type(error).__name__}: {error}"
-                yield result
-    except PromptError as error:  # its text names the path, which the catalogue shows already
-        raise DocumentError(str(error).replace(os.fspath(path), "").replace("image  ", "the image ")) from error
-    except Image.DecompressionBombError as error:
-        raise DocumentError(f"the image is too large to decode safely: {error}; scale it down") from error
+                    page = _fit(decode_frame(image, os.fspath(path), index), settings)
+                except PromptError as error:
+                    yield _without_path(error, path)
+                else:
+                    yield page, ""
+    except PromptError as error:
+        raise DocumentError(_without_path(error, path)) from error
+
+
+def _without_path(error: PromptError, path: Path) -> str:
+    """Return what is wrong with an image without its path, which the catalogue shows already."""
+    return str(error).replace(f"image {path}", "the image")
 
 
 def _refuse_pages(num_pages: int, settings: RenderSettings) -> None:

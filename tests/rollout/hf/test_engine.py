@@ -66,6 +66,19 @@ def by_id(groups) -> dict[str, RolloutGroup]:
     return {group.prompt.id: group for group in groups}
 
 
+def test_a_prompt_that_surprises_the_engine_costs_no_other_its_answer(engine, prompts, monkeypatch):
+    encode = engine.processor.encode
+
+    def surprised(prompt):
+        assert prompt.id != "two", "a decoder's own check"
+        return encode(prompt)
+
+    monkeypatch.setattr(engine.processor, "encode", surprised)
+    groups = by_id(engine.generate(prompts, SamplingParams(temperature=0, max_tokens=3)))
+    assert [name for name, group in groups.items() if group.error] == ["two"]
+    assert str(groups["two"].error).startswith("the prompt cannot be prepared: AssertionError: a decoder's own check")
+
+
 class TestLaws(EngineLaws):
     """Those of every engine."""
 

@@ -1,0 +1,42 @@
+"""Nobody without the token of a run's own Ray can use it, and the token is in no file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+VICTIM = """
+import sys
+from rsgrpo.cluster.connect import connect_ray
+connect_ray("", num_cpus=1, object_store_bytes=100 << 20)
+import ray
+assert ray.get(ray.remote(num_cpus=0)(lambda: 42).remote(), timeout=60) == 42
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+INTRUDER = """
+import sys
+import ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="CRITICAL")
+print("ran", ray.get(ray.remote(num_cpus=0)(lambda: 42).remote(), timeout=30))
+"""
+
+
+def test_a_process_without_the_token_runs_nothing_in_the_ray_of_a_run(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    own = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    with subprocess.Popen([sys.executable, "-c", VICTIM], text=True, **own) as victim:  # type: ignore[call-overload]
+        try:
+            address = victim.stdout.readline().strip()
+            assert address, victim.stderr.read()
+            intruder = subprocess.run(
+                [sys.executable, "-c", INTRUDER, address], env=environment, capture_output=True, text=True, timeout=120
+            )
+        finally:
+            victim.stdin.close()
+    assert intruder.returncode
+    assert "ran" not in intruder.stdout
+    assert not list(Path(tmp_path).glob(".ray/*"))
