@@ -5,9 +5,10 @@ from __future__ import annotations
 from rollout.errors import InputError
 from rollout.families.base import Family as Family
 from rollout.families.qwen2_vl import Qwen2VL, Qwen25VL
+from rollout.families.qwen3_5 import Qwen35
 from rollout.families.qwen3_vl import Qwen3VL
 
-FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL)}
+FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen35)}
 
 
 def family_of(model_type: str) -> Family:

@@ -22,6 +22,8 @@ class Family:
         turn_tokens: tokens that open a turn of the chat template; refused in a text.
         language_prefix, vision_prefix: of the names of the decoder's and the tower's weights.
         no_mask: decoder arguments that keep transformers from building a mask for an attention that needs none.
+        template_options: arguments of the chat template.
+        layer_kinds: of the decoder's layers, as `layer_types` of the configuration names them, that are supported.
     """
 
     model_type: ClassVar[str]
@@ -32,6 +34,8 @@ class Family:
     language_prefix: ClassVar[str] = "model.language_model."
     vision_prefix: ClassVar[str] = "model.visual."
     no_mask: ClassVar[dict[str, Any]] = {}
+    template_options: ClassVar[dict[str, Any]] = {}
+    layer_kinds: ClassVar[frozenset[str]] = frozenset({"full_attention"})
 
     # --- inputs
 
@@ -107,13 +111,21 @@ class Family:
         """
         decoder = self.language_model(model)
         kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
+        if not kinds <= self.layer_kinds:
             raise InputError(
-                f"the model has layers of kind {', '.join(sorted(kinds))}, but only full_attention is supported. If it "
-                "was trained without sliding windows, set use_sliding_window=false in its config.json."
+                f"the model has layers of kind {', '.join(sorted(kinds))}, but only "
+                f"{', '.join(sorted(self.layer_kinds))} is supported. If it was trained without sliding windows, set "
+                "use_sliding_window=false in its config.json."
             )
         decoder.config._attn_implementation = attention
         return decoder
+
+    def recurrent_layers(self, model: Any) -> Sequence[nn.Module]:
+        """Return the layers that carry a state from token to token instead of attending; most families have none.
+
+        Each has the interface of transformers' `Qwen3_5GatedDeltaNet`.
+        """
+        return ()
 
     def language_inputs(self, model: Any, token_ids_BT: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
         """Return the decoder's keyword arguments for some rows: embeddings, and what the family adds.

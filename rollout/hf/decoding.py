@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION_NAME = "rsgrpo_grouped_decode"
@@ -22,7 +22,8 @@ KEEP_FINISHED_BELOW = 0.25
 class Prefilled:
     """Prompts after their forward pass.
 
-    cache: keys and values, (P, heads, T, dim) per layer, prompts left-padded to T.
+    cache: keys and values, (P, heads, T, dim) per layer, prompts left-padded to T; of a layer with a recurrent state
+        that state and the last inputs of its convolution.
     is_token_PT: (P, T) bool, False on padding.
     logits_PV: (P, V) of the last position.
     next_positions_P: (P,) position of the first response token, the same in all three M-RoPE axes.
@@ -72,6 +73,33 @@ class SpareRoomLayer(DynamicLayer):  # type: ignore[no-untyped-call,unused-ignor
         self._value_buffer = self.values = values
 
 
+class StateLayer(LinearAttentionLayer):  # type: ignore[no-untyped-call,unused-ignore]
+    """The recurrent and the convolution state of one layer, which siblings fork from their prompt."""
+
+    conv_states: dict[int, Any]
+    recurrent_states: dict[int, Any]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self._take(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        self._take(lambda state: state[indices])
+
+    def _take(self, rows_of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            states[0] = rows_of(states[0])
+
+    @classmethod
+    def of(cls, parts: Sequence[StateLayer]) -> StateLayer:
+        """Return several batches side by side."""
+        layer = cls()
+        layer.update_conv_state(torch.cat([part.conv_states[0] for part in parts]))
+        layer.update_recurrent_state(torch.cat([part.recurrent_states[0] for part in parts]))
+        return layer
+
+
 def grouped_decode_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -100,24 +128,28 @@ AttentionInterface.register(ATTENTION_NAME, grouped_decode_attention)
 
 
 def prefill(
-    decoder: Callable[..., Any],
+    decoder: Any,
     head: Callable[[torch.Tensor], torch.Tensor],
     decoder_inputs: dict[str, Any],
     is_token_PT: torch.Tensor,
     positions_3PT: torch.Tensor,
 ) -> Prefilled:
-    """Run left-padded prompts through the decoder.
+    """Run left-padded prompts through the decoder. Padding leaves a recurrent state at zero.
 
     decoder_inputs: `inputs_embeds` (P, T, H) and what else the model family's decoder takes.
     """
-    cache = Cache(layer_class_to_replicate=SpareRoomLayer)
-    attention_mask = None
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * decoder.config.num_hidden_layers
+    layer_types: dict[str, Any] = {"linear_attention": StateLayer, "full_attention": SpareRoomLayer}
+    cache = Cache([layer_types[kind]() for kind in kinds])
+    attention_mask: Any = None
     if not is_token_PT.all():
         num_positions = is_token_PT.shape[1]
         causal = torch.ones(num_positions, num_positions, dtype=torch.bool, device=is_token_PT.device).tril()
         # A padding position attends to itself: a row without any key would be 0/0.
         itself = torch.eye(num_positions, dtype=torch.bool, device=is_token_PT.device)
         attention_mask = (causal & is_token_PT[:, None, None, :]) | itself
+        if "linear_attention" in kinds:
+            attention_mask = {"full_attention": attention_mask, "linear_attention": is_token_PT}
     hidden = decoder(
         **decoder_inputs,
         attention_mask=attention_mask,
@@ -133,18 +165,22 @@ def join(parts: Sequence[Prefilled]) -> Prefilled:
     if len(parts) == 1:
         return parts[0]
     longest = max(part.is_token_PT.shape[1] for part in parts)
-    cache = Cache(layer_class_to_replicate=SpareRoomLayer)
-    for index in range(len(parts[0].cache)):
-        keys, values = [], []
-        for part in parts:
-            layer, missing = part.cache.layers[index], longest - part.is_token_PT.shape[1]
-            assert isinstance(layer, SpareRoomLayer)
-            keys.append(pad(layer.keys, (0, 0, missing, 0)))
-            values.append(pad(layer.values, (0, 0, missing, 0)))
-        cache.update(torch.cat(keys), torch.cat(values), index)
+    missing = [longest - part.is_token_PT.shape[1] for part in parts]
+    layers: list[Any] = []
+    for same_layer in zip(*(part.cache.layers for part in parts), strict=True):
+        if isinstance(same_layer[0], StateLayer):
+            layers.append(StateLayer.of(same_layer))
+            continue
+        new_layer: Any = SpareRoomLayer
+        layers.append(new_layer())
+        padded = [
+            (pad(layer.keys, (0, 0, left, 0)), pad(layer.values, (0, 0, left, 0)))
+            for layer, left in zip(same_layer, missing, strict=True)
+        ]
+        layers[-1].update(*(torch.cat(tensors) for tensors in zip(*padded, strict=True)))
     return Prefilled(
-        cache,
-        torch.cat([pad(part.is_token_PT, (longest - part.is_token_PT.shape[1], 0)) for part in parts]),
+        Cache(layers),
+        torch.cat([pad(part.is_token_PT, (left, 0)) for part, left in zip(parts, missing, strict=True)]),
         torch.cat([part.logits_PV for part in parts]),
         torch.cat([part.next_positions_P for part in parts]),
     )

@@ -113,7 +113,8 @@ class InputProcessor:
         messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if prompt.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        options = self.family.template_options
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     def encode(self, prompt: Prompt) -> PromptInputs:
         """Return tokens and pixels of a prompt; if possible it is refused before any pixel is decoded.

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -44,6 +44,8 @@ def prepare(
     """
     cpu = on_cpu(options.device)
     config = check_model(model_path, rollout, inputs, options)
+    if cpu and "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        rollout = for_recurrent_layers_on_cpu(rollout)
     backend: Backend = "gloo" if cpu else "ipc" if options.colocated else "nccl"
     arguments = engine_arguments(
         model_path,
@@ -77,6 +79,23 @@ def on_cpu(device: str) -> bool:
     if device != "auto" and (device == "cpu") != cpu:
         raise ConfigError(f"the installed vLLM runs on {'cpu' if cpu else 'cuda'}, but rollout asks for {device}")
     return cpu
+
+
+def for_recurrent_layers_on_cpu(rollout: RolloutConfig) -> RolloutConfig:
+    """Return the settings with which vLLM's CPU build runs layers that carry a recurrent state.
+
+    Its prefix cache for them needs chunked prefill, which is off on CPU; so each sibling computes its prompt there.
+
+    Raises:
+        ConfigError: another dtype than bfloat16, the only one of vLLM's CPU kernels for such layers.
+    """
+    require(
+        rollout.dtype == "bfloat16",
+        f"rollout.dtype={rollout.dtype}, but vLLM on CPU runs the recurrent layers of this model in bfloat16 only. Set "
+        "rollout.dtype=bfloat16 or rollout.engine=hf.",
+    )
+    engine_args = {**rollout.vllm.engine_args, "enable_prefix_caching": False}
+    return replace(rollout, vllm=replace(rollout.vllm, engine_args=engine_args))
 
 
 def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:

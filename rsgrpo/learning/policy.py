@@ -20,6 +20,7 @@ from rollout.families import Family, family_of
 from rsgrpo.config.learner import LoraConfig, ModelConfig, parse_checkpointing
 from rsgrpo.errors import InputError
 from rsgrpo.learning.attention import PrefixRow
+from rsgrpo.learning.forked_state import fork_states
 from rsgrpo.types import MicroBatch, TokenScores
 
 _AS_LOADED: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
@@ -112,6 +113,7 @@ class Policy(nn.Module):
         banned_V[list(banned_token_ids)] = True
         self.register_buffer("banned_V", banned_V, persistent=False)
         self.family.attend_by(model, attention)
+        fork_states(self.family.recurrent_layers(model))
         if frozen_tower:
             self.family.vision_tower(model).requires_grad_(False)
 

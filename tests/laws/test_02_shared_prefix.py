@@ -96,7 +96,12 @@ def assert_same(one: tuple[torch.Tensor, dict[str, torch.Tensor]], other: tuple[
     assert one[1].keys() == other[1].keys()
     assert len(one[1]) > 5
     for name, gradient in one[1].items():
-        assert (gradient - other[1][name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+        scale = gradient.norm()
+        # Those of a recurrent layer's decay are sums that nearly cancel: held against the whole layer's.
+        if name.endswith(("A_log", "dt_bias", "in_proj_a.weight")):
+            layer = name.partition("linear_attn")[0]
+            scale = torch.stack([g.norm() for other_name, g in one[1].items() if other_name.startswith(layer)]).norm()
+        assert (gradient - other[1][name]).norm() <= 1e-5 * scale + 1e-9, name
 
 
 def groups_of(processor: InputProcessor, images: Sequence[str], counts: Sequence[int]) -> list[Any]:

@@ -23,10 +23,19 @@ from recipes.demo.model import CHAT_TEMPLATE
 TEXT: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"num_hidden_layers": 2, "use_sliding_window": False},
     "qwen3_vl": {"num_hidden_layers": 3, "head_dim": 32},
+    "qwen3_5": {
+        "num_hidden_layers": 4,  # three with a recurrent state, one that attends
+        "head_dim": 32,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
 }
 ROPE: dict[str, dict[str, Any]] = {
     "qwen2_vl": {},
     "qwen3_vl": {"mrope_interleaved": True},  # as the real ones say; vLLM asks, transformers takes it for granted
+    "qwen3_5": {"mrope_interleaved": True, "partial_rotary_factor": 1.0},
 }
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"embed_dim": 64, "mlp_ratio": 2, "hidden_size": 64, "patch_size": 14},
@@ -38,10 +47,18 @@ VISION: dict[str, dict[str, Any]] = {
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1],
     },
+    "qwen3_5": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+    },
 }
 PROCESSORS: dict[str, tuple[Any, Any]] = {
     "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor),
     "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    "qwen3_5": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
 }
 
 
@@ -74,7 +91,11 @@ def save_family(model_type: str, tokenizer_path: str, folder: Path) -> str:
         },
     )
     from_config: Any = AutoModelForImageTextToText.from_config
-    from_config(config).save_pretrained(folder)
+    model = from_config(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # a state that still remembers the prompt in the response
+            torch.nn.init.uniform_(parameter, -4.0, -1.0)
+    model.save_pretrained(folder)
     patch = VISION[model_type]["patch_size"]
     size = {"shortest_edge": 4 * patch**2, "longest_edge": 256 * patch**2}
     processor, video_processor = PROCESSORS[model_type]

@@ -83,7 +83,7 @@ class TestLaws(EngineLaws):
     """Those of every engine."""
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen3_vl", "qwen3_5"])
 def test_a_model_of_another_family_samples_right(model_type, tmp_path, tiny_model_path, page_images):
     """Qwen3-VL adds features of early tower layers inside the decoder; they must reach the prefill."""
     path = save_family(model_type, tiny_model_path, tmp_path / model_type)

@@ -1,0 +1,32 @@
+"""Qwen3.5 and Qwen3.6, dense: three of four decoder layers carry a recurrent state (gated delta rule), one attends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from rollout.families.qwen2_vl import Qwen2VL
+
+# What a layer with a state has in the place of the attention's projections.
+_IN_PLACE_OF = {"q_proj": ["in_proj_qkv"], "v_proj": ["in_proj_z"], "o_proj": ["out_proj"]}
+
+
+class Qwen35(Qwen2VL):
+    """The adapter of transformers' `qwen3_5`."""
+
+    model_type = "qwen3_5"
+    no_mask: ClassVar[dict[str, Any]] = {"attention_mask": {"full_attention": None, "linear_attention": None}}
+    layer_kinds = frozenset({"full_attention", "linear_attention"})
+    template_options: ClassVar[dict[str, Any]] = {"enable_thinking": False}
+
+    def recurrent_layers(self, model: Any) -> Sequence[nn.Module]:
+        layers: list[Any] = list(self.decoder_layers(model))
+        return [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
+
+    def checkpoint_name(self, name: str) -> str:
+        return name
+
+    def adapted_layers(self, targets: Sequence[str]) -> str:
+        return super().adapted_layers([*targets, *(name for t in targets for name in _IN_PLACE_OF.get(t, ()))])
