@@ -269,10 +269,14 @@ class _IpcSender(WeightSender):
             yield name, tensor
 
     def send(self, named_tensors: Iterable[NamedTensor], version: int) -> None:
-        """Send all tensors as one version; every rank's iterator must yield full tensors."""
+        """Send all tensors as one version; every rank's iterator must yield full tensors.
+
+        All ranks go through the whole send even where an engine has failed: they meet in collectives within it.
+        """
         self._tensors = self._verifier.outgoing(named_tensors)
         self._client.version = version
         self._transfer.send_weights()
+        self._client.raise_failure()
         self._verifier.check(version)
 
     def close(self) -> None:
@@ -280,24 +284,41 @@ class _IpcSender(WeightSender):
 
 
 class _IpcClient:
-    """Forwards the four calls of vLLM's sender to all engines; handles travel pickled."""
+    """Forwards the four calls of vLLM's sender to all engines; handles travel pickled.
+
+    Only the sending rank has a client, and what it raised would take that rank alone out of the collectives. So the
+    first failure is kept until the send is over, and the engines are not called again.
+    """
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
+        self._failure: TransferError | None = None
         self.version = 0
 
+    def raise_failure(self) -> None:
+        """Raise what an engine has failed with since this client was made."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _call(self, method: str, *args: Any) -> None:
+        if self._failure is None:
+            try:
+                self._peers.call(method, *args)
+            except TransferError as error:
+                self._failure = error
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._peers.call("transfer_init", init_info)
+        self._call("transfer_init", init_info)
 
     def start_weight_update(self) -> None:
-        self._peers.call("transfer_start")
+        self._call("transfer_start")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         handles = base64.b64encode(pickle.dumps(update_info["ipc_handles"])).decode()
-        self._peers.call("transfer_update", update_info | {"ipc_handles": None, "ipc_handles_pickled": handles})
+        self._call("transfer_update", update_info | {"ipc_handles": None, "ipc_handles_pickled": handles})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._peers.call("transfer_finish", self.version)
+        self._call("transfer_finish", self.version)
 
 
 def init_infos(peers: Peers, meeting: Mapping[str, Any]) -> list[tuple[dict[str, Any]]]:

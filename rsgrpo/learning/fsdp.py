@@ -113,9 +113,10 @@ def fill(policy: Policy, source: Any, learner: LearnerConfig, device: torch.devi
     """
     banned_V = policy.banned_V.clone()
     policy.to_empty(device="cpu" if learner.offload else device)
-    policy.family.vision_tower(policy.hf).to(device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(policy.hf, {} if source is None else source.state_dict(), options=options)
+    if policy.frozen_tower:  # after the weights came, which torch wants on one device; a trained tower is offloaded too
+        policy.family.vision_tower(policy.hf).to(device)
     buffers = {name: buffer.to(device) for name, buffer in policy.hf.named_buffers()}
     for name, buffer in buffers.items():
         # Rotary frequencies are in no state dict.
@@ -126,6 +127,19 @@ def fill(policy: Policy, source: Any, learner: LearnerConfig, device: torch.devi
     policy.banned_V = banned_V.to(device)
     if source is not None:
         policy.hf.generation_config = source.generation_config
+
+
+def give_back(policy: Policy, device: torch.device) -> None:
+    """Free what a pass leaves behind: weights that it gathered, and memory that torch keeps to allocate from.
+
+    Until its next backward the outermost group's parameters would otherwise be whole and in the compute dtype instead
+    of the float32 shards, and an engine on the same device would find no room to wake up.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _set_buffers(module: nn.Module, buffers: dict[str, torch.Tensor], device: torch.device) -> None:

@@ -23,7 +23,15 @@ from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.attention import choose_attention
 from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
 from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
-from rsgrpo.learning.fsdp import compute_dtype, fill, init_distributed, require_process_group, resolve_device, shard
+from rsgrpo.learning.fsdp import (
+    compute_dtype,
+    fill,
+    give_back,
+    init_distributed,
+    require_process_group,
+    resolve_device,
+    shard,
+)
 from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
 from rsgrpo.learning.packing import Packing
 from rsgrpo.learning.passes import LossOf, Passes
@@ -197,6 +205,7 @@ class Learner:
                 metrics = {"actor/skipped": 1.0, "actor/lr": optimizer.lr}
             results.append({"actor/active_terms": num_active, **metrics})
         optimizer.step += 1
+        give_back(self.policy, self.device)
         return merge_updates(results) | self._passes.work()
 
     def gradient(
@@ -222,12 +231,15 @@ class Learner:
         metrics = self._passes.run(groups, packing, loss_of, temperature=1.0)
         metrics |= self._take_step(groups) | self._passes.work()
         optimizer.step += 1
+        give_back(self.policy, self.device)
         return metrics
 
     def supervised_loss(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Return the metrics of `supervised_update` without updating any weight. Collective."""
         packing, loss_of = self._supervised(groups)
-        return self._passes.run(groups, packing, loss_of, temperature=1.0, learn=False)
+        metrics = self._passes.run(groups, packing, loss_of, temperature=1.0, learn=False)
+        give_back(self.policy, self.device)
+        return metrics
 
     def _supervised(self, groups: Sequence[TrainGroup]) -> tuple[Packing, LossOf]:
         [packing] = self._passes.pack(groups, [range(len(groups))])
@@ -255,6 +267,7 @@ class Learner:
         packings = self._passes.pack(groups, [range(len(groups))])
         with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
             mine = self._passes.logprobs(groups, packings, self.temperature if temperature is None else temperature)
+        give_back(self.policy, self.device)
         found = self._passes.gather(mine)
         return [[found[g, s] for s in range(len(group.samples))] for g, group in enumerate(groups)]
 

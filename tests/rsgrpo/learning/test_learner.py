@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rsgrpo.config.train import AlgorithmConfig, LoraConfig
+from rsgrpo.learning.fsdp import give_back
 from rsgrpo.learning.learner import merge_updates
 from rsgrpo.learning.optimizer import lr_factor
 from rsgrpo.learning.passes import check_groups
@@ -20,6 +22,7 @@ from tests.laws.test_01_micro_batches_and_ranks import difference, weights_of
 from tests.material.learner import learnt, make_groups, make_learner
 
 WEIGHTS = [1.0, 2.0]
+CUDA = torch.device("cuda")
 
 
 def test_an_update_moves_the_weights_and_reports_what_it_did(tiny_model_path, groups):
@@ -232,6 +235,33 @@ def test_bfloat16_steps_stay_near_float32_ones(tiny_model_path, groups):
     norms = [learner.update(groups, WEIGHTS)["actor/grad_norm"] for learner in (exact, rounded)]
     assert norms[1] == pytest.approx(norms[0], rel=0.05)
     assert all(tensor.dtype == torch.float32 for _, tensor in rounded.gather_weights())
+
+
+@pytest.mark.parametrize("last", ["logprobs", "supervised_loss", "update without signal"])
+def test_weights_after_any_pass_are_the_float32_masters(last, tiny_model_path, groups, tmp_path):
+    learner = make_learner(tiny_model_path, precision="bfloat16", algorithm=AlgorithmConfig(on_policy_shortcut=False))
+    learner.update(groups, WEIGHTS)
+    masters = weights_of(learner)
+    if last == "update without signal":  # it has a pass for the old log-probabilities, and no backward
+        learner.update(with_advantages(groups, 0.0), WEIGHTS)
+    else:
+        getattr(learner, last)(groups)
+    after = weights_of(learner)
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(torch.equal(masters[name], tensor) for name, tensor in after.items())
+    learner.export(tmp_path / "export")
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert torch.equal(exported["lm_head.weight"], masters["lm_head.weight"])
+
+
+@pytest.mark.parametrize("call", ["update", "supervised_update", "supervised_loss", "logprobs"])
+def test_cached_gpu_memory_is_given_back_before_a_call_returns(call, tiny_model_path, groups, monkeypatch):
+    learner = make_learner(tiny_model_path)
+    given_back: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(call))
+    monkeypatch.setattr("rsgrpo.learning.learner.give_back", lambda policy, device: give_back(policy, CUDA))
+    getattr(learner, call)(groups, *([WEIGHTS] if call == "update" else []))
+    assert given_back == [call]
 
 
 def test_the_self_check_finds_a_forward_that_differs(tiny_model_path, groups, monkeypatch):
