@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor
 
 from rollout.config import InputsConfig
 from rsgrpo.config.train import ModelConfig
+from rsgrpo.learning.fsdp import whole
 from rsgrpo.learning.policy import Policy, hub_options
 
 _SHARD_BYTES = 4 << 30
@@ -35,12 +35,12 @@ def full_weights(policy: Policy, *, with_vision: bool) -> Iterator[tuple[str, to
     for name, parameter in parameters.items():
         if ".lora_" in name or (id(parameter) in tower and not with_vision):
             continue
-        whole = _full(parameter)
+        full = _full(parameter)
         layer = name.removesuffix(".base_layer.weight")
         if layer in scalings and layer != name:
             up, down = parameters[f"{layer}.lora_B.default.weight"], parameters[f"{layer}.lora_A.default.weight"]
-            whole = whole + scalings[layer] * (_full(up) @ _full(down))
-        yield name.replace(".base_layer.", "."), whole
+            full = full + scalings[layer] * (_full(up) @ _full(down))
+        yield name.replace(".base_layer.", "."), full
 
 
 def adapter_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,8 +51,8 @@ def adapter_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _full(parameter: torch.Tensor) -> torch.Tensor:
-    whole = parameter.detach()
-    return whole.full_tensor() if isinstance(whole, DTensor) else whole
+    """Return a whole float32 tensor; frozen ones travel in the dtype that they are kept in."""
+    return whole(parameter.detach()).float()
 
 
 def _lora_scalings(model: nn.Module) -> dict[str, float]:
@@ -82,10 +82,10 @@ def export_folder(
     shard_bytes = 0
     shards: list[list[str]] = []
     total_bytes = 0
-    for name, whole in full_weights(policy, with_vision=True):
+    for name, full in full_weights(policy, with_vision=True):
         if not is_writer:
             continue
-        tensor = whole.to("cpu", dtype or whole.dtype).contiguous()
+        tensor = full.to("cpu", dtype or full.dtype).contiguous()
         num_bytes = tensor.numel() * tensor.element_size()
         if shard and shard_bytes + num_bytes > _SHARD_BYTES:
             shards.append(_write_shard(shard, folder, len(shards)))

@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from rsgrpo.config.train import LearnerConfig
 from rsgrpo.errors import InputError, RsgrpoError
@@ -127,6 +128,11 @@ def fill(policy: Policy, source: Any, learner: LearnerConfig, device: torch.devi
     policy.banned_V = banned_V.to(device)
     if source is not None:
         policy.hf.generation_config = source.generation_config
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of which every rank may hold a shard. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def give_back(policy: Policy, device: torch.device) -> None:

@@ -42,7 +42,7 @@ from rsgrpo.learning.policy import (
     load_model,
     recompute,
     scale_adapters,
-    shrink_frozen_tower,
+    shrink_frozen,
 )
 from rsgrpo.learning.prompt_store import PromptEncoder, PromptStore
 from rsgrpo.learning.self_check import check_policy
@@ -137,11 +137,10 @@ class Learner:
         )
         if trainable:
             recompute(policy, learner.gradient_checkpointing)
+        shrink_frozen(policy, source or (hf if self.rank == 0 else None))
         shard(policy, learner, self.device)
         if next(hf.parameters()).is_meta:
             fill(policy, source, learner, self.device)
-        if frozen_tower:
-            shrink_frozen_tower(policy)
         return policy
 
     def _prompt_store(self) -> PromptStore:

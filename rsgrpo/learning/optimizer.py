@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rsgrpo.config.train import LearnerConfig
+from rsgrpo.learning.fsdp import whole
 from rsgrpo.types import RsgrpoError
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ class Optimizer:
         parts = []
         for parameter in self.parameters:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-            parts.append(whole.detach().float().flatten().cpu())
+            parts.append(whole(gradient).detach().float().flatten().cpu())
         self.adamw.zero_grad(set_to_none=True)
         return torch.cat(parts)
 
@@ -99,7 +98,7 @@ class Optimizer:
             NonFiniteSteps: the last of `learner.max_bad_steps` consecutive ones.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm_value = float(whole(norm))
         lr = self.lr
         if not math.isfinite(norm_value):
             self.adamw.zero_grad(set_to_none=True)

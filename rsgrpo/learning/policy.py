@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -204,14 +205,37 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.hf.named_parameters() if parameter.requires_grad}
 
 
-def shrink_frozen_tower(policy: Policy) -> None:
-    """Keep a frozen tower in the compute dtype where that loses nothing.
+def frozen_parts(policy: Policy, model: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the frozen parameters of a model's tower, and those of the rest: a LoRA run's base, or a reference."""
+    tower = {id(parameter) for parameter in policy.family.vision_tower(model).parameters()}
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return [p for p in frozen if id(p) in tower], [p for p in frozen if id(p) not in tower]
+
+
+def shrink_frozen(policy: Policy, source: Any) -> None:
+    """Keep frozen weights in the compute dtype where that loses nothing, before they are sharded. Collective.
 
     Weights published in bfloat16 lose nothing; others stay float32, so that an export returns them unchanged.
+
+    source: the loaded model on rank 0, None on ranks whose policy is empty.
     """
-    tower = policy.family.vision_tower(policy.hf)
-    if all(torch.equal(weight, weight.to(policy.compute_dtype).to(weight.dtype)) for weight in tower.parameters()):
-        tower.to(policy.compute_dtype)
+    dtype = policy.compute_dtype
+    exact = [False, False]
+    if source is not None:
+        exact = [
+            all(torch.equal(weight, weight.to(dtype).to(weight.dtype)) for weight in part)
+            for part in frozen_parts(policy, source)
+        ]
+    dist.broadcast_object_list(exact, 0)
+    for model in [policy.hf] if source is None or source is policy.hf else [policy.hf, source]:
+        shrink(policy, model, exact)
+
+
+def shrink(policy: Policy, model: Any, parts: Sequence[bool]) -> None:
+    """Put the chosen `frozen_parts` of a model into the compute dtype, in place."""
+    for part, chosen in zip(frozen_parts(policy, model), parts, strict=True):
+        for weight in part if chosen else ():
+            weight.data = weight.data.to(policy.compute_dtype)
 
 
 @contextmanager

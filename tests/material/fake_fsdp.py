@@ -1,0 +1,169 @@
+"""One rank of many, of a model of any size, in seconds: torch's fake process group and tensors without storage.
+
+What runs is the learner's own policy, sharding, checkpointing and optimiser; what is counted is the bytes alive.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from rsgrpo.config.train import LearnerConfig, LoraConfig
+from rsgrpo.learning import fsdp
+from rsgrpo.learning.attention import SDPA
+from rsgrpo.learning.fsdp import compute_dtype, shard
+from rsgrpo.learning.optimizer import Optimizer
+from rsgrpo.learning.policy import Policy, add_lora, recompute, shrink
+from rsgrpo.types import MicroBatch, PrefixLayout
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a process group whose collectives return at once; the group of the process is put back."""
+    world = distributed_c10d._world
+    distributed_c10d._world = distributed_c10d._World()
+    try:
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        yield
+    finally:
+        distributed_c10d._world = world
+
+
+@dataclass
+class Watch(TorchDispatchMode):
+    """Counts bytes of storages that are alive, and notes the collectives."""
+
+    peak: int = 0
+    collectives: list[tuple[str, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def note(self, tensor: torch.Tensor) -> None:
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        self._alive[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            self.collectives.append((str(func), sum(sizes)))
+        known = len(self._alive)
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, torch.Tensor):
+                self.note(leaf)
+        if len(self._alive) > known or func.namespace == "c10d":
+            storages = {key: storage for key, ref in self._alive.items() if (storage := ref()) is not None}
+            self._alive = {key: self._alive[key] for key in storages}
+            self.peak = max(self.peak, sum(storage.nbytes() for storage in storages.values()))
+        return output
+
+
+def row(prompt_tokens: int, response_lengths: tuple[int, ...]) -> MicroBatch:
+    """Return a row of text."""
+    total, responses = prompt_tokens + sum(response_lengths), sum(response_lengths)
+    zeros_N = torch.zeros(responses, dtype=torch.int64)
+    return MicroBatch(
+        PrefixLayout((prompt_tokens,), (response_lengths,)),
+        token_ids_T=torch.zeros(total, dtype=torch.int64),
+        position_ids_3T=torch.zeros(3, total, dtype=torch.int64),
+        features=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        head_index_N=zeros_N,
+        targets_N=zeros_N,
+        sample_index_N=zeros_N,
+        scope_KN=torch.ones(1, responses, dtype=torch.bool),
+        advantages_KN=torch.ones(1, responses),
+    )
+
+
+def watch_step(
+    values: Mapping[str, Any],
+    learner: LearnerConfig,
+    rows: list[tuple[int, tuple[int, ...]]],
+    *,
+    rank: int = 0,
+    lora: LoraConfig | None = None,
+) -> Watch:
+    """Run these rows, (prompt tokens, response lengths), through one rank of the learner; the optimiser has state.
+
+    values: of a config.json. The tower is frozen, and its weights and a LoRA run's base are exact in bfloat16.
+    """
+    settings = AutoConfig.for_model("qwen2_5_vl", **values)
+    build: Any = AutoModelForImageTextToText.from_config
+    with fake_ranks(rank, learner.num_ranks), _mesh_made_outside(learner.num_ranks):
+        with torch.device("meta"):
+            model = build(settings, dtype=torch.float32)
+        if lora is not None:
+            add_lora(model, lora, seed=0)
+        policy = Policy(
+            model,
+            banned_token_ids=[5],
+            attention=SDPA,
+            logits_chunk_tokens=learner.logits_chunk_tokens,
+            frozen_tower=True,
+            compute_dtype=compute_dtype(learner.precision),
+        )
+        recompute(policy, learner.gradient_checkpointing)
+        shrink(policy, model, [True, True])
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _materialise(policy.hf)
+            policy.is_empty = True  # there is nothing to move to the device
+            shard(policy, learner, CPU)
+            optimizer = Optimizer(policy.trainable().values(), (), learner, total_steps=1)
+            watch = Watch()
+            for tensor in itertools.chain(policy.parameters(), policy.buffers()):
+                watch.note(tensor)
+            with watch:
+                _learn(policy, row(1, (1,)))
+                optimizer.adamw.step()
+                optimizer.adamw.zero_grad(set_to_none=True)
+                _learn(policy, row(1, (1,)))
+                for prompt_tokens, response_lengths in rows:
+                    _learn(policy, row(prompt_tokens, response_lengths))
+    return watch
+
+
+def _learn(policy: Policy, batch: MicroBatch) -> None:
+    torch.autograd.backward(policy(batch, 1.0, False).logprobs_N.sum())
+
+
+def _materialise(model: nn.Module) -> None:
+    """Replace tensors without device by fake ones on the CPU; Module.to_empty does not take fake tensors."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+
+
+@contextmanager
+def _mesh_made_outside(world_size: int) -> Iterator[None]:
+    """Make the mesh beforehand, with real tensors."""
+    mesh, real = init_device_mesh("cpu", (world_size,)), fsdp.init_device_mesh
+    fsdp.init_device_mesh = lambda *args: mesh  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fsdp.init_device_mesh = real
