@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -71,8 +71,13 @@ def compute_dtype(precision: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
-def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
-    """Shard every decoder layer, then the rest, in place; a frozen tower is kept whole on every rank.
+def make_mesh(device: torch.device) -> DeviceMesh:
+    """Return the mesh of all ranks. Collective."""
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard(policy: Policy, learner: LearnerConfig, device: torch.device, mesh: DeviceMesh) -> None:
+    """Shard every decoder layer, then the rest, over a mesh, in place; a frozen tower is kept whole on every rank.
 
     Ranks run a frozen tower on different images at different times, so it must need no collective.
 
@@ -86,7 +91,7 @@ def shard(policy: Policy, learner: LearnerConfig, device: torch.device) -> None:
     dtype = compute_dtype(learner.precision)
     mixed = dtype != torch.float32
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32) if mixed else MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy() if learner.offload else OffloadPolicy(),
     }

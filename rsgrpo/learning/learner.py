@@ -28,6 +28,7 @@ from rsgrpo.learning.fsdp import (
     fill,
     give_back,
     init_distributed,
+    make_mesh,
     require_process_group,
     resolve_device,
     shard,
@@ -138,7 +139,7 @@ class Learner:
         if trainable:
             recompute(policy, learner.gradient_checkpointing)
         shrink_frozen(policy, source or (hf if self.rank == 0 else None))
-        shard(policy, learner, self.device)
+        shard(policy, learner, self.device, make_mesh(self.device))
         if next(hf.parameters()).is_meta:
             fill(policy, source, learner, self.device)
         return policy

@@ -35,38 +35,82 @@ def trainable_params(config: TrainConfig, sizes: ModelSizes) -> int:
 
 
 def learner_memory(config: TrainConfig, sizes: ModelSizes) -> Memory:
-    """Return what one learner rank holds: float32 state, sharded; a working copy of two layers; activations."""
-    learner = config.learner
-    width = 2 if learner.precision == "bfloat16" else 4
-    shard = learner.num_ranks * GIB
-    on_device = 0 if learner.offload else 1
+    """Return what one learner rank holds: its shard of the state, and the parts of the moment that needs most."""
+    moments = learner_moments(config, sizes)
+    return Memory(learner_state(config, sizes), max(moments.values(), key=lambda parts: sum(parts.values())), {})
+
+
+def learner_state(config: TrainConfig, sizes: ModelSizes) -> dict[str, float]:
+    """Return what stays between steps, in GiB: float32 masters and moments of what is trained, the rest in `precision`.
+
+    Frozen weights are taken to be exact in that precision, as published ones are.
+    """
+    learner, lora = config.learner, config.model.lora
+    width = value_bytes(config)
+    on_device = 0 if learner.offload else 1 / (learner.num_ranks * GIB)
     trained = trainable_params(config, sizes)
-    sharded = sizes.language_params + (0 if config.model.freeze_vision else sizes.vision_params)
-    sharded += trained if config.model.lora.rank else 0
-    tokens = learner.max_tokens_per_micro_batch
-    layer_activations = tokens * sizes.layer_activation_bytes(width)
-    kept = tokens * width * sizes.hidden_size * sizes.num_layers
-    recomputed = learner.recomputed_share
-    activations = (1 - recomputed) * sizes.num_layers * layer_activations
-    if recomputed:
-        copies = 2 if learner.gradient_checkpointing == "attention" else 1
-        activations += layer_activations + recomputed * copies * kept
-    gathered = 2 * sizes.layer_params + (sizes.language_params - sizes.body_params)
-    static = {
-        "weights (float32)": on_device * 4 * sharded / shard,
-        "optimiser": on_device * 8 * trained / shard,
+    state = {
+        "weights (float32)": on_device * 4 * trained,
+        "frozen base": on_device * width * sizes.language_params if lora.rank else 0.0,
+        "optimiser": on_device * 8 * trained,
         "frozen vision tower": width * sizes.vision_params / GIB if config.model.freeze_vision else 0.0,
     }
-    if config.algorithm.kl_coef > 0 and not config.model.lora.rank:
-        static["reference"] = (4 * sizes.language_params / learner.num_ranks + width * sizes.vision_params) / GIB
-    learning = {
-        "gradients": on_device * 4 * trained / shard,
-        "gathered weights": width * gathered / GIB if learner.num_ranks > 1 or width == 2 else 0.0,
-        "activations": activations / GIB,
-        "logits": 3 * 4 * learner.logits_chunk_tokens * sizes.vocab_size / GIB,
-        "vision": learner_vision_bytes(config, sizes) / GIB,
+    if config.algorithm.kl_coef > 0 and not lora.rank:
+        state["reference"] = width * (sizes.language_params / learner.num_ranks + sizes.vision_params) / GIB
+    return state
+
+
+def learner_moments(config: TrainConfig, sizes: ModelSizes) -> dict[str, dict[str, float]]:
+    """Return what a step needs at its three largest moments, in GiB, beside `learner_state`.
+
+    layer: in the backward pass of a decoder layer. The gradient of the head waits for the last reduction, and the layer
+        before is still being reduced in float32. head: one chunk of logits. end: embeddings and head are reduced.
+    """
+    learner = config.learner
+    width = value_bytes(config)
+    trained, frozen = trainable_params(config, sizes), bool(config.model.lora.rank)
+    root = sizes.language_params - sizes.body_params
+    head = sizes.vocab_size * sizes.hidden_size
+    tokens = learner.max_tokens_per_micro_batch
+    kept, one_layer = kept_activations(config, sizes), tokens * sizes.layer_activation_bytes(width)
+    copied = 4 * sizes.layer_params / learner.num_ranks if learner.offload else 0
+    is_cast = learner.num_ranks > 1 or width == 2
+    gradients = 0.0 if learner.offload else 4 * trained / learner.num_ranks
+    vision = learner_vision_bytes(config, sizes)
+    moments = {
+        "layer": {
+            "gradients": gradients,
+            "gathered weights": width * (2 * sizes.layer_params + root) + copied if is_cast else 0,
+            "gradients in flight": 0 if frozen else width * (head + sizes.layer_params) + 4 * sizes.layer_params,
+            "activations": kept + (one_layer if learner.recomputed_share else 0),
+            "their gradients": tokens * sizes.layer_gradient_bytes(width),
+            "vision": vision,
+        },
+        "head": {
+            "gradients": gradients,
+            "gathered weights": width * root if is_cast else 0,
+            "gradients in flight": 0 if frozen else 2 * width * head,
+            "activations": kept,
+            "logits": 5 * 4 * learner.logits_chunk_tokens * sizes.vocab_size,  # float32, with their gradients
+            "vision": vision,
+        },
+        "end": {"gradients": gradients, "gradients in flight": 0 if frozen else (width + 4) * root},
     }
-    return Memory(static, learning, {})
+    return {moment: {part: size / GIB for part, size in parts.items()} for moment, parts in moments.items()}
+
+
+def kept_activations(config: TrainConfig, sizes: ModelSizes) -> float:
+    """Return the bytes that all decoder layers keep between forward and backward."""
+    learner, width = config.learner, value_bytes(config)
+    tokens, recomputed = learner.max_tokens_per_micro_batch, learner.recomputed_share
+    copies = 2 if learner.gradient_checkpointing == "attention" else 1
+    inputs = recomputed * copies * width * sizes.hidden_size
+    return tokens * sizes.num_layers * (inputs + (1 - recomputed) * sizes.layer_activation_bytes(width))
+
+
+def value_bytes(config: TrainConfig) -> int:
+    """Return the bytes of a value in the learner's precision."""
+    return 2 if config.learner.precision == "bfloat16" else 4
 
 
 def learner_vision_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
@@ -75,7 +119,7 @@ def learner_vision_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
     A frozen tower works on one image at a time and leaves the features of a micro-batch's images; a trained one keeps
     what its backward pass needs of all of them.
     """
-    width = 2 if config.learner.precision == "bfloat16" else 4
+    width = value_bytes(config)
     pixels = config.inputs.max_pixels
     group_tokens = config.inputs.max_prompt_tokens + config.rollout.group_size * config.rollout.max_response_tokens
     images = config.inputs.max_images * max(1, config.learner.max_tokens_per_micro_batch // group_tokens)

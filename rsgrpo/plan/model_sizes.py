@@ -90,6 +90,10 @@ class ModelSizes:
         kept = 8.5 * self.hidden_size + 2 * self.kv_width + 4 * self.intermediate_size
         return value_bytes * kept + (4 * self.hidden_size if value_bytes == 2 else 0)
 
+    def layer_gradient_bytes(self, value_bytes: int) -> float:
+        """Bytes per token of gradients in a decoder layer's backward pass: two of the MLP's inner width at once."""
+        return value_bytes * 2 * self.intermediate_size
+
     def vision_activation_bytes(self, value_bytes: int) -> float:
         """Bytes per patch that a block of the tower keeps for its backward pass; counted likewise."""
         return value_bytes * (13.25 * self.vision_hidden_size + self.vision_kept_width)

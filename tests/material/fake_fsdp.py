@@ -17,16 +17,14 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed import distributed_c10d
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rsgrpo.config.train import LearnerConfig, LoraConfig
-from rsgrpo.learning import fsdp
 from rsgrpo.learning.attention import SDPA
-from rsgrpo.learning.fsdp import compute_dtype, shard
+from rsgrpo.learning.fsdp import compute_dtype, make_mesh, shard
 from rsgrpo.learning.optimizer import Optimizer
 from rsgrpo.learning.policy import Policy, add_lora, recompute, shrink
 from rsgrpo.types import MicroBatch, PrefixLayout
@@ -110,7 +108,8 @@ def watch_step(
     """
     settings = AutoConfig.for_model("qwen2_5_vl", **values)
     build: Any = AutoModelForImageTextToText.from_config
-    with fake_ranks(rank, learner.num_ranks), _mesh_made_outside(learner.num_ranks):
+    with fake_ranks(rank, learner.num_ranks):
+        mesh = make_mesh(CPU)  # of real tensors
         with torch.device("meta"):
             model = build(settings, dtype=torch.float32)
         if lora is not None:
@@ -128,7 +127,7 @@ def watch_step(
         with FakeTensorMode(allow_non_fake_inputs=True):
             _materialise(policy.hf)
             policy.is_empty = True  # there is nothing to move to the device
-            shard(policy, learner, CPU)
+            shard(policy, learner, CPU, mesh)
             optimizer = Optimizer(policy.trainable().values(), (), learner, total_steps=1)
             watch = Watch()
             for tensor in itertools.chain(policy.parameters(), policy.buffers()):
@@ -150,20 +149,10 @@ def _learn(policy: Policy, batch: MicroBatch) -> None:
 def _materialise(model: nn.Module) -> None:
     """Replace tensors without device by fake ones on the CPU; Module.to_empty does not take fake tensors."""
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-
-
-@contextmanager
-def _mesh_made_outside(world_size: int) -> Iterator[None]:
-    """Make the mesh beforehand, with real tensors."""
-    mesh, real = init_device_mesh("cpu", (world_size,)), fsdp.init_device_mesh
-    fsdp.init_device_mesh = lambda *args: mesh  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        fsdp.init_device_mesh = real
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                new = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from rsgrpo.config.train import LearnerConfig, LoraConfig, ModelConfig
 from rsgrpo.learning import fsdp, learner
@@ -43,16 +44,15 @@ def test_an_offloaded_tower_moves_to_the_gpu_only_after_its_weights_have_come(
         frozen_tower=frozen_tower,
         compute_dtype=torch.float32,
     )
-    fsdp.shard(policy, LearnerConfig(), CPU)
+    fsdp.shard(policy, LearnerConfig(), CPU, fsdp.make_mesh(CPU))
     moves: list[torch.device] = []
     monkeypatch.setattr(policy.family.vision_tower(policy.hf), "to", moves.append)
-    real = fsdp.set_model_state_dict
 
     def on_one_device(*args: Any, **options: Any) -> Any:
         assert not moves, "Multiple devices found"  # what torch says of a tower on the GPU beside offloaded weights
-        return real(*args, **options)
+        return set_model_state_dict(*args, **options)
 
-    monkeypatch.setattr(fsdp, "set_model_state_dict", on_one_device)
+    monkeypatch.setattr("rsgrpo.learning.fsdp.set_model_state_dict", on_one_device)
     fsdp.fill(policy, source, LearnerConfig(offload=True), CPU)
     assert moves == ([CPU] if frozen_tower else [])  # a trained tower is sharded and stays offloaded
     found = {name: fsdp.whole(tensor) for name, tensor in policy.hf.state_dict().items()}

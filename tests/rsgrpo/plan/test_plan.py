@@ -17,7 +17,7 @@ from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.plan.__main__ import main, num_devices, phases, warnings
 from rsgrpo.plan.config import PlanConfig
-from rsgrpo.plan.memory import GIB, devices_memory, engine_memory, learner_memory, trainable_params
+from rsgrpo.plan.memory import GIB, devices_memory, engine_memory, learner_memory, learner_moments, trainable_params
 from rsgrpo.plan.model_sizes import count_sizes, sizes_of
 from tests.material.learner import make_groups, make_learner
 from tests.material.tiny_families import save_family
@@ -256,7 +256,7 @@ def test_memory_of_a_full_learner_by_hand():
     assert memory.static["optimiser"] == pytest.approx(2 * memory.static["weights (float32)"])
     assert memory.static["frozen vision tower"] == pytest.approx(676_550_144 * 2 / GIB)
     assert memory.learning["gradients"] == pytest.approx(memory.static["weights (float32)"])
-    assert memory.learning["logits"] == pytest.approx(512 * 152_064 * 12 / GIB)
+    assert learner_moments(config, SEVEN_B)["head"]["logits"] == pytest.approx(512 * 152_064 * 20 / GIB)
 
 
 def test_more_ranks_divide_the_state_and_offload_removes_it():
