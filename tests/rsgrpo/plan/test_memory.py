@@ -67,10 +67,8 @@ def test_a_step_needs_what_is_planned_within_a_tenth(num_ranks, num_layers, row,
 def test_every_rank_makes_the_same_collectives_whatever_its_rows_hold():
     values = {key: value for key, value in seven_b(2).items() if key != "model_type"}
     config = cli.compose(PlanConfig, "config", ["recipe=evisrag_7b", "learner.num_ranks=16"])
-    rows = [(4096, (512,) * 4), (11_000, (700,) * 8)], [(11_000, (1,)), (1, (1,))]
-    first, last = (
-        watch_step(values, config.learner, held, rank=rank) for rank, held in zip((0, 15), rows, strict=True)
-    )
+    first = watch_step(values, config.learner, [(4096, (512,) * 4), (11_000, (700,) * 8)], rank=0)
+    last = watch_step(values, config.learner, [(11_000, (1,)), (1, (1,))], rank=15)
     assert first.collectives == last.collectives
     # Two all-gathers of each layer, one of the rest; a reduction of each; of four micro-batches.
     assert len(first.collectives) == 4 * (2 * 2 + 1 + 2 + 1)
