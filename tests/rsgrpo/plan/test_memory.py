@@ -13,7 +13,7 @@ from rsgrpo.config.train import LoraConfig
 from rsgrpo.plan.config import PlanConfig
 from rsgrpo.plan.memory import GIB, learner_moments, learner_state
 from rsgrpo.plan.model_sizes import KNOWN_MODELS, count_sizes
-from tests.material.fake_fsdp import watch_step
+from tests.rsgrpo.learning.fake_fsdp import watch_step
 
 
 def seven_b(num_layers: int) -> dict[str, Any]:
