@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import inspect
 import json
 import os
 import statistics
 import sys
-import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
+from rewards.calls import Lanes
 from rewards.evisrag import parse_gold
+from rewards.failures import where_raised
 from rewards.hints import why_never, why_no_scope
 
 POLICIES = {
@@ -58,13 +59,15 @@ class Trial:
     """What a reward did with one response.
 
     value: None if it did not apply or failed. spans: the characters it teaches. missed: whether a scope marker is
-    missing. error: the exception and where it was raised; "" if there was none.
+    missing. error: the exception and where it was raised; "" if there was none. kind: the same for all rows where the
+    same line failed.
     """
 
     value: float | tuple[Credit, ...] | None = None
     spans: tuple[Span, ...] = ()
     missed: bool = False
     error: str = ""
+    kind: str = ""
 
     @property
     def score(self) -> float | None:
@@ -87,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--args", metavar="JSON", default="{}", help="Keyword arguments of the reward, as a JSON object.")
     add("--limit", metavar="N", type=int, default=0, help="Score only the first N responses.")
     add("--policy", choices=POLICIES, default="void", help="What a missing marker means (default: %(default)s).")
+    add("--timeout", metavar="S", type=float, default=0, help="Time limit per response in seconds (default: none).")
     add("--summary", action="store_true", help="Print only the summary and the errors.")
     options = parser.parse_args(argv)
     try:
@@ -120,10 +124,11 @@ async def try_all(function: Reward, options: argparse.Namespace) -> int:
     seen: list[Response] = []
     responses = chain.from_iterable(map(read_responses, options.files))
     for name, response in islice(responses, options.limit if options.limit > 0 else None):
-        trial = await try_reward(function, response, options.policy)
+        trial = await try_reward(function, response, options.policy, options.timeout)
+        is_new = trial.kind not in {earlier.kind for earlier in trials}
         trials.append(trial)
         seen.append(response)
-        if trial.error or not options.summary:
+        if is_new if trial.error else not options.summary:
             print(describe(name, response, trial, colour), end="\n\n")
     if not trials:
         raise RewardError(f"no responses in {', '.join(map(str, options.files))}")
@@ -139,15 +144,21 @@ async def try_all(function: Reward, options: argparse.Namespace) -> int:
     return int(has_errors)
 
 
-async def try_reward(function: Reward, response: Response, policy: str) -> Trial:
-    """Call the reward once and find what it teaches; an exception becomes the trial's error."""
+async def try_reward(function: Reward, response: Response, policy: str, timeout_s: float = 0) -> Trial:
+    """Call the reward once and find what it teaches; an exception becomes the trial's error.
+
+    timeout_s: time limit; 0 is none.
+    """
     try:
-        value = function(response)
-        value = check_score(await value if inspect.isawaitable(value) else value, len(response.text))
+        value = check_score(await Lanes().call(function, response, timeout_s), len(response.text))
         spans = [credit.span for credit in value] if isinstance(value, tuple) else [function.scope(response)]
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return Trial(error=f"{type(error).__name__}: {error} ({where.filename}:{where.lineno} in {where.name})")
+    except TimeoutError:
+        text = f"took longer than --timeout {timeout_s:g} s"
+        return Trial(error=text, kind=text)
+    except (Exception, SystemExit) as error:
+        where, name = where_raised(error, function), type(error).__name__
+        what = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{name}: {error}"
+        return Trial(error=f"{what} ({where})", kind=f"{name} at {where}")
     if value is None:
         return Trial()
     missed = None in spans
@@ -167,9 +178,11 @@ def read_responses(path: Path) -> Iterator[tuple[str, Response]]:
     if not path.exists():
         raise RewardError(f"no file or folder {path}")
     if path.is_dir():
-        files = sorted([*path.glob("step_*.parquet"), *path.glob("rollouts/step_*.parquet")])
+        names = ("step_*.parquet", "val_*.parquet")  # validation only where nothing has been trained on yet
+        found = [sorted([*path.glob(name), *path.glob(f"rollouts/{name}")]) for name in names]
+        files = next(filter(None, found), [])
         if not files:
-            raise RewardError(f"no step_*.parquet in {path} or {path / 'rollouts'}")
+            raise RewardError(f"no step_*.parquet or val_*.parquet in {path} or {path / 'rollouts'}")
         yield from chain.from_iterable(map(_read_parquet, files))
     else:
         yield from _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
@@ -285,6 +298,8 @@ def summarise(target: str, trials: Sequence[Trial], policy: str) -> str:
         lines.append(f"  score           mean {mean:.4f}, {spread}{min(scores):g} to {max(scores):g}")
     lines.append(f"  missed marker   {num_missed}" + (f" ({policy}: {POLICIES[policy]})" if num_missed else ""))
     lines.append(f"  errors          {sum(bool(trial.error) for trial in trials)}")
+    kinds = Counter(trial.kind or trial.error for trial in trials if trial.error)
+    lines += [f"    {count} x {kind}" for kind, count in kinds.most_common()]
     return "\n".join(lines)
 
 

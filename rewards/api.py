@@ -17,6 +17,17 @@ from typing import Any, Protocol, cast, overload
 
 from rewards.namesakes import PACKAGES, import_with_namesakes
 
+FOREIGN: Sequence[tuple[str, frozenset[str]]] = (
+    ("verl", frozenset({"solution_str", "ground_truth"})),
+    ("easyr1", frozenset({"reward_input"})),
+    ("easyr1", frozenset({"reward_inputs"})),
+    ("easyr1", frozenset({"predict", "ground_truth"})),
+    ("easyr1", frozenset({"predicts", "ground_truths"})),
+    ("trl", frozenset({"completions"})),
+    ("verifiers", frozenset({"completion"})),
+)
+"""A function of `rewards.adapters`, and parameters by which rewards of its kind are known."""
+
 _NO_TRUTH: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -239,10 +250,25 @@ def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Rewa
         raise RewardError(f"'{module_name}' has no '{name}'; {hint}{rewards_there}")
     function = getattr(module, name)
     if not _is_marked(function):
+        if adapter := adapter_for(function):
+            raise RewardError(f"'{target}' is a reward of {adapter}'s kind. {_use(adapter, target)}")
         raise RewardError(
             f"'{target}' is not a reward. Write @reward(scope=...) above it (from rewards.api import reward)."
         )
     return bind_reward(function, arguments or {})
+
+
+def adapter_for(function: object) -> str:
+    """Return the function of `rewards.adapters` that fits another trainer's reward, by its parameters; "" if none."""
+    names = set(inspect.signature(function).parameters) if inspect.isfunction(function) else set()
+    return next((adapter for adapter, wanted in FOREIGN if wanted <= names), "")
+
+
+def _use(adapter: str, target: str) -> str:
+    return (
+        f"Use it through an adapter: rewards.NAME=rewards.adapters:{adapter} reward_args.NAME.function={target} (on "
+        f'own: python -m rewards rewards.adapters:{adapter} FILE --args \'{{"function": "{target}"}}\').'
+    )
 
 
 def _is_marked(value: object) -> bool:
@@ -294,6 +320,11 @@ def bind_reward(function: Reward, arguments: Mapping[str, Any]) -> Reward:
             raise RewardError(f"reward '{function.name}' takes no argument '{key}'; {hint}{has}")
     required = [p.name for p in parameters if p.name in names and p.default is p.empty and p.name not in arguments]
     if required:
+        if adapter := adapter_for(function):
+            target = f"{function.__module__}:{function.name}"
+            raise RewardError(
+                f"reward '{function.name}' is of {adapter}'s kind: take @reward away. {_use(adapter, target)}"
+            )
         raise RewardError(
             f"reward '{function.name}' needs the arguments {', '.join(required)}. Set them in reward_args."
         )

@@ -59,7 +59,7 @@ async def _in_daemon_thread(function: Callable[[Response], object], response: Re
     def run() -> None:
         try:
             future.set_result(function(response))
-        except Exception as error:
+        except BaseException as error:  # sys.exit too: nobody else would see it, and the wait would never end
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="reward").start()

@@ -30,11 +30,7 @@ def score_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
         metrics[f"reward/{name}/std"] = float(scores.std())
     for name, values in _monitor_values(scored).items():
         metrics[f"monitor/{name}/mean"] = float(values.mean())
-    for k, name in enumerate(scored[0].reward_names_K):
-        errors = sum(group.num_errors_K[k] for group in scored)
-        if errors:
-            metrics[f"reward/{name}/errors"] = float(errors)
-    return metrics
+    return metrics | {f"reward/{name}/errors": float(count) for name, count in _num_errors(scored).items()}
 
 
 def scope_metrics(
@@ -64,7 +60,14 @@ def validation_metrics(scored: Sequence[ScoredGroup], mode: str) -> dict[str, fl
     metrics = {f"val/{mode}/{name}": float(scores.mean()) for name, scores in values.items()}
     metrics[f"val/{mode}/num_tokens"] = rollout_metrics(scored)["rollout/num_tokens_mean"]
     metrics[f"val/{mode}/num_prompts"] = float(len(scored))
-    return metrics
+    errors = _num_errors(scored)
+    return metrics | {f"val/{mode}/{name}_errors": float(count) for name, count in errors.items()}
+
+
+def _num_errors(scored: Sequence[ScoredGroup]) -> dict[str, int]:
+    """Return how often each reward failed and was skipped; one that never failed is left out."""
+    counts = {name: sum(group.num_errors_K[k] for group in scored) for k, name in enumerate(scored[0].reward_names_K)}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _reward_values(scored: Sequence[ScoredGroup]) -> dict[str, np.ndarray]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
 from rewards.calls import Lanes
+from rewards.failures import where_raised
 from rollout.inputs.images import bytes_of
 from rollout.types import RolloutGroup
 from rsgrpo.config.train import TrainConfig
@@ -22,7 +24,12 @@ _LOGGED: set[str] = set()  # rewards whose failures this process has logged
 
 
 class RewardFailed(RsgrpoError):
-    """A reward raised an exception, exceeded its time limit or returned something that is not a score."""
+    """A reward raised an exception, exceeded its time limit or returned something that is not a score.
+
+    trace: the whole traceback, for the run's log file; it survives the way from a worker to the driver.
+    """
+
+    trace = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +149,8 @@ class RewardSet:
                 raise
             if reward.name not in _LOGGED:
                 _LOGGED.add(reward.name)
-                log.warning("skipped, logged once and counted in reward/%s/errors: %s", reward.name, error)
+                message = "skipped, logged once and counted in reward/%s/errors: %s"
+                log.warning(message, reward.name, error, extra={"trace": error.trace})
             return None, True
 
     def _place(
@@ -201,12 +209,17 @@ async def _call(
     except TimeoutError as error:
         limit = f"took longer than reward_timeouts_s.{reward.name}={reward.timeout_s:g} s"
         raise RewardFailed(f"reward '{reward.name}' {limit} on sample {sample_id}.\n{_show(response)}") from error
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise RewardFailed(
-            f"reward '{reward.name}' failed on sample {sample_id}: {what}\n{_show(response)}\n"
+    except (Exception, SystemExit) as error:
+        what = (
+            f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        )
+        failed = RewardFailed(
+            f"reward '{reward.name}' failed on sample {sample_id}: {what}\n"
+            f"  at {where_raised(error, reward.function)}\n{_show(response)}\n"
             "Fix the function, or set on_reward_error=skip to count such samples and continue."
-        ) from error
+        )
+        failed.trace = "".join(traceback.format_exception(error))
+        raise failed from error
 
 
 def _show(response: Response) -> str:

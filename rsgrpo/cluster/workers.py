@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -21,6 +22,7 @@ from rollout.vllm.peers import TransferError
 from rollout.vllm.weights_out import WeightSender
 from rollout.worker import WorkerHandle, enter_folder, weight_sender
 from rsgrpo.config.train import TrainConfig
+from rsgrpo.records.run_log import log_to_folder
 from rsgrpo.types import ScoredGroup
 
 LearnerMethod = Literal[
@@ -146,6 +148,7 @@ class RewardWorker(_Process):
         sys.path += [folder for folder in module_path if folder not in sys.path]
         self.rewards = RewardSet.from_config(config)
         self._lanes = Lanes(thread=ThreadPoolExecutor(1, thread_name_prefix="rewards"))
+        log_to_folder(Path(config.output_dir) / config.name)
 
     async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Score whole groups, beside those of other calls."""

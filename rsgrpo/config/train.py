@@ -59,7 +59,7 @@ class PromptConfig:
 class ValidationConfig:
     """Scoring on held-out rows with the run's own rewards and monitors."""
 
-    every: int = key(10, "Steps between validations; 0 never validates.", ge=0)
+    every: int = key(10, "Steps between validations; 0 never validates, not at the start either.", ge=0)
     at_start: bool = key(True, "Also validate before the first step.")
     max_prompts: int = key(0, "Use only the first rows, up to this number; 0 uses all.", ge=0)
     greedy: bool = key(False, "Score one greedy response per prompt (metrics val/greedy/*).")

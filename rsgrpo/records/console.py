@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,9 @@ from rich.table import Table
 from rewards.api import Reward
 
 WHOLE_NUMBERS = ("num_prompts", "prompt_errors", "num_tokens")
+ERRORS = "_errors"
 STEP_REWARDS = 3
+MAX_STEP_REWARDS = 8
 PHASES = ("sample", "reference", "learn", "sync")
 PLAIN_WIDTH = 120
 
@@ -44,14 +47,14 @@ class Console:
     """
 
     def __init__(
-        self, stream: IO[str] | None = None, *, live: bool | None = None, names: Mapping[str, str] | None = None
+        self, stream: IO[str] | None = None, *, live: bool | None = None, rewards: Mapping[str, Reward] | None = None
     ) -> None:
         """Write to `stream` (stdout by default).
 
-        live: whether to draw bars; None asks the stream. names: of rewards, as `short_names` returns them.
+        live: whether to draw bars; None asks the stream. rewards: of a run, and its monitors, for their lines.
         """
         stream = stream or sys.stdout
-        self.names = names or {}
+        self.names, self._num_rewards = short_names(rewards or {}), num_in_step_line(rewards or {})
         self.live = stream.isatty() if live is None else live
         width = None if self.live else PLAIN_WIDTH
         self._rich = RichConsole(file=stream, width=width, highlight=False, force_terminal=self.live or None)
@@ -94,7 +97,7 @@ class Console:
 
     def step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Print one step's result and move the outer bar to it."""
-        line = format_step(step, total, metrics, self.names)
+        line = format_step(step, total, metrics, self.names, self._num_rewards)
         self._print(escape(line))
         if self._steps is None:
             self._steps = self._progress.add_task("steps", total=total)
@@ -142,21 +145,42 @@ def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler
 
 
 def short_names(rewards: Mapping[str, Reward]) -> dict[str, str]:
-    """Return each reward's or monitor's name for narrow displays (`@reward(short=...)`), the leading ones first."""
-    ordered = sorted(rewards.items(), key=lambda item: not item[1].leading)
+    """Return each reward's or monitor's name for narrow displays (`@reward(short=...)`).
+
+    The leading ones come first, then those of the user's own.
+    """
+    ordered = sorted(rewards.items(), key=lambda item: (not item[1].leading, not is_own(item[1])))
     return {name: reward.short or name for name, reward in ordered}
 
 
-def format_step(step: int, total: int, metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
+def is_own(reward: Reward) -> bool:
+    """Whether a reward is of the user's own making."""
+    module: str = getattr(reward, "func", reward).__module__
+    return module == "rewards.adapters" or not module.startswith("rewards.")
+
+
+def num_in_step_line(rewards: Mapping[str, Reward]) -> int:
+    """Return how many rewards a step's line shows: the leading ones and the user's own, and three if they are fewer."""
+    wanted = sum(reward.leading or is_own(reward) for reward in rewards.values())
+    return min(max(wanted, STEP_REWARDS), MAX_STEP_REWARDS)
+
+
+def format_step(
+    step: int, total: int, metrics: Mapping[str, float], names: Mapping[str, str], num_rewards: int = STEP_REWARDS
+) -> str:
     """Return the line of a step, without what it did not measure.
+
+    num_rewards: rewards that it has room for, in the order of `names`.
 
     Example: "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
     """
     parts = [f"step {step:>{len(str(total))}}/{total}"]
     rewards = [key.split("/")[1] for key in metrics if key.startswith("reward/") and key.endswith("/mean")]
     known = [name for name in names if name in rewards]
-    shown = (known + [name for name in rewards if name not in names])[:STEP_REWARDS]
+    shown = (known + [name for name in rewards if name not in names])[:num_rewards]
     parts += [f"{names.get(name, name)} {short(metrics[f'reward/{name}/mean'])}" for name in shown]
+    failed = {key.split("/")[1]: metrics[key] for key in metrics if re.fullmatch(r"reward/[^/]+/errors", key)}
+    parts += [f"{names.get(name, name)} failed {count:.0f}x" for name, count in failed.items()]
     if not shown and "actor/loss" in metrics:
         parts.append(f"loss {short(metrics['actor/loss'], 3)}")
     if "rollout/num_tokens_mean" in metrics:
@@ -181,6 +205,10 @@ def format_validation(step: int, total: int, metrics: Mapping[str, float], names
     for key, value in metrics.items():
         if key.startswith("val/") and key.count("/") == 2:
             _, mode, name = key.split("/")
+            reward = name.removesuffix(ERRORS)
+            if name.endswith(ERRORS) and name not in WHOLE_NUMBERS:
+                modes.setdefault(mode, []).append(f"{names.get(reward, reward)} failed {value:.0f}x")
+                continue
             text = f"{value:.0f}" if name in WHOLE_NUMBERS else short(value, 3)
             modes.setdefault(mode, []).append(f"{names.get(name, name)} {text}")
     prefix = f"step {step:>{len(str(total))}}/{total}"

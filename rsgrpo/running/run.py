@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,8 +26,10 @@ from rsgrpo.cluster.engine_check import CHECKED_PROMPTS, choose_prompts
 from rsgrpo.cluster.protocol import Cluster, StartCluster
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import InputError, SourceBroke, WorkerError
-from rsgrpo.records.console import Console, short_names
+from rsgrpo.records import summary
+from rsgrpo.records.console import Console
 from rsgrpo.records.hub import push_folder, require_login
+from rsgrpo.records.run_log import log_to_folder, stop_logging, write_failure
 from rsgrpo.records.tracking import Tracker, read_metrics
 from rsgrpo.report.model_card import write_model_card
 from rsgrpo.report.page import write_report
@@ -56,6 +59,7 @@ class RunParts:
     checkpoints: CheckpointFolder
     cluster: Cluster
     tracker: Tracker
+    log_file: logging.Handler
     resumed: Checkpoint | None
     state: Mapping[str, Any]
     started: float
@@ -73,6 +77,7 @@ class Run:
         self.folder = run_folder(config)
         self.console, self.stop, self.cluster = parts.console, parts.stop, parts.cluster
         self.checkpoints, self.tracker, self.stream = parts.checkpoints, parts.tracker, parts.prompts.stream
+        self._log_file = parts.log_file
         self.train_prompts, self.val_prompts = parts.prompts.train, parts.prompts.val
         self.total_steps = steps_of(config, len(self.train_prompts))
         self.guards = Guards(config.guards, read_metrics(self.folder))
@@ -115,7 +120,7 @@ class Run:
         rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
         with ExitStack() as leaving:
             named = (*rewards.rewards, *rewards.monitors)
-            console = Console(names=short_names({reward.name: reward.function for reward in named}))
+            console = Console(rewards={reward.name: reward.function for reward in named})
             leaving.callback(console.close)
             stop = StopSignals()
             leaving.callback(stop.close)
@@ -135,6 +140,8 @@ class Run:
                     console.warning(f"{key} was {old!r} when this run began; it is now {new!r}")
                 console.info(f"Resuming from step {newest.step} of {total_steps} ({newest.folder}).")
             write_settings(folder, settings)
+            log_file = log_to_folder(folder)
+            leaving.callback(stop_logging, log_file)
             tracker = Tracker(
                 folder,
                 config.tracking,
@@ -144,7 +151,7 @@ class Run:
                 state=state.get("tracker"),
             )
             leaving.callback(tracker.close)
-            parts = RunParts(console, stop, prompts, checkpoints, cluster, tracker, newest, state, started)
+            parts = RunParts(console, stop, prompts, checkpoints, cluster, tracker, log_file, newest, state, started)
             run = cls(config, parts, settings, line_every=line_every)
             run._leaving = leaving.pop_all()
             return run
@@ -159,6 +166,8 @@ class Run:
             WorkerError: a worker failed; the text says at which step, and from which one the run can resume.
         """
         with self._leaving:
+            if error is not None and not isinstance(error, StopRequested):
+                write_failure(self._log_file, error)
             if isinstance(error, StopRequested | SourceBroke):
                 self.save()
                 if isinstance(error, StopRequested):
@@ -248,9 +257,9 @@ class Run:
         """Whether the policy is validated after this step (0: before the first)."""
         if not self.val_prompts:
             return False
-        if step == 0:
-            return self.config.validation.at_start
         every = self.config.validation.every
+        if step == 0:
+            return bool(every) and self.config.validation.at_start
         return bool(every) and (step % every == 0 or step == self.total_steps)
 
     def validate_if_due(self) -> None:
@@ -281,7 +290,8 @@ class Run:
         Raises:
             RsgrpoError: the upload failed; everything is on disk.
         """
-        lines = _before_and_after(read_metrics(self.folder))
+        rows = read_metrics(self.folder)
+        lines = summary.scores(rows)
         memory = self.cluster.memory_mb()
         lines["time"] = f"{(time.monotonic() - self._started) / 60:.1f} minutes in this process"
         lines["memory"] = ", ".join(f"{role} {megabytes:.0f} MB" for role, megabytes in memory.items())
@@ -298,6 +308,8 @@ class Run:
         if self.config.export.push_to_hub:
             with self.console.phase("upload"):
                 lines["hub"] = push_folder(export, self.config.export, f"{self.config.name}: step {self.step}")
+        for warning in summary.warnings(rows, list(self.config.rewards)):
+            self.console.warning(warning)
         self.console.summary(f"{self.config.name}: {self.step} of {self.total_steps} steps done", list(lines.items()))
 
     def _mark_boundary(self, step: int, *, validated: bool) -> None:
@@ -376,13 +388,3 @@ def _differences(before: Settings, after: Settings, prefix: str = "") -> dict[st
         elif old != new:
             found[prefix + key] = (old, new)
     return dict(sorted(found.items()))
-
-
-def _before_and_after(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the first and the last value of every validation score that is not always zero."""
-    lines = {}
-    for key in sorted({key for row in rows for key in row if key.startswith("val/")}):
-        values = [row[key] for row in rows if row.get(key) is not None]
-        if any(values) and not key.endswith(("/num_prompts", "/num_tokens", "/prompt_errors")):
-            lines[key] = f"{values[0]:.3f} → {values[-1]:.3f}"
-    return lines

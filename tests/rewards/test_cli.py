@@ -30,6 +30,28 @@ def fails(response):
     raise KeyError("no such thing")
 
 @reward
+def leaves(response):
+    raise SystemExit(3)
+
+@reward
+def hangs(response):
+    import time
+    time.sleep(2)
+
+def verl_like(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth), "acc": 0}
+
+@reward
+def marked_verl(data_source, solution_str, ground_truth):
+    return 1.0
+
+def trl_like(completions, answers, **kwargs):
+    return [float(text in gold) for text, gold in zip(completions, answers)]
+
+def easy_like(reward_inputs, weight=0.1):
+    return [{"overall": float(one["response"] == one["ground_truth"])} for one in reward_inputs]
+
+@reward
 def not_finite(response):
     return float("nan")
 
@@ -127,11 +149,50 @@ def test_an_exception_is_shown_with_the_response_and_counted(capsys, workdir):
     status, out, _ = run(capsys, "cli_rewards:fails", file, "--summary")
     assert status == 1
     assert "--- line 1: ERROR KeyError: 'no such thing' (" in out
-    assert "in fails)\nsome response\n" in out
+    assert 'in fails: raise KeyError("no such thing"))\nsome response\n' in out
     assert "  applied         0 of 1\n  missed marker   0\n  errors          1\n" in out
     status, out, _ = run(capsys, "cli_rewards:not_finite", file)
     assert status == 1
     assert "ERROR RewardError: a score must be finite, got nan" in out
+
+
+def test_the_same_error_over_many_rows_is_shown_once_and_counted(capsys, workdir):
+    file = write_rows(workdir / "r.jsonl", *({"text": f"response {n}"} for n in range(5)))
+    status, out, _ = run(capsys, "cli_rewards:fails", file)
+    assert status == 1
+    assert out.count("ERROR KeyError") == 1
+    assert "  errors          5\n    5 x KeyError at cli_rewards.py:" in out
+
+
+def test_a_reward_may_leave_the_program_or_hang_and_is_told_so(capsys, workdir):
+    file = write_rows(workdir / "r.jsonl", {"text": "a"})
+    _, out, _ = run(capsys, "cli_rewards:leaves", file)
+    assert "ERROR it called sys.exit(3) (cli_rewards.py:" in out
+    _, out, _ = run(capsys, "cli_rewards:hangs", file, "--timeout", "0.05")
+    assert "ERROR took longer than --timeout 0.05 s" in out
+
+
+@pytest.mark.parametrize("named", ["vals", "vals/rollouts"])
+def test_a_run_that_has_only_been_validated_can_be_tried(capsys, workdir, named):
+    (workdir / "vals" / "rollouts").mkdir(parents=True)
+    rows = [{"prompt_id": "p", "sample": 0, "text": GOOD, "num_tokens": 5, "truth": json.dumps({"answers": ["16"]})}]
+    pq.write_table(pa.Table.from_pylist(rows), workdir / "vals" / "rollouts" / "val_000000.parquet")
+    status, out, _ = run(capsys, "rewards.evisrag:accuracy", named)
+    assert (status, "--- val_000000 p#0: 1.0000" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("function", "adapter"),
+    [("verl_like", "verl"), ("marked_verl", "verl"), ("trl_like", "trl"), ("easy_like", "easyr1")],
+)
+def test_a_reward_of_another_trainer_gets_the_command_that_works(capsys, workdir, function, adapter):
+    file = write_rows(workdir / "r.jsonl", {"text": "16", "answer": "16"})
+    status, _, err = run(capsys, f"cli_rewards:{function}", file)
+    assert status == 2
+    assert f"reward_args.NAME.function=cli_rewards:{function}" in err
+    if function != "marked_verl":
+        arguments = json.dumps({"function": f"cli_rewards:{function}"})
+        assert "mean 1.0000" in run(capsys, f"rewards.adapters:{adapter}", file, "--args", arguments)[1]
 
 
 def test_credits_are_listed_and_each_span_highlighted(capsys, workdir):
@@ -210,7 +271,7 @@ def test_files_that_cannot_be_read_are_named(capsys, workdir):
     (workdir / "z.jsonl").write_bytes(b'{"text": "\xff"}\n')
     for name, message in {
         "none.jsonl": "error: no file or folder none.jsonl\n",
-        "empty": "error: no step_*.parquet in empty",
+        "empty": "error: no step_*.parquet or val_*.parquet in empty",
         "x.parquet": "error: x.parquet: ",
         "y.parquet": "error: y.parquet: there is no column 'text'",
         "z.jsonl": "error: z.jsonl, line 1: 'utf-8' codec",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,39 @@ def test_another_task_has_its_own_names_in_console_report_and_checks(
     for word in ("evid", "accuracy", "well_formed"):
         assert word not in output
     assert (folder / "checkpoints" / "latest").exists()
+
+
+def test_a_reward_that_always_fails_is_seen_wherever_one_looks(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(tmp_path / "star_rewards.py", "a") as file:
+        file.write("\n\n@reward\ndef mine(response: Response) -> float:\n    return 1 / 0\n")
+    sys.modules.pop("star_rewards", None)
+    rewards = {**config.rewards, "mine": "star_rewards:mine"}
+    train(dataclasses.replace(config, rewards=rewards, on_reward_error="skip"))
+    output = capsys.readouterr().out
+    assert "mine failed 8x  len" in output
+    assert "mine failed 16x" in output.split("val sampled")[1]
+    assert "reward 'mine' failed 32 times and was skipped (on_reward_error=skip)" in output
+    log = (Path(config.output_dir) / config.name / "run.log").read_text()
+    assert "star_rewards.py:" in log
+    assert "Traceback (most recent call last)" in log
+    assert log.count("ZeroDivisionError: division by zero") == 2  # the message, and the end of one traceback
+
+
+def test_a_run_that_learnt_nothing_says_so(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    rewards = {"even": "star_rewards:brief"}
+    args = {"even": {}}
+    Path(config.rollout.script).write_text(
+        "".join(json.dumps({"id": f"r{n}", "responses": ["same"] * 4}) + "\n" for n in range(1, 5))
+    )
+    once = dataclasses.replace(config.validation, every=9)
+    plain = dataclasses.replace(config.checkpoint, metric="val/sampled/even")
+    changes = {"rewards": rewards, "reward_args": args, "validation": once, "checkpoint": plain}
+    train(dataclasses.replace(config, **changes, guards=GuardsConfig()))
+    output = capsys.readouterr().out
+    assert "warning: none of the 2 steps updated the model" in output
+    assert "-0.040 (one validation)" in output
 
 
 def test_its_guards_stop_it(config: TrainConfig) -> None:

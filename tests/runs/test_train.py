@@ -274,8 +274,11 @@ def test_a_kl_term_brings_a_reference(ray_cluster, config, tmp_path):
 
 def test_a_failing_reward_ends_the_run_with_its_name_and_the_response(ray_cluster, config):
     failing = {**config.rewards, "bad": "tests_rewards_for_train:fails"}
-    with pytest.raises(RsgrpoError, match=r"(?s)reward 'bad' failed on sample row\d#\d: LookupError: no such page"):
+    message = r"(?s)reward 'bad' failed on sample row\d#\d: LookupError: no such page.* in fails: raise LookupError"
+    with pytest.raises(RsgrpoError, match=message):
         train(variant(config, rewards=failing))
+    log = (Path(config.output_dir) / config.name / "run.log").read_text()
+    assert re.search(r'File ".*tests_rewards_for_train.py", line \d+, in fails', log), log
 
 
 def test_missing_demo_data_names_the_command_to_run(config):

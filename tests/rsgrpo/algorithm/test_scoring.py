@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
+import re
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +91,26 @@ def test_a_failing_reward_names_itself_the_sample_and_the_response():
     assert "reward 'broken' failed on sample row7#1: ZeroDivisionError" in message
     assert "no tags at all" in message
     assert "on_reward_error=skip" in message
+    assert re.search(r"at .*test_scoring\.py:\d+, in broken: return 1\.0 if", message)
+    copied = pickle.loads(pickle.dumps(caught.value))  # as on its way from a worker
+    assert "in broken" in copied.trace
+    assert "ZeroDivisionError" in copied.trace
+
+
+@reward
+def leaves(response: Response) -> float:
+    sys.exit("enough")
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 5.0])
+def test_a_reward_that_calls_sys_exit_is_named(timeout_s):
+    with pytest.raises(RewardFailed, match=r"reward 'leaves' failed on sample row7#0: called sys.exit\('enough'\)"):
+        reward_set(leaves, timeout_s=timeout_s).score([group()])
+
+
+def test_a_wrong_value_points_to_the_function_that_returned_it():
+    with pytest.raises(RewardFailed, match=rf"test_scoring.py:{not_a_number.__code__.co_firstlineno}, in not_a_number"):
+        reward_set(not_a_number).score([group()])
 
 
 def test_failures_are_skipped_and_counted_on_request():

@@ -9,9 +9,12 @@ import time
 
 import pytest
 
-from rsgrpo.records.console import Console, format_step, format_validation, short
+from rewards import adapters, evisrag
+from rewards.api import Response, bind_reward, reward
+from rsgrpo.records.console import Console, format_step, format_validation, num_in_step_line, short, short_names
 
 NAMES = {"accuracy": "acc", "evidence": "evid", "well_formed": "fmt"}
+SHOWN = {name: getattr(evisrag, name) for name in NAMES}
 METRICS = {
     "reward/well_formed/mean": 0.99,
     "reward/evidence/mean": 0.78,
@@ -30,6 +33,41 @@ def test_a_step_is_one_line_with_its_leading_rewards() -> None:
     assert format_step(12, 60, METRICS, NAMES) == (
         "step 12/60  acc .63  evid .78  fmt .99  len 71  kl .002  12.3 s (sample 5.1 learn 6.0 sync .2)"
     )
+
+
+def test_own_rewards_have_a_place_in_the_line_and_failures_are_counted() -> None:
+    @reward
+    def mine(response: Response) -> float:
+        return 1.0
+
+    shipped = {name: getattr(evisrag, name) for name in ("overlong", "well_formed", "think_differs", "accuracy")}
+    rewards = {
+        **shipped,
+        "mine": mine,
+        "loose": bind_reward(mine, {}),
+        "old": bind_reward(adapters.trl, {"function": "m:f"}),
+    }
+    assert list(short_names(rewards)) == [
+        "well_formed",
+        "accuracy",
+        "mine",
+        "loose",
+        "old",
+        "overlong",
+        "think_differs",
+    ]
+    assert num_in_step_line(rewards) == 5
+    assert num_in_step_line(shipped) == 3
+    metrics = {f"reward/{name}/mean": 1.0 for name in shipped} | {"reward/loose/mean": 0.5, "reward/mine/errors": 8.0}
+    line = format_step(1, 9, metrics, short_names(rewards), 4)
+    assert line == "step 1/9  fmt 1.00  acc 1.00  loose .50  overlong 1.00  mine failed 8x"
+
+
+def test_a_validation_line_counts_failures() -> None:
+    metrics = {"val/sampled/accuracy": 0.5, "val/sampled/evidence_errors": 3.0, "val/sampled/prompt_errors": 1.0}
+    assert format_validation(1, 9, metrics, NAMES) == [
+        "step 1/9  val sampled  acc .500  evid failed 3x  prompt_errors 1"
+    ]
 
 
 def test_what_a_step_did_not_measure_is_left_out() -> None:
@@ -68,7 +106,7 @@ def test_short_numbers_drop_their_leading_zero(value: float, text: str) -> None:
 
 def test_output_that_is_no_terminal_is_plain_lines() -> None:
     stream = io.StringIO()
-    with Console(stream, names=NAMES) as console:
+    with Console(stream, rewards=SHOWN) as console:
         with console.phase("sample", total=2) as bar:
             bar.advance()
             bar.update(2, 2)
@@ -104,7 +142,7 @@ def test_log_lines_are_printed_above_the_bars_and_go_back_to_stderr(capsys: pyte
 
 def test_a_terminal_shows_bars_and_keeps_the_lines() -> None:
     stream = io.StringIO()
-    with Console(stream, live=True, names=NAMES) as console:
+    with Console(stream, live=True, rewards=SHOWN) as console:
         with console.phase("sample", total=96) as bar:
             bar.advance(48)
             console.info("hello")
