@@ -85,7 +85,7 @@ def _loaded(target: str) -> Callable[..., Any]:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise RewardError(f"function must be module:function, such as my_rewards:compute_score, got {target!r}")
-    function = getattr(import_user_module(module_name, name), name, None)
+    function: Callable[..., Any] | None = getattr(import_user_module(module_name, name), name, None)
     if not callable(function):
         raise RewardError(f"function={target}: the module '{module_name}' has no function '{name}'")
     return function

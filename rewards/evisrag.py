@@ -230,6 +230,8 @@ def read_gold(answer: Any, columns: Mapping[str, Any], num_images: int) -> dict[
         if block_text(answer, "answer") is None:
             raise GoldError("gold answer without <answer> tags", f"got {answer!r:.80}{_PLAIN_HINT}")
         truth.update(parse_gold(answer))
+        if not any(truth["answers"]):
+            raise GoldError("no gold answer", f"the answer in its tags is empty: {answer[-80:]!r}")
     if "evidence" not in truth:
         if evidence is not None and not is_texts(evidence):
             raise GoldError(

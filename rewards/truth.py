@@ -48,8 +48,11 @@ def plain(answer: Any, columns: Mapping[str, Any], num_images: int = 0) -> dict[
     """
     if isinstance(answer, str) and answer.strip():
         return {**columns, "gold": answer, "answers": [answer.strip()]}
-    if is_texts(answer) and answer:
+    if is_texts(answer) and any(text.strip() for text in answer):
         return {**columns, "answers": list(answer)}
+    missing = f"the answer is missing; the row's other columns are {', '.join(columns) or 'none'}"
+    if answer is None or isinstance(answer, str) or (is_texts(answer) and not any(answer)):
+        raise GoldError("no gold answer", "the answer is empty" if answer is not None else missing)
     raise GoldError("no gold answer", f"the answer must be text or a list of texts, got {answer!r:.80}")
 
 

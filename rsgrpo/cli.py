@@ -129,6 +129,18 @@ def compose(schema: type[ConfigT], config_name: str = "config", overrides: typin
         return _to_object(node, schema)
 
 
+def compose_or_explain(schema: type[ConfigT], config_name: str, overrides: typing.Sequence[str]) -> ConfigT:
+    """Return what `compose` does; what is wrong with an override becomes one message.
+
+    Raises:
+        ConfigError: the overrides cannot be used.
+    """
+    try:
+        return compose(schema, config_name, overrides)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise ConfigError(explain(error, schema, config_name, overrides)) from error
+
+
 def explain(error: Exception, schema: type, config_name: str = "config", arguments: typing.Sequence[str] = ()) -> str:
     """Return one message that names the key as `arguments` write it, the value and the nearest valid one."""
     text = str(error).strip()

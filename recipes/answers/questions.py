@@ -20,6 +20,7 @@ from rollout.keys import nearest
 from rollout.packed import PackedImage
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
+from rsgrpo.data.faults import is_shared
 from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
 from rsgrpo.errors import InputError, listed
 
@@ -68,6 +69,8 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
             faults.append(f"{row.place}: {error}")
     if faults:
         shown = listed(faults, MAX_LISTED_ROWS)
+        if is_shared([fault.partition(": ")[2] for fault in faults], len(rows)):
+            shown = f"  every row: {faults[0]}"
         raise InputError(f"{source}: {len(faults)} of {len(rows)} rows cannot be used:\n{shown}")
     return questions
 

@@ -6,18 +6,24 @@ The work is done in `recipes.files.layouts`, `recipes.files.row_check` and `reci
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes.answers.options import add_options, option_of
+from recipes.answers.options import option_of
 from recipes.files.whole_folder import MANIFEST, make_folder
 from rollout.config import InputsConfig
 from rollout.files import json_object
-from rollout.keys import keys_of, named
+from rollout.keys import as_named, keys_of, named
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
+if TYPE_CHECKING:
+    from rsgrpo.config.train import RunConfig
+
+OVERRIDE = re.compile(r"[+~]*[A-Za-z_][\w.]*=")
 Run = Callable[[dict[str, Any], Console], int | None]
 """Runs a command with its options; returns the exit code, None for 0."""
 
@@ -37,19 +43,55 @@ def run_unpack(options: dict[str, Any], console: Console) -> int:
     return int(bool(done.missing))
 
 
-@named({f"inputs.{name}": option_of(name) for name in keys_of(InputsConfig)})
+VALIDATE_OPTIONS = {f"inputs.{name}": option_of(name) for name in keys_of(InputsConfig)} | {
+    "data.image_dir": "--image-dir"
+}
+
+
+@named(VALIDATE_OPTIONS)
 def run_validate(options: dict[str, Any], console: Console) -> int:
-    """Report each row that cannot be used."""
+    """Report each row that cannot be used, of a file or of both files of a recipe."""
+    from rsgrpo.data.rows import open_rows
+
+    run = _recipe(options)
+    limits = {name: options.pop(name) for name in keys_of(InputsConfig)}
+    given = {name: value for name, value in limits.items() if value is not None}
+    inputs = InputsConfig(**given) if run is None else replace(run.inputs, **given)
+    named_sources = options.pop("source")
+    sources = named_sources or ([run.data.train, run.data.val] if run else [])
+    if not sources:
+        raise InputError("name a file to check, or a recipe (recipe=NAME) whose files are checked")
+    for source in sources:
+        open_rows(source)  # a missing file is noticed before the slow libraries are loaded
     from recipes.files.row_check import check_rows
 
-    inputs = InputsConfig(**{name: options.pop(name) for name in keys_of(InputsConfig)})
-    with console.phase("rows") as bar:
-        report = check_rows(inputs=inputs, progress=bar.update, **options)
-    for line in report.lines():
-        console.info(line)
+    if run is not None and not options["model"] and Path(run.model.path).is_dir():
+        options["model"] = run.model.path
+    num_bad = 0
+    for source in sources:
+        with console.phase("rows") as bar:
+            report = check_rows(source, inputs=inputs, run=run, progress=bar.update, **options)
+        prefix = f"{source}: " if len(sources) > 1 else ""
+        for line in report.lines():
+            console.info(prefix + (as_named(line, VALIDATE_OPTIONS) if run is None else line))
+        num_bad += len(report.bad)
     if not options["model"]:
-        console.info("Tokens were not counted. To count them, set --model.")
-    return int(bool(report.bad))
+        where = f" (there is no model folder {run.model.path})" if run else ""
+        console.info(f"Tokens were not counted{where}. To count them, set --model.")
+    return int(num_bad > 0)
+
+
+def _recipe(options: dict[str, Any]) -> RunConfig | None:
+    """Return the configuration of the overrides among the sources, which are taken out; None without any."""
+    overrides = [source for source in options["source"] if OVERRIDE.match(source)]
+    options["source"] = [source for source in options["source"] if source not in overrides]
+    if not overrides:
+        return None
+    from rsgrpo import cli
+    from rsgrpo.config.train import SftConfig, TrainConfig
+
+    schema, config_name = (SftConfig, "sft") if options["purpose"] == "sft" else (TrainConfig, "config")
+    return cli.compose_or_explain(schema, config_name, overrides)
 
 
 def run_convert(options: dict[str, Any], console: Console) -> None:
@@ -110,14 +152,17 @@ def add_file_commands(commands: Any) -> None:
     unpack.add_argument("--out", type=Path, help="folder for images and rows (default: FOLDER itself)")
 
     check = add_command(commands, "validate", run_validate, "report each row that cannot be used")
-    check.add_argument("source", metavar="FILE", help="a file, a folder or a hub id (org/name:split)")
+    source_help = "a file, a folder or a hub id (org/name:split); or recipe=NAME key=value ..., as a run takes them"
+    check.add_argument("source", metavar="FILE", nargs="+", help=source_help)
     purposes = ["grpo", "sft", "test"]
     check.add_argument("--for", dest="purpose", choices=purposes, default="grpo", help="what the rows are used for")
     prompt_help = "a name in conf/prompt or a file (default: the rows' own prompts, else evidence)"
     check.add_argument("--prompt", default="", help=prompt_help)
     check.add_argument("--image-dir", default="", help="folder that relative image paths start from")
     check.add_argument("--model", default="", help="folder or hub id of the model whose tokenizer counts tokens")
-    add_options(check, InputsConfig)
+    for name, about in keys_of(InputsConfig).items():
+        text = f"{about.help} Default: the recipe's, else {about.shown_default}."
+        check.add_argument(option_of(name), type=type(about.default), default=None, help=text)
 
     convert = add_command(commands, "convert", run_convert, "convert a table, or a sharegpt or alpaca file, to rows")
     convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,9 +13,10 @@ from rewards.evisrag import well_formed
 from rollout.config import InputsConfig
 from rollout.types import Prompt
 from rsgrpo.config.checks import require_found
-from rsgrpo.config.train import DataConfig
-from rsgrpo.data.dataset import sort_rows
-from rsgrpo.data.prompts import BadRow, TokenCounter
+from rsgrpo.config.train import DataConfig, RunConfig
+from rsgrpo.data.dataset import about_images, sort_rows
+from rsgrpo.data.faults import BadRow, counted, explained
+from rsgrpo.data.prompts import TokenCounter
 from rsgrpo.data.rows import Row, read_rows
 from rsgrpo.errors import InputError
 
@@ -35,21 +35,26 @@ NO_RESPONSE = (
 
 @dataclass(frozen=True, slots=True)
 class RowReport:
-    """What a check found. good: rows that can be used. bad: the others, in file order."""
+    """What a check found.
+
+    good: rows that can be used. bad: the others, in file order. note: what is odd about the images; "" if nothing is.
+    """
 
     num_rows: int
     good: tuple[Prompt, ...]
     bad: tuple[BadRow, ...]
+    note: str = ""
 
     def lines(self) -> list[str]:
-        """Return the report: a line for each bad row, then the counts."""
+        """Return the report: a line for each bad row (one for all if they share their fault), then the counts."""
+        notes = [self.note] if self.note else []
         if not self.bad:
-            return [f"all {self.num_rows} rows can be used"]
-        counts = Counter(row.reason for row in self.bad).most_common()
-        kinds = ", ".join(f"{count} x {reason}" for reason, count in counts)
+            return [*notes, f"all {self.num_rows} rows can be used"]
+        faults = explained(self.bad, self.num_rows, limit=len(self.bad)).splitlines()
         return [
-            *(f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in self.bad),
-            f"{len(self.bad)} of {self.num_rows} rows cannot be used ({kinds})",
+            *notes,
+            *(line.strip() for line in faults),
+            f"{len(self.bad)} of {self.num_rows} rows cannot be used ({counted(self.bad)})",
         ]
 
 
@@ -71,6 +76,7 @@ def check_rows(
     prompt: str = "",
     image_dir: str = "",
     model: str = "",
+    run: RunConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RowReport:
     """Check every row of a data source.
@@ -78,6 +84,7 @@ def check_rows(
     purpose: "grpo" (gold evidence and answer), "sft" (whole responses), "test" (questions with accepted answers).
     prompt: a name in conf/prompt or a file; "" takes the rows' own messages, or "evidence" if the first has none.
     model: folder or hub id of the model whose tokenizer counts tokens; "" skips that check.
+    run: takes the prompt and the columns of the rows from a run's configuration.
 
     Raises:
         InputError: the source or the model cannot be read.
@@ -86,8 +93,11 @@ def check_rows(
     if purpose == "test":
         rows = [_renamed(row) for row in rows]
     first: Mapping[str, Any] = next((row.columns for row in rows if not row.fault), {})
-    template = named_prompt(prompt or ("raw" if first.get("prompt") else "evidence"))
-    data = DataConfig(image_dir=image_dir, gold="rewards.evisrag:read_gold")
+    if run is None:
+        template = named_prompt(prompt or ("raw" if first.get("prompt") else "evidence"))
+        data = DataConfig(image_dir=image_dir, gold="rewards.evisrag:read_gold")
+    else:
+        template, data = named_prompt(prompt) if prompt else run.prompt, run.data
     good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)
     if purpose == "sft":
         places = {row.columns.get("id") or f"row-{row.number}": row.place for row in rows}
@@ -95,7 +105,7 @@ def check_rows(
         good = [row for row in good if _is_whole(row)]
         order = {row.place: row.number for row in rows}
         bad.sort(key=lambda row: order.get(row.place, 0))
-    return RowReport(len(rows), tuple(good), tuple(bad))
+    return RowReport(len(rows), tuple(good), tuple(bad), about_images(rows, data))
 
 
 def _is_whole(prompt: Prompt) -> bool:

@@ -93,6 +93,7 @@ def check_decodes(source: ImageSource) -> None:
     """Decode the image as cheaply as its format allows and drop the pixels; raises as `decode`."""
     with opened(source) as image:
         _require_supported(image, source)
+        _require_one_page(image, source)
         image.draft("L", (1, 1))  # JPEG: skip most of the inverse transform; other formats ignore it
         image.load()
 
@@ -105,6 +106,7 @@ def decode(source: ImageSource) -> Image.Image:
     """
     with opened(source) as image:
         _require_supported(image, source)
+        _require_one_page(image, source)
         orientation = _orientation(image)
         image.load()
         upright = image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
@@ -253,6 +255,17 @@ def name_of(source: ImageSource) -> str:
 def _require_supported(image: Image.Image, source: ImageSource) -> None:
     if image.mode == "F":
         raise PromptError(f"image {name_of(source)} has floating-point pixels of unknown range. Save it with 8 bits.")
+    if image.format == "TIFF" and image.mode == "I":
+        raise PromptError(f"image {name_of(source)} has 32-bit pixels of unknown range. Save it with 8 bits.")
+
+
+def _require_one_page(image: Image.Image, source: ImageSource) -> None:
+    """Refuse a TIFF of several pages, of which a model would see the first alone; an animation is its first frame."""
+    if (count := num_frames(image)) > 1:
+        raise PromptError(
+            f"image {name_of(source)} has {count} pages, of which a model would see the first alone. Save each page as "
+            "an image of its own."
+        )
 
 
 def _orientation(image: Image.Image) -> int:

@@ -18,9 +18,10 @@ from typing import Any
 from rollout.types import Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
-from rsgrpo.data.prompts import OVERLONG, BadRow, RowChecker, TokenCounter
-from rsgrpo.data.rows import MAX_LISTED_ROWS, Row, find_images, read_rows
-from rsgrpo.errors import InputError, listed
+from rsgrpo.data.faults import OVERLONG, BadRow, counted, explained
+from rsgrpo.data.prompts import RowChecker, TokenCounter
+from rsgrpo.data.rows import Row, find_images, image_entries, read_rows
+from rsgrpo.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,10 @@ def load_prompts(
     rows, folder = read_rows(source, keep_broken=True)
     good, bad = sort_rows(rows, data, prompt, processor, folder=folder, checked=checked, progress=progress)
     _refuse(bad, data, source, len(rows))
+    if note := about_images(rows, data):
+        log.warning("%s: %s", source, note)
     if bad:
-        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), _counted(bad))
+        log.warning("%s: dropped %d of %d rows (%s)", source, len(bad), len(rows), counted(bad))
     if not good:
         raise InputError(f"data source {source} has no usable row left; the first was dropped because: {bad[0].detail}")
     return PromptDataset(good, Counter(row.reason for row in bad))
@@ -95,6 +98,23 @@ def sort_rows(
             if progress is not None:
                 progress(len(outcomes), len(rows))
     return _split_outcomes(outcomes, rows)
+
+
+def about_images(rows: Sequence[Row], data: DataConfig) -> str:
+    """Return what is odd about rows without an image; "" if every row has one."""
+    column = data.columns["image"]
+    without = [row for row in rows if not row.fault and not image_entries(row.columns.get(column))]
+    if not without:
+        return ""
+    if len(without) < len(rows):
+        return f"{len(without)} of {len(rows)} rows have no image and are used as text ({without[0].place} first)"
+    if any(column in row.columns for row in rows):
+        return "no row has an image: all are used as text"
+    has = ", ".join(without[0].columns)
+    return (
+        f"no row has a column {column!r}, so all are used as text; they have {has}. Name the images' column as "
+        "data.columns.image"
+    )
 
 
 class PromptStream:
@@ -192,14 +212,8 @@ def _refuse(bad: Sequence[BadRow], data: DataConfig, source: str, num_rows: int)
     refused = [row for row in bad if is_refused(row, data)]
     if not refused:
         return
-    lines = [f"{row.place}, id {row.id}: {row.reason}: {row.detail}" for row in refused]
     keys = sorted({dropped_by(row) for row in refused})
     raise InputError(
-        f"{source}: {len(refused)} of {num_rows} rows cannot be used ({_counted(refused)}):\n"
-        f"{listed(lines, MAX_LISTED_ROWS)}\nFix them, or leave them out with {' '.join(keys)}"
+        f"{source}: {len(refused)} of {num_rows} rows cannot be used ({counted(refused)}):\n"
+        f"{explained(refused, num_rows)}\nFix them, or leave them out with {' '.join(keys)}"
     )
-
-
-def _counted(bad: Sequence[BadRow]) -> str:
-    """Return reasons with their counts, the most frequent first."""
-    return ", ".join(f"{count} x {reason}" for reason, count in Counter(row.reason for row in bad).most_common())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,26 +16,12 @@ from rollout.inputs.processor import IMAGE_MARK
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
+from rsgrpo.data.faults import BROKEN, EMPTY_PROMPT, MARKS, NO_IMAGE, OVERLONG, TOO_MANY_IMAGES, BadRow
 from rsgrpo.data.rows import ImageFolder, Row, image_entries
 from rsgrpo.errors import InputError
 
-OVERLONG = "over-long prompt"
-BROKEN = "broken row"
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _PLACEHOLDERS = ("question", "images", "image_marks", "numbered_marks")
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """Why a row cannot be used.
-
-    place, id: of the row. reason: one of a few kinds, under which rows are counted. detail: what exactly is wrong.
-    """
-
-    place: str
-    id: str
-    reason: str
-    detail: str
 
 
 class RowFault(Exception):
@@ -143,10 +128,13 @@ class RowChecker:
         prompt = Prompt(row_id, text, images, truth, question, self._system)
         num_marks = text.count(IMAGE_MARK)
         if num_marks != len(images):
-            raise RowFault("<image> marks differ from images", f"{num_marks} <image> marks for {len(images)} images")
+            raise RowFault(
+                MARKS, f"{num_marks} <image> marks for {len(images)} images{self._why_marks_differ(num_marks)}"
+            )
         for source in images:
             if isinstance(source, str) and not os.path.isfile(source):
-                raise RowFault("missing image", f"image {source} does not exist; see data.image_dir")
+                what = "is a folder, not an image" if os.path.isdir(source) else "does not exist; see data.image_dir"
+                raise RowFault(NO_IMAGE, f"image {source} {what}")
             if fault := self.checked.fault_of(source):
                 raise RowFault("unreadable image", fault)
         try:
@@ -155,28 +143,40 @@ class RowChecker:
             raise RowFault("unusable prompt", str(error)) from error
         limit = self._processor.inputs.max_prompt_tokens
         if num_tokens > limit:
-            raise RowFault(OVERLONG, f"{num_tokens:,} tokens, inputs.max_prompt_tokens is {limit:,}")
+            pixels = self._processor.inputs.max_pixels
+            raise RowFault(
+                OVERLONG,
+                f"{num_tokens:,} tokens, inputs.max_prompt_tokens is {limit:,}; with inputs.max_pixels={pixels:,} "
+                f"{len(images)} pages take most of them",
+            )
         return prompt
 
     def _row_images(self, columns: Mapping[str, Any]) -> tuple[ImageSource, ...]:
         entries = image_entries(columns.get(self._data.columns["image"]))
         limit = self._processor.inputs.max_images
         if len(entries) > limit:
-            raise RowFault("too many images", f"{len(entries)} images, inputs.max_images is {limit}")
+            raise RowFault(TOO_MANY_IMAGES, f"{len(entries)} images, inputs.max_images is {limit}")
         try:
             return tuple(self._images.resolve(entry) for entry in entries)
         except (ValueError, PromptError) as error:
             raise RowFault("unreadable image", str(error)) from error
+
+    def _why_marks_differ(self, num_marks: int) -> str:
+        if not self._template:
+            return ""
+        if num_marks == 0:
+            return "; the prompt template does not show them: write {images} into it"
+        return "; the question itself has marks, and the template adds its own"
 
     def _texts(self, columns: Mapping[str, Any], num_images: int) -> tuple[str, str]:
         """Return the user message and the bare question."""
         data = self._data
         own, question = columns.get(data.columns["prompt"]), columns.get(data.columns["question"])
         if own is not None and not isinstance(own, str):
-            raise RowFault("empty prompt", f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}")
+            raise RowFault(EMPTY_PROMPT, f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}")
         question = (own or "").replace(IMAGE_MARK, "").strip() if question is None else str(question)
         text = render_template(self._template, question, num_images) if self._template else (own or "")
         if not text.replace(IMAGE_MARK, "").strip() or (self._template and not question):
             column = data.columns["question"] if self._template else data.columns["prompt"]
-            raise RowFault("empty prompt", f"column {column!r} is missing or empty; the row has {', '.join(columns)}")
+            raise RowFault(EMPTY_PROMPT, f"column {column!r} is missing or empty; the row has {', '.join(columns)}")
         return text, question

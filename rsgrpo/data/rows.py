@@ -13,6 +13,7 @@ from rollout.files import parse_json
 from rollout.inputs.images import local_source
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
+from rsgrpo.data.faults import MAX_LISTED_ROWS as MAX_LISTED_ROWS
 from rsgrpo.data.hub_folder import published_files, published_folder
 from rsgrpo.data.image_packs import image_key, index_packs, is_pack, packs_in
 from rsgrpo.errors import InputError, SourceBroke, listed
@@ -20,7 +21,6 @@ from rsgrpo.records.hub import hub_errors
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 STREAMED_SUFFIXES = (".jsonl", ".parquet")
-MAX_LISTED_ROWS = 20
 ROWS_IN_MEMORY = 64
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"-\d+-of-\d+$")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -104,13 +105,13 @@ def test_a_reward_that_always_fails_is_seen_wherever_one_looks(
 
 def test_a_run_that_learnt_nothing_says_so(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     rewards = {"even": "star_rewards:brief"}
-    args = {"even": {}}
+    args: dict[str, Any] = {"even": {}}
     Path(config.rollout.script).write_text(
         "".join(json.dumps({"id": f"r{n}", "responses": ["same"] * 4}) + "\n" for n in range(1, 5))
     )
     once = dataclasses.replace(config.validation, every=9)
     plain = dataclasses.replace(config.checkpoint, metric="val/sampled/even")
-    changes = {"rewards": rewards, "reward_args": args, "validation": once, "checkpoint": plain}
+    changes: dict[str, Any] = {"rewards": rewards, "reward_args": args, "validation": once, "checkpoint": plain}
     train(dataclasses.replace(config, **changes, guards=GuardsConfig()))
     output = capsys.readouterr().out
     assert "warning: none of the 2 steps updated the model" in output

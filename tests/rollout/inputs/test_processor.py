@@ -315,6 +315,20 @@ def test_floating_point_strips_and_marks_without_images_are_refused(processor, p
     assert_refused(processor, prompt_of(text="<image><image>"), "2 <image> marks for 0 images")
 
 
+def test_pixels_of_unknown_range_and_all_but_a_first_page_are_not_lost_in_silence(processor):
+    grey = np.full((28, 28), 3_000_000_000, np.uint32)
+    deep = png_bytes(Image.fromarray(grey.view(np.int32)), "TIFF")  # read as black before
+    for check in (check_decodes, lambda source: processor.encode(prompt_of(source))):
+        with pytest.raises(PromptError, match=r"32-bit pixels of unknown range\. Save it with 8 bits"):
+            check(deep)
+    file = io.BytesIO()
+    pages = [Image.new("RGB", (28, 28), colour) for colour in ("red", "blue")]
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    for check in (check_decodes, lambda source: processor.encode(prompt_of(source))):
+        with pytest.raises(PromptError, match="has 2 pages, of which a model would see the first alone"):
+            check(file.getvalue())
+
+
 def test_too_many_images_and_too_many_tokens_name_the_limit(tiny_model_path, page_images):
     processor = InputProcessor(tiny_model_path, InputsConfig(784, 12544, max_images=2, max_prompt_tokens=20))
     assert_refused(processor, prompt_of(*page_images[:3]), "3 images, but inputs.max_images is 2")

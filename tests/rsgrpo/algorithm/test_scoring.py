@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import pickle
 import re
 import sys
@@ -109,7 +110,8 @@ def test_a_reward_that_calls_sys_exit_is_named(timeout_s):
 
 
 def test_a_wrong_value_points_to_the_function_that_returned_it():
-    with pytest.raises(RewardFailed, match=rf"test_scoring.py:{not_a_number.__code__.co_firstlineno}, in not_a_number"):
+    line = inspect.unwrap(not_a_number).__code__.co_firstlineno
+    with pytest.raises(RewardFailed, match=rf"test_scoring.py:{line}, in not_a_number"):
         reward_set(not_a_number).score([group()])
 
 
