@@ -15,7 +15,7 @@ from rewards.api import RewardError
 def where_raised(error: BaseException, function: Callable[..., Any]) -> str:
     """Return the line of the reward's author at which an error came up: "my_rewards.py:12, in judge: return 1 / 0".
 
-    function: the reward; its own first line stands for an error about the value that it returned.
+    function: the reward; an error about the value that it returned is reported at its own first line.
     """
     code = inspect.unwrap(getattr(function, "func", function)).__code__
     if isinstance(error, RewardError):
