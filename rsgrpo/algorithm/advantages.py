@@ -238,7 +238,8 @@ def _explained(scored: ScoredGroup, g: int, centred_K: np.ndarray, others_NK: np
     """(K, T) part of every reward's advantage that rewards already determined at a token explain.
 
     Behind the character at which s_j is determined, b_k = mean_k + beta_kj (s_j - mean_j) is as good a baseline for s_k
-    as its mean. beta comes from other groups, so that it is independent of the group that it is used on.
+    as its mean. beta comes from other groups, so that it is independent of the group that it is used on. Where s_k is the
+    same in the whole group, a standardised reward teaches nothing, and there is nothing to explain.
     """
     rollout, num_rewards = scored.group.rollouts[g], len(centred_K)
     num_chars, spans_T = len(rollout.text), rollout.token_spans_T
@@ -256,7 +257,8 @@ def _explained(scored: ScoredGroup, g: int, centred_K: np.ndarray, others_NK: np
                 explained_KT[k, here_T] = slopes(others_NK, k, known) @ centred_K[known]
     if scale == "std":
         scores_GK = np.array([[np.nan if s is None else s for s in row] for row in scored.scores_GK], dtype=float)
-        explained_KT /= np.array([[spread(scores_GK[:, k]) + STD_EPS] for k in range(num_rewards)])
+        spread_K1 = np.array([[spread(scores_GK[:, k])] for k in range(num_rewards)])
+        explained_KT = np.where(spread_K1 > 0, explained_KT / (spread_K1 + STD_EPS), 0.0)
     return explained_KT
 
 

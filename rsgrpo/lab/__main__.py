@@ -9,6 +9,7 @@ from __future__ import annotations
 from rsgrpo import cli
 from rsgrpo.config.checks import require_found, require_inputs, validate
 from rsgrpo.lab.config import LabConfig, rules_of
+from rsgrpo.running.stopping import StopRequested
 
 
 def main(config: LabConfig) -> None:
@@ -24,7 +25,11 @@ def main(config: LabConfig) -> None:
     from rsgrpo.records.console import Console
 
     with Console() as console:
-        results = measure(config, rules, console)
+        try:
+            results = measure(config, rules, console, lambda partial: write_results(config, partial))
+        except StopRequested as stopped:
+            console.warning(f"Stopped by {stopped} before two batches were measured: there is nothing to show.")
+            raise
         console.close()  # the tables are wider than the bars' lines
         for line in results.lines():
             print(line)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from rsgrpo.lab.config import LabConfig
 from rsgrpo.lab.gradients import Direction, Measured, Reference, measure_batch, reference_gradient
 from rsgrpo.records.console import Console
 from rsgrpo.running.prompts import load_run_prompts
+from rsgrpo.running.stopping import StopSignals
 from rsgrpo.types import TrainGroup
 
 __all__ = ["Results", "RewardRow", "RuleRow", "measure"]
@@ -55,6 +56,7 @@ class RuleRow:
 class Results:
     """All that was measured.
 
+    num_batches: those on which every rule was measured; fewer than `wanted_batches` in a measurement that was stopped.
     shown: groups for the page, and by rule the (T,) token weights of each of their rollouts.
     """
 
@@ -63,6 +65,7 @@ class Results:
     reference_agreement: float
     reference_norm: float
     num_batches: int
+    wanted_batches: int
     num_reference_batches: int
     num_reward_batches: int
     prompts: int
@@ -73,8 +76,9 @@ class Results:
 
     def lines(self) -> Iterator[str]:
         """Return the tables as text."""
+        stopped = f" (stopped: {self.wanted_batches} were asked for)" if self.num_batches < self.wanted_batches else ""
         yield (
-            f"{self.num_batches} batches of {self.prompts} x {self.group_size} rollouts; reference: "
+            f"{self.num_batches}{stopped} batches of {self.prompts} x {self.group_size} rollouts; reference: "
             f"{self.num_reference_batches} further batches, whose two halves agree at cosine "
             f"{self.reference_agreement:.3f}"
         )
@@ -102,12 +106,36 @@ def reward_cells(row: RuleRow, reward: RewardRow, labels: Sequence[str]) -> list
     return [row.rule, reward.reward, str(reward.cosine), f"{reward.norm:.3g}", *shares]
 
 
-def measure(config: LabConfig, rules: Mapping[str, AlgorithmConfig], console: Console) -> Results:
+def measure(
+    config: LabConfig,
+    rules: Mapping[str, AlgorithmConfig],
+    console: Console,
+    on_batch: Callable[[Results], None] = lambda results: None,
+) -> Results:
     """Collect rollouts, then take every gradient. Nothing is trained.
+
+    Args:
+        on_batch: called with what is known after every measured batch from the second one on.
 
     Raises:
         InputError: model, rows, run or rewards cannot be used.
+        StopRequested: a signal came before two batches were measured; after that it ends the measurement early.
     """
+    stop = StopSignals()
+    stop.listen()
+    try:
+        return _measure(config, rules, console, on_batch, stop)
+    finally:
+        stop.close()
+
+
+def _measure(
+    config: LabConfig,
+    rules: Mapping[str, AlgorithmConfig],
+    console: Console,
+    on_batch: Callable[[Results], None],
+    stop: StopSignals,
+) -> Results:
     lab = config.lab
     checkpoint = policy_checkpoint(config)
     weights_K = [config.reward_weights.get(name, 1.0) for name in config.rewards]
@@ -120,7 +148,7 @@ def measure(config: LabConfig, rules: Mapping[str, AlgorithmConfig], console: Co
     else:
         unvalidated = replace(config, validation=replace(config.validation, every=0, at_start=False))
         stream = load_run_prompts(unvalidated, console).stream
-    cluster = LocalCluster(config, total_steps=1, run_dir=Path(out_folder(config)), check_stop=lambda: None)
+    cluster = LocalCluster(config, total_steps=1, run_dir=Path(out_folder(config)), check_stop=stop.check)
     try:
         if checkpoint is not None:
             cluster.learner.load(checkpoint.learner_folder)
@@ -137,7 +165,12 @@ def measure(config: LabConfig, rules: Mapping[str, AlgorithmConfig], console: Co
     held_out, measured_on = divided(batches, lab.batches)
     console.info(f"Reference gradient of {len(held_out)} batches, then {len(rules)} rules on {len(measured_on)}.")
     with console.phase("reference", total=len(held_out)) as bar:
-        reference = reference_gradient(cluster.learner, held_out, weights_K, config.algorithm, bar.advance)
+
+        def advance() -> None:
+            bar.advance()
+            stop.check()
+
+        reference = reference_gradient(cluster.learner, held_out, weights_K, config.algorithm, advance)
     measured = {name: Measured() for name in rules}
     shown: dict[str, list[TrainGroup]] = {}
     with console.phase("rules", total=len(measured_on) * len(rules)) as bar:
@@ -150,7 +183,12 @@ def measure(config: LabConfig, rules: Mapping[str, AlgorithmConfig], console: Co
                 if index == 0:
                     shown[name] = groups
                 bar.advance()
-    return _results(config, rules, measured, reference, measured_on, shown, weights_K)
+            if index:  # an interval needs two batches
+                results = _results(config, rules, measured, reference, measured_on[: index + 1], shown, weights_K)
+                on_batch(results)
+                if stop.requested:
+                    break
+    return results
 
 
 def divided(batches: Sequence[Batch], num_measured: int) -> tuple[list[Batch], list[Batch]]:
@@ -196,6 +234,7 @@ def _results(
         reference_agreement=reference.agreement,
         reference_norm=reference.norm,
         num_batches=len(batches),
+        wanted_batches=config.lab.batches,
         num_reference_batches=config.lab.reference_batches,
         num_reward_batches=min(config.lab.reward_batches, len(batches)),
         prompts=len(batches[0]),

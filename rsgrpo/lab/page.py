@@ -42,6 +42,7 @@ def measured_values(results: Results) -> dict[str, Any]:
     values = {
         "against": results.against,
         "batches": results.num_batches,
+        "wanted_batches": results.wanted_batches,
         "reference_batches": results.num_reference_batches,
         "reward_batches": results.num_reward_batches,
         "prompts": results.prompts,

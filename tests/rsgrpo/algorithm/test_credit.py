@@ -64,6 +64,16 @@ def test_credit_decides_the_tokens_and_not_the_advantages(credit, first, second)
         np.testing.assert_allclose(np.abs(sample.advantages_KT[sample.scope_KT]), 0.5**0.5, rtol=1e-5)
 
 
+def test_a_standardised_reward_that_is_constant_in_its_group_stays_untaught_under_the_conditioned_baseline():
+    """Its standard deviation is 0: what an earlier score explains in other groups must not be divided by that."""
+    agree = scored([early_and_late(0.0, 0.0), early_and_late(1.0, 1.0)], [5, 5])
+    constant = scored([early_and_late(0.0, 1.0), early_and_late(1.0, 1.0)], [5, 5])
+    _, credited = credit_groups([agree, constant], Rule(credit="causal", baseline="conditioned"), [1, 1])
+    for sample, sign in zip(credited.samples, (-1, 1), strict=True):
+        assert sample.advantages_KT[1].tolist() == [0, 0, 0, 0, 0]
+        np.testing.assert_allclose(sample.advantages_KT[0], [sign * 0.5**0.5] * 2 + [0, 0, 0], rtol=1e-5)
+
+
 def test_several_credits_of_one_reward_add_up_where_both_teach():
     slots = [[Credit("a", 0.0, Span(0, 2), 2), Credit("b", 0.0, Span(2, 4), 4)]]
     others = [[Credit("a", 1.0, Span(0, 2), 2), Credit("b", 3.0, Span(2, 4), 4)]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ from rsgrpo.lab.__main__ import main
 from rsgrpo.lab.batches import policy_checkpoint, stored_batches
 from rsgrpo.lab.compare import block_masks, block_shares, interval, signal_to_noise, token_weights
 from rsgrpo.lab.config import LabConfig, LabOptions, rules_of
+from rsgrpo.lab.experiment import Results, measure
 from rsgrpo.lab.gradients import Measured, Reference, measure_batch, reference_gradient
-from rsgrpo.records.console import Bar
+from rsgrpo.lab.page import write_results
+from rsgrpo.records.console import Bar, Console
 from rsgrpo.records.rollouts import read_rollouts
 from rsgrpo.running.run import Run
+from rsgrpo.running.stopping import StopRequested
 from rsgrpo.train import take_step
 from rsgrpo.types import Sample, ScoredGroup, TrainGroup
 from tests.material.learner import make_learner
@@ -262,6 +266,40 @@ def test_stored_rollouts_are_credited_as_in_training(config, tmp_path, capsys):
         stored_batches(lab_config(config, run=str(tmp_path / "run"), step=2), RewardSet.from_config(stored), 4, Bar())
     with pytest.raises(InputError, match=r"lab.step=3: .* has checkpoints of steps 2, 4"):
         policy_checkpoint(lab_config(config, run=str(tmp_path / "run"), step=3))
+
+
+def test_a_measurement_that_is_stopped_keeps_the_batches_that_it_has(config, tmp_path, capsys):
+    wanted = lab_config(config, batches=4)
+    seen: list[int] = []
+
+    def stop_at_three(results: Results) -> None:
+        seen.append(results.num_batches)
+        write_results(wanted, results)
+        if results.num_batches == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with Console() as console:
+        results = measure(wanted, rules_of(wanted), console, stop_at_three)
+    assert seen == [2, 3]
+    assert next(results.lines()).startswith("3 (stopped: 4 were asked for) batches of 2 x 4 rollouts")
+    assert all(math.isfinite(row.difference.half_width) for row in results.rows)
+    written = json.loads((tmp_path / "run-lab/lab.json").read_text())
+    assert (written["batches"], written["wanted_batches"]) == (3, 4)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_measurement_that_is_stopped_before_two_batches_says_so(config, tmp_path, capsys):
+    (tmp_path / "stopping_rewards.py").write_text(
+        "import signal\nfrom rewards.api import Response, reward\n\n\n"
+        "@reward\ndef stops(response: Response) -> float:\n"
+        "    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL and not sent:\n"
+        "        sent.append(signal.raise_signal(signal.SIGTERM))\n    return 1.0\n\n\nsent = []\n"
+    )
+    stopping = dataclasses.replace(config, rewards={"stops": "stopping_rewards:stops"})
+    with pytest.raises(StopRequested):
+        main(lab_config(stopping))
+    assert "Stopped by SIGTERM before two batches were measured" in capsys.readouterr().out
+    assert not (tmp_path / "run-lab/lab.json").exists()
 
 
 @pytest.mark.parametrize(
