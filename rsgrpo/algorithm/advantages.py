@@ -238,8 +238,8 @@ def _explained(scored: ScoredGroup, g: int, centred_K: np.ndarray, others_NK: np
     """(K, T) part of every reward's advantage that rewards already determined at a token explain.
 
     Behind the character at which s_j is determined, b_k = mean_k + beta_kj (s_j - mean_j) is as good a baseline for s_k
-    as its mean. beta comes from other groups, so that it is independent of the group that it is used on. Where s_k is the
-    same in the whole group, a standardised reward teaches nothing, and there is nothing to explain.
+    as its mean. beta comes from other groups, so that it is independent of the group that it is used on. Where s_k is
+    the same in the whole group, a standardised reward teaches nothing, and there is nothing to explain.
     """
     rollout, num_rewards = scored.group.rollouts[g], len(centred_K)
     num_chars, spans_T = len(rollout.text), rollout.token_spans_T

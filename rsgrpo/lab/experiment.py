@@ -40,11 +40,12 @@ class RuleRow:
     """What is said of one rule.
 
     cosine: of one batch's gradient with the reference. difference: from the rule that the others are compared with,
-    over the same batches. norm: mean length of a batch's gradient. blocks: mean share of |token weight| by block.
+    over the same batches. cosines: those of every batch, for differences between any two rules. norm: mean length of a batch's gradient. blocks: mean share of |token weight| by block.
     """
 
     rule: str
     cosine: Interval
+    cosines: tuple[float, ...]
     difference: Interval
     signal_to_noise: float
     norm: float
@@ -250,6 +251,7 @@ def _row(name: str, measured: Measured, base: Sequence[float]) -> RuleRow:
     return RuleRow(
         rule=name,
         cosine=interval(whole.cosines),
+        cosines=tuple(whole.cosines),
         difference=interval([mine - other for mine, other in zip(whole.cosines, base, strict=True)]),
         signal_to_noise=signal_to_noise(whole.squared_norms, whole.squared_norm_of_mean),
         norm=_mean_norm(whole),

@@ -77,7 +77,7 @@ def model_card(
     )
     method = "supervised fine-tuning"
     if "algorithm" in settings:
-        method = f"reward-scoped GRPO (`{settings['algorithm']['advantage']}`)"
+        method = method_of(settings["algorithm"])
     return render(
         "card.md",
         front_matter=front_matter.to_yaml(),
@@ -92,6 +92,14 @@ def model_card(
         changes=[change for change in config_changes(settings) if not change[0].startswith(NOT_SHOWN)],
         settings_file=SETTINGS_FILE,
     )
+
+
+def method_of(algorithm: Mapping[str, Any]) -> str:
+    """Return what a card calls the method: its kind of advantage and, where rewards have scopes, its credit rule."""
+    kind = algorithm["advantage"]
+    if kind in ("per_reward", "per_scope"):
+        return f"reward-scoped GRPO (`{kind}`, credit `{algorithm.get('credit', 'own')}`)"
+    return f"GRPO with one advantage for the whole response (`{kind}`)"
 
 
 def _is_hub_id(name: str) -> bool:

@@ -228,6 +228,8 @@ def test_fresh_rollouts_give_a_table_json_and_a_page(config, tmp_path, capsys):
     results = json.loads((tmp_path / "run-lab/lab.json").read_text())
     assert [row["rule"] for row in results["rules"]] == ["grpo", "rs_grpo", "causal", "gdpo"]
     assert results["rules"][0]["difference"] == {"mean": 0.0, "half_width": 0.0}
+    grpo, rs_grpo = (np.array(row["cosines"]) for row in results["rules"][:2])
+    assert results["rules"][1]["difference"]["mean"] == pytest.approx((rs_grpo - grpo).mean())
     assert (results["batches"], results["reference_batches"], results["group_size"]) == (2, 2, 4)
     assert set(results["rules"][1]["blocks"]) == {"counted", "no scope"}
     assert [reward["reward"] for reward in results["rules"][1]["rewards"]] == ["brief", "counted"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -15,9 +16,12 @@ from typing import Any
 import pytest
 
 from rollout.types import Prompt
+from rsgrpo import cli
+from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.records.rollouts import write_rollouts
 from rsgrpo.report.charts import build_charts, collect_curves, split_validation
+from rsgrpo.report.model_card import method_of
 from rsgrpo.report.page import (
     Change,
     collect_report,
@@ -175,6 +179,19 @@ def test_groups_with_a_signal_come_first(tmp_path: Path) -> None:
     write_rollouts(tmp_path, 1, [flat, live], [make_train_group(flat), make_train_group(live)], terms=REWARDS)
     (view,) = collect_report(tmp_path, max_groups=1)["views"]
     assert [group["id"] for group in view["groups"]] == ["live"]
+
+
+@pytest.mark.parametrize(
+    ("option", "method"),
+    [
+        ("rs_grpo", "reward-scoped GRPO (`per_reward`, credit `own`)"),
+        ("causal", "reward-scoped GRPO (`per_reward`, credit `causal`)"),
+        ("grpo", "GRPO with one advantage for the whole response (`grpo`)"),
+    ],
+)
+def test_a_card_names_the_credit_rule_and_calls_plain_grpo_by_its_name(option: str, method: str) -> None:
+    config = cli.compose(TrainConfig, overrides=["recipe=demo", f"algorithm={option}"])
+    assert method_of(dataclasses.asdict(config.algorithm)) == method
 
 
 def test_only_changed_settings_are_listed() -> None:
