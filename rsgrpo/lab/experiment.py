@@ -39,8 +39,9 @@ class RewardRow:
 class RuleRow:
     """What is said of one rule.
 
-    cosine: of one batch's gradient with the reference. difference: from the rule that the others are compared with,
-    over the same batches. cosines: those of every batch, for differences between any two rules. norm: mean length of a batch's gradient. blocks: mean share of |token weight| by block.
+    cosine: of one batch's gradient with the reference. cosines: those of every batch, for the difference of any two rules.
+    difference: from the rule that the others are compared with, over the same batches. norm: mean length of a batch's
+    gradient. blocks: mean share of |token weight| by block.
     """
 
     rule: str
