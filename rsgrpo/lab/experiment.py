@@ -39,7 +39,7 @@ class RewardRow:
 class RuleRow:
     """What is said of one rule.
 
-    cosine: of one batch's gradient with the reference. cosines: those of every batch, for the difference of any two rules.
+    cosine: of one batch's gradient with the reference. cosines: those of every batch, which any two rules share.
     difference: from the rule that the others are compared with, over the same batches. norm: mean length of a batch's
     gradient. blocks: mean share of |token weight| by block.
     """
