@@ -112,7 +112,7 @@ def measure(
     config: LabConfig,
     rules: Mapping[str, AlgorithmConfig],
     console: Console,
-    on_batch: Callable[[Results], None] = lambda results: None,
+    on_batch: Callable[[Results], object] = lambda results: None,
 ) -> Results:
     """Collect rollouts, then take every gradient. Nothing is trained.
 
@@ -135,7 +135,7 @@ def _measure(
     config: LabConfig,
     rules: Mapping[str, AlgorithmConfig],
     console: Console,
-    on_batch: Callable[[Results], None],
+    on_batch: Callable[[Results], object],
     stop: StopSignals,
 ) -> Results:
     lab = config.lab
