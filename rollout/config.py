@@ -11,6 +11,9 @@ from rollout.keys import check, key, require
 EngineKind = Literal["hf", "fake", "vllm"]
 Dtype = Literal["float32", "bfloat16"]
 
+VLLM_SHARES = 32
+"""Shares of work that one vLLM engine has at once."""
+
 # Arguments of vLLM's engine that have a key of their own.
 DECIDED = {
     "model": "model.path",
@@ -123,3 +126,10 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check(self, "rollout")
+
+    @property
+    def share_sequences(self) -> int:
+        """Sequences of one share of prompts; vLLM schedules by itself and takes many shares at once."""
+        if self.engine == "vllm":
+            return max(1, self.vllm.max_num_seqs // VLLM_SHARES)
+        return self.max_batch_sequences

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,6 +20,12 @@ class EngineFailed(EngineError):
     """The engine died, stalled or has half-loaded weights: close it, start another and ask again."""
 
 
+Share = tuple[Sequence[Prompt], SamplingParams]
+"""Prompts that one engine samples together, and how."""
+
+NextShare = Callable[[], Share | None]
+"""Returns the next share of work; None: there is none now. It is asked again whenever something has arrived."""
+
 Backend = Literal["load", "gloo", "nccl", "ipc"]
 """How weights arrive: by `Engine.load_weights`, or over one of the transports of `rollout.vllm.weights_out`."""
 
@@ -30,8 +36,12 @@ class Engine(Protocol):
     weights_version: int
     backend: Backend
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, stop: Callable[[], bool] | None = None
+    ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in any order, as soon as it is finished.
+
+        stop: asked now and then; once it returns True no further group is yielded.
 
         A prompt that cannot be sampled (too long, unreadable image, too many images) yields a group with `error`
         set; it never raises and never hangs the others. Vision placeholder tokens are never sampled.

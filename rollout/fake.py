@@ -40,10 +40,14 @@ class FakeEngine:
         self._script = read_script(rollout.script) if rollout.script else {}
         self._compose = _load_function(rollout.gold_response) if rollout.gold_response else None
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, stop: Callable[[], bool] | None = None
+    ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in order; log-probabilities are 0."""
         check_sampling(sampling)
         for prompt in prompts:
+            if stop is not None and stop():
+                return
             try:
                 num_prompt_tokens = len(self.processor.encode(prompt).token_ids_T)
                 responses = self._responses(prompt)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import ray
 
-from rollout.engine import shares
+from rollout.config import VLLM_SHARES
+from rollout.engine import NextShare, Share, shares
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import WorkerError, WorkerHandle, worker_error
 
@@ -40,23 +42,25 @@ class Supervision:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A piece of work in progress: its worker, the prompts left, and when it is late (monotonic seconds)."""
+    """A share of work in progress: who has it, the prompts left, and when it is late (monotonic seconds)."""
 
     worker: WorkerHandle
     left: dict[str, Prompt]
+    sampling: SamplingParams
     stream: Any
     late_at: float
+    ticket: int
 
 
 class RolloutPool:
-    """Spreads whole groups over workers: a prompt stays on one engine, and a free worker takes the next piece."""
+    """Spreads whole groups over workers: a prompt stays on one engine, the least busy worker takes the next share."""
 
     def __init__(
         self, workers: Sequence[WorkerHandle], *, timeout_s: float = 3600.0, supervision: Supervision | None = None
     ) -> None:
         """Take workers that have been started.
 
-        timeout_s: limit of one piece of work of one worker, start-up included.
+        timeout_s: limit of one share of work of one worker, start-up included.
         supervision: None lets any failure end the work.
         """
         assert workers, "a pool needs a worker"
@@ -65,51 +69,104 @@ class RolloutPool:
         self.num_restarts = 0
         self._supervision = supervision
         self._failures_in_a_row = 0
+        self._tickets = count()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, check: Callable[[], None] | None = None
     ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt, in any order, as they finish.
 
-        The prompts are always cut into the same pieces, so that results do not depend on which worker is faster. What a
-        lost worker had not finished is sampled again.
+        The prompts are always cut into the same shares, so that results do not depend on which worker is faster.
+
+        Raises:
+            WorkerError: as `stream`.
+        """
+        at_once = min(worker.max_batch_sequences for worker in self.workers)
+        pieces = iter(shares(prompts, sampling.group_size, at_once, len(self.workers)))
+        groups = self.stream(lambda: next(((piece, sampling) for piece in pieces), None), check=check)
+        yield from (group for group in groups if group is not None)
+
+    def stream(
+        self,
+        next_share: NextShare,
+        *,
+        also: Callable[[], Sequence[Any]] = tuple,
+        check: Callable[[], None] | None = None,
+    ) -> Iterator[RolloutGroup | None]:
+        """Yield the groups of every share that there is, in any order; a worker is given one as soon as it has room.
+
+        What a lost worker had not finished is sampled again. Closing the iterator abandons what is still running.
 
         Args:
+            also: references whose arrival the caller waits for as well. None is yielded after every wait.
             check: called while waiting; raises to give up.
 
         Raises:
             WorkerError: a worker raised, or was lost too often; names the worker and the cause.
         """
-        at_once = min(worker.max_batch_sequences for worker in self.workers)
-        pieces = deque(shares(prompts, sampling.group_size, at_once, len(self.workers)))
-        idle = deque(self.workers)
+        again: deque[Share] = deque()
         running: list[_Running] = []
         num_restarts = self.num_restarts
-        while pieces or running:
-            while pieces and idle:
-                running.append(self._start(idle.popleft(), pieces.popleft(), sampling))
-            streams = [work.stream for work in running]
-            ready = ray.wait(streams, num_returns=1, timeout=POLL_S)[0]
-            if check is not None:
-                check()
-            for work in list(running):
-                try:
-                    if work.stream in ready:
-                        group = self._get(work.worker, next(work.stream), "sampling")
-                        work.left.pop(group.prompt.id, None)
-                        yield group
-                    elif time.monotonic() > work.late_at:
-                        raise self._late(work.worker, "sampling")
-                except StopIteration:
-                    running.remove(work)
-                    idle.append(work.worker)
-                except WorkerError as error:
-                    running.remove(work)
-                    idle += self.replace([work.worker], error)
-                    if work.left:
-                        pieces.appendleft(list(work.left.values()))
+        try:
+            while True:
+                self._hand_out(running, again, next_share)
+                waited = [*(work.stream for work in running), *also()]
+                if not waited:
+                    break
+                ready = ray.wait(waited, num_returns=1, timeout=POLL_S)[0]
+                if check is not None:
+                    check()
+                groups = [self._receive(work, work.stream in ready, running, again) for work in list(running)]
+                yield from [group for group in groups if group is not None]
+                yield None
+        finally:
+            for worker in self.workers:
+                tickets = [work.ticket for work in running if work.worker == worker]
+                if tickets:
+                    worker.actor.abandon.remote(max(tickets))
         if num_restarts == self.num_restarts:
             self._failures_in_a_row = 0
+
+    def _receive(
+        self, work: _Running, is_ready: bool, running: list[_Running], again: deque[Share]
+    ) -> RolloutGroup | None:
+        """Take what a share in progress has ready, or end it: it is done, or its worker is lost."""
+        try:
+            if is_ready:
+                group: RolloutGroup = self._get(work.worker, next(work.stream), "sampling")
+                return replace(group, prompt=work.left.pop(group.prompt.id))
+            if time.monotonic() > work.late_at:
+                raise self._late(work.worker, "sampling")
+        except StopIteration:
+            running.remove(work)
+        except WorkerError as error:
+            running.remove(work)
+            if work.worker in self.workers:  # else another of its shares has told already
+                self.replace([work.worker], error)
+            if work.left:
+                again.append((list(work.left.values()), work.sampling))
+        return None
+
+    def _hand_out(self, running: list[_Running], again: deque[Share], next_share: NextShare) -> None:
+        """Give shares to workers with room, the least busy first, until there is no share or no room."""
+        sequences = Counter({worker.index: 0 for worker in self.workers})
+        for work in running:
+            sequences[work.worker.index] += len(work.left) * work.sampling.group_size
+        num_shares = Counter(work.worker.index for work in running)
+        while True:
+            free = [
+                worker
+                for worker in self.workers
+                if not num_shares[worker.index]
+                or (num_shares[worker.index] < VLLM_SHARES and sequences[worker.index] < worker.max_sequences)
+            ]
+            share = (again.popleft() if again else next_share()) if free else None
+            if share is None:
+                return
+            worker = min(free, key=lambda worker: (sequences[worker.index], worker.index))
+            running.append(self._start(worker, *share))
+            num_shares[worker.index] += 1
+            sequences[worker.index] += len(share[0]) * share[1].group_size
 
     def generate_on_each(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[RolloutGroup]]:
         """Let every worker sample the same prompts; return each worker's groups in the order of the prompts.
@@ -124,7 +181,7 @@ class RolloutPool:
                     if not ray.wait([work.stream.completed()], timeout=max(0.0, work.late_at - time.monotonic()))[0]:
                         raise self._late(work.worker, "sampling")
                     groups = [self._get(work.worker, ref, "sampling") for ref in work.stream]
-                    by_id = {group.prompt.id: group for group in groups}
+                    by_id = {group.prompt.id: replace(group, prompt=work.left[group.prompt.id]) for group in groups}
                     answers[work.worker.index] = [by_id[prompt.id] for prompt in prompts]
                 except WorkerError as error:
                     self.replace([work.worker], error)
@@ -233,8 +290,9 @@ class RolloutPool:
             ray.kill(worker.actor)
 
     def _start(self, worker: WorkerHandle, piece: Sequence[Prompt], sampling: SamplingParams) -> _Running:
-        stream = worker.actor.generate.options(num_returns="streaming").remote(piece, sampling)
-        return _Running(worker, {prompt.id: prompt for prompt in piece}, stream, time.monotonic() + self.timeout_s)
+        ticket, late_at = next(self._tickets), time.monotonic() + self.timeout_s
+        stream = worker.actor.generate.options(num_returns="streaming").remote(piece, sampling, ticket)
+        return _Running(worker, {prompt.id: prompt for prompt in piece}, sampling, stream, late_at, ticket)
 
     def _wait_for_all(self, refs: Sequence[Any], what: str, workers: Sequence[WorkerHandle] | None = None) -> list[Any]:
         """Return one result per worker, in their order."""

@@ -11,7 +11,7 @@ import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -19,7 +19,7 @@ import ray
 import torch
 
 from rollout.build import build_engine, hide_progress_bars
-from rollout.config import ConfigError, InputsConfig, RolloutConfig
+from rollout.config import VLLM_SHARES, ConfigError, InputsConfig, RolloutConfig
 from rollout.engine import Backend, Engine, EngineFailed
 from rollout.errors import RsgrpoError
 from rollout.errors import WorkerError as WorkerError
@@ -76,6 +76,7 @@ class RolloutWorker:
         """
         hide_progress_bars()
         self.index = index
+        self._abandoned = -1
         self._failure: RsgrpoError | None = None
         try:
             enter_folder(folder)
@@ -91,8 +92,20 @@ class RolloutWorker:
             raise self._failure
         return self._engine
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
-        yield from self.engine.generate(prompts, sampling)
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, ticket: int = sys.maxsize
+    ) -> Iterator[RolloutGroup]:
+        """Sample; the groups come back without their images, which the caller has.
+
+        ticket: what `abandon` names this work by.
+        """
+        for group in self.engine.generate(prompts, sampling, stop=lambda: ticket <= self._abandoned):
+            yield replace(group, prompt=replace(group.prompt, images=()))
+
+    @ray.method(concurrency_group="control")
+    def abandon(self, ticket: int) -> None:
+        """Sample nothing further for this ticket and all smaller ones, begun or not."""
+        self._abandoned = ticket
 
     def load_weights(self, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self.engine.load_weights(named_tensors)
@@ -140,7 +153,8 @@ def _children_bytes() -> int:
 class WorkerHandle:
     """A worker as its callers see it.
 
-    actor: Ray's handle. max_batch_sequences: sequences that its engine samples at once; it is given no more at a time.
+    actor: Ray's handle. max_batch_sequences: sequences that it is given at a time, as one share of work.
+    max_sequences: it is given further shares while it has fewer sequences than this; 0: one share after the other.
     num_devices: tensor-parallel size. has_processes: its engine has other processes, which must be stopped first.
     """
 
@@ -149,6 +163,7 @@ class WorkerHandle:
     max_batch_sequences: int
     num_devices: int = 1
     has_processes: bool = False
+    max_sequences: int = 0
 
 
 def start_rollout_worker(
@@ -177,12 +192,13 @@ def start_rollout_worker(
     engine_options = {"name": f"engine {index}"} | engine_options
     actor = (
         ray.remote(concurrency_groups={"control": 1})(RolloutWorker)  # type: ignore[call-overload]
-        .options(runtime_env={**given, "env_vars": env_vars}, **options)
+        .options(runtime_env={**given, "env_vars": env_vars}, max_concurrency=VLLM_SHARES if vllm else 1, **options)
         .remote(index, model_path, rollout, inputs, engine_options, folder)
     )
-    if vllm:  # vLLM schedules by itself, so it receives its whole share at once
-        return WorkerHandle(index, actor, sys.maxsize, rollout.vllm.tensor_parallel_size, has_processes=True)
-    return WorkerHandle(index, actor, rollout.max_batch_sequences)
+    if vllm:  # a little more than it decodes at once: images of the next prompts are decoded meanwhile
+        devices, max_sequences = rollout.vllm.tensor_parallel_size, rollout.vllm.max_num_seqs * 5 // 4
+        return WorkerHandle(index, actor, rollout.share_sequences, devices, True, max_sequences)
+    return WorkerHandle(index, actor, rollout.share_sequences)
 
 
 def weight_sender(

@@ -7,6 +7,7 @@ exactly the distribution that it was sampled from.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -39,7 +40,7 @@ Listener = Callable[[torch.Tensor], None]
 
 
 class _Closed(BaseException):
-    """The stream was closed by its reader."""
+    """Nobody wants the rest of what is being sampled."""
 
 
 class HFEngine:
@@ -78,12 +79,21 @@ class HFEngine:
         self._missing: set[str] | None = None
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, stop: Callable[[], bool] | None = None
+    ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt; prompts of similar length are sampled together, the longest first.
 
         The same arguments and weights give the same groups, bit for bit, on the same machine and thread count.
+        stop: asked at every token.
         """
-        return self._generate(prompts, sampling)
+
+        def listen(_: torch.Tensor) -> None:
+            if stop is not None and stop():
+                raise _Closed
+
+        with contextlib.suppress(_Closed):
+            yield from self._generate(prompts, sampling, listen)
 
     def _generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, listen: Listener | None = None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import safetensors.torch
 import torch
@@ -78,12 +78,15 @@ class VllmEngine:
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[RolloutGroup]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams, *, stop: Callable[[], bool] | None = None
+    ) -> Iterator[RolloutGroup]:
         """Yield one group per prompt as soon as its last rollout is finished, in any order.
 
         The prompt's id and `sampling.seed` fix the random draws, but the logits depend on rounding within vLLM's
         batches: equal seeds usually give equal responses, not always. With top_p < 1 or top_k > 0 the log-probabilities
-        are those of the truncated distribution. Closing the iterator aborts the requests still running.
+        are those of the truncated distribution. Closing the iterator, and `stop`, abort the requests still running.
+        Several calls may run at once, from several threads.
 
         Raises:
             EngineFailed: the engine died, or no token came for `stall_timeout_s`; groups already yielded are valid.
@@ -93,7 +96,10 @@ class VllmEngine:
         self._refuse_if_broken()
         with self._sampling(self._sample_all(prompts, sampling, finished)) as work:
             for _ in prompts:
-                yield self._next(finished, work)
+                group = self._next(finished, work, stop)
+                if group is None:
+                    return
+                yield group
 
     def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
         """Yield one response's text in pieces as its tokens come, then its group, as `generate` would.
@@ -105,10 +111,14 @@ class VllmEngine:
         async def sample() -> None:
             updates.put(await self._sample(prompt, replace(sampling, group_size=1), updates.put))
 
+        def received(work: Future[None]) -> Iterator[list[int] | RolloutGroup]:
+            while (update := self._next(updates, work)) is not None:
+                yield update
+
         check_sampling(sampling)
         self._refuse_if_broken()
         with self._sampling(sample()) as work:
-            yield from self.processor.pieces(iter(lambda: self._next(updates, work), None))
+            yield from self.processor.pieces(received(work))
 
     def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
         """Return (tokens, image tokens among them, image features) of each prompt as vLLM rendered it."""
@@ -184,18 +194,24 @@ class VllmEngine:
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM refused the prompt: {error.__cause__ or error}")
         return to_group(self.processor, prompt, sampling, num_tokens, output)
 
-    def _next(self, results: queue.SimpleQueue[Result], work: Future[None]) -> Result:
-        """Wait for the next result of `work`; raise the reason if it ends without one or stalls."""
-        while True:
+    def _next(
+        self, results: queue.SimpleQueue[Result], work: Future[None], stop: Callable[[], bool] | None = None
+    ) -> Result | None:
+        """Wait for the next result of `work`; None once told to `stop`. Raise the reason if it ends or stalls."""
+        while stop is None or not stop():
             is_over = work.done()
             with contextlib.suppress(queue.Empty):
                 return results.get(timeout=0 if is_over else POLL_S)
             if is_over:
-                break
+                self._raise_cause(work)
             idle_s = self._progress.idle_s()
             if idle_s > self._config.stall_timeout_s:
                 self._broken = f"no token for {idle_s:.0f} s (rollout.vllm.stall_timeout_s)"
                 raise EngineFailed(f"{self.name} stalled: {self._broken}")
+        return None
+
+    def _raise_cause(self, work: Future[None]) -> NoReturn:
+        """Raise why sampling ended without the groups that were asked for."""
         cause = work.exception()
         if isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]

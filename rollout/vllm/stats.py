@@ -16,23 +16,24 @@ class Progress(StatLoggerBase):  # type: ignore[misc,unused-ignore]
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running = False
+        self._num_running = 0
         self._since = self._last_token = time.monotonic()
         self._busy_s = 0.0
         self._counts = dict.fromkeys(COUNTS, 0)
 
     def start(self) -> None:
-        """Sampling begins."""
+        """A call that samples begins; calls may overlap."""
         with self._lock:
-            self._running = True
-            self._since = self._last_token = time.monotonic()
+            if not self._num_running:
+                self._since = self._last_token = time.monotonic()
+            self._num_running += 1
 
     def stop(self) -> None:
-        """Sampling is over."""
+        """A call that samples is over."""
         with self._lock:
-            if self._running:
+            self._num_running -= 1
+            if not self._num_running:
                 self._busy_s += time.monotonic() - self._since
-            self._running = False
 
     def idle_s(self) -> float:
         """Return seconds since the last token, or since sampling began."""
@@ -60,7 +61,7 @@ class Progress(StatLoggerBase):  # type: ignore[misc,unused-ignore]
         """Return the counts since the last call and reset them."""
         with self._lock:
             now = time.monotonic()
-            busy_s = self._busy_s + (now - self._since if self._running else 0.0)
+            busy_s = self._busy_s + (now - self._since if self._num_running else 0.0)
             counts = {name: float(count) for name, count in self._counts.items()}
             self._since, self._busy_s = now, 0.0
             self._counts = dict.fromkeys(COUNTS, 0)

@@ -6,7 +6,7 @@ For `cluster=inline`, supervised training on one device, notebooks and tests. Wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from rollout.build import build_engine, hide_progress_bars
-from rollout.engine import Engine, shares
+from rollout.engine import Engine, NextShare, shares
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
@@ -73,21 +73,25 @@ class LocalCluster:
         self, prompts: Sequence[Prompt], sampling: SamplingParams
     ) -> Iterator[ScoredGroup | RolloutGroup]:
         """Sample prompts and score each group; a prompt that cannot be sampled yields its RolloutGroup."""
+        pieces = iter(shares(prompts, sampling.group_size, self.config.rollout.share_sequences, num_engines=1))
+        return self._sample(lambda: next(((piece, sampling) for piece in pieces), None))
+
+    def sample_to_learn(
+        self, expected: Sequence[Prompt], next_share: NextShare
+    ) -> Generator[ScoredGroup | RolloutGroup]:
+        """Sample and score a training step; the learner's threads decode images of the expected prompts meanwhile."""
+        self.learner.prefetch(expected)
+        return self._sample(next_share)
+
+    def _sample(self, next_share: NextShare) -> Generator[ScoredGroup | RolloutGroup]:
         engine = self._ready_engine()
-        for share in shares(prompts, sampling.group_size, self.config.rollout.max_batch_sequences, num_engines=1):
-            for group in engine.generate(share, sampling):
+        while share := next_share():
+            for group in engine.generate(*share):
                 self.check_stop()
                 if group.error is not None:
                     yield group
                 else:
                     yield from self.rewards.score([group])
-
-    def sample_to_learn(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> Iterator[ScoredGroup | RolloutGroup]:
-        """Sample and score prompts of a training step; the learner's threads decode their images meanwhile."""
-        self.learner.prefetch(prompts)
-        yield from self.sample_and_score(prompts, sampling)
 
     def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
         """Take the optimiser steps of one batch; the weights are `version` afterwards."""

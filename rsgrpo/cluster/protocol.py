@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from rollout.engine import NextShare
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.types import ScoredGroup, TrainGroup
@@ -62,9 +63,13 @@ class Cluster(Protocol):
         """Sample prompts and score each group once it is finished; a prompt that failed yields its RolloutGroup."""
 
     def sample_to_learn(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> Iterator[ScoredGroup | RolloutGroup]:
-        """Sample and score prompts of a training step; the learner decodes their images meanwhile."""
+        self, expected: Sequence[Prompt], next_share: NextShare
+    ) -> Generator[ScoredGroup | RolloutGroup]:
+        """Sample and score the shares of a training step, as `sample_and_score`, until there is none.
+
+        expected: prompts that the step begins with; the learner decodes their images meanwhile. Closing the iterator
+        abandons what is still being sampled.
+        """
 
     def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
         """Take the optimiser steps of one batch; the weights are `version` afterwards."""

@@ -6,20 +6,21 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
+from rollout.engine import NextShare, shares
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import WorkerError, WorkerHandle, start_rollout_worker
 from rsgrpo.cluster.connect import connect_ray
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
-from rsgrpo.cluster.ranks import POLL_S, Ranks, RayLearner
+from rsgrpo.cluster.ranks import Ranks, RayLearner
 from rsgrpo.cluster.reservation import Reservation
 from rsgrpo.cluster.workers import LearnerWorker, RewardWorker
 from rsgrpo.config.train import TrainConfig
@@ -135,27 +136,31 @@ class RayCluster:
         self, prompts: Sequence[Prompt], sampling: SamplingParams
     ) -> Iterator[ScoredGroup | RolloutGroup]:
         """Sample prompts on the engines; score each group as soon as it is finished, while others still run."""
-        scoring: dict[Any, int] = {}
-        for index, group in enumerate(self.rollouts.generate(prompts, sampling, check=self.check_stop)):
-            if group.error is not None:
-                yield group
-                continue
-            worker = index % len(self.rewards.actors)
-            scoring[self.rewards.actors[worker].score.remote([group])] = worker
-            yield from self._scored(scoring, timeout_s=0)
-        while scoring:
-            self.check_stop()
-            yield from self._scored(scoring, timeout_s=POLL_S)
+        rollout = self.config.rollout
+        pieces = iter(shares(prompts, sampling.group_size, rollout.share_sequences, rollout.num_workers))
+        return self._sample(lambda: next(((piece, sampling) for piece in pieces), None))
 
     def sample_to_learn(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams
-    ) -> Iterator[ScoredGroup | RolloutGroup]:
-        """Sample and score prompts of a training step; the learner decodes their images meanwhile."""
-        self.learner.prefetch(prompts)
-        yield from self.sample_and_score(prompts, sampling)
+        self, expected: Sequence[Prompt], next_share: NextShare
+    ) -> Generator[ScoredGroup | RolloutGroup]:
+        """Sample and score a training step; the learner decodes the images of the prompts expected in it meanwhile."""
+        self.learner.prefetch(expected)
+        return self._sample(next_share)
 
-    def _scored(self, scoring: dict[Any, int], timeout_s: float) -> Iterator[ScoredGroup]:
-        for ref in ray.wait(list(scoring), num_returns=len(scoring), timeout=timeout_s)[0]:
+    def _sample(self, next_share: NextShare) -> Generator[ScoredGroup | RolloutGroup]:
+        scoring: dict[Any, int] = {}
+        num_sent = 0
+        for group in self.rollouts.stream(next_share, also=lambda: list(scoring), check=self.check_stop):
+            if group is not None and group.error is not None:
+                yield group
+            elif group is not None:
+                worker = num_sent % len(self.rewards.actors)
+                scoring[self.rewards.actors[worker].score.remote([group])] = worker
+                num_sent += 1
+            yield from self._scored(scoring)
+
+    def _scored(self, scoring: dict[Any, int]) -> Iterator[ScoredGroup]:
+        for ref in ray.wait(list(scoring), num_returns=len(scoring), timeout=0)[0] if scoring else ():
             yield from self.rewards.get(ref, scoring.pop(ref), "score")
 
     def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:

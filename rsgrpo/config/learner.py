@@ -60,7 +60,15 @@ class FilterConfig:
     high: float = key(6.9, "Upper limit of a group's mean weighted score, exclusive.")
     weights: dict[str, float] = key({}, "Reward name -> factor in that score; a reward not named counts once.")
     drop_without_signal: bool = key(False, "Also drop groups in which no reward varies.")
-    max_tries: int = key(20, "Sampling rounds per step before the run stops and shows the score histogram.", ge=1)
+    oversample: float = key(
+        0.5,
+        "Prompts in flight beyond those that a step still lacks, as a share of algorithm.prompts_per_step; what is not "
+        "needed is sampled again with the next step's weights.",
+        ge=0,
+    )
+    max_tries: int = key(
+        20, "Prompts per step, in multiples of prompts_per_step, before the run stops and shows the scores.", ge=1
+    )
 
     def __post_init__(self) -> None:
         check(self, "algorithm.filter")

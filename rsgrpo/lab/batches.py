@@ -17,7 +17,7 @@ from rsgrpo.records.console import Bar
 from rsgrpo.records.rollouts import StoredRollout, read_rollouts, rollout_files
 from rsgrpo.running.batches import Collector
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
-from rsgrpo.running.run import train_sampling
+from rsgrpo.running.run import cut_prompts, train_sampling
 from rsgrpo.types import ScoredGroup
 
 Batch = list[ScoredGroup]
@@ -27,7 +27,9 @@ def sampled_batches(
     config: LabConfig, cluster: LocalCluster, stream: PromptStream | StreamedPrompts, count: int, bar: Bar
 ) -> list[Batch]:
     """Sample and score `count` batches as training would, without a group filter."""
-    collector = Collector(cluster.sample_and_score, stream.next, train_sampling(config), FilterConfig())
+    collector = Collector(
+        cluster.sample_to_learn, stream.next, cut_prompts(config), train_sampling(config), FilterConfig()
+    )
     batches = []
     for index in range(count):
         batches.append(collector.collect(config.algorithm.prompts_per_step, index + 1)[0])

@@ -1,15 +1,20 @@
-"""Collects the groups of one training step: sample, score, filter, refill."""
+"""Collects the groups of one training step: sample, score, filter, and replace what is dropped at once.
+
+What a step learns from is decided by the order of the prompts, never by the order in which their groups arrive.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
+from rollout.engine import NextShare, Share
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.algorithm.scoring import group_mean, has_signal
 from rsgrpo.config.train import FilterConfig
@@ -21,6 +26,12 @@ log = logging.getLogger(__name__)
 SampleAndScore = Callable[[Sequence[Prompt], SamplingParams], Iterator[ScoredGroup | RolloutGroup]]
 """Yields a ScoredGroup per prompt in any order, or the RolloutGroup itself where it has an error."""
 
+SampleToLearn = Callable[[Sequence[Prompt], NextShare], Generator[ScoredGroup | RolloutGroup]]
+"""The same for every share that there is, until there is none; takes the prompts to expect, too."""
+
+CutPrompts = Callable[[Sequence[Prompt]], Sequence[Sequence[Prompt]]]
+"""Cuts prompts into shares, each of which one engine samples together; always in the same way."""
+
 
 def derive_seed(seed: int, *parts: object) -> int:
     """Return a 63-bit seed that depends on the run's seed and on what it is for."""
@@ -30,89 +41,176 @@ def derive_seed(seed: int, *parts: object) -> int:
 
 @dataclass
 class Collector:
-    """Fills steps with groups worth training on; keeps the surplus for the next step.
+    """Fills steps with groups worth training on.
 
-    sample_and_score: samples prompts and scores them.
+    A step takes the first `num_groups` groups that pass the filter, in the order of their prompts. Which prompts were
+    sampled beyond these is a matter of time: they are dropped, and their prompts begin the next step, whose weights are
+    newer. So every group of a step is sampled with the weights of that step.
+
+    sample: samples and scores shares of prompts.
     next_prompts: takes the given number of prompts from the training stream.
+    cut: cuts prompts into shares.
     filter: which groups are kept.
-    surplus: kept groups that the last step had no room for; part of a checkpoint.
+    returned: prompts that the last step did not use; the next one begins with them. Part of a checkpoint.
     """
 
-    sample_and_score: SampleAndScore
+    sample: SampleToLearn
     next_prompts: Callable[[int], list[Prompt]]
+    cut: CutPrompts
     sampling: SamplingParams
     filter: FilterConfig
-    surplus: list[ScoredGroup] = field(default_factory=list)
+    returned: list[Prompt] = field(default_factory=list)
 
     def collect(self, num_groups: int, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
         """Return `num_groups` groups for this step, and what was dropped on the way (`rollout/*`).
 
         Raises:
-            SourceBroke: the stream has no more prompts; what was kept is in `surplus`.
-            RsgrpoError: `filter.max_tries` rounds did not fill the step; shows the histogram of what was sampled.
+            SourceBroke: the stream has no more prompts.
+            RsgrpoError: `filter.max_tries` times as many prompts did not fill the step; shows the histogram of scores.
         """
-        kept, self.surplus = self.surplus, []
-        seen: list[ScoredGroup] = []
-        errors: Counter[str] = Counter()
-        num_reused, tries = len(kept), 0
-        while len(kept) < num_groups:
-            if tries == self.filter.max_tries:
-                raise RsgrpoError(self._explain(num_groups, kept, seen, errors))
-            try:
-                prompts = self.next_prompts(self._round_size(num_groups, num_groups - len(kept)))
-            except SourceBroke:
-                self.surplus = kept
-                raise
-            for group in self._in_order(prompts, derive_seed(self.sampling.seed, "train", step, tries)):
-                if isinstance(group, RolloutGroup):
-                    log.warning("step %d: prompt %s could not be sampled: %s", step, group.prompt.id, group.error)
-                    errors[group.error or "no rollouts"] += 1
-                    continue
-                seen.append(group)
-                if self._is_kept(group):
-                    kept.append(group)
-            tries += 1
-        kept, self.surplus = kept[:num_groups], kept[num_groups:]
-        return kept, {
-            "rollout/tries": float(tries),
-            "rollout/groups_sampled": float(len(seen)),
-            "rollout/groups_filtered": float(len(seen) + num_reused - len(kept) - len(self.surplus)),
-            "rollout/groups_reused": float(num_reused),
-            "rollout/prompt_errors": float(sum(errors.values())),
-        }
+        filling = _Filling(self, num_groups, derive_seed(self.sampling.seed, "train", step, 0))
+        with closing(self.sample(list(filling.prompts), filling.next_share)) as groups:
+            for group in groups:
+                filling.arrived(group)
+                if filling.is_full:
+                    break
+        self.returned = filling.unused
+        if not filling.is_full:
+            raise filling.broke or RsgrpoError(filling.explain())
+        return filling.kept, filling.metrics()
 
-    def _round_size(self, num_groups: int, num_missing: int) -> int:
-        # Without a filter a round is exact; with one, small rounds would multiply, and surplus is not lost.
-        return max(num_missing, math.ceil(num_groups / 4)) if self.filter.enabled else num_missing
-
-    def _in_order(self, prompts: Sequence[Prompt], seed: int) -> list[ScoredGroup | RolloutGroup]:
-        """Groups arrive in any order; a run must not depend on which came first."""
-        ordered = []
-        for part, distinct in enumerate(_split_repeats(prompts)):
-            arrived: dict[str, ScoredGroup | RolloutGroup] = {}
-            sampling = replace(self.sampling, seed=derive_seed(seed, part))
-            for group in self.sample_and_score(distinct, sampling):
-                arrived[(group.group if isinstance(group, ScoredGroup) else group).prompt.id] = group
-            ordered += [arrived[prompt.id] for prompt in distinct]
-        return ordered
-
-    def _is_kept(self, group: ScoredGroup) -> bool:
+    def is_kept(self, group: ScoredGroup) -> bool:
+        """Whether a group is worth training on."""
         if not self.filter.enabled:
             return True
         if self.filter.drop_without_signal and not has_signal(group):
             return False
         return self.filter.low < group_mean(group, self.filter.weights) < self.filter.high
 
-    def _explain(self, num_groups: int, kept: list[ScoredGroup], seen: list[ScoredGroup], errors: Counter[str]) -> str:
-        means = sorted(group_mean(group, self.filter.weights) for group in seen)
+
+class _Filling:
+    """One step while it is filled: its prompts in order, what became of them, and what is to be sampled next.
+
+    prompts: taken so far. num_used: the first prompts, all of which have an outcome that counts. kept: groups of these.
+    broke: why no more prompts can be taken.
+    """
+
+    def __init__(self, collector: Collector, num_groups: int, seed: int) -> None:
+        self._collector, self._num_groups, self._seed = collector, num_groups, seed
+        self._limit = num_groups * collector.filter.max_tries
+        self._returned = deque(collector.returned)
+        self.prompts: list[Prompt] = []
+        self.num_used = 0
+        self.kept: list[ScoredGroup] = []
+        self.broke: SourceBroke | None = None
+        self._seen: list[ScoredGroup] = []
+        self._errors: Counter[str] = Counter()
+        self._part, self._ids_of_part = 0, set[str]()
+        self._planned: deque[tuple[Sequence[Prompt], int]] = deque()
+        self._num_sent = 0
+        self._in_flight: dict[str, int] = {}
+        self._outcomes: dict[int, ScoredGroup | RolloutGroup] = {}  # of prompts behind one that is still in flight
+        self._num_kept = 0
+        self._take(num_groups)
+
+    @property
+    def unused(self) -> list[Prompt]:
+        """Return the prompts, sampled or not, that the step has not used, in their order; all, where it is not full."""
+        return self.prompts[self.num_used if self.is_full else 0 :] + list(self._returned)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the step has all its groups."""
+        return len(self.kept) == self._num_groups
+
+    def next_share(self) -> Share | None:
+        """Return the prompts to be sampled next; None while enough are in flight."""
+        if not self._planned and self._num_missing() > 0 and self.broke is None:
+            # Always as many: what is sampled together must not depend on what has arrived.
+            num_prompts = math.ceil(self._num_groups / 4) if self._collector.filter.enabled else 1
+            num_prompts = min(num_prompts, self._limit - len(self.prompts))
+            try:
+                self._take(num_prompts)
+            except SourceBroke as error:
+                self.broke = error
+        if not self._planned or self._num_missing() <= 0:
+            return None
+        prompts, part = self._planned[0]
+        if any(prompt.id in self._in_flight for prompt in prompts):  # a data set smaller than a step
+            return None
+        self._planned.popleft()
+        for prompt in prompts:
+            self._in_flight[prompt.id] = self._num_sent
+            self._num_sent += 1
+        return prompts, replace(self._collector.sampling, seed=derive_seed(self._seed, part))
+
+    def arrived(self, group: ScoredGroup | RolloutGroup) -> None:
+        """Take the group of a prompt in flight."""
+        prompt = group.group.prompt if isinstance(group, ScoredGroup) else group.prompt
+        self._outcomes[self._in_flight.pop(prompt.id)] = group
+        self._num_kept += isinstance(group, ScoredGroup) and self._collector.is_kept(group)
+        while not self.is_full and self.num_used in self._outcomes:
+            outcome = self._outcomes.pop(self.num_used)
+            self.num_used += 1
+            if isinstance(outcome, RolloutGroup):
+                log.warning("prompt %s could not be sampled: %s", outcome.prompt.id, outcome.error)
+                self._errors[outcome.error or "no rollouts"] += 1
+                continue
+            self._seen.append(outcome)
+            if self._collector.is_kept(outcome):
+                self.kept.append(outcome)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the step took, without what was sampled beyond it and depends on time (`perf/`)."""
+        return {
+            "rollout/tries": float(math.ceil(self.num_used / self._num_groups)),
+            "rollout/groups_sampled": float(len(self._seen)),
+            "rollout/groups_filtered": float(len(self._seen) - len(self.kept)),
+            "rollout/prompt_errors": float(sum(self._errors.values())),
+            "perf/groups_abandoned": float(self._num_sent - self.num_used),
+        }
+
+    def explain(self) -> str:
+        """Say why the step could not be filled."""
+        filter, means = self._collector.filter, sorted(self._mean(group) for group in self._seen)
         lines = [
-            f"after algorithm.filter.max_tries={self.filter.max_tries} rounds only {len(kept)} of {num_groups} groups "
-            f"passed the filter ({self.filter.low:g}, {self.filter.high:g}); {len(seen)} groups were sampled.",
+            f"after algorithm.filter.max_tries={filter.max_tries} times as many prompts only {len(self.kept)} of "
+            f"{self._num_groups} groups passed the filter ({filter.low:g}, {filter.high:g}); {len(self._seen)} groups "
+            "were sampled.",
             *_histogram(means),
         ]
-        lines += [f"{count} prompts failed: {reason}" for reason, count in errors.most_common(3)]
+        lines += [f"{count} prompts failed: {reason}" for reason, count in self._errors.most_common(3)]
         lines.append("Widen algorithm.filter.low/high, raise max_tries, or look at the rewards: they may be constant.")
         return "\n".join(lines)
+
+    def _mean(self, group: ScoredGroup) -> float:
+        return group_mean(group, self._collector.filter.weights)
+
+    def _num_missing(self) -> int:
+        """Return the prompts to be sampled beside those in flight: what the step lacks, and with a filter some more."""
+        spare = math.ceil(self._collector.filter.oversample * self._num_groups) if self._collector.filter.enabled else 0
+        return self._num_groups - self._num_kept + spare - len(self._in_flight)
+
+    def _take(self, num_prompts: int) -> None:
+        """Take prompts and plan their shares, so that none holds a prompt twice.
+
+        A prompt that comes again (a data set smaller than a step wraps around) begins a part with another seed.
+        """
+        num_new = max(0, num_prompts - len(self._returned))
+        new = self._collector.next_prompts(num_new) if num_new else []
+        prompts = [self._returned.popleft() for _ in range(num_prompts - num_new)] + new
+        self.prompts += prompts
+        pieces: list[list[Prompt]] = [[]]
+        parts = [self._part]
+        for prompt in prompts:
+            if prompt.id in self._ids_of_part:
+                self._part, self._ids_of_part = self._part + 1, set()
+                pieces.append([])
+                parts.append(self._part)
+            self._ids_of_part.add(prompt.id)
+            pieces[-1].append(prompt)
+        for piece, part in zip(pieces, parts, strict=True):
+            self._planned += [(share, part) for share in self._collector.cut(piece) if share]
 
 
 @dataclass
@@ -160,16 +258,6 @@ class Lookahead:
                 self._broke = error
             else:
                 self.ready = (step, batch.result())
-
-
-def _split_repeats(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """Split a round so that no part holds a prompt twice (a data set smaller than a step wraps around)."""
-    parts: list[list[Prompt]] = []
-    for prompt in prompts:
-        if not parts or any(prompt.id == other.id for other in parts[-1]):
-            parts.append([])
-        parts[-1].append(prompt)
-    return parts
 
 
 def _histogram(values: Sequence[float], num_bins: int = 8, width: int = 40) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from rollout.engine import shares
 from rollout.files import write_text
 from rollout.types import SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
@@ -33,7 +34,7 @@ from rsgrpo.records.run_log import log_to_folder, stop_logging, write_failure
 from rsgrpo.records.tracking import Tracker, read_metrics
 from rsgrpo.report.model_card import write_model_card
 from rsgrpo.report.page import write_report
-from rsgrpo.running.batches import Collector, Lookahead
+from rsgrpo.running.batches import Collector, CutPrompts, Lookahead
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.running.guards import GuardBroken, Guards
 from rsgrpo.running.prompts import RunPrompts, load_run_prompts
@@ -84,9 +85,10 @@ class Run:
         self.collector = Collector(
             self.cluster.sample_to_learn,
             self.stream.next,
+            cut_prompts(config),
             train_sampling(config),
             config.algorithm.filter,
-            surplus=list(parts.state.get("surplus", ())),
+            returned=list(parts.state.get("returned", ())),
         )
         self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready=parts.state.get("ready"))
         self.score = parts.resumed.score if parts.resumed else None
@@ -318,7 +320,7 @@ class Run:
         self._boundary = {
             "validated": validated,
             "stream": self.stream.state(),
-            "surplus": list(self.collector.surplus),
+            "returned": list(self.collector.returned),
             "ready": self.batches.ready,
         }
 
@@ -344,6 +346,12 @@ def train_sampling(config: TrainConfig) -> SamplingParams:
         max_tokens=rollout.max_response_tokens,
         seed=config.seed,
     )
+
+
+def cut_prompts(config: TrainConfig) -> CutPrompts:
+    """Return how the prompts of a step are cut into shares for the engines."""
+    rollout = config.rollout
+    return lambda prompts: shares(prompts, rollout.group_size, rollout.share_sequences, rollout.num_workers)
 
 
 def checkpoint_to_resume(config: TrainConfig) -> tuple[CheckpointFolder, Checkpoint | None]:

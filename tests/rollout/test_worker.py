@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from rollout.config import InputsConfig, RolloutConfig
-from rollout.engine import EngineError
+from rollout.engine import EngineError, shares
 from rollout.hf.engine import HFEngine
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
@@ -60,7 +63,7 @@ def scripted_pool(timeout_s: float) -> RolloutPool:
     """A pool of one worker, number 3, that fails in the way that the sampling seed says."""
 
     class Scripted:
-        def generate(self, prompts, sampling):
+        def generate(self, prompts, sampling, ticket):
             yield RolloutGroup(prompts[0], (), error="a first group")
             if sampling.seed == 1:
                 raise ValueError("the reading lamp is broken")
@@ -77,6 +80,9 @@ def scripted_pool(timeout_s: float) -> RolloutPool:
 
         def ping(self):
             time.sleep(60)
+
+        def abandon(self, ticket):
+            pass
 
     actor: Any = ray.remote(Scripted).options(num_cpus=0).remote()
     ray.get(actor.ready.remote())
@@ -107,15 +113,52 @@ def test_both_workers_take_part_and_say_who_they_are(pool):
     assert {name: seen.get(name) for name in wanted} == wanted
 
 
-def test_pieces_are_equal_shares_within_the_batch_limit(pool, prompts):
+def test_shares_are_equal_within_the_batch_limit(prompts):
     def sizes(num_prompts, group_size):
-        return [len(piece) for piece in pool._pieces((prompts * 3)[:num_prompts], group_size)]
+        return [len(share) for share in shares((prompts * 3)[:num_prompts], group_size, 8, num_engines=2)]
 
     assert sizes(7, 4) == [2, 2, 2, 1]
     assert sizes(7, 1) == [4, 3]
     assert sizes(16, 2) == [4, 4, 4, 4]
     assert sizes(3, 100) == [1, 1, 1]
     assert sizes(0, 4) == []
+
+
+def test_the_least_busy_worker_is_given_the_next_share_while_it_has_room(cluster):
+    class Scripted:
+        """Answers a prompt once its own worker has `expected` of them at a time; says which worker it was."""
+
+        def __init__(self, index, expected):
+            self.index, self.here = index, threading.Barrier(expected)
+
+        def generate(self, prompts, sampling, ticket):
+            self.here.wait(timeout=60)
+            for prompt in prompts:
+                yield RolloutGroup(replace(prompt, images=()), (), num_prompt_tokens=self.index, error="none")
+
+        def abandon(self, ticket):
+            pass
+
+    sampling = SamplingParams(group_size=4)
+    todo = [([Prompt(f"p{n}", "?", images=(b"page",))], sampling) for n in range(6)]
+    untyped: Any = ray.remote(Scripted)
+    start = untyped.options(num_cpus=0, max_concurrency=8)
+    handles = [WorkerHandle(i, start.remote(i, n), 1, max_sequences=4 * n) for i, n in enumerate((4, 2))]
+    pool = RolloutPool(handles, timeout_s=60)
+    groups = [group for group in pool.stream(lambda: todo.pop(0) if todo else None) if group is not None]
+    # Both get one, then each two; then only the first has room.
+    assert Counter(group.num_prompt_tokens for group in groups) == {0: 4, 1: 2}
+    assert all(group.prompt.images == (b"page",) for group in groups), "the pool has the images that did not travel"
+    pool.close()
+
+
+def test_what_is_abandoned_ends_at_once_and_the_worker_goes_on(pool, prompts):
+    endless = SamplingParams(group_size=4, max_tokens=10**6, seed=1)
+    stream = pool.stream(lambda: (prompts[:2], endless) if pool.workers else None)
+    assert next(stream) is None, "two shares are being sampled"
+    stream.close()
+    for group in pool.generate(prompts[:4], SAMPLING):
+        assert len(group.rollouts) == 4
 
 
 def test_synced_weights_reach_every_worker(pool, prompts, tiny_model_path):

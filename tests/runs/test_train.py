@@ -178,8 +178,8 @@ def test_one_process_gives_the_numbers_of_many_bit_for_bit(whole, tmp_path):
     assert metrics_of(one) == metrics_of(whole)
 
 
-def test_resuming_with_surplus_groups_gives_the_same_metrics_bit_for_bit(ray_cluster, config):
-    # A filter that refuses some groups makes surplus, which must survive too.
+def test_resuming_with_a_filter_gives_the_same_metrics_bit_for_bit(ray_cluster, config):
+    # A filter that refuses some groups leaves prompts for the next step, which must survive too.
     filtered = FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
     checkpoint = dataclasses.replace(config.checkpoint, keep_last=9, keep_best=0)
     algorithm = dataclasses.replace(config.algorithm, filter=filtered)

@@ -80,7 +80,8 @@ def test_a_training_step_lets_the_learner_decode_while_the_engine_samples(tiny_m
     store = cluster.learner._passes.prompts
     sampling = SamplingParams(group_size=2, max_tokens=4)
     cluster.sync_weights(0)
-    [first, *_] = cluster.sample_to_learn(prompts_of(groups), sampling)
+    todo = [(prompts_of(groups), sampling)]
+    [first, *_] = cluster.sample_to_learn(prompts_of(groups), lambda: todo.pop() if todo else None)
     assert isinstance(first, ScoredGroup)
     assert [key[0] for key in store._begun] == ["p0", "p1", "p2", "p3"]
     assert all(future.done() for future in store._begun.values())

@@ -1,9 +1,9 @@
-"""Collecting a step's groups: filter, refill, surplus, and the error when nothing passes."""
+"""Collecting a step's groups: filter, replacement, order, and the error when nothing passes."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
@@ -39,18 +39,33 @@ def scored(prompt: Prompt, scores: list[float]) -> ScoredGroup:
     )
 
 
-def engine(score_of, calls: list | None = None):
-    """Answers in random order; `score_of(prompt)` gives the group's scores, or an error text."""
+def engine(score_of, calls: list | None = None, at_once: int = 10**6, seed: int = 0):
+    """Answer in random order, `at_once` shares at a time; `score_of(prompt)` gives scores, or an error text."""
 
-    def sample_and_score(prompts, sampling) -> Iterator[ScoredGroup | RolloutGroup]:
-        if calls is not None:
-            calls.append(([prompt.id for prompt in prompts], sampling.seed))
-        groups = [(prompt, score_of(prompt)) for prompt in prompts]
-        random.Random(len(groups)).shuffle(groups)
-        for prompt, outcome in groups:
+    def sample(expected, next_share) -> Generator[ScoredGroup | RolloutGroup]:
+        rng = random.Random(seed)
+        in_flight: list[Prompt] = []
+        while True:
+            while len(in_flight) < at_once and (share := next_share()):
+                if calls is not None:
+                    calls.append(([prompt.id for prompt in share[0]], share[1].seed))
+                in_flight += share[0]
+            if not in_flight:
+                return
+            prompt = in_flight.pop(rng.randrange(len(in_flight)))
+            outcome = score_of(prompt)
             yield RolloutGroup(prompt, (), error=outcome) if isinstance(outcome, str) else scored(prompt, outcome)
 
-    return sample_and_score
+    return sample
+
+
+def whole(prompts):
+    """One share for all."""
+    return [prompts]
+
+
+def singly(prompts):
+    return [[prompt] for prompt in prompts]
 
 
 def ids(groups: list[ScoredGroup]) -> list[str]:
@@ -59,7 +74,9 @@ def ids(groups: list[ScoredGroup]) -> list[str]:
 
 def test_without_a_filter_a_step_is_one_round_in_the_order_of_the_stream():
     calls: list = []
-    collector = Collector(engine(lambda p: [1.0, 1.0], calls), Stream().next, SamplingParams(seed=3), FilterConfig())
+    collector = Collector(
+        engine(lambda p: [1.0, 1.0], calls), Stream().next, whole, SamplingParams(seed=3), FilterConfig()
+    )
     groups, metrics = collector.collect(4, step=1)
     assert ids(groups) == ["0", "1", "2", "3"]
     assert len(calls) == 1
@@ -72,6 +89,7 @@ def test_prompts_that_fail_are_counted_and_replaced():
     collector = Collector(
         engine(lambda p: "unreadable image" if p.id == "1" else [1.0, 0.0]),
         Stream().next,
+        whole,
         SamplingParams(),
         FilterConfig(),
     )
@@ -80,37 +98,75 @@ def test_prompts_that_fail_are_counted_and_replaced():
     assert metrics["rollout/prompt_errors"] == 1
 
 
-def test_the_filter_refills_and_keeps_the_surplus_for_the_next_step():
-    # Even prompts are perfect (mean 1) and filtered; odd ones pass.
-    def scores(prompt: Prompt) -> list[float]:
-        return [1.0, 1.0] if int(prompt.id) % 2 == 0 else [1.0, 0.0]
+def odd_pass(prompt: Prompt) -> list[float]:
+    """Even prompts are perfect (mean 1) and filtered; odd ones pass."""
+    return [1.0, 1.0] if int(prompt.id) % 2 == 0 else [1.0, 0.0]
 
+
+ODD = FilterConfig(enabled=True, low=0.01, high=0.99)
+
+
+def test_a_dropped_group_is_replaced_at_once_and_what_is_not_used_begins_the_next_step():
     stream = Stream()
-    collector = Collector(
-        engine(scores), stream.next, SamplingParams(), FilterConfig(enabled=True, low=0.01, high=0.99)
-    )
+    collector = Collector(engine(odd_pass), stream.next, whole, SamplingParams(), ODD)
     groups, metrics = collector.collect(4, step=1)
     assert ids(groups) == ["1", "3", "5", "7"]
-    assert metrics["rollout/groups_sampled"] == stream.taken
-    assert metrics["rollout/groups_filtered"] == stream.taken - 4 - len(collector.surplus)
-    surplus = ids(collector.surplus)
-    groups, metrics = collector.collect(4, step=2)
-    assert ids(groups)[: len(surplus)] == surplus
-    assert metrics["rollout/groups_reused"] == len(surplus)
+    assert metrics["rollout/groups_sampled"] == 8
+    assert metrics["rollout/groups_filtered"] == 4
+    assert [prompt.id for prompt in collector.returned] == [str(n) for n in range(8, stream.taken)]
+    calls: list = []
+    collector.sample = engine(odd_pass, calls)
+    assert ids(collector.collect(4, step=2)[0]) == ["9", "11", "13", "15"]
+    assert calls[0][0][0] == "8", "what step 1 did not use is sampled again, with the new weights"
+
+
+def test_what_a_step_learns_from_does_not_depend_on_which_group_arrives_first():
+    def two_steps(seed: int) -> list:
+        collector = Collector(engine(odd_pass, None, 5, seed), Stream().next, singly, SamplingParams(), ODD)
+        steps = [collector.collect(4, step) for step in (1, 2)]
+        return [(ids(groups), {k: v for k, v in metrics.items() if k[:5] != "perf/"}) for groups, metrics in steps]
+
+    assert all(two_steps(seed) == two_steps(0) for seed in range(1, 20))
+
+
+def test_a_lost_group_is_replaced_before_the_others_have_arrived_and_no_more_than_needed_is_in_flight():
+    most = []
+
+    def sample(expected, next_share):
+        in_flight: list[Prompt] = []
+        while True:
+            while share := next_share():
+                in_flight += share[0]
+            most.append(len(in_flight))
+            prompt = in_flight.pop()  # the newest first: the oldest is still missing when all others are there
+            yield scored(prompt, odd_pass(prompt))
+
+    exact = FilterConfig(enabled=True, low=0.01, high=0.99, oversample=0)
+    collector = Collector(sample, Stream().next, singly, SamplingParams(), exact)
+    groups, metrics = collector.collect(4, step=1)
+    assert ids(groups) == ["1", "3", "5", "7"]
+    assert max(most) == 4
+    assert metrics["perf/groups_abandoned"] == 0
+    spare = FilterConfig(enabled=True, low=0.01, high=0.99, oversample=0.5)
+    most.clear()
+    Collector(sample, Stream().next, singly, SamplingParams(), spare).collect(4, step=1)
+    assert max(most) == 6
 
 
 def test_the_filter_compares_the_weighted_sum():
     # Mean accuracy 0.5 counts three times: 1.5 is outside (0, 1).
     config = FilterConfig(enabled=True, low=0.0, high=1.0, weights={"accuracy": 3.0}, max_tries=2)
-    collector = Collector(engine(lambda p: [1.0, 0.0]), Stream().next, SamplingParams(), config)
-    with pytest.raises(RsgrpoError, match=r"max_tries=2 rounds only 0 of 2 groups passed"):
+    collector = Collector(engine(lambda p: [1.0, 0.0]), Stream().next, whole, SamplingParams(), config)
+    with pytest.raises(RsgrpoError, match=r"max_tries=2 times as many prompts only 0 of 2 groups passed"):
         collector.collect(2, step=1)
 
 
 def test_groups_without_signal_can_be_dropped():
     config = FilterConfig(enabled=True, low=-1, high=2, drop_without_signal=True)
     scores = {"0": [0.5, 0.5], "1": [0.0, 1.0]}
-    collector = Collector(engine(lambda p: scores.get(p.id, [0.2, 0.3])), Stream().next, SamplingParams(), config)
+    collector = Collector(
+        engine(lambda p: scores.get(p.id, [0.2, 0.3])), Stream().next, whole, SamplingParams(), config
+    )
     assert ids(collector.collect(2, step=1)[0]) == ["1", "2"]
 
 
@@ -119,6 +175,7 @@ def test_giving_up_shows_the_histogram_and_the_reasons():
     collector = Collector(
         engine(lambda p: "too long" if p.id == "0" else [1.0 * (int(p.id) % 2) * 8] * 2),
         Stream().next,
+        whole,
         SamplingParams(),
         config,
     )
@@ -132,7 +189,9 @@ def test_giving_up_shows_the_histogram_and_the_reasons():
 
 def test_a_data_set_smaller_than_a_step_never_samples_a_prompt_twice_with_one_seed():
     calls: list = []
-    collector = Collector(engine(lambda p: [1.0, 0.0], calls), Stream(period=3).next, SamplingParams(), FilterConfig())
+    collector = Collector(
+        engine(lambda p: [1.0, 0.0], calls), Stream(period=3).next, whole, SamplingParams(), FilterConfig()
+    )
     groups, _ = collector.collect(7, step=1)
     assert ids(groups) == ["0", "1", "2", "0", "1", "2", "0"]
     assert [call_ids for call_ids, _ in calls] == [["0", "1", "2"], ["0", "1", "2"], ["0"]]
