@@ -63,6 +63,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/api_reference.py
 
 install: $(INSTALLED)
 

@@ -20,7 +20,7 @@ from typing import Any
 from recipes.answers.batch import answer_batch
 from recipes.answers.engine import open_answerer
 from recipes.answers.predictions import load_predictions
-from recipes.answers.questions import Question, to_prompt
+from recipes.answers.questions import Question, to_prompt, warn_of_other_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.page import Results, as_json, as_markdown, as_page, worst_cases
@@ -31,6 +31,7 @@ from rollout.files import write_text
 from rollout.keys import check, key, require
 from rsgrpo import cli
 from rsgrpo.config.train import PromptConfig
+from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -57,6 +58,10 @@ class EvaluateConfig:
     bootstrap_samples: int = key(1000, "Bootstrap samples of the intervals; 0 gives no intervals.", ge=0)
     permutations: int = key(10_000, "Permutations of the paired test.", ge=1)
     worst_cases: int = key(12, "Worst answers to show on the page.", ge=0)
+    own_prompt: bool = key(
+        True,
+        "Ask with the prompt that the model's folder carries, if any; any prompt=... on the command line unsets it.",
+    )
     model: AnswerModelConfig = field(default_factory=AnswerModelConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     inputs: InputsConfig = field(default_factory=InputsConfig)
@@ -81,6 +86,10 @@ def evaluate(config: EvaluateConfig) -> None:
         config.benchmark, folder=config.benchmark_dir, topk=config.topk, image_dir=config.image_dir
     )
     questions = questions[: config.max_questions or None]
+    if config.own_prompt and (own := prompt_of_model(config.model.path)):
+        config = dataclasses.replace(config, prompt=own)
+    elif not config.predictions:
+        warn_of_other_prompt(config.prompt, config.model.path)
     folder = Path(config.output_dir) / folder_name(config)
     with Console() as console:
         path = Path(config.predictions or folder / PREDICTIONS_FILE)
@@ -168,7 +177,8 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     Raises:
         ConfigError: it has some, which were made with other settings.
     """
-    if path.is_file() and path.with_name(PREDICTIONS_FILE).is_file():
+    predictions = path.with_name(PREDICTIONS_FILE)
+    if path.is_file() and predictions.is_file() and predictions.stat().st_size:
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [
             f"{name}={value!r}, was {before.get(name)!r}"
@@ -197,7 +207,9 @@ def require_pages(questions: Sequence[Question], image_dir: str) -> None:
 
 
 def spell_out(arguments: Sequence[str]) -> list[str]:
-    """Read `model=PATH` as `model.path=PATH` where PATH is not an option of the group."""
+    """Read `model=PATH` as `model.path=PATH` where PATH is not an option of the group; a prompt unsets `own_prompt`."""
+    if any(argument.startswith(("prompt=", "prompt.")) for argument in arguments):
+        arguments = [*arguments, "own_prompt=false"]
     options = "|".join(map(re.escape, cli.groups(EvaluateConfig, "evaluate")["model"]))
     return [re.sub(rf"^model=(?!(?:{options})$)", "model.path=", argument) for argument in arguments]
 

@@ -1,6 +1,6 @@
 """Answer questions over page images: `python -m recipes.infer "how much?" --image a.png --model runs/x/export`.
 
-One question, a conversation over the same pages, or a file of questions.
+One question, several about the same pages (each asked on its own), or a file of questions.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from typing import IO, Any
 from recipes.answers.batch import answer_batch, result_line
 from recipes.answers.engine import open_answerer
 from recipes.answers.options import option_of
-from recipes.answers.questions import named_prompt, read_questions, to_prompt
+from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.reader import Reader
-from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig, pixel_limits
+from recipes.answers.spec import (
+    MADE_BY,
+    AnswerModelConfig,
+    AnswerRolloutConfig,
+    AnswerSpec,
+    EndpointConfig,
+    pixel_limits,
+)
 from recipes.answers.types import Answer, Answerer
 from rollout.config import InputsConfig
 from rollout.keys import as_named, keys_of, named
+from rsgrpo.config.checks import require_model
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
@@ -41,7 +49,10 @@ OPTIONS = {f"{section}.{name}": option_of(name) for section, schema in SECTIONS.
     "rollout.max_batch_sequences": "--batch-size",
 }
 """Key of the configuration -> the option that sets it; its type, default and help are the key's."""
-HELP = "A question; or: /images A.png B.png ... other pages; /json shows the last answer as JSON; /quit"
+HELP = (
+    "A question, which is asked on its own, without the earlier ones; or: /images A.png B.png ... other pages; "
+    "/json shows the last answer as JSON; /quit"
+)
 
 
 class Session:
@@ -77,7 +88,7 @@ class Session:
 def summary_of(line: dict[str, Any]) -> str:
     """Return the few lines that stand under an answer: the answer, the pages it rests on, and what is wrong."""
     if line["finish_reason"] == "error":
-        return f"error: {line['errors'][0]}"
+        return as_named(f"error: {line['errors'][0]}", OPTIONS)
     pages = [
         f"  [{slot['index']}] {slot['image'] or ''}: {slot['text']}" for slot in line["evidence"] if slot["relevant"]
     ]
@@ -86,7 +97,7 @@ def summary_of(line: dict[str, Any]) -> str:
     if line["finish_reason"] == "length":
         parts.append("cut off at the token limit: raise --max-tokens")
     parts += [f"fault: {fault}" for fault in line["errors"]]
-    return "\n".join(parts)
+    return as_named("\n".join(parts), OPTIONS)
 
 
 def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bool) -> None:
@@ -112,7 +123,7 @@ def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bo
             elif text:
                 last = session.ask(text)
         except RsgrpoError as error:
-            out.write(f"error: {error}\n")
+            out.write(as_named(f"error: {error}\n", OPTIONS))
 
 
 def checked_images(paths: Sequence[str]) -> Sequence[str]:
@@ -121,6 +132,9 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
     Raises:
         InputError: one is not a file.
     """
+    folders = [path for path in paths if os.path.isdir(path)]
+    if folders:
+        raise InputError(f"{folders[0]} is a folder. Name the images in it, such as {folders[0]}/*.png")
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise InputError(f"no such image: {', '.join(missing)} (on the command line, put the question before --image)")
@@ -152,7 +166,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m recipes.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    top.add_argument("question", nargs="?", help="one question; without it and without --batch, a conversation")
+    top.add_argument(
+        "question", nargs="?", help="one question; without it and without --batch, questions are read line by line"
+    )
     what = top.add_argument_group("what to ask")
     what.add_argument("--question", dest="named_question", help="the same as QUESTION, by name")
     what.add_argument(
@@ -166,7 +182,15 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--batch", metavar="FILE", help="questions: rows with id, question and image")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
     what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
-    what.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
+    prompt_help = "a name in conf/prompt or a template file (default: the model's own, else evidence)"
+    what.add_argument("--prompt", default="", help=prompt_help)
+    what.add_argument(
+        "--show-inputs",
+        metavar="FOLDER",
+        nargs="?",
+        const="",
+        help="ask nothing: print what the model sees of the question; with FOLDER, write its pages there",
+    )
     what.add_argument("--system", default="", help="system message; the default is the prompt's, else the model's")
     what.add_argument("--json", action="store_true", help="print the result of one question as one JSON line")
     add_answerer_options(top)
@@ -201,7 +225,6 @@ def add_answerer_options(top: argparse.ArgumentParser) -> None:
     groups["rollout"].add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
 
 
-@named(OPTIONS)
 def answerer_of(options: argparse.Namespace) -> Answerer:
     """Open what the command line chooses."""
     settings: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
@@ -210,10 +233,39 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
         settings[section][name] = getattr(options, option.removeprefix("--").replace("-", "_"))
     if not options.endpoint:
         settings["endpoint"]["model"] = ""
-    for name, own in zip(("min_pixels", "max_pixels"), pixel_limits(options.model), strict=True):
-        settings["inputs"][name] = settings["inputs"][name] or own
+    settings["inputs"] = inputs_of(options)
     parts = {section: SECTIONS[section](**given) for section, given in settings.items()}
     return open_answerer(AnswerSpec(**parts, seed=options.seed))
+
+
+def show(options: argparse.Namespace, template: str, system: str) -> int:
+    """Print what the model sees of one question, or of the first one of a file; no weights are loaded."""
+    from recipes.answers.shown_inputs import show_inputs
+    from rollout.inputs.processor import InputProcessor
+
+    require_model("model.path", options.model, MADE_BY)
+    if options.batch:
+        question = read_questions(options.batch, image_dir=options.image_dir)[0]
+    elif options.question:
+        question = Question("question", options.question, tuple(options.image))
+    else:
+        raise InputError("--show-inputs needs a question, or --batch, whose first question is shown")
+    inputs = InputsConfig(**inputs_of(options))
+    processor = InputProcessor(
+        options.model, inputs, revision=options.revision, trust_remote_code=options.trust_remote_code
+    )
+    folder = Path(options.show_inputs) if options.show_inputs else None
+    for line in show_inputs(to_prompt(question, template, system), processor, folder):
+        print(as_named(line, OPTIONS))
+    return 0
+
+
+def inputs_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the limits of a prompt; those of pixels default to what the model was trained with."""
+    limits = {name: getattr(options, name) for name in keys_of(InputsConfig)}
+    for name, own in zip(("min_pixels", "max_pixels"), pixel_limits(options.model), strict=True):
+        limits[name] = limits[name] or own
+    return limits
 
 
 def answer(options: argparse.Namespace) -> int:
@@ -221,12 +273,16 @@ def answer(options: argparse.Namespace) -> int:
     images = checked_images(options.image)
     from rsgrpo.data.prompts import read_template  # loads transformers
 
-    prompt = named_prompt(options.prompt)
+    prompt = named_prompt(options.prompt, options.model)
     template, system = read_template(prompt), options.system or prompt.system
     if options.batch and (options.question or options.image):
         raise InputError("--batch brings its own questions and pages: omit the question and --image")
     if not options.batch and not template:
-        raise InputError(f"--prompt {options.prompt} has no template for a question: choose another prompt")
+        raise InputError(
+            f"--prompt {options.prompt or prompt.file} has no template for a question: choose another prompt"
+        )
+    if options.show_inputs is not None:
+        return show(options, template, system)
     reader = Reader(answerer_of(options), template, system)
     try:
         if options.batch:
@@ -254,7 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         top.error("the question is given twice: as QUESTION and as --question")
     options.question = options.question or options.named_question
     kept = "answers so far are kept; run the same command to resume" if options.batch else ""
-    return run_program(lambda: answer(options), kept=kept)
+    with_own_names = named(OPTIONS)(answer)
+    return run_program(lambda: with_own_names(options), kept=kept)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsgrpo.running.stopping import leave_on_signals
@@ -63,7 +65,16 @@ def sft(config: SftConfig) -> None:
             take_step(run, step, gold, held_out)
         run.finish()
         if config.checkpoint.export:
-            run.console.info(f"next: python -m rsgrpo.train recipe=... model.path={run.folder / 'export'}")
+            run.console.info(f"next: {next_command(sys.argv[1:], run.folder / 'export')}")
+
+
+def next_command(arguments: Sequence[str], export: Path) -> str:
+    """Return how to go on with training: the recipe whose name goes with the one that `arguments` chose."""
+    recipe = next((argument.partition("=")[2] for argument in arguments if argument.startswith("recipe=")), "")
+    wanted = recipe.removeprefix("sft_")
+    names = cli.groups(TrainConfig)["recipe"]
+    chosen = wanted if wanted in names else f"NAME (one of {', '.join(names)})"
+    return f"python -m rsgrpo.train recipe={chosen} model.path={export}"
 
 
 def take_step(run: Run, step: int, gold: GoldResponses, held_out: Sequence[TrainGroup]) -> None:

@@ -11,7 +11,7 @@ from recipes.answers.spec import MADE_BY, AnswerSpec
 from recipes.answers.types import Answer, Answerer
 from rollout.keys import require
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rsgrpo.config.checks import require_found
+from rsgrpo.config.checks import require_model
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def open_answerer(spec: AnswerSpec) -> Answerer:
         return Endpoint(spec.endpoint, spec.sampling(), spec.inputs)
     path = spec.model.path
     require(path != "", "model.path is empty: name a model folder or hub id, or an endpoint (endpoint.url)")
-    require_found("model.path", path, MADE_BY)
+    require_model("model.path", path, MADE_BY)
     return LocalAnswerer(spec)
 
 

@@ -6,6 +6,7 @@ Training, inference and evaluation all fill templates with `rsgrpo.data.prompts`
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,8 +22,11 @@ from rollout.packed import PackedImage
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.faults import is_shared
+from rsgrpo.data.prompt_file import PROMPT_FILE, prompt_of_model
 from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
 from rsgrpo.errors import InputError, listed
+
+log = logging.getLogger(__name__)
 
 IMAGE_MARK = "<image>"
 ID_KEYS = ("id", "qid", "query_id", "question_id")
@@ -115,19 +119,43 @@ def _file_name(source: str | PackedImage) -> bytes:
     return Path(source.name if isinstance(source, PackedImage) else source).name.encode(errors="surrogateescape")
 
 
-def named_prompt(name: str) -> PromptConfig:
+def named_prompt(name: str, model: str = "") -> PromptConfig:
     """Return the prompt of a name in conf/prompt ("evidence", "direct", ...), or a template file.
+
+    model: the folder whose own prompt, if it carries one, is meant by no name; without one that is "evidence". A
+        warning says if another prompt is chosen than the model was trained with.
 
     Raises:
         InputError: there is neither.
     """
+    own = prompt_of_model(model)
+    if not name and own is not None:
+        return own
+    name = name or "evidence"
     if Path(name).is_file():
-        return PromptConfig(file=name)
-    folder = resources.files("conf") / "prompt"
-    options = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    if name not in options:
-        raise InputError(f"prompt {name!r} is neither a file nor one of {', '.join(options)}{nearest(name, options)}")
-    return PromptConfig(**yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+        found = PromptConfig(file=name)
+    else:
+        folder = resources.files("conf") / "prompt"
+        options = sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        if name not in options:
+            raise InputError(
+                f"prompt {name!r} is neither a file nor one of {', '.join(options)}{nearest(name, options)}"
+            )
+        found = PromptConfig(**yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
+    warn_of_other_prompt(found, model)
+    return found
+
+
+def warn_of_other_prompt(prompt: PromptConfig, model: str) -> None:
+    """Log a warning if a model's folder carries another prompt than this one."""
+    own = prompt_of_model(model)
+    template = Path(prompt.file).read_text(encoding="utf-8") if prompt.file else prompt.template
+    if own is not None and (own.template.strip(), own.system.strip()) != (template.strip(), prompt.system.strip()):
+        log.warning(
+            "this prompt is not the one that %s was trained with (%s in its folder): expect other scores",
+            model,
+            PROMPT_FILE,
+        )
 
 
 def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:

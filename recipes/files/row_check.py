@@ -12,7 +12,7 @@ from rewards.api import Response
 from rewards.evisrag import well_formed
 from rollout.config import InputsConfig
 from rollout.types import Prompt
-from rsgrpo.config.checks import require_found
+from rsgrpo.config.checks import require_model
 from rsgrpo.config.train import DataConfig, RunConfig
 from rsgrpo.data.dataset import about_images, sort_rows
 from rsgrpo.data.faults import BadRow, counted, explained
@@ -130,7 +130,7 @@ def _renamed(row: Row) -> Row:
 def _counter(model: str, inputs: InputsConfig) -> TokenCounter:
     if not model:
         return Uncounted(inputs)
-    require_found("model", model, MADE_BY)
+    require_model("model", model, MADE_BY)
     from rollout.inputs.processor import InputProcessor
 
     try:

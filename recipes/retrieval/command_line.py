@@ -22,6 +22,7 @@ from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import Retriever, SearchSettings
 from rollout.config import InputsConfig
 from rollout.keys import named
+from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.errors import InputError
 
 EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
@@ -120,7 +121,11 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
     who.add_argument("--max-tries", type=int, default=6, help="requests per answer before the endpoint counts as down")
     who.add_argument("--script", default="", help="answers of the fake engine")
-    who.add_argument("--prompt", default="evidence", help="a name in conf/prompt or a template file")
+    who.add_argument(
+        "--prompt",
+        default="",
+        help="a name in conf/prompt or a template file (default: the model's own, else evidence)",
+    )
     who.add_argument("--max-tokens", type=int, default=2048, help="longest answer, in tokens")
     who.add_argument("--max-prompt-tokens", type=int, help="longest prompt, in tokens; default: that of recipes.infer")
     who.add_argument("--answer-max-pixels", type=int, default=0, help="largest area of a page; 0: the model's default")
@@ -139,7 +144,8 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
     """
     from rsgrpo.data.prompts import read_template
 
-    prompt = named_prompt(options.prompt)
+    prompt = named_prompt(options.prompt, options.answer_model)
+    prompt_name = options.prompt or ("" if prompt_of_model(options.answer_model) else "evidence")
     template = read_template(prompt)
     if not template:
         raise InputError(f"--prompt {options.prompt} has no template for a question; choose another prompt")
@@ -159,5 +165,6 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
         InputsConfig(**limits),
         EndpointConfig(options.endpoint, name, max_tries=options.max_tries),
     )  # fmt: skip
-    text_template = read_template(named_prompt(f"{options.prompt}_text")) if options.prompt in WITH_TEXT_PROMPT else ""
+    has_text = prompt_name in WITH_TEXT_PROMPT
+    text_template = read_template(named_prompt(f"{prompt_name}_text")) if has_text else ""
     return Reader(open_answerer(spec), template, prompt.system, text_template)

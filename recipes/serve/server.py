@@ -243,7 +243,9 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument("--max-requests", type=int, default=32, help="waiting ones included; further ones get 429")
     what = top.add_argument_group("what to ask")
     what.add_argument(
-        "--prompt", default="evidence", help="a name in conf/prompt or a template file; raw keeps messages as sent"
+        "--prompt",
+        default="",
+        help="a name in conf/prompt or a file; raw keeps messages as sent. Default: the model's own, else evidence.",
     )
     what.add_argument("--system", default="", help="system message for requests without one")
     add_answerer_options(top)
@@ -254,7 +256,7 @@ def config_of(options: argparse.Namespace) -> ServeConfig:
     """Return the settings of a command line."""
     from rsgrpo.data.prompts import read_template
 
-    prompt = named_prompt(options.prompt)
+    prompt = named_prompt(options.prompt, options.model)
     return ServeConfig(
         template=read_template(prompt),
         system=options.system or prompt.system,

@@ -72,8 +72,8 @@ class InputProcessor:
         image_token_id = getattr(config, "image_token_id", None)
         if image_token_id is None:
             raise InputsError(
-                f"the config in {model_path} has no image_token_id: it is not a supported vision-language model. Set "
-                "model.path to one."
+                f"the config in {model_path} ({config.model_type}) has no image_token_id: it is not a supported "
+                f"vision-language model. Set model.path to one of a supported family: {', '.join(FAMILIES)}."
             )
         self.image_token_id: int = image_token_id
         self.eos_token_id: int = self.tokenizer.eos_token_id
@@ -148,6 +148,10 @@ class InputProcessor:
             PromptError: as `encode`, except for pixels that do not decode and for the token limit.
         """
         return len(self._expanded_ids(prompt))
+
+    def page_tokens(self, prompt: Prompt) -> list[int]:
+        """Return the vision tokens of each image, from their headers; raises as `count_tokens`."""
+        return [self._num_vision_tokens(source) for source in prompt.images]
 
     def load_images(self, prompt: Prompt) -> list[Image.Image]:
         """Return the prompt's images decoded, in RGB and resized: exactly the pixels that `encode` normalises.

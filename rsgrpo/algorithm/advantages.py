@@ -22,7 +22,8 @@ from rsgrpo.algorithm.baselines import (
     stratum_centre,
 )
 from rsgrpo.algorithm.scopes import token_mask
-from rsgrpo.config.learner import Advantage, AlgorithmConfig, Baseline, CreditRule, Scale
+from rsgrpo.config.learner import AlgorithmConfig, Baseline, CreditRule, Scale
+from rsgrpo.config.own_advantage import own_advantages
 from rsgrpo.types import Sample, ScoredGroup, TrainGroup
 
 
@@ -30,13 +31,13 @@ from rsgrpo.types import Sample, ScoredGroup, TrainGroup
 class Rule:
     """How scores become advantages: the keys of `algorithm` that decide it.
 
-    kind: which scores are compared and which tokens share an advantage.
+    kind: which scores are compared and which tokens share an advantage; or "module:function" of the user's own.
     credit: which tokens a reward teaches: its own scope ("own"), everything before it is determined ("causal"), or the
         whole response ("whole").
     baseline, scale: of `per_reward`: what a score is compared with, and what the difference is divided by.
     """
 
-    kind: Advantage = "per_reward"
+    kind: str = "per_reward"
     credit: CreditRule = "own"
     baseline: Baseline = "group"
     scale: Scale = "std"
@@ -56,22 +57,25 @@ CreditSet = frozenset[tuple[int, str]]
 
 def term_names(kind: str, reward_names_K: Sequence[str]) -> tuple[str, ...]:
     """Names of the loss terms that `kind` makes: one per reward, or a single one."""
-    return tuple(reward_names_K) if kind == "per_reward" else (kind,)
+    return tuple(reward_names_K) if _is_per_reward(kind) else (kind,)
 
 
 def term_weights(kind: str, weights_K: Sequence[float]) -> tuple[float, ...]:
     """Loss weights of those terms. Where there is one term the reward weights are already inside its advantages."""
-    return tuple(weights_K) if kind == "per_reward" else (1.0,)
+    return tuple(weights_K) if _is_per_reward(kind) else (1.0,)
 
 
-def credit_group(scored: ScoredGroup, rule: Rule | Advantage, weights_K: Sequence[float]) -> TrainGroup:
+def _is_per_reward(kind: str) -> bool:
+    """Whether every reward is a loss term of its own, as it is with a function of the user's own."""
+    return kind == "per_reward" or ":" in kind
+
+
+def credit_group(scored: ScoredGroup, rule: Rule | str, weights_K: Sequence[float]) -> TrainGroup:
     """Turn one scored group into what the learner trains on, without looking at other groups."""
     return credit_groups([scored], rule, weights_K)[0]
 
 
-def credit_groups(
-    scored: Sequence[ScoredGroup], rule: Rule | Advantage, weights_K: Sequence[float]
-) -> list[TrainGroup]:
+def credit_groups(scored: Sequence[ScoredGroup], rule: Rule | str, weights_K: Sequence[float]) -> list[TrainGroup]:
     """Turn the scored groups of a step into what the learner trains on.
 
     Args:
@@ -88,6 +92,8 @@ def credit_terms(scored: Sequence[ScoredGroup], rule: Rule, weights_K: Sequence[
     scored = [group if rule.credit == "own" else with_absent_credits(group) for group in scored]
     if rule.kind == "per_reward":
         return _per_reward(scored, rule)
+    if _is_per_reward(rule.kind):
+        return [_own(group, rule) for group in scored]
     if rule.kind == "per_scope":
         return [_per_scope(group, credit_masks(group, rule.credit), weights_K) for group in scored]
     return _whole_response(scored, rule.kind, weights_K)
@@ -168,6 +174,11 @@ def _per_reward(scored: Sequence[ScoredGroup], rule: Rule) -> list[list[Terms]]:
             ]
         terms_PG.append(terms_G)
     return terms_PG
+
+
+def _own(scored: ScoredGroup, rule: Rule) -> list[Terms]:
+    masks_GK, advantages_KG = credit_masks(scored, rule.credit), own_advantages(scored, rule.kind)
+    return [_on_tokens(scored, g, masks_K, advantages_KG, rule) for g, masks_K in enumerate(masks_GK)]
 
 
 def _on_tokens(
@@ -298,7 +309,7 @@ COMPARED = {"grpo": standardise, "dr_grpo": centre, "rloo": leave_one_out}
 """How the kinds with one sum of all scores compare it within the group."""
 
 
-def _whole_response(scored: Sequence[ScoredGroup], kind: Advantage, weights_K: Sequence[float]) -> list[list[Terms]]:
+def _whole_response(scored: Sequence[ScoredGroup], kind: str, weights_K: Sequence[float]) -> list[list[Terms]]:
     """The baselines: one number per rollout, on every token. A reward that did not apply adds nothing."""
     if kind == "gdpo":
         advantages_PG = _whitened([_summed_advantages(group, weights_K) for group in scored])

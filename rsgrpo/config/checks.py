@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from rollout.errors import ConfigError
 from rollout.keys import nearest, require
 from rsgrpo.config.placement import place
 from rsgrpo.config.train import RunConfig, SftConfig, TrainConfig
@@ -72,9 +73,23 @@ def require_found(key: str, path: str, made_by: Mapping[str, str] | None = None)
     require(os.path.exists(path) or is_hub_id, how_to_get(key, path, made_by))
 
 
+def require_model(key: str, path: str, made_by: Mapping[str, str] | None = None) -> None:
+    """Refuse a model path as `require_found` does, and a folder without a model, such as that of a run."""
+    require_found(key, path, made_by)
+    if not os.path.isdir(path) or os.path.exists(os.path.join(path, "config.json")):
+        return
+    export = os.path.join(path, "export")
+    if os.path.exists(os.path.join(export, "config.json")):
+        raise ConfigError(f"{key}={path} is the folder of a run. Did you mean {export}, where its model is?")
+    if os.path.exists(os.path.join(path, "config.yaml")):
+        why = "It has no export: the run has not ended, or checkpoint.export is false."
+        raise ConfigError(f"{key}={path} is the folder of a run, not of a model. {why}")
+    raise ConfigError(f"{key}={path} is a folder without a model: it has no config.json.")
+
+
 def require_inputs(config: RunConfig) -> None:
     """Refuse a model or rows that do not exist, before anything heavy is loaded."""
-    require_found("model.path", config.model.path, config.made_by)
+    require_model("model.path", config.model.path, config.made_by)
     require_found("data.train", config.data.train, config.made_by)
     if config.data.val:
         require_found("data.val", config.data.val, config.made_by)

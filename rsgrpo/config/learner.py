@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from rollout.config import Dtype
 from rollout.errors import ConfigError
-from rollout.keys import check, key, require
+from rollout.keys import check, key, nearest, require
 
 Advantage = Literal["per_reward", "per_scope", "grpo", "dr_grpo", "rloo", "gdpo"]
 CreditRule = Literal["own", "causal", "whole"]
@@ -82,7 +82,10 @@ class FilterConfig:
 class AlgorithmConfig:
     """RS-GRPO and its relatives."""
 
-    advantage: Advantage = key("per_reward", "How scores become advantages.")
+    advantage: str = key(
+        "per_reward",
+        f"How scores become advantages: {', '.join(get_args(Advantage))}, or module:function of your own.",
+    )
     credit: CreditRule = key(
         "own",
         "Which tokens a reward teaches: its own scope (RS-GRPO as published), everything up to where it is determined "
@@ -124,8 +127,15 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         check(self, "algorithm")
+        kinds = get_args(Advantage)
+        is_own = re.fullmatch(r"[\w.]+:\w+", self.advantage) is not None
         require(
-            self.credit == "own" or self.advantage in ("per_reward", "per_scope"),
+            is_own or self.advantage in kinds,
+            f"algorithm.advantage must be one of {', '.join(kinds)}, or module:function of your own; got "
+            f"{self.advantage!r}{nearest(self.advantage, kinds)}",
+        )
+        require(
+            is_own or self.credit == "own" or self.advantage in ("per_reward", "per_scope"),
             f"algorithm.credit={self.credit} needs terms with scopes, and algorithm.advantage={self.advantage} teaches "
             "the whole response. Set algorithm.advantage=per_reward.",
         )

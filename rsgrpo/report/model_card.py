@@ -16,6 +16,7 @@ import yaml
 from rewards.api import RewardError, load_reward
 from rsgrpo.config.checks import HUB_ID
 from rsgrpo.config.train import PromptConfig
+from rsgrpo.data.prompt_file import PROMPT_FILE, SETTINGS_FILE
 from rsgrpo.data.prompts import read_template
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.report.charts import Curve, collect_curves, split_validation
@@ -23,7 +24,7 @@ from rsgrpo.report.line_chart import line_chart
 from rsgrpo.report.page import CONFIG_FILE, config_changes, headline, label_of, leading_names, validation_table
 from rsgrpo.report.templates import render
 
-CARD_FILE, CURVES_FILE, SETTINGS_FILE, PROMPT_FILE = "README.md", "curves.svg", "training_config.yaml", "prompt.txt"
+CARD_FILE, CURVES_FILE = "README.md", "curves.svg"
 MAX_ANCESTORS = 8
 MAX_POINTS = 9
 NOT_SHOWN = ("name", "output_dir", "cluster.", "tracking.", "learner.num_threads", "rollout.num_threads")

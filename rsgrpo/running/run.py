@@ -16,15 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
-
 from rollout.engine import shares
-from rollout.files import write_text
 from rollout.types import SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.build import build_cluster
 from rsgrpo.cluster.engine_check import CHECKED_PROMPTS, choose_prompts
 from rsgrpo.cluster.protocol import Cluster, StartCluster
+from rsgrpo.config.own_advantage import load_advantage
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import InputError, SourceBroke, WorkerError
 from rsgrpo.records import summary
@@ -38,12 +36,10 @@ from rsgrpo.running.batches import Collector, CutPrompts, Lookahead
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.running.guards import GuardBroken, Guards
 from rsgrpo.running.prompts import RunPrompts, load_run_prompts
+from rsgrpo.running.settings import Settings, about_changes, changed_settings, write_settings
 from rsgrpo.running.stopping import StopRequested, StopSignals
 from rsgrpo.running.validation import validate_policy, validation_modes
 from rsgrpo.types import ScoredGroup, TrainGroup
-
-Settings = dict[str, Any]
-"""What the user configured, as plain values."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,8 @@ class Run:
         settings = settings or dataclasses.asdict(config)
         require_login(config.export)
         rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
+        if ":" in config.algorithm.advantage:
+            load_advantage(config.algorithm.advantage)
         with ExitStack() as leaving:
             named = (*rewards.rewards, *rewards.monitors)
             console = Console(rewards={reward.name: reward.function for reward in named})
@@ -138,8 +136,8 @@ class Run:
             if newest:
                 cluster.learner.load(newest.learner_folder)
                 prompts.stream.load_state(state["stream"])
-                for key, (old, new) in changed_settings(folder, settings).items():
-                    console.warning(f"{key} was {old!r} when this run began; it is now {new!r}")
+                for warning in about_changes(changed_settings(folder, settings)):
+                    console.warning(warning)
                 console.info(f"Resuming from step {newest.step} of {total_steps} ({newest.folder}).")
             write_settings(folder, settings)
             log_file = log_to_folder(folder)
@@ -368,31 +366,3 @@ def checkpoint_to_resume(config: TrainConfig) -> tuple[CheckpointFolder, Checkpo
             "set checkpoint.resume=auto to resume it."
         )
     return checkpoints, checkpoints.newest()
-
-
-def write_settings(folder: Path, settings: Settings) -> None:
-    """Write config.yaml."""
-    write_text(folder / "config.yaml", yaml.safe_dump(_plain(settings), sort_keys=False))
-
-
-def changed_settings(folder: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """Return, of every key that differs from the run's config.yaml, the value there and the value now."""
-    return _differences(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), _plain(settings))
-
-
-def _plain(value: Any) -> Any:
-    """Tuples become lists, so that a configuration reads back from yaml as it was written."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _differences(before: Settings, after: Settings, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in before.keys() | after.keys():
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found |= _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found[prefix + key] = (old, new)
-    return dict(sorted(found.items()))

@@ -141,6 +141,7 @@ def test_a_finished_file_starts_no_engine(tmp_path):
     first = Scripted()
     first.name = str(tmp_path)
     batch(prompts_of(2), first, out)
+    (tmp_path / "config.json").touch()
     empty_folder = open_answerer(AnswerSpec(AnswerModelConfig(str(tmp_path)), inputs=SMALL))
     assert batch(prompts_of(2), empty_folder, out).reused == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 
 import rsgrpo
 from tests.material import ROOT
@@ -14,6 +15,13 @@ DOCS = ROOT / "docs" / "reference"
 def test_every_public_name_can_be_imported():
     for name in rsgrpo.__all__:
         assert getattr(rsgrpo, name) is not None
+
+
+def test_the_page_of_the_api_is_made_from_the_docstrings():
+    made = runpy.run_path(str(ROOT / "tools" / "api_reference.py"))["document"]()
+    assert (DOCS / "api.md").read_text(encoding="utf-8") == made, "run: python tools/api_reference.py"
+    for name in set(rsgrpo.__all__) - {"__version__"}:
+        assert f"\n### {name}\n" in made
 
 
 def test_the_loop_of_the_documentation_runs(tmp_path, tiny_model_path, page_images, capsys):
