@@ -33,6 +33,7 @@ from recipes.retrieval.command_line import (
 )
 from recipes.retrieval.encoders.base import EncoderIdentity, identify
 from recipes.retrieval.evaluation.commands import add_evaluation
+from recipes.retrieval.pages.catalogue import add_catalogue
 from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.ocr import require_ocr
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_ingest(commands.add_parser("ingest", help="render documents into a store of page images"))
+    add_catalogue(commands)
     _add_index(commands.add_parser("index", help="encode a store's pages; run again after an ingest"))
     _add_search(commands.add_parser("search", help="find the pages for a question"))
     _add_ask(commands.add_parser("ask", help="find the pages and answer from them"))
@@ -88,8 +90,9 @@ def _ingest(options: argparse.Namespace) -> None:
             ("documents rendered", report.num_rendered),
             ("unchanged", report.num_unchanged),
             ("removed", report.num_removed),
-            ("files of other kinds", report.num_skipped),
-            ("errors", f"{len(report.errors)} (in documents.parquet)" if report.errors else 0),
+            ("not read", f"{report.num_skipped} (list --skipped)" if report.num_skipped else 0),
+            ("with hidden parts", f"{report.num_noted} (list --notes)" if report.num_noted else 0),
+            ("errors", f"{len(report.errors)} (list --errors)" if report.errors else 0),
             ("pages in the store", report.num_pages),
         ]
         console.summary(f"store {options.out}", [(what, str(count)) for what, count in rows])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Sequence
+from email.message import EmailMessage
 from pathlib import Path
 from xml.sax.saxutils import escape
+
+from PIL import Image
+
+HIDDEN = ' hidden="1"'
 
 
 def _write_zip(path: Path, parts: dict[str, str]) -> None:
@@ -48,32 +54,40 @@ def write_docx(path: Path, pages: Sequence[str]) -> None:
     )
 
 
-def write_xlsx(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    """Write a workbook with one sheet of texts."""
+def write_xlsx(path: Path, rows: Sequence[Sequence[str]], *, hidden_sheet: str = "", hidden_rows: int = 0) -> None:
+    """Write a workbook with one sheet of texts, whose last `hidden_rows` are hidden, and perhaps a hidden sheet."""
     space = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
     links = 'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"'
     cells = "".join(
-        "<row>" + "".join(f'<c t="inlineStr"><is><t>{escape(text)}</t></is></c>' for text in row) + "</row>"
-        for row in rows
+        f"<row{HIDDEN * (number >= len(rows) - hidden_rows)}>"
+        + "".join(f'<c t="inlineStr"><is><t>{escape(text)}</t></is></c>' for text in row)
+        + "</row>"
+        for number, row in enumerate(rows)
     )
+    sheet = f'<worksheet xmlns="{space}"><sheetData>{cells}</sheetData></worksheet>'
+    second = f'<sheet name="{hidden_sheet}" sheetId="2" state="hidden" r:id="rId2"/>' if hidden_sheet else ""
     _write_zip(
         path,
         {
             "[Content_Types].xml": _content_types(
                 ("/xl/workbook.xml", "spreadsheetml.sheet.main"),
                 ("/xl/worksheets/sheet1.xml", "spreadsheetml.worksheet"),
+                ("/xl/worksheets/sheet2.xml", "spreadsheetml.worksheet"),
             ),
             "_rels/.rels": _relations(("officeDocument", "xl/workbook.xml")),
-            "xl/_rels/workbook.xml.rels": _relations(("worksheet", "worksheets/sheet1.xml")),
+            "xl/_rels/workbook.xml.rels": _relations(
+                ("worksheet", "worksheets/sheet1.xml"), ("worksheet", "worksheets/sheet2.xml")
+            ),
             "xl/workbook.xml": f'<workbook xmlns="{space}" {links}><sheets><sheet name="One" sheetId="1" r:id="rId1"/>'
-            "</sheets></workbook>",
-            "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{space}"><sheetData>{cells}</sheetData></worksheet>',
+            f"{second}</sheets></workbook>",
+            "xl/worksheets/sheet1.xml": sheet,
+            "xl/worksheets/sheet2.xml": f'<worksheet xmlns="{space}"><sheetData/></worksheet>',
         },
     )
 
 
-def write_pptx(path: Path, slides: Sequence[str]) -> None:
-    """Write a presentation with a text box on each slide."""
+def write_pptx(path: Path, slides: Sequence[str], *, hidden: Sequence[int] = ()) -> None:
+    """Write a presentation with a text box on each slide. hidden: numbers of slides that are not shown."""
     spaces = (
         'xmlns:a="http://schemas.openxmlformats.org/drawingml/2006/main" '
         'xmlns:p="http://schemas.openxmlformats.org/presentationml/2006/main" '
@@ -93,13 +107,14 @@ def write_pptx(path: Path, slides: Sequence[str]) -> None:
     }
     group = '<p:nvGrpSpPr><p:cNvPr id="1" name=""/><p:cNvGrpSpPr/><p:nvPr/></p:nvGrpSpPr><p:grpSpPr/>'
     place = '<a:xfrm><a:off x="900000" y="900000"/><a:ext cx="6000000" cy="900000"/></a:xfrm>'
-    for name, text in zip(names, slides, strict=True):
+    for number, (name, text) in enumerate(zip(names, slides, strict=True), start=1):
+        show = ' show="0"' if number in hidden else ""
         box = (
             '<p:sp><p:nvSpPr><p:cNvPr id="2" name="t"/><p:cNvSpPr txBox="1"/><p:nvPr/></p:nvSpPr>'
             f'<p:spPr>{place}<a:prstGeom prst="rect"/></p:spPr>'
             f"<p:txBody><a:bodyPr/><a:p><a:r><a:t>{escape(text)}</a:t></a:r></a:p></p:txBody></p:sp>"
         )
-        parts[f"ppt/{name}"] = f"<p:sld {spaces}><p:cSld><p:spTree>{group}{box}</p:spTree></p:cSld></p:sld>"
+        parts[f"ppt/{name}"] = f"<p:sld {spaces}{show}><p:cSld><p:spTree>{group}{box}</p:spTree></p:cSld></p:sld>"
     _write_zip(path, parts)
 
 
@@ -133,3 +148,32 @@ def write_opendocument(path: Path, text: str) -> None:
             f"<office:{kind}>{body}</office:{kind}></office:body></office:document-content>",
         },
     )
+
+
+def write_mail(path: Path) -> None:
+    """Write an e-mail with a text, its HTML and an attachment."""
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = "a@example.org", "b@example.org", "sums"
+    message.set_content("seven & more\n")
+    message.add_alternative("<p>seven &amp; more</p>", subtype="html")
+    message.add_attachment(b"1,2\n", maintype="text", subtype="csv", filename="sums.csv")
+    path.write_bytes(bytes(message))
+
+
+def write_book(path: Path, chapters: Sequence[str]) -> None:
+    """Write an e-book; its chapters are in the folder `text`, and a picture is beside that."""
+    space, names = 'xmlns="http://www.idpf.org/2007/opf"', [f"text/{number}.xhtml" for number in range(len(chapters))]
+    items = "".join(f'<item id="c{number}" href="{name}"/>' for number, name in enumerate(names))
+    spine = "".join(f'<itemref idref="c{number}"/>' for number in range(len(chapters)))
+    picture = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(picture, "PNG")
+    parts = {
+        "mimetype": "application/epub+zip",
+        "META-INF/container.xml": '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+        '<rootfile full-path="OPS/book.opf"/></rootfiles></container>',
+        "OPS/book.opf": f"<package {space}><manifest>{items}</manifest><spine>{spine}</spine></package>",
+    }
+    parts |= {f"OPS/{name}": f"<html><body>{text}</body></html>" for name, text in zip(names, chapters, strict=True)}
+    _write_zip(path, parts)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("OPS/p.png", picture.getvalue())

@@ -94,7 +94,8 @@ def ingested(store: Path, *roots: Path, **settings: Any) -> IngestReport:
 def rendered(file: Path, **settings: Any) -> tuple[list[RenderedPage], str]:
     """Render a document into the folder `pages` beside it; return its pages and faults."""
     (file.parent / "pages").mkdir(exist_ok=True)
-    return render(file, file.parent / "pages", RenderSettings(**settings))
+    pages, fault, _ = render(file, file.parent / "pages", RenderSettings(**settings))
+    return pages, fault
 
 
 def coloured_store(folder: Path, *colours: str) -> Path:

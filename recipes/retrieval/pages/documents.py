@@ -18,14 +18,16 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from recipes.answers.options import check_options
+from recipes.retrieval.pages.mail_and_books import READ_HERE, UnreadableError, to_html
 from recipes.retrieval.pages.ocr import read_text
+from recipes.retrieval.pages.office_parts import HiddenParts, hidden_parts, is_locked
 from rollout.inputs.images import (
     MAX_ASPECT_RATIO,
     PromptError,
@@ -39,7 +41,10 @@ from rollout.keys import key
 from rsgrpo.errors import RsgrpoError
 
 OFFICE = frozenset(
-    ".doc .docx .ppt .pptx .xls .xlsx .odt .odp .ods .odg .rtf .txt .md .csv .html .htm".split()  # noqa: SIM905
+    (  # noqa: SIM905
+        ".doc .docx .docm .ppt .pptx .pptm .pps .ppsx .xls .xlsx .xlsm .xlsb .odt .odp .ods .odg .rtf .txt .md .csv "
+        ".html .htm .eml .epub"
+    ).split()
 )
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
@@ -82,32 +87,48 @@ class RenderSettings:
 
 @dataclass(frozen=True, slots=True)
 class RenderedPage:
-    """One page on disk. number: from 1. image: file name in the folder. text: the PDF's text layer, or OCR."""
+    """One page on disk.
+
+    number: from 1. image: file name in the folder. text: the PDF's text layer, or OCR. label: what the document calls
+    the page, "" if that is its number.
+    """
 
     number: int
     image: str
     width: int
     height: int
     text: str
+    label: str = ""
 
 
 def is_candidate(path: Path) -> bool:
     """Say whether a file may be a document: by its extension, else by its first bytes."""
-    if path.suffix.lower() in KNOWN:
-        return True
-    return _kind(path) in ("pdf", "image")
+    return not why_skipped(path)
+
+
+def why_skipped(path: Path) -> str:
+    """Return why a file is not a document that can be read; "" if it may be one."""
+    if path.suffix.lower() in KNOWN or _kind(path) in ("pdf", "image"):
+        return ""
+    named = f"{path.suffix.lower()} files are not read" if path.suffix else "a file without an extension is not read"
+    return f"{named}, and its content is neither a PDF nor an image"
+
+
+def is_office(path: Path) -> bool:
+    """Say whether LibreOffice reads this file."""
+    return path.suffix.lower() in OFFICE and _kind(path) == "other"
 
 
 def render(
     path: Path, folder: Path, settings: RenderSettings, on_page: Callable[[], None] = lambda: None
-) -> tuple[list[RenderedPage], str]:
+) -> tuple[list[RenderedPage], str, str]:
     """Write every page of a document into an empty folder. Its bytes decide its kind before its extension does.
 
     Args:
         on_page: called after each page.
 
     Returns:
-        The pages, and what went wrong with single pages ("" if nothing did).
+        The pages, what went wrong with single pages, and what of the document is on no page ("" for nothing).
 
     Raises:
         DocumentError: the document has no page that can be rendered.
@@ -123,9 +144,32 @@ def render(
     if kind == "other" and path.suffix.lower() not in OFFICE:
         raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
     with tempfile.TemporaryDirectory(prefix="rsgrpo-office-") as scratch:
-        source = office_to_pdf(path, Path(scratch), settings) if kind == "other" else path
-        pages = _image_pages(source, settings) if kind == "image" else _pdf_pages(source, settings)
-        return _write(pages, folder, settings, on_page)
+        if kind == "image":
+            return *_write(_image_pages(path, settings), folder, settings, on_page), ""
+        if kind == "pdf":
+            source, hidden = path, HiddenParts()
+        else:
+            source, hidden = office_to_pdf(path, Path(scratch), settings)
+        labels = labels_of(source, hidden)
+        pages, error = _write(_pdf_pages(source, settings), folder, settings, on_page)
+        return [replace(page, label=labels.get(page.number, "")) for page in pages], error, hidden.note
+
+
+def labels_of(pdf: Path, hidden: HiddenParts) -> dict[int, str]:
+    """Return page number -> what the document calls that page, where that differs from its number.
+
+    A PDF may name its pages; a page of a presentation with hidden slides is a slide of a later number.
+    """
+    import pypdfium2
+
+    if hidden.slides:
+        return {page: f"slide {slide}" for page, slide in enumerate(hidden.slides, 1) if slide != page}
+    try:
+        with pypdfium2.PdfDocument(pdf) as document:
+            labels = {number: clean_text(document.get_page_label(number - 1)) for number in range(1, len(document) + 1)}
+    except pypdfium2.PdfiumError:
+        return {}
+    return {number: f"printed {label}" for number, label in labels.items() if label and label != str(number)}
 
 
 def limit_memory() -> None:
@@ -140,8 +184,11 @@ def _unlimited_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 
 
-def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
-    """Convert one office, text or HTML file by headless LibreOffice into `scratch` and return the PDF.
+def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[Path, HiddenParts]:
+    """Convert one office, text, HTML, mail or e-book file by headless LibreOffice into `scratch`.
+
+    Returns:
+        The PDF, and what of the file is not in it.
 
     Raises:
         DocumentError: LibreOffice is not installed, fails or takes too long, or the archive unpacks to too much.
@@ -158,8 +205,19 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
         if num_bytes > settings.max_unpacked_mb << 20:
             size = f"it unpacks to {num_bytes >> 20:,} MiB"
             raise DocumentError(f"{size}, more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
-    source = scratch / f"document{path.suffix.lower()}"  # hides odd names from LibreOffice
-    shutil.copyfile(path, source)
+    if is_locked(path):
+        raise DocumentError("the file is protected by a password; save it without one")
+    hidden = hidden_parts(path)
+    suffix = ".html" if path.suffix.lower() == ".doc" and _starts_as_html(path) else path.suffix.lower()
+    source = scratch / f"document{suffix}"  # hides odd names from LibreOffice
+    if suffix in READ_HERE:
+        try:
+            source, note = to_html(path, scratch)
+        except UnreadableError as error:
+            raise DocumentError(str(error)) from error
+        hidden = HiddenParts(note)
+    else:
+        shutil.copyfile(path, source)
     command = [program, f"-env:UserInstallation={(scratch / 'profile').as_uri()}", "--headless", "--norestore"]
     command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
     with subprocess.Popen(
@@ -175,8 +233,17 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> Path:
     produced = source.with_suffix(".pdf")
     if process.returncode or not produced.exists():
         said = (err or out).strip().splitlines()
-        raise DocumentError(f"LibreOffice cannot convert it: {said[-1] if said else f'exit code {process.returncode}'}")
-    return produced
+        reason = said[-1] if said else f"exit code {process.returncode}"
+        if "could not be loaded" in reason:
+            reason += " (it is damaged, protected by a password, or not what its extension says)"
+        raise DocumentError(f"LibreOffice cannot convert it: {reason}")
+    return produced, hidden
+
+
+def _starts_as_html(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
 
 
 def _import_filter(source: Path) -> list[str]:

@@ -8,13 +8,20 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from recipes.retrieval.pages.documents import DocumentError, RenderSettings, is_candidate, limit_memory, render
+from recipes.retrieval.pages.documents import (
+    DocumentError,
+    RenderSettings,
+    is_office,
+    limit_memory,
+    render,
+    why_skipped,
+)
 from recipes.retrieval.pages.store import (
     DocumentRow,
     PageStore,
@@ -25,18 +32,23 @@ from recipes.retrieval.pages.store import (
     single_writer,
     writing,
 )
-from recipes.retrieval.pages.workers import TaskResult, run_tasks
+from recipes.retrieval.pages.workers import TaskResult, no_progress, run_tasks
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
 log = logging.getLogger(__name__)
 
 COMMIT_EVERY_S = 60.0
+MAX_WARNINGS = 3  # of libraries, kept per document
 
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """What one ingest did, in documents; num_pages counts all pages of the store."""
+    """What one ingest did, in documents; num_pages counts all pages of the store.
+
+    num_skipped: files that are not read, such as those of other kinds. num_noted: documents with hidden parts.
+    errors: documents without pages, or without some of them.
+    """
 
     num_rendered: int
     num_unchanged: int
@@ -44,6 +56,7 @@ class IngestReport:
     num_skipped: int
     num_pages: int
     errors: tuple[DocumentRow, ...]
+    num_noted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,9 @@ def ingest(
 ) -> IngestReport:
     """Ingest files and folders (recursively) into the store at `out`.
 
-    A file that an earlier ingest of the same root found and that is missing now is removed. Other roots are kept.
+    A file below these roots that an earlier ingest found and that is missing now is removed. Other roots are kept. A
+    file that an earlier ingest found below an outer root keeps its name there. A file that made no progress within the
+    same time limit is not read again until it changes.
 
     Raises:
         InputError: a root does not exist, there is no document in the roots, or the disk is full.
@@ -77,35 +92,41 @@ def ingest(
         raise InputError(f"--page-timeout-s must be > 0, got {page_timeout_s:g}")
     for root in roots:
         _check_root(root, out)
-    found = [(shown(root.resolve()), path, name) for root in roots for path, name in _walk(root, out)]
-    candidates = [entry for entry in found if is_candidate(entry[1])]
+    found = {row.path: row for root in roots for row in _walk(root.resolve(), out)}
     store = PageStore.create(out, settings.pixels())
     with single_writer(store.folder):
-        named = {shown(root.resolve()) for root in roots}
         before = {row.path: row for row in store.documents()}
-        rows = {key: row for key, row in before.items() if row.root not in named}
-        if not candidates and len(rows) == len(before):
+        rows = {key: row for key, row in before.items() if not _is_below(key, roots, out)}
+        known = {row.root for row in before.values()} | {shown(root.resolve()) for root in roots}
+        named = [_named_from_outside(row, known, out) for row in found.values()]
+        wanted, skipped = ([row for row in named if bool(row.skipped) is is_skipped] for is_skipped in (False, True))
+        if not wanted and len(rows) == len(before):
             raise InputError(
-                f"no documents in {', '.join(shown(root) for root in roots)} ({len(found)} files of other kinds); "
+                f"no documents in {', '.join(shown(root) for root in roots)} ({len(skipped)} files of other kinds); "
                 "name a folder with PDF, image, office, text or HTML files"
             )
-        wanted = [row for entry in candidates if (row := _file_row(*entry)) is not None]
-        num_removed = len(before.keys() - rows.keys() - {row.path for row in wanted})
-        waiting = []
+        documents_before = {key for key, row in before.items() if not row.skipped}
+        num_removed = len(documents_before - rows.keys() - {row.path for row in wanted})
+        rows |= {row.path: row for row in skipped}
+        waiting, errors = [], []
         for row in wanted:
             old = before.get(row.path)  # read again if it has changed or had an error
             same = old is not None and (old.num_bytes, old.modified_ns) == (row.num_bytes, row.modified_ns)
             if old is not None and same and not old.error and store.has_content(old.content):
                 rows[row.path] = replace(old, root=row.root, document=row.document)
+            elif old is not None and same and old.error == no_progress(_timeout_s(old.path, settings, page_timeout_s)):
+                rows[row.path] = replace(old, root=row.root, document=row.document)
+                errors.append(old)
+                console.warning(f"{row.document}: {old.error}; not tried again: the file and the limit are the same")
             else:
                 waiting.append(row)
+        num_stuck = len(errors)
         tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
         committed = time.monotonic()
-        errors = []
         with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
             results = run_tasks(
                 render_document, tasks, num_workers=min(num_workers, len(tasks)),
-                timeout_s=page_timeout_s + settings.office_timeout_s, on_alive=pages.advance,
+                timeout_s=lambda task: _timeout_s(task.path, settings, page_timeout_s), on_alive=pages.advance,
             )  # fmt: skip
             by_path = {row.path: row for row in waiting}
             for result in results:
@@ -118,13 +139,15 @@ def ingest(
                 if time.monotonic() - committed > COMMIT_EVERY_S:
                     store.commit(rows.values())
                     committed = time.monotonic()
-        store.commit(rows.values())
+        if rows != before or waiting or not store.is_complete():  # else readers need not look again
+            store.commit(rows.values())
         store.collect_garbage()
     return IngestReport(
-        num_rendered=len(waiting) - sum(not row.num_pages for row in errors),
-        num_unchanged=len(wanted) - len(waiting),
+        num_rendered=len(waiting) - sum(not row.num_pages for row in errors[num_stuck:]),
+        num_unchanged=len(wanted) - len(waiting) - num_stuck,
         num_removed=num_removed,
-        num_skipped=len(found) - len(candidates),
+        num_skipped=len(skipped),
+        num_noted=sum(bool(rows[row.path].note) for row in wanted),
         num_pages=len(store.page_ids()),
         errors=tuple(errors),
     )
@@ -139,19 +162,35 @@ def _check_root(root: Path, out: Path) -> None:
         raise InputError(f"{shown(root)} is the store itself; name the folder of the documents")
 
 
-def _file_row(root: str, path: Path, name: str) -> DocumentRow | None:
-    """Return what is known of a file without reading it; None if it has disappeared since it was found."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return DocumentRow(root, name, os.fsencode(path), "", status.st_size, status.st_mtime_ns, 0, "")
+def _timeout_s(path: bytes, settings: RenderSettings, page_timeout_s: float) -> float:
+    """Return how long a document may make no progress; LibreOffice reports none while it converts."""
+    return page_timeout_s + (settings.office_timeout_s if is_office(Path(os.fsdecode(path))) else 0)
 
 
-def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
-    """Yield every regular file below a root with its name there, sorted, except hidden files and the store.
+def _is_below(path: bytes, roots: Iterable[Path], out: Path) -> bool:
+    """Whether an ingest of these roots finds a file: it is one of them or below one, and not within the store."""
+    file, store = Path(os.fsdecode(path)), out.resolve()
+    for root in (root.resolve() for root in roots):
+        if root == file or (root in file.parents and (store not in file.parents or root not in store.parents)):
+            return True
+    return False
 
-    Links to files are followed, links to folders are not, because they may form a cycle.
+
+def _named_from_outside(row: DocumentRow, roots: Iterable[str], out: Path) -> DocumentRow:
+    """Return a row named from the outermost known root, so that a folder within it does not change its names."""
+    file, store = Path(os.fsdecode(row.path)), out.resolve()
+    outer = [Path(root) for root in roots if f"{row.root}/".startswith(f"{root}/") and root != row.root]
+    outer = [root for root in outer if store not in file.parents or root not in store.parents]
+    if not outer:
+        return row
+    root = min(outer, key=lambda path: len(path.parts))
+    return replace(row, root=str(root), document=shown(file).removeprefix(f"{root}/"))
+
+
+def _walk(root: Path, out: Path) -> Iterator[DocumentRow]:
+    """Yield a row for everything below a root, sorted, except the store; what is not read has the reason as `skipped`.
+
+    Links to files are followed, links to folders are not, because they may form a cycle. A hidden folder is one row.
 
     Raises:
         InputError: a folder cannot be read; continuing would remove its documents.
@@ -160,21 +199,41 @@ def _walk(root: Path, out: Path) -> Iterator[tuple[Path, str]]:
     def refuse(error: OSError) -> None:
         raise InputError(f"the folder {shown(error.filename)} cannot be read: {os.strerror(error.errno or 0)}")
 
-    root = root.resolve()
+    def row_of(path: Path, skipped: str = "") -> DocumentRow:
+        name, status = shown(path.relative_to(root)), path.lstat() if skipped else path.stat()
+        size = (0, 0) if skipped else (status.st_size, status.st_mtime_ns)
+        return DocumentRow(shown(root), name, os.fsencode(path), "", *size, num_pages=0, error="", skipped=skipped)
+
     if root.is_file():
-        yield root, shown(root.name)
+        row = replace(row_of(root), document=shown(root.name))
+        yield replace(row, skipped=why_skipped(root))
         return
     for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(folder, name).resolve() != out.resolve()
-        )
-        for name in folders:
-            if Path(folder, name).is_symlink():
-                log.warning("%s is a link to a folder and is not followed; name its target", shown(Path(folder, name)))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path, shown(path.relative_to(root))
+        inside = [Path(folder, name) for name in sorted(folders) if Path(folder, name).resolve() != out.resolve()]
+        for path in inside:
+            if path.is_symlink():
+                log.warning("%s is a link to a folder and is not followed; name its target", shown(path))
+                yield row_of(path, "a link to a folder is not followed; name its target")
+            elif path.name.startswith("."):
+                yield row_of(path, "a hidden folder is not read")
+        folders[:] = [path.name for path in inside if not path.name.startswith(".")]
+        for path in (Path(folder, name) for name in sorted(names)):
+            try:
+                reason = _why_not_a_file(path) or why_skipped(path)
+                yield row_of(path, reason)
+            except FileNotFoundError:  # it has disappeared since it was found
+                continue
+
+
+def _why_not_a_file(path: Path) -> str:
+    """Return why a name in a folder is not a file that is read; "" if it is one."""
+    if path.name.startswith("."):
+        return "a hidden file is not read"
+    if path.is_file():
+        return ""
+    return (
+        "the link leads nowhere" if path.is_symlink() and not path.exists() else "not a regular file (a pipe, a device)"
+    )
 
 
 def _row(row: DocumentRow, result: TaskResult) -> DocumentRow:
@@ -184,18 +243,17 @@ def _row(row: DocumentRow, result: TaskResult) -> DocumentRow:
         kind = "" if isinstance(result.error, DocumentError) else f"{type(result.error).__name__}: "
         reason = result.died or f"{kind}{result.error}"
         return replace(row, error=reason.encode("utf-8", "backslashreplace").decode())
-    content, num_pages, fault = result.value
-    return replace(row, content=content, num_pages=num_pages, error=fault)
+    content, num_pages, fault, note = result.value
+    return replace(row, content=content, num_pages=num_pages, error=fault, note=note)
 
 
-def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, int, str]:
+def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, int, str, str]:
     """Hash and render one document, in a worker; pages that exist already are not rendered again.
 
     Returns:
-        The content's hash, its number of pages, and which pages could not be rendered.
+        The content's hash, its number of pages, which pages could not be rendered, and what is on no page.
     """
     limit_memory()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond it an error becomes a row of the catalogue
     store, path = PageStore(Path(task.store)), Path(os.fsdecode(task.path))
     try:
         content = hash_file(path)
@@ -203,14 +261,19 @@ def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, i
         raise DocumentError(f"the file cannot be read: {os.strerror(error.errno or 0)}") from error
     if store.has_content(content):
         record = store.record(content)
-        return content, len(record["pages"]), record["error"]
+        return content, len(record["pages"]), record["error"], record.get("note", "")
     with writing(store.folder), content_writer(store.content_folder(content)) as folder:
         try:
-            pages, fault = render(path, folder, task.settings, alive)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond it there is an error
+                pages, fault, note = render(path, folder, task.settings, alive)
         except MemoryError as error:
             raise DocumentError("it needs more memory than a document may take") from error
         if hash_file(path) != content:
             raise DocumentError("the file changed while it was read; run the same command again")
-        record = {"pages": [asdict(page) for page in pages], "error": fault}
+        doubts = list(dict.fromkeys(str(warning.message) for warning in said))
+        note = "; ".join([*([note] if note else []), *doubts[:MAX_WARNINGS]])
+        record = {"pages": [asdict(page) for page in pages], "error": fault, "note": note}
         (folder / "pages.json").write_text(json.dumps(record))
-    return content, len(pages), fault
+    return content, len(pages), fault, note

@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class DocumentRow:
     path: the file's own path, as bytes. content: sha256 of its bytes, "" while unknown.
     num_bytes, modified_ns: show that a file is unchanged without reading it.
     error: why it has no pages, or which pages it lacks; "" if there is no error.
+    note: what of the file is on no page, such as hidden slides; "" for nothing.
+    skipped: why the file is not read at all, such as its kind; "" for a document.
     """
 
     root: str
@@ -70,6 +72,8 @@ class DocumentRow:
     modified_ns: int
     num_pages: int
     error: str
+    note: str = ""
+    skipped: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,9 @@ class Page:
 
     page_id: from the content's hash and the page's number, so that it survives renames. document: the first of the
     files with this content. number: from 1. image: absolute path. text: the text layer of a PDF, "" elsewhere.
+    root: the folder that was ingested. copies: names of the other files with this content, with their root where it is
+    another one. label: what the document itself calls the page, such as "printed iv" or "slide 3"; "" if that is its
+    number.
     """
 
     page_id: str
@@ -87,17 +94,41 @@ class Page:
     width: int
     height: int
     text: str
+    root: str = ""
+    copies: tuple[str, ...] = ()
+    label: str = ""
+
+    @property
+    def place(self) -> str:
+        """Return where the page is, in words."""
+        return place_of(self.document, self.number, self.label)
 
 
 _DOCUMENT_SCHEMA = pa.schema(
     [("root", pa.string()), ("document", pa.string()), ("path", pa.binary()), ("content", pa.string()),
-     ("num_bytes", pa.int64()), ("modified_ns", pa.int64()), ("num_pages", pa.int32()), ("error", pa.string())]
+     ("num_bytes", pa.int64()), ("modified_ns", pa.int64()), ("num_pages", pa.int32()), ("error", pa.string()),
+     ("note", pa.string()), ("skipped", pa.string())]
 )  # fmt: skip
 _PAGE_SCHEMA = pa.schema(
     [("page_id", pa.string()), ("document", pa.string()), ("number", pa.int32()), ("image", pa.string()),
      ("width", pa.int32()), ("height", pa.int32()), ("text", pa.string()), ("root", pa.string()),
-     ("copies", pa.list_(pa.string())), ("content", pa.string())]
+     ("copies", pa.list_(pa.string())), ("content", pa.string()), ("label", pa.string())]
 )  # fmt: skip
+_PAGE_COLUMNS = [field.name for field in fields(Page)]
+
+
+def place_of(document: str, number: int, label: str = "") -> str:
+    """Return where a page is, in words.
+
+    >>> place_of("R-exts.pdf", 42, "printed 35")
+    'R-exts.pdf, page 42 (printed 35)'
+    """
+    return f"{document}, page {number}" + (f" ({label})" if label else "")
+
+
+def _named_from(row: DocumentRow, root: str) -> str:
+    """Return a document's name, with its root in front if that is another one."""
+    return row.document if row.root == root else f"{row.root}/{row.document}"
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -169,7 +200,8 @@ class PageStore:
         if not file.exists() and not self._pages_file.exists():
             return []
         with _reading(file, f"delete it and {self._pages_file.name}, and ingest all folders in one command") as stream:
-            return [DocumentRow(**row) for row in pq.read_table(stream).to_pylist()]
+            rows = pq.read_table(stream).to_pylist()
+            return [DocumentRow(**{name: value for name, value in row.items() if value is not None}) for row in rows]
 
     def pages(self) -> Iterator[Page]:
         """Yield all pages, in order of document and number; memory stays bounded.
@@ -177,7 +209,7 @@ class PageStore:
         Like `page_ids` and `find`, it raises StoreError if the catalogue is damaged.
         """
         with self._reading_pages() as stream, pq.ParquetFile(stream) as file:
-            for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=list(Page.__slots__)):
+            for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=_known_columns(stream)):
                 yield from map(self._page, batch.to_pylist())
 
     def page_ids(self) -> list[str]:
@@ -191,11 +223,12 @@ class PageStore:
         if not wanted:
             return {}
         with self._reading_pages() as stream:
-            table = pq.read_table(stream, columns=list(Page.__slots__), filters=[("page_id", "in", wanted)])
+            table = pq.read_table(stream, columns=_known_columns(stream), filters=[("page_id", "in", wanted)])
         return {row["page_id"]: self._page(row) for row in table.to_pylist()}
 
     def _page(self, row: dict[str, Any]) -> Page:
-        return Page(**row | {"image": str((self.folder / row["image"]).absolute())})
+        image, copies = str((self.folder / row["image"]).absolute()), tuple(row["copies"] or ())
+        return Page(**row | {"image": image, "copies": copies, "label": row.get("label") or ""})
 
     def has_content(self, content: str) -> bool:
         """Say whether the pages of these bytes exist."""
@@ -206,7 +239,7 @@ class PageStore:
         return self.folder / "pages" / content[:2] / content
 
     def record(self, content: str) -> dict[str, Any]:
-        """Return the `pages` of these bytes (fields of RenderedPage), and as `error` which could not be rendered."""
+        """Return the `pages` of these bytes (fields of RenderedPage), `error` and `note` as in `DocumentRow`."""
         file = self.content_folder(content) / "pages.json"
         with _reading(file, f"delete {file.parent} and ingest all folders of the store in one command") as stream:
             return json.loads(stream.read())
@@ -221,6 +254,14 @@ class PageStore:
         with writing(self.folder):
             _replace_table(self.folder / "documents.parquet", (asdict(row) for row in ordered), _DOCUMENT_SCHEMA)
             _replace_table(self._pages_file, self._page_rows(ordered), _PAGE_SCHEMA)
+
+    def is_complete(self) -> bool:
+        """Whether both tables exist and are of one commit, which writes that of the pages last."""
+        try:
+            documents, pages = ((self.folder / name).stat() for name in ("documents.parquet", "pages.parquet"))
+        except FileNotFoundError:
+            return False
+        return pages.st_mtime_ns >= documents.st_mtime_ns
 
     def collect_garbage(self) -> int:
         """Remove contents that no document has, and leftovers of processes that died; return how many contents."""
@@ -263,10 +304,16 @@ class PageStore:
                     "page_id": f"{content[:ID_CHARACTERS]}-{page['number']:05d}",
                     "document": same[0].document,
                     "root": same[0].root,
-                    "copies": [row.document for row in same[1:]],
+                    "copies": [_named_from(row, same[0].root) for row in same[1:]],
                     "content": content,
                     "image": str(folder / page["image"]),
                 }
+
+
+def _known_columns(pages: pa.NativeFile) -> list[str]:
+    """Return the fields of a Page that a catalogue has: one of an earlier release lacks some."""
+    present = set(pq.read_schema(pages).names)
+    return [name for name in _PAGE_COLUMNS if name in present]
 
 
 @contextmanager

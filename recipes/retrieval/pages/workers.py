@@ -34,11 +34,13 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.task: Any = None  # while it is idle
-        self.deadline = 0.0
+        self.timeout_s = self.deadline = 0.0
 
-    def give(self, task: Any, timeout_s: float) -> None:
-        self.task, self.deadline = task, time.monotonic() + timeout_s
+    def give(self, task: Any, timeout_s: Callable[[Any], float]) -> None:
+        self.task = task
         if task is not None:
+            self.timeout_s = timeout_s(task)
+            self.deadline = time.monotonic() + self.timeout_s
             self.connection.send(task)
 
     def stop(self) -> None:
@@ -47,13 +49,23 @@ class _Worker:
         self.connection.close()
 
 
+def no_progress(timeout_s: float) -> str:
+    """Return what is said of a task whose worker reported nothing for this long."""
+    return f"no progress for {timeout_s:g} s; the process was stopped"
+
+
 def run_tasks(
-    work: Work, tasks: Iterable[Any], *, num_workers: int, timeout_s: float, on_alive: Callable[[], None]
+    work: Work,
+    tasks: Iterable[Any],
+    *,
+    num_workers: int,
+    timeout_s: Callable[[Any], float],
+    on_alive: Callable[[], None],
 ) -> Iterator[TaskResult]:
     """Yield the result of every task as it arrives; a task is drawn only when a worker is free for it.
 
     Args:
-        timeout_s: a worker that reports nothing for this long is killed.
+        timeout_s: of a task; a worker that reports nothing for this long is killed.
         on_alive: called here whenever a worker reports that it is still alive.
     """
     queue = iter(tasks)
@@ -64,7 +76,7 @@ def run_tasks(
         while any(worker.task is not None for worker in workers):
             wait([w.connection for w in workers if w.task is not None], timeout=1.0)
             for index, worker in enumerate(workers):
-                result = None if worker.task is None else _received(worker, timeout_s, on_alive)
+                result = None if worker.task is None else _received(worker, on_alive)
                 if result is None:
                     continue
                 yield result
@@ -77,32 +89,32 @@ def run_tasks(
             worker.stop()
 
 
-def _received(worker: _Worker, timeout_s: float, on_alive: Callable[[], None]) -> TaskResult | None:
+def _received(worker: _Worker, on_alive: Callable[[], None]) -> TaskResult | None:
     """Read what a worker has reported; None while it works."""
     try:
         while worker.connection.poll():
             result = worker.connection.recv()
             if result is not None:
                 return TaskResult(worker.task, **result)
-            worker.deadline = time.monotonic() + timeout_s
+            worker.deadline = time.monotonic() + worker.timeout_s
             on_alive()
     except (EOFError, ConnectionResetError):
         worker.process.join(5)
         return TaskResult(worker.task, died=f"the process that worked on it died (exit code {worker.process.exitcode})")
     if time.monotonic() > worker.deadline:
-        return TaskResult(worker.task, died=f"no progress for {timeout_s:g} s; the process was stopped")
+        return TaskResult(worker.task, died=no_progress(worker.timeout_s))
     return None
 
 
 def _run_worker(work: Work, connection: Connection) -> None:
     """Run one task after another until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent was stopped
         while True:
             task = connection.recv()
             try:
                 result = {"value": work(task, lambda: connection.send(None))}  # None: still alive
-            except BrokenPipeError:
+            except (BrokenPipeError, ConnectionResetError):
                 raise
             except Exception as error:
                 result = {"error": _portable(error)}

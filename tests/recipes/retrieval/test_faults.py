@@ -107,7 +107,14 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
     }  # fmt: skip
     assert errors["strip.png"].startswith("page 1: 50000 x 200 pixels, one side is more than 200 times")
     assert errors["program.png"].startswith("the content is neither a PDF nor an image")
-    assert report.num_skipped == 1  # the note
+    assert {row.document: row.skipped for row in store.documents() if row.skipped} == {
+        "note": "a file without an extension is not read, and its content is neither a PDF nor an image",
+        "pipe.pdf": "not a regular file (a pipe, a device)",
+        "round": "a link to a folder is not followed; name its target",
+        "self.png": "the link leads nowhere",
+        "nowhere.pdf": "the link leads nowhere",
+    }
+    assert report.num_skipped == 5
     assert "round is a link to a folder and is not followed" in caplog.text
     again = ingested(tmp_path / "store", docs)
     assert (again.num_unchanged, len(again.errors)) == (3, len(errors))
@@ -155,7 +162,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_pages_under_the_old_name
     with pytest.raises(DocumentError, match="changed while it was read"):
         render_document(task, lambda: write_image(tmp_path / "a.png", "blue"))
     assert not list(store.folder.glob("pages/*/*"))
-    content, num_pages, fault = render_document(task, lambda: None)
+    content, num_pages, fault, _ = render_document(task, lambda: None)
     assert (store.has_content(content), num_pages, fault) == (True, 1, "")
 
 

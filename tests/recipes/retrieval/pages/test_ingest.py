@@ -92,7 +92,7 @@ def test_office_files_go_through_libreoffice_and_its_failure_is_an_error_of_that
     (tmp_path / "note.txt").write_text("hello")
     # the last argument is the source, the one before it the folder
     fake_office(tmp_path, f'for a; do o=$s; s=$a; done; cp {tmp_path}/made.pdf "$o/document.pdf"', monkeypatch)
-    pdf = office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings())
+    pdf, _ = office_to_pdf(tmp_path / "note.txt", tmp_path / "scratch", RenderSettings())
     assert pdf.read_bytes() == (tmp_path / "made.pdf").read_bytes()
     fake_office(tmp_path, "echo source file could not be loaded >&2; exit 1", monkeypatch)
     with pytest.raises(DocumentError, match="source file could not be loaded"):
@@ -279,7 +279,7 @@ def crash_or_double(task: int, alive: object) -> int:
 
 
 def test_a_worker_that_dies_or_hangs_costs_one_task():
-    outcomes = run_tasks(crash_or_double, range(7), num_workers=2, timeout_s=5, on_alive=lambda: None)
+    outcomes = run_tasks(crash_or_double, range(7), num_workers=2, timeout_s=lambda _: 5, on_alive=lambda: None)
     found = {outcome.task: outcome for outcome in outcomes}
     assert sorted(found) == list(range(7))
     assert [found[task].value for task in (0, 4, 5)] == [0, 8, 10]

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
 
 from recipes.retrieval.pages.store import PageStore
-from tests.material.office import write_docx, write_opendocument, write_pptx, write_xlsx
+from tests.material.office import write_book, write_docx, write_mail, write_opendocument, write_pptx, write_xlsx
 from tests.material.retrieval import ingested, rendered
 
 pytestmark = [
@@ -53,6 +53,33 @@ def test_a_folder_of_every_kind_becomes_pages(tmp_path):
         assert text in found[place], place
     assert {row.document: row.error.partition(":")[0] for row in report.errors} == {
         "broken.docx": "LibreOffice cannot convert it"
+    }
+
+
+def test_macros_mail_and_books_become_pages_and_hidden_slides_count(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    write_pptx(docs / "talk.pptx", ["alpha", "secret", "gamma"], hidden=[2])
+    write_xlsx(docs / "table.xlsx", [["north", "42"], ["south", "7"]], hidden_sheet="Past", hidden_rows=1)
+    shutil.copy(docs / "table.xlsx", docs / "copy.xlsm")
+    write_mail(docs / "mail.eml")
+    write_book(docs / "book.epub", ["<p>It began.</p>", '<p>It ended. <img src="../p.png"/></p>'])
+    (docs / "page.doc").write_text("<html><body><h1>Heading</h1><p>text</p></body></html>")
+    report = ingested(tmp_path / "store", docs, dpi=30)
+    assert report.errors == ()
+    store = PageStore.open(tmp_path / "store")
+    pages = {page.place: " ".join(page.text.split()) for page in store.pages()}
+    assert pages["talk.pptx, page 1"] == "alpha"
+    assert pages["talk.pptx, page 2 (slide 3)"] == "gamma"
+    assert "Subject: sums" in pages["mail.eml, page 1"]
+    assert "seven & more" in pages["mail.eml, page 1"]
+    assert (pages["book.epub, page 1"], pages["book.epub, page 2"]) == ("It began.", "It ended.")
+    assert pages["page.doc, page 1"] == "Heading text"
+    assert {row.document: row.note for row in store.documents() if row.note} == {
+        "talk.pptx": "1 hidden slide (2)",
+        "table.xlsx": "1 hidden sheet (Past), 1 hidden row",
+        "copy.xlsm": "1 hidden sheet (Past), 1 hidden row",
+        "mail.eml": "1 attachment not read (sums.csv)",
     }
 
 
