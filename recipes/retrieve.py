@@ -25,6 +25,7 @@ from recipes.retrieval.command_line import (
     add_answerer,
     add_encoder,
     add_search_options,
+    add_sync,
     encoder_settings,
     index_folder,
     open_encoder,
@@ -38,9 +39,10 @@ from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.ocr import require_ocr
 from recipes.retrieval.pages.store import PageStore
+from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import DTYPES, VectorIndex
-from recipes.retrieval.search.retriever import FoundPage
 from recipes.retrieval.search.update import EncodeStream, encode_here, fill_index
+from recipes.retrieval.sync_command import add_sync_command
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _add_ingest(commands.add_parser("ingest", help="render documents into a store of page images"))
     add_catalogue(commands)
     _add_index(commands.add_parser("index", help="encode a store's pages; run again after an ingest"))
+    add_sync_command(commands.add_parser("sync", help="ingest what has changed and bring the indexes in line"))
     _add_search(commands.add_parser("search", help="find the pages for a question"))
     _add_ask(commands.add_parser("ask", help="find the pages and answer from them"))
     add_evaluation(commands)
@@ -126,10 +129,10 @@ def _index(options: argparse.Namespace) -> None:
         if options.faiss:
             console.info(f"wrote {index.build_faiss(options.faiss)}")
         if identity.settings is not None and identity.settings.kind == "text":
-            num_blank = sum(not page.text for page in store.pages())
+            num_blank = len(store.page_ids()) - len(store.page_ids(with_text=True))
             if num_blank:
-                remedy = "ingest to a new store with --ocr"
-                console.warning(f"{num_blank} pages have no text and cannot be told apart; {remedy}")
+                remedy = "ingest to a new store with --ocr to read them"
+                console.warning(f"{num_blank} pages have no text and are left out; {remedy}")
         rows = [("added", report.num_added), ("deleted", report.num_deleted), ("pages", report.num_pages)]
         console.summary(f"index {index.folder}", [(what, str(count)) for what, count in rows])
 
@@ -154,6 +157,7 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     add_encoder(command)
     command.add_argument("queries", nargs="+", metavar="QUERY")
     add_search_options(command)
+    add_sync(command)
     command.add_argument("--json", action="store_true", help="one JSON line per query")
     command.set_defaults(run=_search)
 
@@ -173,13 +177,14 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
     add_encoder(command)
     command.add_argument("question")
     add_search_options(command)
+    add_sync(command)
     add_answerer(command)
     command.add_argument("--json", action="store_true", help="one JSON line")
     command.set_defaults(run=_ask)
 
 
 def _ask(options: argparse.Namespace) -> int:
-    (pages,) = open_retriever(options).search([options.question], options.k)
+    (pages,) = open_retriever(options).search([options.question], options.k, distinct=True)
     reader = open_reader(options, options.k)
     with closing(reader.answerer):
         asked = AskedQuestion("question", options.question, tuple(pages))
@@ -196,8 +201,7 @@ def _ask(options: argparse.Namespace) -> int:
     note = " (the pages are insufficient)" if answered.line["insufficient"] else ""
     print(f"answer: {answered.line['answer'] or answered.line['raw'] or '(none)'}{note}")
     for source in cited_pages(answered):
-        place = f"{source.page.document}, page {source.page.number}"
-        print(f"  [{source.number}] {place}: {source.text}".rstrip(": "))
+        print(f"  [{source.number}] {source.page.place}: {source.text}".rstrip(": "))
     for fault in faults_of(answered.line):
         print(f"fault: {fault}")
     print("\n".join(["pages:", *table_lines(pages)]))
@@ -205,11 +209,21 @@ def _ask(options: argparse.Namespace) -> int:
 
 
 def table_lines(found: Sequence[FoundPage]) -> list[str]:
-    """Return the lines of a table of found pages."""
+    """Return the lines of a table of found pages; below a page its other names and its near-duplicates."""
     rows = [("rank", "score", "page", "document", "image")]
-    rows += [(str(page.rank), f"{page.score:.4f}", str(page.number), page.document, page.image) for page in found]
+    for page in found:
+        number = f"{page.number} ({page.label})" if page.label else str(page.number)
+        rows.append((str(page.rank), f"{page.score:.4f}", number, page.document, page.image))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
+    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)) for row in rows]
+    roots = {page.root for page in found}
+    shown = [lines[0]]
+    for page, line in zip(found, lines[1:], strict=True):
+        shown.append(line)
+        also = ([f"in {page.root}"] if len(roots) > 1 else []) + [f"also {name}" for name in (*page.copies, *page.near)]
+        if also:
+            shown.append(f"  {'':{widths[0]}}  {'; '.join(also)}")
+    return shown
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What runs models is imported when it is needed, because loading it takes half a 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -17,13 +18,17 @@ from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerS
 from recipes.retrieval.answers.generation import Setting
 from recipes.retrieval.encoders.base import EncoderSettings, PageEncoder, identify
 from recipes.retrieval.encoders.choice import load_encoder
+from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.index import IndexFault, VectorIndex
+from recipes.retrieval.search.keep import Filters
 from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import Retriever, SearchSettings
+from recipes.retrieval.search.sync import bring_in_line
 from rollout.config import InputsConfig
 from rollout.keys import named
 from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.errors import InputError
+from rsgrpo.records.console import Console
 
 EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
 KEPT = "finished work is kept; run the same command to resume"
@@ -48,7 +53,7 @@ ANSWER_OPTIONS = {
 
 def add_encoder(command: argparse.ArgumentParser) -> None:
     """Add the store and its encoder."""
-    command.add_argument("store", type=Path, metavar="STORE")
+    command.add_argument("store", type=Path, metavar="STORE", help="folder that ingest made")
     command.add_argument(
         "--model", default="", help="folder or hub name; with --kind imported the folder of vectors; default: that of "
         "the index",
@@ -88,6 +93,11 @@ def add_search_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("-k", type=int, default=5, help="number of pages")
     add_options(command, SearchSettings)
     command.add_argument(
+        "--with-index", type=Path, action="append", default=[], metavar="INDEX",
+        help="fuse the results of this index too, with the encoder that made it; may be repeated",
+    )  # fmt: skip
+    add_options(command.add_argument_group("which documents are searched"), Filters)
+    command.add_argument(
         "--rerank-index", type=Path, metavar="INDEX", help="late-interaction index that reorders the candidates"
     )
     command.add_argument("--rerank", metavar="MODEL", help="model of --rerank-index; default: the one that made it")
@@ -104,13 +114,37 @@ def search_settings(options: argparse.Namespace) -> SearchSettings:
             query_prefix=None, revision="",
         )  # fmt: skip
         reranker = (load_encoder(late if options.rerank else recall(folder, late)), folder)
-    return chosen(SearchSettings, options, reranker=reranker)
+    further = tuple((load_encoder(recall(folder, _how_run(options))), folder) for folder in options.with_index)
+    return chosen(SearchSettings, options, reranker=reranker, further=further)
+
+
+def _how_run(options: argparse.Namespace) -> EncoderSettings:
+    """Return settings that say how a model is run, and nothing of which one."""
+    return EncoderSettings(
+        "", device=options.device, batch_size=options.batch_size, trust_remote_code=options.trust_remote_code
+    )
+
+
+def add_sync(command: argparse.ArgumentParser) -> None:
+    """Add whether indexes that are behind their store are brought in line first."""
+    command.add_argument("--sync", action="store_true", help="first bring indexes that are behind the store in line")
 
 
 def open_retriever(options: argparse.Namespace) -> Retriever:
-    """Return the store, its index and the encoder, put together."""
+    """Return the store, its indexes and encoders, put together; indexes that are behind are updated or named.
+
+    Messages go to stderr, because results go to stdout.
+    """
+    PageStore.open(options.store)
     search = search_settings(options)
-    return Retriever(options.store, index_folder(options), open_encoder(options), search)
+    encoder = None if search.by == "words" else open_encoder(options)
+    with Console(sys.stderr) as console:
+        if options.sync:
+            bring_in_line(options.store, index_folder(options), encoder, search, console)
+        retriever = Retriever(options.store, index_folder(options), encoder, search, chosen(Filters, options))
+        for lag in retriever.lags:
+            console.warning(f"{lag}; add --sync, or run: python -m recipes.retrieve sync {options.store}")
+    return retriever
 
 
 def add_answerer(command: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from recipes.answers.types import Answer
 from recipes.retrieval.answers.generation import Answered, AskedQuestion
 from recipes.retrieval.answers.library import AnswerProgress, Library, LibrarySettings
 from recipes.retrieval.answers.page_view import answer_html, pages_html
-from recipes.retrieval.search.retriever import FoundPage
+from recipes.retrieval.search.found import FoundPage
 from rollout.types import Prompt
 from rsgrpo.errors import InputError
 from tests.material.retrieval import QUIET, write_image
@@ -92,13 +92,12 @@ def test_what_cannot_be_added_is_refused_before_anything_is_kept(tmp_path):
     for files, says in (
         ([], "0 files were given; between 1 and --max-files 2"),
         (["a.png", "b.xyz", "large.pdf"], "3 files were given"),
-        (["a.png", "b.xyz"], "b.xyz is not a document"),
-        (["a.png", "other/a.png"], "two of the files are called a.png"),
+        (["b.xyz"], "b.xyz: .xyz files are not read, and its content is neither"),
     ):
         with pytest.raises(InputError, match=says):
             empty.add([tmp_path / file for file in files])
     (tmp_path / "large.pdf").write_bytes(b"%PDF-" + bytes(2 << 20))
-    with pytest.raises(InputError, match=r"large.pdf has 2 MiB, more than --max-file-mb 1"):
+    with pytest.raises(InputError, match=r"large.pdf: it has 2 MiB, more than --max-file-mb 1"):
         empty.add([tmp_path / "large.pdf"])
     assert not (tmp_path / "store").exists()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipes.retrieval.answers.generation import Answered
-from recipes.retrieval.search.retriever import FoundPage
+from recipes.retrieval.search.found import FoundPage
 
 CUT_OFF = "cut off at the token limit: raise --max-tokens"
 _NEXT_SLOT = re.compile(r"\[[1-9][0-9]{0,3}\][ \t]*[:\uff1a]")

@@ -24,7 +24,7 @@ from recipes.answers.batch import result_line
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
 from recipes.answers.reader import Reader
 from recipes.answers.types import Answer
-from recipes.retrieval.search.retriever import FoundPage
+from recipes.retrieval.search.found import FoundPage
 from rollout.inputs.images import decode
 from rollout.types import Prompt
 from rsgrpo.errors import InputError, RsgrpoError

@@ -1,16 +1,14 @@
-"""A store that receives documents and answers questions from its pages: what `recipes.app` shows.
-
-One call at a time: neither encoders nor engines support several.
-"""
+"""A store that receives documents and answers questions from its pages: what `recipes.app` shows."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +16,47 @@ from recipes.answers.options import check_options
 from recipes.answers.reader import Reader
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
 from recipes.retrieval.encoders.base import PageEncoder
-from recipes.retrieval.pages.documents import RenderSettings, is_candidate
-from recipes.retrieval.pages.ingest import IngestReport, ingest
-from recipes.retrieval.pages.store import PageStore, writing
-from recipes.retrieval.search.index import VectorIndex
-from recipes.retrieval.search.retriever import EXACT, FoundPage, Retriever, SearchSettings
-from recipes.retrieval.search.update import encode_here, fill_index
+from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
+from recipes.retrieval.pages.documents import RenderSettings, why_skipped
+from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.store import DocumentRow, PageStore, StoreBusyError, shown, writing
+from recipes.retrieval.search.found import FoundPage
+from recipes.retrieval.search.index import IndexFault, VectorIndex
+from recipes.retrieval.search.retriever import EXACT, Retriever, SearchSettings
+from recipes.retrieval.search.sync import bring_in_line
 from rollout.files import replaced
 from rollout.keys import key
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
-UPLOADS = "uploads"  # folder in the store for copies of added documents
 PAGE_TIMEOUT_S = 120.0
-SHARD_PAGES, BATCH_PAGES = 2_048, 64
 MAX_QUESTION_CHARACTERS = 4_000
+MAX_HISTORY = 3  # earlier questions that a follow-up is asked with
 
 
 @dataclass(frozen=True, slots=True)
 class LibrarySettings:
-    """Limits on what is added."""
+    """Limits on what is added, and whether indexes follow the store."""
 
     max_files: int = key(100, "files that can be added at once", ge=1)
     max_file_mb: int = key(100, "larger files cannot be added", ge=1)
     max_pages: int = key(2_000, "documents with more pages cannot be added", ge=1)
     workers: int = key(os.cpu_count() or 1, "processes that render pages", ge=1)
+    no_sync: bool = key(False, "leave indexes that are behind the store as they are, and only say so")
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of added files.
+
+    num_added: documents with pages. faults: name and reason of what was refused, or added without some of its pages.
+    """
+
+    num_added: int
+    faults: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,74 +77,135 @@ class AnswerProgress:
 
 
 class Library:
-    """A store with its index, its encoder and an answerer. Create it once: models stay loaded."""
+    """A store with its indexes, its encoders and an answerer. Create it once: models stay loaded.
+
+    Several threads may ask at once: searches take turns, because encoders do not support several callers, and so do
+    answers unless the answerer is concurrent (an endpoint). What other processes do to the store is noticed at the next
+    question.
+    """
 
     def __init__(
         self,
         store: Path,
         index: Path,
-        encoder: PageEncoder,
+        encoder: PageEncoder | None,
         reader: Reader | None,
         settings: LibrarySettings,
         console: Console,
         search: SearchSettings = EXACT,
     ) -> None:
-        """Open everything and encode what the index lacks; a missing store is created by the first `add`.
+        """Open everything and encode what the indexes lack; a missing store is created by the first `add`.
 
         Args:
+            encoder: None for a search by words.
             reader: None: pages are found but not read.
-            search: a reranker's index is updated too, and the FAISS file is rebuilt when pages are added.
+            search: the indexes of a reranker and of further encoders are updated too, and so are FAISS files.
 
         Raises:
-            InputError: the folder is not a store, or another encoder made the index.
+            InputError: the folder is not a store, or another encoder made an index.
         """
         self.encoder, self.reader = encoder, reader
         self._store, self._index, self._settings, self._console = store, index, settings, console
         self._search = search
         self._retriever: Retriever | None = None
+        self._seen: object = None
+        self._searching = threading.RLock()
+        self._answering = nullcontext() if reader is None or reader.answerer.is_concurrent else threading.Lock()
         if (store / "pages.parquet").exists():
-            self._open()
+            self.refresh()
         elif store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
             raise InputError(f"{store} is neither a page store nor an empty folder; choose another one")
 
     @property
     def num_pages(self) -> int:
         """How many pages can be found."""
-        return len(self._retriever.index) if self._retriever else 0
+        return self._retriever.num_pages if self._retriever else 0
 
     @property
     def pages_folder(self) -> Path:
         """Where all page images are."""
         return (self._store / "pages").absolute()
 
-    def add(self, files: Sequence[Path]) -> IngestReport:
-        """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
+    def refresh(self) -> None:
+        """Follow what has happened to the store since the last call: update the indexes and open them again.
+
+        While another process writes to an index, the pages that it has already are searched, and `notes` says so.
 
         Raises:
-            InputError: there are no files or too many, one is too large, or the disk is full.
+            InputError: the store cannot be read, or another encoder made an index.
+        """
+        with self._searching:
+            if self._seen == (seen := self._state()) or not (self._store / "pages.parquet").exists():
+                return
+            if not self._settings.no_sync:
+                try:
+                    bring_in_line(self._store, self._index, self.encoder, self._search, self._console)
+                except StoreBusyError as error:
+                    self._console.warning(f"{error}; the indexes stay behind until then")
+                seen = self._state()
+            has_index = self._search.by == "words" or len(VectorIndex.open(self._index)) > 0
+            self._retriever = self._opened() if has_index else None
+            self._seen = seen if self._retriever is None or not self._retriever.lags or self._settings.no_sync else None
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the indexes."""
+        return [str(lag) for lag in self._retriever.lags] if self._retriever else []
+
+    def documents(self) -> list[DocumentRow]:
+        """Return the catalogue without files that are not read; empty without a store."""
+        if not (self._store / "pages.parquet").exists():
+            return []
+        return [row for row in PageStore.open(self._store).documents() if not row.skipped]
+
+    def add(self, files: Sequence[Path]) -> Added:
+        """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
+
+        A file that cannot be added is refused by itself; one that has no page that can be rendered is not kept.
+
+        Raises:
+            InputError: there are no files or too many, none can be added, or the disk is full.
         """
         limits = self._settings
-        _check_files(files, limits)
+        accepted, refused = _sorted_out(files, limits)
+        if not accepted:
+            raise InputError("; ".join(f"{name}: {reason}" for name, reason in refused))
         render = self._render_settings()
-        PageStore.create(self._store, render.pixels())
-        uploads = self._store / UPLOADS
-        with writing(uploads):
-            uploads.mkdir(exist_ok=True)
-            for file in files:
-                with replaced(uploads / _kept_name(file)) as unfinished:  # hidden: an ingest skips it
-                    shutil.copyfile(file, unfinished)
-        ingested = ingest(
-            [uploads], self._store, render, num_workers=limits.workers, page_timeout_s=PAGE_TIMEOUT_S,
-            console=self._console,
-        )  # fmt: skip
-        for row in ingested.errors:
-            if not row.num_pages:  # else it is read and reported again with every later file
-                Path(os.fsdecode(row.path)).unlink()
-        self._open()
-        return ingested
+        with self._searching:
+            PageStore.create(self._store, render.pixels())
+            uploads = self._store / UPLOADS
+            with writing(uploads):
+                uploads.mkdir(exist_ok=True)
+                for file in accepted:
+                    with replaced(uploads / _kept_name(file)) as unfinished:  # hidden: an ingest skips it
+                        shutil.copyfile(file, unfinished)
+            report = ingest(
+                [uploads], self._store, render, num_workers=limits.workers, page_timeout_s=PAGE_TIMEOUT_S,
+                console=self._console,
+            )  # fmt: skip
+            names = {shown(_kept_name(file)) for file in accepted}
+            faulty = [row for row in report.errors if row.document in names]
+            refused += [(row.document, row.error) for row in faulty]
+            lost = [f"{row.root}/{row.document}" for row in faulty if not row.num_pages]
+            if lost:
+                remove_documents(PageStore.open(self._store), lost)
+            self.refresh()
+        return Added(len(accepted) - len(lost), tuple(refused))
 
-    def ask(self, question: str, k: int, setting: Setting) -> Iterator[AnswerProgress]:
+    def remove(self, documents: Sequence[str]) -> Removal:
+        """Take documents out of the store and of the indexes; InputError if one is not there."""
+        with self._searching:
+            removal = remove_documents(PageStore.open(self._store), documents)
+            self.refresh()
+        return removal
+
+    def ask(
+        self, question: str, k: int, setting: Setting, history: Sequence[tuple[str, str]] = ()
+    ) -> Iterator[AnswerProgress]:
         """Yield the progress: the pages, then the answer as it is written, then the complete answer.
+
+        Args:
+            history: earlier questions and answers of this conversation, which the question may refer to.
 
         Raises:
             InputError: the question is empty or too long, or there is no page.
@@ -145,27 +217,44 @@ class Library:
             raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
         if question != question.encode(errors="ignore").decode():
             raise InputError("the question contains half a character (a lone surrogate); type it again")
-        if self._retriever is None or not self.num_pages:
-            raise InputError("there are no pages yet: add documents first")
         start = time.monotonic()
-        (found,) = self._retriever.search([question], k)
+        found = self._found(question, k)
         seconds = {"retrieval": time.monotonic() - start}
         progress = AnswerProgress(question, setting, tuple(found), "", None, seconds)
         yield progress
         if self.reader is None:
             return
-        for piece in answer_stream(AskedQuestion("question", question, progress.pages), setting, self.reader):
-            if isinstance(piece, str):
-                seconds.setdefault("first_text", time.monotonic() - start)
-                progress = replace(progress, text=progress.text + piece, seconds=dict(seconds))
-            else:
-                seconds["whole"] = time.monotonic() - start
-                progress = replace(progress, text=piece.line["raw"], answered=piece, seconds=dict(seconds))
-            yield progress
+        asked = AskedQuestion("question", _with_history(question, history), progress.pages)
+        with self._answering:
+            for piece in answer_stream(asked, setting, self.reader):
+                if isinstance(piece, str):
+                    seconds.setdefault("first_text", time.monotonic() - start)
+                    progress = replace(progress, text=progress.text + piece, seconds=dict(seconds))
+                else:
+                    seconds["whole"] = time.monotonic() - start
+                    progress = replace(progress, text=piece.line["raw"], answered=piece, seconds=dict(seconds))
+                yield progress
+
+    def _found(self, question: str, k: int) -> list[FoundPage]:
+        """Return the distinct pages of a question, over the documents of this moment."""
+        with self._searching:
+            for is_last in (False, True):
+                self.refresh()
+                if self._retriever is None or not self.num_pages:
+                    raise InputError("there are no pages yet: add documents first")
+                try:
+                    (found,) = self._retriever.search([question], k, distinct=True)
+                    return found
+                except IndexFault:  # another process has replaced it between the two lines
+                    if is_last:
+                        raise
+                    self._seen = None
+        raise AssertionError("unreachable")
 
     def trace(self, asking: AnswerProgress) -> dict[str, Any]:
         """Return everything about a question as JSON: the pages, the prompt and the answer, if there is one."""
-        answered, search, encoder = asking.answered, self._search, self.encoder.identity
+        answered, search = asking.answered, self._search
+        encoder = self.encoder.identity if self.encoder else None
         numbers = {page.page_id: answered.index_of(page) for page in answered.sources} if answered else {}
         cited = {page.page_id for page in answered.cited} if answered else set()
         pages = [
@@ -175,7 +264,9 @@ class Library:
             "question": asking.question,
             "setting": asking.setting,
             "store": str(self._store.absolute()),
-            "encoder": dict(encoder.description) | {"fingerprint": encoder.fingerprint},
+            "encoder": dict(encoder.description) | {"fingerprint": encoder.fingerprint} if encoder else None,
+            "by": search.by,
+            "notes": self.notes,
             "backend": search.backend,
             "reranker": search.reranker[0].identity.fingerprint if search.reranker else None,
             "prompt_template": self.reader.template if self.reader else None,
@@ -191,39 +282,54 @@ class Library:
         if self.reader is not None:
             self.reader.answerer.close()
 
-    def _open(self) -> None:
-        """Update the indexes from the store and reopen them."""
-        index = self._updated(self._index, self.encoder)
-        if self._search.reranker is not None:
-            self._updated(self._search.reranker[1], self._search.reranker[0])
-        if self._search.backend != "exact" and len(index):
-            index.build_faiss(self._search.backend, only_if_older=True)
-        self._retriever = Retriever(self._store, self._index, self.encoder, self._search) if len(index) else None
+    def _state(self) -> tuple[object, ...]:
+        """Return what changes whenever another process changes the store or an index."""
+        folders = [self._index, *(folder for _, folder in self._search.further)]
+        folders += [self._search.reranker[1]] if self._search.reranker else []
+        files = [self._store / "pages.parquet", *(folder / "manifest.json" for folder in folders)]
+        return tuple(_stamp(file) for file in files)
 
-    def _updated(self, folder: Path, encoder: PageEncoder) -> VectorIndex:
-        index = VectorIndex.create(folder, encoder.identity)
-        stream = partial(encode_here, encoder, batch_pages=BATCH_PAGES)
-        fill_index(PageStore.open(self._store), index, stream, shard_pages=SHARD_PAGES, console=self._console)
-        return index
+    def _opened(self) -> Retriever:
+        return Retriever(self._store, self._index, self.encoder, self._search)
 
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}
         return RenderSettings(**kept, max_pages=self._settings.max_pages, max_file_mb=self._settings.max_file_mb)
 
 
-def _check_files(files: Sequence[Path], limits: LibrarySettings) -> None:
-    """Refuse files that cannot be added, before any is copied."""
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        status = file.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _with_history(question: str, history: Sequence[tuple[str, str]]) -> str:
+    """Return a question preceded by the last ones with their answers."""
+    if not history:
+        return question
+    earlier = [f"Earlier question: {asked}\nIts answer: {answer}" for asked, answer in history[-MAX_HISTORY:]]
+    return "\n".join([*earlier, f"Question now: {question}"])
+
+
+def _sorted_out(files: Sequence[Path], limits: LibrarySettings) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Return the files that can be added, and the names of the others with the reason, before any is copied."""
     if not 1 <= len(files) <= limits.max_files:
         raise InputError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
-    names = [_kept_name(file) for file in files]
-    for file, name in zip(files, names, strict=True):
-        num_bytes = file.stat().st_size
+    accepted: list[Path] = []
+    refused = []
+    for file in files:
+        num_bytes, name = file.stat().st_size, _kept_name(file)
         if num_bytes > limits.max_file_mb << 20:
-            raise InputError(f"{name} has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}")
-        if names.count(name) > 1:
-            raise InputError(f"two of the files are called {name}; add one after the other, or rename one")
-        if not is_candidate(file):
-            raise InputError(f"{name} is not a document; add PDF, image, office, text or HTML files")
+            refused.append((name, f"it has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}"))
+        elif name in map(_kept_name, accepted):
+            refused.append((name, "two of the files have this name; add one after the other, or rename one"))
+        elif reason := why_skipped(file):
+            refused.append((name, f"{reason}; add PDF, image, office, text, HTML, e-mail or e-book files"))
+        else:
+            accepted.append(file)
+    return accepted, refused
 
 
 def _kept_name(file: Path) -> str:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
-from recipes.retrieval.answers.library import AnswerProgress
-from recipes.retrieval.pages.ingest import IngestReport
-from recipes.retrieval.search.retriever import FoundPage
+from recipes.retrieval.answers.library import Added, AnswerProgress
+from recipes.retrieval.search.found import FoundPage
 
 CSS = """
 .pages { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; }
@@ -66,10 +65,10 @@ def faults_html(faults: Sequence[str]) -> str:
     return "".join(f'<div class="faults">{escape(fault)}</div>' for fault in faults)
 
 
-def added_html(report: IngestReport, num_pages: int) -> str:
+def added_html(added: Added, num_pages: int) -> str:
     """Return the result of adding documents."""
-    counts = f"{report.num_rendered} added or changed, {report.num_unchanged} unchanged; {num_pages} pages in all"
-    return f"<div>{counts}</div>" + faults_html([f"{row.document}: {row.error}" for row in report.errors])
+    counts = f"{added.num_added} added or changed; {num_pages:,} pages in all"
+    return f"<div>{counts}</div>" + faults_html([f"{name}: {reason}" for name, reason in added.faults])
 
 
 def _figure(page: FoundPage, url: str, *, is_cited: bool) -> str:

@@ -14,13 +14,21 @@ from typing import Any
 from recipes.answers.predictions import FAILED
 from recipes.retrieval.answers.answer_file import answer_file, line_of
 from recipes.retrieval.answers.generation import AskedQuestion
-from recipes.retrieval.command_line import add_answerer, add_encoder, add_search_options, open_reader, open_retriever
+from recipes.retrieval.command_line import (
+    add_answerer,
+    add_encoder,
+    add_search_options,
+    add_sync,
+    open_reader,
+    open_retriever,
+)
 from recipes.retrieval.evaluation import scores
 from recipes.retrieval.evaluation.answer_rules import RULES
 from recipes.retrieval.evaluation.visrag_sets import write_visrag_set
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.exact import Hit
-from recipes.retrieval.search.retriever import found_pages
+from recipes.retrieval.search.found import found_pages
+from recipes.retrieval.search.fusion import fuse_runs, learn_weights, parse_weights
 from rollout.files import write_bytes, write_text
 from rsgrpo.errors import InputError
 
@@ -34,7 +42,18 @@ def add_evaluation(commands: Any) -> None:
     run.add_argument("--queries", type=Path, required=True, help="jsonl with _id and text")
     run.add_argument("--out", type=Path, required=True, metavar="RUN")
     add_search_options(run)
+    add_sync(run)
     run.set_defaults(run=_run)
+    fuse = commands.add_parser("fuse", help="fuse run files of several searches by reciprocal rank")
+    fuse.add_argument("run_files", type=Path, nargs="+", metavar="RUN", help="of the same queries, searched in any way")
+    fuse.add_argument("--out", type=Path, required=True, metavar="RUN")
+    fuse.add_argument("-k", type=int, default=100, help="number of pages; each run should have at least as many")
+    fuse.add_argument("--weights", default="", help="one per run, such as 1,0.5; default: all 1")
+    fuse.add_argument(
+        "--learn-from", type=Path, metavar="QRELS", help="choose the weights with the best nDCG@10 on these judgments"
+    )
+    fuse.add_argument("--store", type=Path, help="allows qrels to name pages by document instead of page id")
+    fuse.set_defaults(run=_fuse)
     merge = commands.add_parser("merge", help="merge the run files of several stores into one")
     merge.add_argument("run_files", type=Path, nargs="+", metavar="RUN", help="of the same queries and encoder")
     merge.add_argument("--out", type=Path, required=True, metavar="RUN")
@@ -83,8 +102,28 @@ def _run(options: argparse.Namespace) -> None:
         batch = queries[start : start + QUERIES_AT_ONCE]
         for query, hits in zip(batch, retriever.hits([query.text for query in batch], options.k), strict=True):
             run[query.id] = hits
-    scores.write_run(options.out, run, tag=retriever.encoder.identity.fingerprint[:8])
+    scores.write_run(options.out, run, tag=retriever.tag)
     print(f"{len(run)} queries, up to {options.k} pages each: {options.out}")
+
+
+def _fuse(options: argparse.Namespace) -> None:
+    if options.k < 1:
+        raise InputError(f"k must be >= 1, got {options.k}")
+    runs = [scores.read_run(file) for file in options.run_files]
+    names = [str(file) for file in options.run_files]
+    weights = parse_weights(options.weights, names)
+    if options.learn_from is not None:
+        qrels = _qrels(options.learn_from, PageStore.open(options.store) if options.store else None)
+        judged = [{query: hits for query, hits in run.items() if query in qrels} for run in runs]
+
+        def quality(weights: Sequence[float]) -> float:
+            return scores.evaluate_run(fuse_runs(judged, weights, 10), qrels, [10]).mean["ndcg@10"]
+
+        weights, best = learn_weights(len(runs), quality)
+        print(f"weights {','.join(f'{weight:g}' for weight in weights)}: nDCG@10 {best:.4f} on {options.learn_from}")
+    run = fuse_runs(runs, weights, options.k)
+    scores.write_run(options.out, run, tag="fused")
+    print(f"{len(run)} queries of {len(runs)} runs, up to {options.k} pages each: {options.out}")
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -199,16 +199,20 @@ def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
 def resolve_qrels(qrels: Qrels, pages: Sequence[Page]) -> dict[str, dict[str, int]]:
     """Return judgments by page id.
 
-    A judged page may be named by its id, its document, document#number, or its document's name without extension.
+    A judged page may be named by its id, its document, document#number, or its document's name without extension; also
+    by the name of a copy of its document, and with the root in front, which tells documents of equal names apart.
 
     Raises:
         InputError: a relevant page is not in the store, or a name matches several pages.
     """
     names: dict[str, set[str]] = {}
     for page in pages:
-        stem = page.document.rpartition(".")[0] or page.document
-        for name in {page.page_id, page.document, f"{page.document}#{page.number}", stem}:
-            names.setdefault(name, set()).add(page.page_id)
+        names.setdefault(page.page_id, set()).add(page.page_id)
+        known = [page.document, *page.copies]
+        for document in {*known, *(f"{page.root}/{name}" for name in known)}:
+            stem = document.rpartition(".")[0] or document
+            for name in {document, f"{document}#{page.number}", stem}:
+                names.setdefault(name, set()).add(page.page_id)
     resolved: dict[str, dict[str, int]] = {}
     for query, judged in qrels.items():
         resolved[query] = {}

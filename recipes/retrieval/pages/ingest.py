@@ -112,15 +112,17 @@ def ingest(
         for row in wanted:
             old = before.get(row.path)  # read again if it has changed or had an error
             same = old is not None and (old.num_bytes, old.modified_ns) == (row.num_bytes, row.modified_ns)
-            if old is not None and same and not old.error and store.has_content(old.content):
+            if old is not None and same and old.num_pages and store.has_content(old.content):
                 rows[row.path] = replace(old, root=row.root, document=row.document)
+                errors += [rows[row.path]] * bool(old.error)  # it still lacks some pages
             elif old is not None and same and old.error == no_progress(_timeout_s(old.path, settings, page_timeout_s)):
                 rows[row.path] = replace(old, root=row.root, document=row.document)
                 errors.append(old)
                 console.warning(f"{row.document}: {old.error}; not tried again: the file and the limit are the same")
             else:
                 waiting.append(row)
-        num_stuck = len(errors)
+        num_known = len(errors)
+        num_stuck = sum(not row.num_pages for row in errors)
         tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
         committed = time.monotonic()
         with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
@@ -143,7 +145,7 @@ def ingest(
             store.commit(rows.values())
         store.collect_garbage()
     return IngestReport(
-        num_rendered=len(waiting) - sum(not row.num_pages for row in errors[num_stuck:]),
+        num_rendered=len(waiting) - sum(not row.num_pages for row in errors[num_known:]),
         num_unchanged=len(wanted) - len(waiting) - num_stuck,
         num_removed=num_removed,
         num_skipped=len(skipped),

@@ -46,6 +46,10 @@ class StoreError(InputError):
     """The store cannot be opened or written; everything finished before is intact."""
 
 
+class StoreBusyError(StoreError):
+    """Another process writes to it."""
+
+
 class StoreWriteError(StoreError):
     """The disk refused a write in the middle of the work."""
 
@@ -131,7 +135,7 @@ def _named_from(row: DocumentRow, root: str) -> str:
     return row.document if row.root == root else f"{row.root}/{row.document}"
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def shown(path: str | bytes | os.PathLike[str]) -> str:
     r"""Return a path as valid text of one line; bytes that are not UTF-8, and control characters, become \xNN."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
@@ -212,10 +216,11 @@ class PageStore:
             for batch in file.iter_batches(batch_size=_ROW_GROUP, columns=_known_columns(stream)):
                 yield from map(self._page, batch.to_pylist())
 
-    def page_ids(self) -> list[str]:
-        """Return the ids of all pages, in the order of `pages`."""
+    def page_ids(self, *, with_text: bool = False) -> list[str]:
+        """Return the ids of all pages, or of those that have text, in the order of `pages`."""
+        chosen = [("text", "!=", "")] if with_text else None
         with self._reading_pages() as stream:
-            return pq.read_table(stream, columns=["page_id"])["page_id"].to_pylist()
+            return pq.read_table(stream, columns=["page_id"], filters=chosen)["page_id"].to_pylist()
 
     def find(self, page_ids: Iterable[str]) -> dict[str, Page]:
         """Return those of the wanted pages that are there."""
@@ -329,7 +334,7 @@ def single_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StoreError(f"another process is writing to {folder}; wait until it has finished") from error
+            raise StoreBusyError(f"another process is writing to {folder}; wait until it has finished") from error
         yield
 
 

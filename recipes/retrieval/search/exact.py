@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from recipes.retrieval.search.keep import ALL, Keep
 from recipes.retrieval.search.shards import Shard
 
 DECIMALS = 6
@@ -45,8 +46,10 @@ def max_sim(query_TD: np.ndarray, pages_VD: np.ndarray, starts_P: np.ndarray) ->
     return np.maximum.reduceat(pages_VD @ query_TD.T, starts_P, axis=0).sum(axis=1)
 
 
-def scan(shards: Iterable[Shard], queries: Sequence[np.ndarray], k: int, *, multi_vector: bool) -> list[list[Hit]]:
-    """Score every page for every query; memory is bounded by one block.
+def scan(
+    shards: Iterable[Shard], queries: Sequence[np.ndarray], k: int, *, multi_vector: bool, keep: Keep = ALL
+) -> list[list[Hit]]:
+    """Score every page that is kept for every query; memory is bounded by one block.
 
     Args:
         queries: (D,) each, or (T, D) each for an index of several vectors per page.
@@ -55,6 +58,10 @@ def scan(shards: Iterable[Shard], queries: Sequence[np.ndarray], k: int, *, mult
     for shard in shards:
         for first, last in shard.blocks():
             start, alive_P = shard.offsets[first], shard.alive_P[first:last]
+            if keep != ALL:
+                alive_P = alive_P & keep.mask(shard.ids_P[first:last])
+                if not alive_P.any():
+                    continue
             block_VD = np.asarray(shard.vectors_VD[start : shard.offsets[last]], dtype=np.float32)
             if multi_vector:
                 scores_QP = [max_sim(query, block_VD, shard.offsets[first:last] - start) for query in queries]

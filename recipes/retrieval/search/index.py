@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from recipes.retrieval.encoders.base import EncoderIdentity
 from recipes.retrieval.pages.store import remove_unfinished, single_writer, writing
 from recipes.retrieval.search.exact import Hit, rank_candidates, scan
 from recipes.retrieval.search.faiss import FaissError, FaissKind, open_faiss, state_of, write_faiss
+from recipes.retrieval.search.keep import ALL, Keep
 from recipes.retrieval.search.origin import remember
 from recipes.retrieval.search.shards import Shard, read_shard, write_shard
 from rollout.files import write_text
@@ -40,8 +41,14 @@ _MANIFEST: dict[str, type | tuple[type, ...]] = {
 }  # fmt: skip
 
 Backend = Literal["exact", "flat", "ivf"]
-Search = Callable[[Sequence[np.ndarray], int], list[list[Hit]]]
-"""Takes query vectors, (D,) each or (T, D) each for several vectors per page, and k; gives the k best pages of each."""
+
+
+class Search(Protocol):
+    """Finds pages by query vectors: (D,) each, or (T, D) each for several vectors per page."""
+
+    def __call__(self, queries: Sequence[np.ndarray], k: int, keep: Keep = ALL) -> list[list[Hit]]:
+        """Return the k best pages of each query among those that are kept."""
+        ...
 
 
 class IndexFault(InputError):
@@ -120,6 +127,11 @@ class VectorIndex:
         return bool(self._manifest["multi_vector"])
 
     @property
+    def reads_text(self) -> bool:
+        """Whether its encoder reads the pages' text instead of their pixels."""
+        return self._manifest["encoder"].get("kind") == "text"
+
+    @property
     def dim(self) -> int:
         """The vectors' length; 0 while the index is empty."""
         return self._manifest["dim"] or 0
@@ -159,7 +171,9 @@ class VectorIndex:
             return self.search
         propose = open_faiss(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
 
-        def search(queries: Sequence[np.ndarray], k: int) -> list[list[Hit]]:
+        def search(queries: Sequence[np.ndarray], k: int, keep: Keep = ALL) -> list[list[Hit]]:
+            if keep != ALL:
+                return self.search(queries, k, keep)  # FAISS might propose none of the pages that are kept
             self._check(queries, k)
             proposed = propose(queries, 2 * k + FAISS_MARGIN)
             pairs = zip(queries, proposed, strict=True)
@@ -167,7 +181,7 @@ class VectorIndex:
 
         return search
 
-    def search(self, queries: Sequence[np.ndarray], k: int) -> list[list[Hit]]:
+    def search(self, queries: Sequence[np.ndarray], k: int, keep: Keep = ALL) -> list[list[Hit]]:
         """Scan the whole index; see `Search`.
 
         Raises:
@@ -175,7 +189,7 @@ class VectorIndex:
             InputError: k < 1.
         """
         self._check(queries, k)
-        return scan(self.shards, queries, k, multi_vector=self.multi_vector)
+        return scan(self.shards, queries, k, multi_vector=self.multi_vector, keep=keep)
 
     def rerank(self, queries: Sequence[np.ndarray], candidates: Sequence[Sequence[str]], k: int) -> list[list[Hit]]:
         """Score only the candidates of each query, exactly; those that are not in this index are dropped.

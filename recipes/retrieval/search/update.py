@@ -17,6 +17,35 @@ from rsgrpo.records.console import Console
 
 LOADING_THREADS = 2  # decode the next batch while one is encoded
 
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How an index differs from its store. missing: ids of pages that it lacks. surplus: of pages that are gone."""
+
+    index: str
+    missing: frozenset[str]
+    surplus: frozenset[str]
+
+    def __str__(self) -> str:
+        parts = []
+        if self.missing:
+            parts.append(f"{len(self.missing):,} pages of the store are not in it and cannot be found")
+        if self.surplus:
+            parts.append(f"{len(self.surplus):,} of its pages are no longer wanted and are skipped")
+        return f"the index {self.index} is behind its store: {'; '.join(parts)}"
+
+
+def lag_of(store: PageStore, index: VectorIndex) -> Lag | None:
+    """Return how an index differs from its store, None if it does not."""
+    missing, surplus = index.missing_pages(wanted_pages(store, index))
+    return Lag(str(index.folder), frozenset(missing), frozenset(surplus)) if missing or surplus else None
+
+
+def wanted_pages(store: PageStore, index: VectorIndex) -> list[str]:
+    """Return the ids of the pages that belong in an index: one of texts has no place for pages without text."""
+    return store.page_ids(with_text=index.reads_text)
+
+
 EncodeStream = Callable[[Iterable[Page]], Iterator[tuple[str, np.ndarray]]]
 """Yields the id and the vectors of every page that it takes, in any order, and takes no more pages than it needs."""
 
@@ -45,7 +74,7 @@ def fill_index(
     if shard_pages < 1:
         raise InputError(f"--shard-pages must be >= 1, got {shard_pages}")
     with index.locked():
-        missing, surplus = index.missing_pages(store.page_ids())
+        missing, surplus = index.missing_pages(wanted_pages(store, index))
         num_deleted = index.remove(surplus)
         with console.phase("encode", total=len(missing)) as bar:
             page_ids: list[str] = []

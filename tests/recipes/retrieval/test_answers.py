@@ -26,7 +26,7 @@ from recipes.retrieval.answers.answer_file import answer_file
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
 from recipes.retrieval.answers.generation import AskedQuestion, answer_all, page_weights, paste, prompts_of
 from recipes.retrieval.pages.store import PageStore
-from recipes.retrieval.search.retriever import FoundPage
+from recipes.retrieval.search.found import FoundPage
 from rollout.config import InputsConfig
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt

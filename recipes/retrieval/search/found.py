@@ -1,0 +1,56 @@
+"""A found page: its place among the results and everything that is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from recipes.retrieval.pages.store import Page, place_of
+from recipes.retrieval.search.exact import Hit
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPage:
+    """One page of an answer to a query.
+
+    rank: from 1. number: of the page in its document. image: absolute path. root, copies, label: as in `Page`.
+    near: places of pages that were left out because they say the same.
+    """
+
+    rank: int
+    score: float
+    page_id: str
+    document: str
+    number: int
+    image: str
+    text: str
+    root: str = ""
+    copies: tuple[str, ...] = ()
+    label: str = ""
+    near: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Return where the page is, in words."""
+        return place_of(self.document, self.number, self.label)
+
+
+def found_pages(hits: Sequence[Hit], pages: Mapping[str, Page]) -> list[FoundPage]:
+    """Return hits with their pages; those of pages that are gone are left out."""
+    present = [hit for hit in hits if hit.page_id in pages]
+    return [_found(rank, hit, pages[hit.page_id]) for rank, hit in enumerate(present, start=1)]
+
+
+def _found(rank: int, hit: Hit, page: Page) -> FoundPage:
+    return FoundPage(
+        rank,
+        hit.score,
+        hit.page_id,
+        page.document,
+        page.number,
+        page.image,
+        page.text,
+        page.root,
+        page.copies,
+        page.label,
+    )
