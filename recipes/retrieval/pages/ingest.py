@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -108,19 +108,12 @@ def ingest(
         documents_before = {key for key, row in before.items() if not row.skipped}
         num_removed = len(documents_before - rows.keys() - {row.path for row in wanted})
         rows |= {row.path: row for row in skipped}
-        waiting, errors = [], []
-        for row in wanted:
-            old = before.get(row.path)  # read again if it has changed or had an error
-            same = old is not None and (old.num_bytes, old.modified_ns) == (row.num_bytes, row.modified_ns)
-            if old is not None and same and old.num_pages and store.has_content(old.content):
-                rows[row.path] = replace(old, root=row.root, document=row.document)
-                errors += [rows[row.path]] * bool(old.error)  # it still lacks some pages
-            elif old is not None and same and old.error == no_progress(_timeout_s(old.path, settings, page_timeout_s)):
-                rows[row.path] = replace(old, root=row.root, document=row.document)
-                errors.append(old)
-                console.warning(f"{row.document}: {old.error}; not tried again: the file and the limit are the same")
-            else:
-                waiting.append(row)
+        kept, waiting = _compared(wanted, before, store, lambda row: _timeout_s(row.path, settings, page_timeout_s))
+        rows |= {row.path: row for row in kept}
+        errors = [row for row in kept if row.error]  # they still lack some pages, or all
+        for row in errors:
+            if not row.num_pages:
+                console.warning(f"{row.document}: {row.error}; not tried again: the file and the limit are the same")
         num_known = len(errors)
         num_stuck = sum(not row.num_pages for row in errors)
         tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
@@ -153,6 +146,25 @@ def ingest(
         num_pages=len(store.page_ids()),
         errors=tuple(errors),
     )
+
+
+def _compared(
+    wanted: Iterable[DocumentRow],
+    before: Mapping[bytes, DocumentRow],
+    store: PageStore,
+    timeout_s: Callable[[DocumentRow], float],
+) -> tuple[list[DocumentRow], list[DocumentRow]]:
+    """Return the rows of files that need not be read again, and of those that must: new, changed, or failed before."""
+    kept, waiting = [], []
+    for row in wanted:
+        old = before.get(row.path)
+        if old is None or (old.num_bytes, old.modified_ns) != (row.num_bytes, row.modified_ns):
+            waiting.append(row)
+        elif (old.num_pages and store.has_content(old.content)) or old.error == no_progress(timeout_s(row)):
+            kept.append(replace(old, root=row.root, document=row.document))
+        else:
+            waiting.append(row)
+    return kept, waiting
 
 
 def _check_root(root: Path, out: Path) -> None:
