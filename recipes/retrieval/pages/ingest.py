@@ -86,12 +86,7 @@ def ingest(
     Raises:
         InputError: a root does not exist, there is no document in the roots, or the disk is full.
     """
-    if num_workers < 1:
-        raise InputError(f"--workers must be >= 1, got {num_workers}")
-    if not 0 < page_timeout_s < math.inf:
-        raise InputError(f"--page-timeout-s must be > 0, got {page_timeout_s:g}")
-    for root in roots:
-        _check_root(root, out)
+    _check_arguments(roots, out, num_workers, page_timeout_s)
     found = {row.path: row for root in roots for row in _walk(root.resolve(), out)}
     store = PageStore.create(out, settings.pixels())
     with single_writer(store.folder):
@@ -165,6 +160,15 @@ def _compared(
         else:
             waiting.append(row)
     return kept, waiting
+
+
+def _check_arguments(roots: Sequence[Path], out: Path, num_workers: int, page_timeout_s: float) -> None:
+    if num_workers < 1:
+        raise InputError(f"--workers must be >= 1, got {num_workers}")
+    if not 0 < page_timeout_s < math.inf:
+        raise InputError(f"--page-timeout-s must be > 0, got {page_timeout_s:g}")
+    for root in roots:
+        _check_root(root, out)
 
 
 def _check_root(root: Path, out: Path) -> None:
