@@ -140,6 +140,10 @@ class Family:
         """Return the name that published checkpoints use for parameter `name`."""
         return name
 
+    def adapted_names(self, targets: Sequence[str]) -> list[str]:
+        """Return the names of the linear layers that LoRA targets stand for."""
+        return list(targets)
+
     def adapted_layers(self, targets: Sequence[str]) -> str:
-        """Return a regular expression for the names of the layers that get a LoRA adapter."""
-        return rf".*{self.language_prefix.split('.')[-2]}\..*\.({'|'.join(targets)})"
+        """Return a regular expression for the full names of the layers that get a LoRA adapter."""
+        return rf".*{self.language_prefix.split('.')[-2]}\..*\.({'|'.join(self.adapted_names(targets))})"

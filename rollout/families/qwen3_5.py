@@ -10,7 +10,7 @@ from torch import nn
 from rollout.families.qwen2_vl import Qwen2VL
 
 # What a layer with a state has in the place of the attention's projections.
-_IN_PLACE_OF = {"q_proj": ["in_proj_qkv"], "v_proj": ["in_proj_z"], "o_proj": ["out_proj"]}
+_IN_PLACE_OF = {"q_proj": "in_proj_qkv", "v_proj": "in_proj_z", "o_proj": "out_proj"}
 
 
 class Qwen35(Qwen2VL):
@@ -28,5 +28,5 @@ class Qwen35(Qwen2VL):
     def checkpoint_name(self, name: str) -> str:
         return name
 
-    def adapted_layers(self, targets: Sequence[str]) -> str:
-        return super().adapted_layers([*targets, *(name for t in targets for name in _IN_PLACE_OF.get(t, ()))])
+    def adapted_names(self, targets: Sequence[str]) -> list[str]:
+        return [*targets, *(_IN_PLACE_OF[target] for target in targets if target in _IN_PLACE_OF)]

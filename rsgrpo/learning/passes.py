@@ -242,8 +242,9 @@ def cost_model(policy: Policy) -> CostModel:
     config = language_model.config
     layer_weights = sum(parameter.numel() for parameter in language_model.layers.parameters())
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_attending = config.num_hidden_layers - len(policy.family.recurrent_layers(policy.hf))
     return CostModel(
         per_token=2.0 * layer_weights,
-        per_pair=4.0 * config.num_hidden_layers * config.num_attention_heads * head_dim,
+        per_pair=4.0 * num_attending * config.num_attention_heads * head_dim,
         per_response_token=2.0 * config.hidden_size * config.vocab_size,
     )

@@ -31,7 +31,7 @@ def trainable_params(config: TrainConfig, sizes: ModelSizes) -> int:
     lora = config.model.lora
     if not lora.rank:
         return sizes.language_params + (0 if config.model.freeze_vision else sizes.vision_params)
-    return sizes.num_layers * lora.rank * sum(sizes.adapter_widths.get(target, 0) for target in lora.targets)
+    return lora.rank * sum(sizes.adapter_widths.get(target, 0) for target in lora.targets)
 
 
 def learner_memory(config: TrainConfig, sizes: ModelSizes) -> Memory:

@@ -1,35 +1,79 @@
 """A model's sizes and what follows from them: parameters, FLOPs of a group, bytes of a cached token.
 
 Sizes are read from transformers' own model, built on the meta device without memory, so they exist for every family.
-L layers, d attention width, P prompt tokens, R response tokens, G rollouts.
+L layers that attend, d attention width, P prompt tokens, R response tokens, G rollouts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rsgrpo.config.checks import how_to_get
 from rsgrpo.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rollout.families import Family
+
 KNOWN_MODELS = ("model", "known.json")
 """File of `conf`: models whose sizes are known from their name, before they are on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentSizes:
+    """The gated delta rule of a model's recurrent layers.
+
+    kernel_size: inputs that its convolution sees. conv_width: their width.
+    """
+
+    num_layers: int
+    num_key_heads: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    kernel_size: int
+    conv_width: int
+
+    @property
+    def state_bytes(self) -> int:
+        """What all layers carry for one sequence: a float32 matrix per head, and bfloat16 inputs of the convolution."""
+        matrices = 4 * self.num_heads * self.key_dim * self.value_dim
+        return self.num_layers * (matrices + 2 * self.conv_width * self.kernel_size)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward FLOPs of the rule in chunks of 64 tokens, in all layers; its projections are counted elsewhere."""
+        within = 64 * (5 * self.key_dim + 3 * self.value_dim)
+        return self.num_layers * self.num_heads * (within + 6 * self.key_dim * self.value_dim)
+
+    def activation_bytes(self, value_bytes: int) -> float:
+        """Bytes per token that one layer's rule keeps for its backward pass, counted on transformers' torch kernel.
+
+        flash-linear-attention's kernel keeps less.
+        """
+        widths = self.num_heads * (self.key_dim + self.value_dim)
+        if value_bytes == 4:
+            return 46 * widths + 24 * self.num_key_heads * self.key_dim + 1000 * self.num_heads
+        return 35 * widths + 8 * self.num_key_heads * self.key_dim + 1250 * self.num_heads
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """Widths and numbers of parameters; `vision_` ones are the tower's, its merger included.
 
-    layer_params: of one decoder layer. body_params: that every token passes, N in the formulas. merger_params: of what
-        makes vision tokens of patches, `patches_per_token` each. language_params: decoder, embeddings and head.
-    adapter_widths: inputs plus outputs of the linear layers of one decoder layer, by name.
+    layer_params: of the largest decoder layer. body_params: that every token passes, N in the formulas.
+    merger_params: of what makes vision tokens of patches, `patches_per_token` each.
+    language_params: decoder, embeddings and head.
+    adapter_widths: inputs plus outputs of the linear layers that a LoRA target adapts, over all decoder layers.
+    recurrent: of layers that carry a state instead of attending; None where all attend.
     vision_kept_width: values that the MLP of a tower's block keeps for its backward pass.
     vision_full_layers: blocks in which patches attend to the whole image; in the others, to `window_patches`.
     """
@@ -53,22 +97,29 @@ class ModelSizes:
     patch_size: int
     patches_per_token: int
     window_patches: int
+    recurrent: RecurrentSizes | None = None
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Decoder layers that attend."""
+        return self.num_layers - (self.recurrent.num_layers if self.recurrent else 0)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in bfloat16."""
-        return 2 * 2 * self.num_layers * self.kv_width
+        return 2 * 2 * self.num_attention_layers * self.kv_width
 
     def group_flops(self, prompt_tokens: float, response_tokens: float, group_size: int) -> float:
         """Forward FLOPs of the decoder and head for one prompt, computed once, with G responses.
 
-        2N(P + GR) + 2LdP^2 + G(4LdRP + 2LdR^2) + 2hV GR
+        2N(P + GR) + 2LdP^2 + G(4LdRP + 2LdR^2) + 2hV GR, and per token what the recurrent layers' rule takes.
         """
         prompt, response, group = prompt_tokens, response_tokens, group_size
-        width = self.num_layers * self.attention_width
+        width = self.num_attention_layers * self.attention_width
+        per_token = 2 * self.body_params + (self.recurrent.flops_per_token if self.recurrent else 0.0)
         attention = 2 * width * prompt**2 + group * (4 * width * response * prompt + 2 * width * response**2)
         head = 2 * self.hidden_size * self.vocab_size * group * response
-        return 2 * self.body_params * (prompt + group * response) + attention + head
+        return per_token * (prompt + group * response) + attention + head
 
     def image_flops(self, image_pixels: float) -> float:
         """Forward FLOPs of the tower for one image: windows attend to themselves, some layers to everything."""
@@ -83,12 +134,14 @@ class ModelSizes:
         return image_pixels / self.patch_size**2 / self.patches_per_token
 
     def layer_activation_bytes(self, value_bytes: int) -> float:
-        """Bytes per token that a decoder layer keeps for its backward pass; value_bytes: 4 float32, 2 bfloat16.
+        """Bytes per token that the largest decoder layer keeps for its backward pass.
 
+        value_bytes: 4 float32, 2 bfloat16.
         Counted on transformers' Qwen2.5-VL layer with SDPA; in bfloat16 the norms keep float32 copies.
         """
         kept = 8.5 * self.hidden_size + 2 * self.kv_width + 4 * self.intermediate_size
-        return value_bytes * kept + (4 * self.hidden_size if value_bytes == 2 else 0)
+        rule = self.recurrent.activation_bytes(value_bytes) if self.recurrent else 0.0
+        return value_bytes * kept + (4 * self.hidden_size if value_bytes == 2 else 0) + rule
 
     def layer_gradient_bytes(self, value_bytes: int) -> float:
         """Bytes per token of gradients in a decoder layer's backward pass: two of the MLP's inner width at once."""
@@ -136,25 +189,24 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
     with torch.device("meta"):
         model = build(settings)
     text, vision, tower = settings.get_text_config(), settings.vision_config, family.vision_tower(model)
-    layers, blocks = family.decoder_layers(model), family.vision_blocks(model)
-    linear = dict(_linear_layers(layers[0]))
+    layers: list[Any] = list(family.decoder_layers(model))
+    blocks = family.vision_blocks(model)
+    attention = next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
     vision_mlp = [layer for name, layer in _linear_layers(blocks[0]) if name.split(".")[0] == "mlp"]
     vision_params = _count(tower.parameters())
-    layer_params = _count(layers[0].parameters())
+    layer_params = [_count(layer.parameters()) for layer in layers]
     full_layers = getattr(vision, "fullatt_block_indexes", None)
     return ModelSizes(
         hidden_size=text.hidden_size,
         num_layers=len(layers),
-        attention_width=linear["self_attn.q_proj"].out_features,
-        kv_width=linear["self_attn.k_proj"].out_features,
+        attention_width=attention.o_proj.in_features,
+        kv_width=attention.k_proj.out_features,
         intermediate_size=text.intermediate_size,
         vocab_size=text.vocab_size,
-        layer_params=layer_params,
-        body_params=len(layers) * layer_params + text.hidden_size,
+        layer_params=max(layer_params),
+        body_params=sum(layer_params) + text.hidden_size,
         language_params=_count(model.parameters()) - vision_params,
-        adapter_widths={
-            name.rpartition(".")[2]: layer.in_features + layer.out_features for name, layer in linear.items()
-        },
+        adapter_widths=_adapter_widths(family, layers),
         vision_hidden_size=tower.get_parameter("patch_embed.proj.weight").shape[0],
         vision_depth=len(blocks),
         # a gated MLP of three layers keeps four values of its inner width, a plain one of two layers two
@@ -165,6 +217,30 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
         patch_size=vision.patch_size,
         patches_per_token=vision.spatial_merge_size**2,
         window_patches=(getattr(vision, "window_size", 0) // vision.patch_size) ** 2,
+        recurrent=_recurrent_sizes(family, model),
+    )
+
+
+def _adapter_widths(family: Family, layers: Sequence[nn.Module]) -> dict[str, int]:
+    widths: Counter[str] = Counter()
+    for name, linear in (pair for layer in layers for pair in _linear_layers(layer)):
+        widths[name.rpartition(".")[2]] += linear.in_features + linear.out_features
+    return {target: sum(widths[name] for name in family.adapted_names([target])) for target in widths}
+
+
+def _recurrent_sizes(family: Family, model: Any) -> RecurrentSizes | None:
+    layers: list[Any] = list(family.recurrent_layers(model))
+    if not layers:
+        return None
+    first = layers[0]
+    return RecurrentSizes(
+        num_layers=len(layers),
+        num_key_heads=first.num_k_heads,
+        num_heads=first.num_v_heads,
+        key_dim=first.head_k_dim,
+        value_dim=first.head_v_dim,
+        kernel_size=first.conv_kernel_size,
+        conv_width=first.conv_dim,
     )
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from rsgrpo import cli
-from rsgrpo.config.train import TrainConfig
+from rsgrpo.config.train import LoraConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.plan.__main__ import main, num_devices, phases, warnings
 from rsgrpo.plan.config import PlanConfig
@@ -78,12 +80,62 @@ def test_parameters_of_a_layer_by_hand():
 
 @pytest.mark.parametrize(
     ("size", "total"),  # of the checkpoints on the hub
-    [("3B", 3_754_622_976), ("7B", 8_292_166_656), ("32B", 33_452_718_336), ("72B", 73_410_777_344)],
+    [
+        ("2.5-VL-3B", 3_754_622_976),
+        ("2.5-VL-7B", 8_292_166_656),
+        ("2.5-VL-32B", 33_452_718_336),
+        ("2.5-VL-72B", 73_410_777_344),
+        ("3-VL-4B", 4_437_815_808),
+        ("3-VL-8B", 8_767_123_696),
+    ],
 )
 def test_known_models_have_the_parameters_of_their_checkpoints(size, total):
-    sizes, source = sizes_of(f"Qwen/Qwen2.5-VL-{size}-Instruct")
+    sizes, source = sizes_of(f"Qwen/Qwen{size}-Instruct")
     assert sizes.language_params + sizes.vision_params == total
-    assert source == f"Qwen2.5-VL-{size} (by its name)"
+    assert source == f"Qwen{size} (by its name)"
+
+
+def test_recurrent_layers_are_counted_apart_from_those_that_attend(tiny_model_path, tmp_path):
+    folder = save_family("qwen3_5", tiny_model_path, tmp_path / "hybrid")
+    sizes, _ = sizes_of(folder)
+    assert (sizes.num_layers, sizes.num_attention_layers) == (4, 1)
+    assert sizes.kv_bytes_per_token == 2 * 2 * 1 * 32  # one layer of one head
+    assert sizes.recurrent is not None
+    # 3 layers: 2 heads of 128 x 128 in float32, and 4 inputs of the convolution, 2 x 128 + 2 x 128 wide, in bfloat16
+    assert sizes.recurrent.state_bytes == 3 * (4 * 2 * 128 * 128 + 2 * 4 * 512)
+    long, short = sizes.group_flops(2000, 0, 1), sizes.group_flops(1000, 0, 1)
+    assert long - 2 * short == pytest.approx(
+        4 * sizes.attention_width * 1000**2
+    )  # only the attending layer is quadratic
+    lora = LoraConfig(rank=2)
+    learner = make_learner(folder, lora=lora)
+    trained = sum(parameter.numel() for parameter in learner.policy.trainable().values())
+    config = planned("recipe=demo", f"model.path={folder}", "model.lora.rank=2")
+    assert trainable_params(config, sizes) == trained
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_a_recurrent_layer_are_those_that_it_keeps(dtype):
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 32,
+    }  # fmt: skip
+    sizes = count_sizes({"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 1}})
+    layer = Qwen3_5DecoderLayer(Qwen3_5TextConfig(**text), 0).to(dtype)
+    weights = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    rotation = torch.ones(1, 512, 32, dtype=dtype)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.randn(1, 512, 64, dtype=dtype, requires_grad=True), position_embeddings=(rotation, rotation))
+    counted = sum(storage.nbytes() for storage in kept.values()) / 512
+    assert sizes.layer_activation_bytes(dtype.itemsize) == pytest.approx(counted, rel=0.15)
 
 
 def num_stored(folder: str) -> int:
