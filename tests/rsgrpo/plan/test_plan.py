@@ -116,13 +116,14 @@ def test_recurrent_layers_are_counted_apart_from_those_that_attend(tiny_model_pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_a_recurrent_layer_are_those_that_it_keeps(dtype):
-    text = {
+    values: Any = {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100, "linear_num_key_heads": 2,
         "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 32,
     }  # fmt: skip
-    sizes = count_sizes({"model_type": "qwen3_5", "text_config": text, "vision_config": {"depth": 1}})
-    layer = Qwen3_5DecoderLayer(Qwen3_5TextConfig(**text), 0).to(dtype)
+    sizes = count_sizes({"model_type": "qwen3_5", "text_config": values, "vision_config": {"depth": 1}})
+    text_config: Any = Qwen3_5TextConfig(**values)
+    layer = Qwen3_5DecoderLayer(text_config, 0).to(dtype)
     weights = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
     kept: dict[int, Any] = {}
 
