@@ -33,7 +33,9 @@ setup(
         "torchvision>=0.26,<0.29",
         "transformers>=5.16.1,<5.20",
         "peft>=0.19,<1",
-        "ray[default]>=2.50,<3",  # default: `ray job submit` needs the job server of the head node
+        # default: `ray job submit` needs the job server of the head node. 2.57: from there on Ray ends the whole
+        # process group of a worker that died; before, vLLM's own processes stayed, and their GPU memory with them.
+        "ray[default]>=2.57,<3",
         "datasets>=4,<6",
         "hydra-core>=1.3.2,<1.4",
         "wandb>=0.31,<1",

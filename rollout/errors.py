@@ -33,12 +33,16 @@ class WorkerError(RsgrpoError):
     """A worker (an engine, a learner rank, a process with rewards) raised, died or was too slow.
 
     cause: the exception behind it, None when it was too slow. is_lost: another worker in its place could do the work.
+    died: its process or its node is gone.
     """
 
-    def __init__(self, message: str, cause: BaseException | None = None, *, is_lost: bool = False) -> None:
+    def __init__(
+        self, message: str, cause: BaseException | None = None, *, is_lost: bool = False, died: bool = False
+    ) -> None:
         super().__init__(_COLOURS.sub("", message))
         self.cause = cause
         self.is_lost = is_lost
+        self.died = died
 
 
 class InputError(RsgrpoError):

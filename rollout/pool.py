@@ -25,6 +25,10 @@ SYNCS_IN_FLIGHT = 2
 """Chunks of weights in flight at once: one is copied while the next travels."""
 CLOSE_TIMEOUT_S = 10.0
 """Time that a worker has to stop its engine's processes before it is killed."""
+NODE_NOTICE_S = 20.0
+"""Time in which Ray notices that a node is gone; until then it starts workers there, which die at once."""
+ANSWER_TIMEOUT_S = 60.0
+"""Time that a worker has to describe itself; one that is silent is found out when it is next needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +36,15 @@ class Supervision:
     """How lost workers are replaced.
 
     start: starts the worker of an index, as at the beginning. send: gives workers the current weights; raises
-    WorkerError. max_restarts: consecutive failures tolerated; a batch that succeeds resets the count.
+    WorkerError. max_restarts: consecutive failures tolerated; a batch that succeeds resets the count. has_room: tells
+    whether a living node has the resources of a worker. start_timeout_s: limit of one start.
     """
 
     start: Callable[[int], WorkerHandle]
     send: Callable[[Sequence[WorkerHandle]], None]
     max_restarts: int
+    has_room: Callable[[int], bool] = lambda index: True
+    start_timeout_s: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,10 @@ class _Running:
 
 
 class RolloutPool:
-    """Spreads whole groups over workers: a prompt stays on one engine, the least busy worker takes the next share."""
+    """Spreads whole groups over workers: a prompt stays on one engine, the least busy worker takes the next share.
+
+    workers: those that work. num_workers: all, including those whose node is gone. num_restarts: of workers so far.
+    """
 
     def __init__(
         self, workers: Sequence[WorkerHandle], *, timeout_s: float = 3600.0, supervision: Supervision | None = None
@@ -65,10 +75,12 @@ class RolloutPool:
         """
         assert workers, "a pool needs a worker"
         self.workers = list(workers)
+        self.num_workers = len(workers)
         self.timeout_s = timeout_s
         self.num_restarts = 0
         self._supervision = supervision
         self._failures_in_a_row = 0
+        self._away: dict[int, tuple[WorkerHandle, Any] | None] = {}  # index -> once its node is back: worker, its ping
         self._tickets = count()
 
     def generate(
@@ -82,7 +94,7 @@ class RolloutPool:
             WorkerError: as `stream`.
         """
         at_once = min(worker.max_batch_sequences for worker in self.workers)
-        pieces = iter(shares(prompts, sampling.group_size, at_once, len(self.workers)))
+        pieces = iter(shares(prompts, sampling.group_size, at_once, self.num_workers))
         groups = self.stream(lambda: next(((piece, sampling) for piece in pieces), None), check=check)
         yield from (group for group in groups if group is not None)
 
@@ -188,34 +200,130 @@ class RolloutPool:
         return [answers[worker.index] for worker in self.workers]
 
     def replace(self, lost: Sequence[WorkerHandle], error: WorkerError) -> list[WorkerHandle]:
-        """Restart lost workers and give them the current weights.
+        """Restart lost workers and give them the current weights; those whose node is gone are left out.
+
+        Returns:
+            The workers that were restarted: all, some or none.
 
         Raises:
-            WorkerError: `error`, if a restart cannot help or has failed `max_restarts` times.
+            WorkerError: `error`, if a restart cannot help or has failed `max_restarts` times, or no node is left.
         """
-        supervision = self._supervision
         while True:
-            if supervision is None or not error.is_lost:
-                raise error
-            if self._failures_in_a_row >= supervision.max_restarts:
-                raise WorkerError(
-                    f"{error}\nThis is consecutive failure {supervision.max_restarts + 1}, and rollout.max_restarts is "
-                    f"{supervision.max_restarts}: restarting the engines did not help.",
-                    error.cause,
-                )
-            self._failures_in_a_row += 1
-            self.num_restarts += len(lost)
-            log.warning("%s; restarting %s", error, ", ".join(f"worker {worker.index}" for worker in lost))
-            self._stop(lost)
-            fresh = {worker.index: supervision.start(worker.index) for worker in lost}
-            self.workers = [fresh.get(worker.index, worker) for worker in self.workers]
-            lost = list(fresh.values())
+            supervision = self._give_up(lost, error)
+            indices = [worker.index for worker in lost]
+            lost = []
             try:
-                self._wait_for_all([worker.actor.ping.remote() for worker in lost], "restarting", lost)
-                supervision.send(lost)
-                return lost
+                lost = self._start_again(supervision, indices, error)
+                self._wait_until_up(supervision, lost)
+                if lost:
+                    supervision.send(lost)
+                if self.workers:
+                    return lost
             except WorkerError as again:
                 error = again
+
+    def _give_up(self, lost: Sequence[WorkerHandle], error: WorkerError) -> Supervision:
+        """Stop lost workers; raise `error` if a restart cannot help. The loss of a node is no failure of an engine."""
+        supervision = self._supervision
+        if supervision is None or not error.is_lost:
+            raise error
+        stays = any(supervision.has_room(worker.index) for worker in lost)
+        if stays and self._failures_in_a_row >= supervision.max_restarts:
+            raise WorkerError(
+                f"{error}\nThis is consecutive failure {supervision.max_restarts + 1}, and rollout.max_restarts is "
+                f"{supervision.max_restarts}: restarting the engines did not help.",
+                error.cause,
+            )
+        self._failures_in_a_row += stays
+        names = ", ".join(f"worker {worker.index}" for worker in lost)
+        log.warning("%s; %s %s", error, "restarting" if stays else "no node is left for", names)
+        self._stop(lost)
+        gone = {worker.index for worker in lost}
+        self.workers = [worker for worker in self.workers if worker.index not in gone]
+        return supervision
+
+    def _start_again(self, supervision: Supervision, indices: Sequence[int], error: WorkerError) -> list[WorkerHandle]:
+        """Start workers where there is room; the others are away."""
+        self._away |= dict.fromkeys(indices)
+        late_at = time.monotonic() + supervision.start_timeout_s
+        while not (ready := [index for index in self._away if supervision.has_room(index)]) and not self.workers:
+            if time.monotonic() > late_at:
+                limit = f"{supervision.start_timeout_s:g} s"
+                raise WorkerError(
+                    f"{error}\nNo engine is left, and for {limit} no node has had room for one.", error.cause
+                )
+            time.sleep(POLL_S)
+        fresh = []
+        for index in ready:
+            if index in indices or not self.workers:
+                started = self._away.pop(index)
+                fresh.append(supervision.start(index) if started is None else started[0])
+                self.num_restarts += started is None
+        self.workers = sorted([*self.workers, *fresh], key=lambda worker: worker.index)
+        return fresh
+
+    def _wait_until_up(self, supervision: Supervision, fresh: list[WorkerHandle]) -> None:
+        """Wait until each has built its engine; remove those whose node goes meanwhile."""
+        late_at = time.monotonic() + supervision.start_timeout_s
+        pings = {worker.actor.ping.remote(): worker for worker in fresh}
+        while pings:
+            for ref in ray.wait(list(pings), num_returns=1, timeout=POLL_S)[0]:
+                worker = pings.pop(ref)
+                try:
+                    self._get(worker, ref, "starting")
+                except WorkerError as error:
+                    if not error.died or self._keeps_its_node(supervision, worker):
+                        raise
+                    self._leave_out(worker, fresh)
+            for ref, worker in list(pings.items()):
+                if not supervision.has_room(worker.index):
+                    del pings[ref]
+                    self._leave_out(worker, fresh)
+                elif time.monotonic() > late_at:
+                    limit = f"{supervision.start_timeout_s:g} s"
+                    raise WorkerError(f"rollout worker {worker.index} was not up within {limit}", is_lost=True)
+
+    def _keeps_its_node(self, supervision: Supervision, worker: WorkerHandle) -> bool:
+        late_at = time.monotonic() + NODE_NOTICE_S
+        while (keeps := supervision.has_room(worker.index)) and time.monotonic() < late_at:
+            time.sleep(POLL_S)
+        return keeps
+
+    def _leave_out(self, worker: WorkerHandle, fresh: list[WorkerHandle]) -> None:
+        """Go on without a worker that was started on a node that is gone."""
+        ray.kill(worker.actor)
+        fresh.remove(worker)
+        self.workers.remove(worker)
+        self._away[worker.index] = None
+        self._failures_in_a_row = max(0, self._failures_in_a_row - 1)  # it was the node, not the engine
+        self.num_restarts -= 1
+        log.warning("no node is left for worker %d; the others go on without it", worker.index)
+
+    def take_back(self) -> list[int]:
+        """Let workers whose node is back join, for the next `sync`; they start while the others work.
+
+        Returns:
+            Indices of those that joined.
+        """
+        joined = []
+        for index, started in list(self._away.items()):
+            assert self._supervision is not None
+            if started is None and self._supervision.has_room(index):
+                log.warning("there is room for rollout worker %d again; it starts", index)
+                worker = self._supervision.start(index)
+                self.num_restarts += 1
+                self._away[index] = (worker, worker.actor.ping.remote())
+            elif started is not None and ray.wait([started[1]], timeout=0)[0]:
+                try:
+                    self._get(*started, "starting")
+                    self.workers = sorted([*self.workers, started[0]], key=lambda worker: worker.index)
+                    del self._away[index]
+                    joined.append(index)
+                except WorkerError as error:
+                    log.warning("%s; it is started again", error)
+                    ray.kill(started[0].actor)
+                    self._away[index] = None
+        return joined
 
     def sync(self, chunks: Iterable[Any], version: int, workers: Sequence[WorkerHandle] | None = None) -> None:
         """Copy weights to workers (None: all) and let them sample with `version`.
@@ -252,26 +360,70 @@ class RolloutPool:
         """Return `Engine.count_vision` of each worker."""
         return self._call("count_vision", list(prompts))
 
-    def stats(self) -> list[dict[str, float]]:
-        """Return `Engine.stats` of each worker, also while they sample."""
-        return self._call("stats")
-
     def sleep(self) -> None:
-        """Let engines on a learner's devices release memory; those that fail are replaced."""
-        self._call_or_replace("sleep")
+        """Let engines on a learner's devices release memory."""
+        self._call("sleep")
 
     def wake(self, part: str) -> None:
-        """Give sleeping engines back "weights" or "kv_cache"; those that fail are replaced."""
-        self._call_or_replace("wake", [part])
-
-    def _call_or_replace(self, method: str, *args: Any) -> None:
-        try:
-            self._call(method, *args)
-        except WorkerError as error:
-            self.replace(self.workers, error)
+        """Give sleeping engines back "weights" or "kv_cache"."""
+        self._call("wake", [part])
 
     def _call(self, method: str, *args: Any) -> list[Any]:
-        return self._wait_for_all([worker.actor.call.remote(method, args) for worker in self.workers], method)
+        """Call a method of every engine; one that is lost is replaced and called again."""
+        answers: dict[int, Any] = {}
+        while waiting := [worker for worker in self.workers if worker.index not in answers]:
+            late_at = time.monotonic() + self.timeout_s
+            refs = [worker.actor.call.remote(method, args) for worker in waiting]
+            for worker, ref in zip(waiting, refs, strict=True):
+                try:
+                    answers[worker.index] = self._get(worker, ref, method, max(0.0, late_at - time.monotonic()))
+                except WorkerError as error:
+                    self.replace([worker], error)
+        return [answers[worker.index] for worker in self.workers]
+
+    def start(self, timeout_s: float) -> dict[str, Any]:
+        """Wait until every engine is up; one that is lost is started again. Return a worker's description of itself.
+
+        Raises:
+            TimeoutError: names the workers that are not up after `timeout_s`.
+            WorkerError: an engine cannot start.
+        """
+        late_at = time.monotonic() + timeout_s
+        pings = {worker.actor.ping.remote(): worker for worker in self.workers}
+        while pings:
+            ready = ray.wait(list(pings), num_returns=1, timeout=POLL_S)[0]
+            for ref in ready:
+                worker = pings.pop(ref)
+                try:
+                    described = self._get(worker, ref, "starting")
+                except WorkerError as error:
+                    fresh = self._start_again(self._give_up([worker], error), [worker.index], error)
+                    pings |= {again.actor.ping.remote(): again for again in fresh}
+            if pings and time.monotonic() > late_at:
+                raise TimeoutError(", ".join(f"rollout worker {worker.index}" for worker in pings.values()))
+        self._failures_in_a_row = 0
+        return dict(described)
+
+    def stats(self) -> list[dict[str, float]]:
+        """Return `Engine.stats` of each worker that answers, also while they sample."""
+        return self._answers([worker.actor.call.remote("stats", ()) for worker in self.workers], "stats")
+
+    def memory_mb(self) -> float:
+        """Return the resident memory of all workers that answer, in MiB."""
+        answers = self._answers([worker.actor.ping.remote() for worker in self.workers], "ping")
+        return float(sum(answer["rss_mb"] for answer in answers))
+
+    def _answers(self, refs: Sequence[Any], what: str) -> list[Any]:
+        answers = []
+        late_at = time.monotonic() + ANSWER_TIMEOUT_S
+        for worker, ref in zip(self.workers, refs, strict=True):
+            try:
+                answers.append(self._get(worker, ref, what, max(0.0, late_at - time.monotonic())))
+            except WorkerError as error:
+                if not error.is_lost:
+                    raise
+                log.warning("%s; it is replaced when it is next needed", error)
+        return answers
 
     def ping(self) -> list[dict[str, Any]]:
         """Return each worker's description of itself (`RolloutWorker.ping`)."""

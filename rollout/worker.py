@@ -36,7 +36,7 @@ def worker_error(who: str, what: str, error: ray.exceptions.RayError, *, replace
     The message of a RsgrpoError is complete; any other error needs the remote traceback.
     """
     if not isinstance(error, ray.exceptions.RayTaskError):
-        return WorkerError(f"{who} died in {what}: {error}", error, is_lost=replaceable)
+        return WorkerError(f"{who} died in {what}: {error}", error, is_lost=replaceable, died=True)
     cause = error.cause if isinstance(error.cause, Exception) else error
     reason = str(cause) if isinstance(cause, RsgrpoError) else f"{type(cause).__name__}\n{str(error).strip()}"
     is_lost = replaceable and isinstance(cause, EngineFailed)
@@ -231,7 +231,14 @@ def weight_sender(
         bucket_bytes=vllm.sync_bucket_mib * 2**20,
         timeout_s=vllm.sync_timeout_s,
         verify_every=vllm.verify_every,
+        address=node_address(),
     )
+
+
+def node_address() -> str:
+    """Return the address of this node that Ray uses, under which the others reach it."""
+    untyped: Any = ray.util
+    return str(untyped.get_node_ip_address())
 
 
 def _peer(worker: WorkerHandle) -> Peer:

@@ -38,18 +38,23 @@ def train(config: TrainConfig) -> None:
     """
     validate(config)
     require_inputs(config)
-    from rsgrpo.running.run import Run  # loads torch: after the configuration has been checked
+    from rsgrpo.running.recovery import recovering  # loads torch: after the configuration has been checked
+    from rsgrpo.running.run import Run
 
-    with Run.open(config) as run:
-        run.check_engines_if_due()
-        run.validate_if_due()
-        for step in run.steps_left:
-            take_step(run, step)
+    def run_to_the_end(recoveries: int) -> None:
+        with Run.open(config) as run:
+            run.recoveries = recoveries
             run.check_engines_if_due()
-        run.finish()
-        if not {"-m", "--multirun"} & set(sys.argv):
-            reward = next(iter(config.rewards.values()))
-            run.console.summary("next", next_commands(run.folder, sys.argv[1:], reward))
+            run.validate_if_due()
+            for step in run.steps_left:
+                take_step(run, step)
+                run.check_engines_if_due()
+            run.finish()
+            if not {"-m", "--multirun"} & set(sys.argv):
+                reward = next(iter(config.rewards.values()))
+                run.console.summary("next", next_commands(run.folder, sys.argv[1:], reward))
+
+    recovering(config, run_to_the_end)
 
 
 def take_step(run: Run, step: int) -> None:

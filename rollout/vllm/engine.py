@@ -125,7 +125,8 @@ class VllmEngine:
         counts = []
         for prompt in prompts:
             request, _ = build_request(self.processor, prompt, 1, self._max_model_len)
-            (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
+            with self._update("count_vision"):
+                (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
             token_ids_T = list(rendered["prompt_token_ids"])
             items = rendered["mm_kwargs"]["image"] if prompt.images else []
             grids = torch.stack([item["image_grid_thw"].data for item in items]) if items else None
@@ -316,7 +317,7 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _update(self, what: str) -> Iterator[None]:
-        """Mark the engine as broken when an update fails half-way: it must not sample with mixed weights."""
+        """Mark the engine as broken when a change of it fails half-way: it must not sample with mixed weights."""
         self._refuse_if_broken()
         try:
             yield
@@ -329,7 +330,8 @@ class VllmEngine:
     def sleep(self) -> None:
         """Release GPU memory as `rollout.vllm.sleep_level` says, once running requests have ended; no-op on CPU."""
         if self._can_sleep:
-            self._run(self._llm.sleep(self._config.sleep_level, mode="wait"))
+            with self._update("sleep"):
+                self._run(self._llm.sleep(self._config.sleep_level, mode="wait"))
 
     def wake(self, parts: list[str] | None = None) -> None:
         """Allocate the memory again; after level 2 the weights must be sent before sampling.
@@ -337,7 +339,8 @@ class VllmEngine:
         parts: ["weights"] or ["kv_cache"], so that a sync can run before the cache is allocated; None is both.
         """
         if self._can_sleep:
-            self._run(self._llm.wake_up(parts))
+            with self._update("wake"):
+                self._run(self._llm.wake_up(parts))
 
     def close(self) -> None:
         """Stop the engine's processes."""

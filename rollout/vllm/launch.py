@@ -303,11 +303,29 @@ def cpu_cache_bytes(one_response: int, rollout: RolloutConfig) -> int:
 
 def weight_bytes(model_path: str, dtype: str) -> int:
     """Return the bytes of a model folder's weights in `dtype`; 0 for a model that is not a local folder."""
-    num_elements = 0
+    return sum(_tensor_bytes(model_path, dtype).values())
+
+
+def check_bucket(model_path: str, rollout: RolloutConfig) -> None:
+    """Refuse a tensor that no bucket of a weight sync on shared GPUs has room for; only a local folder is looked at."""
+    sizes = _tensor_bytes(model_path, rollout.dtype)
+    largest = max(sizes, key=lambda name: sizes[name], default="")
+    mib = math.ceil(sizes.get(largest, 0) / 2**20)
+    require(
+        mib <= rollout.vllm.sync_bucket_mib,
+        f"rollout.vllm.sync_bucket_mib={rollout.vllm.sync_bucket_mib} has no room for {largest} of {model_path}, which "
+        f"has {mib} MiB in {rollout.dtype}. Set it to {mib} or more.",
+    )
+
+
+def _tensor_bytes(model_path: str, dtype: str) -> dict[str, int]:
+    """Return the bytes of each tensor of a model folder in `dtype`; nothing for a model that is not a local folder."""
+    itemsize, sizes = int(getattr(torch, dtype).itemsize), {}
     for file in Path(model_path).glob("*.safetensors"):
         with safetensors.safe_open(file, framework="pt") as tensors:
-            num_elements += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return num_elements * int(getattr(torch, dtype).itemsize)
+            for name in tensors.keys():  # noqa: SIM118
+                sizes[name] = math.prod(tensors.get_slice(name).get_shape()) * itemsize
+    return sizes
 
 
 def check_cache(num_bytes: int, one_response: int, max_tokens: int) -> None:

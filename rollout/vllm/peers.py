@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rollout.errors import RsgrpoError
+from rollout.vllm.wire import own_address
 
 Wait = Callable[[float], Any]
 """Returns the result of a call, or raises TimeoutError after this many seconds; it may be called again."""
@@ -45,12 +46,14 @@ def local_peer(engine: Any) -> Peer:
 class Peers:
     """Calls all engines at once and reports which one failed or did not answer.
 
-    world_size: ranks of a group of the sender and all workers of all engines.
+    world_size: ranks of a group of the sender and all workers of all engines. address: where they reach the sender.
     """
 
-    def __init__(self, peers: Sequence[Peer], timeout_s: float) -> None:
+    def __init__(self, peers: Sequence[Peer], timeout_s: float, address: str = "") -> None:
+        """Take engines that are up; `address` "" is that of the interface of this machine's default route."""
         self.peers = peers
         self.timeout_s = timeout_s
+        self.address = address or own_address()
         self.world_size = 1 + sum(peer.num_workers for peer in peers)
 
     def call(self, method: str, *args: Any, meanwhile: Callable[[], None] | None = None) -> list[Any]:

@@ -39,7 +39,6 @@ from rollout.vllm.wire import (
     checksum,
     free_port,
     layout_of,
-    own_address,
 )
 
 log = logging.getLogger(__name__)
@@ -66,6 +65,7 @@ def build_sender(
     bucket_bytes: int = 512 * 2**20,
     timeout_s: float = 300.0,
     verify_every: int = 1,
+    address: str = "",
 ) -> WeightSender:
     """Connect a learner rank to all engines; every rank calls it, but with "gloo" and "nccl" only rank 0 connects.
 
@@ -73,11 +73,12 @@ def build_sender(
     dtype: floating-point tensors are sent in it (the engines' own saves bandwidth); None sends them as they are.
     timeout_s: limit of each phase (connect, start, one bucket, finish).
     verify_every: compare checksums after every n-th sync, the first included; 0 never compares.
+    address: under which the engines reach this rank; "" is that of the interface of the default route.
 
     Raises:
         TransferError: an engine did not answer in time.
     """
-    group = Peers(peers, timeout_s)
+    group = Peers(peers, timeout_s, address)
     verifier = _Verifier(group, verify_every if rank == 0 else 0, dtype)
     if backend == "ipc":
         return _IpcSender(group, rank, bucket_bytes, verifier)
@@ -188,7 +189,7 @@ class _GlooLink:
     """Rank 0 of a gloo group of the sender and all workers."""
 
     def __init__(self, peers: Peers) -> None:
-        address, timeout = own_address(), timedelta(seconds=peers.timeout_s)
+        address, timeout = peers.address, timedelta(seconds=peers.timeout_s)
         store: Any = dist.TCPStore(  # type: ignore[attr-defined,unused-ignore]
             address, 0, peers.world_size, is_master=True, wait_for_workers=False, timeout=timeout
         )
@@ -214,7 +215,7 @@ class _NcclLink:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         self._buffer_bytes = 2 * bucket_bytes  # above any bucket, so that a bucket is never split
-        meeting = {"master_address": own_address(), "master_port": free_port()}
+        meeting = {"master_address": peers.address, "master_port": free_port()}
         self._device = torch.cuda.current_device()
         self._group: Any = None
 

@@ -34,7 +34,9 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not address:
         require_token()
-    own = {"num_cpus": num_cpus, "include_dashboard": False, "object_store_memory": object_store_bytes}
+    # "local": without an address Ray would join a cluster of this machine, if there is one, and refuse these settings.
+    own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
+    own |= {"object_store_memory": object_store_bytes}
     settings = {"address": address, "namespace": "rsgrpo"} if address else own
     # Ray puts the current folder first on the path of every worker.
     first = {"worker_process_setup_hook": "rsgrpo.come_first"} if namesakes(Path.cwd()) else None

@@ -113,8 +113,9 @@ class LocalCluster:
         return self.learner.logprobs(groups, reference=True)
 
     def engine_metrics(self) -> dict[str, float]:
-        """Return the restarts of engines: none, since the engine lives and dies with the run."""
-        return {"rollout/engine_restarts": 0.0}
+        """Return the engines and restarts: none, since the engine lives and dies with the run."""
+        engines = float(self.config.rollout.num_workers)
+        return {"rollout/engines": engines, "rollout/engine_restarts": 0.0, "rollout/reward_restarts": 0.0}
 
     def check_engines(self, prompts: Sequence[Prompt], version: int) -> None:
         """Compare the engine with the learner on `prompts`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from rsgrpo.types import TrainGroup
 
 POLL_S = 0.5
 """How often a wait looks up: for a request to stop, for a worker that died."""
+
+DEATH_NOTICE_S = 5.0
+"""Time in which Ray reports a dead process, after those that were connected to it have failed."""
 
 
 class Ranks:
@@ -43,7 +46,7 @@ class Ranks:
         """Wait for one result per rank; return all of them.
 
         Raises:
-            WorkerError: as soon as any rank fails, without waiting for the others.
+            WorkerError: any rank failed. The others are not waited for, except to see whether one of them has died.
             RsgrpoError: `deadline` has passed.
         """
         rank_of = {ref: rank for rank, ref in enumerate(refs)}
@@ -51,13 +54,27 @@ class Ranks:
         while pending:
             done, pending = ray.wait(pending, timeout=POLL_S)
             for ref in done:
-                self.get(ref, rank_of[ref], what)
+                try:
+                    self.get(ref, rank_of[ref], what)
+                except WorkerError as error:
+                    death = None if error.died else self._death({r: rank_of[r] for r in pending}, what)
+                    raise death or error from None
             if stoppable:
                 self.check_stop()
             if pending and deadline is not None and not deadline.left_s:
                 late = ", ".join(str(rank_of[ref]) for ref in pending)
                 raise deadline.missed(f"{self.role} {late}", what)
         return [self.get(ref, rank, what) for rank, ref in enumerate(refs)]
+
+    def _death(self, pending: Mapping[Any, int], what: str) -> WorkerError | None:
+        """Return the error of a rank that died: the others only see that a connection was closed, and see it first."""
+        for ref in ray.wait(list(pending), num_returns=len(pending), timeout=DEATH_NOTICE_S)[0] if pending else ():
+            try:
+                self.get(ref, pending[ref], what)
+            except WorkerError as error:
+                if error.died:
+                    return error
+        return None
 
     def get(self, ref: Any, rank: int, what: str) -> Any:
         """Return what one rank has finished."""
@@ -128,6 +145,10 @@ class RayLearner(Ranks):
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder with tokenizer and processor."""
         self._call("export", folder)
+
+    def memory_mb(self) -> float:
+        """Return the resident memory of all ranks, in MiB."""
+        return float(sum(self.wait_for_all([actor.rss_mb.remote() for actor in self.actors], "rss_mb")))
 
     def release_memory(self) -> None:
         """Give cached memory back to the devices, for engines that share them."""

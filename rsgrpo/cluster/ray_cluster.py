@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import ray
 from rollout.engine import NextShare, shares
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.vllm.launch import check_bucket
 from rollout.worker import WorkerError, WorkerHandle, start_rollout_worker
 from rsgrpo.cluster.connect import connect_ray
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
-from rsgrpo.cluster.ranks import Ranks, RayLearner
+from rsgrpo.cluster.ranks import RayLearner
 from rsgrpo.cluster.reservation import Reservation
+from rsgrpo.cluster.reward_pool import RewardPool
+from rsgrpo.cluster.shared_folder import token_in
 from rsgrpo.cluster.workers import LearnerWorker, RewardWorker
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.types import ScoredGroup, TrainGroup
@@ -67,44 +71,52 @@ class RayCluster:
     def _start(self, total_steps: int, run_dir: Path) -> None:
         config, deadline = self.config, Deadline(self.config.cluster.startup_timeout_s)
         self._seats = seats = Reservation(config, timeout_s=deadline.left_s)
+        if seats.shares_gpus and config.rollout.engine == "vllm" and not config.model.lora.rank:
+            check_bucket(config.model.path, config.rollout)
         self.learner = self._ranks("learner")
         calls = [actor.devices.remote() for actor in self.learner.actors]
         seats.share_gpus(self.learner.wait_for_all(calls, "starting a process", deadline=deadline))
         self.reference = self._ranks("reference") if seats.placement.seats["reference"] else None
-        reward_workers = [
-            ray.remote(RewardWorker).options(**self._options("reward", index)).remote()
-            for index in range(config.cluster.reward_workers)
-        ]
-        self.rewards = Ranks("reward worker", reward_workers, self.check_stop)
+        self.rewards = RewardPool(
+            self._start_reward_worker, config.cluster.reward_workers, start_timeout_s=config.cluster.startup_timeout_s
+        )
         if not seats.shares_gpus:
             self._start_engines()
-        for ranks, trainable in ((self.learner, True), (self.reference, False)):
-            if ranks is not None:
-                self._build(ranks, total_steps, run_dir, trainable, deadline)
+        with token_in(run_dir) as token:
+            self._build(self.learner, deadline, total_steps, str(run_dir), token, True)
+            if self.reference is not None:
+                self._build(self.reference, deadline, total_steps, str(run_dir), token, False)
         if seats.shares_gpus:
-            # Not before: vLLM sizes its cache by what all processes together take of a GPU while it starts.
+            # Not earlier: vLLM sizes its cache by what all processes together take of a GPU while it starts.
             self._start_engines()
-        self.rewards.wait_for_all(
-            [actor.build.remote(config, os.getcwd(), sys.path) for actor in self.rewards.actors],
-            "loading the reward functions",
-            deadline=deadline,
-        )
-        self._backend = self.rollouts.ping()[0]["backend"]  # an engine that cannot load its model fails here
+        self.rewards.wait(deadline)
+        try:
+            self._backend = self.rollouts.start(deadline.left_s)["backend"]
+        except TimeoutError as error:
+            raise deadline.missed(str(error), "starting its engine") from None
         log.info("all workers are up after %.1f s", deadline.limit_s - deadline.left_s)
 
-    def _build(self, ranks: RayLearner, total_steps: int, run_dir: Path, trainable: bool, deadline: Deadline) -> None:
+    def _build(self, ranks: RayLearner, deadline: Deadline, *arguments: Any) -> None:
         ((host, port),) = ranks.wait_for_all([ranks.actors[0].address.remote()], "starting", deadline=deadline)
-        calls = [
-            actor.build.remote(self.config, os.getcwd(), host, port, total_steps, str(run_dir), trainable)
-            for actor in ranks.actors
-        ]
+        calls = [actor.build.remote(self.config, os.getcwd(), host, port, *arguments) for actor in ranks.actors]
         ranks.wait_for_all(calls, "loading the model", deadline=deadline)
 
     def _start_engines(self) -> None:
         rollout = self.config.rollout
         engines = [self._start_engine(index) for index in range(rollout.num_workers)]
-        supervision = Supervision(self._start_engine, self._send_weights, rollout.max_restarts)
+        supervision = Supervision(
+            self._restart_engine,
+            self._send_weights,
+            rollout.max_restarts,
+            has_room=partial(self._reservation.has_room, "rollout"),
+            start_timeout_s=self.config.cluster.startup_timeout_s,
+        )
         self.rollouts = self._pool = RolloutPool(engines, timeout_s=rollout.timeout_s, supervision=supervision)
+
+    def _restart_engine(self, index: int) -> WorkerHandle:
+        if self._reservation.shares_gpus:
+            self._release_memory()  # vLLM counts what others hold of the GPU as its own
+        return self._start_engine(index)
 
     def _start_engine(self, index: int) -> WorkerHandle:
         config = self.config
@@ -114,21 +126,34 @@ class RayCluster:
             config.rollout,
             config.inputs,
             folder=os.getcwd(),
-            options=self._options("rollout", index),
+            options=self._reservation.options("rollout", index),
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
             colocated=config.cluster.placement == "colocated",
             lora_rank=config.model.lora.rank,
         )
 
-    def _options(self, role: str, index: int) -> dict[str, Any]:
+    def _start_reward_worker(self, index: int) -> tuple[Any, Any]:
+        options = self._reservation.options("reward", index)
+        actor: Any = ray.remote(RewardWorker).options(**options).remote()
+        return actor, actor.build.remote(self.config, os.getcwd(), sys.path)
+
+    @property
+    def _reservation(self) -> Reservation:
         assert self._seats is not None, "a worker before its reservation"
-        return self._seats.options(role, index)
+        return self._seats
+
+    def _release_memory(self) -> None:
+        """Let the learner and the reference give cached memory back to the devices."""
+        for ranks in (self.learner, self.reference):
+            if ranks is not None:
+                ranks.release_memory()
 
     def _ranks(self, role: str) -> RayLearner:
+        learner, options = self.config.learner, self._reservation.options
         actors = [
-            ray.remote(LearnerWorker).options(**self._options(role, rank)).remote(rank, self.config.learner.num_threads)
-            for rank in range(self.config.learner.num_ranks)
+            ray.remote(LearnerWorker).options(**options(role, rank)).remote(rank, learner.num_threads)
+            for rank in range(learner.num_ranks)
         ]
         return RayLearner(role, actors, self.check_stop)
 
@@ -148,20 +173,13 @@ class RayCluster:
         return self._sample(next_share)
 
     def _sample(self, next_share: NextShare) -> Generator[ScoredGroup | RolloutGroup]:
-        scoring: dict[Any, int] = {}
-        num_sent = 0
-        for group in self.rollouts.stream(next_share, also=lambda: list(scoring), check=self.check_stop):
+        scoring = self.rewards.batch()
+        for group in self.rollouts.stream(next_share, also=scoring.calls, check=self.check_stop):
             if group is not None and group.error is not None:
                 yield group
             elif group is not None:
-                worker = num_sent % len(self.rewards.actors)
-                scoring[self.rewards.actors[worker].score.remote([group])] = worker
-                num_sent += 1
-            yield from self._scored(scoring)
-
-    def _scored(self, scoring: dict[Any, int]) -> Iterator[ScoredGroup]:
-        for ref in ray.wait(list(scoring), num_returns=len(scoring), timeout=0)[0] if scoring else ():
-            yield from self.rewards.get(ref, scoring.pop(ref), "score")
+                scoring.add(group)
+            yield from scoring.scored(timeout_s=0)
 
     def learn(self, groups: Sequence[TrainGroup], loss_weights_K: Sequence[float], version: int) -> dict[str, float]:
         """Take the optimiser steps of one batch; the weights are `version` afterwards.
@@ -184,8 +202,9 @@ class RayCluster:
             WorkerError: it failed, and restarting the engines did not help.
         """
         self.learner.version = version
+        self.rollouts.take_back()
         if self._resting:
-            self.learner.release_memory()  # what the update left cached is room that the engines need
+            self._release_memory()  # what the update left cached is room that the engines need
             self.rollouts.wake("weights")
         try:
             self._send_weights(self.rollouts.workers)
@@ -219,8 +238,12 @@ class RayCluster:
             self.learner.send_weights(engines, self.config.rollout, self._backend)
 
     def engine_metrics(self) -> dict[str, float]:
-        """Return restarts of engines so far and, of vLLM, its speed and cache hits since the last call."""
-        metrics = {"rollout/engine_restarts": float(self.rollouts.num_restarts)}
+        """Return engines, restarts so far and, of vLLM, its speed and cache hits since the last call."""
+        metrics = {
+            "rollout/engines": float(len(self.rollouts.workers)),
+            "rollout/engine_restarts": float(self.rollouts.num_restarts),
+            "rollout/reward_restarts": float(self.rewards.num_restarts),
+        }
         stats = [counts for counts in self.rollouts.stats() if counts]
         if stats:
             total = {key: sum(counts[key] for counts in stats) for key in stats[0]}
@@ -238,12 +261,10 @@ class RayCluster:
 
     def memory_mb(self) -> dict[str, float]:
         """Resident memory of each role, summed over its workers, in MiB."""
-        roles = {"learner": self.learner.actors, "reward": self.rewards.actors}
+        memory = {"learner": self.learner.memory_mb(), "reward": self.rewards.memory_mb()}
         if self.reference is not None:
-            roles["reference"] = self.reference.actors
-        memory = {role: sum(ray.get([actor.rss_mb.remote() for actor in actors])) for role, actors in roles.items()}
-        memory["rollout"] = sum(state["rss_mb"] for state in self.rollouts.ping())
-        return memory
+            memory["reference"] = self.reference.memory_mb()
+        return memory | {"rollout": self.rollouts.memory_mb()}
 
     def close(self, *, hurry: bool = False) -> None:
         """Stop all workers and leave (or end) the Ray cluster.

@@ -69,7 +69,10 @@ class Reservation:
         self._visible: dict[tuple[str, int], str] = {}
 
     def options(self, role: str, index: int) -> dict[str, Any]:
-        """Return Ray's options for the actor of one worker."""
+        """Return Ray's options for the actor of one worker.
+
+        A reward worker whose node is gone is not held back until another has room for everything that was there.
+        """
         seat = self.placement.seats[role][index]
         env_vars = WORKER_ENV
         if (visible := self._visible.get((role, index))) is not None:
@@ -79,6 +82,8 @@ class Reservation:
             }
         elif role == "reward":
             env_vars = env_vars | NO_GPU
+        if role == "reward" and not self.has_room(role, index):
+            return {"num_cpus": 0, "runtime_env": {"env_vars": env_vars}}
         return {
             "num_cpus": seat.cpus,
             "num_gpus": seat.gpus,

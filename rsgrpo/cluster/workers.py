@@ -20,7 +20,8 @@ from rollout.engine import Backend
 from rollout.types import RolloutGroup
 from rollout.vllm.peers import TransferError
 from rollout.vllm.weights_out import WeightSender
-from rollout.worker import WorkerHandle, enter_folder, weight_sender
+from rollout.worker import WorkerHandle, enter_folder, node_address, weight_sender
+from rsgrpo.cluster.shared_folder import require_token
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.records.run_log import log_to_folder
 from rsgrpo.types import ScoredGroup
@@ -50,23 +51,33 @@ class LearnerWorker(_Process):
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a free port, for the process group of all ranks."""
-        untyped: Any = ray.util
-        host: str = untyped.get_node_ip_address()
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return host, probe.getsockname()[1]
+            return node_address(), probe.getsockname()[1]
 
     def devices(self) -> list[str]:
         """Return the GPUs of this node that Ray gave this rank."""
         return [str(gpu) for gpu in ray.get_gpu_ids()]
 
     def build(
-        self, config: TrainConfig, folder: str, host: str, port: int, total_steps: int, run_dir: str, trainable: bool
+        self,
+        config: TrainConfig,
+        folder: str,
+        host: str,
+        port: int,
+        total_steps: int,
+        run_dir: str,
+        token: str,
+        trainable: bool,
     ) -> None:
-        """Join the process group and load this rank's shard of the model; the driver works in `folder`."""
+        """Join the process group and load this rank's shard of the model.
+
+        folder: where the driver works. token: file that it has put into `run_dir` (`rsgrpo.cluster.shared_folder`).
+        """
         from rsgrpo.learning.learner import Learner, init_distributed
 
         enter_folder(folder)
+        require_token(run_dir, token)
         init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
         self.learner = Learner(
             config.model,

@@ -156,7 +156,15 @@ class ClusterConfig:
     )
     cpus: dict[str, float] = key(CPUS, "Role (rollout, learner, reward) -> CPUs that each of its workers reserves.")
     reward_workers: int = key(1, "Processes that run reward functions.", ge=1)
-    startup_timeout_s: float = key(600.0, "Time limit to place and start all workers.", gt=0)
+    startup_timeout_s: float = key(
+        1800.0, "Time limit to place and start all workers, and to restart one that was lost.", gt=0
+    )
+    max_recoveries: int = key(
+        3,
+        "Times in a row, without a new checkpoint between them, that a run resumes by itself after a learner rank or a "
+        "reference died.",
+        ge=0,
+    )
     object_store_mb: int = key(512, "Ray's shared memory on this machine (local clusters).", ge=1)
 
     def __post_init__(self) -> None:

@@ -89,7 +89,7 @@ class Run:
         self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready=parts.state.get("ready"))
         self.score = parts.resumed.score if parts.resumed else None
         self.times: dict[str, float] = {}
-        self._started, self._checked, self._leaving = parts.started, False, ExitStack()
+        self._started, self._checked, self._leaving, self.recoveries = parts.started, False, ExitStack(), 0
         self._mark_boundary(parts.resumed.step if parts.resumed else 0, validated=parts.state.get("validated", False))
         self.cluster.sync_weights(self.step)
 
@@ -178,9 +178,8 @@ class Run:
         if isinstance(error, WorkerError):
             newest = self.checkpoints.newest()
             where = f"resume from step {newest.step}" if newest else "start again from the beginning"
-            raise WorkerError(
-                f"step {self.step + 1}: {error}\nFix the cause and run the same command to {where}.", error.cause
-            ) from None
+            message = f"step {self.step + 1}: {error}\nFix the cause and run the same command to {where}."
+            raise WorkerError(message, error.cause, died=error.died) from None
 
     @property
     def steps_left(self) -> range:
@@ -216,6 +215,7 @@ class Run:
             **self.times,
             "time/step": seconds,
             "perf/response_tokens_per_s": num_tokens / seconds,
+            **({"perf/recoveries": float(self.recoveries)} if self.recoveries else {}),
             **{f"perf/rss_mb_{role}": megabytes for role, megabytes in self.cluster.memory_mb().items()},
         }
         self.times = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -41,7 +42,7 @@ from tests.material.training import write_rewards, write_rows
 @pytest.fixture(scope="module")
 def ray_cluster():
     """One local Ray for all runs of this module: a run that finds Ray connected uses it."""
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, configure_logging=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, configure_logging=False)
     yield
     ray.shutdown()
 
@@ -299,7 +300,8 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen, timeout_s:
         if any(row["step"] >= step and "actor/loss" in row for row in read_metrics(folder)):
             return
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached; exit code {process.poll()}")
+    process.kill()
+    raise AssertionError(f"step {step} was not reached; exit code {process.poll()}: {process.communicate()}")
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -324,13 +326,39 @@ def test_a_run_that_is_stopped_from_outside_resumes_bit_for_bit(whole, tmp_path,
     assert metrics_of(stopped) == metrics_of(whole)
 
 
-def test_a_learner_that_dies_ends_the_program_at_once_and_says_which(config, tmp_path):
-    config = variant(config, total_steps=50)
+def test_a_run_whose_learner_dies_goes_on_by_itself_with_the_same_numbers(whole, tmp_path):
+    recovered = variant(whole, output_dir=str(tmp_path), name="recovered")
+    command = as_command(recovered, tmp_path)
+    with subprocess.Popen(
+        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        wait_for_step(tmp_path / "recovered", 3, process)
+        kill_learner(process.pid)
+        output = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, output
+    assert len(re.findall(r"step \d: learner 0 died in \w+", output)) == 1, output
+    assert re.search(r"goes on from step [24] by itself \(recovery 1 of 3", output), output
+    assert metrics_of(recovered) == metrics_of(whole)
+    assert {row.get("perf/recoveries") for row in read_metrics(tmp_path / "recovered")} >= {1.0}
+    exports = [sha256_of(whole_folder(run) / "export" / "model.safetensors") for run in (recovered, whole)]
+    assert exports[0] == exports[1]
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def kill_learner(driver_pid: int) -> None:
+    killed = subprocess.run(["pkill", "-KILL", "-P", str(raylet_of(driver_pid)), "-f", "LearnerWorker"])
+    assert killed.returncode == 0
+
+
+def test_a_learner_that_dies_for_good_ends_the_program_at_once_and_says_which(config, tmp_path):
+    config = variant(config, total_steps=50, cluster=dataclasses.replace(config.cluster, max_recoveries=0))
     command = as_command(config, tmp_path / "a")
     with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_step(tmp_path / "run", 1, process)
-        killed = subprocess.run(["pkill", "-KILL", "-P", str(raylet_of(process.pid)), "-f", "LearnerWorker"])
-        assert killed.returncode == 0
+        kill_learner(process.pid)
         start = time.monotonic()
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1

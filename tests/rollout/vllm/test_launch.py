@@ -5,10 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
 from rollout.vllm.launch import (
     GIB,
+    check_bucket,
     check_cache,
     check_cpu_memory,
     check_gpu_memory,
@@ -82,3 +85,13 @@ def test_weights_and_one_response_must_fit_into_the_engines_share_of_a_gpu():
     check_gpu_memory(weights, one, rollout(gpu_memory_utilization=0.2, kv_cache_gib=8), 80 * GIB)
     with pytest.raises(ConfigError, match=r"1 of 24 GiB are 24\.0\. Change rollout.vllm.kv_cache_gib"):
         check_gpu_memory(weights, one, rollout(kv_cache_gib=12), 24 * GIB)
+
+
+def test_a_tensor_larger_than_a_bucket_is_refused_with_its_name_and_size(tmp_path):
+    tensors = {"embed.weight": torch.zeros(3 * 2**19), "norm.weight": torch.zeros(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    room = RolloutConfig(dtype="bfloat16", vllm=VllmConfig(sync_bucket_mib=3))
+    check_bucket(str(tmp_path), room)
+    check_bucket("some/hub-id", room)
+    with pytest.raises(ConfigError, match=r"sync_bucket_mib=2 has no room for embed.weight of .*3 MiB in bfloat16"):
+        check_bucket(str(tmp_path), RolloutConfig(dtype="bfloat16", vllm=VllmConfig(sync_bucket_mib=2)))

@@ -25,7 +25,7 @@ class Receiver:
         self.times_asked = 0
 
     def transfer_init(self, info):
-        rank = info.pop("rank_offset")
+        rank, self.met_at = info.pop("rank_offset"), info["address"]
         self.group = GlooGroup.join(rank=rank, **info)
 
     def transfer_start(self):
@@ -49,6 +49,13 @@ def silent(*args):
 
 def connected(*engines: Receiver, timeout_s: float = 20, **options):
     return build_sender([local_peer(engine) for engine in engines], backend="gloo", timeout_s=timeout_s, **options)
+
+
+def test_the_group_meets_at_the_address_that_the_sender_is_given():
+    receiver = Receiver("engine 0")
+    sender = connected(receiver, address="127.0.0.1")
+    assert receiver.met_at == "127.0.0.1"
+    sender.close()
 
 
 def test_buckets_hold_consecutive_tensors_up_to_the_limit_and_a_larger_one_alone():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +16,12 @@ from ray.cluster_utils import Cluster
 from rsgrpo.cluster.reservation import Reservation
 from tests.rsgrpo.config.test_placement import KINDS, layout
 
+OWN_RAY = """
+from rsgrpo.cluster.connect import connect_ray
+connect_ray("", num_cpus=1, object_store_bytes=100 << 20)
+import ray
+print(ray.cluster_resources()["CPU"])
+"""
 NODE: dict[str, Any] = {"num_cpus": 64, "num_gpus": 8, "object_store_memory": 80 << 20}
 
 
@@ -82,6 +90,8 @@ def test_engines_lie_on_one_node_each_and_every_worker_is_told_its_gpus(nodes, c
     assert reference == (*learners[2][:2], [])
     assert reward[1] == "", "a judge in a reward worker must not find the learner's GPU"
     assert seats.has_room("rollout", 0)
+    own = subprocess.run([sys.executable, "-c", OWN_RAY], capture_output=True, text=True, timeout=120)
+    assert own.stdout == "1.0\n", f"a run's own Ray must not join the cluster that this machine has: {own.stderr}"
 
 
 @pytest.mark.slow
