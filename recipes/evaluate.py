@@ -7,6 +7,7 @@ Predictions come from `recipes.answers.batch`, scores from `recipes.evaluation.s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -19,12 +20,15 @@ from typing import Any
 
 from recipes.answers.batch import answer_batch
 from recipes.answers.engine import open_answerer
-from recipes.answers.predictions import load_predictions
+from recipes.answers.harness_files import SUFFIXES, write_lmms, write_table
+from recipes.answers.predictions import load_predictions, placed
 from recipes.answers.questions import Question, to_prompt, warn_of_other_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
+from recipes.evaluation.extra import extra_scorers
+from recipes.evaluation.official import PROTOCOLS
 from recipes.evaluation.page import Results, as_json, as_markdown, as_page, worst_cases
-from recipes.evaluation.scoring import compare_evaluations, evaluate_predictions
+from recipes.evaluation.scoring import ItemScore, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
 from rollout.errors import listed
 from rollout.files import write_text
@@ -51,6 +55,14 @@ class EvaluateConfig:
     topk: int = key(3, "Pages per question, which selects top<k>_test.jsonl; 0 uses all pages of a file.", ge=0)
     max_questions: int = key(0, "Use only the first questions, up to this number; 0 uses all.", ge=0)
     predictions: str = key("", "Score this file and predict nothing.")
+    protocol: str = key(
+        "",
+        "The benchmark's own rule to score by as well.",
+        one_of=("", *PROTOCOLS),
+    )
+    metrics: dict[str, str] = key({}, "Name -> module:function of a reward to score by as well.")
+    harness_files: bool = key(False, "Also write the answers as lmms-eval's samples and VLMEvalKit's .tsv and .xlsx.")
+    mixed: bool = key(False, "Compare with `against` although it was predicted with other settings.")
     against: str = key("", "A second prediction file to compare with.")
     name: str = key("", 'Name of the folder in output_dir; "" derives it from benchmark and model.')
     output_dir: str = key("runs/evaluation", "Folder that holds evaluations.")
@@ -100,8 +112,27 @@ def evaluate(config: EvaluateConfig) -> None:
         write_text(folder / "results.json", json.dumps(as_json(report), indent=2) + "\n")
         write_text(folder / "results.md", as_markdown(report))
         write_text(folder / "report.html", as_page(report))
+        if config.harness_files:
+            write_harness_files(folder, report.evaluation.items)
         console.info(as_markdown(report))
         console.info(f"written: {folder / 'report.html'}, results.md, results.json")
+
+
+def write_harness_files(folder: Path, items: Sequence[ItemScore]) -> None:
+    """Write the answered questions as lmms-eval's samples and as VLMEvalKit's tables."""
+    rows = [
+        {
+            "id": item.question.id,
+            "question": item.question.question,
+            "answers": item.question.answers,
+            "raw": item.prediction.text,
+        }
+        for item in items
+        if item.prediction is not None
+    ]
+    write_lmms(folder / "lmms_samples_predictions.jsonl", rows)
+    for suffix in SUFFIXES:
+        write_table(folder / f"vlmevalkit{suffix}", rows)
 
 
 def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path, console: Console) -> None:
@@ -130,14 +161,64 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
 def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> Results:
     """Score a prediction file, and compare it with `against` where that is given."""
     bootstrap = {"num_samples": config.bootstrap_samples, "seed": config.seed}
-    evaluation, other, differences = evaluate_predictions(questions, load_predictions(path), **bootstrap), None, None
+    scorers, ids = extra_scorers(config.protocol, config.metrics), [question.id for question in questions]
+    evaluation, other, differences = (
+        evaluate_predictions(questions, placed(load_predictions(path), ids), **bootstrap, scorers=scorers),
+        None,
+        None,
+    )
     facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
+    facts += protocol_facts(config, path)
     if config.against:
-        other = evaluate_predictions(questions, load_predictions(config.against), **bootstrap)
+        require_same_settings(path, Path(config.against), mixed=config.mixed)
+        others = placed(load_predictions(config.against), ids)
+        other = evaluate_predictions(questions, others, **bootstrap, scorers=scorers)
         differences = compare_evaluations(evaluation, other, num_permutations=config.permutations, **bootstrap)
         facts.append(("against", config.against))
     title = f"{Path(config.benchmark).stem}: {subject_of(config)}"
     return Results(title, facts, evaluation, differences, other, worst_cases(evaluation, other, config.worst_cases))
+
+
+def protocol_facts(config: EvaluateConfig, path: Path) -> list[tuple[str, str]]:
+    """Return what a score depends on, for results.json and the page: rule, prompt, pages, pixels and decoding."""
+    chosen = PROTOCOLS.get(config.protocol)
+    facts = [("protocol", f"{chosen.name} {chosen.version} ({chosen.source})")] if chosen else []
+    facts.append(("extractor", "paper: first <answer>; else the last <answer> after the reasoning"))
+    settings = settings_of(path)
+    if not settings:
+        return [*facts, ("settings", "unknown: a file of predictions without settings.json beside it")]
+    inputs, rollout = settings.get("inputs", {}), settings.get("rollout", {})
+    prompt = json.dumps(settings.get("prompt", {}), sort_keys=True)
+    decoding = ("temperature", "top_p", "top_k", "max_response_tokens")
+    return [
+        *facts,
+        ("prompt hash", hashlib.sha256(prompt.encode()).hexdigest()[:16]),
+        ("pages", f"at most {inputs.get('max_images')}, topk {settings.get('topk') or 'all'}"),
+        ("pixels", f"{inputs.get('min_pixels')} to {inputs.get('max_pixels')} a page"),
+        ("decoding", ", ".join(f"{name} {rollout.get(name)}" for name in decoding)),
+    ]
+
+
+def settings_of(predictions: Path) -> dict[str, Any]:
+    """Return the settings that lie beside a prediction file of ours; {} for any other file."""
+    path = predictions.with_name(SETTINGS_FILE)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def require_same_settings(path: Path, against: Path, *, mixed: bool) -> None:
+    """Refuse to put answers that were predicted with different settings into one table.
+
+    Raises:
+        ConfigError: prompt, pages, pixels or decoding differ, and `mixed` does not allow it.
+    """
+    one, other = settings_of(path), settings_of(against)
+    differ = [name for name in ("benchmark", "topk", "prompt", "inputs", "rollout") if one.get(name) != other.get(name)]
+    require(
+        mixed or not (one and other and differ),
+        f"{path} and {against} were predicted with different settings ({', '.join(differ)}), so their difference is "
+        "not of the models alone. Predict one of them again, or set mixed=true.",
+    )
 
 
 def folder_name(config: EvaluateConfig) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipes.answers.harness_files import SUFFIXES, from_lmms, is_lmms, table_rows
 from rsgrpo.errors import InputError
 
 ID_KEYS = ("id", "qid", "query_id", "question_id", "uid")
@@ -38,7 +40,9 @@ class Predictions:
 
 
 def load_predictions(path: str | Path) -> Predictions:
-    """Read a prediction file: .jsonl, or .json with a list of rows or a map from id to output.
+    """Read a prediction file: .jsonl, .json with rows or a map from id to output, lmms-eval's samples, or a table.
+
+    A table is VLMEvalKit's .tsv or .xlsx (`recipes.answers.harness_files`).
 
     A row names its question as `id`, `qid` or the like (ID_KEYS), and the model's whole output as `raw`, `pred`,
     `response` or the like (TEXT_KEYS, the first that is there).
@@ -49,13 +53,29 @@ def load_predictions(path: str | Path) -> Predictions:
     path = Path(path)
     by_id: dict[str, Prediction] = {}
     num_rows = 0
-    for place, row in _rows(path):
-        prediction = _prediction(place, row)
+    for place, row in table_rows(path) if path.suffix in SUFFIXES else _rows(path):
+        prediction = _prediction(place, from_lmms(row) if is_lmms(row) else row)
         by_id[prediction.id] = prediction
         num_rows += 1
     if not by_id:
         raise InputError(f"predictions={path} has no rows")
     return Predictions(by_id, num_rows - len(by_id))
+
+
+def placed(predictions: Predictions, ids: Sequence[str]) -> Predictions:
+    """Return the predictions under the benchmark's ids where the file only counts the questions, from 0 or from 1.
+
+    ids: of the benchmark's questions, in order. lmms-eval's `doc_id` and VLMEvalKit's `index` are such counts.
+    """
+    found = predictions.by_id
+    if any(row_id in found for row_id in ids) or not all(re.fullmatch(r"\d+", row_id) for row_id in found):
+        return predictions
+    numbers = {int(row_id): prediction for row_id, prediction in found.items()}
+    first = 0 if 0 in numbers else 1
+    if len(numbers) != len(found) or max(numbers) - first >= len(ids):
+        return predictions
+    moved = {ids[number - first]: replace(one, id=ids[number - first]) for number, one in numbers.items()}
+    return Predictions(moved, predictions.num_repeated)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

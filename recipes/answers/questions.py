@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ ID_KEYS = ("id", "qid", "query_id", "question_id")
 QUESTION_KEYS = ("question", "query")
 IMAGE_KEYS = ("image", "images")
 ANSWER_KEYS = ("answer", "answers")
+RULE_COLUMNS = ("answer_format", "year", "question_type")
+"""Columns by which `recipes.evaluation.official` chooses a rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Question:
     answers: accepted answers, in no order; empty where the row has no gold.
     is_sufficient: whether the pages settle the question; what the row says, else whether its gold answer abstains.
     evidence: one gold text per page; None where the row has none.
+    columns: what else the row has that a scoring rule reads (RULE_COLUMNS).
     """
 
     id: str
@@ -52,6 +55,7 @@ class Question:
     answers: tuple[str, ...] = ()
     is_sufficient: bool = True
     evidence: tuple[str, ...] | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_questions(source: str, *, image_dir: str = "", need_answers: bool = False) -> list[Question]:
@@ -184,6 +188,7 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
         answers=answers,
         is_sufficient=_flag(columns["is_sufficient"]) if columns.get("is_sufficient") is not None else not abstains,
         evidence=evidence,
+        columns={name: columns[name] for name in RULE_COLUMNS if columns.get(name) is not None},
     )
 
 

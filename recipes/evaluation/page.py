@@ -32,6 +32,11 @@ RATES = {
     "output/truncated": "cut off at the token limit",
     "abstention/rate": "abstained",
 }
+EXTRA = ("protocol/", "metric/", "pages/", "joint/", "chain/")
+EXTRA_NOTE = (
+    "protocol: the benchmark's own rule; pages: the evidence block's pages, per question; joint: answer and pages, as "
+    "SlideVQA has it; chain: of the right answers, the share that rests on exactly the right pages"
+)
 COUNTS = {
     "num_questions": "questions",
     "num_missing": "without an answer",
@@ -149,6 +154,10 @@ def _tables(results: Results) -> list[Table]:
         if f"{prefix}f1" in estimates
     ]
     tables.append(Table("Decisions", "", ["decision", "precision", "recall", "F1"], rows))
+    extra = [name for name in estimates if name.startswith(EXTRA)]
+    if extra:
+        rows = [[name, f"{estimates[name].count:.0f}", percent(estimates[name])] for name in extra]
+        tables.append(Table("Further scores", EXTRA_NOTE, ["score", "questions", "mean"], rows))
     rows = [[label, percent(estimates[name])] for name, label in RATES.items()]
     rows += [[COUNTS[what], str(count)] for what, count in _counts(results.evaluation).items()]
     tables.append(Table("Outputs", "", ["", "share or count"], rows))

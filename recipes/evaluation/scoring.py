@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from recipes.answers.parsing import ParsedAnswer, is_irrelevant, parse_lenient
 from recipes.answers.predictions import FAILED, Prediction, Predictions
 from recipes.answers.questions import Question
+from recipes.evaluation.extra import ExtraScorer, Scored, missing
 from recipes.evaluation.intervals import Difference, Estimate, Ratio, compare, estimate, mean_of
 from rewards.text import Mode, normalise
 
@@ -57,6 +58,7 @@ class ItemScore:
     answer: mode -> its scores.
     abstention: whether it abstains, against whether it should; a missing answer does not abstain.
     slots, citations: of pages; None if the row has no gold evidence.
+    extra: further scores by name (`recipes.evaluation.extra`).
     """
 
     question: Question
@@ -67,6 +69,7 @@ class ItemScore:
     abstention: Decisions
     slots: Decisions | None
     citations: Decisions | None
+    extra: Scored = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +152,19 @@ def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
 
 
 def evaluate_predictions(
-    questions: Sequence[Question], predictions: Predictions, *, num_samples: int = 1000, seed: int = 0
+    questions: Sequence[Question],
+    predictions: Predictions,
+    *,
+    num_samples: int = 1000,
+    seed: int = 0,
+    scorers: Sequence[ExtraScorer] = (),
 ) -> Evaluation:
-    """Score a prediction file. num_samples: bootstrap samples of the intervals; 0 for none."""
-    items = tuple(score_item(question, predictions.by_id.get(question.id)) for question in questions)
+    """Score a prediction file.
+
+    num_samples: bootstrap samples of the intervals; 0 for none. scorers: of further scores (`with_extra`).
+    """
+    found = predictions.by_id
+    items = with_extra([score_item(question, found.get(question.id)) for question in questions], scorers)
     return Evaluation(
         items=items,
         estimates=estimate(ratios_of(items), num_samples, seed),
@@ -161,6 +173,18 @@ def evaluate_predictions(
         num_unknown=len(predictions.by_id.keys() - {question.id for question in questions}),
         num_repeated=predictions.num_repeated,
     )
+
+
+def with_extra(items: Sequence[ItemScore], scorers: Sequence[ExtraScorer]) -> tuple[ItemScore, ...]:
+    """Return the items with their further scores; a question without an answer scores 0 in each."""
+    extra = [
+        {name: value for score in scorers for name, value in score(item.question, item.prediction, item.parsed).items()}
+        if item.prediction is not None and item.parsed is not None
+        else None
+        for item in items
+    ]
+    none = missing([one for one in extra if one is not None])
+    return tuple(replace(item, extra=none if one is None else one) for item, one in zip(items, extra, strict=True))
 
 
 def compare_evaluations(
@@ -181,6 +205,10 @@ def ratios_of(items: Sequence[ItemScore]) -> dict[str, Ratio]:
     abstains_N = np.array([item.parsed is not None and item.parsed.insufficient for item in items], dtype=bool)
     formed_N = np.array([item.parsed is not None and item.parsed.format_ok for item in items])
     cut_N = np.array([item.prediction is not None and item.prediction.finish_reason == "length" for item in items])
+    for name in sorted({name for item in items for name in item.extra}):
+        values = [item.extra.get(name) for item in items]
+        given_N = np.array([value is not None for value in values])
+        ratios[name] = mean_of(np.array([value or 0.0 for value in values]), given_N)
     return ratios | {
         "abstention/rate": mean_of(abstains_N),
         "output/format_ok": mean_of(formed_N, present_N),

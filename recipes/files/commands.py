@@ -17,6 +17,7 @@ from recipes.files.whole_folder import MANIFEST, make_folder
 from rollout.config import InputsConfig
 from rollout.files import json_object
 from rollout.keys import as_named, keys_of, named
+from rsgrpo.data.foreign import TRAINERS
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -102,7 +103,8 @@ def run_convert(options: dict[str, Any], console: Console) -> None:
 
     out, keep_good = options["out"], options["drop_bad"]
     template = read_template(named_prompt(options["row_prompt"]))
-    done = convert(options["source"], out, template, image_dir=options["image_dir"], keep_good=keep_good)
+    limits = {"image_dir": options["image_dir"], "keep_good": keep_good, "trainer": options["trainer"]}
+    done = convert(options["source"], out, template, **limits)
     for line in done.faults:
         console.info(line)
     if done.system:
@@ -164,10 +166,12 @@ def add_file_commands(commands: Any) -> None:
         text = f"{about.help} Default: the recipe's, else {about.shown_default}."
         check.add_argument(option_of(name), type=type(about.default), default=None, help=text)
 
-    convert = add_command(commands, "convert", run_convert, "convert a table, or a sharegpt or alpaca file, to rows")
+    convert = add_command(commands, "convert", run_convert, "convert a table, or the rows of another trainer, to ours")
     convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")
     convert.add_argument("--out", type=Path, required=True, help="jsonl file to write")
     convert.add_argument("--image-dir", default="", help="folder that relative image paths start from")
+    trainers_help = "whose rows they are (default: told by their columns)"
+    convert.add_argument("--from", dest="trainer", choices=TRAINERS, default="", help=trainers_help)
     convert.add_argument("--row-prompt", default="evidence", help="prompt for rows that only have a question")
     convert.add_argument("--drop-bad", action="store_true", help="leave out rows that cannot be converted")
 

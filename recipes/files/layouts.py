@@ -17,10 +17,12 @@ from typing import Any
 
 from recipes.answers.batch import rewrite
 from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS, first_of
+from recipes.files.foreign import from_trainer
 from rewards.evisrag import read_gold
 from rollout.files import write_bytes
 from rollout.inputs.images import PromptError, bytes_of, opened, read_size
 from rollout.types import ImageSource
+from rsgrpo.data.foreign import trainer_of
 from rsgrpo.data.image_packs import packed_images, packs_in
 from rsgrpo.data.rows import ImageFolder, Row, find_images, image_entries, image_paths, read_rows
 from rsgrpo.errors import InputError
@@ -87,11 +89,14 @@ def unpack(folder: Path, out: Path, advance: Callable[[], None] = lambda: None) 
     return Unpacked(num_written, num_there, len(rows), tuple(missing))
 
 
-def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep_good: bool = False) -> Converted:
+def convert(
+    source: Path, out: Path, template: str, *, image_dir: str = "", keep_good: bool = False, trainer: str = ""
+) -> Converted:
     """Write the rows of a table of questions, or of a sharegpt or alpaca file, to `out` in our layout.
 
     template: the user message of rows that only have a question.
     keep_good: write the good rows even if others cannot be converted; otherwise, nothing is written then.
+    trainer: whose rows they are, one of `rsgrpo.data.foreign.TRAINERS`; "" tells it by their columns.
 
     Raises:
         InputError: the file cannot be read, or its rows have different system messages.
@@ -104,7 +109,7 @@ def convert(source: Path, out: Path, template: str, *, image_dir: str = "", keep
     systems: dict[str, str] = {}
     for row in rows:
         try:
-            converted, system = _convert_row(row, images, template, out, source.stem)
+            converted, system = _convert_row(row, images, template, out, source.stem, trainer)
         except ValueError as error:
             faults.append(f"{row.place}: {error}")
             continue
@@ -158,11 +163,14 @@ def portable_image(source: ImageSource, out: Path) -> str:
     return os.path.relpath(path, out.parent)
 
 
-def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: str) -> tuple[dict[str, Any], str]:
+def _convert_row(
+    row: Row, folder: ImageFolder, template: str, out: Path, stem: str, trainer: str
+) -> tuple[dict[str, Any], str]:
     """Return our row and its system message; raise ValueError if it cannot be converted."""
-    columns = row.columns
     if row.fault:
         raise ValueError(row.fault)
+    trainer = trainer or trainer_of(row.columns)
+    columns = from_trainer(row.columns, trainer)
     if refused := [name for name in UNSUPPORTED if columns.get(name)]:
         raise ValueError(f"column {refused[0]!r} cannot be converted")
     images = [folder.resolve(entry) for entry in image_entries(first_of(columns, IMAGE_KEYS))]
@@ -174,7 +182,10 @@ def _convert_row(row: Row, folder: ImageFolder, template: str, out: Path, stem: 
         except PromptError as error:
             raise ValueError(str(error)) from error
     system = str(columns.get("system") or "")
-    if "conversations" in columns or "messages" in columns:
+    if trainer in ("verl", "easyr1", "trl", "swift"):
+        kept = ("prompt", "answer", "evidence", "data_source", "extra_info")
+        fields = {name: columns[name] for name in kept if name in columns}
+    elif "conversations" in columns or "messages" in columns:
         own_system, prompt, answer = _turns(columns.get("conversations") or columns.get("messages"))
         system, fields = system or own_system, {"prompt": prompt, "answer": answer}
     elif "instruction" in columns:

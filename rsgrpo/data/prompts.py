@@ -17,6 +17,7 @@ from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
 from rsgrpo.data.faults import BROKEN, EMPTY_PROMPT, MARKS, NO_IMAGE, OVERLONG, TOO_MANY_IMAGES, BadRow
+from rsgrpo.data.foreign import how_to_convert
 from rsgrpo.data.rows import ImageFolder, Row, image_entries
 from rsgrpo.errors import InputError
 
@@ -173,10 +174,12 @@ class RowChecker:
         data = self._data
         own, question = columns.get(data.columns["prompt"]), columns.get(data.columns["question"])
         if own is not None and not isinstance(own, str):
-            raise RowFault(EMPTY_PROMPT, f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}")
+            got = f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}"
+            raise RowFault(EMPTY_PROMPT, got + how_to_convert(columns))
         question = (own or "").replace(IMAGE_MARK, "").strip() if question is None else str(question)
         text = render_template(self._template, question, num_images) if self._template else (own or "")
         if not text.replace(IMAGE_MARK, "").strip() or (self._template and not question):
+            has = ", ".join(columns) + how_to_convert(columns)
             column = data.columns["question"] if self._template else data.columns["prompt"]
-            raise RowFault(EMPTY_PROMPT, f"column {column!r} is missing or empty; the row has {', '.join(columns)}")
+            raise RowFault(EMPTY_PROMPT, f"column {column!r} is missing or empty; the row has {has}")
         return text, question

@@ -1,0 +1,104 @@
+"""Scores beside the released ones: a benchmark's own protocol, joint answer and evidence, and rewards of the user's."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from recipes.answers.parsing import ParsedAnswer, is_irrelevant
+from recipes.answers.predictions import Prediction
+from recipes.answers.questions import Question
+from recipes.evaluation.official import PROTOCOLS, answer_parts, joint_parts, page_parts
+from rewards.api import Response, Reward, RewardError, check_score, load_reward
+from rsgrpo.errors import InputError
+
+Scored = Mapping[str, float | None]
+"""Name -> score of one question; None where it does not apply, which leaves the question out of the mean."""
+ExtraScorer = Callable[[Question, Prediction, ParsedAnswer], Scored]
+
+
+def extra_scorers(protocol: str, metrics: Mapping[str, str]) -> list[ExtraScorer]:
+    """Return what scores each answered question further.
+
+    protocol: a name in `recipes.evaluation.official.PROTOCOLS`, or "". metrics: name -> module:function of a reward.
+
+    Raises:
+        InputError: a reward cannot be loaded.
+    """
+    scorers: list[ExtraScorer] = [_protocol(protocol)] if protocol else []
+    for name, target in metrics.items():
+        try:
+            scorers.append(_reward(name, load_reward(target)))
+        except RewardError as error:
+            raise InputError(f"metrics.{name}: {error}") from error
+    return [*scorers, with_evidence]
+
+
+def _protocol(name: str) -> ExtraScorer:
+    scorer = PROTOCOLS[name].scorer
+
+    def score(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+        return {f"protocol/{name}": scorer(parsed.answer, question.answers, question.columns)}
+
+    return score
+
+
+def with_evidence(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+    """Score the pages that the evidence block claims, alone and with the answer; {} where the row has no gold evidence.
+
+    `chain/score`: of the right answers (by EM as SlideVQA has it), the share whose evidence pages are exactly the right
+    ones.
+    """
+    if question.evidence is None:
+        return {}
+    right = {number for number, gold in enumerate(question.evidence, start=1) if not is_irrelevant(gold)}
+    pages = page_parts({slot.index for slot in parsed.evidence if slot.relevant}, right)
+    answer = answer_parts(parsed.answer, question.answers)
+    joint = joint_parts(answer, pages)
+    return {
+        **{f"pages/{name}": value for name, value in asdict(pages).items()},
+        "joint/em": joint.em,
+        "joint/f1": joint.f1,
+        "chain/score": pages.em if answer.em else None,
+    }
+
+
+def _reward(name: str, reward: Reward) -> ExtraScorer:
+    def score(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+        truth: dict[str, Any] = {"answers": list(question.answers), "is_sufficient": question.is_sufficient}
+        if question.evidence is not None:
+            truth["evidence"] = list(question.evidence)
+        paths = tuple(source for source in question.images if isinstance(source, str | bytes))
+        response = Response(
+            prediction.text,
+            {**question.columns, **truth},
+            num_tokens=len(prediction.text.split()),
+            truncated=prediction.finish_reason == "length",
+            question=question.question,
+            images=paths,
+        )
+        try:
+            value = reward(response)
+            value = check_score(asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value)
+        except Exception as error:
+            raise InputError(
+                f"metrics.{name} failed on question {question.id}: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(value, tuple):
+            value = sum(credit.score for credit in value) / len(value)
+        return {f"metric/{name}": value}
+
+    return score
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def missing(scored: Sequence[Scored]) -> Scored:
+    """Return the score of a question without an answer: 0 for whatever other questions are scored by, but `chain`."""
+    names = {name for one in scored for name in one}
+    return {name: None if name.startswith("chain/") else 0.0 for name in names}

@@ -1,0 +1,90 @@
+"""Predictions of lmms-eval and VLMEvalKit are read, and ours are written so that reading them gives the same scores."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from recipes.answers.harness_files import write_lmms, write_table
+from recipes.answers.predictions import Prediction, Predictions, load_predictions, placed
+from recipes.evaluate import EvaluateConfig, evaluate
+from rsgrpo.errors import InputError
+
+ROWS = [
+    {"id": "q1", "question": "how many?", "answers": ("16",), "raw": '<answer>16 & <more>\n\ttabs, "quotes"</answer>'},
+    {"id": "q2", "question": "who?", "answers": (), "raw": "ä 漢"},
+]
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "table.tsv", "table.xlsx"])
+def test_what_is_written_reads_the_same(tmp_path, name):
+    path = tmp_path / name
+    (write_lmms if name.endswith("jsonl") else write_table)(path, ROWS)
+    found = load_predictions(path).by_id
+    assert {row_id: one.text for row_id, one in found.items()} == {row["id"]: row["raw"] for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"doc_id": 3, "resps": [["a"]], "filtered_resps": ["b"]}, ("3", "b")),
+        ({"doc_id": 3, "resps": [["a", "c"]], "filtered_resps": []}, ("3", "a")),
+        ({"doc_id": 3, "filtered_resps": "b", "doc": {"questionId": 77}}, ("77", "b")),
+    ],
+)
+def test_a_line_of_lmms_eval(tmp_path, line, expected):
+    (tmp_path / "x_samples_y.jsonl").write_text(json.dumps(line))
+    [found] = load_predictions(tmp_path / "x_samples_y.jsonl").by_id.values()
+    assert (found.id, found.text) == expected
+
+
+def test_a_table_as_other_programs_write_it(tmp_path):
+    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+    cells = '<row><c r="A1" t="s"><v>0</v></c><c r="C1" t="s"><v>1</v></c></row><row><c r="A2"><v>5.0</v></c>'
+    cells += '<c r="C2" t="inlineStr"><is><t>yes</t></is></c></row>'
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w") as archive:
+        archive.writestr(
+            "xl/sharedStrings.xml", f'<sst xmlns="{main}"><si><t>index</t></si><si><t>prediction</t></si></sst>'
+        )
+        archive.writestr(
+            "xl/worksheets/sheet1.xml", f'<worksheet xmlns="{main}"><sheetData>{cells}</sheetData></worksheet>'
+        )
+    assert load_predictions(tmp_path / "t.xlsx").by_id["5"].text == "yes"
+    (tmp_path / "t.tsv").write_text("index\tanswer\n1\tx\n")
+    with pytest.raises(InputError, match=r"row 1 of .*t\.tsv needs index and prediction; it has index, answer"):
+        load_predictions(tmp_path / "t.tsv")
+    (tmp_path / "broken.xlsx").write_text("no zip")
+    with pytest.raises(InputError, match=r"broken\.xlsx cannot be read: BadZipFile"):
+        load_predictions(tmp_path / "broken.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"), [(("0", "1"), ["a", "b"]), (("1", "2"), ["a", "b"]), (("0", "9"), ["0", "9"])]
+)
+def test_counts_become_the_ids_of_the_benchmark(numbers, expected):
+    found = Predictions({number: Prediction(number, "t") for number in numbers})
+    assert list(placed(found, ["a", "b"]).by_id) == expected
+    assert placed(found, [numbers[0], "b"]) is found  # the benchmark itself has such ids
+
+
+def test_through_another_harness_and_back_the_scores_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": f"q{n}", "question": "how many?", "answer": str(n)} for n in range(4)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"id": f"q{n}", "raw": f"<answer>{n if n % 2 else 9}</answer>"} for n in range(4)]
+    Path("ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+
+    def scores(predictions: str, name: str) -> dict:
+        config = EvaluateConfig(
+            benchmark="rows.jsonl", topk=0, predictions=predictions, name=name, bootstrap_samples=20, harness_files=True
+        )
+        evaluate(config)
+        return json.loads(Path(f"runs/evaluation/{name}/results.json").read_text())["scores"]
+
+    ours = scores("ours.jsonl", "ours")
+    assert ours["strict"]["global"]["em"]["value"] == 0.5
+    for file in ("lmms_samples_predictions.jsonl", "vlmevalkit.tsv", "vlmevalkit.xlsx"):
+        assert scores(f"runs/evaluation/ours/{file}", "back") == ours
