@@ -30,7 +30,6 @@ ARMS = {
     ),
     "gdpo": Arm("GDPO", ("algorithm=gdpo",)),
     "per_scope": Arm("per scope (paper)", ("algorithm=per_scope",)),
-    "conditioned": Arm("causal, conditioned", ("algorithm=conditioned",)),
     "grpo_clip": Arm("plain GRPO, gradient norm 0.1", ("algorithm=grpo", "learner.max_grad_norm=0.1")),
     "causal_clip": Arm("causal, gradient norm 0.1", ("algorithm=causal", "learner.max_grad_norm=0.1")),
 }

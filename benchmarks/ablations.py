@@ -37,11 +37,13 @@ from benchmarks.ablation_tables import (
     tuned_rate,
 )
 from rollout.files import write_text
+from rsgrpo.config.train import TrainConfig
 
 RESULTS = Path(__file__).parent / "credit_runs"
 EXPORTED = "preprocessor_config.json"  # the file that an export writes last
 KEPT = ("reward/", "monitor/", "actor/entropy", "actor/grad_norm", "actor/skipped", "rollout/num_tokens_mean", "val/")
 """The metrics of a run that its json holds; of rewards and monitors the means."""
+OPTIMIZER = ("lr", "lr_schedule", "warmup_steps", "betas", "eps", "weight_decay", "max_grad_norm")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +84,6 @@ def run_once(home: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
     """Train one arm from the warm start in `home`; return its metrics and what they were made with."""
     from rsgrpo import cli
     from rsgrpo.cluster.local import LocalCluster
-    from rsgrpo.config.train import TrainConfig
     from rsgrpo.records.tracking import read_metrics
     from rsgrpo.running.run import Run, run_folder
     from rsgrpo.train import take_step
@@ -106,12 +107,23 @@ def run_once(home: Path, arm: str, rate: float, seed: int) -> dict[str, Any]:
     shutil.rmtree(run_folder(config))
     return {
         "commit": commit(),
-        "settings": digest(json.dumps(dataclasses.asdict(shared), sort_keys=True, default=str).encode()),
+        "settings": settings_digest(shared),
         "warm_start": digest((home / shared.model.path / "model.safetensors").read_bytes()),
         "lr": config.learner.lr,
         "cpu_seconds": round(time.process_time() - started),
         "metrics": kept_metrics(rows),
     }
+
+
+def settings_digest(config: TrainConfig) -> str:
+    """Return a short name of what all runs of a trial share, whatever keys a later version adds."""
+    shared = {
+        "overrides": SETTINGS,
+        "rewards": [config.rewards, config.reward_args, config.reward_weights],
+        "rollout": [config.rollout.group_size, config.rollout.temperature, config.rollout.max_response_tokens],
+        "optimizer": [getattr(config.learner, name) for name in OPTIMIZER],
+    }
+    return digest(json.dumps(shared, sort_keys=True).encode())
 
 
 def kept_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

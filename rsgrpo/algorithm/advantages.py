@@ -16,7 +16,6 @@ from rsgrpo.algorithm.baselines import (
     STD_EPS,
     centre,
     leave_one_out,
-    slopes,
     spread,
     standardise,
     stratum_centre,
@@ -160,19 +159,11 @@ def credit_masks(scored: ScoredGroup, credit_rule: CreditRule) -> list[list[Mask
 
 
 def _per_reward(scored: Sequence[ScoredGroup], rule: Rule) -> list[list[Terms]]:
-    centred_PGK = [_centred_scores(group) for group in scored]
     terms_PG = []
-    for index, group in enumerate(scored):
+    for group in scored:
         masks_GK = credit_masks(group, rule.credit)
         advantages_KG = [_advantage_per_key(group, k, rule) for k in range(len(group.reward_names_K))]
-        terms_G = [_on_tokens(group, g, masks_GK[g], advantages_KG, rule) for g in range(len(masks_GK))]
-        if rule.baseline == "conditioned" and len(scored) > 1:
-            others_NK = np.concatenate([centred for other, centred in enumerate(centred_PGK) if other != index])
-            terms_G = [
-                (scope_KT, advantages_KT - _explained(group, g, centred_PGK[index][g], others_NK, rule.scale))
-                for g, (scope_KT, advantages_KT) in enumerate(terms_G)
-            ]
-        terms_PG.append(terms_G)
+        terms_PG.append([_on_tokens(group, g, masks_GK[g], advantages_KG, rule) for g in range(len(masks_GK))])
     return terms_PG
 
 
@@ -237,40 +228,6 @@ def _strata(scored: ScoredGroup, k: int) -> list[tuple[float | None, ...]]:
         ]
         strata.append(tuple(scores_K[j] for j in known))
     return strata
-
-
-def _centred_scores(scored: ScoredGroup) -> np.ndarray:
-    """(G, K) scores less their group means; 0 where a reward did not apply."""
-    scores_GK = np.array([[np.nan if s is None else s for s in scores_K] for scores_K in scored.scores_GK], dtype=float)
-    return np.stack([centre(scores_GK[:, k]) for k in range(scores_GK.shape[1])], axis=1)
-
-
-def _explained(scored: ScoredGroup, g: int, centred_K: np.ndarray, others_NK: np.ndarray, scale: Scale) -> np.ndarray:
-    """(K, T) part of every reward's advantage that rewards already determined at a token explain.
-
-    Behind the character at which s_j is determined, b_k = mean_k + beta_kj (s_j - mean_j) is as good a baseline for s_k
-    as its mean. beta comes from other groups, so that it is independent of the group that it is used on. Where s_k is
-    the same in the whole group, a standardised reward teaches nothing, and there is nothing to explain.
-    """
-    rollout, num_rewards = scored.group.rollouts[g], len(centred_K)
-    num_chars, spans_T = len(rollout.text), rollout.token_spans_T
-    known_KT = np.zeros((num_rewards, len(rollout.token_ids_T)), dtype=bool)
-    for k, credits in enumerate(scored.credits_GK[g]):
-        if credits:
-            end = max(determined_at(credit, num_chars) for credit in credits)
-            known_KT[k] = ~token_mask(spans_T, Span(0, end), num_chars)
-    explained_KT = np.zeros(known_KT.shape)
-    for known_K in np.unique(known_KT.T, axis=0):
-        here_T = (known_K == known_KT.T).all(1)
-        for k in range(num_rewards):
-            known = [j for j in range(num_rewards) if known_K[j] and j != k]
-            if known:
-                explained_KT[k, here_T] = slopes(others_NK, k, known) @ centred_K[known]
-    if scale == "std":
-        scores_GK = np.array([[np.nan if s is None else s for s in row] for row in scored.scores_GK], dtype=float)
-        spread_K1 = np.array([[spread(scores_GK[:, k])] for k in range(num_rewards)])
-        explained_KT = np.where(spread_K1 > 0, explained_KT / (spread_K1 + STD_EPS), 0.0)
-    return explained_KT
 
 
 def _per_scope(scored: ScoredGroup, masks_GK: list[list[MaskedCredits]], weights_K: Sequence[float]) -> list[Terms]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 
 STD_EPS = 1e-6
-RIDGE = 1e-6
 SHRINKAGE = 2.0
 """Rollouts of prior weight that a stratum's mean has from the whole group."""
 
@@ -61,13 +60,3 @@ def stratum_centre(scores_G: np.ndarray, strata_G: Sequence[object], shrinkage: 
             count = int(here_G.sum())
             advantages_G[here_G] -= advantages_G[here_G].mean() * count / (count + shrinkage)
     return advantages_G
-
-
-def slopes(centred_NK: np.ndarray, target: int, known: Sequence[int]) -> np.ndarray:
-    """Return beta of the regression of one reward on rewards that are known earlier, (len(known),).
-
-    centred_NK: scores of other groups, each centred within its group; 0 where a reward did not apply.
-    """
-    known_NJ = centred_NK[:, known]
-    gram_JJ = known_NJ.T @ known_NJ + RIDGE * np.eye(len(known))
-    return np.linalg.solve(gram_JJ, known_NJ.T @ centred_NK[:, target])

@@ -12,7 +12,7 @@ from rollout.keys import check, key, nearest, require
 
 Advantage = Literal["per_reward", "per_scope", "grpo", "dr_grpo", "rloo", "gdpo"]
 CreditRule = Literal["own", "causal", "whole"]
-Baseline = Literal["group", "leave_one_out", "conditioned", "strata", "shrunken"]
+Baseline = Literal["group", "leave_one_out", "strata", "shrunken"]
 Scale = Literal["std", "none"]
 Average = Literal["scope", "response"]
 MissingMarker = Literal["void", "widen", "error"]
@@ -93,8 +93,8 @@ class AlgorithmConfig:
     )
     baseline: Baseline = key(
         "group",
-        "What a score is compared with: the group's mean, the mean of the others, the mean given scores that are known "
-        "already (conditioned), or the mean of rollouts with equal earlier scores (strata, shrunken); per_reward only.",
+        "What a score is compared with: the group's mean, the mean of the others, or the mean of rollouts with equal "
+        "earlier scores (strata, shrunken); per_reward only.",
     )
     scale: Scale = key(
         "std", "What that difference is divided by: the group's standard deviation, or nothing; per_reward only."

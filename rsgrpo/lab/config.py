@@ -11,7 +11,7 @@ import yaml
 from rollout.keys import check, key, nearest, require
 from rsgrpo.config.train import AlgorithmConfig, TrainConfig
 
-RULES = ["rs_grpo", "causal", "conditioned", "grpo", "gdpo", "whole", "per_scope", "blockwise"]
+RULES = ["rs_grpo", "causal", "grpo", "gdpo", "whole", "per_scope", "blockwise"]
 CONFIGURED = "configured"
 RULE_KEYS = ("advantage", "credit", "baseline", "scale", "average")
 

@@ -88,13 +88,13 @@ def group_of(texts, credits_of) -> ScoredGroup:
     )
 
 
-def expected_update(logits, rule: Rule, credits_of, *, others=(), size: int = 2) -> np.ndarray:
+def expected_update(logits, rule: Rule, credits_of, *, size: int = 2) -> np.ndarray:
     """Return E[sum over rollouts, rewards and tokens of w_k A_kt grad log p_t] / G over all groups of `size`."""
     logprobs = {text: token_logprobs(logits, text) for text in RESPONSES}
     chance = {text: probability(logits, text).item() for text in RESPONSES}
     taught = {text: np.zeros(3) for text in RESPONSES}
     for texts in itertools.product(RESPONSES, repeat=size):
-        terms_G = credit_terms([group_of(texts, credits_of), *others], rule, WEIGHTS)[0]
+        terms_G = credit_terms([group_of(texts, credits_of)], rule, WEIGHTS)[0]
         share = np.prod([chance[text] for text in texts]) / size
         for text, (_, advantages_KT) in zip(texts, terms_G, strict=True):
             taught[text] += share * (np.asarray(WEIGHTS) @ advantages_KT)
@@ -110,13 +110,6 @@ def test_the_expected_update_is_the_exact_gradient(logits, credit, baseline, fac
     rule = Rule("per_reward", credit=credit, baseline=baseline, scale="none")
     update = expected_update(logits, rule, credits_of)
     np.testing.assert_allclose(update, factor * exact_gradient(logits, credits_of), rtol=0, atol=1e-12)
-
-
-def test_a_baseline_of_what_is_known_already_leaves_the_expectation(logits):
-    others = [group_of(texts, plain_credits) for texts in (("abc", "bca"), ("aab", "cba"), ("bbb", "acc"))]
-    rule = Rule("per_reward", credit="causal", baseline="conditioned", scale="none")
-    update = expected_update(logits, rule, plain_credits, others=others)
-    np.testing.assert_allclose(update, 0.5 * exact_gradient(logits, plain_credits), rtol=0, atol=1e-12)
 
 
 def test_credit_to_the_own_scope_is_biased_by_what_a_segment_does_to_later_rewards(logits):
