@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait must not spin on the cores where another process works.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo evisrag-mini test test-all test-gpu check lint wheel-check format install clean
+.PHONY: demo evisrag-mini test test-all test-gpu gpu-day check lint wheel-check format install clean
 .DELETE_ON_ERROR:
 
 # Each step names the file that its program writes last, so that an interrupted step is resumed.
@@ -43,8 +43,14 @@ test-all: $(INSTALLED)
 
 # Without a .venv from `make` it uses python3: torch, transformers, peft and pytest are enough; tests that need more
 # (vLLM, Ray, hydra) are then skipped.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 test-gpu:
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m pytest -m gpu tests/gpu
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
+
+# Everything that is worth measuring on GPUs, by value; run it again to resume. ARGS="--list" shows the steps,
+# ARGS=--rehearse takes all of them with tiny shapes on the CPU. docs/gpu/README.md says more.
+gpu-day:
+	$(GPU_PYTHON) -m benchmarks.gpu_day $(ARGS)
 
 # What continuous integration checks; `make lint` is the part without tests.
 check: lint

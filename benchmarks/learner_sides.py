@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from rsgrpo.types import MicroBatch, Sample, TokenScores
 
 VISION_START, VISION_END, IMAGE, VIDEO = 2, 3, 4, 5
 BANNED = [VISION_START, VISION_END, IMAGE, VIDEO]
+SPECIAL_IDS = {
+    "<|vision_start|>": VISION_START, "<|vision_end|>": VISION_END, "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,14 @@ class Batch:
     samples: list[Sample]
 
 
-def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a randomly initialised Qwen2.5-VL with a frozen tower."""
+def build_model(
+    shape: Shape, device: torch.device, dtype: torch.dtype, token_ids: Mapping[str, int] | None = None
+) -> Any:
+    """Return a randomly initialised Qwen2.5-VL with a frozen tower.
+
+    token_ids: of a tokenizer's special tokens, by their text; None takes small numbers and has no end of text.
+    """
+    ids = token_ids or SPECIAL_IDS
     pairs = shape.hidden // shape.heads // 2
     side = 3 * pairs // 8
     config = Qwen2_5_VLConfig(
@@ -92,7 +101,8 @@ def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
             "use_sliding_window": False,
             "tie_word_embeddings": shape.tied,
             "bos_token_id": None,
-            "eos_token_id": None,
+            "eos_token_id": ids.get("<|im_end|>"),
+            "pad_token_id": ids.get("<|endoftext|>"),
         },
         vision_config={
             "depth": shape.vision_depth,
@@ -104,10 +114,10 @@ def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
                 range(shape.vision_depth // 4 - 1, shape.vision_depth, shape.vision_depth // 4)
             ),
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=shape.tied,
     )
     torch.manual_seed(0)
@@ -241,9 +251,9 @@ class Bench:
         return TokenScores(logprobs_T[start:], entropy_T[start:], unknown.float(), unknown)
 
     def gradients(self, side: Callable[[], float]) -> tuple[float, dict[str, torch.Tensor]]:
-        """Return a side's loss and its gradients, on CPU."""
+        """Return a side's loss and its gradients, as they are on the device."""
         self.model.zero_grad(set_to_none=True)
         loss = side()
-        found = {n: p.grad.float().cpu() for n, p in self.model.named_parameters() if p.grad is not None}
-        self.model.zero_grad(set_to_none=True)
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad(set_to_none=True)  # forgets them, so that nothing writes into what is returned
         return loss, found
