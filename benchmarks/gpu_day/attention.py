@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,8 +34,27 @@ def kernels(day: Day) -> dict[str, tuple[Kernel, Callable[[], AbstractContextMan
         for name, backend in pinned.items():
             choose = [getattr(SDPBackend, backend)]
             found[f"torch, {name} alone"] = (attention.prefix_sdpa, lambda choose=choose: sdpa_kernel(choose))
+        found["torch, varlen"] = (torch_varlen, nullcontext)
     found["flash-attn, varlen"] = (attention.prefix_varlen, nullcontext)
     return found
+
+
+def torch_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PrefixRow) -> torch.Tensor:
+    """As `prefix_varlen`, by the kernel that torch brings; CUDA only. Not a back end of the learner: a candidate."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_bounds, key_bounds, key_positions, longest_query, longest_key = row.varlen
+    states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    states[1:] = [tensor.index_select(0, key_positions) for tensor in states[1:]]
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal, aligned to the last key
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11
+        copies = query.shape[1] // key.shape[1]
+        states[1:] = [tensor.repeat_interleave(copies, 1) for tensor in states[1:]]
+    output: Any = varlen_attn(*states, query_bounds, key_bounds, longest_query, longest_key, **options)
+    rows: torch.Tensor = output[None]
+    return rows
 
 
 def states(heads: tuple[int, int], num_tokens: int, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_day.day import Day, Skipped
 from benchmarks.gpu_day.material import TOKEN_PIXELS, model_folder, rows
-from benchmarks.gpu_day.rl import command, on_device, warm_start
+from benchmarks.gpu_day.rl import command, on_device, tolerant, warm_start
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.records.tracking import read_metrics
@@ -148,7 +148,7 @@ def placement(day: Day) -> None:
         half = ["learner.precision=bfloat16", "rollout.dtype=bfloat16"] if day.on_gpu else []
         vllm = ["rollout=vllm", "rollout.vllm.kv_cache_gib=" + str(day.pick(4, 0.125))]
         run = [f"name={name}", f"total_steps={steps}", "guards.action=warn", *overrides, *half, *vllm]
-        command(day, "rsgrpo.train", "recipe=demo", *run, *on_device(day), *day.pick([], few))
+        command(day, "rsgrpo.train", "recipe=demo", *run, *on_device(day), *tolerant(day), *day.pick([], few))
         taken = [row for row in read_metrics(day.work / "runs" / name) if "actor/loss" in row]
         if not taken:
             raise Skipped(f"{layout}: no step was taken")

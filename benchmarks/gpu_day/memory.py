@@ -15,6 +15,7 @@ from benchmarks.learner import PeakTensors, clock
 from benchmarks.learner_sides import SHAPES
 from recipes.demo.model import save_model_folder
 from rollout.config import InputsConfig, RolloutConfig
+from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.config.train import LearnerConfig, LoraConfig, ModelConfig
 from rsgrpo.learning.learner import Learner
@@ -47,7 +48,7 @@ def run(day: Day) -> None:
 
 def measure(day: Day, size: str, lora: LoraConfig) -> tuple[float, float, float]:
     """Return the measured and the planned peak in GiB, and the seconds of an update."""
-    images, image_tokens, words = day.pick((5, 2000, 990), (2, 16, 20))
+    images, image_tokens, words = day.pick((5, 2000, 950), (2, 16, 20))
     group, response = day.pick((8, 700), (3, 10))
     shape = day.pick(SHAPES[size], TINY)
     tokenizer = tokenizer_of(shape)
@@ -56,10 +57,14 @@ def measure(day: Day, size: str, lora: LoraConfig) -> tuple[float, float, float]
     save_model_folder(tiny, tokenizer, folder, max_pixels=image_tokens * TOKEN_PIXELS)  # for its processor only
     model: Any = shaped_model(shape, tokenizer, day.device, torch.float32)
     sizes = count_sizes(model.config.to_dict())
-    prompt_tokens = images * (image_tokens + 2) + words + 30
+    paths = pages(day.work / f"pages_{size}", images, image_tokens)
+    groups = [one_group(paths, words, group, response, shape.vocab)]
+    inputs = InputsConfig(TOKEN_PIXELS, image_tokens * TOKEN_PIXELS, images, 100_000)
+    encoder = InputProcessor(str(folder), inputs)
+    prompt_tokens = len(encoder.encode(groups[0].prompt).token_ids_T)
     config = PlanConfig(
         model=ModelConfig(path=str(folder), lora=lora),
-        inputs=InputsConfig(TOKEN_PIXELS, image_tokens * TOKEN_PIXELS, images, prompt_tokens),
+        inputs=replace(inputs, max_prompt_tokens=prompt_tokens),
         rollout=RolloutConfig(group_size=group, max_response_tokens=response),
         learner=LearnerConfig(
             device="cuda" if day.on_gpu else "cpu",
@@ -69,9 +74,7 @@ def measure(day: Day, size: str, lora: LoraConfig) -> tuple[float, float, float]
         ),
     )
     planned = learner_memory(config, sizes)
-    learner = Learner(config.model, config.learner, config.inputs, total_steps=4, hf_model=model)
-    paths = pages(day.work / f"pages_{size}", images, image_tokens)
-    groups = [one_group(paths, words, group, response, shape.vocab)]
+    learner = Learner(config.model, config.learner, config.inputs, total_steps=4, hf_model=model, encoder=encoder)
     learner.update(groups, [1.0])  # brings the optimiser's state
     if not day.on_gpu:
         started = clock(day.device)

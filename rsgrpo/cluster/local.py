@@ -43,8 +43,8 @@ class OneEngine:
 class LocalCluster:
     """Learner, engine and rewards of one process; the methods are those of `rsgrpo.cluster.protocol.Cluster`.
 
-    The engine is started, and given the newest weights, when something is sampled; until then it costs nothing. It has
-    weights of its own, so that it can sample the next step while the learner works (`algorithm.max_staleness`).
+    The engine is started when something is first sampled; until then it costs nothing. It has weights of its own, so
+    that it can sample the next step while the learner works (`algorithm.max_staleness`).
     """
 
     def __init__(self, config: TrainConfig, *, total_steps: int, run_dir: Path, check_stop: Callable[[], None]) -> None:
@@ -101,10 +101,10 @@ class LocalCluster:
         """Nothing to give up: the engine stays."""
 
     def sync_weights(self, version: int) -> None:
-        """Let the engine sample with the learner's weights once it next samples."""
+        """Give the engine the learner's weights; one that has not been needed yet is given them when it is started."""
         self._version = version
-        if self.config.algorithm.max_staleness:
-            self._ready_engine()  # it may next sample while the learner changes its weights
+        if self._engine is not None or self.config.algorithm.max_staleness:  # it may sample while the learner works
+            self._ready_engine()
 
     def ref_logprobs(self, groups: Sequence[TrainGroup]) -> list[list[np.ndarray]]:
         """Log-probabilities of every response under the reference; LoRA runs switch the adapter off instead."""
