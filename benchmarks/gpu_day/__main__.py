@@ -148,12 +148,20 @@ def work(step: Step, out: Path, rehearse: bool, device: str) -> int:
 
 
 def write_page(out: Path, tables: Path) -> None:
-    """Write results.md, and all results as one results.json beside it."""
-    records = [Record.read(out / f"{step.name}.json") for step in STEPS]
+    """Write results.md, and all results as one results.json beside it; steps of an earlier day there are kept."""
     tables.mkdir(parents=True, exist_ok=True)
+    merged = tables / "results.json"
+    earlier = json.loads(merged.read_text(encoding="utf-8")) if merged.exists() else {}
+    records = []
+    for step in STEPS:
+        path = out / f"{step.name}.json"
+        record = Record.read(path)
+        if record is None and step.name in earlier:
+            record = Record.of(earlier[step.name], path)
+        records.append(record)
     write_text(tables / "results.md", page(STEPS, records))
-    found = {record.step: json.loads(record.path.read_text(encoding="utf-8")) for record in records if record}
-    write_text(tables / "results.json", json.dumps(found, indent=1) + "\n")
+    found = {record.step: record.values() for record in records if record is not None}
+    write_text(merged, json.dumps(found, indent=1) + "\n")
 
 
 def has_cuda() -> bool:

@@ -55,11 +55,19 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> Record | None:
         """Return what a step left, or None."""
-        if not path.exists():
-            return None
-        values = json.loads(path.read_text(encoding="utf-8"))
-        tables = [Table(**table) for table in values.pop("tables")]
-        return cls(path=path, tables=tables, **values)
+        return cls.of(json.loads(path.read_text(encoding="utf-8")), path) if path.exists() else None
+
+    @classmethod
+    def of(cls, values: dict[str, Any], path: Path) -> Record:
+        """Return the record with the content of its file."""
+        tables = [Table(**table) for table in values["tables"]]
+        return cls(**(values | {"path": path, "tables": tables}))
+
+    def values(self) -> dict[str, Any]:
+        """Return the content of its file."""
+        values = asdict(self)
+        del values["path"], values["_started"]
+        return values
 
     def figure(self, name: str, value: float) -> float:
         """Keep and print one number; return it."""
@@ -96,10 +104,8 @@ class Record:
     def write(self) -> None:
         """Write the record."""
         self.seconds = round(time.monotonic() - self._started, 1)
-        values = asdict(self)
-        del values["path"], values["_started"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(values, indent=1))
+        write_text(self.path, json.dumps(self.values(), indent=1))
 
 
 def shown(cell: Cell) -> str:

@@ -10,13 +10,9 @@ from benchmarks.gpu_day.day import Record, Step, Table, shown
 def page(steps: Sequence[Step], records: Iterable[Record | None]) -> str:
     """Return the page; `records` in the order of the steps, None for a step that has not begun."""
     found = list(zip(steps, records, strict=True))
-    lines = ["# Measured on GPUs", "", "Made by `make gpu-day`; [what it runs](README.md)."]
-    machines = {
-        ", ".join(f"{key} {value}" if key != "device" else value for key, value in record.machine.items())
-        for _, record in found
-        if record is not None and record.machine
-    }
-    lines += ["", *(f"- {machine}" for machine in sorted(machines)), ""]
+    rehearsed = any(record is not None and record.rehearsal for _, record in found)
+    title = "# Rehearsed: no figure here means anything" if rehearsed else "# Measured on GPUs"
+    lines = [title, "", "Made by `make gpu-day`; [what it runs](README.md).", ""]
     lines += ["| step | result | minutes | expected |", "|---|---|---|---|"]
     for step, record in found:
         result = "not begun" if record is None else record.status
@@ -32,7 +28,7 @@ def page(steps: Sequence[Step], records: Iterable[Record | None]) -> str:
 
 def _section(step: Step, record: Record) -> list[str]:
     about = step.about[0].upper() + step.about[1:]
-    lines = [f"## {step.name}", "", f"{about}."]
+    lines = [f"## {step.name}", "", f"{about}. {_machine(record)}."]
     if record.status == "unfinished" or record.status == "failed":
         lines += ["", f"**{record.status}**: what follows is what it had measured."]
     for table in record.tables:
@@ -43,6 +39,13 @@ def _section(step: Step, record: Record) -> list[str]:
     if record.notes:
         lines += ["", *(f"- {note}" for note in record.notes)]
     return lines
+
+
+def _machine(record: Record) -> str:
+    about = {key: value for key, value in record.machine.items() if key not in ("device", "memory")}
+    versions = ", ".join(f"{key} {value}" for key, value in about.items())
+    device = ", ".join(record.machine[key] for key in ("device", "memory") if key in record.machine)
+    return f"{'Rehearsed on' if record.rehearsal else 'On'} {device}; {versions}"
 
 
 def _table(table: Table) -> list[str]:

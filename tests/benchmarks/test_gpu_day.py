@@ -84,6 +84,23 @@ def test_a_step_that_breaks_keeps_what_it_had_measured(tmp_path, monkeypatch):
     assert "| kept \\| a pipe | 12,346 |" in text
 
 
+def test_results_of_two_days_are_merged(tmp_path):
+    from benchmarks.gpu_day import __main__ as program
+
+    for day, name in (("one", "exactness"), ("two", "growth")):
+        record = Record(tmp_path / day / f"{name}.json", name, machine={"device": f"card {day}", "torch": "2.11"})
+        record.figure("number", 1.5)
+        record.end("done")
+        program.write_page(tmp_path / day, tmp_path / "tables")
+    merged = json.loads((tmp_path / "tables" / "results.json").read_text())
+    assert {name: values["figures"] for name, values in merged.items()} == {
+        "exactness": {"number": 1.5}, "growth": {"number": 1.5}
+    }  # fmt: skip
+    text = (tmp_path / "tables" / "results.md").read_text()
+    assert "On card one; torch 2.11." in text
+    assert "On card two; torch 2.11." in text
+
+
 def test_a_step_without_its_packages_is_skipped_with_the_reason(tmp_path):
     from benchmarks.gpu_day import __main__ as program
 
