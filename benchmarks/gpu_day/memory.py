@@ -55,7 +55,8 @@ def measure(day: Day, size: str, lora: LoraConfig) -> tuple[float, float, float]
     folder = day.work / f"processor_{size}"
     tiny: Any = shaped_model(replace(TINY, vocab=shape.vocab), tokenizer, torch.device("cpu"), torch.float32)
     save_model_folder(tiny, tokenizer, folder, max_pixels=image_tokens * TOKEN_PIXELS)  # for its processor only
-    model: Any = shaped_model(shape, tokenizer, day.device, torch.float32)
+    published: Any = shaped_model(shape, tokenizer, day.device, torch.bfloat16)
+    model = published.float()  # exact in bfloat16, as published weights are
     sizes = count_sizes(model.config.to_dict())
     paths = pages(day.work / f"pages_{size}", images, image_tokens)
     groups = [one_group(paths, words, group, response, shape.vocab)]
