@@ -147,8 +147,15 @@ def record_steps(day: Day, config: Any, num_steps: int) -> None:
     shutil.rmtree(run_folder(config), ignore_errors=True)
     table = day.record.table(
         f"{config.algorithm.prompts_per_step} prompts x {config.rollout.group_size} responses of "
-        f"{config.rollout.max_response_tokens} tokens; seconds",
-        ["step", *PHASES, "sampled tokens/s", "mismatch mean", "mismatch largest", "gradient norm"],
+        f"{config.rollout.max_response_tokens} tokens",
+        [
+            "step",
+            *(f"{phase} s" for phase in PHASES),
+            "sampled tokens/s",
+            "mismatch mean",
+            "mismatch largest",
+            "gradient norm",
+        ],
     )
     with Run.open(config) as run:
         try:

@@ -23,20 +23,24 @@ def gpu_day(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
 
 
-def test_a_rehearsed_step_leaves_numbers_and_tables_and_is_not_run_twice(tmp_path):
-    first = gpu_day("--rehearse", "--only", "exactness", "--out", str(tmp_path))
-    assert first.returncode == 0, first.stdout + first.stderr
+def test_a_rehearsed_step_leaves_numbers_and_tables_and_is_not_run_twice(tmp_path, capsys):
+    from benchmarks.gpu_day import __main__ as program
+
+    [step] = program.choose(["exactness"])
+    assert program.work(step, tmp_path, True, "cpu") == 0
     left = json.loads((tmp_path / "exactness.json").read_text())
     assert left["status"] == "done"
     assert left["rehearsal"] is True
     [table] = left["tables"]
     assert [row[0] for row in table["rows"]] == ["best", "plain"]
     assert all(0 <= difference < 1e-4 for row in table["rows"] for difference in row[1:])
+    program.write_page(tmp_path, tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert "| exactness | done |" in text
     assert "| learner_7b | not begun |" in text
-    second = gpu_day("--rehearse", "--only", "exactness", "--out", str(tmp_path))
-    assert "exactness: done before" in second.stdout
+    args = program.arguments().parse_args(["--rehearse"])
+    assert program.run_all([step], tmp_path, args) == []
+    assert "exactness: done before" in capsys.readouterr().out
     assert json.loads((tmp_path / "exactness.json").read_text()) == left
 
 
