@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def kernels(day: Day) -> dict[str, tuple[Kernel, Callable[[], AbstractContextMan
         pinned = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
         for name, backend in pinned.items():
             choose = [getattr(SDPBackend, backend)]
-            found[f"torch, {name} alone"] = (attention.prefix_sdpa, lambda choose=choose: sdpa_kernel(choose))
+            found[f"torch, {name} alone"] = (attention.prefix_sdpa, partial(sdpa_kernel, choose))
         found["torch, varlen"] = (torch_varlen, nullcontext)
     found["flash-attn, varlen"] = (attention.prefix_varlen, nullcontext)
     return found
@@ -41,18 +42,19 @@ def kernels(day: Day) -> dict[str, tuple[Kernel, Callable[[], AbstractContextMan
 
 def torch_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: PrefixRow) -> torch.Tensor:
     """As `prefix_varlen`, by the kernel that torch brings; CUDA only. Not a back end of the learner: a candidate."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    attend: Any = varlen.varlen_attn
     query_bounds, key_bounds, key_positions, longest_query, longest_key = row.varlen
     states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     states[1:] = [tensor.index_select(0, key_positions) for tensor in states[1:]]
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal, aligned to the last key
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if "enable_gqa" in inspect.signature(attend).parameters:
         options["enable_gqa"] = True
     else:  # torch 2.11
         copies = query.shape[1] // key.shape[1]
         states[1:] = [tensor.repeat_interleave(copies, 1) for tensor in states[1:]]
-    output: Any = varlen_attn(*states, query_bounds, key_bounds, longest_query, longest_key, **options)
+    output: Any = attend(*states, query_bounds, key_bounds, longest_query, longest_key, **options)
     rows: torch.Tensor = output[None]
     return rows
 
@@ -136,11 +138,12 @@ def first_calls(day: Day) -> None:
         prompt = day.pick(9_001, 91) + 37 * index
         inputs = states(HEADS["7B"], prompt, day.device, day.dtype())
         row = PrefixRow(PrefixLayout((prompt,), ((),)), day.device, day.dtype())
+        kernel: Kernel = attention.prefix_sdpa
         times = []
         for _ in range(2):
             clock(day.device)
             start = time.perf_counter()
-            attention.prefix_sdpa(*inputs, row).sum().backward()
+            kernel(*inputs, row).sum().backward()
             clock(day.device)
             times.append(1e3 * (time.perf_counter() - start))
         day.record.row(table, float(prompt), *times)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ PHASES = ("sample", "learn", "sync", "step")
 
 def throughput(day: Day) -> None:
     """Record tokens/s of vLLM and of the embedded engine on one model and the same prompts."""
-    import json
-
     from benchmarks.rollout import alone
     from rollout.files import read_jsonl
 
@@ -32,13 +31,13 @@ def throughput(day: Day) -> None:
     found = [row for _, row in read_jsonl(data)]
     asked = [Prompt(row["id"], row["prompt"], tuple(row["image"])) for row in found]
     table = day.record.table(
-        f"{prompts} prompts of {json.dumps(images)} pages, {group} responses of {response} tokens, 3B shape",
+        f"{prompts} prompts of {images} pages, {group} responses of {response} tokens, 3B shape",
         ["engine", "tokens/s", "seconds", "start s"],
     )
     inputs = InputsConfig(TOKEN_PIXELS, image_tokens * TOKEN_PIXELS, images, images * (image_tokens + 2) + 1500)
     for engine in ("vllm", "hf"):
         rollout = RolloutConfig(
-            engine=engine,  # type: ignore[arg-type]
+            engine=engine,
             group_size=group,
             max_response_tokens=response,
             max_batch_sequences=prompts * group,
@@ -52,7 +51,7 @@ def throughput(day: Day) -> None:
 def sampling_speed(
     path: str, rollout: RolloutConfig, inputs: InputsConfig, prompts: list[Prompt], group: int, response: int
 ) -> dict[str, float]:
-    """Sample twice in this process and time the second pass; its prompts are in the prefix cache no more than once."""
+    """Sample once in this process, after a short prompt that warms up."""
     from rollout.build import build_engine
 
     started = time.perf_counter()
@@ -99,17 +98,17 @@ def sync(day: Day) -> None:
         rollout = RolloutConfig(
             engine="vllm", dtype="bfloat16" if day.on_gpu else "float32", vllm=small_vllm(day, level)
         )
-        start_s, engine = timed(lambda config=rollout: build_engine(path, config, inputs, colocated=True))
+        start_s, engine = timed(partial(build_engine, path, rollout, inputs, colocated=True))
         try:
             before = free_gib(day)
             sleep_s, _ = timed(engine.sleep)
             given = free_gib(day) - before
-            wake_s, _ = timed(lambda engine=engine: engine.wake(["weights"]))
+            wake_s, _ = timed(partial(engine.wake, ["weights"]))
             sender = build_sender([local_peer(engine)], backend=engine.backend, dtype=getattr(torch, rollout.dtype))
             for version in (1, 2):  # the second is timed
-                sync_s, _ = timed(lambda version=version, to=sender: to.send(model.named_parameters(), version))
+                sync_s, _ = timed(partial(sender.send, model.named_parameters(), version))
             sender.close()
-            cache_s, _ = timed(lambda engine=engine: engine.wake(["kv_cache"]))
+            cache_s, _ = timed(partial(engine.wake, ["kv_cache"]))
             groups = list(engine.generate([Prompt("p", "what amount ?")], SamplingParams(max_tokens=4)))
             assert groups[0].error is None, groups[0].error
             day.record.row(table, float(level), sleep_s, given, wake_s, sync_s, cache_s, start_s)

@@ -15,7 +15,7 @@ def page(steps: Sequence[Step], records: Iterable[Record | None]) -> str:
     lines = [title, "", "Made by `make gpu-day`; [what it runs](README.md).", ""]
     lines += ["| step | result | minutes | expected |", "|---|---|---|---|"]
     for step, record in found:
-        result = "not begun" if record is None else record.status
+        result: str = "not begun" if record is None else record.status
         if record is not None and record.reason:
             result += f": {record.reason.splitlines()[0]}"
         minutes = "" if record is None or record.status == "skipped" else shown(record.seconds / 60)
