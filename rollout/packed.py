@@ -9,7 +9,20 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class ImageReference(Protocol):
+    """An image that is read on demand. name: for messages."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes:
+        """Return its compressed bytes."""
+        ...
+
 
 GROUPS_KEPT = 4  # in each process
 

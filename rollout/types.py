@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rollout.packed import PackedImage
+from rollout.packed import ImageReference
 
-ImageSource = str | bytes | PackedImage
+ImageSource = str | bytes | ImageReference
 """One page image: a path, its compressed bytes (png, jpeg, ...), or a reference to them. Never a pixel tensor."""
 
 FinishReason = Literal["stop", "length"]
@@ -24,6 +24,7 @@ class Prompt:
     truth: gold columns of the row, passed unchanged to the rewards.
     question: the bare question, for judges and reports.
     system: the system message; "" leaves it to the chat template.
+    num_tokens: length of the rendered prompt, where its row was checked; 0 is not known yet.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Prompt:
     truth: Mapping[str, Any] = field(default_factory=dict)
     question: str = ""
     system: str = ""
+    num_tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

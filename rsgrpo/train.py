@@ -75,9 +75,9 @@ def take_step(run: Run, step: int) -> None:
         with run.timed("reference"):
             groups = with_ref_logprobs(groups, run.cluster.ref_logprobs(groups))
 
-    # One step off-policy: the engines sample the next step with the weights from before this one.
-    if algorithm.max_staleness and step < run.total_steps:
-        run.batches.start(step + 1)
+    # Off-policy by at most `max_staleness` steps: engines sample ahead with the weights from before this step.
+    if algorithm.max_staleness:
+        run.batches.start(min(step + algorithm.max_staleness, run.total_steps))
 
     # One clipped surrogate per reward, averaged over that reward's tokens in the whole step.
     with run.timed("learn"):

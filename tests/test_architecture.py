@@ -29,6 +29,7 @@ HOMES = {
     "ray": [
         "rollout/worker.py",
         "rollout/pool.py",
+        "rollout/inputs/stored.py",
         "rsgrpo/cluster/ray_cluster.py",
         "rsgrpo/cluster/connect.py",
         "rsgrpo/cluster/ranks.py",

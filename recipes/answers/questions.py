@@ -18,7 +18,7 @@ import yaml
 from recipes.answers.parsing import says_insufficient
 from rewards.evisrag import parse_gold
 from rollout.keys import nearest
-from rollout.packed import PackedImage
+from rollout.packed import ImageReference
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.faults import is_shared
@@ -119,8 +119,8 @@ def prompt_hash(prompt: Prompt) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_name(source: str | PackedImage) -> bytes:
-    return Path(source.name if isinstance(source, PackedImage) else source).name.encode(errors="surrogateescape")
+def _file_name(source: str | ImageReference) -> bytes:
+    return Path(source if isinstance(source, str) else source.name).name.encode(errors="surrogateescape")
 
 
 def named_prompt(name: str, model: str = "") -> PromptConfig:

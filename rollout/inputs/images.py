@@ -13,14 +13,15 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from rollout.errors import InputError, RsgrpoError, one_line, printable
-from rollout.packed import PackedImage
-from rollout.types import ImageSource
+from rollout.packed import ImageReference, PackedImage
+from rollout.types import ImageSource, Prompt
 
 MAX_ASPECT_RATIO = 200
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")
@@ -240,16 +241,24 @@ def file_of(source: ImageSource) -> str | io.BytesIO:
     return source if isinstance(source, str) else io.BytesIO(bytes_of(source))
 
 
-def bytes_of(source: bytes | PackedImage) -> bytes:
+def bytes_of(source: bytes | ImageReference) -> bytes:
     """Return the compressed bytes of an image that is not a file of its own."""
-    return source.read() if isinstance(source, PackedImage) else source
+    return source if isinstance(source, bytes) else source.read()
 
 
 def name_of(source: ImageSource) -> str:
     """Name an image in a message."""
     if isinstance(source, PackedImage):
         return printable(f"{source.name} of {source.file}")
-    return f"<{len(source):,} bytes>" if isinstance(source, bytes) else printable(source)
+    if isinstance(source, bytes):
+        return f"<{len(source):,} bytes>"
+    return printable(source if isinstance(source, str) else source.name)
+
+
+def with_bytes(prompt: Prompt) -> Prompt:
+    """Return the prompt with the bytes of those of its images that are read on demand."""
+    images = tuple(image if isinstance(image, str | bytes) else image.read() for image in prompt.images)
+    return replace(prompt, images=images)
 
 
 def _require_supported(image: Image.Image, source: ImageSource) -> None:

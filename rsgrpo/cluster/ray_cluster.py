@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from rollout.engine import NextShare, shares
+from rollout.engine import NextShare, Share, shares
+from rollout.inputs.stored import store_images
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import check_bucket
@@ -34,6 +37,9 @@ log = logging.getLogger(__name__)
 
 SYNC_CHUNK_BYTES = 64 << 20
 """Weights in flight at once on their way to embedded engines."""
+
+STORING_THREADS = 4
+"""Threads that put the images of a step into the object store."""
 
 CLOSE_TIMEOUT_S = 10.0
 """The longest that workers may take to end after a signal."""
@@ -161,16 +167,39 @@ class RayCluster:
         self, prompts: Sequence[Prompt], sampling: SamplingParams
     ) -> Iterator[ScoredGroup | RolloutGroup]:
         """Sample prompts on the engines; score each group as soon as it is finished, while others still run."""
-        rollout = self.config.rollout
+        rollout, given = self.config.rollout, {prompt.id: prompt for prompt in prompts}
         pieces = iter(shares(prompts, sampling.group_size, rollout.share_sequences, rollout.num_workers))
-        return self._sample(lambda: next(((piece, sampling) for piece in pieces), None))
+        # Nobody needs the images once a group is scored: the object store may forget them.
+        for group in self._sample(lambda: next((([*map(store_images, piece)], sampling) for piece in pieces), None)):
+            scored, sampled = (group, group.group) if isinstance(group, ScoredGroup) else (None, group)
+            sampled = replace(sampled, prompt=given[sampled.prompt.id])
+            yield replace(scored, group=sampled) if scored is not None else sampled
 
     def sample_to_learn(
         self, expected: Sequence[Prompt], next_share: NextShare
     ) -> Generator[ScoredGroup | RolloutGroup]:
-        """Sample and score a training step; the learner decodes the images of the prompts expected in it meanwhile."""
-        self.learner.prefetch(expected)
-        return self._sample(next_share)
+        """Sample and score a training step; the learner decodes the images of the prompts expected in it meanwhile.
+
+        Images go into the object store once, in threads, in the order in which they are expected. What is yielded
+        refers to them there, for the learner.
+        """
+        with ThreadPoolExecutor(STORING_THREADS, thread_name_prefix="images") as threads:
+            storing = [threads.submit(store_images, prompt) for prompt in expected]
+            prefetching = threads.submit(lambda: self.learner.prefetch([stored.result() for stored in storing]))
+            waiting = {id(prompt): future for prompt, future in zip(expected, storing, strict=True)}
+
+            def stored(prompt: Prompt) -> Prompt:
+                found = waiting.pop(id(prompt), None)
+                return store_images(prompt) if found is None else found.result()
+
+            def next_stored() -> Share | None:
+                share = next_share()
+                return None if share is None else ([stored(prompt) for prompt in share[0]], share[1])
+
+            try:
+                yield from self._sample(next_stored)
+            finally:
+                prefetching.result()  # it must reach the learner before the update
 
     def _sample(self, next_share: NextShare) -> Generator[ScoredGroup | RolloutGroup]:
         scoring = self.rewards.batch()

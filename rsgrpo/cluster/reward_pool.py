@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -78,7 +79,7 @@ class RewardPool:
                 self._replace(index, group, error)
             return None
         self._failures_in_a_row = 0
-        return scored
+        return [replace(one, group=group) for one in scored]  # it came back without prompt and rollouts
 
     def memory_mb(self) -> float:
         """Return the resident memory of the workers that answer, in MiB."""

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ import torch
 from rollout.build import hide_progress_bars
 from rollout.config import RolloutConfig
 from rollout.engine import Backend
-from rollout.types import RolloutGroup
+from rollout.inputs.stored import read_images
+from rollout.types import Prompt, RolloutGroup
 from rollout.vllm.peers import TransferError
 from rollout.vllm.weights_out import WeightSender
 from rollout.worker import WorkerHandle, enter_folder, node_address, weight_sender
@@ -162,5 +164,10 @@ class RewardWorker(_Process):
         log_to_folder(Path(config.output_dir) / config.name)
 
     async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Score whole groups, beside those of other calls."""
-        return list(await asyncio.gather(*(self.rewards.score_group(group, self._lanes) for group in groups)))
+        """Score whole groups, beside those of other calls; they come back without prompt and rollouts."""
+        return list(await asyncio.gather(*(self._score(group) for group in groups)))
+
+    async def _score(self, group: RolloutGroup) -> ScoredGroup:
+        group = replace(group, prompt=await read_images(group.prompt))
+        scored = await self.rewards.score_group(group, self._lanes)
+        return replace(scored, group=RolloutGroup(Prompt(group.prompt.id, ""), ()))

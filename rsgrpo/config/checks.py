@@ -211,7 +211,8 @@ def _check_sleep(config: TrainConfig) -> None:
         return
     require(
         config.algorithm.max_staleness == 0 or not colocated,
-        f"algorithm.max_staleness=1 samples while the learner works, but rollout.vllm.sleep_level={level} puts "
+        f"algorithm.max_staleness={config.algorithm.max_staleness} samples while the learner works, but "
+        f"rollout.vllm.sleep_level={level} puts "
         "colocated engines to sleep then. Set rollout.vllm.sleep_level=0, or cluster.placement=disaggregated.",
     )
     require(

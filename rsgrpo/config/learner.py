@@ -23,6 +23,10 @@ LrSchedule = Literal["constant", "linear", "cosine"]
 AttentionKind = Literal["auto", "sdpa", "flash"]
 
 
+IMPORTANCE_CAP = 2.0
+"""Cap of the importance weights where rollouts are of older weights and no other cap is set."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on the language model."""
@@ -116,11 +120,17 @@ class AlgorithmConfig:
     kl_coef: float = key(0.0, "Weight of the KL term to the reference model; 0 loads no reference.", ge=0)
     kl_estimator: KlEstimator = key("k3", "How the KL term is estimated; k1 has no gradient in expectation.")
     entropy_coef: float = key(0.0, "Weight of an entropy bonus.", ge=0)
-    importance_cap: float = key(0.0, "Cap of each token's weight exp(old - rollout logprob); 0 is off.", ge=1, off=0)
-    max_staleness: Literal[0, 1] = key(
+    importance_cap: float = key(
+        0.0,
+        "Cap of each token's weight exp(old - rollout logprob); 0 is off, and becomes 2 where max_staleness > 0.",
+        ge=1,
+        off=0,
+    )
+    max_staleness: int = key(
         0,
-        "0 samples each step with the newest weights; 1 samples the next step while this one is learned, with the "
-        "weights before it (needs importance_cap).",
+        "0 samples each step with the newest weights; k samples the step k ahead while this one is learned, with "
+        "weights that are k updates old when that step is learned from.",
+        ge=0,
     )
     on_policy_shortcut: bool = key(True, "Take old logprobs from the training pass itself where that is exact.")
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -144,11 +154,8 @@ class AlgorithmConfig:
             f"algorithm.baseline={self.baseline} and algorithm.scale={self.scale} are read by per_reward alone, got "
             f"algorithm.advantage={self.advantage}. Set algorithm.advantage=per_reward.",
         )
-        require(
-            self.max_staleness == 0 or self.importance_cap > 0,
-            "algorithm.max_staleness=1 learns from rollouts of older weights, which algorithm.importance_cap=0 does "
-            "not correct. Set algorithm.importance_cap=2.",
-        )
+        if self.max_staleness and not self.importance_cap:  # older weights must be corrected for
+            object.__setattr__(self, "importance_cap", IMPORTANCE_CAP)
 
 
 @dataclass(frozen=True)

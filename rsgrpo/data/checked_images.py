@@ -11,7 +11,7 @@ from pathlib import Path
 
 import PIL
 
-from rollout.inputs.images import PromptError, check_decodes
+from rollout.inputs.images import PromptError, bytes_of, check_decodes
 from rollout.packed import PackedImage
 from rollout.types import ImageSource
 
@@ -68,10 +68,10 @@ class CheckedImages:
 
 def _digest(source: ImageSource) -> str:
     """Return a digest of an image as it is now, and of the decoder that judged it."""
-    if isinstance(source, bytes):
-        what = source
-    else:
-        file, place = (source.file, f"{source.group}/{source.row}") if isinstance(source, PackedImage) else (source, "")
+    if isinstance(source, str | PackedImage):
+        file, place = (source, "") if isinstance(source, str) else (source.file, f"{source.group}/{source.row}")
         found = os.stat(file)
         what = f"{os.path.abspath(file)}{place}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
+    else:
+        what = bytes_of(source)
     return hashlib.blake2b(what, digest_size=_DIGEST_BYTES, key=PIL.__version__.encode()).hexdigest()

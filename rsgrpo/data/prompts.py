@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -150,7 +151,7 @@ class RowChecker:
                 f"{num_tokens:,} tokens, inputs.max_prompt_tokens is {limit:,}; with inputs.max_pixels={pixels:,} "
                 f"{len(images)} pages take most of them",
             )
-        return prompt
+        return replace(prompt, num_tokens=num_tokens)
 
     def _row_images(self, columns: Mapping[str, Any]) -> tuple[ImageSource, ...]:
         entries = image_entries(columns.get(self._data.columns["image"]))

@@ -6,6 +6,7 @@ Every rank is given the same full list of groups. Ray, hydra and engines are not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from rollout.config import InputsConfig
 from rollout.families.features import FeatureCache
+from rollout.inputs.images import with_bytes
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
@@ -341,7 +343,7 @@ class Learner:
             path = Path(self.debug_dir) / f"bad_batch_{self._trainer().step}.pt"
             if self.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({"groups": list(groups)}, path)
+                torch.save({"groups": [replace(group, prompt=with_bytes(group.prompt)) for group in groups]}, path)
             raise NonFiniteSteps(f"{error}; the batch is in {path}") from error
 
     def _self_check(self, groups: Sequence[TrainGroup]) -> None:

@@ -72,11 +72,12 @@ class PromptStore:
         self._encoded: dict[Key, EncodedPrompt] = {}
 
     def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
-        """Return the token count of each prompt, from image headers alone.
+        """Return the token count of each prompt: as counted when its row was checked, else from image headers alone.
 
         unreadable: the count of a prompt that cannot be read; None raises.
         """
-        return list(self._pool.map(lambda prompt: self._count(prompt, unreadable), prompts))
+        counts = {i: self._pool.submit(self._count, p, unreadable) for i, p in enumerate(prompts) if not p.num_tokens}
+        return [counts[i].result() if i in counts else prompt.num_tokens for i, prompt in enumerate(prompts)]
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Start to encode the first `ahead` of the prompts that a later pass will need, and return at once."""

@@ -9,10 +9,11 @@ import hashlib
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rollout.engine import NextShare, Share
 from rollout.types import Prompt, RolloutGroup, SamplingParams
@@ -213,51 +214,67 @@ class _Filling:
             self._planned += [(share, part) for share in self._collector.cut(piece) if share]
 
 
+Batch = tuple[list[ScoredGroup], dict[str, float]]
+"""The groups of a step and what `Collector.collect` tells about them."""
+
+
+def resumed(state: Mapping[str, Any]) -> tuple[list[Prompt], dict[int, Batch]]:
+    """Return `Collector.returned` and `Lookahead.ready` from a checkpoint's state, or from one of an older release.
+
+    That one held groups of older weights as the surplus of a step: their prompts are sampled again.
+    """
+    returned = [*state.get("returned", ()), *(scored.group.prompt for scored in state.get("surplus", ()))]
+    ready = state.get("ready") or {}
+    return returned, dict(ready) if isinstance(ready, Mapping) else {ready[0]: ready[1]}
+
+
 @dataclass
 class Lookahead:
-    """Collects the groups of a step when they are needed, or ahead of time, while something else runs.
+    """Collects the groups of a step when they are needed, or steps ahead, while something else runs.
 
-    ready: a batch that was collected ahead of time and not yet taken, with its step; part of a checkpoint.
+    ready: by step, batches that were collected ahead of time and not yet taken; part of a checkpoint.
     """
 
     collector: Collector
     num_groups: int
-    ready: tuple[int, tuple[list[ScoredGroup], dict[str, float]]] | None = None
-    _running: tuple[int, Future[tuple[list[ScoredGroup], dict[str, float]]]] | None = None
+    ready: dict[int, Batch] = field(default_factory=dict)
+    _running: list[tuple[int, Future[Batch]]] = field(default_factory=list)
+    _last: int = 0
     _broke: SourceBroke | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampling"))
 
-    def take(self, step: int) -> tuple[list[ScoredGroup], dict[str, float]]:
+    def take(self, step: int) -> Batch:
         """Return the batch of `step`: what `start` collected, else it is collected now.
 
         Raises:
             SourceBroke: as `Collector.collect`, now or while `start` collected.
         """
+        self._last = max(self._last, step)
+        if step in self.ready:
+            return self.ready.pop(step)
         if self._broke is not None:
             raise self._broke
-        if self.ready is not None and self.ready[0] == step:
-            batch = self.ready[1]
-            self.ready = None
-            return batch
         return self.collector.collect(self.num_groups, step)
 
-    def start(self, step: int) -> None:
-        """Begin to collect a later step's batch; `settle` must follow."""
-        self._running = (step, self._thread.submit(self.collector.collect, self.num_groups, step))
+    def start(self, last_step: int) -> None:
+        """Begin to collect, in order, the batches up to that of `last_step`; `settle` must follow."""
+        first = max([self._last, *self.ready]) + 1
+        for step in range(first, last_step + 1):
+            self._running.append((step, self._thread.submit(self.collector.collect, self.num_groups, step)))
+        self._last = max(self._last, last_step)
 
     def settle(self) -> None:
         """Wait until what was started is there; raise what it raised.
 
-        The end of the stream is raised by `take`, so that the step in progress can be finished and saved first.
+        The end of the stream is raised by `take`, so that the steps that have a batch can be finished and saved first.
         """
-        if self._running is not None:
-            step, batch = self._running
-            self._running = None
+        running, self._running = self._running, []
+        for step, batch in running:
             error = batch.exception()
             if isinstance(error, SourceBroke):
                 self._broke = error
-            else:
-                self.ready = (step, batch.result())
+                return
+            self.ready[step] = batch.result()
 
 
 def _histogram(values: Sequence[float], num_bins: int = 8, width: int = 40) -> list[str]:

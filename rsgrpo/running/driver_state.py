@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rewards.api import Credit, Span
-from rollout.packed import PackedImage
+from rollout.packed import ImageReference
 from rollout.types import Prompt, Rollout, RolloutGroup
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning.state import TypeRefused, read_pickle
@@ -128,7 +128,7 @@ def _as_array(value: Any) -> tuple[str, np.ndarray] | None:
         return "$scalar", np.asarray(value)
     if isinstance(value, np.ndarray) and value.dtype != object:
         return "$array", value
-    if isinstance(value, bytes | PackedImage):  # the file that a packed image lies in may change
+    if isinstance(value, bytes | ImageReference):  # the file that a packed image lies in may change
         content = value if isinstance(value, bytes) else value.read()
         return "$bytes", np.frombuffer(content, dtype=np.uint8)
     if not isinstance(value, list) or len(value) <= _PACKED_LENGTH:

@@ -32,7 +32,7 @@ from rsgrpo.records.run_log import log_to_folder, stop_logging, write_failure
 from rsgrpo.records.tracking import Tracker, read_metrics
 from rsgrpo.report.model_card import write_model_card
 from rsgrpo.report.page import write_report
-from rsgrpo.running.batches import Collector, CutPrompts, Lookahead
+from rsgrpo.running.batches import Collector, CutPrompts, Lookahead, resumed
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
 from rsgrpo.running.guards import GuardBroken, Guards
 from rsgrpo.running.prompts import RunPrompts, load_run_prompts
@@ -78,15 +78,16 @@ class Run:
         self.train_prompts, self.val_prompts = parts.prompts.train, parts.prompts.val
         self.total_steps = steps_of(config, len(self.train_prompts))
         self.guards = Guards(config.guards, read_metrics(self.folder))
+        returned, ready = resumed(parts.state)
         self.collector = Collector(
             self.cluster.sample_to_learn,
             self.stream.next,
             cut_prompts(config),
             train_sampling(config),
             config.algorithm.filter,
-            returned=list(parts.state.get("returned", ())),
+            returned,
         )
-        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready=parts.state.get("ready"))
+        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready)
         self.score = parts.resumed.score if parts.resumed else None
         self.times: dict[str, float] = {}
         self._started, self._checked, self._leaving, self.recoveries = parts.started, False, ExitStack(), 0
@@ -319,7 +320,7 @@ class Run:
             "validated": validated,
             "stream": self.stream.state(),
             "returned": list(self.collector.returned),
-            "ready": self.batches.ready,
+            "ready": dict(self.batches.ready),
         }
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from transformers import AutoModelForImageTextToText
 from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import EngineError, shares
 from rollout.hf.engine import HFEngine
+from rollout.inputs.images import with_bytes
+from rollout.inputs.stored import StoredImage, store_images
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.worker import RolloutWorker, WorkerError, WorkerHandle, start_rollout_worker
@@ -271,6 +274,23 @@ def test_a_worker_killed_in_mid_step_is_replaced_and_every_prompt_is_sampled(clu
     with pytest.raises(WorkerError, match=r"(?s)rollout worker 0 died.*consecutive failure 2"):
         list(supervised.generate(prompts, SAMPLING))
     supervised.close()
+
+
+def test_stored_images_are_read_where_they_are_needed_and_are_stored_once(pool, prompts, page_images):
+    content = Path(page_images[0]).read_bytes()
+    loose = Prompt("p8", "<image><image>what?", (content, page_images[1]))
+    stored = store_images(loose)
+    image, path = stored.images
+    assert isinstance(image, StoredImage)
+    assert (image.read(), path) == loose.images
+    assert store_images(stored) is stored
+    assert store_images(prompts[2]) is prompts[2], "paths stay paths"
+    as_bytes, as_reference = (next(iter(pool.generate([prompt], SAMPLING))) for prompt in (loose, stored))
+    assert as_reference.rollouts == as_bytes.rollouts
+    assert as_reference.prompt.images == stored.images
+    elsewhere: Any = ray.remote(with_bytes)
+    assert ray.get(elsewhere.options(num_cpus=0).remote(stored)) == loose
+    assert hash(stored.images) == hash(ray.get(ray.put(stored)).images)
 
 
 def test_a_worker_answers_a_ping_while_it_samples(pool, prompts):

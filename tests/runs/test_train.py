@@ -202,18 +202,20 @@ def forget_after(config: TrainConfig, step: int) -> None:
     (folder / "latest").unlink()
 
 
-def test_sampling_ahead_uses_weights_one_step_old_and_resumes_bit_for_bit(ray_cluster, config, tmp_path):
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_sampling_ahead_uses_older_weights_and_resumes_bit_for_bit(ray_cluster, config, tmp_path, staleness):
     filtered = FilterConfig(enabled=True, low=-0.9, high=9.0, drop_without_signal=True)
-    algorithm = dataclasses.replace(config.algorithm, filter=filtered, max_staleness=1, importance_cap=2.0)
+    algorithm = dataclasses.replace(config.algorithm, filter=filtered, max_staleness=staleness)
     validation = ValidationConfig(every=0, at_start=False)
     checkpoint = dataclasses.replace(config.checkpoint, keep_last=9, keep_best=0)
     config = variant(config, algorithm=algorithm, total_steps=4, validation=validation, checkpoint=checkpoint)
     train(config)
     whole = metrics_of(config)
-    # Step t learns from rollouts of version t - 2; the first from version 0.
-    assert [row["rollout/oldest_weights_version"] for row in whole] == [0, 0, 1, 2]
+    # Step t learns from rollouts of version t - 1 - staleness; the first ones from version 0.
+    versions = [row["rollout/oldest_weights_version"] for row in whole]
+    assert versions == [max(0, step - 1 - staleness) for step in (1, 2, 3, 4)]
     assert whole[0]["actor/mismatch_max"] < 1e-4 < whole[1]["actor/mismatch_max"]
-    # Taken up after step 2: the batch of step 3 was sampled with version 1, which is gone; the checkpoint holds it.
+    # Taken up after step 2: the batches ahead were sampled with versions that are gone; the checkpoint holds them.
     forget_after(config, 2)
     train(config)
     assert metrics_of(config) == whole

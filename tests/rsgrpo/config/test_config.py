@@ -20,7 +20,7 @@ from rollout.keys import keys_of, sections
 from rsgrpo import cli
 from rsgrpo.config.checks import validate, validate_sft
 from rsgrpo.config.renamed import RENAMED
-from rsgrpo.config.train import SftConfig, TrainConfig
+from rsgrpo.config.train import AlgorithmConfig, SftConfig, TrainConfig
 from rsgrpo.errors import ConfigError, RsgrpoError
 from tests.material import ROOT
 
@@ -432,3 +432,9 @@ def test_every_job_of_a_sweep_has_a_name_of_its_own():
     names = {cli.job_name("demo", f"data.train={'x' * 150},seed={seed}") for seed in (1, 2)}
     assert len(names) == 2
     assert all(len(name) == cli.MAX_NAME_CHARS for name in names)
+
+
+def test_rollouts_of_older_weights_are_corrected_for_unless_another_cap_is_set():
+    assert AlgorithmConfig().importance_cap == 0
+    assert AlgorithmConfig(max_staleness=3).importance_cap == 2
+    assert AlgorithmConfig(max_staleness=1, importance_cap=5.0).importance_cap == 5

@@ -62,6 +62,7 @@ def test_an_evisrag_row_becomes_a_prompt(folder, processor):
     assert dataset.dropped == {}
     (prompt,) = dataset
     assert prompt.id == "q7"
+    assert prompt.num_tokens == processor.count_tokens(prompt) > 0
     assert prompt.text == "[1]<image>[2]<image>what?"
     assert prompt.images == (str(folder / "p0.png"), str(folder / "p1.png"))
     assert prompt.question == "[1][2]what?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,3 +203,20 @@ def test_files_that_were_not_used_for_longest_go_first(tmp_path):
     for name in "efg":
         again.put(name, features)
     assert {path.stem for path in tmp_path.glob("tower/*")} < {"a", "c", "d"}  # room is shared by all towers
+
+
+def test_what_was_counted_with_the_row_is_not_counted_again(tiny_model_path, groups, monkeypatch):
+    learner = make_learner(tiny_model_path)
+    store = learner._passes.prompts
+    counted = store.count_tokens(prompts_of(groups))
+    known = [
+        replace(group, prompt=replace(group.prompt, num_tokens=n)) for group, n in zip(groups, counted, strict=True)
+    ]
+
+    def opens_images(prompt):
+        raise AssertionError(f"the images of {prompt.id} were opened to count tokens")
+
+    monkeypatch.setattr(learner.encoder, "count_tokens", opens_images)
+    assert learner._passes.pack(known, [range(len(known))])
+    with pytest.raises(AssertionError, match="p0"):
+        learner._passes.pack(groups, [range(len(groups))])

@@ -10,8 +10,8 @@ import pytest
 from rewards.api import Credit, Span
 from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from rsgrpo.config.train import FilterConfig
-from rsgrpo.errors import RsgrpoError
-from rsgrpo.running.batches import Collector, derive_seed
+from rsgrpo.errors import RsgrpoError, SourceBroke
+from rsgrpo.running.batches import Collector, Lookahead, derive_seed, resumed
 from rsgrpo.types import ScoredGroup
 
 
@@ -202,3 +202,62 @@ def test_seeds_depend_on_every_part():
     assert derive_seed(0, "train", 1, 0) == derive_seed(0, "train", 1, 0)
     assert len({derive_seed(0, "train", 1, 0), derive_seed(1, "train", 1, 0), derive_seed(0, "train", 2, 0)}) == 3
     assert 0 <= derive_seed(0, "val") < 2**63
+
+
+def plain_collector(stream: Stream) -> Collector:
+    return Collector(engine(lambda p: [1.0, 0.0]), stream.next, whole, SamplingParams(), FilterConfig())
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 3, 4])
+def test_batches_are_collected_the_given_number_of_steps_ahead_and_in_order(staleness):
+    stream, last = Stream(), 6
+    ahead = Lookahead(plain_collector(stream), 2)
+    learned = []
+    for step in range(1, last + 1):
+        learned += ids(ahead.take(step)[0])
+        ahead.start(min(step + staleness, last))
+        ahead.settle()
+        assert sorted(ahead.ready) == list(range(step + 1, min(step + staleness, last) + 1))
+        if step == 2:  # a resumed run goes on from what a checkpoint holds
+            ahead = Lookahead(plain_collector(stream), 2, dict(ahead.ready))
+    assert learned == [str(n) for n in range(2 * last)]
+    assert stream.taken == 2 * last
+
+
+def test_steps_that_have_a_batch_are_finished_before_the_end_of_the_stream_is_raised():
+    stream = Stream()
+
+    def next_prompts(count: int) -> list[Prompt]:
+        if stream.taken == 4:
+            raise SourceBroke("no more rows")
+        return stream.next(count)
+
+    ahead = Lookahead(Collector(engine(lambda p: [1.0]), next_prompts, whole, SamplingParams(), FilterConfig()), 2)
+    ahead.take(1)
+    ahead.start(4)
+    ahead.settle()
+    assert ids(ahead.take(2)[0]) == ["2", "3"]
+    with pytest.raises(SourceBroke, match="no more rows"):
+        ahead.take(3)
+
+
+def test_prompts_of_a_step_that_the_end_of_the_stream_cut_short_are_not_lost():
+    stream = Stream()
+
+    def next_prompts(count: int) -> list[Prompt]:
+        if stream.taken >= 4:
+            raise SourceBroke("no more rows")
+        return stream.next(count)
+
+    collector = Collector(engine(odd_pass), next_prompts, whole, SamplingParams(), ODD)
+    with pytest.raises(SourceBroke):
+        collector.collect(4, step=1)
+    assert [prompt.id for prompt in collector.returned] == ["0", "1", "2", "3"]
+
+
+def test_a_checkpoint_of_an_older_release_gives_its_surplus_back_as_prompts():
+    batch = ([scored(Prompt("5", "q"), [1.0])], {"rollout/tries": 1.0})
+    returned, ready = resumed({"surplus": [scored(Prompt("4", "q"), [1.0])], "ready": (3, batch)})
+    assert [prompt.id for prompt in returned] == ["4"]
+    assert ready == {3: batch}
+    assert resumed({"returned": [Prompt("7", "q")], "ready": None}) == ([Prompt("7", "q")], {})
