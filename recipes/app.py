@@ -12,10 +12,12 @@ import ipaddress
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from html import escape
@@ -23,10 +25,21 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
 
-from recipes.answers.options import add_options, chosen
+from recipes.answers.options import Parser, add_options, chosen
 from recipes.retrieval.answers.generation import Setting
 from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, AnswerProgress, Library, LibrarySettings
-from recipes.retrieval.answers.page_view import CSS, NO_ANSWERER, added_html, answer_html, faults_html, pages_html
+from recipes.retrieval.answers.page_view import (
+    CSS,
+    MAX_LISTED,
+    NO_ANSWERER,
+    added_html,
+    answer_html,
+    documents_html,
+    faults_html,
+    history_html,
+    pages_html,
+    writing_html,
+)
 from recipes.retrieval.command_line import (
     EXTRAS,
     add_answerer,
@@ -38,20 +51,25 @@ from recipes.retrieval.command_line import (
     open_reader,
     search_settings,
 )
+from recipes.retrieval.search.keep import Filters
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
 MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
+MAX_AT_ONCE = 8  # questions; searches take turns, and so do answers of an engine in this process
+MAX_TRACES = 64  # kept for download
+MAX_SHOWN_HISTORY = 50  # questions of a visit
+
+History = list[tuple[str, str]]
+"""Questions of a visit with their answers."""
 
 log = logging.getLogger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m recipes.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = Parser(prog="python -m recipes.app", description=__doc__)
     add_encoder(top)
     add_search_options(top)
     add_answerer(top)
@@ -69,17 +87,101 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     if not 1 <= options.k <= MAX_K:
         raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
     settings = chosen(LibrarySettings, options)
-    encoder_settings(options)  # refuses a wrong command line before the answerer starts
+    if options.by != "words":
+        encoder_settings(options)  # refuses a wrong command line before the answerer starts
     with ExitStack() as on_failure:
         reader = None
         if options.answer_model or options.endpoint or options.script or options.engine != "hf":
             reader = open_reader(options, MAX_K)
             on_failure.callback(reader.answerer.close)
             reader.answerer.start()  # so that the first question does not wait for it
-        search, encoder = search_settings(options), open_encoder(options)
-        library = Library(options.store, index_folder(options), encoder, reader, settings, console, search)
+        search = search_settings(options)
+        encoder = None if search.by == "words" else open_encoder(options)
+        library = Library(
+            options.store, index_folder(options), encoder, reader, settings, console, search, chosen(Filters, options)
+        )
         on_failure.pop_all()
     return library
+
+
+class Handlers:
+    """What the page's buttons do. All return values for gradio's components; faults become text on the page."""
+
+    def __init__(self, library: Library, title: str, scratch: Path) -> None:
+        self._library, self._title, self._scratch = library, title, scratch
+        self._traces: deque[Path] = deque()
+
+    def ask(self, question: str, k: float, setting: Any, follows: bool, history: History) -> Iterator[tuple[Any, ...]]:
+        """Yield response, answer, pages, trace, the visit's history and its list, as they become known."""
+        import gradio as gr
+
+        same = gr.skip()
+        yield "", "", "", gr.DownloadButton(interactive=False), same, same
+        last: AnswerProgress | None = None
+        try:
+            for asking in self._library.ask(question, int(k), setting, history if follows else ()):
+                pages = self._pages(asking) if last is None else same
+                yield asking.text, writing_html(asking.text), pages, same, same, same
+                last = asking
+        except RsgrpoError as error:
+            yield same, faults_html([str(error)]), same, same, same, same
+            return
+        assert last is not None, "a question always has pages"
+        if last.answered is not None:
+            line = last.answered.line
+            history = [*history, (question, line["answer"] or line["raw"])][-MAX_SHOWN_HISTORY:]
+        trace = gr.DownloadButton(value=str(self._trace(last)), interactive=True)
+        yield last.text, answer_html(last), self._pages(last), trace, history, history_html(history)
+
+    def add(self, files: list[str] | None) -> tuple[Any, ...]:
+        """Return what became of the files, the heading, the list of documents, the choice of them, and no files."""
+        import gradio as gr
+
+        try:
+            added = self._library.add([Path(file) for file in files or ()])
+        except RsgrpoError as error:
+            return faults_html([str(error)]), *self.overview(), gr.skip()
+        return added_html(added, self._library.num_pages), *self.overview(), None
+
+    def remove(self, places: list[str] | None) -> tuple[Any, ...]:
+        """Return what was removed, the heading, the list of documents and the choice of them."""
+        if not places:
+            return faults_html(["choose the documents to remove"]), *self.overview()
+        try:
+            removal = self._library.remove(places)
+        except RsgrpoError as error:
+            return faults_html([str(error)]), *self.overview()
+        said = f"removed {len(removal.rows)} documents with {removal.num_pages} pages"
+        if removal.still_there:
+            said += (
+                f"; {len(removal.still_there)} of the files still exist, and the next ingest of their folder adds them"
+            )
+        return f"<div>{escape(said)}</div>", *self.overview()
+
+    def overview(self) -> tuple[Any, ...]:
+        """Return the heading, the list of documents, and the choice of those that can be removed."""
+        import gradio as gr
+
+        self._library.refresh()
+        rows = self._library.documents()
+        places = [(row.document, f"{row.root}/{row.document}") for row in rows[:MAX_LISTED]]
+        return self.heading(), documents_html(rows), gr.Dropdown(choices=places, value=[])
+
+    def heading(self) -> str:
+        """Return the store's name and size."""
+        return f"<h2>{escape(self._title)}: {self._library.num_pages:,} pages</h2>"
+
+    def _pages(self, progress: AnswerProgress) -> str:
+        return pages_html(progress, address, self._library.source_of)
+
+    def _trace(self, asking: AnswerProgress) -> Path:
+        """Write the trace of an answer to a file of its own, so that tabs do not share it; old ones are deleted."""
+        file = Path(tempfile.mkdtemp(dir=self._scratch)) / "trace.json"
+        file.write_text(json.dumps(self._library.trace(asking), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self._traces.append(file)
+        while len(self._traces) > MAX_TRACES:
+            shutil.rmtree(self._traces.popleft().parent, ignore_errors=True)
+        return file
 
 
 def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> Any:
@@ -87,35 +189,10 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
     import gradio as gr
 
     answers = library.reader is not None
-
-    def ask(question: str, k: float, setting: Any) -> Iterator[tuple[Any, ...]]:
-        yield "", "", "", gr.DownloadButton(interactive=False)
-        last: AnswerProgress | None = None
-        try:
-            for asking in library.ask(question, int(k), setting):
-                yield asking.text, gr.skip(), pages_html(asking, address) if last is None else gr.skip(), gr.skip()
-                last = asking
-        except RsgrpoError as error:
-            yield gr.skip(), faults_html([str(error)]), gr.skip(), gr.skip()
-            return
-        assert last is not None, "a question always has pages"
-        file = Path(tempfile.mkdtemp(dir=scratch)) / "trace.json"  # one file per answer, so that tabs do not share it
-        file.write_text(json.dumps(library.trace(last), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        trace = gr.DownloadButton(value=str(file), interactive=True)
-        yield last.text, answer_html(last), pages_html(last, address), trace
-
-    def add(files: list[str] | None) -> tuple[Any, ...]:
-        try:
-            report = library.add([Path(file) for file in files or ()])
-        except RsgrpoError as error:
-            return faults_html([str(error)]), heading_html(), gr.skip()
-        return added_html(report, library.num_pages), heading_html(), None
-
-    def heading_html() -> str:
-        return f"<h2>{escape(options.store.resolve().name)}: {library.num_pages:,} pages</h2>"
-
+    do = Handlers(library, options.store.resolve().name, scratch)
     with gr.Blocks(title="Ask your documents", analytics_enabled=False, fill_width=True) as page:
-        heading = gr.HTML(heading_html, elem_id="heading")
+        heading = gr.HTML(do.heading, elem_id="heading")
+        history = gr.State([])
         with gr.Row():
             with gr.Column(scale=2):
                 question = gr.Textbox(
@@ -123,29 +200,44 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
                 )
                 with gr.Row():
                     k = gr.Slider(1, MAX_K, value=options.k, step=1, label="Pages")
-                    setting = gr.Dropdown(
-                        list(get_args(Setting)),
-                        value=options.setting,
-                        label="How pages are shown to the model",
-                        visible=answers,
-                    )
-                ask_button = gr.Button("Ask" if answers else "Search", variant="primary", elem_id="ask")
+                    settings, label = list(get_args(Setting)), "How pages are shown to the model"
+                    setting = gr.Dropdown(settings, value=options.setting, label=label, visible=answers)
+                follows = gr.Checkbox(label="Follow-up of the last questions", visible=answers, elem_id="follows")
+                with gr.Row():
+                    ask_button = gr.Button("Ask" if answers else "Search", variant="primary", elem_id="ask")
+                    stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
                 gr.HTML(NO_ANSWERER, visible=not answers, elem_id="nobody")
                 answer = gr.HTML(elem_id="answer")
-                text = gr.Textbox(
-                    label="Response", lines=6, max_lines=16, interactive=False, elem_id="response", visible=answers
-                )
+                with gr.Accordion("Whole response", open=False, visible=answers, elem_id="whole"):
+                    text = gr.Textbox(show_label=False, lines=6, max_lines=16, interactive=False, elem_id="response")
                 trace = gr.DownloadButton("Download trace (JSON)", interactive=False, elem_id="trace")
+                with gr.Accordion("Questions of this visit", open=False, visible=answers, elem_id="history"):
+                    asked = gr.HTML(history_html([]))
             with gr.Column(scale=3):
                 pages = gr.HTML(elem_id="found")
         with gr.Accordion("Add documents", open=not library.num_pages):
-            files = gr.File(label="PDF, images, office, text, HTML", file_count="multiple", elem_id="files")
+            files = gr.File(
+                label="PDF, images, office, text, HTML, e-mail, e-books", file_count="multiple", elem_id="files"
+            )
             add_button = gr.Button("Add", elem_id="add")
             added = gr.HTML(elem_id="added")
-        one_at_a_time: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
-        for trigger in (ask_button.click, question.submit):
-            trigger(ask, [question, k, setting], [text, answer, pages, trace], **one_at_a_time)
-        add_button.click(add, files, [added, heading, files], **one_at_a_time)
+        with gr.Accordion("Documents", open=False, elem_id="documents"):
+            listed = gr.HTML()
+            chosen_documents = gr.Dropdown([], multiselect=True, label="Documents to remove", elem_id="doomed")
+            remove_button = gr.Button("Remove", elem_id="remove")
+            removed = gr.HTML(elem_id="removed")
+        overview = [heading, listed, chosen_documents]
+        page.load(do.overview, None, overview)
+        answering: dict[str, Any] = {"concurrency_id": "answers", "concurrency_limit": MAX_AT_ONCE}
+        shown = [text, answer, pages, trace, history, asked]
+        asking: list[Any] = [
+            trigger(do.ask, [question, k, setting, follows, history], shown, **answering)
+            for trigger in (ask_button.click, question.submit)
+        ]
+        stop_button.click(None, None, None, cancels=asking)
+        one_at_a_time: dict[str, Any] = {"concurrency_id": "documents", "concurrency_limit": 1}
+        add_button.click(do.add, files, [added, *overview, files], **one_at_a_time)
+        remove_button.click(do.remove, chosen_documents, [removed, *overview], **one_at_a_time)
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -170,7 +262,7 @@ def serve(library: Library, options: argparse.Namespace) -> None:
             _, url, _ = page.launch(
                 server_name=options.host,
                 server_port=options.port or None,
-                allowed_paths=[str(library.pages_folder)],
+                allowed_paths=[str(library.pages_folder), str(library.uploads_folder)],
                 max_file_size=options.max_file_mb << 20,
                 theme=gr.themes.Default(font=fonts, font_mono=("ui-monospace", "monospace")),
                 css=CSS,

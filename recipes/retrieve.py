@@ -16,9 +16,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from recipes.answers.options import add_options, chosen
+from recipes.answers.options import Parser, add_options, chosen
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
-from recipes.retrieval.answers.generation import AskedQuestion, answer_all
+from recipes.retrieval.answers.generation import Answered, AskedQuestion, answer_all
+from recipes.retrieval.answers.highlight import evidence_boxes, highlighted
 from recipes.retrieval.command_line import (
     EXTRAS,
     KEPT,
@@ -56,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's grammar."""
-    top = argparse.ArgumentParser(
-        prog="python -m recipes.retrieve", description="Visual retrieval: ingest, index, search, ask."
-    )
+    top = Parser(prog="python -m recipes.retrieve", description="Visual retrieval: ingest, index, search, ask.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_ingest(commands.add_parser("ingest", help="render documents into a store of page images"))
     add_catalogue(commands)
@@ -180,6 +179,9 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
     add_sync(command)
     add_answerer(command)
     command.add_argument("--json", action="store_true", help="one JSON line")
+    command.add_argument(
+        "--evidence-images", type=Path, metavar="FOLDER", help="write the cited pages with their evidence highlighted"
+    )
     command.set_defaults(run=_ask)
 
 
@@ -190,6 +192,8 @@ def _ask(options: argparse.Namespace) -> int:
         asked = AskedQuestion("question", options.question, tuple(pages))
         (answered,) = answer_all([asked], options.setting, reader)
     failed = answered.line["finish_reason"] == "error"
+    if options.evidence_images is not None:
+        _write_evidence(options, answered)
     if options.json:
         found = {"pages": [asdict(page) | {"text": page.text[:500]} for page in pages]}
         cited = {"cited": [{"document": page.document, "page": page.number} for page in answered.cited]}
@@ -206,6 +210,17 @@ def _ask(options: argparse.Namespace) -> int:
         print(f"fault: {fault}")
     print("\n".join(["pages:", *table_lines(pages)]))
     return 0
+
+
+def _write_evidence(options: argparse.Namespace, answered: Answered) -> None:
+    """Write the cited pages with boxes around their evidence; of pages without boxes, the plain image."""
+    options.evidence_images.mkdir(parents=True, exist_ok=True)
+    documents = PageStore.open(options.store).documents()
+    for source in cited_pages(answered):
+        boxes = evidence_boxes(source.page, source.text, documents)
+        file = options.evidence_images / f"{source.number}-{source.page.page_id}.png"
+        highlighted(source.page, boxes).save(file)
+        print(f"{file}: {len(boxes)} marks", file=sys.stderr)
 
 
 def table_lines(found: Sequence[FoundPage]) -> list[str]:

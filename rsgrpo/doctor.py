@@ -76,7 +76,17 @@ def examine(*, with_ray: bool = True) -> list[Finding]:
         for name, purpose in IMPORTS.items()
         if name not in OPTIONAL_IMPORTS or importlib.util.find_spec(name) is not None
     ]
-    findings = [_python(), *_requirements(), *imports, _vllm(), _devices(), *_resources(), _conf(), *_namesakes()]
+    findings = [
+        _python(),
+        *_requirements(),
+        *imports,
+        _vllm(),
+        _devices(),
+        *_resources(),
+        _conf(),
+        *_namesakes(),
+        *document_tools(),
+    ]
     return [*findings, _ray()] if with_ray else findings
 
 
@@ -209,6 +219,26 @@ def _resources() -> Iterator[Finding]:
 
 def _enough(what: str, found: str, is_enough: bool, fix: str) -> Finding:
     return Finding(what, "ok", found) if is_enough else Finding(what, "warn", found, fix)
+
+
+def document_tools() -> Iterator[Finding]:
+    """Yield what `recipes.retrieve` and `recipes.app` use beyond Python packages that a run needs."""
+    soffice = shutil.which("soffice") or shutil.which("libreoffice")
+    needs = "ingest reads office, text, HTML, mail and e-book files with it"
+    fix = (
+        "install it (Debian: libreoffice-writer, libreoffice-calc, libreoffice-impress), or ingest PDFs and images only"
+    )
+    yield _optional("LibreOffice", soffice or "", needs, fix)
+    fix = 'install the program (Debian: tesseract-ocr) and `pip install -e ".[ocr]"`'
+    yield _optional("Tesseract", shutil.which("tesseract") or "", "ingest --ocr reads scans with it", fix)
+    packages = {"faiss": ("faiss-cpu", "index --faiss", "retrieval"), "gradio": ("gradio", "recipes.app", "app")}
+    for name, (package, needs, extra) in packages.items():
+        found = (_version(package) or "installed") if importlib.util.find_spec(name) else ""
+        yield _optional(name, found, f"{needs} needs it", f'run `pip install -e ".[{extra}]"`')
+
+
+def _optional(what: str, found: str, needs: str, fix: str) -> Finding:
+    return Finding(what, "ok", found) if found else Finding(what, "warn", f"not installed: {needs}", fix)
 
 
 def _conf() -> Finding:

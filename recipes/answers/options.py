@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -24,6 +25,23 @@ def add_options(command: Any, settings: type) -> None:
         kind = str if about.default is None else type(about.default)
         choices = [value for value in about.one_of if value] or None
         command.add_argument(option_of(name), type=kind, default=about.default, choices=choices, help=about.help)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose help says the default of every option that has one."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": DefaultsFormatter} | settings)
+
+
+class DefaultsFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds "(default: ...)" to the help of an option, unless it is off, empty, or said already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, "", False, True, argparse.SUPPRESS) and action.default != []
+        if not shown or not action.option_strings or "default" in (action.help or ""):
+            return action.help
+        return f"{action.help or ''} (default: %(default)s)"
 
 
 def chosen(settings: type[SettingsT], options: object, **given: Any) -> SettingsT:

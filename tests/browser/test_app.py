@@ -178,7 +178,7 @@ def test_documents_are_added_and_asked_in_a_browser(chromium, running, tmp_path,
     write_pdf(tmp_path / "two.pdf", ["one", "two"])
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 <b>nothing else")
     add(chromium, *(tmp_path / name for name in ("red.png", "two.pdf", "broken.pdf")))
-    chromium.get_by_text("2 added or changed, 0 unchanged; 3 pages in all").wait_for()
+    chromium.get_by_text("2 added or changed; 3 pages in all").wait_for()
     assert "broken.pdf: the PDF is broken or has no pages" in chromium.locator("#added").inner_text()
     assert "3 pages" in chromium.locator("#heading").inner_text()
 
@@ -309,3 +309,62 @@ def test_two_tabs_ask_at_once_and_each_has_its_own(chromium, running, store, tau
         trace = trace_of(tab)
         assert trace["question"] == question
         assert trace["result"]["raw"] == tab.locator("#response textarea").input_value()
+
+
+def test_evidence_is_marked_pages_are_leafed_through_and_documents_removed(
+    chromium, running, tmp_path, tiny_model_path
+):
+    evidence = "<observe>o</observe><evidence>\n[1]: seven red apples\n</evidence><think>t</think><answer>7</answer>"
+    url = running("--by", "words", *scripted(tmp_path, tiny_model_path, evidence), "-k", "1")  # no model finds pages
+    chromium.emulate_media(color_scheme="dark")
+    chromium.goto(f"{url}?__theme=dark")
+    write_pdf(tmp_path / "fruit.pdf", ["the contents", "there are seven red apples here", "the end"])
+    (tmp_path / "notes.xyz").write_text("?")
+    add(chromium, tmp_path / "fruit.pdf", tmp_path / "notes.xyz")
+    chromium.get_by_text("1 added or changed; 3 pages in all").wait_for()
+    assert "notes.xyz: .xyz files are not read" in chromium.locator("#added").inner_text()
+
+    ask(chromium, "How many apples?")
+    assert answered(chromium).startswith("7")
+    chromium.locator("#answer .cards button").click()
+    sheet = chromium.locator("#page-1")
+    assert sheet.is_visible()
+    background = sheet.evaluate("e => getComputedStyle(e).backgroundColor")
+    assert sheet.evaluate("e => getComputedStyle(e).color") != background  # legible in the dark
+    mark, image = (chromium.locator(f"#page-1 {what}").bounding_box() for what in (".mark", "img"))
+    assert image["y"] < mark["y"] < image["y"] + image["height"]
+    assert 0 < mark["width"] < image["width"]
+    link = sheet.get_by_text("document", exact=True)
+    assert link.get_attribute("href").endswith("fruit.pdf#page=2")
+    assert chromium.request.get(f"{url.rstrip('/')}{link.get_attribute('href').partition('#')[0]}").status == 200
+    sheet.get_by_text("next page").click()
+    assert "fruit.pdf, page 3" in chromium.locator("#page-1-3").inner_text()
+    chromium.locator("#page-1-3").get_by_text("close").click()
+    assert not chromium.locator("#page-1-3").is_visible()
+
+    ask(chromium, "And red ones?")
+    chromium.locator("#history button").first.click()
+    chromium.locator("#history dt").nth(1).wait_for()
+    assert chromium.locator("#history dt").all_inner_texts() == ["And red ones?", "How many apples?"]
+
+    chromium.locator("#documents button").first.click()
+    chromium.locator("#documents td", has_text="fruit.pdf").wait_for()
+    chromium.locator("#doomed input").click()
+    chromium.get_by_role("option", name="fruit.pdf").click()
+    chromium.keyboard.press("Escape")
+    chromium.locator("#remove").click()
+    chromium.get_by_text("removed 1 documents with 3 pages").wait_for()
+    assert "0 pages" in chromium.locator("#heading").inner_text()
+
+
+def test_stop_ends_an_answer_and_the_next_question_is_answered(chromium, running, store, tiny_model_path):
+    babbles = ["--answer-model", tiny_model_path, "--device", "cpu", "--answer-max-pixels", "3136"]
+    chromium.goto(running(*babbles, "-k", "1", "--max-tokens", "1500"))
+    ask(chromium, "how many?")
+    chromium.wait_for_selector("#answer .writing")
+    chromium.locator("#stop").click()
+    chromium.locator("#question textarea").fill("")
+    chromium.get_by_role("button", name="Ask", exact=True).click()
+    chromium.get_by_text("the question is empty").wait_for()
+    ask(chromium, "how many?")
+    chromium.wait_for_selector("#answer .writing")

@@ -37,6 +37,21 @@ def test_a_package_that_does_not_import_is_a_finding(tmp_path: Path, monkeypatch
     assert doctor.check_import("json", "nothing").status == "ok"
 
 
+def test_programs_that_documents_need_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "soffice").write_text("#!/bin/sh\n")
+    (tmp_path / "soffice").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    findings = {finding.what: finding for finding in doctor.document_tools()}
+    assert (findings["LibreOffice"].status, findings["LibreOffice"].found) == ("ok", str(tmp_path / "soffice"))
+    assert findings["Tesseract"].status == "warn"
+    assert "ingest --ocr" in findings["Tesseract"].found
+    assert "tesseract-ocr" in findings["Tesseract"].fix
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    missing = {finding.what: finding.fix for finding in doctor.document_tools() if finding.status == "warn"}
+    assert ".[retrieval]" in missing["faiss"]
+    assert ".[app]" in missing["gradio"]
+
+
 def test_a_folder_that_has_a_packages_name_is_not_that_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "only_a_folder").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))

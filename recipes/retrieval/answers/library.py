@@ -6,15 +6,18 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from recipes.answers.options import check_options
 from recipes.answers.reader import Reader
+from recipes.retrieval.answers.evidence import cited_pages
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
+from recipes.retrieval.answers.highlight import Box, evidence_boxes
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
 from recipes.retrieval.pages.documents import RenderSettings, why_skipped
@@ -22,6 +25,7 @@ from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import DocumentRow, PageStore, StoreBusyError, shown, writing
 from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import IndexFault, VectorIndex
+from recipes.retrieval.search.keep import NO_FILTERS, Filters
 from recipes.retrieval.search.retriever import EXACT, Retriever, SearchSettings
 from recipes.retrieval.search.sync import bring_in_line
 from rollout.files import replaced
@@ -31,6 +35,7 @@ from rsgrpo.records.console import Console
 
 PAGE_TIMEOUT_S = 120.0
 MAX_QUESTION_CHARACTERS = 4_000
+LINKED = (".pdf", ".png", ".jpg", ".jpeg")  # kinds that are linked to
 MAX_HISTORY = 3  # earlier questions that a follow-up is asked with
 
 
@@ -66,6 +71,7 @@ class AnswerProgress:
     pages: retrieved, best first. text: written so far. answered: None until the answer is complete, or if there is no
         answer model.
     seconds: for retrieval, until the first piece of text, and until the end, as far as known.
+    boxes: page id -> where its cited evidence is, once the answer is complete. notes: what the indexes lack.
     """
 
     question: str
@@ -74,6 +80,8 @@ class AnswerProgress:
     text: str
     answered: Answered | None
     seconds: dict[str, float]
+    boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Library:
@@ -93,6 +101,7 @@ class Library:
         settings: LibrarySettings,
         console: Console,
         search: SearchSettings = EXACT,
+        filters: Filters = NO_FILTERS,
     ) -> None:
         """Open everything and encode what the indexes lack; a missing store is created by the first `add`.
 
@@ -106,7 +115,7 @@ class Library:
         """
         self.encoder, self.reader = encoder, reader
         self._store, self._index, self._settings, self._console = store, index, settings, console
-        self._search = search
+        self._search, self._filters = search, filters
         self._retriever: Retriever | None = None
         self._seen: object = None
         self._searching = threading.RLock()
@@ -125,6 +134,21 @@ class Library:
     def pages_folder(self) -> Path:
         """Where all page images are."""
         return (self._store / "pages").absolute()
+
+    @property
+    def uploads_folder(self) -> Path:
+        """Where copies of added documents are."""
+        return (self._store / UPLOADS).absolute()
+
+    def source_of(self, page: FoundPage) -> str:
+        """Return the URL of an added PDF or image at a found page, relative to the page's server; "" for others.
+
+        Other kinds are not linked, because a browser might run what is in them.
+        """
+        file = self.uploads_folder / page.document
+        if page.root != str(self.uploads_folder.resolve()) or file.suffix.lower() not in LINKED or not file.exists():
+            return ""
+        return f"/gradio_api/file={quote(str(file))}#page={page.number}"
 
     def refresh(self) -> None:
         """Follow what has happened to the store since the last call: update the indexes and open them again.
@@ -220,7 +244,7 @@ class Library:
         start = time.monotonic()
         found = self._found(question, k)
         seconds = {"retrieval": time.monotonic() - start}
-        progress = AnswerProgress(question, setting, tuple(found), "", None, seconds)
+        progress = AnswerProgress(question, setting, tuple(found), "", None, seconds, notes=tuple(self.notes))
         yield progress
         if self.reader is None:
             return
@@ -233,7 +257,13 @@ class Library:
                 else:
                     seconds["whole"] = time.monotonic() - start
                     progress = replace(progress, text=piece.line["raw"], answered=piece, seconds=dict(seconds))
+                    progress = replace(progress, boxes=self._boxes(piece))
                 yield progress
+
+    def _boxes(self, answered: Answered) -> dict[str, tuple[Box, ...]]:
+        documents = self.documents()
+        cited = [] if answered.pasted else cited_pages(answered)
+        return {source.page.page_id: evidence_boxes(source.page, source.text, documents) for source in cited}
 
     def _found(self, question: str, k: int) -> list[FoundPage]:
         """Return the distinct pages of a question, over the documents of this moment."""
@@ -290,7 +320,7 @@ class Library:
         return tuple(_stamp(file) for file in files)
 
     def _opened(self) -> Retriever:
-        return Retriever(self._store, self._index, self.encoder, self._search)
+        return Retriever(self._store, self._index, self.encoder, self._search, self._filters)
 
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}

@@ -1,48 +1,72 @@
-"""Found pages, the answer and its evidence cards as HTML.
+"""Found pages, the answer, its evidence cards, earlier questions and the documents of a store as HTML.
 
-Everything that comes from documents and models is escaped. Full pages open as popovers, without script.
+Everything that comes from documents and models is escaped. Pages open as popovers, without script.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
+from recipes.retrieval.answers.highlight import Box
 from recipes.retrieval.answers.library import Added, AnswerProgress
+from recipes.retrieval.pages.store import DocumentRow
 from recipes.retrieval.search.found import FoundPage
 
 CSS = """
 .pages { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; }
 .pages figure { margin: 0; padding: .4rem; border: 3px solid transparent; border-radius: .5rem; }
 .pages figure.cited { border-color: #2e7d32; background: #2e7d3214; }
-.pages button { display: block; width: 100%; padding: 0; border: 0; background: none; cursor: zoom-in; }
-.pages img { width: 100%; max-height: 15rem; object-fit: contain; object-position: top; background: #8882; }
+.pages figure > button { display: block; width: 100%; padding: 0; border: 0; background: none; cursor: zoom-in; }
+.pages figure > button img { width: 100%; max-height: 15rem; object-fit: contain; object-position: top; }
+.pages img { background: #8882; }
 .pages figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .pages .rank { font-weight: 700; }
 .pages .badge { background: #2e7d32; color: white; border-radius: .3rem; padding: 0 .35rem; }
-[popover].full { position: fixed; inset: 0; margin: auto !important; padding: 1rem; }
-[popover].full { width: fit-content; height: fit-content; }
+.pages .also { opacity: .75; }
+[popover].full { position: fixed; inset: 0; margin: auto !important; padding: 1rem; border-radius: .5rem; }
+[popover].full { width: fit-content; height: fit-content; max-height: 98vh; overflow: auto; }
+[popover].full { color: var(--body-text-color); background: var(--body-background-fill); }
+[popover].full .sheet { position: relative; width: fit-content; margin-top: .5rem; }
 [popover].full img { min-width: min(36rem, 80vw); max-width: 90vw; max-height: 82vh; object-fit: contain; }
+[popover].full button { border: 1px solid #8888; border-radius: .3rem; padding: .1rem .6rem; margin-right: .3rem; }
+[popover].full a { text-decoration: underline; margin-right: .6rem; }
 [popover].full::backdrop { background: #000a; }
+.mark { position: absolute; background: #ffd60066; outline: 2px solid #ffb300; pointer-events: none; }
 .answer { font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
+.writing { white-space: pre-wrap; overflow-wrap: anywhere; opacity: .8; }
 .cards { display: grid; gap: .5rem; margin-top: .6rem; }
 .cards button { text-align: left; padding: .6rem; border: 1px solid #2e7d32; border-radius: .5rem; font: inherit; }
 .cards .place { font-weight: 700; display: block; }
 .faults { color: #b3261e; overflow-wrap: anywhere; }
+.dark .faults { color: #ff8a80; }
+.notes { color: #8a5a00; }
+.dark .notes { color: #ffcf6b; }
+.documents { max-height: 22rem; overflow: auto; overflow-wrap: anywhere; }
+.documents td { padding: .1rem .5rem; vertical-align: top; }
 """
 NO_ANSWERER = "There is no answer model, so pages are found but not read. Start with --answer-model or --endpoint."
+NEIGHBOURS = 2  # pages before and after a found one that can be leafed through
+MAX_LISTED = 500  # documents
+MAX_WRITING = 600  # last characters of an answer that is being written
 
 
-def pages_html(progress: AnswerProgress, address: Callable[[str], str]) -> str:
-    """Return the retrieved pages with rank and score; those that the answer cites are framed.
+def pages_html(
+    progress: AnswerProgress, address: Callable[[str], str], source: Callable[[FoundPage], str] = lambda page: ""
+) -> str:
+    """Return the retrieved pages with rank and score; those that the answer cites are framed, their evidence marked.
 
     Args:
-        address: turns an image's path into its URL.
+        address: turns an image's path into its URL. source: returns the URL of a page's document, "" without one.
     """
     cited = {page.page_id for page in progress.answered.cited} if progress.answered else set()
-    figures = [_figure(page, address(page.image), is_cited=page.page_id in cited) for page in progress.pages]
-    return f'<div class="pages">{"".join(figures)}</div>'
+    figures = [
+        _figure(page, address, source(page), progress.boxes.get(page.page_id, ()), is_cited=page.page_id in cited)
+        for page in progress.pages
+    ]
+    return f'{notes_html(progress.notes)}<div class="pages">{"".join(figures)}</div>'
 
 
 def answer_html(progress: AnswerProgress) -> str:
@@ -60,9 +84,19 @@ def answer_html(progress: AnswerProgress) -> str:
     return "".join(parts) + faults_html(faults_of(line))
 
 
+def writing_html(text: str) -> str:
+    """Return the text of an answer while it is being written."""
+    return f'<div class="writing">{escape(text[-MAX_WRITING:])}</div>' if text else "<div>reading the pages</div>"
+
+
 def faults_html(faults: Sequence[str]) -> str:
     """Return faults, one per line."""
     return "".join(f'<div class="faults">{escape(fault)}</div>' for fault in faults)
+
+
+def notes_html(notes: Sequence[str]) -> str:
+    """Return what the user should know, one per line."""
+    return "".join(f'<div class="notes">{escape(note)}</div>' for note in notes)
 
 
 def added_html(added: Added, num_pages: int) -> str:
@@ -71,19 +105,81 @@ def added_html(added: Added, num_pages: int) -> str:
     return f"<div>{counts}</div>" + faults_html([f"{name}: {reason}" for name, reason in added.faults])
 
 
-def _figure(page: FoundPage, url: str, *, is_cited: bool) -> str:
-    name, source = f"page-{page.rank}", escape(url)
-    place = escape(f"{page.document}, page {page.number}")
+def history_html(history: Sequence[tuple[str, str]]) -> str:
+    """Return earlier questions with their answers, the last one first."""
+    rows = [f"<dt><b>{escape(question)}</b></dt><dd>{escape(answer)}</dd>" for question, answer in reversed(history)]
+    return f"<dl>{''.join(rows)}</dl>" if rows else "<p>None yet.</p>"
+
+
+def documents_html(rows: Sequence[DocumentRow]) -> str:
+    """Return the documents with their pages, and what is to be said of them."""
+    lines = []
+    for row in rows[:MAX_LISTED]:
+        said = "; ".join(remark for remark in (row.error, row.note) if remark)
+        place = escape(f"{row.root}/{row.document}")
+        cells = f'<td>{row.num_pages}</td><td title="{place}">{escape(row.document)}</td><td>{escape(said)}</td>'
+        lines.append(f"<tr>{cells}</tr>")
+    more = f"<p>and {len(rows) - MAX_LISTED:,} more</p>" if len(rows) > MAX_LISTED else ""
+    head = "<tr><th>pages</th><th>document</th><th></th></tr>"
+    return f'<div class="documents"><table>{head}{"".join(lines)}</table>{more}</div>'
+
+
+def _figure(
+    page: FoundPage, address: Callable[[str], str], source: str, boxes: Sequence[Box], *, is_cited: bool
+) -> str:
+    name, url = f"page-{page.rank}", escape(address(page.image))
+    place = escape(page.place)
     badge = ' <span class="badge">cited</span>' if is_cited else ""
+    others = [f"also {copy}" for copy in page.copies] + [f"like {near}" for near in page.near]
+    also = f'<br><span class="also">{escape("; ".join(others))}</span>' if others else ""
     return (
         f'<figure class="{"cited" if is_cited else "found"}" data-rank="{page.rank}">'
-        f'<button popovertarget="{name}"><img src="{source}" alt="{place}" loading="lazy"></button>'
-        f'<figcaption><span class="rank">[{page.rank}]</span> {page.score:.4f}{badge}<br>{place}</figcaption>'
-        f'<div popover class="full" id="{name}"><b>[{page.rank}] {place}</b><br>'
-        f'<img src="{source}" alt="{place}" loading="lazy"></div></figure>'
+        f'<button popovertarget="{name}"><img src="{url}" alt="{place}" loading="lazy"></button>'
+        f'<figcaption><span class="rank">[{page.rank}]</span> {page.score:.4f}{badge}<br>{place}{also}</figcaption>'
+        f"{_popovers(page, address, source, boxes)}</figure>"
     )
 
 
+def _popovers(page: FoundPage, address: Callable[[str], str], source: str, boxes: Sequence[Box]) -> str:
+    """Return a popover for a found page and one for each page near it, which open one another."""
+    numbers = {}
+    for number in range(page.number - NEIGHBOURS, page.number + NEIGHBOURS + 1):
+        image = page.image if number == page.number else _neighbour(page.image, number)
+        if image:
+            numbers[number] = (f"page-{page.rank}" + (f"-{number}" if number != page.number else ""), image)
+    link = f'<a href="{escape(source)}" target="_blank" rel="noopener">document</a>' if source else ""
+    parts = []
+    for number, (name, image) in numbers.items():
+        turns = [(numbers[number - 1][0], "previous page")] if number - 1 in numbers else []
+        turns += [(numbers[number + 1][0], "next page")] if number + 1 in numbers else []
+        buttons = "".join(f'<button popovertarget="{target}">{said}</button>' for target, said in turns)
+        buttons += f'<button popovertarget="{name}" popovertargetaction="hide">close</button>'
+        url, is_found = escape(address(image)), number == page.number
+        place = escape(page.place if is_found else f"{page.document}, page {number}")
+        marks = "".join(map(_mark, boxes)) if is_found else ""
+        zoom = f'<a href="{url}" target="_blank" rel="noopener">full size</a>'
+        parts.append(
+            f'<div popover class="full" id="{name}"><b>[{page.rank}] {place}</b><br>{buttons}{zoom}{link}'
+            f'<div class="sheet"><img src="{url}" alt="{place}" loading="lazy">{marks}</div></div>'
+        )
+    return "".join(parts)
+
+
+def _neighbour(image: str, number: int) -> str:
+    """Return the image of another page of the same document, "" if there is none."""
+    path = Path(image)
+    other = path.with_name(f"{number:05d}{path.suffix}") if number > 0 else None
+    return str(other) if other is not None and other.exists() else ""
+
+
+def _mark(box: Box) -> str:
+    sides: Mapping[str, float] = {
+        "left": box.left, "top": box.top, "width": box.right - box.left, "height": box.bottom - box.top
+    }  # fmt: skip
+    style = ";".join(f"{side}:{100 * share:.2f}%" for side, share in sides.items())
+    return f'<span class="mark" style="{style}"></span>'
+
+
 def _card(number: int, page: FoundPage, text: str) -> str:
-    place = escape(f"[{number}] {page.document}, page {page.number}")
+    place = escape(f"[{number}] {page.place}")
     return f'<button popovertarget="page-{page.rank}"><span class="place">{place}</span>{escape(text)}</button>'
