@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import json
 import logging
 import os
 import re
@@ -17,9 +18,10 @@ import signal
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from PIL import Image
@@ -49,6 +51,7 @@ OFFICE = frozenset(
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
 POINTS_PER_INCH = 72
+FINISHED = "finished.jsonl"  # in the folder of a document that is being rendered: its pages so far
 _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
 _CSV_QUOTE = ord('"')
@@ -122,7 +125,9 @@ def is_office(path: Path) -> bool:
 def render(
     path: Path, folder: Path, settings: RenderSettings, on_page: Callable[[], None] = lambda: None
 ) -> tuple[list[RenderedPage], str, str]:
-    """Write every page of a document into an empty folder. Its bytes decide its kind before its extension does.
+    """Write every page of a document into a folder. Its bytes decide its kind before its extension does.
+
+    The folder is empty, or has pages of the same PDF from a process that died, which are not rendered again.
 
     Args:
         on_page: called after each page.
@@ -145,13 +150,17 @@ def render(
         raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
     with tempfile.TemporaryDirectory(prefix="rsgrpo-office-") as scratch:
         if kind == "image":
-            return *_write(_image_pages(path, settings), folder, settings, on_page), ""
+            pages, error = _write(_image_pages(path, settings), folder, settings, on_page)
+            (folder / FINISHED).unlink(missing_ok=True)
+            return pages, error, ""
         if kind == "pdf":
             source, hidden = path, HiddenParts()
         else:
             source, hidden = office_to_pdf(path, Path(scratch), settings)
         labels = labels_of(source, hidden)
-        pages, error = _write(_pdf_pages(source, settings), folder, settings, on_page)
+        finished = _finished_pages(folder) if kind == "pdf" else {}
+        pages, error = _write(_pdf_pages(source, settings, finished), folder, settings, on_page, finished)
+        (folder / FINISHED).unlink(missing_ok=True)
         return [replace(page, label=labels.get(page.number, "")) for page in pages], error, hidden.note
 
 
@@ -284,8 +293,22 @@ def _kind(path: Path) -> Literal["pdf", "image", "other"]:
     return "image" if has_known_format(os.fspath(path)) else "other"
 
 
-def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Image, str] | str]:
-    """Yield each page's pixels and text, or what is wrong with it."""
+def _finished_pages(folder: Path) -> dict[int, RenderedPage]:
+    """Return the pages that a process which died has finished in this folder."""
+    pages = {}
+    try:
+        for line in (folder / FINISHED).read_text().splitlines():
+            page = RenderedPage(**json.loads(line))
+            pages[page.number] = page
+    except (FileNotFoundError, ValueError):  # the last line may be cut off
+        return pages
+    return pages
+
+
+def _pdf_pages(
+    path: Path, settings: RenderSettings, finished: Container[int]
+) -> Iterator[tuple[Image.Image, str] | str | None]:
+    """Yield each page's pixels and text, or what is wrong with it; None for one that is finished."""
     import pypdfium2
 
     logging.getLogger("pypdfium2").setLevel(logging.ERROR)  # it warns that of every XFA form only the AcroForm is drawn
@@ -303,6 +326,9 @@ def _pdf_pages(path: Path, settings: RenderSettings) -> Iterator[tuple[Image.Ima
         document.init_forms()  # otherwise form fields and their values are not drawn
         _refuse_pages(len(document), settings)
         for index in range(len(document)):
+            if index + 1 in finished:
+                yield None
+                continue
             try:
                 page = document[index]
                 width_points, height_points = page.get_size()
@@ -364,11 +390,18 @@ def _fit(image: Image.Image, settings: RenderSettings) -> Image.Image:
 
 
 def _write(
-    pages: Iterator[tuple[Image.Image, str] | str], folder: Path, settings: RenderSettings, on_page: Callable[[], None]
+    pages: Iterable[tuple[Image.Image, str] | str | None],
+    folder: Path,
+    settings: RenderSettings,
+    on_page: Callable[[], None],
+    finished: Mapping[int, RenderedPage] = MappingProxyType({}),
 ) -> tuple[list[RenderedPage], str]:
     suffix, options = _SAVED_AS[settings.image_format]
     written, faults = [], []
     for number, page in enumerate(pages, start=1):
+        if page is None:
+            written.append(finished[number])
+            continue
         if isinstance(page, str):
             fault = page
         elif max(page[0].size) > MAX_ASPECT_RATIO * min(page[0].size):
@@ -382,6 +415,9 @@ def _write(
             name = f"{number:05d}{suffix}"
             image.save(folder / name, **options)
             written.append(RenderedPage(number, name, image.width, image.height, text))
+            if not fault:
+                with open(folder / FINISHED, "a", encoding="ascii") as file:
+                    file.write(json.dumps(asdict(written[-1])) + "\n")
         if fault:
             faults.append(f"page {number}: {fault}")
         on_page()

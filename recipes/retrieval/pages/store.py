@@ -347,10 +347,17 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def content_writer(final: Path) -> Iterator[Path]:
-    """Yield a folder for one content's pages; it gets its name when the block ends without an error."""
+    """Yield a folder for one content's pages; it gets its name when the block ends without an error.
+
+    The folder of a process that died is used again, with the pages that it has finished.
+    """
     temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if not temporary.exists():
+        for left in sorted(final.parent.glob(f".{final.name}.*")):
+            if not _is_running(left.suffix[1:]):
+                os.rename(left, temporary)
+                break
+    temporary.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         try:
@@ -360,6 +367,16 @@ def content_writer(final: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_running(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextmanager
