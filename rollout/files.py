@@ -1,4 +1,4 @@
-"""Atomic file writes, and JSON lines whose errors carry line numbers. Standard library only.
+"""Atomic file writes, one writer per folder, and JSON lines whose errors carry line numbers. Standard library only.
 
 Every writer of this project goes through `replaced`, so that a kill, a full disk or a power cut leaves either the old
 content or the new one, never a part of it.
@@ -6,14 +6,33 @@ content or the new one, never a part of it.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rollout.errors import InputError
+from rollout.errors import InputError, RsgrpoError, printable
+
+LOCK_FILE = ".lock"
+_REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room") | dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"
+)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network file systems
+
+
+class WriteError(RsgrpoError):
+    """The disk refused a write; what was finished before is intact."""
+
+
+class FolderHeld(InputError):
+    """Another process writes to this folder."""
 
 
 @contextmanager
@@ -49,6 +68,126 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace the content of a file atomically."""
     with replaced(path) as unfinished:
         unfinished.write_bytes(content)
+
+
+@contextmanager
+def replaced_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder beside `path`; leaving without an exception makes it the content of `path`, whole.
+
+    All of it is on the disk before the rename. After an exception, and after a kill, `path` is unchanged; a later call
+    removes what the kill has left.
+    """
+    target = Path(path)
+    before = target.with_name(f".{target.name}.before.writing")
+    if before.exists() and not target.exists():  # killed between the two renames
+        os.rename(before, target)
+    for leftover in target.parent.glob(f".{target.name}.*.writing"):
+        shutil.rmtree(leftover)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.writing")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        sync_tree(unfinished)
+        if target.exists():
+            os.replace(target, before)
+            os.rename(unfinished, target)
+            shutil.rmtree(before)
+        else:
+            os.rename(unfinished, target)
+        sync(target.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sync_tree(folder: str | os.PathLike[str]) -> None:
+    """Wait until a folder is on the disk with everything below it."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(parent, name))
+        sync(parent)
+
+
+@contextmanager
+def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a full or read-only disk into one message that names the file and the fix.
+
+    Raises:
+        WriteError: the block could not write.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REMEDIES:
+            raise
+        raise WriteError(
+            f"{os.fspath(path)} cannot be written: {os.strerror(error.errno)}. {_REMEDIES[error.errno]}; then run the "
+            "same command again to resume."
+        ) from error
+
+
+@contextmanager
+def only_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder and hold its lock, which ends with this process, however that ends.
+
+    Raises:
+        FolderHeld: another process holds it; the text says which one (host, process id, since when).
+        WriteError: the folder cannot be written.
+    """
+    path = Path(folder) / LOCK_FILE
+    with naming_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("a+", encoding="utf-8")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (*_NO_LOCKS, errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if error.errno not in _NO_LOCKS or _is_alive(_holder(lock)):
+                raise FolderHeld(_held(path, _holder(lock))) from None
+        with naming_full_disk(path):
+            lock.seek(0)
+            lock.truncate()
+            json.dump(
+                {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}, lock
+            )
+            lock.flush()
+        yield
+        lock.truncate(0)  # ended in order
+
+
+def _holder(lock: IO[str]) -> dict[str, Any]:
+    """Return what the last holder wrote of itself; {} if it ended in order or wrote nothing readable."""
+    lock.seek(0)
+    try:
+        found = json.loads(lock.read(4096))
+        return found if isinstance(found, dict) else {}
+    except ValueError:
+        return {}
+
+
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether a holder may still run, where the file system cannot tell: on another machine it is taken to."""
+    if not holder or holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return bool(holder)
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _held(path: Path, holder: dict[str, Any]) -> str:
+    who = "another process"
+    if holder:
+        since, pid, host = (printable(str(holder.get(name, "?"))) for name in ("since", "pid", "host"))
+        who = f"process {pid} on {host}, since {since}"
+    return (
+        f"{path.parent} is being written by {who}. Wait until it has ended, stop it, or choose another name=. If no "
+        f"such process exists, remove {path}."
+    )
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -1,12 +1,16 @@
 """Check the body of a chat completion request and turn it into a prompt with its pages.
 
-Pages are data URLs, or files inside explicitly allowed folders. Nothing is fetched.
+Pages are data URLs, or files inside explicitly allowed folders. Nothing is fetched. What a body may cost is limited
+before it is parsed, tokenised or decoded.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import os
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +20,17 @@ from urllib.parse import unquote, urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
-from rollout.inputs.images import PromptError, check_decodes, read_size
+from rollout.inputs.images import PromptError
 from rollout.keys import at_least
 from rollout.types import ImageSource, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError
 
 MIB = 1024 * 1024
+MAX_JSON_BYTES = MIB  # of a body, its base64 left out: lists in lists take 30 times their size when they are parsed
+CHARACTERS_PER_TOKEN = 32  # on average; real text has 2 to 5
+
+CheckImage = Callable[[bytes, int], tuple[int, int]]
+"""Decodes an image unless it has more pixels than that; returns its (height, width) or raises PromptError."""
 
 
 class RequestError(RsgrpoError):
@@ -37,12 +46,13 @@ class RequestLimits:
     """Limits of a request.
 
     max_images: pages. image_bytes: of one page, compressed. image_pixels: of one page before its resize.
-    folders: from which files may be read; empty allows only data URLs.
+    characters: of all messages. folders: from which files may be read; empty allows only data URLs.
     """
 
     max_images: int = 5
     image_bytes: int = 20 * MIB
     image_pixels: int = 50_000_000
+    characters: int = 15_000 * CHARACTERS_PER_TOKEN
     folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
@@ -55,10 +65,11 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request that was accepted. stream: send the text in pieces."""
+    """A request that was accepted. stream: send the text in pieces. files: a page's address; None for a data URL."""
 
     prompt: Prompt
     stream: bool
+    files: tuple[str | None, ...]
 
 
 class _Model(BaseModel):
@@ -131,8 +142,9 @@ def read_request(
     system: str,
     sampling: SamplingParams,
     limits: RequestLimits,
+    check_image: CheckImage,
 ) -> ChatRequest:
-    """Check a request and make its prompt.
+    """Check a request and make its prompt, whose pages are bytes.
 
     sampling: the server's; a request may repeat it, not change it.
     template: what the question is put into; "" takes the user's message as it is, with its pages in place.
@@ -141,6 +153,10 @@ def read_request(
     Raises:
         RequestError: it cannot be served.
     """
+    if (num_bytes := json_bytes(body)) > MAX_JSON_BYTES:
+        raise RequestError(
+            413, f"the request has over {num_bytes:,} bytes beside its images; this server takes {MAX_JSON_BYTES:,}"
+        )
     try:
         fields = _Body.model_validate_json(body)
     except ValidationError as error:
@@ -152,17 +168,38 @@ def read_request(
     text, addresses = message.text(), message.addresses()
     if len(addresses) > limits.max_images:
         raise RequestError(400, f"the request has {len(addresses)} images; this server takes {limits.max_images}")
+    if (num_characters := len(text) + len(own_system)) > limits.characters:
+        raise RequestError(
+            413, f"the messages have {num_characters:,} characters; this server takes {limits.characters:,}"
+        )
     plain = text.replace(IMAGE_MARK, " ").strip()
     if not plain:
         raise RequestError(400, "the user message has no text: write the question into it")
     if text.count(IMAGE_MARK) != len(addresses):
         raise RequestError(400, f"the text must not contain {IMAGE_MARK}; send images as parts of type image_url")
-    images = tuple(_page(address, place, limits) for place, address in enumerate(addresses, start=1))
+    images = tuple(_page(address, place, limits, check_image) for place, address in enumerate(addresses, start=1))
     try:
         prompt = to_prompt(Question(request_id, plain, images, text), template, own_system or system)
     except RsgrpoError as error:
         raise RequestError(400, str(error)) from error
-    return ChatRequest(prompt, fields.stream)
+    files = tuple(None if address[:5].lower() == "data:" else address for address in addresses)
+    return ChatRequest(prompt, fields.stream, files)
+
+
+def json_bytes(body: bytes) -> int:
+    """Return the bytes of a body outside of base64, or any number above the limit once it is passed.
+
+    From `;base64,` to the next quotation mark a valid body has no JSON, so that nothing can hide there.
+    """
+    num_bytes, start = 0, 0
+    while num_bytes <= MAX_JSON_BYTES:
+        found = body.find(b";base64,", start)
+        if found < 0:
+            return num_bytes + len(body) - start
+        num_bytes += found - start + len(b";base64,")
+        end = body.find(b'"', found)
+        start = len(body) if end < 0 else end
+    return num_bytes
 
 
 def _fault(error: ValidationError) -> str:
@@ -217,29 +254,28 @@ def _split(messages: list[_Message]) -> tuple[str, _Message]:
     return system, users[0]
 
 
-def _page(address: str, place: int, limits: RequestLimits) -> ImageSource:
-    """Return the page behind an address: compressed bytes, or the path of a file that may be read.
+def _page(address: str, place: int, limits: RequestLimits, check_image: CheckImage) -> ImageSource:
+    """Return the compressed bytes of the page behind an address.
 
     Raises:
         RequestError: it may not be read, cannot be read, or is too large.
     """
     scheme = urlsplit(address[:64]).scheme.lower() if "://" in address[:64] else address[:5].lower().rstrip(":")
     if address[:5].lower() == "data:":
-        source: ImageSource = _decoded(address, place, limits)
+        content = _decoded(address, place, limits)
     elif "://" in address[:64] and scheme != "file":
         raise RequestError(400, f"image {place}: {scheme} addresses are not fetched; send the image as a data URL")
     else:
-        source = _allowed_file(address, place, limits)
+        content = _allowed_file(address, place, limits)
     try:
-        height, width = read_size(source)
-        if height * width > limits.image_pixels:
-            raise RequestError(
-                413, f"image {place} has {width} x {height} pixels; this server takes {limits.image_pixels:,}"
-            )
-        check_decodes(source)
+        height, width = check_image(content, limits.image_pixels)
     except PromptError as error:
         raise RequestError(400, f"image {place} cannot be read: {error}") from error
-    return source
+    if height * width > limits.image_pixels:
+        raise RequestError(
+            413, f"image {place} has {width} x {height} pixels; this server takes {limits.image_pixels:,}"
+        )
+    return content
 
 
 def _decoded(address: str, place: int, limits: RequestLimits) -> bytes:
@@ -256,22 +292,35 @@ def _decoded(address: str, place: int, limits: RequestLimits) -> bytes:
         raise RequestError(400, f"image {place} is not valid base64: {error}") from error
 
 
-def _allowed_file(address: str, place: int, limits: RequestLimits) -> str:
-    """Return the real path of a file below an allowed folder; all others get one refusal, existing or not."""
+def _allowed_file(address: str, place: int, limits: RequestLimits) -> bytes:
+    """Return the bytes of a file below an allowed folder; all others get one refusal, existing or not."""
     path = Path(unquote(address[len("file://") :]) if address[:7].lower() == "file://" else address)
     for folder in limits.folders:
         root = folder.resolve()
         try:
             real = (root / path).resolve()
-            if not real.is_relative_to(root):
-                continue
-            if real.is_file():
-                if real.stat().st_size > limits.image_bytes:
+            if real.is_relative_to(root):
+                content = _bytes_below(root, real, limits.image_bytes)
+                if len(content) > limits.image_bytes:
                     raise RequestError(413, f"image {place} is larger than {limits.image_bytes:,} bytes")
-                return str(real)
+                return content
         except (OSError, ValueError, RuntimeError):  # too long, a null byte, a loop of links: no such file
             continue
     allowed = "a data URL; this server was given no --allow-folder"
     if limits.folders:
         allowed = "a file in an allowed folder, its path relative to that folder"
     raise RequestError(403, f"image {place} must be {allowed}; got {address!r:.80}")
+
+
+def _bytes_below(root: Path, real: Path, max_bytes: int) -> bytes:
+    """Return a file's bytes, one more than the limit at most; OSError unless what was opened is a file below `root`.
+
+    Between the check of a path and its opening it may have become a link to somewhere else.
+    """
+    with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{real} is not a regular file")
+        opened = Path(f"/proc/self/fd/{file.fileno()}")
+        if opened.exists() and not Path(os.readlink(opened)).is_relative_to(root):
+            raise OSError(f"{real} has become a link")
+        return file.read(max_bytes + 1)

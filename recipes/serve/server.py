@@ -10,11 +10,14 @@ import argparse
 import asyncio
 import json
 import logging
+import os
+import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,17 @@ from recipes.answers.batch import result_line
 from recipes.answers.questions import named_prompt
 from recipes.answers.types import Answer, Answerer
 from recipes.infer import add_answerer_options, answerer_of
-from recipes.serve.chat_request import MIB, ChatRequest, RequestError, RequestLimits, read_request
+from recipes.serve.chat_request import (
+    CHARACTERS_PER_TOKEN,
+    MIB,
+    ChatRequest,
+    RequestError,
+    RequestLimits,
+    read_request,
+)
+from recipes.serve.door import TOKEN_VARIABLE, Door, Handler, is_loopback, listen
 from recipes.serve.queue import Piece, PromptQueue
+from rollout.inputs.isolated import IsolatedDecoders
 from rollout.keys import at_least
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError, run_program
@@ -33,6 +45,10 @@ from rsgrpo.errors import InputError, RsgrpoError, run_program
 RETRY_AFTER_S = 5
 BODY_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 60.0
+NUM_DECODERS = max(2, min(8, os.cpu_count() or 1))
+_PATH = re.compile(r"(?<![\w/.:])(?:/[\w.@+-]+){2,}/?")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +58,7 @@ class ServeConfig:
     template, system: what questions are put into, as in `recipes.infer`.
     sampling, limits: see `recipes.serve.chat_request`.
     request_bytes: of a whole request. max_requests: accepted at once, waiting ones included.
-    batch_size: prompts that an engine in this process is given at once.
+    batch_size: prompts that an engine in this process is given at once. door: who may ask.
     """
 
     template: str
@@ -52,6 +68,7 @@ class ServeConfig:
     request_bytes: int = 64 * MIB
     max_requests: int = 32
     batch_size: int = 16
+    door: Door = field(default_factory=Door)
 
     def __post_init__(self) -> None:
         at_least(1, **{"--max-request-mib": self.request_bytes, "--max-requests": self.max_requests})
@@ -60,13 +77,20 @@ class ServeConfig:
 class Server:
     """The HTTP side. `app` is what aiohttp runs."""
 
-    def __init__(self, config: ServeConfig, answerer: Answerer) -> None:
+    def __init__(self, config: ServeConfig, answerer: Answerer, decoders: IsolatedDecoders | None = None) -> None:
+        """Build `app`. decoders: None starts some, which end with the app."""
         self._config = config
+        self._own_decoders = None if decoders else IsolatedDecoders(NUM_DECODERS)
+        self._decoders = decoders or self._own_decoders
+        self._readers = ThreadPoolExecutor(NUM_DECODERS, "request-reader")
+        self._reader_free = asyncio.Semaphore(NUM_DECODERS)
         self._answerer = answerer
         self._queue = PromptQueue(answerer, num_threads=config.max_requests, batch_size=config.batch_size)
         self._num_requests = 0
         self._is_closing = False
-        self.app = web.Application(client_max_size=config.request_bytes, middlewares=[_errors_as_json])
+        self.app = web.Application(
+            client_max_size=config.request_bytes, middlewares=[_errors_as_json, config.door.admit]
+        )
         self.app.add_routes(
             [
                 web.get("/health", self._health),
@@ -82,6 +106,9 @@ class Server:
 
     async def _on_cleanup(self, _: web.Application) -> None:
         await asyncio.to_thread(self._queue.close)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        if self._own_decoders:
+            self._own_decoders.close()
 
     async def _health(self, _: web.Request) -> web.Response:
         status = "closing" if self._is_closing else "ok"
@@ -128,12 +155,26 @@ class Server:
             reply = _error(400, f"the body cannot be read: {error}")
             reply.force_close()  # where the next request would begin is not known
             return reply
-        name = self._answerer.name
-        chat = await asyncio.to_thread(
-            read_request, body, request_id, name, config.template, config.system, config.sampling, config.limits
-        )
-        del body  # the pages are decoded; this may be large
+        chat = await self._read(body, request_id)
+        del body  # the pages are in the prompt; this may be large
         return await (self._stream(request, chat) if chat.stream else self._whole(chat))
+
+    async def _read(self, body: bytes, request_id: str) -> ChatRequest:
+        """Check a request in a thread. Who leaves while he waits for one takes his request along."""
+        config, loop = self._config, asyncio.get_running_loop()
+        assert self._decoders is not None
+        await self._reader_free.acquire()
+
+        def free(_: Future[ChatRequest]) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._reader_free.release)
+
+        work = self._readers.submit(
+            read_request, body, request_id, self._answerer.name, config.template, config.system, config.sampling,
+            config.limits, self._decoders.check,
+        )  # fmt: skip
+        work.add_done_callback(free)  # not when the client leaves: the thread is busy until then
+        return await asyncio.wrap_future(work)
 
     async def _whole(self, chat: ChatRequest) -> web.Response:
         async with aclosing(self._pieces(chat.prompt, streams=False)) as pieces:
@@ -143,7 +184,7 @@ class Server:
         assert isinstance(output, Answer)
         message = {"role": "assistant", "content": output.text}
         choice = {"index": 0, "message": message, "finish_reason": output.finish_reason}
-        return web.json_response(self._reply(output.prompt.id, "chat.completion", choice, output))
+        return web.json_response(self._reply(chat, "chat.completion", choice, output))
 
     async def _stream(self, request: web.Request, chat: ChatRequest) -> web.StreamResponse:
         """Send server-sent events: pieces of the text, then the parsed fields, then [DONE]."""
@@ -153,7 +194,7 @@ class Server:
         async def send(text: str, output: Answer | None = None) -> None:
             delta = {"role": "assistant", "content": text} if text or not was_sent else {}
             choice = {"index": 0, "delta": delta, "finish_reason": output and output.finish_reason}
-            event = self._reply(chat.prompt.id, "chat.completion.chunk", choice, output)
+            event = self._reply(chat, "chat.completion.chunk", choice, output)
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
 
         async with aclosing(self._pieces(chat.prompt, streams=True)) as pieces:
@@ -193,35 +234,48 @@ class Server:
         finally:
             left.set()
 
-    def _reply(self, reply_id: str, kind: str, choice: dict[str, Any], output: Answer | None) -> dict[str, Any]:
+    def _reply(self, chat: ChatRequest, kind: str, choice: dict[str, Any], output: Answer | None) -> dict[str, Any]:
         model = self._answerer.name
-        reply = {"id": reply_id, "object": kind, "created": int(time.time()), "model": model, "choices": [choice]}
-        return reply if output is None else reply | {"parsed": result_line(output, model)}
+        reply = {"id": chat.prompt.id, "object": kind, "created": int(time.time()), "model": model, "choices": [choice]}
+        if output is None:
+            return reply
+        parsed = result_line(output, model)
+        for slot in parsed["evidence"]:  # pages are named as the client named them
+            slot["image"] = chat.files[slot["index"] - 1] if 1 <= slot["index"] <= len(chat.files) else None
+        return reply | {"parsed": parsed}
 
 
 def _fault(piece: Piece) -> RequestError | None:
     """Return what a request is refused with because of this piece; None for text and whole answers."""
     if isinstance(piece, RsgrpoError):
-        return RequestError(502, str(piece))
+        return RequestError(502, without_paths(str(piece)))
     if isinstance(piece, Answer) and piece.finish_reason == "error":
-        return RequestError(422, f"the question cannot be answered: {piece.error}")
+        return RequestError(422, f"the question cannot be answered: {without_paths(str(piece.error))}")
     return None
 
 
+def without_paths(text: str) -> str:
+    """Return an error's text without the absolute paths of this machine; they are in its log."""
+    return _PATH.sub("(a path)", text)
+
+
 @web.middleware
-async def _errors_as_json(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except RequestError as error:
         return _error(error.status, str(error))
     except web.HTTPException as error:  # no such path, wrong method
         return _error(error.status, f"{request.method} {request.path:.80}: {error.reason}")
+    except Exception:
+        log.exception("a request failed")
+        return _error(500, "the server failed; its log has the reason")
 
 
 def _error(status: int, message: str) -> web.Response:
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 502, 503) else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(_error_body(status, message), status=status, headers=headers)
 
 
@@ -234,12 +288,18 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(prog="python -m recipes.serve", description=__doc__.split("\n")[0])
     where = top.add_argument_group("where to listen, and what to accept")
-    where.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in, without a password")
+    where.add_argument(
+        "--host", default="127.0.0.1", help=f"0.0.0.0 lets other machines in; set {TOKEN_VARIABLE} for a bearer token"
+    )
+    where.add_argument(
+        "--allow-host", action="append", default=[], help="a further name under which clients may call this server"
+    )
     where.add_argument("--port", type=int, default=8000)
     where.add_argument("--allow-folder", type=Path, action="append", default=[], help="files in it may be read")
     where.add_argument("--max-request-mib", type=int, default=64, help="largest request")
     where.add_argument("--max-image-mib", type=int, default=20, help="largest image, compressed")
     where.add_argument("--max-image-pixels", type=int, default=50_000_000, help="largest area before the resize")
+    where.add_argument("--max-connections", type=int, default=256, help="further ones are closed at once")
     where.add_argument("--max-requests", type=int, default=32, help="waiting ones included; further ones get 429")
     what = top.add_argument_group("what to ask")
     what.add_argument(
@@ -271,11 +331,13 @@ def config_of(options: argparse.Namespace) -> ServeConfig:
             max_images=options.max_images,
             image_bytes=options.max_image_mib * MIB,
             image_pixels=options.max_image_pixels,
+            characters=options.max_prompt_tokens * CHARACTERS_PER_TOKEN,
             folders=tuple(options.allow_folder),
         ),
         request_bytes=options.max_request_mib * MIB,
         max_requests=options.max_requests,
         batch_size=options.batch_size,
+        door=Door(os.environ.get(TOKEN_VARIABLE, ""), (options.host, *options.allow_host), options.max_connections),
     )
 
 
@@ -283,16 +345,17 @@ def serve(options: argparse.Namespace) -> None:
     """Serve until a signal; requests that are being answered are finished."""
     config = config_of(options)
     answerer = answerer_of(options)
+    if not is_loopback(options.host) and not config.door.token:
+        log.warning("anyone who reaches %s can ask: there is no token. Set %s", options.host, TOKEN_VARIABLE)
     try:
         answerer.start()
-        web.run_app(
-            Server(config, answerer).app,
-            host=options.host,
-            port=options.port,
-            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-            handler_cancellation=True,  # a client that disconnects is not answered
-            print=lambda *_: print(f"serving {answerer.name} at http://{options.host}:{options.port}/v1", flush=True),
-        )
+        here = f"serving {answerer.name} at http://{options.host}:{options.port}/v1"
+        asyncio.run(
+            listen(
+                lambda: Server(config, answerer).app, options.host, options.port, door=config.door,
+                shutdown_timeout_s=SHUTDOWN_TIMEOUT_S, on_ready=lambda: print(here, flush=True),
+            )
+        )  # fmt: skip
     except OSError as error:
         raise InputError(f"cannot listen on {options.host}:{options.port}: {error}; choose another --port") from error
     finally:

@@ -83,8 +83,10 @@ class CheckpointConfig:
     keep_last: int = key(2, "Number of most recent checkpoints to keep.", ge=1)
     keep_best: int = key(1, "Number of best checkpoints to keep as well.", ge=0)
     metric: str = key("val/sampled/accuracy", "The score that decides which are best; higher is better.")
-    resume: Literal["auto", "never"] = key(
-        "auto", "auto resumes from the run folder's newest checkpoint; never refuses to touch an existing run."
+    resume: Literal["auto", "strict", "never"] = key(
+        "auto",
+        "auto resumes from the run folder's newest undamaged checkpoint; strict refuses if a newer one is damaged; "
+        "never refuses to touch an existing run.",
     )
     export: bool = key(True, "Write a Hugging Face folder at the end.")
 

@@ -28,7 +28,8 @@ class CheckedImages:
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
-        self._known = set(file.read_text(encoding="ascii").split()) if file and file.is_file() else set()
+        # A damaged line vouches for no image.
+        self._known = set(file.read_bytes().decode("ascii", "replace").split()) if file and file.is_file() else set()
         self._used: set[str] = set()
         self._faults: dict[str, str] = {}  # of this object's images, by digest; "" where one decodes
 

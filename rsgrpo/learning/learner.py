@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from rollout.config import InputsConfig
 from rollout.families.features import FeatureCache
+from rollout.files import replaced
 from rollout.inputs.images import with_bytes
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
@@ -343,7 +344,9 @@ class Learner:
             path = Path(self.debug_dir) / f"bad_batch_{self._trainer().step}.pt"
             if self.rank == 0:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                torch.save({"groups": [replace(group, prompt=with_bytes(group.prompt)) for group in groups]}, path)
+                with replaced(path) as unfinished:
+                    kept = [replace(group, prompt=with_bytes(group.prompt)) for group in groups]
+                    torch.save({"groups": kept}, unfinished)
             raise NonFiniteSteps(f"{error}; the batch is in {path}") from error
 
     def _self_check(self, groups: Sequence[TrainGroup]) -> None:

@@ -115,7 +115,11 @@ def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
     """
     if (folder / ".metadata").exists():
         raise RsgrpoError(f"{folder} holds a learner's state already; save into a new folder")
+    is_fresh = not optimizer.adamw.state
     model_state, optimizer_state = get_state_dict(policy, optimizer.adamw, options=_OPTIONS)
+    if is_fresh:  # torch has taken an empty step, to have something to write
+        optimizer.adamw.state.clear()
+        _forget_steps(optimizer_state)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
     state[f"random_{dist.get_rank()}"] = _random_state()
     with _naming_each_rank(f"{folder} could not be written"):
@@ -136,13 +140,17 @@ def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int)
     reader = _SafeReader(folder)
     try:
         written = reader.read_metadata().state_dict_metadata
-    except (TypeRefused, OSError, EOFError, pickle.UnpicklingError) as error:
+    except TypeRefused as error:
         raise RsgrpoError(f"{folder / '.metadata'} cannot be read: {error}") from error
+    except Exception as error:  # a damaged pickle raises nearly everything
+        raise RsgrpoError(f"{folder / '.metadata'} is damaged: {type(error).__name__}: {error}") from error
     has_random_state = any(name.startswith(f"{key}.") for name in written)
     if has_random_state:
         state[key] = _random_state()
     with _naming_each_rank(f"{folder} could not be read"):
         load(state, storage_reader=reader, planner=_SafePlanner())
+    if not int(state["counters"]["updates"]):  # written before the first update, maybe by an older release
+        _forget_steps(state["optimizer"])
     set_state_dict(
         policy,
         optimizer.adamw,
@@ -159,6 +167,12 @@ def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int)
     else:
         logger.info("no random state of rank %d in %s: drawn from the seed", dist.get_rank(), folder)
         torch.manual_seed(seed + 1_000_003 * optimizer.step + dist.get_rank())
+
+
+def _forget_steps(optimizer_state: dict[str, Any]) -> None:
+    """Set AdamW's count of steps to 0; its moments are zero."""
+    for moments in optimizer_state["state"].values():
+        moments["step"].zero_()
 
 
 def _counters(optimizer: Optimizer) -> dict[str, torch.Tensor]:

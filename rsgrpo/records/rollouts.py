@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,13 +23,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rewards.api import Credit, Span
+from rollout.errors import one_line
 from rollout.files import replaced, write_bytes
 from rollout.inputs.images import bytes_of
 from rollout.types import ImageSource
-from rsgrpo.errors import RsgrpoError
+from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:  # the reader needs no torch
     from rsgrpo.types import Sample, ScoredGroup, TrainGroup
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "val"]
 FOLDER = "rollouts"
@@ -63,6 +67,10 @@ SCHEMA = pa.schema(
     | {"rollout_logprobs": pa.list_(pa.float32())}
     | {"rewards": pa.list_(_REWARD), "monitors": pa.list_(_MONITOR), "terms": pa.list_(_TERM)}
 )
+
+
+class RolloutsDamaged(InputError):
+    """A rollout file cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,16 +181,28 @@ def write_rollouts(
     path = run_dir / FOLDER / f"{_FILE_PREFIX[split]}_{step:06d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     if split == "val" and path.exists():
-        earlier = pq.read_table(path, schema=SCHEMA)
-        table = pa.concat_tables([earlier.filter(pc.field("mode") != mode), table])
+        try:
+            earlier = pq.read_table(path, schema=SCHEMA)
+            table = pa.concat_tables([earlier.filter(pc.field("mode") != mode), table])
+        except (pa.ArrowException, OSError) as error:
+            log.warning("%s cannot be read, so it is replaced: %s", path, one_line(error))
     with replaced(path) as unfinished:
         pq.write_table(table, unfinished, compression="zstd")
     return path
 
 
 def read_rollouts(path: Path) -> list[StoredRollout]:
-    """Return the rows of one rollout file, in the order in which they were written."""
-    return [_from_row(row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+    """Return the rows of one rollout file, in the order in which they were written.
+
+    Raises:
+        RolloutsDamaged: it cannot be read.
+    """
+    try:
+        return [_from_row(row) for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        raise RolloutsDamaged(
+            f"{path} cannot be read: {one_line(error)}. Remove it to go without its rollouts."
+        ) from error
 
 
 def rollout_files(run_dir: Path, split: Split = "train") -> dict[int, Path]:
@@ -288,7 +308,7 @@ def _store_image(run_dir: Path, image: ImageSource) -> str:
     content = bytes_of(image)
     reference = f"{FOLDER}/{IMAGE_FOLDER}/{hashlib.sha256(content).hexdigest()[:32]}"
     path = run_dir / reference
-    if not path.exists():
+    if not path.exists() or path.stat().st_size != len(content):  # a power cut may leave an empty file
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, content)
     return reference

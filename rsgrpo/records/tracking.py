@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from rollout.files import write_text
+from rollout.files import WriteError, naming_full_disk, write_text
 from rollout.inputs.images import thumbnail
 from rollout.types import ImageSource
 from rsgrpo.config.train import TrackingConfig
-from rsgrpo.records.rollouts import Split, remove_rollouts_after, write_rollouts
+from rsgrpo.records.rollouts import FOLDER, Split, remove_rollouts_after, write_rollouts
 
 if TYPE_CHECKING:  # readers of metrics need no torch
     from rsgrpo.types import ScoredGroup, TrainGroup
@@ -103,9 +103,15 @@ class Tracker:
             self._warn_once(f"non-finite {bad}", "step %d: not finite, so written as null: %s", step, ", ".join(bad))
         if self.num_failures:
             clean[FAILURES_KEY] = self.num_failures
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **clean}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming_full_disk(self.run_dir / METRICS_FILE):
+            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **clean}) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise WriteError(
+                f"{self.run_dir / METRICS_FILE} was deleted while the run was writing it. Run the same command to "
+                "resume from the newest checkpoint that is left."
+            )
         self._num_lines += 1
         for sink in self._sinks:
             with self._tolerating(sink.name):
@@ -127,7 +133,8 @@ class Tracker:
         mode: "greedy" or "sampled" for validation; both modes of a step share a file.
         """
         if self._tracking.store_rollouts:
-            write_rollouts(self.run_dir, step, groups, train_groups, terms=terms, split=split, mode=mode)
+            with naming_full_disk(self.run_dir / FOLDER):
+                write_rollouts(self.run_dir, step, groups, train_groups, terms=terms, split=split, mode=mode)
         for sink in self._sinks:
             with self._tolerating(sink.name):
                 sink.log_rollouts(step, groups, split, mode)
@@ -174,22 +181,26 @@ class Tracker:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of `metrics.jsonl` in order; a last line torn by a kill is left out."""
+    """Return the lines of `metrics.jsonl` in order; a last line torn by a kill, and damaged ones, are left out."""
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in _whole_lines(path)]
+    found = [(number, _row(line)) for number, line in enumerate(_whole_lines(path), 1)]
+    if damaged := [str(number) for number, row in found if row is None]:
+        log.warning("%s: damaged and left out: line %s", path, ", ".join(damaged))
+    return [row for _, row in found if row is not None]
 
 
 def cut_metrics_after(path: Path, step: int | None, *, max_lines: int | None = None) -> int:
-    """Drop the lines of later steps (all for None) and a torn last line, atomically; return how many lines stay.
+    """Drop lines of later steps (all for None) and damaged ones, atomically; return how many lines stay.
 
     max_lines: lines the file had when the checkpoint was written; its step may have been given another line since.
     """
     if not path.exists():
         return 0
     num_lines = len(path.read_bytes().splitlines())
-    kept = [line for line in _whole_lines(path) if step is not None and json.loads(line)["step"] <= step][:max_lines]
+    rows = [(line, _row(line)) for line in _whole_lines(path)[:max_lines]]
+    kept = [line for line, row in rows if step is not None and row is not None and row["step"] <= step]
     if len(kept) < num_lines:
         write_text(path, "".join(line + "\n" for line in kept))
         where = "for a fresh run" if step is None else f"back to step {step}"
@@ -201,6 +212,15 @@ def _whole_lines(path: Path) -> list[str]:
     """Return the lines that end in a newline: one without it was not written to its end."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [line for line in lines[:-1] if line]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Return a line's values; None if a power cut or a disk has damaged it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _finite(value: float) -> float | None:

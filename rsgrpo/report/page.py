@@ -21,11 +21,12 @@ import yaml
 from markupsafe import Markup
 
 from rewards.api import RewardError, load_reward
+from rollout.errors import one_line
 from rollout.files import write_text
 from rollout.inputs.images import PromptError, data_uri
 from rsgrpo.config.train import SftConfig, TrainConfig
 from rsgrpo.errors import InputError, run_program
-from rsgrpo.records.rollouts import StoredRollout, read_rollouts, rollout_files
+from rsgrpo.records.rollouts import RolloutsDamaged, StoredRollout, read_rollouts, rollout_files
 from rsgrpo.records.tracking import METRICS_FILE, read_metrics
 from rsgrpo.report.charts import Curve, build_charts, collect_curves, split_validation
 from rsgrpo.report.templates import asset, json_for_script, render, script_hash
@@ -85,7 +86,7 @@ def collect_report(run_dir: Path, *, step: int | None = None, max_groups: int = 
         "weights": config.get("reward_weights") or {},
         "config": config_changes(config),
         "config_text": yaml.safe_dump(config, sort_keys=False) if config else "",
-        "views": [_view(run_dir, path, images, max_groups) for path in _chosen_files(run_dir, step)],
+        "views": _views(run_dir, _chosen_files(run_dir, step), images, max_groups),
         "images": images,
     }
 
@@ -183,7 +184,12 @@ def _load_config(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIG_FILE
     if not path.exists():
         return {}
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s is damaged, so the report has no configuration: %s", path, one_line(error))
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _chosen_files(run_dir: Path, step: int | None) -> list[Path]:
@@ -197,6 +203,19 @@ def _chosen_files(run_dir: Path, step: int | None) -> list[Path]:
     steps = list(train)
     chosen = sorted({0, len(steps) // 2, len(steps) - 1}) if steps else []
     return [train[steps[index]] for index in chosen] + list(val.values())[-1:]
+
+
+def _views(
+    run_dir: Path, paths: Sequence[Path], images: dict[str, str | None], max_groups: int
+) -> list[dict[str, Any]]:
+    """Return what the page shows of each rollout file that can be read."""
+    views = []
+    for path in paths:
+        try:
+            views.append(_view(run_dir, path, images, max_groups))
+        except RolloutsDamaged as error:
+            log.warning("left out of the report: %s", error)
+    return views
 
 
 def _view(run_dir: Path, path: Path, images: dict[str, str | None], max_groups: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checkpoints on disk: a folder is whole or absent, and an older one is removed only after the new one is committed.
 
-A checkpoint holds the learner's state (`rsgrpo.learning.state`) and the driver's (`rsgrpo.running.driver_state`).
+A checkpoint holds the learner's state (`rsgrpo.learning.state`), the driver's (`rsgrpo.running.driver_state`) and the
+checksums of all its files. Only the process that holds the run folder (`rollout.files.only_writer`) may write here.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ import json
 import logging
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout.files import sync
-from rsgrpo.errors import RsgrpoError
+from rollout.files import sync, sync_tree
+from rsgrpo.errors import RsgrpoError, listed
+from rsgrpo.records.integrity import damage, write_sums
 from rsgrpo.running.driver_state import read_state, write_state
 
 log = logging.getLogger(__name__)
@@ -25,6 +29,8 @@ STATE_FILE = "state.json"
 LEARNER_FOLDER = "learner"
 FULL_DISK_MIB = 16
 """With less than this left when a write fails, the disk counts as full."""
+_NAME = re.compile(r"step_(\d+)")
+_LEFTOVERS = (".writing_*", ".removing_*", ".latest")
 
 
 class CheckpointError(RsgrpoError):
@@ -33,11 +39,15 @@ class CheckpointError(RsgrpoError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One committed checkpoint: its folder, its step and its validation score (None when there was none)."""
+    """One committed checkpoint.
+
+    score: of its validation; None without one. num_files: that have checksums; None in those of earlier releases.
+    """
 
     folder: Path
     step: int
     score: float | None
+    num_files: int | None = None
 
     @property
     def learner_folder(self) -> Path:
@@ -57,26 +67,65 @@ class CheckpointFolder:
     """All checkpoints of one run, `<run>/checkpoints/step_*`, and the link `latest`."""
 
     def __init__(self, folder: Path, *, keep_last: int, keep_best: int) -> None:
-        """Open (and make) the folder; leftovers of an interrupted write are removed."""
+        """Open (and make) the folder."""
         self.folder = folder
         self.keep_last = keep_last
         self.keep_best = keep_best
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*"):
-            log.info("removing %s, left behind by an interrupted run", leftover)
-            leftover.unlink() if leftover.is_symlink() else shutil.rmtree(leftover)
 
     def all(self) -> list[Checkpoint]:
-        """Return the committed checkpoints, oldest first."""
-        found = []
-        for folder in sorted(self.folder.glob("step_*")):
-            state = json.loads((folder / STATE_FILE).read_text())
-            found.append(Checkpoint(folder, state["step"], state["score"]))
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+        """Return the committed checkpoints, oldest first; those without a readable state are left out."""
+        found = [_read(folder) for folder in self._folders()]
+        return [checkpoint for checkpoint in found if isinstance(checkpoint, Checkpoint)]
 
     def newest(self) -> Checkpoint | None:
-        """Return the checkpoint to resume from; None on a fresh run."""
+        """Return the newest checkpoint, its files unread; None without one."""
         return max(self.all(), key=lambda checkpoint: checkpoint.step, default=None)
+
+    def to_resume(self, *, strict: bool = False) -> Checkpoint | None:
+        """Return the newest checkpoint whose files are what was written; None on a fresh run.
+
+        Leftovers of an interrupted write are removed. Newer checkpoints that are damaged are named and renamed to
+        `damaged_step_*`, so that they are kept and out of the way.
+
+        Raises:
+            CheckpointError: none is undamaged, or the newest is not and `strict`.
+        """
+        for leftover in (path for pattern in _LEFTOVERS for path in self.folder.glob(pattern)):
+            log.info("removing %s, left behind by an interrupted run", leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+        damaged: dict[Path, str] = {}
+        intact = None
+        for folder in reversed(self._folders()):
+            found = _read(folder)
+            faults = [found] if isinstance(found, str) else damage(folder, found.num_files)
+            if isinstance(found, Checkpoint) and not faults:
+                intact = found
+                break
+            damaged[folder] = "; ".join(faults[:3])
+        if not damaged:
+            return intact
+        what = listed([f"{folder.name}: {fault}" for folder, fault in damaged.items()])
+        if intact is None:
+            raise CheckpointError(
+                f"no checkpoint in {self.folder} is undamaged:\n{what}\nTo start again, remove {self.folder.parent} or "
+                "choose another name=."
+            )
+        if strict:
+            raise CheckpointError(
+                f"damaged checkpoints in {self.folder}, and checkpoint.resume=strict:\n{what}\nTo resume from step "
+                f"{intact.step}, which is undamaged, set checkpoint.resume=auto."
+            )
+        for folder in damaged:
+            aside = folder.with_name(f"damaged_{folder.name}")
+            os.rename(folder, aside.with_name(f"{aside.name}_{secrets.token_hex(2)}") if aside.exists() else aside)
+        log.warning("damaged checkpoints were renamed to damaged_*; resuming from step %d:\n%s", intact.step, what)
+        return intact
+
+    def _folders(self) -> list[Path]:
+        """Return the folders of committed checkpoints by step; whatever else is here is none of ours."""
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found) if path.is_dir()]
 
     def write(
         self, step: int, save_learner: Callable[[Path], None], driver_state: Mapping[str, Any], score: float | None
@@ -92,21 +141,28 @@ class CheckpointFolder:
         Raises:
             CheckpointError: something could not be written (a full disk, say). The earlier checkpoints are intact.
         """
-        temporary, final = self.folder / f".writing_{step:06d}", self.folder / f"step_{step:06d}"
+        temporary = self.folder / f".writing_{step:06d}_{secrets.token_hex(4)}"
+        final = self.folder / f"step_{step:06d}"
         for checkpoint in self.all():
             if checkpoint.step == step:  # the same step is the same state: the last step of a run asks twice
                 return checkpoint
         score = None if score is None or math.isnan(score) else score
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             (temporary / LEARNER_FOLDER).mkdir(parents=True)
             save_learner(temporary / LEARNER_FOLDER)
             write_state(temporary, driver_state)
-            (temporary / STATE_FILE).write_text(json.dumps({"step": step, "score": score}) + "\n")
-            _sync_tree(temporary)
+            state = {"step": step, "score": score, "files": 1 + sum(path.is_file() for path in temporary.rglob("*"))}
+            (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
+            write_sums(temporary)
+            sync_tree(temporary)
             os.rename(temporary, final)
             sync(self.folder)
         except Exception as error:
+            if not self.folder.is_dir():
+                raise CheckpointError(
+                    f"{self.folder} was deleted while the run was writing to it: no checkpoint is left. Run the same "
+                    "command to start again."
+                ) from error
             free_mib = shutil.disk_usage(self.folder).free / 2**20  # while the half-written files are still there
             shutil.rmtree(temporary, ignore_errors=True)
             # torch hides a full disk behind errors of its own, so the free space is looked at too.
@@ -141,6 +197,18 @@ class CheckpointFolder:
                 _remove(checkpoint.folder)
 
 
+def _read(folder: Path) -> Checkpoint | str:
+    """Return a committed checkpoint, or why its state.json cannot be read."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        step, score = state["step"], state["score"]
+        if not isinstance(step, int) or not isinstance(score, float | int | None):
+            raise TypeError("step or score is not a number")
+        return Checkpoint(folder, step, score, state.get("files"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{STATE_FILE} cannot be read: {type(error).__name__}: {_first_line(error)}"
+
+
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
@@ -150,10 +218,3 @@ def _remove(folder: Path) -> None:
     doomed = folder.with_name(f".removing_{folder.name}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            sync(Path(parent, name))
-        sync(parent)

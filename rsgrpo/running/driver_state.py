@@ -80,7 +80,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         with np.load(folder / ARRAYS_FILE, allow_pickle=False) as stored:
             arrays = {int(name): stored[name] for name in stored.files}
         return {key: _decode(value, arrays) for key, value in written["state"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except StateError:
+        raise
+    except Exception as error:  # a damaged zip file or array raises nearly everything
         raise StateError(
             f"{folder} holds no driver state that can be read: {type(error).__name__}: {error}. Remove the folder to "
             "resume from the checkpoint before it."
@@ -93,6 +95,11 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             state: dict[str, Any] = read_pickle(file, _PICKLED_TYPES)
     except TypeRefused as error:
         raise StateError(f"{path} is a pickle of an older release, and {error}") from error
+    except Exception as error:
+        raise StateError(
+            f"{path} is damaged: {type(error).__name__}: {error}. Remove {path.parent} to resume from the checkpoint "
+            "before it."
+        ) from error
     return state
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from rollout.engine import shares
+from rollout.files import only_writer, replaced_folder
 from rollout.types import SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.build import build_cluster
@@ -28,7 +29,9 @@ from rsgrpo.errors import InputError, SourceBroke, WorkerError
 from rsgrpo.records import summary
 from rsgrpo.records.console import Console
 from rsgrpo.records.hub import push_folder, require_login
+from rsgrpo.records.integrity import write_sums
 from rsgrpo.records.run_log import log_to_folder, stop_logging, write_failure
+from rsgrpo.records.secrets import masked
 from rsgrpo.records.tracking import Tracker, read_metrics
 from rsgrpo.report.model_card import write_model_card
 from rsgrpo.report.page import write_report
@@ -106,15 +109,17 @@ class Run:
         """Load the data, start the workers and, if there is a checkpoint, resume from it.
 
         Args:
-            settings: what the user configured, for config.yaml and the trackers; None is `config` itself.
+            settings: what the user configured, for config.yaml and the trackers; None is `config` itself. Its secrets
+                are masked.
             start_cluster: makes the workers.
             line_every: steps between lines on the console.
 
         Raises:
-            InputError: data, model, rewards or cluster cannot work; no run folder has been written then.
+            InputError: data, model, rewards or cluster cannot work, or another process holds the run's folder.
+            CheckpointError: no checkpoint of the run is undamaged.
         """
         started, folder = time.monotonic(), run_folder(config)
-        settings = settings or dataclasses.asdict(config)
+        settings = masked(settings or dataclasses.asdict(config))
         require_login(config.export)
         rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
         if ":" in config.algorithm.advantage:
@@ -127,6 +132,7 @@ class Run:
             leaving.callback(stop.close)
             prompts = load_run_prompts(config, console)
             total_steps = steps_of(config, len(prompts.train))
+            leaving.enter_context(only_writer(folder))
             checkpoints, newest = checkpoint_to_resume(config)
             state = newest.driver_state() if newest else {}
             console.info(f"Starting the workers. The run is in {folder}.")
@@ -299,9 +305,10 @@ class Run:
         lines["run folder"] = str(self.folder)
         export = self.folder / "export"
         if self.config.checkpoint.export:
-            with self.console.phase("export"):
-                self.cluster.learner.export(export)
-                write_model_card(self.folder, export, self.settings)
+            with self.console.phase("export"), replaced_folder(export) as unfinished:
+                self.cluster.learner.export(unfinished)
+                write_model_card(self.folder, unfinished, self.settings)
+                write_sums(unfinished)
             lines["model"] = str(export)
         self.tracker.close()
         with self.console.phase("report"):
@@ -354,10 +361,11 @@ def cut_prompts(config: TrainConfig) -> CutPrompts:
 
 
 def checkpoint_to_resume(config: TrainConfig) -> tuple[CheckpointFolder, Checkpoint | None]:
-    """Return a run's checkpoints and the newest of them.
+    """Return a run's checkpoints and the newest undamaged one of them.
 
     Raises:
         InputError: there is a run already, and `checkpoint.resume` is "never".
+        CheckpointError: as `CheckpointFolder.to_resume`.
     """
     folder, settings = run_folder(config), config.checkpoint
     checkpoints = CheckpointFolder(folder / "checkpoints", keep_last=settings.keep_last, keep_best=settings.keep_best)
@@ -366,4 +374,4 @@ def checkpoint_to_resume(config: TrainConfig) -> tuple[CheckpointFolder, Checkpo
             f"{folder} already holds a run, and checkpoint.resume=never. Choose another name=, remove the folder, or "
             "set checkpoint.resume=auto to resume it."
         )
-    return checkpoints, checkpoints.newest()
+    return checkpoints, checkpoints.to_resume(strict=settings.resume == "strict")

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rollout.errors import one_line
 from rollout.files import write_text
 
+log = logging.getLogger(__name__)
+
+SETTINGS_FILE = "config.yaml"
 Settings = dict[str, Any]
 """What the user configured, as plain values."""
 
 
 def write_settings(folder: Path, settings: Settings) -> None:
     """Write config.yaml."""
-    write_text(folder / "config.yaml", yaml.safe_dump(_plain(settings), sort_keys=False))
+    write_text(folder / SETTINGS_FILE, yaml.safe_dump(_plain(settings), sort_keys=False))
 
 
 def changed_settings(folder: Path, settings: Settings) -> dict[str, tuple[Any, Any]]:
     """Return, of every key that differs from the run's config.yaml, the value there and the value now."""
-    return _differences(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), _plain(settings))
+    before: Any = None
+    try:
+        before = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s cannot be read: %s", folder / SETTINGS_FILE, one_line(error))
+    if not isinstance(before, dict):
+        log.warning("what the run in %s began with is not known; it is resumed with the settings of now", folder)
+        return {}
+    return _differences(before, _plain(settings))
 
 
 def about_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:

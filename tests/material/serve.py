@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import io
 import json
@@ -17,6 +18,7 @@ from PIL import Image
 from recipes.answers.types import Answer
 from recipes.serve.chat_request import MIB, RequestLimits
 from recipes.serve.server import ServeConfig, Server
+from rollout.inputs.isolated import IsolatedDecoders
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.errors import RsgrpoError
 from tests.material.http_stub import ANSWER
@@ -24,6 +26,8 @@ from tests.material.http_stub import ANSWER
 TEMPLATE = "{images}\nQuestion: {question}"
 SAMPLING = SamplingParams(temperature=0.0, top_p=1.0, seed=0, max_tokens=64)
 COMPLETE = "/v1/chat/completions"
+DECODERS = IsolatedDecoders(2)  # started once for all tests
+atexit.register(DECODERS.close)
 
 
 class FakeAnswerer:
@@ -94,7 +98,7 @@ def talk(
     config = ServeConfig(TEMPLATE, "", SAMPLING, limits, **settings)
 
     async def play() -> Any:
-        server = Server(config, answerer or FakeAnswerer())
+        server = Server(config, answerer or FakeAnswerer(), DECODERS)
         async with TestClient(TestServer(server.app)) as client:
             return await scene(client)
 

@@ -41,6 +41,23 @@ def test_an_update_moves_the_weights_and_reports_what_it_did(tiny_model_path, gr
     assert 5.0 < metrics["actor/entropy"] < np.log(400)
 
 
+def test_a_checkpoint_before_the_first_update_resumes_bit_for_bit(tiny_model_path, groups, tmp_path):
+    """Torch takes an optimiser step of its own to write an empty state, which must neither be saved nor stay."""
+
+    def after_two_updates(learner) -> dict[str, torch.Tensor]:
+        for _ in range(2):
+            learner.update(groups, WEIGHTS)
+        return weights_of(learner)
+
+    straight = after_two_updates(make_learner(tiny_model_path))
+    saved, resumed = make_learner(tiny_model_path), make_learner(tiny_model_path)
+    saved.save(tmp_path / "step_0")
+    resumed.load(tmp_path / "step_0")
+    for learner in (saved, resumed):
+        for name, weight in after_two_updates(learner).items():
+            assert torch.equal(weight, straight[name]), name
+
+
 def test_a_trained_tower_moves_at_its_own_rate(tiny_model_path, groups):
     results = {}
     for scale in (1.0, 0.5):

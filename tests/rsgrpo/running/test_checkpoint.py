@@ -91,7 +91,7 @@ def test_kill_9_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, mom
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT)
     assert result.returncode == -signal.SIGKILL
     folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
-    newest = folder.newest()
+    newest = folder.to_resume()
     assert newest is not None
     assert newest.step == (2 if moment in ("replace", "rmtree") else 1)
     assert newest.driver_state() == {"step": newest.step}
