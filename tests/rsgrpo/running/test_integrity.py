@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import socket
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from rollout import files
 from rollout.files import FolderHeld, only_writer
 from rsgrpo.records.integrity import SUMS_FILE, damage, write_sums
 from rsgrpo.running.checkpoint import CheckpointError, CheckpointFolder
@@ -136,7 +136,7 @@ def test_where_the_disk_has_no_locks_a_living_holder_is_respected_and_a_dead_one
         raise OSError(errno.ENOLCK, "No locks available")
 
     (tmp_path / ".lock").write_text(f'{{"host": "{socket.gethostname()}", "pid": {os.getppid()}, "since": "now"}}')
-    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(FolderHeld, match=f"process {os.getppid()}"), only_writer(tmp_path):
         raise AssertionError
     ended = subprocess.Popen(["true"])
