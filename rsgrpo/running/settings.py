@@ -65,4 +65,4 @@ def _differences(before: Settings, after: Settings, prefix: str = "") -> dict[st
             found |= _differences(old, new, f"{prefix}{key}.")
         elif old != new:
             found[prefix + key] = (old, new)
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: str(item[0])))
