@@ -1,7 +1,7 @@
 """Supervised fine-tuning on whole gold responses: `python -m recipes.sft recipe=sft_demo`.
 
 The same data, learner, validation, checkpoints and export as `rsgrpo.train`; only the update differs. One rank runs in
-this process, several run under Ray.
+this process, unless vLLM validates; several run under Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from rsgrpo.running.stopping import leave_on_signals
 if __name__ == "__main__":
     leave_on_signals()  # before the slow imports
 
-from rollout.config import RolloutConfig
 from rsgrpo import cli
 from rsgrpo.config.checks import require_inputs, validate_sft
 from rsgrpo.config.train import AlgorithmConfig, SftConfig, TrainConfig
@@ -51,7 +50,9 @@ def sft(config: SftConfig) -> None:
     with Run.open(
         as_train_config(config),
         settings=dataclasses.asdict(config),
-        start_cluster=LocalCluster if config.learner.num_ranks == 1 else build_cluster,
+        start_cluster=LocalCluster
+        if config.learner.num_ranks == 1 and config.rollout.engine != "vllm"
+        else build_cluster,
         line_every=STEPS_PER_LINE,
     ) as run:
         gold = GoldResponses(config)
@@ -61,6 +62,7 @@ def sft(config: SftConfig) -> None:
         if num_left_out:
             run.console.warning(f"val/loss excludes {num_left_out} validation rows without a response to imitate")
         run.validate_if_due()
+        run.cluster.rest_engines()
         for step in run.steps_left:
             take_step(run, step, gold, held_out)
         run.finish()
@@ -91,6 +93,8 @@ def take_step(run: Run, step: int, gold: GoldResponses, held_out: Sequence[Train
                 metrics["val/loss"] = learner.supervised_loss(held_out)["actor/loss"]
         run.cluster.sync_weights(step)
     run.end_step(step, [], groups, [], metrics)
+    if run.validates_at(step):
+        run.cluster.rest_engines()
 
 
 def as_train_config(config: SftConfig) -> TrainConfig:
@@ -103,7 +107,6 @@ def as_train_config(config: SftConfig) -> TrainConfig:
     return TrainConfig(
         **shared,
         algorithm=AlgorithmConfig(prompts_per_step=config.batch_size),
-        rollout=RolloutConfig(max_response_tokens=config.max_response_tokens, dtype=config.learner.precision),
         rewards=REWARDS,
         monitors=MONITORS,
     )

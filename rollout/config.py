@@ -68,7 +68,7 @@ class VllmConfig:
     sleep_level: Literal[0, 1, 2] = key(
         0,
         "What the engine gives up while the learner works on the same GPUs: 0 nothing, 1 the KV cache (weights move to "
-        "CPU memory), 2 both (the next weight sync must follow). No effect on CPU.",
+        "CPU memory), 2 both, but for the vision tower (the next weight sync must follow). No effect on CPU.",
     )
     sync_bucket_mib: int = key(1536, "Weights in flight at once; with shared GPUs at least the largest tensor.", ge=1)
     sync_timeout_s: float = key(300.0, "Time limit for each phase of a weight sync.", gt=0)
@@ -106,6 +106,11 @@ class RolloutConfig:
     top_k: int = key(0, "Keep only the k likeliest tokens; 0 keeps all.", ge=0)
     max_response_tokens: int = key(1536, "Longest response in tokens, end-of-text included.", ge=1)
     max_batch_sequences: int = key(128, "Sequences that the embedded engine decodes at once.", ge=1)
+    max_batch_gib: float = key(
+        8.0,
+        "Memory for the KV cache of such a batch: one of long prompts holds fewer sequences, but at least one.",
+        gt=0,
+    )
     dtype: Dtype = key("float32", "Precision of the engine's weights and KV cache, embedded engine and vLLM alike.")
     num_threads: int = key(0, "CPU threads of each engine; 0 leaves the number to torch.", ge=0)
     script: str = key("", 'Answers of the fake engine, a jsonl of {"id", "responses"}; "" gives gold responses.')

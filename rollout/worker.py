@@ -220,7 +220,8 @@ def weight_sender(
     """
     from rollout.vllm.weights_out import AdapterSender, build_sender
 
-    vllm, peers = rollout.vllm, [_peer(worker) for worker in workers]
+    put = _PutOnce(len(workers))
+    vllm, peers = rollout.vllm, [_peer(worker, put) for worker in workers]
     if adapter_config is not None:
         return AdapterSender(peers, dict(adapter_config), rank=rank, timeout_s=vllm.sync_timeout_s)
     return build_sender(
@@ -241,11 +242,29 @@ def node_address() -> str:
     return str(untyped.get_node_ip_address())
 
 
-def _peer(worker: WorkerHandle) -> Peer:
+class _PutOnce:
+    """Puts arguments that all engines get, such as an adapter, into the object store once, until the last has them."""
+
+    def __init__(self, num_engines: int) -> None:
+        self._num_engines = self._left = num_engines
+        self._args: tuple[Any, ...] | None = None
+        self._ref: Any = None
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        if args is not self._args:
+            self._args, self._ref, self._left = args, ray.put(args), self._num_engines
+        ref = self._ref
+        self._left -= 1
+        if self._left <= 0:
+            self._args = self._ref = None
+        return ref
+
+
+def _peer(worker: WorkerHandle, put: Callable[[tuple[Any, ...]], Any]) -> Peer:
     from rollout.vllm.peers import Peer
 
     def call(method: str, args: tuple[Any, ...]) -> Callable[[float], Any]:
-        ref = worker.actor.call.remote(method, args)
+        ref = worker.actor.call.remote(method, put(args))
 
         def wait(timeout_s: float) -> Any:
             try:

@@ -104,7 +104,7 @@ class Family:
         return list(self.language_model(model).layers)
 
     def attend_by(self, model: Any, attention: str) -> Any:
-        """Let the decoder use a registered attention function; return the decoder.
+        """Let the decoder use a registered attention function, and the tower the fastest; return the decoder.
 
         Raises:
             InputError: a layer is of a kind that our attention functions do not compute.

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from rollout.families.base import Family
+from rollout.families.windows import WINDOWS
 
 
 class Qwen2VL(Family):
@@ -30,6 +31,11 @@ class Qwen2VL(Family):
 
 
 class Qwen25VL(Qwen2VL):
-    """The adapter of transformers' `qwen2_5_vl`; the tower differs, and transformers knows how."""
+    """The adapter of transformers' `qwen2_5_vl`: most blocks of the tower attend within windows."""
 
     model_type = "qwen2_5_vl"
+
+    def attend_by(self, model: Any, attention: str) -> Any:
+        tower: Any = self.vision_tower(model)
+        tower.config._attn_implementation = WINDOWS
+        return super().attend_by(model, attention)

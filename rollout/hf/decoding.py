@@ -68,6 +68,10 @@ class SpareRoomLayer(DynamicLayer):  # type: ignore[no-untyped-call,unused-ignor
         """Keep these rows."""
         self._take(self.keys[indices], self.values[indices])
 
+    def release(self) -> None:
+        """Give up all rows."""
+        self._take(self.keys[:0, :0], self.values[:0, :0])
+
     def _take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._key_buffer = self.keys = keys
         self._value_buffer = self.values = values
@@ -161,7 +165,10 @@ def prefill(
 
 
 def join(parts: Sequence[Prefilled]) -> Prefilled:
-    """Put several prefilled batches side by side, padded on the left to the longest prompt."""
+    """Put several prefilled batches side by side, padded on the left to the longest prompt.
+
+    Consumes their caches, layer by layer: keys and values are in memory once.
+    """
     if len(parts) == 1:
         return parts[0]
     longest = max(part.is_token_PT.shape[1] for part in parts)
@@ -178,6 +185,8 @@ def join(parts: Sequence[Prefilled]) -> Prefilled:
             for layer, left in zip(same_layer, missing, strict=True)
         ]
         layers[-1].update(*(torch.cat(tensors) for tensors in zip(*padded, strict=True)))
+        for layer in same_layer:
+            layer.release()
     return Prefilled(
         Cache(layers),
         torch.cat([pad(part.is_token_PT, (left, 0)) for part, left in zip(parts, missing, strict=True)]),

@@ -64,7 +64,7 @@ class HFEngine:
         self.processor = InputProcessor(model_path, inputs, **chosen.source)
         self.device = torch.device(automatic if chosen.device == "auto" else chosen.device)
         self.weights_version = 0
-        self._max_batch_sequences = rollout.max_batch_sequences
+        self._max_batch_sequences, self._max_batch_bytes = rollout.max_batch_sequences, rollout.max_batch_gib * 2**30
         load_model: Callable[..., Any] = AutoModelForImageTextToText.from_pretrained
         self._model = load_model(
             model_path, dtype=getattr(torch, rollout.dtype), attn_implementation="sdpa", **chosen.source
@@ -112,9 +112,12 @@ class HFEngine:
                 yield RolloutGroup(prompt, (), error=str(error))
         encoded.sort(key=lambda pair: -len(pair[1].token_ids_T))
         siblings = range(sampling.group_size)
-        for batch in _chunks(encoded, max(1, self._max_batch_sequences // sampling.group_size)):
+        while encoded:
+            at_once = self._num_sequences(len(encoded[0][1].token_ids_T) + sampling.max_tokens)
+            num_prompts = max(1, at_once // sampling.group_size)
+            batch, encoded = encoded[:num_prompts], encoded[num_prompts:]
             rollouts_P: list[list[Rollout]] = [[] for _ in batch]
-            for some in _chunks(siblings, self._max_batch_sequences):
+            for some in _chunks(siblings, at_once):
                 for rollouts, more in zip(rollouts_P, self._sample(batch, some, sampling, listen), strict=True):
                     rollouts += more
             for (prompt, prompt_inputs), rollouts in zip(batch, rollouts_P, strict=True):
@@ -243,6 +246,13 @@ class HFEngine:
         )
         rollouts = [self.processor.rollout(*response, self.weights_version) for response in responses]
         return [list(group) for group in _chunks(rollouts, len(siblings))]
+
+    def _num_sequences(self, num_positions: int) -> int:
+        """Return how many sequences of this length, padding included, are sampled at once."""
+        text = self._model.config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        position_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * width * self._model.dtype.itemsize
+        return max(1, min(self._max_batch_sequences, int(self._max_batch_bytes // (position_bytes * num_positions))))
 
     def _next_logits(
         self, tokens_B1: torch.Tensor, positions_3B1: torch.Tensor, attention_mask: torch.Tensor | None, cache: Cache

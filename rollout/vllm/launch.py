@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -22,9 +23,14 @@ from rollout.keys import nearest, require
 CPU_BLOCK_SIZE = 32  # vLLM's default on CPU is 128: shorter prompts would never hit the prefix cache
 GPU_BLOCK_SIZE = 16  # vLLM's own
 CPU_BATCHED_TOKENS = 2048
+GPU_BATCHED_TOKENS = 8192  # vLLM's default without a server is 2,048: a prompt of five pages would take six steps
+SHARED_MEMORY = Path("/dev/shm")
+TOWER = "*visual.*"
+"""The tower's parameters, by the names that vLLM has for every family."""
 WORKER_EXTENSION = "rollout.vllm.weights_in.WeightReceiver"
 
 GIB = 2**30
+ENGINES_PER_NODE = 8
 CPU_CACHE_BYTES = 1 * GIB
 """Limit of the KV cache on CPU unless the cache size is set or a single response needs more."""
 CPU_PROGRAM_BYTES = int(1.5 * GIB)
@@ -169,6 +175,7 @@ def engine_arguments(
         "max_num_seqs": vllm.max_num_seqs,
         "enable_prefix_caching": vllm.prefix_caching,
         "disable_log_stats": True,
+        **({} if cpu else gpu_defaults(vllm)),
         **vllm.engine_args,
     }
     fixed: dict[str, Any] = {
@@ -209,6 +216,18 @@ def engine_arguments(
             f"rollout.vllm.engine_args.{name} is always {fixed[name]!r} here. Remove it.",
         )
     return arguments | fixed
+
+
+def gpu_defaults(vllm: VllmConfig) -> dict[str, Any]:
+    """Return arguments that differ from vLLM's own on GPUs, where `engine_args` does not say otherwise."""
+    arguments: dict[str, Any] = {"max_num_batched_tokens": GPU_BATCHED_TOKENS}
+    # In shared memory an image goes to vLLM's process once, not once for each sibling of a group.
+    cache_gib = vllm.engine_args.get("mm_processor_cache_gb", 4)
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free >= ENGINES_PER_NODE * cache_gib * GIB:
+        arguments["mm_processor_cache_type"] = "shm"
+    if vllm.sleep_level == 2:  # a frozen tower is never sent again
+        arguments["sleep_preserve_parameter_names"] = [TOWER]
+    return arguments
 
 
 def start_timeout_s() -> int:

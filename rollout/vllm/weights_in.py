@@ -5,6 +5,7 @@ vLLM's worker processes load this module by name (`worker_extension_cls`); impor
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -148,4 +149,7 @@ def _names_by_parameter(names: Iterable[str], model: Any, parameters: dict[str, 
     return held
 
 
+# A frozen tower is in no sync, and vLLM would warn about each of its layers in every worker at every sync;
+# `missing_parts` finds layers that came in part.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)

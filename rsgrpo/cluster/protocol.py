@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rollout.config import Dtype
 from rollout.engine import NextShare
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.train import TrainConfig
@@ -46,7 +47,7 @@ class LearnerRanks(Protocol):
     def load(self, folder: Path) -> None:
         """Continue exactly where `save` was called."""
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, dtype: Dtype) -> None:
         """Write a Hugging Face folder with tokenizer and processor."""
 
 

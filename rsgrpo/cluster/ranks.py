@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from rollout.config import RolloutConfig
+from rollout.config import Dtype, RolloutConfig
 from rollout.types import Prompt
 from rollout.worker import WorkerError, WorkerHandle, worker_error
 from rsgrpo.cluster.deadline import Deadline
@@ -142,9 +142,9 @@ class RayLearner(Ranks):
         """Continue exactly where `save` was called."""
         self._call("load", folder)
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, dtype: Dtype) -> None:
         """Write a Hugging Face folder with tokenizer and processor."""
-        self._call("export", folder)
+        self._call("export", folder, dtype)
 
     def memory_mb(self) -> float:
         """Return the resident memory of all ranks, in MiB."""

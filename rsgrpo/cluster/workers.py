@@ -123,11 +123,11 @@ class LearnerWorker(_Process):
         self, engines: Sequence[WorkerHandle], rollout: RolloutConfig, backend: Backend, version: int
     ) -> str | None:
         """Bring vLLM engines to `version`; every rank must run this. Return why it failed, or None."""
-        adapter = self.learner.adapter_config()
+        adapter, dtype = self.learner.adapter_config(), getattr(torch, rollout.dtype)
         if adapter is not None:
-            tensors = self.learner.gather_adapter()
+            tensors = self.learner.gather_adapter(dtype)
         else:
-            tensors = self.learner.gather_weights(every_rank=backend == "ipc")
+            tensors = self.learner.gather_weights(every_rank=backend == "ipc", dtype=dtype)
         failure = None
         try:
             if self._sender is None or self._connected != tuple(engines):

@@ -50,6 +50,8 @@ def validate(config: TrainConfig) -> None:
 def validate_sft(config: SftConfig) -> None:
     """Refuse a supervised run that cannot work; raises as `validate`."""
     _check_run(config, config.max_response_tokens, "max_response_tokens")
+    _check_inline(config)
+    _check_kept_weights(config)
 
 
 def how_to_get(key: str, path: str, made_by: Mapping[str, str] | None = None) -> str:
@@ -189,7 +191,7 @@ def _check_cpus(config: TrainConfig) -> None:
         )
 
 
-def _check_inline(config: TrainConfig) -> None:
+def _check_inline(config: TrainConfig | SftConfig) -> None:
     rollout = config.rollout
     if config.cluster.kind != "inline":
         return
@@ -215,14 +217,17 @@ def _check_sleep(config: TrainConfig) -> None:
         f"rollout.vllm.sleep_level={level} puts "
         "colocated engines to sleep then. Set rollout.vllm.sleep_level=0, or cluster.placement=disaggregated.",
     )
+    _check_kept_weights(config)
+
+
+def _check_kept_weights(config: TrainConfig | SftConfig) -> None:
+    """Refuse a sleep in which an engine discards weights that no sync brings back."""
+    level = config.rollout.vllm.sleep_level
+    if config.rollout.engine != "vllm":
+        return
     require(
         level < 2 or not config.model.lora.rank,
         "rollout.vllm.sleep_level=2 discards the weights, but a LoRA run sends adapters only. Set sleep_level=1.",
-    )
-    require(
-        level < 2 or not config.model.freeze_vision,
-        "rollout.vllm.sleep_level=2 discards all weights, but a frozen vision tower is never sent again. Set "
-        "sleep_level=1, or model.freeze_vision=false.",
     )
 
 

@@ -163,9 +163,19 @@ class LearnerConfig:
     """The optimizer, and how the model is spread over ranks (FSDP2)."""
 
     num_ranks: int = key(1, "Learner processes, one per device.", ge=1)
+    replicas: int = key(
+        1,
+        "Copies of the sharded state, each over num_ranks / replicas neighbouring ranks (HSDP): with one per node, "
+        "weights are gathered within nodes and only gradients cross between them.",
+        ge=1,
+    )
     device: DeviceKind = key("auto", "Device of the learner; auto uses CUDA where there is any.")
     precision: Dtype = key("bfloat16", "Precision of the computation; master weights and reductions stay float32.")
-    num_threads: int = key(0, "CPU threads of each rank; 0 leaves the number to torch.", ge=0)
+    num_threads: int = key(
+        0,
+        "CPU threads of each rank; 0 shares a node's cores among its GPUs' ranks, and leaves it to torch on CPU.",
+        ge=0,
+    )
     lr: float = key(1e-6, "Learning rate.", gt=0)
     lr_schedule: LrSchedule = key("constant", "Course of the learning rate after the warm-up.")
     warmup_steps: int = key(0, "Steps over which the learning rate rises to lr.", ge=0)
@@ -199,6 +209,11 @@ class LearnerConfig:
             f"learner.betas must be two numbers in [0, 1), got {list(self.betas)}",
         )
         parse_checkpointing(self.gradient_checkpointing)
+        require(
+            self.num_ranks % self.replicas == 0,
+            f"learner.num_ranks={self.num_ranks} cannot be split into learner.replicas={self.replicas} equal parts. "
+            "Set it to a divisor, such as the number of nodes.",
+        )
         require(
             not (self.compile and self.gradient_checkpointing == "attention"),
             "learner.compile=true does not work with learner.gradient_checkpointing=attention. Set it to full, "

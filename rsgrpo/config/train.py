@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rollout.config import InputsConfig, RolloutConfig
+from rollout.config import Dtype, InputsConfig, RolloutConfig
 from rollout.keys import check, key, nearest, require
 from rsgrpo.config.guards import GuardsConfig as GuardsConfig
 from rsgrpo.config.guards import check_names
@@ -100,6 +100,9 @@ class ExportConfig:
 
     push_to_hub: str = key("", 'Model repository "org/name" to upload the export to at the end; "" uploads nothing.')
     private: bool = key(True, "Only the repository's owners may see it; a public repository is then refused.")
+    dtype: Dtype = key(
+        "float32", "Precision of the exported weights; bfloat16 halves the folder and rounds the weights."
+    )
 
     def __post_init__(self) -> None:
         require(
@@ -258,12 +261,14 @@ class TrainConfig(RunConfig):
 class SftConfig(RunConfig):
     """One run of `python -m recipes.sft`: the same model, data and learner, on gold responses.
 
-    cluster: read when `learner.num_ranks` is over 1; one rank runs in the program itself.
+    rollout: the engines that validate. cluster: read where `learner.num_ranks` is over 1 or an engine is vLLM; else the
+    run has one process.
     """
 
     name: str = key("sft", "Name of the run; its folder is <output_dir>/<name>.")
     batch_size: int = key(64, "Rows per optimizer step.", ge=1)
     max_response_tokens: int = key(1536, "Longest gold response in tokens; rows with longer ones are bad rows.", ge=1)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 def _filled(where: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

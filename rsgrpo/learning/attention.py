@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
@@ -112,6 +114,14 @@ def register(name: str, kernel: Kernel) -> None:
     AttentionInterface.register(name, uncompiled(attend))
 
 
+def kernels_of(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep cuDNN out: it plans, and keeps, a graph for every length of prompt. On CPU torch chooses."""
+    if device.type == "cpu":
+        return nullcontext()
+    allowed: Any = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(allowed)
+
+
 def prefix_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -121,6 +131,18 @@ def prefix_sdpa(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Attend segment by segment with torch's own kernels (flash on CUDA)."""
+    with kernels_of(query.device):
+        return _segments(query, key, value, prefix_row, scale, dropout)
+
+
+def _segments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_row: PrefixRow,
+    scale: float | None,
+    dropout: float,
+) -> torch.Tensor:
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
     queries, keys, values = (torch.split(tensor, prefix_row.split_lengths, 2) for tensor in (query, key, value))

@@ -20,12 +20,15 @@ from rollout.config import InputsConfig
 from rsgrpo.config.train import ModelConfig
 from rsgrpo.learning.fsdp import whole
 from rsgrpo.learning.policy import Policy, hub_options
+from rsgrpo.learning.state import require_room
 
 _SHARD_BYTES = 4 << 30
 
 
-def full_weights(policy: Policy, *, with_vision: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, whole float32 tensor) in the model's own order, adapters merged; tied weights come once.
+def full_weights(
+    policy: Policy, *, with_vision: bool, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, whole tensor) in the model's own order, adapters merged in float32; tied weights come once.
 
     Every rank yields; a tensor is dropped before the next is gathered.
     """
@@ -35,24 +38,26 @@ def full_weights(policy: Policy, *, with_vision: bool) -> Iterator[tuple[str, to
     for name, parameter in parameters.items():
         if ".lora_" in name or (id(parameter) in tower and not with_vision):
             continue
-        full = _full(parameter)
         layer = name.removesuffix(".base_layer.weight")
         if layer in scalings and layer != name:
             up, down = parameters[f"{layer}.lora_B.default.weight"], parameters[f"{layer}.lora_A.default.weight"]
-            full = full + scalings[layer] * (_full(up) @ _full(down))
+            full = (_full(parameter) + scalings[layer] * (_full(up) @ _full(down))).to(dtype)
+        else:
+            full = _full(parameter, dtype)
         yield name.replace(".base_layer.", "."), full
 
 
-def adapter_weights(policy: Policy) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name in peft's saved form, whole float32 tensor) of every adapter; every rank yields."""
+def adapter_weights(policy: Policy, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name in peft's saved form, whole tensor) of every adapter; every rank yields."""
     for name, parameter in policy.hf.named_parameters():
         if ".lora_" in name:
-            yield f"base_model.model.{name.replace('.default.', '.')}", _full(parameter)
+            yield f"base_model.model.{name.replace('.default.', '.')}", _full(parameter, dtype)
 
 
-def _full(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a whole float32 tensor; frozen ones travel in the dtype that they are kept in."""
-    return whole(parameter.detach()).float()
+def _full(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return a whole tensor in `dtype`; shards travel in the smaller of it and their own, which rounds alike."""
+    shard = parameter.detach()
+    return whole(shard.to(dtype) if dtype.itemsize < shard.dtype.itemsize else shard).to(dtype)
 
 
 def _lora_scalings(model: nn.Module) -> dict[str, float]:
@@ -77,6 +82,7 @@ def export_folder(
     is_writer = dist.get_rank() == 0
     if is_writer:
         folder.mkdir(parents=True, exist_ok=True)
+        require_room(folder, _num_bytes(policy, dtype or torch.float32), "an export")
         _write_configs(policy.hf, model, inputs, folder, dtype or torch.float32)
     shard: dict[str, torch.Tensor] = {}
     shard_bytes = 0
@@ -97,6 +103,11 @@ def export_folder(
         shards.append(_write_shard(shard, folder, len(shards)))
         _name_shards(folder, shards, total_bytes)
     dist.barrier()
+
+
+def _num_bytes(policy: Policy, dtype: torch.dtype) -> int:
+    sizes = [parameter.numel() for name, parameter in policy.hf.named_parameters() if ".lora_" not in name]
+    return int(dtype.itemsize * sum(sizes))
 
 
 def _write_shard(shard: dict[str, torch.Tensor], folder: Path, index: int) -> list[str]:

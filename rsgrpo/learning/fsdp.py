@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
+import socket
 from typing import Any
 
 import torch
@@ -55,6 +57,19 @@ def require_process_group(rank: int, world_size: int, device: torch.device) -> N
         )
 
 
+def share_of_cores(device: torch.device) -> int:
+    """Return this rank's share of its node's cores where it works on a GPU; 0 on CPU leaves it to torch. Collective.
+
+    Ray gives a process that reserves a quarter of a core one thread, which would load, convert and, with
+    `learner.offload`, update billions of weights.
+    """
+    if device.type == "cpu":
+        return 0
+    nodes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(nodes, socket.gethostname())
+    return max(1, len(os.sched_getaffinity(0)) // nodes.count(socket.gethostname()))
+
+
 def resolve_device(wanted: str) -> torch.device:
     """Return the device for `learner.device`: "auto" takes CUDA where there is one."""
     if wanted not in ("auto", "cpu", "cuda"):
@@ -71,9 +86,13 @@ def compute_dtype(precision: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
-def make_mesh(device: torch.device) -> DeviceMesh:
-    """Return the mesh of all ranks. Collective."""
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
+    """Return the mesh of all ranks, of two dimensions where there are replicas. Collective."""
+    world_size = dist.get_world_size()
+    if replicas == 1:
+        return init_device_mesh(device.type, (world_size,))
+    shape, names = (replicas, world_size // replicas), ("replicate", "shard")
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 def shard(policy: Policy, learner: LearnerConfig, device: torch.device, mesh: DeviceMesh) -> None:

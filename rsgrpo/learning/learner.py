@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from rollout.config import InputsConfig
+from rollout.config import Dtype, InputsConfig
 from rollout.families.features import FeatureCache
 from rollout.files import replaced
 from rollout.inputs.images import with_bytes
@@ -35,6 +35,7 @@ from rsgrpo.learning.fsdp import (
     require_process_group,
     resolve_device,
     shard,
+    share_of_cores,
 )
 from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
 from rsgrpo.learning.packing import Packing
@@ -89,9 +90,9 @@ class Learner:
         self._surrogate = SurrogateConfig.of(self.algorithm)
         self.temperature, self.seed, self.rank, self.debug_dir = temperature, seed, rank, debug_dir
         self.device = resolve_device(learner.device)
-        if learner.num_threads:
-            torch.set_num_threads(learner.num_threads)
         require_process_group(rank, world_size, self.device)
+        if num_threads := learner.num_threads or share_of_cores(self.device):
+            torch.set_num_threads(num_threads)
         self.encoder = encoder or InputProcessor(
             model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -142,7 +143,7 @@ class Learner:
         if trainable:
             recompute(policy, learner.gradient_checkpointing)
         shrink_frozen(policy, source or (hf if self.rank == 0 else None))
-        shard(policy, learner, self.device, make_mesh(self.device))
+        shard(policy, learner, self.device, make_mesh(self.device, learner.replicas))
         if next(hf.parameters()).is_meta:
             fill(policy, source, learner, self.device)
         return policy
@@ -287,19 +288,21 @@ class Learner:
             counts.append((len(encoded.token_ids_T), int((encoded.token_ids_T == image_token_id).sum()), num_features))
         return counts
 
-    def gather_weights(self, *, every_rank: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every trained weight, whole and float32, under the model's own names; adapters are merged. Collective.
+    def gather_weights(
+        self, *, every_rank: bool = False, dtype: torch.dtype = torch.float32
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every trained weight, whole, under the model's own names; adapters are merged in float32. Collective.
 
         Every rank must iterate to the end; only rank 0 is given tensors unless `every_rank`. A frozen tower is left
         out: engines that loaded the same folder have it.
         """
-        for name, whole in full_weights(self.policy, with_vision=not self.policy.frozen_tower):
+        for name, whole in full_weights(self.policy, with_vision=not self.policy.frozen_tower, dtype=dtype):
             if self.rank == 0 or every_rank:
                 yield name, whole
 
-    def gather_adapter(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the adapters' tensors, whole and float32, under peft's names, on every rank. Collective."""
-        yield from adapter_weights(self.policy)
+    def gather_adapter(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the adapters' tensors, whole, under peft's names, on every rank. Collective."""
+        yield from adapter_weights(self.policy, dtype)
 
     def adapter_config(self) -> dict[str, Any] | None:
         """Return peft's adapter_config of what `gather_adapter` yields; None without adapters."""
@@ -316,19 +319,27 @@ class Learner:
         }
 
     def save(self, folder: str | Path) -> None:
-        """Write trained weights, optimiser, counters and random state, to load onto any number of ranks. Collective."""
+        """Write trained weights, optimiser, counters and random state, to load onto any number of ranks. Collective.
+
+        Raises:
+            RsgrpoError: the disk has no room for it, or it could not be written.
+        """
         save_state(self.policy, self._trainer(), Path(folder))
 
     def load(self, folder: str | Path) -> None:
         """Resume exactly where `save` was called. Collective."""
         load_state(self.policy, self._trainer(), Path(folder), seed=self.seed)
 
-    def export(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def export(self, folder: str | Path, dtype: torch.dtype | Dtype | None = None) -> None:
         """Write a Hugging Face folder with tokenizer and processor. Collective.
 
-        dtype: of the weights; None keeps float32.
+        dtype: of the weights, or its name; None keeps float32.
+
+        Raises:
+            RsgrpoError: the disk has no room for it.
         """
-        export_folder(self.policy, self.model_config, self.inputs, Path(folder), dtype=dtype)
+        chosen = compute_dtype(dtype) if isinstance(dtype, str) else dtype
+        export_folder(self.policy, self.model_config, self.inputs, Path(folder), dtype=chosen)
 
     def _trainer(self) -> Optimizer:
         if self._optimizer is None:

@@ -140,8 +140,11 @@ class Policy(nn.Module):
 
     def _plain(self, row: PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
         """Run transformers' forward, vision tower and all, with its own attention."""
-        config = self.family.language_model(self.hf).config
-        config._attn_implementation = "sdpa"
+        parts: list[Any] = [self.family.language_model(self.hf), self.family.vision_tower(self.hf)]
+        configs = [part.config for part in parts]
+        chosen = [config._attn_implementation for config in configs]
+        for config in configs:
+            config._attn_implementation = "sdpa"
         try:
             output = self.hf.model(
                 input_ids=row.token_ids_T[None],
@@ -151,7 +154,8 @@ class Policy(nn.Module):
                 use_cache=False,
             )
         finally:
-            config._attn_implementation = self.attention
+            for config, attention in zip(configs, chosen, strict=True):
+                config._attn_implementation = attention
         num_tokens = row.num_response_tokens
         hidden_NH = output.last_hidden_state[0, -num_tokens - 1 : -1]
         return self._head(hidden_NH, row.token_ids_T[-num_tokens:], temperature, entropy_gradient)

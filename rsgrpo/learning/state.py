@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning.optimizer import Optimizer
@@ -107,6 +110,28 @@ def _naming_each_rank(what: str) -> Iterator[None]:
         raise RsgrpoError(f"{what}: {'; '.join(causes)}") from None
 
 
+def require_room(folder: Path, num_bytes: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        RsgrpoError: with the sum.
+    """
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if free < num_bytes:
+        raise RsgrpoError(
+            f"No space left for {what} of {num_bytes / 1e9:.3g} GB: {free / 1e9:.3g} GB are free where {folder} is"
+        )
+
+
+def _local_bytes(state: Any) -> int:
+    """Return the bytes of tensors of which this rank writes its shard; rank 0 writes those that all ranks hold."""
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    is_first = dist.get_rank() == 0
+    return sum(
+        tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes * is_first for tensor in tensors
+    )
+
+
 def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
     """Write trained weights, optimiser, counters and every rank's random state into `folder`. Collective.
 
@@ -121,6 +146,9 @@ def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
         optimizer.adamw.state.clear()
         _forget_steps(optimizer_state)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "counters": _counters(optimizer)}
+    sizes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(sizes, _local_bytes(state))
+    require_room(folder, sum(sizes) // optimizer.config.replicas, "a checkpoint")
     state[f"random_{dist.get_rank()}"] = _random_state()
     with _naming_each_rank(f"{folder} could not be written"):
         save(state, storage_writer=FileSystemWriter(folder, overwrite=False))

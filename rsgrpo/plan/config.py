@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from rollout.keys import check, key
@@ -34,10 +35,14 @@ class Assumptions:
     """What a plan has to assume."""
 
     gpu: str = key("h100", "Kind of GPU; runs with learner.device=cpu are planned for a CPU.", one_of=DEVICES)
+    gpu_memory_gib: float = key(0.0, "Memory of one GPU where it differs from the kind's; 0 takes the kind's.", ge=0)
+    host_memory_gib: float = key(0.0, "Memory of one node; 0 does not check it.", ge=0)
     mfu: float = key(0.4, "Share of the device's FLOP/s that training and prefill reach.", gt=0, le=1)
     decode_bandwidth: float = key(0.5, "Share of the device's memory bandwidth that decoding reaches.", gt=0, le=1)
     prompt_fill: float = key(0.73, "Mean prompt length as a share of inputs.max_prompt_tokens.", gt=0, le=1)
     response_fill: float = key(0.46, "Mean response length as a share of rollout.max_response_tokens.", gt=0, le=1)
+    kept_by_filter: float = key(0.6, "Share of sampled groups that algorithm.filter keeps.", gt=0, le=1)
+    disk_gb_per_s: float = key(2.0, "Rate at which a checkpoint is written.", gt=0)
     sync_gb_per_s: float = key(20.0, "Rate at which weights go from learner to engines.", gt=0)
 
     def __post_init__(self) -> None:
@@ -62,4 +67,5 @@ class PlanConfig(TrainConfig):
 
 def device_of(config: PlanConfig) -> Device:
     """Return the device that the run is planned for."""
-    return DEVICES["cpu" if config.learner.device == "cpu" else config.plan.gpu]
+    device = DEVICES["cpu" if config.learner.device == "cpu" else config.plan.gpu]
+    return dataclasses.replace(device, memory_gib=config.plan.gpu_memory_gib or device.memory_gib)

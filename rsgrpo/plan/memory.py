@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rsgrpo.config.train import TrainConfig
@@ -47,7 +48,7 @@ def learner_state(config: TrainConfig, sizes: ModelSizes) -> dict[str, float]:
     """
     learner, lora = config.learner, config.model.lora
     width = value_bytes(config)
-    on_device = 0 if learner.offload else 1 / (learner.num_ranks * GIB)
+    on_device = 0 if learner.offload else 1 / (shard_ranks(config) * GIB)
     trained = trainable_params(config, sizes)
     state = {
         "weights (float32)": on_device * 4 * trained,
@@ -56,7 +57,7 @@ def learner_state(config: TrainConfig, sizes: ModelSizes) -> dict[str, float]:
         "frozen vision tower": width * sizes.vision_params / GIB if config.model.freeze_vision else 0.0,
     }
     if config.algorithm.kl_coef > 0 and not lora.rank:
-        state["reference"] = width * (sizes.language_params / learner.num_ranks + sizes.vision_params) / GIB
+        state["reference"] = width * (sizes.language_params / shard_ranks(config) + sizes.vision_params) / GIB
     return state
 
 
@@ -73,9 +74,9 @@ def learner_moments(config: TrainConfig, sizes: ModelSizes) -> dict[str, dict[st
     head = sizes.vocab_size * sizes.hidden_size
     tokens = learner.max_tokens_per_micro_batch
     kept, one_layer = kept_activations(config, sizes), tokens * sizes.layer_activation_bytes(width)
-    copied = 4 * sizes.layer_params / learner.num_ranks if learner.offload else 0
+    copied = 4 * sizes.layer_params / shard_ranks(config) if learner.offload else 0
     is_cast = learner.num_ranks > 1 or width == 2
-    gradients = 0.0 if learner.offload else 4 * trained / learner.num_ranks
+    gradients = 0.0 if learner.offload else 4 * trained / shard_ranks(config)
     vision = learner_vision_bytes(config, sizes)
     moments = {
         "layer": {
@@ -106,6 +107,11 @@ def kept_activations(config: TrainConfig, sizes: ModelSizes) -> float:
     copies = 2 if learner.gradient_checkpointing == "attention" else 1
     inputs = recomputed * copies * width * sizes.hidden_size
     return tokens * sizes.num_layers * (inputs + (1 - recomputed) * sizes.layer_activation_bytes(width))
+
+
+def shard_ranks(config: TrainConfig) -> int:
+    """Return the ranks over which one copy of the state is spread."""
+    return config.learner.num_ranks // config.learner.replicas
 
 
 def value_bytes(config: TrainConfig) -> int:
@@ -152,7 +158,8 @@ def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
         return Memory(held, {}, {"engine vision": vision})
     width = 2 if rollout.dtype == "bfloat16" else 4
     longest = config.inputs.max_prompt_tokens + rollout.max_response_tokens
-    cached = rollout.max_batch_sequences * longest * sizes.kv_bytes_per_token * width / 2
+    sequence = longest * sizes.kv_bytes_per_token * width / 2
+    cached = max(sequence, min(rollout.max_batch_sequences * sequence, rollout.max_batch_gib * GIB))
     return Memory({"engine weights": width * all_params / GIB}, {}, {"engine KV cache": cached / GIB})
 
 
@@ -166,3 +173,22 @@ def devices_memory(config: PlanConfig, sizes: ModelSizes) -> dict[str, Memory]:
             "engine": Memory(context | engine.static, {}, engine.sampling),
         }
     return {"learner and engine": Memory(context | learner.static | engine.static, learner.learning, engine.sampling)}
+
+
+def host_memory(config: PlanConfig, sizes: ModelSizes) -> dict[str, float]:
+    """Return what one node holds in CPU memory, in GiB."""
+    learner, rollout = config.learner, config.rollout
+    ranks = math.ceil(learner.num_ranks / config.cluster.nodes)
+    trained, all_params = trainable_params(config, sizes), sizes.language_params + sizes.vision_params
+    frozen = value_bytes(config) * sizes.language_params if config.model.lora.rank else 0
+    parts = {
+        "model while it loads": 4 * all_params,
+        "image features": ranks * (learner.vision_cache_mb << 20) if config.model.freeze_vision else 0,
+        "object store": config.cluster.object_store_mb << 20,
+        "offloaded state": (16 * trained + frozen) * ranks / shard_ranks(config) if learner.offload else 0,
+    }
+    if rollout.engine == "vllm":
+        engines = math.ceil(rollout.num_workers / config.cluster.nodes)
+        if rollout.vllm.sleep_level == 1 and config.cluster.placement == "colocated":
+            parts["sleeping engines' weights"] = engines * 2 * all_params
+    return {part: size / GIB for part, size in parts.items()}

@@ -306,7 +306,7 @@ class Run:
         export = self.folder / "export"
         if self.config.checkpoint.export:
             with self.console.phase("export"), replaced_folder(export) as unfinished:
-                self.cluster.learner.export(unfinished)
+                self.cluster.learner.export(unfinished, self.config.export.dtype)
                 write_model_card(self.folder, unfinished, self.settings)
                 write_sums(unfinished)
             lines["model"] = str(export)

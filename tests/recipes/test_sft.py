@@ -193,3 +193,46 @@ def test_two_ranks_learn_what_one_learns(configure, tmp_path):
         assert one.keys() == two.keys()
         for key in ("actor/loss", "actor/grad_norm", "val/loss"):
             assert two.get(key) == (pytest.approx(one[key], rel=1e-4) if key in one else None)
+
+
+def test_validation_samples_as_rollout_says(configure):
+    config = configure("rollout=vllm", "rollout.num_workers=2", "learner.precision=bfloat16")
+    rollout = as_train_config(config).rollout
+    assert (rollout.engine, rollout.num_workers) == ("vllm", 2)
+    assert (rollout.dtype, rollout.max_response_tokens) == ("bfloat16", 256)  # of the learner, and of the responses
+    assert as_train_config(configure("rollout.max_response_tokens=64")).rollout.max_response_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout=vllm", "cluster=inline"], "rollout.engine=vllm needs processes of its own"),
+        (
+            ["rollout=vllm", "rollout.vllm.sleep_level=2", "model.lora.rank=2", "model.freeze_vision=true"],
+            "sleep_level=2",
+        ),
+    ],
+)
+def test_engines_that_cannot_validate_are_refused(configure, overrides, message):
+    with pytest.raises(RsgrpoError, match=message):
+        sft(configure(*overrides))
+
+
+@pytest.mark.slow  # vLLM and Ray start: half a minute
+def test_vllm_validates_what_the_embedded_engine_does(configure, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    checks = [
+        "total_steps=2",
+        "validation.every=2",
+        "validation.greedy=true",
+        "validation.samples=0",
+        "checkpoint.keep_best=0",
+    ]
+    sft(configure(*checks, "name=embedded"))
+    sft(configure(*checks, "name=vllm", "rollout=vllm"))
+    embedded, vllm = (
+        {key: value for row in exact_metrics(tmp_path / name) for key, value in row.items()}
+        for name in ("embedded", "vllm")
+    )
+    assert vllm["actor/loss"] == pytest.approx(embedded["actor/loss"], rel=1e-5)
+    assert vllm["val/greedy/num_prompts"] == embedded["val/greedy/num_prompts"] == 3

@@ -24,7 +24,7 @@ from rollout.inputs.images import with_bytes
 from rollout.inputs.stored import StoredImage, store_images
 from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import RolloutWorker, WorkerError, WorkerHandle, start_rollout_worker
+from rollout.worker import RolloutWorker, WorkerError, WorkerHandle, _PutOnce, start_rollout_worker
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 ROLLOUT = RolloutConfig(max_batch_sequences=8, num_threads=1)
@@ -316,3 +316,20 @@ def test_a_worker_is_an_ordinary_object_too(tiny_model_path, tmp_path):
     worker.finish_weights(2)
     assert worker.engine.weights_version == 2
     worker.close()
+
+
+def test_what_all_engines_get_is_put_into_the_object_store_once(monkeypatch):
+    stored: list[Any] = []
+
+    def put_into_store(args: Any) -> int:
+        stored.append(args)
+        return len(stored)
+
+    monkeypatch.setattr(ray, "put", put_into_store)
+    put = _PutOnce(2)
+    adapter: tuple[Any, ...] = (b"tensors", {}, 1)
+    start: tuple[Any, ...] = ()
+    assert [put(adapter), put(adapter)] == [1, 1]
+    assert [put(start), put(start)] == [2, 2]
+    assert put(adapter) == 3  # forgotten once every engine had it
+    assert stored == [adapter, start, adapter]

@@ -302,3 +302,38 @@ def test_a_stream_that_nobody_reads_to_its_end_stops_the_sampling(engine, prompt
     assert time.monotonic() - started < 5  # 5,000 tokens take far longer
     (again,) = engine.generate([prompts[1]], replace(sampling, max_tokens=4))
     assert len(again.rollouts[0].token_ids_T) <= 4
+
+
+def test_a_batch_of_long_prompts_is_bounded_by_the_bytes_of_its_cache(tiny_model_path, prompts, monkeypatch):
+    text = reference_model(tiny_model_path).config.get_text_config()
+    width = text.hidden_size // text.num_attention_heads
+    longest = len(HFEngine(tiny_model_path, RolloutConfig(), INPUTS).processor.encode(prompts[-1]).token_ids_T)
+    sequence_bytes = 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * width * (longest + 6)
+    sizes: list[int] = []
+
+    def counting(prefilled: decoding.Prefilled, num_siblings: int, *args: Any, **options: Any) -> Any:
+        layer: Any = prefilled.cache.layers[0]
+        num_rows, _, num_positions, _ = layer.keys.shape
+        held = num_rows * num_siblings * 2 * 4 * text.num_hidden_layers * text.num_key_value_heads * width
+        sizes.append(held * (num_positions + options["max_tokens"]))
+        return decoding.decode(prefilled, num_siblings, *args, **options)
+
+    monkeypatch.setattr(hf_engine, "decode", counting)
+    for room in (3.5, 0.5):  # in the longest sequences; two siblings of five prompts
+        sizes.clear()
+        engine = HFEngine(tiny_model_path, RolloutConfig(max_batch_gib=room * sequence_bytes / 2**30), INPUTS)
+        groups = by_id(engine.generate(prompts, SamplingParams(group_size=2, max_tokens=6, seed=1)))
+        assert {prompt.id for prompt in prompts} == set(groups)
+        assert all(len(group.rollouts) == 2 for group in groups.values())
+        assert max(sizes) <= max(room, 1) * sequence_bytes
+        assert len(sizes) == 10 if room < 1 else 2 <= len(sizes) < 10
+
+
+def test_joined_parts_do_not_keep_their_own_copy(engine, prompts):
+    encoded = [engine.processor.encode(prompt) for prompt in prompts[:2]]
+    parts = [engine._prefill([one]) for one in encoded]
+    joined = decoding.join(parts)
+    layers: list[Any] = [layer for part in parts for layer in part.cache.layers]
+    assert all(layer.keys.numel() == layer.values.numel() == 0 for layer in layers)
+    first: Any = joined.cache.layers[0]
+    assert first.keys.shape[0] == 2

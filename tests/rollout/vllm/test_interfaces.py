@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import inspect
+import logging
+import shutil
 import warnings
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
+from safetensors import safe_open
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of torch's compiler, which vLLM imports
     from vllm import AsyncEngineArgs
+    from vllm.config.multimodal import MMCacheType
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.distributed.weight_transfer import ipc_engine, nccl_common, packed_tensor
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
     from vllm.v1.engine.async_llm import AsyncLLM
 
+from rollout.vllm import launch
 from rollout.vllm.launch import child_environment, engine_arguments
 from rollout.vllm.peers import Peer, Peers
 from rollout.vllm.weights_out import _IpcClient, init_infos, nccl_packing
@@ -46,6 +55,48 @@ def test_every_argument_of_an_engine_on_gpus_is_one_of_vllms(degree):
     assert arguments["enable_sleep_mode"]
     assert arguments.get("distributed_executor_backend") == ("mp" if degree == 2 else None)
     assert WeightTransferConfig(**arguments["weight_transfer_config"]).backend == "ipc"
+
+
+def gpu_arguments(**vllm: Any) -> dict[str, Any]:
+    rollout = dataclasses.replace(ROLLOUT, vllm=dataclasses.replace(ROLLOUT.vllm, **vllm))
+    return engine_arguments("m", rollout, INPUTS, cpu=False, backend="ipc", lora_rank=0, kv_cache_bytes=0)
+
+
+def test_long_prompts_are_prefilled_in_large_steps_unless_told_otherwise():
+    assert gpu_arguments()["max_num_batched_tokens"] == 8192
+    assert gpu_arguments(engine_args={"max_num_batched_tokens": 4096})["max_num_batched_tokens"] == 4096
+
+
+def test_images_travel_through_shared_memory_where_it_has_room(monkeypatch):
+    assert "shm" in get_args(MMCacheType)
+    room = 8 * 4 * launch.GIB
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
+    assert gpu_arguments()["mm_processor_cache_type"] == "shm"
+    assert gpu_arguments(engine_args={"mm_processor_cache_type": "lru"})["mm_processor_cache_type"] == "lru"
+    assert "mm_processor_cache_type" not in gpu_arguments(engine_args={"mm_processor_cache_gb": 5})
+
+
+def test_the_deeper_sleep_keeps_the_tower(attentive_model_path):
+    arguments = gpu_arguments(sleep_level=2)
+    [pattern] = arguments["sleep_preserve_parameter_names"]
+    assert "sleep_preserve_parameter_names" not in gpu_arguments(sleep_level=1)
+    assert "sleep_preserve_parameter_names" in {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    # vLLM matches so (v1/worker/gpu_worker.py), and refuses a pattern without a match.
+    names = vllm_names(attentive_model_path)
+    kept = fnmatch.filter(names, pattern)
+    assert kept == [name for name in names if "language_model" not in name]
+
+
+def vllm_names(path: str) -> list[str]:
+    """Return the names that vLLM gives to a model's parameters."""
+    with safe_open(f"{path}/model.safetensors", framework="pt") as weights:
+        return list(Qwen2_5_VLForConditionalGeneration.hf_to_vllm_mapper.apply_list(list(weights.keys())))
+
+
+def test_a_tower_that_is_not_sent_is_not_reported_at_every_sync():
+    import rollout.vllm.weights_in  # noqa: F401
+
+    assert not logging.getLogger(layerwise.__name__).isEnabledFor(logging.WARNING)
 
 
 def test_the_transports_that_we_name_are_registered():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
+import socket
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +18,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed import distributed_c10d
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
+from torch.multiprocessing.spawn import spawn
 
 from rsgrpo.config.train import LearnerConfig, LoraConfig, ModelConfig
+from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning import fsdp, learner
-from rsgrpo.learning.attention import SDPA
+from rsgrpo.learning.attention import SDPA, kernels_of
 from rsgrpo.learning.policy import Policy, empty_model, load_model, shrink
 from rsgrpo.types import TrainGroup
-from tests.laws.test_01_micro_batches_and_ranks import weights_of
-from tests.material.learner import learnt, make_learner
+from tests.laws.test_01_micro_batches_and_ranks import difference, weights_of
+from tests.material.learner import learnt, make_groups, make_learner
+from tests.rsgrpo.learning.fake_fsdp import fake_ranks
 
 CPU = torch.device("cpu")
 WEIGHTS = [1.0, 2.0]
@@ -123,3 +129,104 @@ def test_several_ranks_agree_on_the_dtype_of_what_is_frozen(rounded_model_path, 
             assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(alone).items())
         for one, other in zip(expected, logprobs, strict=True):
             np.testing.assert_array_equal(np.concatenate(one), np.concatenate(other))
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_weights_are_rounded_before_they_are_gathered(lora, tiny_model_path, monkeypatch):
+    made = make_learner(tiny_model_path, lora=LoraConfig(rank=lora))
+    expected = weights_of(made)
+    adapters = dict(made.gather_adapter())
+    travelled: list[torch.dtype] = []
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        travelled.append(tensor.dtype)
+        return fsdp.whole(tensor)
+
+    monkeypatch.setattr("rsgrpo.learning.export.whole", whole)
+    if not lora:  # a merged weight is rounded after the merge
+        found = {name: tensor.clone() for name, tensor in made.gather_weights(dtype=torch.bfloat16)}
+        assert all(torch.equal(found[name], tensor.bfloat16()) for name, tensor in expected.items())
+        assert set(travelled) == {torch.bfloat16}
+    else:
+        for name, tensor in made.gather_adapter(torch.bfloat16):
+            assert torch.equal(tensor, adapters[name].bfloat16())
+        assert set(travelled) == {torch.bfloat16}
+        merged = dict(made.gather_weights(dtype=torch.bfloat16))
+        assert all(torch.equal(merged[name], tensor.bfloat16()) for name, tensor in expected.items())
+
+
+def test_a_rank_on_a_gpu_takes_its_share_of_the_nodes_cores(monkeypatch):
+    fsdp.require_process_group(0, 1, CPU)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(96)))
+    assert fsdp.share_of_cores(torch.device("cuda")) == 96
+    assert fsdp.share_of_cores(CPU) == 0
+    with fake_ranks(0, 8):
+        monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(None), [mine] * 8))
+        assert fsdp.share_of_cores(torch.device("cuda")) == 12
+
+
+def test_cudnn_is_kept_out_of_attention_on_gpus_alone():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with kernels_of(torch.device("cuda")):
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with kernels_of(CPU):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+def replicated_main(rank: int, port: int, path: str, images: list[str], folder: Path) -> None:
+    fsdp.init_distributed(rank, 4, "127.0.0.1", port, "cpu")
+    made = make_learner(path, rank=rank, world_size=4, num_ranks=4, replicas=2)
+    metrics = made.update(make_groups(images, [1, 2, 0, 1]), WEIGHTS)
+    torch.save((metrics, weights_of(made)), folder / f"{rank}.pt")
+    made.save(folder / "state")
+
+
+@pytest.mark.slow  # four processes start: half a minute
+def test_two_replicas_over_two_ranks_each_learn_what_one_rank_learns(tiny_model_path, page_images, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (port, tiny_model_path, page_images, tmp_path)
+    spawn(replicated_main, arguments, nprocs=4)
+    groups = make_groups(page_images, [1, 2, 0, 1])
+    one = make_learner(tiny_model_path)
+    before = weights_of(one)
+    expected = learnt(one.update(groups, WEIGHTS))
+    metrics, weights = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert difference(weights_of(one), weights, before) < 1e-5
+    assert learnt(metrics) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    resumed = make_learner(tiny_model_path)
+    resumed.load(tmp_path / "state")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(resumed).items())
+
+
+def test_a_checkpoint_and_an_export_without_room_are_refused_before_they_begin(
+    tiny_model_path, groups, tmp_path, monkeypatch
+):
+    made = make_learner(tiny_model_path)
+    made.update(groups, WEIGHTS)
+    needed = 12 * sum(parameter.numel() for parameter in made.policy.trainable().values())
+    for free, fits in ((needed - 1, False), (needed + 4096, True)):  # counters and step counts besides
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        folder = tmp_path / f"with {free}"
+        if fits:
+            made.save(folder)
+        else:
+            with pytest.raises(RsgrpoError, match=r"No space left for a checkpoint of .* GB: .* GB are free where"):
+                made.save(folder)
+            assert not folder.exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RsgrpoError, match="No space left for an export"):
+        made.export(tmp_path / "export")
+    assert list((tmp_path / "export").iterdir()) == []
+
+
+def test_an_export_takes_the_name_of_a_dtype(tiny_model_path, tmp_path):
+    make_learner(tiny_model_path).export(tmp_path, "bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_ranks_that_replicas_do_not_divide_are_refused():
+    with pytest.raises(RsgrpoError, match=r"num_ranks=6 cannot be split into learner\.replicas=4"):
+        LearnerConfig(num_ranks=6, replicas=4)

@@ -17,10 +17,12 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 from rsgrpo import cli
 from rsgrpo.config.train import LoraConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError
-from rsgrpo.plan.__main__ import main, num_devices, phases, warnings
+from rsgrpo.plan.__main__ import main, render
 from rsgrpo.plan.config import PlanConfig
+from rsgrpo.plan.fitting import fitting_overrides, idle, shortages, with_overrides
 from rsgrpo.plan.memory import GIB, devices_memory, engine_memory, learner_memory, learner_moments, trainable_params
 from rsgrpo.plan.model_sizes import count_sizes, sizes_of
+from rsgrpo.plan.times import disk_bytes, num_devices, phases
 from tests.material.learner import make_groups, make_learner
 from tests.material.tiny_families import save_family
 
@@ -59,7 +61,8 @@ def planned(*overrides: str) -> PlanConfig:
 
 
 def gib_warnings(config: PlanConfig) -> list[str]:
-    return warnings(config, sizes_of(config.model.path)[0])
+    sizes = sizes_of(config.model.path)[0]
+    return [*shortages(config, sizes), *idle(config)]
 
 
 @pytest.mark.parametrize("recipe", cli.groups(TrainConfig)["recipe"])
@@ -315,6 +318,8 @@ def test_memory_of_a_full_learner_by_hand():
 def test_more_ranks_divide_the_state_and_offload_removes_it():
     eight = learner_memory(planned("recipe=evisrag_7b"), SEVEN_B)
     sixteen = learner_memory(planned("recipe=evisrag_7b", "learner.num_ranks=16"), SEVEN_B)
+    two_copies = learner_memory(planned("recipe=evisrag_7b", "learner.num_ranks=16", "learner.replicas=2"), SEVEN_B)
+    assert two_copies == eight
     away = learner_memory(planned("recipe=evisrag_7b", "learner.offload=true"), SEVEN_B)
     assert sixteen.static["optimiser"] == pytest.approx(eight.static["optimiser"] / 2)
     assert away.static["weights (float32)"] == away.static["optimiser"] == away.learning["gradients"] == 0
@@ -362,11 +367,67 @@ def test_passes_are_planned_only_where_they_are_run():
     def names(*overrides: str) -> list[str]:
         return [phase.name for phase in phases(planned("recipe=evisrag_7b", *overrides), SEVEN_B)]
 
-    plain = ["sample: prefill", "sample: decode", "learn", "weight sync"]
-    assert names() == plain
-    assert names("algorithm.kl_coef=0.01") == [*plain[:2], "reference", *plain[2:]]
-    assert names("algorithm.updates_per_step=4") == [*plain[:2], "old log-probabilities", *plain[2:]]
-    assert names("rollout=fake") == plain[2:]
+    sampling = ["sample: prefill", "sample: decode", "sample: longest responses"]
+    learning = ["learn", "weight sync", "checkpoint (its share)"]
+    assert names() == [*sampling, *learning]
+    assert names("algorithm.kl_coef=0.01") == [*sampling, "reference", *learning]
+    assert names("algorithm.updates_per_step=4") == [*sampling, "old log-probabilities", *learning]
+    assert names("rollout=fake") == learning
+
+
+def test_the_filters_refills_and_checkpoints_take_their_time():
+    def seconds(name: str, *overrides: str) -> float:
+        config = planned("recipe=evisrag_7b", *overrides)
+        return next(phase.seconds for phase in phases(config, SEVEN_B) if phase.name == name)
+
+    unfiltered = "algorithm.filter.enabled=false"
+    assert seconds("sample: prefill") == pytest.approx(seconds("sample: prefill", unfiltered) / 0.6)
+    assert seconds("sample: decode") > seconds("sample: decode", unfiltered)
+    trained = 7_615_616_512
+    assert seconds("checkpoint (its share)") == pytest.approx(12 * trained / 10 / 2e9)
+    # two recent ones, one best, one being written, and the export
+    expected = 4 * 12 * trained + 4 * 8_292_166_656
+    assert disk_bytes(planned("recipe=evisrag_7b"), SEVEN_B) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        (["plan.gpu=a100_40", "cluster.gpus_per_node=4"], {"learner.num_ranks", "rollout.num_workers"}),
+        (["plan.gpu=h100", "cluster.gpus_per_node=2"], {"learner.num_ranks", "rollout.num_workers"}),
+        (["plan.gpu=rtx4090", "cluster.gpus_per_node=8"], set()),
+        (["plan.gpu_memory_gib=32"], set()),
+    ],
+)
+def test_what_does_not_fit_is_given_overrides_with_which_it_fits(overrides, keys):
+    config = planned("recipe=evisrag_7b", *overrides)
+    assert shortages(config, SEVEN_B)
+    found = fitting_overrides(config, SEVEN_B)
+    assert found
+    assert keys <= set(found)
+    given = [f"{key}={str(value).lower()}" for key, value in found.items()]
+    assert shortages(planned("recipe=evisrag_7b", *overrides, *given), SEVEN_B) == []  # as a user would plan again
+    for key in found.keys() - keys:  # none of them is needless
+        kept = {name: value for name, value in found.items() if name != key}
+        assert shortages(with_overrides(config, kept), SEVEN_B)
+    text = render(config, SEVEN_B, "7B")
+    assert "It fits with: " + " ".join(given) in text
+    assert "One step" not in text
+
+
+def test_hints_name_only_what_is_not_set_already():
+    config = planned("recipe=evisrag_7b_lora", "plan.gpu_memory_gib=12", "learner.offload=true")
+    (warning,) = [text for text in shortages(config, SEVEN_B) if "Try" in text]
+    assert "max_tokens_per_micro_batch" in warning
+    for already in ("learner.offload", "model.lora.rank", "sleep_level", "gradient_checkpointing"):
+        assert already not in warning
+    assert "It fits with none" in render(planned("recipe=evisrag_7b", "plan.gpu_memory_gib=4"), SEVEN_B, "7B")
+
+
+def test_the_memory_of_a_node_is_checked_where_it_is_given():
+    assert gib_warnings(planned("recipe=evisrag_7b", "plan.host_memory_gib=512")) == []
+    (short,) = gib_warnings(planned("recipe=evisrag_7b", "plan.host_memory_gib=100", "learner.offload=true"))
+    assert "of CPU memory needed > 100" in short
 
 
 def test_learning_takes_four_forwards_with_recomputation_and_three_without():
