@@ -157,6 +157,14 @@ def trace_of(page: Any) -> dict[str, Any]:
     return json.loads(Path(download.value.path()).read_text())
 
 
+def response_of(page: Any) -> str:
+    """Unfold the whole response and return it."""
+    if not page.locator("#response textarea").is_visible():
+        page.locator("#whole button").first.click()
+    page.locator("#response textarea").wait_for()
+    return str(page.locator("#response textarea").input_value())
+
+
 def cites(page: Any) -> None:
     """Wait for what the taught model answers, and look at all that comes with it."""
     page.locator("#answer .answer", has_text="7 & more").wait_for()
@@ -219,7 +227,7 @@ def test_documents_are_added_and_asked_in_a_browser(chromium, running, tmp_path,
 def test_the_answer_of_a_real_model_streams_into_the_page(chromium, running, store, taught):
     chromium.goto(running("--answer-model", taught, "--prompt", "demo", "-k", "2", "--device", "cpu"))
     assert "2 pages" in chromium.locator("#heading").inner_text()
-    watch = "setInterval(() => seen.add(document.querySelector('#response textarea').value), 1)"
+    watch = "setInterval(() => seen.add(document.querySelector('#answer .writing')?.innerText ?? ''), 1)"
     chromium.evaluate(f"() => {{ window.seen = new Set(); {watch} }}")  # every text that appears, however briefly
     ask(chromium, "how many?")
     answered(chromium)
@@ -250,10 +258,10 @@ def test_the_page_says_when_its_endpoint_dies_and_works_again_when_it_is_back(
     chromium.goto(running(*endpoint, "-k", "2", "--max-tokens", "2000"))
 
     ask(chromium, "how many?")
-    chromium.wait_for_function("document.querySelector('#response textarea').value.length > 20")
+    chromium.wait_for_function("document.querySelector('#answer .writing')?.innerText.length > 20")
     os.killpg(server.pid, signal.SIGKILL)
     assert "the answer broke off" in answered(chromium)
-    assert len(chromium.locator("#response textarea").input_value()) > 20  # what had come stays
+    assert len(response_of(chromium)) > 20  # what had come stays
     assert chromium.locator("#found figure").count() == 2
     assert trace_of(chromium)["result"]["finish_reason"] == "error"
 
@@ -308,7 +316,7 @@ def test_two_tabs_ask_at_once_and_each_has_its_own(chromium, running, store, tau
         answered(tab)
         trace = trace_of(tab)
         assert trace["question"] == question
-        assert trace["result"]["raw"] == tab.locator("#response textarea").input_value()
+        assert trace["result"]["raw"] == response_of(tab)
 
 
 def test_evidence_is_marked_pages_are_leafed_through_and_documents_removed(
