@@ -223,7 +223,7 @@ class RolloutPool:
                 error = again
 
     def _give_up(self, lost: Sequence[WorkerHandle], error: WorkerError) -> Supervision:
-        """Stop lost workers; raise `error` if a restart cannot help. The loss of a node is no failure of an engine."""
+        """Stop lost workers; raise `error` if a restart cannot help. Losing a node is not a failure of an engine."""
         supervision = self._supervision
         if supervision is None or not error.is_lost:
             raise error

@@ -102,17 +102,36 @@ def _to_object(node: DictConfig, schema: type[ConfigT]) -> ConfigT:
     """Turn a composed configuration into its dataclass; each run of a sweep gets its own name."""
     config: Any = _built(schema, OmegaConf.to_container(node, resolve=True))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        swept = re.sub(r"[^\w.=,+-]+", "_", HydraConfig.get().job.override_dirname)
-        config = dataclasses.replace(config, name=job_name(config.name, swept))
+        job = HydraConfig.get()
+        left_out = job.job.config.override_dirname.exclude_keys
+        settings = [setting for setting in job.overrides.task if setting.partition("=")[0].lstrip("+~") not in left_out]
+        config = dataclasses.replace(config, name=job_name(config.name, varying(settings, sys.argv[1:])))
     return typing.cast(ConfigT, config)
 
 
-def job_name(name: str, swept: str) -> str:
-    """Return the run name of one job of a sweep; a name that is too long ends in a digest, so that it stays unique."""
-    full = f"{name}-{swept}".rstrip("-")
+def varying(settings: typing.Sequence[str], arguments: typing.Sequence[str]) -> list[str]:
+    """Return those settings of a job, "key=value", whose key the command line gives several values; all if none."""
+    keys_of_several = {
+        argument.partition("=")[0].lstrip("+~")
+        for argument in arguments
+        if re.search(r"=.*(,|\b(range|choice|glob|interval)\()", argument)
+    }
+    return [one for one in settings if one.partition("=")[0].lstrip("+~") in keys_of_several] or list(settings)
+
+
+def job_name(name: str, settings: typing.Sequence[str]) -> str:
+    """Return the run name of one job of a sweep, which can be typed unquoted; one that is too long ends in a digest.
+
+    >>> job_name("demo", ["seed=1", "learner.lr=1e-5"])
+    'demo-seed-1-lr-1e-5'
+    """
+    pairs = [setting.lstrip("+~").partition("=")[::2] for setting in settings]
+    ends = [key.rpartition(".")[2] for key, _ in pairs]
+    labels = [f"{end if ends.count(end) == 1 else key}-{value}" for end, (key, value) in zip(ends, pairs, strict=True)]
+    full = re.sub(r"[^\w.+-]+", "_", "-".join([name, *labels])).rstrip("-")
     if len(full) <= MAX_NAME_CHARS:
         return full
-    digest = hashlib.sha256(swept.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(" ".join(settings).encode()).hexdigest()[:8]
     return f"{full[: MAX_NAME_CHARS - len(digest) - 1]}-{digest}"
 
 

@@ -91,9 +91,9 @@ def run_all(steps: Sequence[Step], out: Path, args: argparse.Namespace) -> list[
     started = time.monotonic()
     for step in steps:
         record = Record.read(out / f"{step.name}.json")
-        # A failed step would fail again: --again, once its cause is mended.
+        # A failed step would fail again: --again, once its cause is fixed.
         if record is not None and record.status in ("done", "failed") and not args.again:
-            print(f"{step.name}: {record.status} before; --again runs it anew")
+            print(f"{step.name}: {record.status} before; --again runs it again")
             failed += [step.name] * (record.status == "failed")
             continue
         left = args.minutes - (time.monotonic() - started) / 60

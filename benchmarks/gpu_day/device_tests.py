@@ -20,7 +20,7 @@ def run(day: Day) -> None:
     """
     day.work.mkdir(parents=True, exist_ok=True)
     report = (day.work / "device_tests.xml").resolve()
-    # A warning of another version of torch or transformers is no failure of the device.
+    # A warning of another version of torch or transformers is not a failure of the device.
     options = ["-p", "no:cacheprovider", "-W", "default", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", *options]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode

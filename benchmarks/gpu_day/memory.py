@@ -71,7 +71,7 @@ def measure(day: Day, size: str, lora: LoraConfig) -> tuple[float, float, float]
             device="cuda" if day.on_gpu else "cpu",
             precision="bfloat16" if day.on_gpu else "float32",
             max_tokens_per_micro_batch=prompt_tokens + group * response,
-            self_check=False,  # its pass on a plain row is no part of a step
+            self_check=False,  # its pass on a plain row is not a part of a step
         ),
     )
     planned = learner_memory(config, sizes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Curve = list[tuple[int, float]]
@@ -76,9 +77,10 @@ def build_charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
         std = dict(left.pop(f"reward/{name}/std", []))
         take("rewards", name, {key: "mean"})
         if std:
+            low, high = _score_range(curves[key], std)
             charts[-1]["series"][0] |= {
-                "low": [(step, value - std.get(step, 0.0)) for step, value in curves[key]],
-                "high": [(step, value + std.get(step, 0.0)) for step, value in curves[key]],
+                "low": [(step, max(low, value - std.get(step, 0.0))) for step, value in curves[key]],
+                "high": [(step, min(high, value + std.get(step, 0.0))) for step, value in curves[key]],
             }
     for suffix, title in (("hit_rate", "Scope found (share of responses)"), ("token_frac", "Tokens in scope (share)")):
         found = [key for key in left if key.startswith("scope/") and key.endswith(f"/{suffix}")]
@@ -93,3 +95,14 @@ def build_charts(curves: dict[str, Curve]) -> list[dict[str, Any]]:
         section = next((name for prefix, name in SECTIONS.items() if key.startswith(prefix)), "other")
         take(section, "Truncated responses" if key == "rollout/truncated_frac" else key, {key: key})
     return charts
+
+
+def _score_range(means: Sequence[tuple[int, float]], std: Mapping[int, float]) -> tuple[float, float]:
+    """Return the range that a score seems to have, so that its band stays inside: 0 to 1, -1 to 1, or unbounded.
+
+    A quantity in [a, b] with mean m has a variance of at most (b - m)(m - a); a larger one shows that it is not.
+    """
+    for low, high in ((0.0, 1.0), (-1.0, 1.0)):
+        if all(low <= m <= high and std.get(step, 0.0) ** 2 <= (high - m) * (m - low) + 1e-6 for step, m in means):
+            return low, high
+    return -math.inf, math.inf

@@ -29,6 +29,7 @@ from rsgrpo.errors import InputError, run_program
 from rsgrpo.records.rollouts import RolloutsDamaged, StoredRollout, read_rollouts, rollout_files
 from rsgrpo.records.tracking import METRICS_FILE, read_metrics
 from rsgrpo.report.charts import Curve, build_charts, collect_curves, split_validation
+from rsgrpo.report.several import read_scores, table
 from rsgrpo.report.templates import asset, json_for_script, render, script_hash
 
 log = logging.getLogger(__name__)
@@ -307,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rsgrpo.report", description="Write a run's report as one HTML page."
     )
-    parser.add_argument("run", help="run folder, e.g. runs/demo")
+    parser.add_argument("run", nargs="+", help="run folder, e.g. runs/demo; of several, a table of their last scores")
     parser.add_argument("--out", help=f"file to write (default: RUN/{REPORT_FILE})")
     parser.add_argument("--step", type=int, help="show the rollouts of this step only")
     parser.add_argument(
@@ -316,6 +317,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
 
     def work() -> None:
-        print(write_report(options.run, options.out, step=options.step, max_groups=options.max_groups))
+        if len(options.run) > 1:
+            print(table([read_scores(Path(run)) for run in options.run]))
+            return
+        print(write_report(options.run[0], options.out, step=options.step, max_groups=options.max_groups))
 
     return run_program(work)

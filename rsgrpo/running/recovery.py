@@ -1,4 +1,4 @@
-"""A run that lost a learner rank goes on from its last checkpoint, in the same program and with the same numbers."""
+"""A run that lost a learner rank resumes from its last checkpoint, in the same program and with the same numbers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def recovering(config: TrainConfig, work: Callable[[int], None]) -> None:
             newest_step, recoveries = step, recoveries + 1
             late_at = time.monotonic() + config.cluster.startup_timeout_s
             log.warning(
-                "%s\nThe run goes on from step %d by itself (recovery %d of %d without a new checkpoint).",
+                "%s\nThe run resumes from step %d by itself (recovery %d of %d without a new checkpoint).",
                 str(error).partition("\nFix the cause")[0],
                 step,
                 in_a_row,

@@ -339,7 +339,7 @@ def test_a_run_whose_learner_dies_goes_on_by_itself_with_the_same_numbers(whole,
         output = process.communicate(timeout=280)[0]
     assert process.returncode == 0, output
     assert len(re.findall(r"step \d: learner 0 died in \w+", output)) == 1, output
-    assert re.search(r"goes on from step [24] by itself \(recovery 1 of 3", output), output
+    assert re.search(r"resumes from step [24] by itself \(recovery 1 of 3", output), output
     assert metrics_of(recovered) == metrics_of(whole)
     assert {row.get("perf/recoveries") for row in read_metrics(tmp_path / "recovered")} >= {1.0}
     exports = [sha256_of(whole_folder(run) / "export" / "model.safetensors") for run in (recovered, whole)]

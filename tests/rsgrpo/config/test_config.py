@@ -325,7 +325,7 @@ def test_an_error_is_one_line_that_names_what_was_written_and_exits_with_its_cod
 def test_a_sweep_gives_every_run_a_name_of_its_own(tmp_path):
     result = run_program(tmp_path, "recipe=demo", "seed=1,2", "algorithm=grpo", "--multirun")
     names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names == ["demo-algorithm=grpo,seed=1", "demo-algorithm=grpo,seed=2"]
+    assert names == ["demo-seed-1", "demo-seed-2"]
     assert {path.name for path in tmp_path.iterdir()} == {"program.py", "runs"}
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["multirun.yaml"]
 
@@ -427,9 +427,10 @@ def attributes_read(*, counts_plan: bool) -> set[str]:
 
 
 def test_every_job_of_a_sweep_has_a_name_of_its_own():
-    assert cli.job_name("demo", "seed=1") == "demo-seed=1"
-    assert cli.job_name("demo", "") == "demo"
-    names = {cli.job_name("demo", f"data.train={'x' * 150},seed={seed}") for seed in (1, 2)}
+    assert cli.job_name("demo", ["seed=1", "+rewards.mine=a:b"]) == "demo-seed-1-mine-a_b"
+    assert cli.job_name("demo", ["model.path=x", "data.path=y"]) == "demo-model.path-x-data.path-y"
+    assert cli.job_name("demo", []) == "demo"
+    names = {cli.job_name("demo", [f"data.train={'x' * 150}", f"seed={seed}"]) for seed in (1, 2)}
     assert len(names) == 2
     assert all(len(name) == cli.MAX_NAME_CHARS for name in names)
 
@@ -438,3 +439,10 @@ def test_rollouts_of_older_weights_are_corrected_for_unless_another_cap_is_set()
     assert AlgorithmConfig().importance_cap == 0
     assert AlgorithmConfig(max_staleness=3).importance_cap == 2
     assert AlgorithmConfig(max_staleness=1, importance_cap=5.0).importance_cap == 5
+
+
+def test_only_what_varies_between_the_jobs_of_a_sweep_names_them():
+    settings = ["seed=1", "learner.lr=1e-5", "rollout=vllm"]
+    assert cli.varying(settings, ["recipe=demo", "seed=1,2", "learner.lr=1e-5", "rollout=vllm", "-m"]) == ["seed=1"]
+    assert cli.varying(settings, ["seed=range(1,3)", "learner.lr=choice(1e-5)"]) == ["seed=1", "learner.lr=1e-5"]
+    assert cli.varying(settings, ["--multirun"]) == settings
