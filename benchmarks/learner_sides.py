@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals
 from rsgrpo.learning.attention import choose_attention
@@ -26,7 +26,11 @@ SPECIAL_IDS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes. The small one keeps a 7B model's proportions of layers, tower, and vocabulary to hidden size."""
+    """A model's sizes. A small one keeps the real one's proportions of layers, tower, and vocabulary to hidden size.
+
+    Of Qwen3.5, heads attend in a width of 1/heads of the hidden size; the delta rule has twice as many value heads, as
+    many key heads, and half that width each.
+    """
 
     hidden: int
     layers: int
@@ -40,6 +44,8 @@ class Shape:
     vision_heads: int
     vision_intermediate: int
     logits_chunk: int = 512  # response tokens whose logits exist at once
+    family: str = "qwen2_5_vl"
+    patch: int = 14
 
 
 SHAPES = {
@@ -47,6 +53,11 @@ SHAPES = {
     "3b": Shape(2048, 36, 16, 2, 11008, 151_936, True, 1280, 32, 16, 3420),
     "7b": Shape(3584, 28, 28, 4, 18944, 152_064, False, 1280, 32, 16, 3420),
 }
+QWEN35 = {
+    "small": Shape(256, 8, 4, 1, 768, 15_520, False, 64, 4, 4, 240, logits_chunk=51, family="qwen3_5", patch=16),
+    "9b": Shape(4096, 32, 16, 4, 12288, 248_320, False, 1152, 27, 16, 4304, family="qwen3_5", patch=16),
+}
+FAMILIES = {"qwen2_5_vl": SHAPES, "qwen3_5": QWEN35}
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,8 @@ class Work:
 
 
 # The small work is a tenth of the real one in every length (and so is its chunk of logits).
-WORK = {"small": Work(1100, 70, 8, 5, 200), "3b": Work(11_000, 700, 8, 5, 2000), "7b": Work(11_000, 700, 8, 5, 2000)}
+REAL = Work(11_000, 700, 8, 5, 2000)
+WORK = {"small": Work(1100, 70, 8, 5, 200), "3b": REAL, "7b": REAL, "9b": REAL}
 
 
 @dataclass
@@ -77,14 +89,17 @@ class Batch:
 def build_model(
     shape: Shape, device: torch.device, dtype: torch.dtype, token_ids: Mapping[str, int] | None = None
 ) -> Any:
-    """Return a randomly initialised Qwen2.5-VL with a frozen tower.
+    """Return a randomly initialised model with a frozen tower.
 
     token_ids: of a tokenizer's special tokens, by their text; None takes small numbers and has no end of text.
     """
     ids = token_ids or SPECIAL_IDS
     pairs = shape.hidden // shape.heads // 2
     side = 3 * pairs // 8
-    config = Qwen2_5_VLConfig(
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * side, side, side]}
+    text, vision = _qwen3_5(shape, rope) if shape.family == "qwen3_5" else _qwen2_5_vl(shape, rope)
+    config = AutoConfig.for_model(
+        shape.family,
         text_config={
             "vocab_size": shape.vocab,
             "hidden_size": shape.hidden,
@@ -93,16 +108,11 @@ def build_model(
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads,
             "max_position_embeddings": 128_000,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [pairs - 2 * side, side, side],
-            },
-            "use_sliding_window": False,
             "tie_word_embeddings": shape.tied,
             "bos_token_id": None,
             "eos_token_id": ids.get("<|im_end|>"),
             "pad_token_id": ids.get("<|endoftext|>"),
+            **text,
         },
         vision_config={
             "depth": shape.vision_depth,
@@ -110,9 +120,7 @@ def build_model(
             "intermediate_size": shape.vision_intermediate,
             "num_heads": shape.vision_heads,
             "out_hidden_size": shape.hidden,
-            "fullatt_block_indexes": list(
-                range(shape.vision_depth // 4 - 1, shape.vision_depth, shape.vision_depth // 4)
-            ),
+            **vision,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -122,9 +130,29 @@ def build_model(
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        from_config: Any = AutoModelForImageTextToText.from_config
+        model = from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.model.visual.requires_grad_(False)
     return model.train()
+
+
+def _qwen2_5_vl(shape: Shape, rope: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    every = shape.vision_depth // 4
+    full = list(range(every - 1, shape.vision_depth, every))
+    return {"rope_parameters": rope, "use_sliding_window": False}, {"fullatt_block_indexes": full}
+
+
+def _qwen3_5(shape: Shape, rope: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    head_dim = shape.hidden // shape.heads
+    text = {
+        "rope_parameters": {**rope, "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        "head_dim": head_dim,
+        "linear_num_key_heads": shape.heads,
+        "linear_num_value_heads": 2 * shape.heads,
+        "linear_key_head_dim": head_dim // 2,
+        "linear_value_head_dim": head_dim // 2,
+    }
+    return text, {"patch_size": shape.patch, "num_position_embeddings": 2304}
 
 
 def build_batch(work: Work, shape: Shape, device: torch.device) -> Batch:
@@ -146,7 +174,9 @@ def build_batch(work: Work, shape: Shape, device: torch.device) -> Batch:
         samples.append(Sample(rng.integers(10, shape.vocab, work.response), whole, advantages))
     return Batch(
         torch.tensor([*text[:1], *image * work.images, *text[1:]], device=device),
-        torch.randn(int(grid.prod(1).sum()), 3 * 2 * 14 * 14, generator=generator).to(device) if work.images else None,
+        torch.randn(int(grid.prod(1).sum()), 3 * 2 * shape.patch**2, generator=generator).to(device)
+        if work.images
+        else None,
         grid.to(device) if work.images else None,
         samples,
     )
