@@ -146,7 +146,7 @@ def test_counts_and_memory_are_those_of_the_workers_that_answer(nodes, tmp_path,
 
 def test_a_pool_goes_on_without_a_lost_node_and_takes_it_back(nodes, tmp_path):
     second = nodes.add_node(**NODE, resources={"second": 1})
-    group = placement_group([{"CPU": 1}, {"CPU": 1, "second": 1}])
+    group = placement_group([{"CPU": 1}, {"CPU": 1, "second": 1}], strategy="STRICT_SPREAD")
     assert group.wait(60)
     sent: list[list[int]] = []
 
@@ -157,7 +157,11 @@ def test_a_pool_goes_on_without_a_lost_node_and_takes_it_back(nodes, tmp_path):
         return placement_group_table(group)["bundles_to_node_id"][index] != ""
 
     supervision = Supervision(
-        start, lambda workers: sent.append([w.index for w in workers]), max_restarts=1, has_room=has_room
+        start,
+        lambda workers: sent.append([w.index for w in workers]),
+        max_restarts=1,
+        has_room=has_room,
+        start_timeout_s=60.0,
     )
     pool = RolloutPool([start(0), start(1)], timeout_s=60, supervision=supervision)
     pool.start(60)
