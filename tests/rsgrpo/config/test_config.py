@@ -136,6 +136,12 @@ def test_the_reference_warm_start_has_the_published_hyper_parameters():
     assert config.model.freeze_vision
 
 
+def test_the_demo_takes_causal_credit_and_evisrag_the_published_one():
+    assert train_config().algorithm.credit == "causal"
+    for recipe in ("evisrag_7b", "evisrag_3b_lora", "evisrag_mini"):
+        assert cli.compose(TrainConfig, "config", [f"recipe={recipe}"]).algorithm.credit == "own"
+
+
 def test_ablations_are_one_override():
     assert train_config("algorithm=grpo").algorithm.advantage == "grpo"
     assert train_config("algorithm=gspo").algorithm.ratio == "gspo"
