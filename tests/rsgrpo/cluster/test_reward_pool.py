@@ -15,12 +15,13 @@ from rollout.worker import WorkerError
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.reward_pool import MAX_RESTARTS, RewardPool
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.types import ScoredGroup
 
 GROUPS = [RolloutGroup(Prompt(f"p{n}", "?"), ()) for n in range(4)]
 
 
 class Scripted:
-    """A reward worker that scores each group with its prompt's id."""
+    """A reward worker that has no rewards."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -31,7 +32,7 @@ class Scripted:
 
             time.sleep(600)
 
-    def score(self, groups: list[RolloutGroup]) -> list[str]:
+    def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup]:
         (group,) = groups
         mark = self.folder / f"{group.prompt.id} kills"
         if mark.exists():
@@ -40,7 +41,7 @@ class Scripted:
             os._exit(1)
         if (self.folder / f"{group.prompt.id} fails").exists():
             raise ValueError("no such page")
-        return [group.prompt.id]
+        return [ScoredGroup(RolloutGroup(Prompt(group.prompt.id, ""), ()), (), (), (), ())]
 
     def rss_mb(self) -> float:
         return 5.0
@@ -70,7 +71,9 @@ def scored(pool: RewardPool) -> list[str]:
     for group in GROUPS:
         batch.add(group)
     while batch:
-        found += [str(one) for one in batch.scored(timeout_s=60)]
+        groups = [one.group for one in batch.scored(timeout_s=60)]
+        assert all(group in GROUPS for group in groups), "scores are put beside the group that was sent"
+        found += [group.prompt.id for group in groups]
     return sorted(found)
 
 
