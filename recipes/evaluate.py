@@ -83,7 +83,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check(self)
         require(
-            re.fullmatch(r"[\w.=,+-]*", self.name) is not None,
+            re.fullmatch(r"(?!\.+$)[\w.=,+-]*", self.name) is not None,
             f"name must be letters, digits and any of _.=,+- because it names the folder; got {self.name!r}",
         )
 

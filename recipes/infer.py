@@ -29,6 +29,7 @@ from recipes.answers.spec import (
 )
 from recipes.answers.types import Answer, Answerer
 from rollout.config import InputsConfig
+from rollout.errors import printable
 from rollout.keys import as_named, keys_of, named
 from rsgrpo.config.checks import require_model
 from rsgrpo.errors import InputError, RsgrpoError, run_program
@@ -75,12 +76,13 @@ class Session:
         for piece in self._reader.stream(question, self.images, name=f"question-{self._num_asked}"):
             if show and isinstance(piece, str):
                 streamed = True
-                self._out.write(piece)
+                self._out.write(printable(piece))
                 self._out.flush()
         assert isinstance(piece, Answer)
         line = result_line(piece, self._reader.answerer.name)
         if show:
-            self._out.write(("\n" if streamed else f"{piece.text}\n" if piece.text else "") + f"{summary_of(line)}\n")
+            self._out.write("\n" if streamed else f"{printable(piece.text)}\n" if piece.text else "")
+            self._out.write(f"{printable(summary_of(line))}\n")
             self._out.flush()
         return line
 

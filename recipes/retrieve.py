@@ -44,6 +44,7 @@ from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import DTYPES, VectorIndex
 from recipes.retrieval.search.update import EncodeStream, encode_here, fill_index
 from recipes.retrieval.sync_command import add_sync_command
+from rollout.errors import printable
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
@@ -76,6 +77,7 @@ def _add_ingest(command: argparse.ArgumentParser) -> None:
     add_options(command, RenderSettings)
     command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is abandoned")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    command.add_argument("--prune", action="store_true", help="remove even all or most documents of a folder")
     command.set_defaults(run=_ingest)
 
 
@@ -86,7 +88,7 @@ def _ingest(options: argparse.Namespace) -> None:
     with Console() as console:
         report = ingest(
             options.documents, options.out, settings, num_workers=options.workers,
-            page_timeout_s=options.page_timeout_s, console=console,
+            page_timeout_s=options.page_timeout_s, console=console, prune=options.prune,
         )  # fmt: skip
         rows: list[tuple[str, int | str]] = [
             ("documents rendered", report.num_rendered),
@@ -168,7 +170,7 @@ def _search(options: argparse.Namespace) -> None:
             pages = [asdict(page) | {"text": page.text[:500]} for page in found]
             print(json.dumps({"query": query, "pages": pages}, ensure_ascii=False))
         else:
-            print(f"{query}\n" + "\n".join(table_lines(found)) if found else f"{query}\n  (no pages)")
+            print(printable("\n".join([query, *(table_lines(found) if found else ["  (no pages)"])])))
 
 
 def _add_ask(command: argparse.ArgumentParser) -> None:
@@ -203,12 +205,12 @@ def _ask(options: argparse.Namespace) -> int:
     if failed:
         raise RsgrpoError(answered.line["errors"][0])
     note = " (the pages are insufficient)" if answered.line["insufficient"] else ""
-    print(f"answer: {answered.line['answer'] or answered.line['raw'] or '(none)'}{note}")
+    print(printable(f"answer: {answered.line['answer'] or answered.line['raw'] or '(none)'}{note}"))
     for source in cited_pages(answered):
-        print(f"  [{source.number}] {source.page.place}: {source.text}".rstrip(": "))
+        print(printable(f"  [{source.number}] {source.page.place}: {source.text}".rstrip(": ")))
     for fault in faults_of(answered.line):
-        print(f"fault: {fault}")
-    print("\n".join(["pages:", *table_lines(pages)]))
+        print(printable(f"fault: {fault}"))
+    print(printable("\n".join(["pages:", *table_lines(pages)])))
     return 0
 
 

@@ -75,7 +75,7 @@ class Endpoint:
                 http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
             )
         except Exception as error:  # httpx.InvalidURL, of whichever httpx the package brings
-            raise EndpointError(f"endpoint.url={config.url} is not a valid URL: {error}") from error
+            raise EndpointError(f"endpoint.url={config.shown} is not a valid URL: {error}") from error
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
@@ -152,12 +152,12 @@ class Endpoint:
             models = [entry["id"] for entry in entries]
         except (PromptError, *_OTHER_FORM) as error:
             raise EndpointError(
-                f"endpoint {config.url} does not list its models ({error}); name the model: endpoint.model"
+                f"endpoint {config.shown} does not list its models ({error}); name the model: endpoint.model"
             ) from error
         if len(models) != 1:
-            raise EndpointError(f"endpoint {config.url} serves {', '.join(models) or 'no model'}; set endpoint.model")
+            raise EndpointError(f"endpoint {config.shown} serves {', '.join(models) or 'no model'}; set endpoint.model")
         if entries[0].get("has_template") is True:  # it would put our prompt into its own
-            raise InputError(f"endpoint {config.url} is `recipes.serve`: start it with --prompt raw")
+            raise InputError(f"endpoint {config.shown} is `recipes.serve`: start it with --prompt raw")
         return str(models[0])
 
     async def _ask(self, prompt: Prompt, tell: Callable[[str | Answer], None]) -> None:
@@ -264,7 +264,7 @@ class Endpoint:
         if self._last_success > started:  # others get through: it is this request that the server cannot answer
             raise PromptError(f"the endpoint failed {config.max_tries} times, the last time with {fault}")
         raise EndpointError(
-            f"endpoint {config.url} did not answer in {config.max_tries} tries, the last was {fault}. Check that the "
+            f"endpoint {config.shown} did not answer in {config.max_tries} tries, the last was {fault}. Check that the "
             "server is running and that endpoint.url is correct."
         )
 
@@ -272,12 +272,12 @@ class Endpoint:
         """Raise unless the same request may succeed later; see `_until_answered`."""
         config, status = self._config, error.status_code
         if status < 400 and (where := error.response.headers.get("location")):
-            raise EndpointError(f"endpoint {config.url} redirects to {where}: set endpoint.url to that")
+            raise EndpointError(f"endpoint {config.shown} redirects to {where}: set endpoint.url to that")
         if status in HOPELESS:
             hint = f"put the key into the environment variable {config.api_key_env} (endpoint.api_key_env)"
             if status == 404:
                 hint = f"check endpoint.url, which usually ends in /v1, and endpoint.model={config.model!r}"
-            raise EndpointError(f"endpoint {config.url} refuses every request, {fault}; {hint}")
+            raise EndpointError(f"endpoint {config.shown} refuses every request, {fault}; {hint}")
         if status < 500 and status not in RETRIED:
             raise PromptError(f"the endpoint refuses the request, {fault}")
 

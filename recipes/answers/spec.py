@@ -10,6 +10,7 @@ from typing import Literal
 from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, VllmConfig
 from rollout.keys import check, key, require
 from rollout.types import SamplingParams
+from rsgrpo.records.secrets import masked_address
 
 MADE_BY = {
     "demo/": "make demo",
@@ -78,6 +79,11 @@ class EndpointConfig:
             self.url == "" or self.url.startswith(("http://", "https://")),
             f"endpoint.url must start with http:// or https://, such as http://localhost:8000/v1; got {self.url!r}",
         )
+
+    @property
+    def shown(self) -> str:
+        """The address for a message: without its password."""
+        return masked_address(self.url)
 
 
 @dataclass(frozen=True)

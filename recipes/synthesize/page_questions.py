@@ -218,7 +218,7 @@ def _json_list(text: str) -> list[dict[str, Any]] | None:
     start, end = text.find("["), text.rfind("]")
     try:
         rows = json.loads(text[start : end + 1]) if 0 <= start < end else None
-    except ValueError:
+    except (ValueError, RecursionError):  # a response may be brackets alone
         return None
     if not isinstance(rows, list):
         return None

@@ -69,9 +69,12 @@ def how_to_get(key: str, path: str, made_by: Mapping[str, str] | None = None) ->
 def require_found(key: str, path: str, made_by: Mapping[str, str] | None = None) -> None:
     """Refuse a model or data path that is neither on disk nor shaped like a hub id ("org/name", "org/name:split").
 
+    A path into a folder that is here is local: the hub is not asked for a file that is missing in it.
+
     made_by: start of a local path -> command that makes it (`made_by` of a run's configuration).
     """
-    is_hub_id = HUB_ID.fullmatch(path) is not None and not path.startswith(tuple(made_by or ()))
+    is_local = path.startswith(tuple(made_by or ())) or os.path.isdir(path.partition("/")[0])
+    is_hub_id = HUB_ID.fullmatch(path) is not None and not is_local
     require(os.path.exists(path) or is_hub_id, how_to_get(key, path, made_by))
 
 

@@ -203,7 +203,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self)
         require(
-            re.fullmatch(r"[\w.=,+-]+", self.name) is not None,
+            re.fullmatch(r"(?!\.+$)[\w.=,+-]+", self.name) is not None,
             f"name must be letters, digits and any of _.=,+- because it names the run folder; got {self.name!r}",
         )
         require(self.total_steps + self.epochs > 0, f"epochs must be >= 1 where total_steps is 0, got {self.epochs}")

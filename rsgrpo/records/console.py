@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from rewards.api import Reward
+from rollout.errors import printable
 
 WHOLE_NUMBERS = ("num_prompts", "prompt_errors", "num_tokens")
 ERRORS = "_errors"
@@ -129,7 +130,7 @@ class Console:
         self._rich.print(table)
 
     def _print(self, markup: str) -> None:
-        self._rich.print(markup, soft_wrap=True)
+        self._rich.print(printable(markup), soft_wrap=True)
 
 
 def _move_log_handlers(old: IO[str], new: IO[str]) -> list[logging.StreamHandler[Any]]:

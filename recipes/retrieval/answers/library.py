@@ -205,7 +205,7 @@ class Library:
                         shutil.copyfile(file, unfinished)
             report = ingest(
                 [uploads], self._store, render, num_workers=limits.workers, page_timeout_s=PAGE_TIMEOUT_S,
-                console=self._console,
+                console=self._console, prune=True,  # a file that cannot be read is not kept
             )  # fmt: skip
             names = {shown(_kept_name(file)) for file in accepted}
             faulty = [row for row in report.errors if row.document in names]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import ctypes
+import functools
 import json
 import logging
 import os
@@ -19,6 +21,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +33,7 @@ from recipes.answers.options import check_options
 from recipes.retrieval.pages.mail_and_books import READ_HERE, UnreadableError, to_html
 from recipes.retrieval.pages.ocr import read_text
 from recipes.retrieval.pages.office_parts import HiddenParts, hidden_parts, is_locked
+from rollout.errors import one_line
 from rollout.inputs.images import (
     MAX_ASPECT_RATIO,
     PromptError,
@@ -51,15 +55,24 @@ OFFICE = frozenset(
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
 POINTS_PER_INCH = 72
+_PR_SET_PDEATHSIG = 1
 FINISHED = "finished.jsonl"  # in the folder of a document that is being rendered: its pages so far
 _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
 _CSV_QUOTE = ord('"')
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
+OFFICE_MEMORY_BYTES = 16 << 30  # address space of each of LibreOffice's processes
+SCRATCH_PREFIX = ".rsgrpo-office-"
 _SAVED_AS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": (".png", {"compress_level": 1}),
     "jpeg": (".jpg", {"quality": 92}),
 }
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class DocumentError(RsgrpoError):
@@ -77,6 +90,7 @@ class RenderSettings:
     max_file_mb: int = key(2_048, "larger files are refused", ge=1)
     max_unpacked_mb: int = key(4_096, "office files that unpack to more are refused", ge=1)
     office_timeout_s: int = key(300, "time limit of one conversion by LibreOffice", ge=1)
+    max_rendered_mb: int = key(4_096, "documents whose pages take more room than this are refused", ge=1)
     ocr: str = key("", "languages in which Tesseract reads pages that have no text: eng, eng+deu, ...")
 
     def __post_init__(self) -> None:
@@ -148,7 +162,7 @@ def render(
     kind = _kind(path)
     if kind == "other" and path.suffix.lower() not in OFFICE:
         raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
-    with tempfile.TemporaryDirectory(prefix="rsgrpo-office-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder.parent) as scratch:
         if kind == "image":
             pages, error = _write(_image_pages(path, settings), folder, settings, on_page)
             (folder / FINISHED).unlink(missing_ok=True)
@@ -188,9 +202,33 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _unlimited_memory() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+def _limit_office(settings: RenderSettings) -> None:
+    """Limit a LibreOffice that is about to start: it ends with its worker, and each of its processes has bounds."""
+    die_with_parent()
+    limits = {
+        resource.RLIMIT_AS: OFFICE_MEMORY_BYTES,
+        resource.RLIMIT_CPU: settings.office_timeout_s * 2,  # also where it outlives everyone who could stop it
+        resource.RLIMIT_FSIZE: settings.max_unpacked_mb << 20,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, limit in limits.items():
+        _, hard = resource.getrlimit(kind)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+
+@functools.cache
+def alone() -> tuple[str, ...]:
+    """Return the words before a command that runs it without a network and ends all it has started; () where refused.
+
+    In a PID namespace of its own every process ends with the first one, which ends with the one that started it.
+    """
+    words = ("unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child", "--")
+    try:
+        allowed = subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        allowed = False
+    return words if allowed else ()
 
 
 def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[Path, HiddenParts]:
@@ -209,11 +247,7 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[
             "run the same command again, or convert the file to PDF"
         )
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            num_bytes = sum(entry.file_size for entry in archive.infolist())
-        if num_bytes > settings.max_unpacked_mb << 20:
-            size = f"it unpacks to {num_bytes >> 20:,} MiB"
-            raise DocumentError(f"{size}, more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
+        _refuse_bomb(path, settings)
     if is_locked(path):
         raise DocumentError("the file is protected by a password; save it without one")
     hidden = hidden_parts(path)
@@ -227,11 +261,17 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[
         hidden = HiddenParts(note)
     else:
         shutil.copyfile(path, source)
-    command = [program, f"-env:UserInstallation={(scratch / 'profile').as_uri()}", "--headless", "--norestore"]
+    command = [
+        *alone(),
+        program,
+        f"-env:UserInstallation={(scratch / 'profile').as_uri()}",
+        "--headless",
+        "--norestore",
+    ]
     command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        preexec_fn=_unlimited_memory, start_new_session=True,
+        preexec_fn=functools.partial(_limit_office, settings), process_group=0,
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=settings.office_timeout_s)
@@ -253,6 +293,30 @@ def _starts_as_html(path: Path) -> bool:
     with open(path, "rb") as file:
         start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().lower()
     return start.startswith((b"<!doctype html", b"<html"))
+
+
+def _refuse_bomb(path: Path, settings: RenderSettings) -> None:
+    """Unpack an archive and drop the content: its directory may say less than there is.
+
+    Raises:
+        DocumentError: it unpacks to too much, or its directory and its content differ.
+    """
+    limit = settings.max_unpacked_mb << 20
+    num_bytes = 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                with archive.open(entry) as content:
+                    while chunk := content.read(1 << 20):
+                        num_bytes += len(chunk)
+                        if num_bytes > limit:
+                            break
+                if num_bytes > limit:
+                    break
+    except Exception as error:  # damaged archives raise nearly everything
+        raise DocumentError(f"its archive is damaged: {one_line(error)}") from error
+    if num_bytes > limit:
+        raise DocumentError(f"it unpacks to more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
 
 
 def _import_filter(source: Path) -> list[str]:
@@ -397,7 +461,7 @@ def _write(
     finished: Mapping[int, RenderedPage] = MappingProxyType({}),
 ) -> tuple[list[RenderedPage], str]:
     suffix, options = _SAVED_AS[settings.image_format]
-    written, faults = [], []
+    written, faults, num_bytes = [], [], 0
     for number, page in enumerate(pages, start=1):
         if page is None:
             written.append(finished[number])
@@ -414,6 +478,12 @@ def _write(
                 text = clean_text(text)
             name = f"{number:05d}{suffix}"
             image.save(folder / name, **options)
+            num_bytes += (folder / name).stat().st_size
+            if num_bytes > settings.max_rendered_mb << 20:
+                raise DocumentError(
+                    f"its first {number:,} pages take {num_bytes >> 20:,} MiB, more than --max-rendered-mb "
+                    f"{settings.max_rendered_mb}; raise it"
+                )
             written.append(RenderedPage(number, name, image.width, image.height, text))
             if not fault:
                 with open(folder / FINISHED, "a", encoding="ascii") as file:

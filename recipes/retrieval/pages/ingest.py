@@ -8,6 +8,7 @@ import math
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from rsgrpo.records.console import Console
 log = logging.getLogger(__name__)
 
 COMMIT_EVERY_S = 60.0
+MOST_OF_MANY = 20  # losing more than half of a root's documents, and more than these, needs --prune
 MAX_WARNINGS = 3  # of libraries, kept per document
 
 
@@ -76,6 +78,7 @@ def ingest(
     num_workers: int,
     page_timeout_s: float,
     console: Console,
+    prune: bool = False,
 ) -> IngestReport:
     """Ingest files and folders (recursively) into the store at `out`.
 
@@ -83,8 +86,11 @@ def ingest(
     file that an earlier ingest found below an outer root keeps its name there. A file that made no progress within the
     same time limit is not read again until it changes.
 
+    prune: remove even all documents of a root, or most of many.
+
     Raises:
-        InputError: a root does not exist, there is no document in the roots, or the disk is full.
+        InputError: a root does not exist, there is no document in the roots, a root has lost all or most of its
+            documents, or the disk is full.
     """
     _check_arguments(roots, out, num_workers, page_timeout_s)
     found = {row.path: row for root in roots for row in _walk(root.resolve(), out)}
@@ -100,6 +106,8 @@ def ingest(
                 f"no documents in {', '.join(shown(root) for root in roots)} ({len(skipped)} files of other kinds); "
                 "name a folder with PDF, image, office, text or HTML files"
             )
+        if not prune:
+            _refuse_to_empty([row for key, row in before.items() if key not in rows], wanted)
         documents_before = {key for key, row in before.items() if not row.skipped}
         num_removed = len(documents_before - rows.keys() - {row.path for row in wanted})
         rows |= {row.path: row for row in skipped}
@@ -160,6 +168,22 @@ def _compared(
         else:
             waiting.append(row)
     return kept, waiting
+
+
+def _refuse_to_empty(before: Iterable[DocumentRow], wanted: Iterable[DocumentRow]) -> None:
+    """Refuse to remove all documents of a root, or most of many: the disk may not be mounted.
+
+    Raises:
+        InputError: they are gone; names the root and the numbers.
+    """
+    left, rows = {row.path for row in wanted}, [row for row in before if row.num_pages]
+    known, gone = Counter(row.root for row in rows), Counter(row.root for row in rows if row.path not in left)
+    for root, count in gone.items():
+        if count == known[root] or (count > known[root] / 2 and count > MOST_OF_MANY):
+            raise InputError(
+                f"{count:,} of the {known[root]:,} documents that the store has from {root} are gone. Mount the disk, "
+                "or add --prune to remove them from the store"
+            )
 
 
 def _check_arguments(roots: Sequence[Path], out: Path, num_workers: int, page_timeout_s: float) -> None:

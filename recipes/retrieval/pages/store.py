@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 ID_CHARACTERS = 16  # of the content's sha256, in a page id
 _ROW_GROUP = 4096
+_OURS = re.compile(r"\.?[0-9a-f]{64}.*|\.rsgrpo-office-.*")  # a content's folder, whole or not, and LibreOffice's
+_IMAGE = re.compile(r"pages/[0-9a-f]{2}/[0-9a-f]{64}/\d+\.\w+")
 _REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Make room") | dict.fromkeys(
     (errno.EROFS, errno.EACCES, errno.EPERM), "Make it writable"
 )
@@ -232,6 +234,8 @@ class PageStore:
         return {row["page_id"]: self._page(row) for row in table.to_pylist()}
 
     def _page(self, row: dict[str, Any]) -> Page:
+        if not _IMAGE.fullmatch(row["image"]):  # a store may come from a stranger
+            raise StoreError(f"{self._pages_file} names {row['image']!r:.80}, which is not a page of the store")
         image, copies = str((self.folder / row["image"]).absolute()), tuple(row["copies"] or ())
         return Page(**row | {"image": image, "copies": copies, "label": row.get("label") or ""})
 
@@ -273,7 +277,7 @@ class PageStore:
         used = {row.content for row in self.documents()}
         num_removed = 0
         for folder in self.folder.glob("pages/*/*"):
-            if folder.name not in used:
+            if folder.name not in used and folder.is_dir() and _OURS.fullmatch(folder.name):
                 num_removed += not folder.name.startswith(".")
                 shutil.rmtree(folder)
         remove_unfinished(self.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
 import time
@@ -10,7 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
+
+from recipes.retrieval.pages.documents import die_with_parent
 
 Work = Callable[[Any, Callable[[], None]], Any]
 """Takes a task and a function that reports "still alive"; returns the result. Must be importable by name."""
@@ -44,6 +48,7 @@ class _Worker:
             self.connection.send(task)
 
     def stop(self) -> None:
+        _kill_session(self.process.pid)
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -108,6 +113,8 @@ def _received(worker: _Worker, on_alive: Callable[[], None]) -> TaskResult | Non
 
 def _run_worker(work: Work, connection: Connection) -> None:
     """Run one task after another until the parent is gone."""
+    die_with_parent()
+    os.setsid()  # what it starts is found by its session
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent was stopped
         while True:
@@ -119,6 +126,15 @@ def _run_worker(work: Work, connection: Connection) -> None:
             except Exception as error:
                 result = {"error": _portable(error)}
             connection.send(result)
+
+
+def _kill_session(leader: int | None) -> None:
+    """Kill every process of a worker's session but the worker itself: a LibreOffice, whose parents may have ended."""
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError, IndexError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader and int(entry.parent.name) != leader:
+                os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
 def _portable(error: Exception) -> Exception:

@@ -103,7 +103,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     fake_office(tmp_path, "exit 1", monkeypatch)
     with zipfile.ZipFile(tmp_path / "bomb.docx", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/document.xml", b"0" * (3 << 20))
-    with pytest.raises(DocumentError, match="unpacks to 3 MiB, more than --max-unpacked-mb 1"):
+    with pytest.raises(DocumentError, match="unpacks to more than --max-unpacked-mb 1"):
         office_to_pdf(tmp_path / "bomb.docx", tmp_path, RenderSettings(max_unpacked_mb=1))
 
 
@@ -297,7 +297,7 @@ def test_ingest_killed_in_the_middle_resumes_without_loss_or_repetition(tmp_path
     finished = {file: file.stat().st_mtime_ns for file in store.glob("pages/*/[!.]*/pages.json")}
     assert 5 <= len(finished) < 40
     (store / "pages" / "00").mkdir(exist_ok=True)
-    (store / "pages" / "00" / ".half.1").mkdir()  # what a worker killed while writing leaves
+    (store / "pages" / "00" / f".{0:064x}.1").mkdir()  # what a worker killed while writing leaves
     report = run(docs, store, dpi=150)
     assert (report.num_pages, report.errors) == (40, ())
     ids = PageStore.open(store).page_ids()
