@@ -3,6 +3,7 @@
 `vectors` times every kind of search on synthetic unit vectors (clusters of 100 around random centres) against one plain
 numpy scan of float32 in memory, with recall@10 against that scan; each in a process of its own, whose memory counts.
 Seconds of `vectors` are the process's CPU seconds: set OMP_NUM_THREADS=1, and other work on the machine matters little.
+`words` times the search by words on pages of 200 random words.
 `ingest DOCS` times rendering. `encode STORE` times a model by batch size against a plain loop that loads and encodes a
 page at a time with the same model; the vectors of every batch size are checked equal to those of the loop.
 """
@@ -32,6 +33,7 @@ from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.update import encode_here
+from recipes.retrieval.search.words import WordIndex
 from rsgrpo.records.console import Console
 
 if TYPE_CHECKING:  # processes that only search load no model
@@ -42,6 +44,7 @@ CLUSTER = 100
 NOISE = 0.6
 SHARD = 20_000
 SEARCHES = ("exact", "flat", "ivf")
+WORDS_PER_PAGE = 200
 TOLERANCE = 1e-5  # of a number of a vector of length 1, in float32
 
 
@@ -149,6 +152,40 @@ def vectors(num_pages: int, dim: int, num_queries: int, searches: Sequence[str])
             yield row | {"memory_mb": round(memory), "recall": round(float(recall), 4)}
 
 
+class SyntheticPages(PageStore):
+    """A store of pages of random words, as frequent as in English, that exist in memory only."""
+
+    def __init__(self, num_pages: int) -> None:
+        super().__init__(Path())
+        self._ids = [f"{number:016x}-00001" for number in range(num_pages)]
+
+    def page_ids(self, *, with_text: bool = False) -> list[str]:
+        return self._ids
+
+    def pages(self) -> Iterator[Page]:
+        rng = np.random.default_rng(0)
+        for page_id in self._ids:
+            yield Page(page_id, "d", 1, "", 1, 1, random_words(rng, WORDS_PER_PAGE))
+
+
+def random_words(rng: np.random.Generator, count: int) -> str:
+    """Return words from a vocabulary of 50,000 by Zipf's law."""
+    return " ".join(f"w{number % 50_000}" for number in rng.zipf(1.3, count))
+
+
+def words(num_pages: int, num_queries: int) -> dict[str, Any]:
+    """Time the search by words: filling its index, questions of 8 words, and finding out that nothing has changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        index, store, rng = WordIndex(Path(folder)), SyntheticPages(num_pages), np.random.default_rng(1)
+        filling, _ = timed(lambda: index.update(store))
+        queries = [random_words(rng, 8) for _ in range(num_queries)]
+        searching, _ = timed(lambda: index.search(queries, K))
+        checking, _ = timed(lambda: index.update(store))
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+    row: dict[str, Any] = {"pages": num_pages, "fill_s": round(filling, 1), "disk_mb": size >> 20}
+    return row | {"query_ms": round(1000 * searching / num_queries), "check_s": round(checking, 2)}
+
+
 def render(documents: Path, num_workers: int) -> dict[str, Any]:
     """Time an ingest from nothing, by the clock and in CPU seconds of all its processes."""
     with tempfile.TemporaryDirectory() as scratch, Console() as console:
@@ -235,6 +272,9 @@ def main() -> None:
     searching.add_argument("--dim", type=int, default=2_048)
     searching.add_argument("--queries", type=int, default=64)
     searching.add_argument("--searches", nargs="*", choices=SEARCHES, default=SEARCHES)
+    wording = commands.add_parser("words")
+    wording.add_argument("--pages", type=int, nargs="+", default=[10_000, 100_000])
+    wording.add_argument("--queries", type=int, default=30)
     rendering = commands.add_parser("ingest")
     rendering.add_argument("documents", type=Path)
     rendering.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -251,6 +291,9 @@ def main() -> None:
         for num_pages in options.pages:
             for row in vectors(num_pages, options.dim, min(options.queries, num_pages), options.searches):
                 print(json.dumps(row), flush=True)
+    elif options.what == "words":
+        for num_pages in options.pages:
+            print(json.dumps(words(num_pages, options.queries)), flush=True)
     elif options.what == "ingest":
         for num_workers in options.workers:
             print(json.dumps(render(options.documents, num_workers)), flush=True)
