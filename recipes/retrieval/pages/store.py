@@ -353,12 +353,13 @@ def remove_unfinished(folder: Path) -> None:
 def content_writer(final: Path) -> Iterator[Path]:
     """Yield a folder for one content's pages; it gets its name when the block ends without an error.
 
-    The folder of a process that died is used again, with the pages that it has finished.
+    The folder of an earlier ingest that died is used again, with the pages that it has finished. Only one ingest works
+    on a store at a time, so that a folder of another parent process is not in use.
     """
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    temporary = final.with_name(f".{final.name}.{os.getppid()}-{os.getpid()}")
     if not temporary.exists():
         for left in sorted(final.parent.glob(f".{final.name}.*")):
-            if not _is_running(left.suffix[1:]):
+            if not left.suffix.startswith(f".{os.getppid()}-"):
                 os.rename(left, temporary)
                 break
     temporary.mkdir(parents=True, exist_ok=True)
@@ -371,16 +372,6 @@ def content_writer(final: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager
