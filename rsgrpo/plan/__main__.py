@@ -26,6 +26,7 @@ def render(config: PlanConfig, sizes: ModelSizes, source: str) -> str:
     """Return the plan as text."""
     device, rollout, learner = device_of(config), config.rollout, config.learner
     name = "cpu" if learner.device == "cpu" else config.plan.gpu
+    name += ", memory as given" if config.plan.gpu_memory_gib else ""
     trained = trainable_params(config, sizes)
     lines = [
         f"Plan of {config.name}: {learner.num_ranks} learner ranks and {rollout.num_workers} {rollout.engine} engines, "
