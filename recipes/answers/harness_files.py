@@ -149,8 +149,8 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     }
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in parts.items():
-            archive.writestr(name, f'<?xml version="1.0" encoding="UTF-8"?>{text}')
+        for name, part in parts.items():
+            archive.writestr(name, f'<?xml version="1.0" encoding="UTF-8"?>{part}')
     write_bytes(path, content.getvalue())
 
 
