@@ -227,6 +227,7 @@ def add_answerer_options(top: argparse.ArgumentParser) -> None:
     groups["rollout"].add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
 
 
+@named(OPTIONS)
 def answerer_of(options: argparse.Namespace) -> Answerer:
     """Open what the command line chooses."""
     settings: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}

@@ -21,7 +21,7 @@ from rollout.config import InputsConfig
 from rollout.types import Prompt
 from tests.material.serve import COMPLETE, FakeAnswerer, png, refusal, request_of, talk
 
-HEAD = f"POST {COMPLETE} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+HEAD = f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 class EndlessAnswerer(FakeAnswerer):
