@@ -27,8 +27,8 @@ import numpy as np
 
 from recipes.retrieval.encoders.base import EncoderIdentity, EncoderSettings
 from recipes.retrieval.encoders.choice import load_encoder
-from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import Page, PageStore
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.index import VectorIndex

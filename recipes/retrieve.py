@@ -36,9 +36,9 @@ from recipes.retrieval.command_line import (
 from recipes.retrieval.encoders.base import EncoderIdentity, identify
 from recipes.retrieval.evaluation.commands import add_evaluation
 from recipes.retrieval.pages.catalogue import add_catalogue
-from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.ocr import require_ocr
+from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import DTYPES, VectorIndex

@@ -12,8 +12,8 @@ from recipes.answers.options import add_options, chosen
 from recipes.retrieval.command_line import add_encoder, add_search_options, index_folder, open_encoder, search_settings
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.catalogue import UPLOADS
-from recipes.retrieval.pages.documents import RenderSettings
 from recipes.retrieval.pages.ingest import IngestReport, ingest
+from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.retriever import SearchSettings
 from recipes.retrieval.search.sync import bring_in_line

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.retrieval.pages.documents import RenderedPage, RenderSettings, render
+from recipes.retrieval.pages.documents import RenderedPage, render
 from recipes.retrieval.pages.ingest import IngestReport, ingest
+from recipes.retrieval.pages.settings import RenderSettings
 from rsgrpo.records.console import Console
 from tests.material import ROOT
 

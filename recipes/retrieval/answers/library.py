@@ -20,8 +20,9 @@ from recipes.retrieval.answers.generation import Answered, AskedQuestion, Settin
 from recipes.retrieval.answers.highlight import Box, evidence_boxes
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
-from recipes.retrieval.pages.documents import RenderSettings, why_skipped
+from recipes.retrieval.pages.documents import why_skipped
 from recipes.retrieval.pages.ingest import ingest
+from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import DocumentRow, PageStore, StoreBusyError, shown, writing
 from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import IndexFault, VectorIndex

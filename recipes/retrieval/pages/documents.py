@@ -6,22 +6,13 @@ belongs to one process.
 
 from __future__ import annotations
 
-import codecs
-import csv
-import ctypes
-import functools
 import json
 import logging
 import os
 import re
 import resource
-import shutil
-import signal
-import subprocess
 import tempfile
-import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,11 +20,10 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from recipes.answers.options import check_options
-from recipes.retrieval.pages.mail_and_books import READ_HERE, UnreadableError, to_html
+from recipes.retrieval.pages.libreoffice import office_to_pdf
 from recipes.retrieval.pages.ocr import read_text
-from recipes.retrieval.pages.office_parts import HiddenParts, hidden_parts, is_locked
-from rollout.errors import one_line
+from recipes.retrieval.pages.office_parts import HiddenParts
+from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from rollout.inputs.images import (
     MAX_ASPECT_RATIO,
     PromptError,
@@ -43,8 +33,6 @@ from rollout.inputs.images import (
     num_frames,
     opened,
 )
-from rollout.keys import key
-from rsgrpo.errors import RsgrpoError
 
 OFFICE = frozenset(
     (  # noqa: SIM905
@@ -55,51 +43,13 @@ OFFICE = frozenset(
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
 POINTS_PER_INCH = 72
-_PR_SET_PDEATHSIG = 1
 FINISHED = "finished.jsonl"  # in the folder of a document that is being rendered: its pages so far
-_TEXT_SAMPLE_BYTES = 1 << 16
-_CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
-_CSV_QUOTE = ord('"')
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
-OFFICE_MEMORY_BYTES = 16 << 30  # address space of each of LibreOffice's processes
 SCRATCH_PREFIX = ".rsgrpo-office-"
 _SAVED_AS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": (".png", {"compress_level": 1}),
     "jpeg": (".jpg", {"quality": 92}),
 }
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-class DocumentError(RsgrpoError):
-    """This one document cannot be turned into pages; others are not affected."""
-
-
-@dataclass(frozen=True, slots=True)
-class RenderSettings:
-    """What decides the pixels of a page, and which documents are too large."""
-
-    dpi: int = key(150, "resolution of PDF and office pages", ge=10, le=1200)
-    image_format: Literal["png", "jpeg"] = key("png", "format of the page images")
-    max_page_pixels: int = key(16_000_000, "larger pages are scaled down", ge=1)
-    max_pages: int = key(10_000, "documents with more pages are refused", ge=1)
-    max_file_mb: int = key(2_048, "larger files are refused", ge=1)
-    max_unpacked_mb: int = key(4_096, "office files that unpack to more are refused", ge=1)
-    office_timeout_s: int = key(300, "time limit of one conversion by LibreOffice", ge=1)
-    max_rendered_mb: int = key(4_096, "documents whose pages take more room than this are refused", ge=1)
-    ocr: str = key("", "languages in which Tesseract reads pages that have no text: eng, eng+deu, ...")
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    def pixels(self) -> dict[str, Any]:
-        """Return the settings that change the pixels or the text of an accepted page."""
-        kept = {"dpi": self.dpi, "image_format": self.image_format, "max_page_pixels": self.max_page_pixels}
-        return kept | {"ocr": self.ocr} if self.ocr else kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,149 +150,6 @@ def limit_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def _limit_office(settings: RenderSettings) -> None:
-    """Limit a LibreOffice that is about to start: it ends with its worker, and each of its processes has bounds."""
-    die_with_parent()
-    limits = {
-        resource.RLIMIT_AS: OFFICE_MEMORY_BYTES,
-        resource.RLIMIT_CPU: settings.office_timeout_s * 2,  # also where it outlives everyone who could stop it
-        resource.RLIMIT_FSIZE: settings.max_unpacked_mb << 20,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, limit in limits.items():
-        _, hard = resource.getrlimit(kind)
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
-
-
-@functools.cache
-def alone() -> tuple[str, ...]:
-    """Return the words before a command that runs it without a network and ends all it has started; () where refused.
-
-    In a PID namespace of its own every process ends with the first one, which ends with the one that started it.
-    """
-    words = ("unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child", "--")
-    try:
-        allowed = subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        allowed = False
-    return words if allowed else ()
-
-
-def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[Path, HiddenParts]:
-    """Convert one office, text, HTML, mail or e-book file by headless LibreOffice into `scratch`.
-
-    Returns:
-        The PDF, and what of the file is not in it.
-
-    Raises:
-        DocumentError: LibreOffice is not installed, fails or takes too long, or the archive unpacks to too much.
-    """
-    program = shutil.which("soffice") or shutil.which("libreoffice")
-    if program is None:
-        raise DocumentError(
-            f"{path.suffix} files need LibreOffice, but neither `soffice` nor `libreoffice` is on PATH; install it and "
-            "run the same command again, or convert the file to PDF"
-        )
-    if zipfile.is_zipfile(path):
-        _refuse_bomb(path, settings)
-    if is_locked(path):
-        raise DocumentError("the file is protected by a password; save it without one")
-    hidden = hidden_parts(path)
-    suffix = ".html" if path.suffix.lower() == ".doc" and _starts_as_html(path) else path.suffix.lower()
-    source = scratch / f"document{suffix}"  # hides odd names from LibreOffice
-    if suffix in READ_HERE:
-        try:
-            source, note = to_html(path, scratch)
-        except UnreadableError as error:
-            raise DocumentError(str(error)) from error
-        hidden = HiddenParts(note)
-    else:
-        shutil.copyfile(path, source)
-    command = [
-        *alone(),
-        program,
-        f"-env:UserInstallation={(scratch / 'profile').as_uri()}",
-        "--headless",
-        "--norestore",
-    ]
-    command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        preexec_fn=functools.partial(_limit_office, settings), process_group=0,
-    ) as process:  # fmt: skip
-        try:
-            out, err = process.communicate(timeout=settings.office_timeout_s)
-        except subprocess.TimeoutExpired as error:
-            os.killpg(process.pid, signal.SIGKILL)  # `soffice` is a script: the program itself is its child
-            slow = f"LibreOffice took more than {settings.office_timeout_s} s"
-            raise DocumentError(f"{slow}; raise --office-timeout-s") from error
-    produced = source.with_suffix(".pdf")
-    if process.returncode or not produced.exists():
-        said = (err or out).strip().splitlines()
-        reason = said[-1] if said else f"exit code {process.returncode}"
-        if "could not be loaded" in reason:
-            reason += " (it is damaged, protected by a password, or not what its extension says)"
-        raise DocumentError(f"LibreOffice cannot convert it: {reason}")
-    return produced, hidden
-
-
-def _starts_as_html(path: Path) -> bool:
-    with open(path, "rb") as file:
-        start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    return start.startswith((b"<!doctype html", b"<html"))
-
-
-def _refuse_bomb(path: Path, settings: RenderSettings) -> None:
-    """Unpack an archive and drop the content: its directory may say less than there is.
-
-    Raises:
-        DocumentError: it unpacks to too much, or its directory and its content differ.
-    """
-    limit = settings.max_unpacked_mb << 20
-    num_bytes = 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as content:
-                    while chunk := content.read(1 << 20):
-                        num_bytes += len(chunk)
-                        if num_bytes > limit:
-                            break
-                if num_bytes > limit:
-                    break
-    except Exception as error:  # damaged archives raise nearly everything
-        raise DocumentError(f"its archive is damaged: {one_line(error)}") from error
-    if num_bytes > limit:
-        raise DocumentError(f"it unpacks to more than --max-unpacked-mb {settings.max_unpacked_mb}; raise it")
-
-
-def _import_filter(source: Path) -> list[str]:
-    """Return the options for files that LibreOffice would read wrongly by itself.
-
-    HTML for the screen loses headings when it is paged; a CSV file is read as Latin-1 with commas; text is taken for
-    another format because of its words, and garbled if it is Latin-1.
-    """
-    if source.suffix in (".html", ".htm"):
-        return ["--infilter=HTML (StarWriter)"]
-    if source.suffix not in (".csv", ".txt", ".md"):
-        return []
-    with open(source, "rb") as file:
-        content = file.read(_TEXT_SAMPLE_BYTES)
-    try:  # the sample may end within a character
-        text, charset = codecs.getincrementaldecoder("utf-8-sig")().decode(content), _CSV_UTF8
-    except UnicodeDecodeError:
-        text, charset = content.decode("latin-1"), _CSV_LATIN1
-    if source.suffix != ".csv":
-        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # LibreOffice trusts the mark first
-        return [f"--infilter=Text (encoded):{'UTF8' if marked or charset == _CSV_UTF8 else 'ISO_8859_1'},LF,,,"]
-    try:
-        separator = csv.Sniffer().sniff(text, delimiters=",;\t|").delimiter
-    except csv.Error:
-        separator = ","
-    return [f"--infilter=CSV:{ord(separator)},{_CSV_QUOTE},{charset}"]
 
 
 def _kind(path: Path) -> Literal["pdf", "image", "other"]:

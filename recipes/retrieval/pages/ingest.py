@@ -15,14 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from recipes.retrieval.pages.documents import (
-    DocumentError,
-    RenderSettings,
-    is_office,
-    limit_memory,
-    render,
-    why_skipped,
-)
+from recipes.retrieval.pages.documents import is_office, limit_memory, render, why_skipped
+from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import (
     DocumentRow,
     PageStore,
@@ -119,24 +113,15 @@ def ingest(
                 console.warning(f"{row.document}: {row.error}; not tried again: the file and the limit are the same")
         num_known = len(errors)
         num_stuck = sum(not row.num_pages for row in errors)
-        tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
         committed = time.monotonic()
-        with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
-            results = run_tasks(
-                render_document, tasks, num_workers=min(num_workers, len(tasks)),
-                timeout_s=lambda task: _timeout_s(task.path, settings, page_timeout_s), on_alive=pages.advance,
-            )  # fmt: skip
-            by_path = {row.path: row for row in waiting}
-            for result in results:
-                row = _row(by_path[result.task.path], result)
-                rows[row.path] = row
-                if row.error:
-                    errors.append(row)
-                    console.warning(f"{row.document}: {row.error}")
-                documents.advance()
-                if time.monotonic() - committed > COMMIT_EVERY_S:
-                    store.commit(rows.values())
-                    committed = time.monotonic()
+        for row in _rendered(waiting, store, settings, num_workers, page_timeout_s, console):
+            rows[row.path] = row
+            if row.error:
+                errors.append(row)
+                console.warning(f"{row.document}: {row.error}")
+            if time.monotonic() - committed > COMMIT_EVERY_S:
+                store.commit(rows.values())
+                committed = time.monotonic()
         if rows != before or waiting or not store.is_complete():  # else readers need not look again
             store.commit(rows.values())
         store.collect_garbage()
@@ -149,6 +134,27 @@ def ingest(
         num_pages=len(store.page_ids()),
         errors=tuple(errors),
     )
+
+
+def _rendered(
+    waiting: Sequence[DocumentRow],
+    store: PageStore,
+    settings: RenderSettings,
+    num_workers: int,
+    page_timeout_s: float,
+    console: Console,
+) -> Iterator[DocumentRow]:
+    """Render documents in worker processes; yield the row of each as it is done."""
+    tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
+    by_path = {row.path: row for row in waiting}
+    with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
+        results = run_tasks(
+            render_document, tasks, num_workers=min(num_workers, len(tasks)),
+            timeout_s=lambda task: _timeout_s(task.path, settings, page_timeout_s), on_alive=pages.advance,
+        )  # fmt: skip
+        for result in results:
+            yield _row(by_path[result.task.path], result)
+            documents.advance()
 
 
 def _compared(

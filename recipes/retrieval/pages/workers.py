@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from recipes.retrieval.pages.documents import die_with_parent
+from recipes.retrieval.pages.libreoffice import die_with_parent
 
 Work = Callable[[Any, Callable[[], None]], Any]
 """Takes a task and a function that reports "still alive"; returns the result. Must be importable by name."""

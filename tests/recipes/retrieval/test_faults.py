@@ -21,8 +21,10 @@ import pytest
 from PIL import Image
 
 from recipes import retrieve
-from recipes.retrieval.pages.documents import DocumentError, RenderSettings, is_candidate, office_to_pdf
+from recipes.retrieval.pages.documents import is_candidate
 from recipes.retrieval.pages.ingest import RenderTask, render_document
+from recipes.retrieval.pages.libreoffice import office_to_pdf
+from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, StoreError
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError

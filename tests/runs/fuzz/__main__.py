@@ -150,8 +150,8 @@ def checkpoint_attempts(draw: random.Random) -> Iterator[Attempt]:
 
 def document_attempts(draw: random.Random) -> Iterator[Attempt]:
     """Documents, ten to a folder, through the real workers."""
-    from recipes.retrieval.pages.documents import RenderSettings
     from recipes.retrieval.pages.ingest import ingest
+    from recipes.retrieval.pages.settings import RenderSettings
     from rsgrpo.records.console import Console
 
     scratch = Path(tempfile.mkdtemp(prefix="rsgrpo-fuzz-"))

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from recipes import retrieve
-from recipes.retrieval.pages.documents import DocumentError, RenderSettings, office_to_pdf
 from recipes.retrieval.pages.ingest import IngestReport
+from recipes.retrieval.pages.libreoffice import office_to_pdf
+from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import (
     PageStore,
     StoreError,

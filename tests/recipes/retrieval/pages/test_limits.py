@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recipes.retrieval.pages.documents import DocumentError, RenderSettings, _refuse_bomb, alone, render
+from recipes.retrieval.pages.documents import render
+from recipes.retrieval.pages.libreoffice import _refuse_bomb, alone
+from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, StoreError
 from rsgrpo.errors import InputError
 from tests.material.retrieval import QUIET, ingested
