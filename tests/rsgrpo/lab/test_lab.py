@@ -273,6 +273,7 @@ def test_stored_rollouts_are_credited_as_in_training(config, tmp_path, capsys):
 def test_a_measurement_that_is_stopped_keeps_the_batches_that_it_has(config, tmp_path, capsys):
     wanted = lab_config(config, batches=4)
     seen: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
 
     def stop_at_three(results: Results) -> None:
         seen.append(results.num_batches)
@@ -287,7 +288,7 @@ def test_a_measurement_that_is_stopped_keeps_the_batches_that_it_has(config, tmp
     assert all(math.isfinite(row.difference.half_width) for row in results.rows)
     written = json.loads((tmp_path / "run-lab/lab.json").read_text())
     assert (written["batches"], written["wanted_batches"]) == (3, 4)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_measurement_that_is_stopped_before_two_batches_says_so(config, tmp_path, capsys):

@@ -142,7 +142,7 @@ def test_a_rewards_band_is_its_mean_and_one_standard_deviation() -> None:
     (chart,) = build_charts({"reward/x/mean": [(1, 0.5), (2, 0.75)], "reward/x/std": [(1, 0.25), (2, 0.5)]})
     assert (chart["section"], chart["title"]) == ("rewards", "x")
     assert chart["series"][0]["low"] == [(1, 0.25), (2, 0.25)]
-    assert chart["series"][0]["high"] == [(1, 0.75), (2, 1.25)]
+    assert chart["series"][0]["high"] == [(1, 0.75), (2, 1.0)]  # no score is above 1
 
 
 def test_an_unknown_metric_is_still_drawn() -> None:
