@@ -106,7 +106,8 @@ def test_the_evisrag_recipe_on_two_nodes_of_eight_counted_gpus(
         f"learner.num_ranks={num_ranks}", "learner.device=cpu", "learner.precision=float32", "learner.num_threads=1",
         "inputs.min_pixels=784", "inputs.max_pixels=50176", "inputs.max_prompt_tokens=400",
         "rollout.max_response_tokens=64", "rollout.group_size=3", "learner.max_tokens_per_micro_batch=1024",
-        "algorithm.prompts_per_step=8", "algorithm.filter.drop_without_signal=true", "total_steps=500", "validation.every=0", "validation.at_start=false",
+        "algorithm.prompts_per_step=8", "algorithm.filter.drop_without_signal=true", "total_steps=500",
+        "validation.every=0", "validation.at_start=false",
         "checkpoint.keep_best=0", "checkpoint.export=false", "guards.rules={}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "rsgrpo.train", "recipe=evisrag_7b", *settings]
