@@ -163,7 +163,7 @@ def engine_arguments(
     """
     from vllm import AsyncEngineArgs
 
-    vllm, length = rollout.vllm, max_model_len(rollout, inputs)
+    vllm = rollout.vllm
     known = [field.name for field in fields(AsyncEngineArgs)]
     for name in vllm.engine_args:
         require(
@@ -178,10 +178,32 @@ def engine_arguments(
         **({} if cpu else gpu_defaults(vllm)),
         **vllm.engine_args,
     }
+    fixed = _fixed(model_path, rollout, inputs, cpu=cpu) | {"weight_transfer_config": {"backend": backend}}
+    if cpu:
+        arguments.setdefault("block_size", CPU_BLOCK_SIZE)
+        # A prompt split over two steps draws a token that is discarded, and vLLM cannot rewind a seeded CPU generator:
+        # its engine dies. So every prompt goes into one step.
+        whole = max(arguments.get("max_num_batched_tokens", CPU_BATCHED_TOKENS), fixed["max_model_len"])
+        fixed |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
+    if kv_cache_bytes:
+        fixed["kv_cache_memory_bytes"] = kv_cache_bytes
+    if lora_rank:
+        fixed |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
+    for name in vllm.engine_args.keys() & fixed.keys() - {"max_model_len", "max_num_batched_tokens"}:
+        require(
+            vllm.engine_args[name] == fixed[name],
+            f"rollout.vllm.engine_args.{name} is always {fixed[name]!r} here. Remove it.",
+        )
+    return arguments | fixed
+
+
+def _fixed(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *, cpu: bool) -> dict[str, Any]:
+    """Return the arguments on which our own code relies, and which have keys of their own."""
+    vllm = rollout.vllm
     fixed: dict[str, Any] = {
         "model": model_path,
         "dtype": rollout.dtype,
-        "max_model_len": length,
+        "max_model_len": max_model_len(rollout, inputs),
         "tensor_parallel_size": vllm.tensor_parallel_size,
         "gpu_memory_utilization": vllm.gpu_memory_utilization,
         "limit_mm_per_prompt": {"image": inputs.max_images, "video": 0},
@@ -194,28 +216,12 @@ def engine_arguments(
         "generation_config": "vllm",
         "enable_sleep_mode": vllm.sleep_level > 0 and not cpu,
         "worker_extension_cls": WORKER_EXTENSION,
-        "weight_transfer_config": {"backend": backend},
     }
-    if kv_cache_bytes:
-        fixed["kv_cache_memory_bytes"] = kv_cache_bytes
-    if cpu:
-        # A prompt split over two steps draws a token that is discarded, and vLLM cannot rewind a seeded CPU generator:
-        # its engine dies. So every prompt goes into one step.
-        whole = max(arguments.get("max_num_batched_tokens", CPU_BATCHED_TOKENS), length)
-        fixed |= {"enforce_eager": True, "enable_chunked_prefill": False, "max_num_batched_tokens": whole}
-        arguments.setdefault("block_size", CPU_BLOCK_SIZE)
-        if vllm.tensor_parallel_size == 1:
-            fixed["distributed_executor_backend"] = "uni"
-    elif vllm.tensor_parallel_size > 1:
+    if vllm.tensor_parallel_size > 1 and not cpu:
         fixed["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would start actors of its own
-    if lora_rank:
-        fixed |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank_of_vllm(lora_rank)}
-    for name in vllm.engine_args.keys() & fixed.keys() - {"max_model_len", "max_num_batched_tokens"}:
-        require(
-            vllm.engine_args[name] == fixed[name],
-            f"rollout.vllm.engine_args.{name} is always {fixed[name]!r} here. Remove it.",
-        )
-    return arguments | fixed
+    elif vllm.tensor_parallel_size == 1 and cpu:
+        fixed["distributed_executor_backend"] = "uni"
+    return fixed
 
 
 def gpu_defaults(vllm: VllmConfig) -> dict[str, Any]:

@@ -82,6 +82,25 @@ def blanked(prompt: Prompt) -> Prompt:
     return replace(prompt, id=f"{prompt.id} blanked", images=tuple(pages))
 
 
+def check_engines(
+    config: TrainConfig, engines: Engines, learner: LearnerRanks, prompts: Sequence[Prompt], version: int
+) -> None:
+    """Compare every engine with the learner, with the settings of a run.
+
+    Raises:
+        EnginesDiffer: they disagree; the message is the whole table.
+    """
+    checks = compare_engines(
+        engines,
+        learner,
+        prompts,
+        num_tokens=min(CHECKED_TOKENS, config.rollout.max_response_tokens),
+        tolerance=tolerance_of(config),
+        version=version,
+    )
+    require_agreement(checks, version)
+
+
 def compare_engines(
     engines: Engines,
     learner: LearnerRanks,

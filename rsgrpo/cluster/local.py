@@ -18,7 +18,7 @@ from rollout.build import build_engine, hide_progress_bars
 from rollout.engine import Engine, NextShare, shares
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
-from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
+from rsgrpo.cluster.engine_check import check_engines
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.learning.learner import Learner
 from rsgrpo.types import ScoredGroup, TrainGroup
@@ -123,15 +123,7 @@ class LocalCluster:
         Raises:
             EnginesDiffer: they disagree; the message is the whole table.
         """
-        checks = compare_engines(
-            OneEngine(self._ready_engine()),
-            self.learner,
-            prompts,
-            num_tokens=min(CHECKED_TOKENS, self.config.rollout.max_response_tokens),
-            tolerance=tolerance_of(self.config),
-            version=version,
-        )
-        require_agreement(checks, version)
+        check_engines(self.config, OneEngine(self._ready_engine()), self.learner, prompts, version)
 
     def memory_mb(self) -> dict[str, float]:
         """Return the resident memory of this process, which has all roles, in MiB."""
@@ -146,9 +138,8 @@ class LocalCluster:
     def _ready_engine(self) -> Engine:
         if self._engine is None:
             config = self.config
-            with torch.random.fork_rng(
-                devices=[]
-            ):  # the learner's random numbers are those of a run with a process per role
+            # The learner's random numbers are those of a run with a process per role.
+            with torch.random.fork_rng(devices=[]):
                 self._engine = build_engine(
                     config.model.path,
                     config.rollout,

@@ -24,7 +24,7 @@ from rollout.vllm.launch import check_bucket
 from rollout.worker import WorkerError, WorkerHandle, start_rollout_worker
 from rsgrpo.cluster.connect import connect_ray
 from rsgrpo.cluster.deadline import Deadline
-from rsgrpo.cluster.engine_check import CHECKED_TOKENS, compare_engines, require_agreement, tolerance_of
+from rsgrpo.cluster.engine_check import check_engines
 from rsgrpo.cluster.ranks import RayLearner
 from rsgrpo.cluster.reservation import Reservation
 from rsgrpo.cluster.reward_pool import RewardPool
@@ -249,15 +249,7 @@ class RayCluster:
         Raises:
             EnginesDiffer: they disagree; the message is the whole table.
         """
-        checks = compare_engines(
-            self.rollouts,
-            self.learner,
-            prompts,
-            num_tokens=min(CHECKED_TOKENS, self.config.rollout.max_response_tokens),
-            tolerance=tolerance_of(self.config),
-            version=version,
-        )
-        require_agreement(checks, version)
+        check_engines(self.config, self.rollouts, self.learner, prompts, version)
 
     def _send_weights(self, engines: Sequence[WorkerHandle]) -> None:
         if self._backend == "load":
