@@ -21,9 +21,9 @@ import ray
 
 from rewards.api import Credit, Span
 from rollout.engine import NextShare
-from rollout.pool import RolloutPool
 from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
-from rollout.worker import WorkerHandle
+from rollout.workers.pool import RolloutPool
+from rollout.workers.worker import WorkerHandle
 from rsgrpo.config.train import FilterConfig
 from rsgrpo.running.batches import Collector, derive_seed
 from rsgrpo.types import ScoredGroup
@@ -38,7 +38,7 @@ def seconds_of(prompt_id: str, seed: int, unit_s: float) -> float:
 
 
 class SleepingEngine:
-    """An engine that samples `slots` groups at once, by sleeping; the methods are those of `rollout.worker`."""
+    """An engine that samples `slots` groups at once, by sleeping; the methods are those of `rollout.workers.worker`."""
 
     def __init__(self, slots: int, unit_s: float) -> None:
         self._room, self._unit_s = asyncio.Semaphore(slots), unit_s

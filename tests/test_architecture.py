@@ -27,8 +27,9 @@ MAY_IMPORT = {
 HOMES = {
     "vllm": ["rollout/vllm/*", "recipes/retrieval/encoders/vllm.py"],
     "ray": [
-        "rollout/worker.py",
-        "rollout/pool.py",
+        "rollout/workers/worker.py",
+        "rollout/workers/crew.py",
+        "rollout/workers/pool.py",
         "rollout/inputs/stored.py",
         "rsgrpo/cluster/ray_cluster.py",
         "rsgrpo/cluster/connect.py",

@@ -33,7 +33,7 @@ class EnginesDiffer(RsgrpoError):
 
 
 class Engines(Protocol):
-    """What is asked of the engines (`rollout.pool.RolloutPool`)."""
+    """What is asked of the engines (`rollout.workers.pool.RolloutPool`)."""
 
     def generate_on_each(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[list[RolloutGroup]]:
         """Return the groups of all prompts, in their order, from every engine."""

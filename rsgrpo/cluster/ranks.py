@@ -12,7 +12,7 @@ import ray
 
 from rollout.config import Dtype, RolloutConfig
 from rollout.types import Prompt
-from rollout.worker import WorkerError, WorkerHandle, worker_error
+from rollout.workers.worker import WorkerError, WorkerHandle, worker_error
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.workers import LearnerMethod
 from rsgrpo.types import TrainGroup

@@ -18,10 +18,11 @@ import ray
 
 from rollout.engine import NextShare, Share, shares
 from rollout.inputs.stored import store_images
-from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import check_bucket
-from rollout.worker import WorkerError, WorkerHandle, start_rollout_worker
+from rollout.workers.crew import Supervision
+from rollout.workers.pool import RolloutPool
+from rollout.workers.worker import WorkerError, WorkerHandle, start_rollout_worker
 from rsgrpo.cluster.connect import connect_ray
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.engine_check import check_engines

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from rollout.types import RolloutGroup
-from rollout.worker import WorkerError, worker_error
+from rollout.workers.worker import WorkerError, worker_error
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.types import ScoredGroup
 

@@ -22,7 +22,7 @@ from rollout.inputs.stored import read_images
 from rollout.types import Prompt, RolloutGroup
 from rollout.vllm.peers import TransferError
 from rollout.vllm.weights_out import WeightSender
-from rollout.worker import WorkerHandle, enter_folder, node_address, weight_sender
+from rollout.workers.worker import WorkerHandle, enter_folder, node_address, weight_sender
 from rsgrpo.cluster.shared_folder import require_token
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.records.run_log import log_to_folder

@@ -121,7 +121,7 @@ def test_a_command_that_finds_faults_exits_with_1(folder, capsys, monkeypatch):
 
 def test_the_class_of_an_error_decides():
     import rollout.config
-    from rollout.worker import WorkerError
+    from rollout.workers.worker import WorkerError
     from rsgrpo.algorithm.scoring import RewardFailed
     from rsgrpo.cluster.engine_check import EnginesDiffer
     from rsgrpo.learning.optimizer import NonFiniteSteps

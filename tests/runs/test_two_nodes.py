@@ -16,7 +16,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from rollout.config import ConfigError
-from rollout.worker import enter_folder
+from rollout.workers.worker import enter_folder
 from rsgrpo.config.train import ClusterConfig
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.running.checkpoint import CheckpointFolder

@@ -17,8 +17,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from rollout.config import RolloutConfig, VllmConfig
 from rollout.inputs.processor import InputProcessor
-from rollout.pool import RolloutPool
-from rollout.worker import WorkerError, start_rollout_worker
+from rollout.workers.pool import RolloutPool
+from rollout.workers.worker import WorkerError, start_rollout_worker
 from rsgrpo.config.train import DataConfig, LoraConfig
 from rsgrpo.data.dataset import load_prompts
 from rsgrpo.train import train
@@ -114,7 +114,7 @@ def breaks_engines(response: Response) -> float:
 """
 
 
-@pytest.mark.slow  # two engines start again: minutes; tests/rollout/test_worker.py kills an embedded one
+@pytest.mark.slow  # two engines start again: minutes; tests/rollout/workers/test_worker.py kills an embedded one
 def test_an_engine_killed_and_one_stalled_in_mid_step_are_replaced_and_the_run_goes_on(
     ray_cluster, config, tmp_path, monkeypatch
 ):

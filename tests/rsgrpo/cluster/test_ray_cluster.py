@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from rollout.config import RolloutConfig
-from rollout.pool import RolloutPool
+from rollout.workers.pool import RolloutPool
 from rsgrpo.cluster.ray_cluster import RayCluster
 from tests.material.training import tiny_run, write_rewards, write_rows
 

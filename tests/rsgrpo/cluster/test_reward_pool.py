@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from rollout.types import Prompt, RolloutGroup
-from rollout.worker import WorkerError
+from rollout.workers.worker import WorkerError
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.reward_pool import MAX_RESTARTS, RewardPool
 from rsgrpo.errors import RsgrpoError

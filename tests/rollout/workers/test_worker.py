@@ -22,9 +22,10 @@ from rollout.engine import EngineError, shares
 from rollout.hf.engine import HFEngine
 from rollout.inputs.images import with_bytes
 from rollout.inputs.stored import StoredImage, store_images
-from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import RolloutWorker, WorkerError, WorkerHandle, _PutOnce, start_rollout_worker
+from rollout.workers.crew import Supervision
+from rollout.workers.pool import RolloutPool
+from rollout.workers.worker import RolloutWorker, WorkerError, WorkerHandle, _PutOnce, start_rollout_worker
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 ROLLOUT = RolloutConfig(max_batch_sequences=8, num_threads=1)

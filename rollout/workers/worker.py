@@ -1,6 +1,6 @@
 """Engines as Ray actors, each in its own process, and how a learner reaches them to send weights.
 
-`rollout.pool` spreads work over them and handles their failures.
+`rollout.workers.pool` spreads work over them and handles their failures.
 """
 
 from __future__ import annotations

@@ -16,11 +16,12 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rollout import pool as pool_module
 from rollout.engine import EngineFailed
-from rollout.pool import RolloutPool, Supervision
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from rollout.worker import WorkerError, WorkerHandle
+from rollout.workers import pool as pool_module
+from rollout.workers.crew import Supervision
+from rollout.workers.pool import RolloutPool
+from rollout.workers.worker import WorkerError, WorkerHandle
 
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 80 << 20}
 PROMPTS = [Prompt(f"p{n}", "?") for n in range(6)]
