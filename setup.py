@@ -51,6 +51,7 @@ setup(
         "pydantic>=2.7,<3",
         "aiohttp>=3.11,<4",
         "pyyaml>=6",
+        "openpyxl>=3.1,<4",  # VLMEvalKit's prediction tables
         "huggingface-hub>=1,<3",
     ],
     extras_require={

@@ -112,10 +112,10 @@ def evaluate(config: EvaluateConfig) -> None:
         write_text(folder / "results.json", json.dumps(as_json(report), indent=2) + "\n")
         write_text(folder / "results.md", as_markdown(report))
         write_text(folder / "report.html", as_page(report))
-        if config.harness_files:
-            write_harness_files(folder, report.evaluation.items)
         console.info(as_markdown(report))
         console.info(f"written: {folder / 'report.html'}, results.md, results.json")
+        if config.harness_files:
+            write_harness_files(folder, report.evaluation.items)
 
 
 def write_harness_files(folder: Path, items: Sequence[ItemScore]) -> None:

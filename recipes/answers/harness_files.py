@@ -5,21 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
-from rollout.files import write_bytes, write_text
+from rollout.files import replaced, write_text
 from rsgrpo.errors import InputError
 
 SUFFIXES = (".tsv", ".xlsx")
-_SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-_BROKEN = (KeyError, ValueError, zipfile.BadZipFile, ElementTree.ParseError)
-_UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+XLSX_CELL_CHARS = 32_767
+"""Characters of a cell; what writes such files cuts longer texts."""
+_BROKEN = (KeyError, ValueError, IndexError, zipfile.BadZipFile, SyntaxError)  # of archive, sheet and XML
 
 
 def from_lmms(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,36 +67,19 @@ def _tsv(path: Path) -> list[dict[str, str]]:
 
 
 def _xlsx(path: Path) -> list[dict[str, str]]:
-    """Read the first sheet: shared or inline texts and numbers, the first row being the header."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        shared: list[str] = []
-        if "xl/sharedStrings.xml" in names:
-            root = ElementTree.fromstring(archive.read("xl/sharedStrings.xml"))
-            shared = ["".join(part.text or "" for part in entry.iter(f"{_SHEET}t")) for entry in root]
-        sheet = min(name for name in names if re.fullmatch(r"xl/worksheets/sheet\d+\.xml", name))
-        table = [
-            {
-                _column(cell.get("r", "")) or str(place): _cell(cell, shared)
-                for place, cell in enumerate(row.iter(f"{_SHEET}c"))
-            }
-            for row in ElementTree.fromstring(archive.read(sheet)).iter(f"{_SHEET}row")
-        ]
-    header = table[0] if table else {}
-    return [{name: row.get(column, "") for column, name in header.items()} for row in table[1:]]
+    """Read the first sheet as text; the first row is the header."""
+    from openpyxl import load_workbook
+
+    sheet = load_workbook(path, read_only=True, data_only=True).worksheets[0]
+    header, *rows = [[_text(value) for value in row] for row in sheet.iter_rows(values_only=True)]
+    return [dict(zip(header, row, strict=False)) for row in rows]
 
 
-def _column(reference: str) -> str:
-    return reference.rstrip("0123456789")
-
-
-def _cell(cell: ElementTree.Element, shared: Sequence[str]) -> str:
-    if cell.get("t") == "inlineStr":
-        return "".join(part.text or "" for part in cell.iter(f"{_SHEET}t"))
-    text = cell.findtext(f"{_SHEET}v") or ""
-    if cell.get("t") == "s":
-        return shared[int(text)]
-    return text.removesuffix(".0")
+def _text(value: Any) -> str:
+    """Return a cell's value as text; a whole number as one, however it is stored."""
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def write_lmms(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -129,31 +109,25 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         csv.writer(text, dialect="excel-tab", lineterminator="\n").writerows([header, *table])
         write_text(path, text.getvalue())
         return
-    sheet_rows = "".join(f"<row>{''.join(map(_written, cells))}</row>" for cells in [header, *table])
-    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-    package = "http://schemas.openxmlformats.org/package/2006"
-    kind = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-    parts = {
-        "[Content_Types].xml": f'<Types xmlns="{package}/content-types"><Default Extension="rels" ContentType='
-        '"application/vnd.openxmlformats-package.relationships+xml"/><Override PartName="/xl/workbook.xml" '
-        f'ContentType="{kind}.sheet.main+xml"/><Override PartName="/xl/worksheets/sheet1.xml" '
-        f'ContentType="{kind}.worksheet+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" '
-        f'Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook xmlns="{main}" xmlns:r="{office}"><sheets><sheet name="Sheet1" sheetId="1" '
-        'r:id="r1"/></sheets></workbook>',
-        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{package}/relationships"><Relationship Id="r1" '
-        f'Type="{office}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
-        "xl/worksheets/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData>{sheet_rows}</sheetData></worksheet>',
-    }
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, part in parts.items():
-            archive.writestr(name, f'<?xml version="1.0" encoding="UTF-8"?>{part}')
-    write_bytes(path, content.getvalue())
+    _write_xlsx(path, [header, *table])
 
 
-def _written(text: str) -> str:
-    shown = escape(_UNWRITABLE.sub("\ufffd", text))
-    return f'<c t="inlineStr"><is><t xml:space="preserve">{shown}</t></is></c>'
+def _write_xlsx(path: Path, table: Sequence[Sequence[str]]) -> None:
+    from openpyxl import Workbook
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE, WriteOnlyCell
+
+    for row in table:
+        if (longest := max(map(len, row))) > XLSX_CELL_CHARS:
+            raise InputError(
+                f"a text of {row[1]} has {longest:,} characters, but a cell of {path} may have {XLSX_CELL_CHARS:,}. "
+                "Write a .tsv."
+            )
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet()
+    for row in table:
+        cells = [WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("\ufffd", text)) for text in row]
+        for cell in cells:
+            cell.data_type = "s"  # a text that begins with = is no formula
+        sheet.append(cells)
+    with replaced(path) as unfinished:
+        book.save(unfinished)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 
 import pytest
+from openpyxl import Workbook
 
 from recipes.answers.harness_files import write_lmms, write_table
 from recipes.answers.predictions import Prediction, Predictions, load_predictions, placed
@@ -16,6 +16,7 @@ from rsgrpo.errors import InputError
 ROWS = [
     {"id": "q1", "question": "how many?", "answers": ("16",), "raw": '<answer>16 & <more>\n\ttabs, "quotes"</answer>'},
     {"id": "q2", "question": "who?", "answers": (), "raw": "ä 漢"},
+    {"id": "q3", "question": "=1+1", "answers": (), "raw": "=SUM(A1)"},
 ]
 
 
@@ -25,6 +26,12 @@ def test_what_is_written_reads_the_same(tmp_path, name):
     (write_lmms if name.endswith("jsonl") else write_table)(path, ROWS)
     found = load_predictions(path).by_id
     assert {row_id: one.text for row_id, one in found.items()} == {row["id"]: row["raw"] for row in ROWS}
+
+
+def test_a_text_that_a_cell_would_cut_is_refused_with_the_format_that_holds_it(tmp_path):
+    with pytest.raises(InputError, match=r"a text of long has 32,768 characters, but a cell .* 32,767\. Write a \.tsv"):
+        write_table(tmp_path / "t.xlsx", [{"id": "long", "question": "", "answers": (), "raw": "x" * 32_768}])
+    assert not (tmp_path / "t.xlsx").exists()
 
 
 @pytest.mark.parametrize(
@@ -42,16 +49,10 @@ def test_a_line_of_lmms_eval(tmp_path, line, expected):
 
 
 def test_a_table_as_other_programs_write_it(tmp_path):
-    main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-    cells = '<row><c r="A1" t="s"><v>0</v></c><c r="C1" t="s"><v>1</v></c></row><row><c r="A2"><v>5.0</v></c>'
-    cells += '<c r="C2" t="inlineStr"><is><t>yes</t></is></c></row>'
-    with zipfile.ZipFile(tmp_path / "t.xlsx", "w") as archive:
-        archive.writestr(
-            "xl/sharedStrings.xml", f'<sst xmlns="{main}"><si><t>index</t></si><si><t>prediction</t></si></sst>'
-        )
-        archive.writestr(
-            "xl/worksheets/sheet1.xml", f'<worksheet xmlns="{main}"><sheetData>{cells}</sheetData></worksheet>'
-        )
+    book = Workbook()
+    for row in (["index", "answer", "prediction"], [5.0, None, "yes"]):
+        book.worksheets[0].append(row)
+    book.save(tmp_path / "t.xlsx")
     assert load_predictions(tmp_path / "t.xlsx").by_id["5"].text == "yes"
     (tmp_path / "t.tsv").write_text("index\tanswer\n1\tx\n")
     with pytest.raises(InputError, match=r"row 1 of .*t\.tsv needs index and prediction; it has index, answer"):
