@@ -127,7 +127,7 @@ def _write_xlsx(path: Path, table: Sequence[Sequence[str]]) -> None:
     for row in table:
         cells = [WriteOnlyCell(sheet, ILLEGAL_CHARACTERS_RE.sub("\ufffd", text)) for text in row]
         for cell in cells:
-            cell.data_type = "s"  # a text that begins with = is no formula
+            cell.data_type = "s"  # not a formula, even if the text begins with =
         sheet.append(cells)
     with replaced(path) as unfinished:
         book.save(unfinished)
