@@ -40,15 +40,35 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a response, and what an environment answered to it.
+
+    span: its characters of `Response.text`.
+    observation: the answer's text, with one `<image>` at the position of each image; "" where none followed.
+    images: of the answer, as paths or compressed bytes.
+    facts: what the environment noted about the turn.
+    fault: one word for why it could not do what the turn asked for; "" where it did.
+    """
+
+    span: Span
+    observation: str = ""
+    images: Sequence[str | bytes] = ()
+    facts: Mapping[str, Any] = field(default_factory=lambda: _NO_TRUTH)
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Response:
     """One sampled answer, as a reward sees it.
 
-    text: decoded response, without the end-of-text token.
+    text: decoded response, without the end-of-text token. With an environment, the policy's own words of all turns, a
+        line break between them; what the environment wrote is in `turns` alone, where no reward can mistake it.
     truth: the row's gold columns; `answers` (list of str) and `evidence` (list of str, one per image) where given.
     num_tokens: response tokens, end-of-text included.
     truncated: True when sampling stopped at the token limit instead of at end-of-text.
     question: the question as the data set states it.
     images: the page images, as paths or compressed bytes, for judges that look at them.
+    turns: of a sampled response at least one; empty where a response was made by hand from its text.
     """
 
     text: str
@@ -57,6 +77,7 @@ class Response:
     truncated: bool = False
     question: str = ""
     images: Sequence[str | bytes] = ()
+    turns: Sequence[Turn] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,23 @@ class VllmConfig:
 
 
 @dataclass(frozen=True)
+class TurnsConfig:
+    """The environment that answers the policy between its turns, and the limits of an episode."""
+
+    environment: str = key(
+        "", 'What answers every finished turn, as "module:Class"; "" makes each response a single turn.'
+    )
+    arguments: dict[str, Any] = key({}, "Keyword arguments of the environment's class.")
+    max_turns: int = key(8, "Most turns of the policy in one response.", ge=1)
+    max_observation_tokens: int = key(4096, "Most tokens that all observations of one response may have.", ge=1)
+    max_images: int = key(8, "Most images that all observations of one response may have.", ge=0)
+    timeout_s: float = key(60.0, "Time limit for each answer of the environment.", gt=0)
+
+    def __post_init__(self) -> None:
+        check(self, "rollout.turns")
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """Sampling of training rollouts."""
 
@@ -127,10 +144,16 @@ class RolloutConfig:
         ge=0,
     )
     allow_biased_sampling: bool = key(False, "Permit top_p < 1 or top_k > 0 in training, which biases the loss.")
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
         check(self, "rollout")
+
+    @property
+    def max_observation_tokens(self) -> int:
+        """Tokens that an environment may add to one response."""
+        return self.turns.max_observation_tokens if self.turns.environment else 0
 
     @property
     def share_sequences(self) -> int:

@@ -18,7 +18,9 @@ from rollout.errors import InputError
 from rollout.files import read_jsonl
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
-from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.turns.environment import load_environment
+from rollout.turns.episode import begin_episodes
+from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 
 class FakeEngine:
@@ -37,6 +39,7 @@ class FakeEngine:
         """
         self.processor = InputProcessor(model_path, inputs, **EngineOptions(**options).source)
         self.weights_version = 0
+        self._make_environment, self._limits = load_environment(rollout.turns), rollout.turns
         self._script = read_script(rollout.script) if rollout.script else {}
         self._compose = _load_function(rollout.gold_response) if rollout.gold_response else None
 
@@ -50,14 +53,25 @@ class FakeEngine:
                 return
             try:
                 num_prompt_tokens = len(self.processor.encode(prompt).token_ids_T)
-                responses = self._responses(prompt)
-                token_ids = [self.processor.encode_response(response) for response in responses]
+                rollouts = [self._rollout(prompt, turns, sampling) for turns in self._responses(prompt)]
             except PromptError as error:
                 yield RolloutGroup(prompt, (), error=str(error))
                 continue
-            kept = [ids[: sampling.max_tokens] for ids in token_ids]
-            rollouts = [self.processor.rollout(ids, [0.0] * len(ids), self.weights_version) for ids in kept]
             yield RolloutGroup(prompt, tuple(islice(cycle(rollouts), sampling.group_size)), num_prompt_tokens)
+
+    def _rollout(self, prompt: Prompt, turns: Sequence[str], sampling: SamplingParams) -> Rollout:
+        """Return a response; with an environment, its turns until that ends the episode."""
+        token_ids = [self.processor.encode_response(turn) for turn in turns]
+        if self._make_environment is None:
+            kept = token_ids[0][: sampling.max_tokens]
+            return self.processor.rollout(kept, [0.0] * len(kept), self.weights_version)
+        (episode,) = begin_episodes(self._make_environment, prompt, 1, self.processor, self._limits)
+        for turn in token_ids:
+            left = sampling.max_tokens - episode.num_tokens
+            kept = turn[:left]
+            if episode.answer(kept, [0.0] * len(kept), is_cut=len(turn) >= left) is None:
+                break
+        return episode.rollout(self.weights_version)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Consume the tensors."""
@@ -76,19 +90,20 @@ class FakeEngine:
     def close(self) -> None:
         pass
 
-    def _responses(self, prompt: Prompt) -> Sequence[str]:
+    def _responses(self, prompt: Prompt) -> Sequence[Sequence[str]]:
+        """Return the turns of each response."""
         scripted = self._script.get(prompt.id)
-        if scripted is None:
-            return (self._gold_text(prompt),)
-        if scripted.get("error") is not None:
+        if scripted is not None and scripted.get("error") is not None:
             raise PromptError(scripted["error"])
-        return tuple(scripted["responses"])
+        responses = scripted["responses"] if scripted else [self._gold(prompt)]
+        return [(turns,) if isinstance(turns, str) else turns for turns in responses]
 
-    def _gold_text(self, prompt: Prompt) -> str:
+    def _gold(self, prompt: Prompt) -> str | Sequence[str]:
         """Return the row's own gold response (`truth["gold"]`), what `rollout.gold_response` makes, or the answer."""
         truth = prompt.truth
         if truth.get("gold"):
-            return str(truth["gold"])
+            gold: str | Sequence[str] = truth["gold"]
+            return gold
         if not truth.get("answers"):
             raise PromptError(f"prompt {prompt.id!r} is not in rollout.script and its row has no gold answer")
         if self._compose is None:
@@ -99,9 +114,9 @@ class FakeEngine:
             raise PromptError(f"prompt {prompt.id!r}: {error}") from error
 
 
-def _load_function(target: str) -> Callable[[Mapping[str, Any]], str]:
+def _load_function(target: str) -> Callable[[Mapping[str, Any]], str | Sequence[str]]:
     try:
-        function: Callable[[Mapping[str, Any]], str] = pkgutil.resolve_name(target)
+        function: Callable[[Mapping[str, Any]], str | Sequence[str]] = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise EngineError(
             f"rollout.gold_response={target} cannot be loaded: {error}. Set it to module:function."
@@ -111,6 +126,8 @@ def _load_function(target: str) -> Callable[[Mapping[str, Any]], str]:
 
 def read_script(path: str) -> dict[str, dict[str, Any]]:
     """Return, by prompt id, the lines of a jsonl of {"id", "responses": [...]} or {"id", "error": "..."}.
+
+    A response is a text, or the list of its turns for an environment.
 
     Raises:
         EngineError: names the file and the line at fault.

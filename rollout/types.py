@@ -11,7 +11,7 @@ from rollout.packed import ImageReference
 ImageSource = str | bytes | ImageReference
 """One page image: a path, its compressed bytes (png, jpeg, ...), or a reference to them. Never a pixel tensor."""
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +56,40 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Observation:
+    """What an environment wrote behind one turn of the policy. The policy reads it; nothing teaches it.
+
+    at, at_char: sampled tokens, and characters of `Rollout.text`, before it.
+    token_ids_S: what the model reads, marks of turns included, each image expanded to its vision tokens; empty where
+        the episode ended here.
+    text: what the environment wrote, with one `<image>` at the position of each image.
+    images: one per `<image>` in `text`.
+    facts: what the environment notes about the turn, for rewards and reports; JSON values.
+    fault: why it could not do what the turn asked for; "" where it did.
+    """
+
+    at: int
+    at_char: int
+    token_ids_S: Sequence[int] = ()
+    text: str = ""
+    images: tuple[ImageSource, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    fault: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response of T tokens.
+    """One sampled response of T tokens; with an environment, those of all its turns.
 
     token_ids_T: sampled ids, the end-of-text token included when it was sampled.
     logprobs_T: natural log-probabilities under log_softmax((logits + ban) / temperature); greedy: T = 1.
-    text: decoded characters, without end-of-text.
-    token_spans_T: (start, end) characters of `text` of which the token holds any byte; (n, n) for end-of-text.
-    finish_reason: "stop" at end-of-text, "length" at the limit.
+    text: decoded characters, without end-of-text; turns are separated by a line break.
+    token_spans_T: (start, end) characters of `text` of which the token holds any byte; (n, n) for end-of-text. The
+        end-of-text between two turns holds the line break.
+    finish_reason: "stop" at end-of-text or where the environment ended the episode, "length" at the limit of tokens,
+        "turns" at the limit of turns.
     weights_version: version of the weights that sampled it.
+    observations: what an environment wrote behind each turn, in order.
     """
 
     token_ids_T: Sequence[int]
@@ -73,6 +98,7 @@ class Rollout:
     token_spans_T: Sequence[tuple[int, int]]
     finish_reason: FinishReason
     weights_version: int
+    observations: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

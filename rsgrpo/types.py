@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from rewards.api import Credit
-from rollout.types import Prompt, RolloutGroup
+from rollout.types import Observation, Prompt, RolloutGroup
 from rsgrpo.errors import RsgrpoError as RsgrpoError
 
 if TYPE_CHECKING:  # a command line is checked before torch is loaded
@@ -46,11 +46,12 @@ class ScoredGroup:
 class Sample:
     """One response as the learner sees it.
 
-    token_ids_T: (T,) int64.
+    token_ids_T: (T,) int64, the policy's own tokens.
     scope_KT: (K, T) bool, the tokens that loss term k may teach.
     advantages_KT: (K, T) float32, 0 outside the scope.
     rollout_logprobs_T: (T,) float32 as the engine computed them; None in supervised training.
     ref_logprobs_T: (T,) float32 under the reference model; None without a KL term.
+    observations: what it read between its turns: tokens and images of the row that nothing teaches.
     """
 
     token_ids_T: np.ndarray
@@ -58,6 +59,7 @@ class Sample:
     advantages_KT: np.ndarray
     rollout_logprobs_T: np.ndarray | None = None
     ref_logprobs_T: np.ndarray | None = None
+    observations: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,17 +19,34 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache
 
-from rollout.config import InputsConfig, RolloutConfig
+from rollout.config import ConfigError, InputsConfig, RolloutConfig
 from rollout.engine import Backend, EngineError, EngineOptions, check_sampling
 from rollout.families import Family, family_of
 from rollout.families.features import FeatureCache
 from rollout.hf.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
 from rollout.hf.sampling import rollout_uniforms, sample_tokens
+from rollout.hf.turns import Block, Conversations
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs, preparing
+from rollout.turns.environment import load_environment
+from rollout.turns.episode import Episode, begin_episodes
 from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 
 Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A prompt that can be sampled. episodes: one per rollout; none without an environment."""
+
+    prompt: Prompt
+    inputs: PromptInputs
+    episodes: tuple[Episode, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.inputs.token_ids_T)
+
 
 FEATURE_CACHE_BYTES = 512 << 20
 PREFILL_TOKENS = 16_384
@@ -78,6 +95,12 @@ class HFEngine:
         self._vision = {name for name in self._tensors if name.startswith(self._family.vision_prefix)}
         self._missing: set[str] | None = None
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
+        self._rollout, self._make_environment = rollout, load_environment(rollout.turns)
+        if self._make_environment is not None and self._family.recurrent_layers(self._model):
+            raise ConfigError(
+                f"rollout.turns.environment: the embedded engine keeps no recurrent state between turns, and "
+                f"{self._model.config.model_type} has one. Set rollout=vllm, or take another model."
+            )
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, stop: Callable[[], bool] | None = None
@@ -103,25 +126,33 @@ class HFEngine:
             raise EngineError(
                 "weights were loaded but finish_weights was not called: they may be half new, half old. Call it first."
             )
-        encoded: list[tuple[Prompt, PromptInputs]] = []
+        ready: list[_Ready] = []
         for prompt in prompts:
             try:
                 with preparing(prompt):
-                    encoded.append((prompt, self.processor.encode(prompt)))
+                    ready.append(self._prepare(prompt, sampling.group_size))
             except PromptError as error:
                 yield RolloutGroup(prompt, (), error=str(error))
-        encoded.sort(key=lambda pair: -len(pair[1].token_ids_T))
+        ready.sort(key=lambda one: -one.num_tokens)
         siblings = range(sampling.group_size)
-        while encoded:
-            at_once = self._num_sequences(len(encoded[0][1].token_ids_T) + sampling.max_tokens)
+        most_added = sampling.max_tokens + self._rollout.max_observation_tokens
+        while ready:
+            at_once = self._num_sequences(ready[0].num_tokens + most_added)
             num_prompts = max(1, at_once // sampling.group_size)
-            batch, encoded = encoded[:num_prompts], encoded[num_prompts:]
+            batch, ready = ready[:num_prompts], ready[num_prompts:]
             rollouts_P: list[list[Rollout]] = [[] for _ in batch]
             for some in _chunks(siblings, at_once):
                 for rollouts, more in zip(rollouts_P, self._sample(batch, some, sampling, listen), strict=True):
                     rollouts += more
-            for (prompt, prompt_inputs), rollouts in zip(batch, rollouts_P, strict=True):
-                yield RolloutGroup(prompt, tuple(rollouts), num_prompt_tokens=len(prompt_inputs.token_ids_T))
+            for one, rollouts in zip(batch, rollouts_P, strict=True):
+                yield RolloutGroup(one.prompt, tuple(rollouts), num_prompt_tokens=one.num_tokens)
+
+    def _prepare(self, prompt: Prompt, group_size: int) -> _Ready:
+        inputs = self.processor.encode(prompt)
+        limits = self._rollout.turns
+        return _Ready(
+            prompt, inputs, begin_episodes(self._make_environment, prompt, group_size, self.processor, limits)
+        )
 
     def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
         """Yield one response's text in pieces as its tokens are chosen, then its group, which is `generate`'s.
@@ -210,24 +241,26 @@ class HFEngine:
     @torch.inference_mode()
     def _sample(
         self,
-        batch: Sequence[tuple[Prompt, PromptInputs]],
+        batch: Sequence[_Ready],
         siblings: Sequence[int],
         sampling: SamplingParams,
         listen: Listener | None = None,
     ) -> list[list[Rollout]]:
         """Sample these siblings of each prompt: one list of rollouts per prompt."""
-        parts = [self._prefill([prompt_inputs for _, prompt_inputs in part]) for part in _by_tokens(batch)]
+        prompts = join([self._prefill([one.inputs for one in part]) for part in _by_tokens(batch)])
         draws = [
-            rollout_uniforms(sampling.seed, prompt.id, sibling, sampling.max_tokens)
-            for prompt, _ in batch
+            rollout_uniforms(sampling.seed, one.prompt.id, sibling, sampling.max_tokens)
+            for one in batch
             for sibling in siblings
         ]
         uniforms_RT = torch.from_numpy(np.stack(draws)).to(self.device)
 
-        def choose(logits_BV: torch.Tensor, rows_B: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def choose(
+            logits_BV: torch.Tensor, rows_B: torch.Tensor, draws: int | torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             tokens_B, logprobs_B = sample_tokens(
                 logits_BV.float().index_fill(-1, self._banned, float("-inf")),
-                uniforms_RT[rows_B, step],
+                uniforms_RT[rows_B, draws],
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
@@ -236,15 +269,14 @@ class HFEngine:
                 listen(tokens_B)
             return tokens_B, logprobs_B
 
-        responses = decode(
-            join(parts),
-            len(siblings),
-            self._next_logits,
-            choose,
-            max_tokens=sampling.max_tokens,
-            eos_token_id=self.processor.eos_token_id,
-        )
-        rollouts = [self.processor.rollout(*response, self.weights_version) for response in responses]
+        limits = {"max_tokens": sampling.max_tokens, "eos_token_id": self.processor.eos_token_id}
+        if self._make_environment is None:
+            responses = decode(prompts, len(siblings), self._next_logits, choose, **limits)
+            rollouts = [self.processor.rollout(*response, self.weights_version) for response in responses]
+        else:
+            episodes = [one.episodes[sibling] for one in batch for sibling in siblings]
+            Conversations(prompts, episodes, self._next_logits, choose, self._read, **limits).run()
+            rollouts = [episode.rollout(self.weights_version) for episode in episodes]
         return [list(group) for group in _chunks(rollouts, len(siblings))]
 
     def _num_sequences(self, num_positions: int) -> int:
@@ -267,6 +299,29 @@ class HFEngine:
         logits: torch.Tensor = self._head(hidden[:, -1])
         return logits
 
+    def _read(self, block: Block, mask: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run what rows read between two turns through the decoder."""
+        positions_3BL, decoder_inputs = self._embedded(block.token_ids_BL, block.is_token_BL, block.observations)
+        positions_3BL = positions_3BL.to(self.device) + block.starts_B[None, :, None]
+        hidden = self._decoder(
+            **decoder_inputs, attention_mask=mask, position_ids=positions_3BL, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return self._head(hidden[:, -1]), positions_3BL.amax(dim=(0, 2)) + 1
+
+    def _embedded(
+        self, token_ids_BT: torch.Tensor, is_token_BT: torch.Tensor, inputs: Sequence[PromptInputs]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the (3, B, T) positions of rows, from 0, and the decoder's other inputs."""
+        grids = [each.image_grid_thw for each in inputs if each.image_grid_thw is not None]
+        positions_3BT = self._family.position_ids(
+            self._model, token_ids_BT, torch.cat(grids) if grids else None, is_token_BT
+        )
+        features = [feature for each in inputs for feature in self._image_features(each)]
+        decoder_inputs = self._family.language_inputs(
+            self._model, token_ids_BT.to(self.device), torch.cat(features) if features else None
+        )
+        return positions_3BT, decoder_inputs
+
     def _prefill(self, prompts: Sequence[PromptInputs]) -> Prefilled:
         """Run prompts through the decoder, left-padded to the longest."""
         longest = max(len(prompt.token_ids_T) for prompt in prompts)
@@ -274,14 +329,7 @@ class HFEngine:
         lengths = torch.tensor([len(prompt.token_ids_T) for prompt in prompts])
         token_ids_PT = torch.tensor(padded)
         is_token_PT = torch.arange(longest) >= longest - lengths[:, None]
-        grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
-        positions_3PT = self._family.position_ids(
-            self._model, token_ids_PT, torch.cat(grids) if grids else None, is_token_PT
-        )
-        features = [feature for prompt in prompts for feature in self._image_features(prompt)]
-        decoder_inputs = self._family.language_inputs(
-            self._model, token_ids_PT.to(self.device), torch.cat(features) if features else None
-        )
+        positions_3PT, decoder_inputs = self._embedded(token_ids_PT, is_token_PT, prompts)
         return prefill(
             self._decoder, self._head, decoder_inputs, is_token_PT.to(self.device), positions_3PT.to(self.device)
         )
@@ -317,15 +365,15 @@ def _tensors_by_name(model: torch.nn.Module, family: Family) -> tuple[dict[str, 
     return tensors, names_of
 
 
-def _by_tokens(batch: Sequence[tuple[Prompt, PromptInputs]]) -> Iterator[list[tuple[Prompt, PromptInputs]]]:
+def _by_tokens(batch: Sequence[_Ready]) -> Iterator[list[_Ready]]:
     """Split a batch, longest prompt first, into parts of at most PREFILL_TOKENS padded tokens."""
-    longest = len(batch[0][1].token_ids_T)
-    part: list[tuple[Prompt, PromptInputs]] = []
-    for pair in batch:
+    longest = batch[0].num_tokens
+    part: list[_Ready] = []
+    for one in batch:
         if part and longest * (len(part) + 1) > PREFILL_TOKENS:
             yield part
-            part, longest = [], len(pair[1].token_ids_T)
-        part.append(pair)
+            part, longest = [], one.num_tokens
+        part.append(one)
     yield part
 
 

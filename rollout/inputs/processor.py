@@ -22,6 +22,7 @@ from rollout.inputs.offsets import fresh_text, token_spans
 from rollout.types import FinishReason, ImageSource, Prompt, Rollout, RolloutGroup
 
 IMAGE_MARK = "<image>"
+_ANY_TURN = "any-turn-of-the-assistant"
 
 log = logging.getLogger(__name__)
 
@@ -106,15 +107,10 @@ class InputProcessor:
             raise PromptError(f"the text has {len(pieces) - 1} {IMAGE_MARK} marks for {len(prompt.images)} images")
         self._refuse_control_tokens(prompt.text, "the prompt text")
         self._refuse_control_tokens(prompt.system, "the system message")
-        content: list[dict[str, str]] = []
-        for index, piece in enumerate(pieces):
-            content += [{"type": "image"}] if index else []
-            content += [{"type": "text", "text": piece}] if piece else []
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": _content(pieces)}]
         if prompt.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-        options = self.family.template_options
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+        return self._through_template(messages)
 
     def encode(self, prompt: Prompt) -> PromptInputs:
         """Return tokens and pixels of a prompt; if possible it is refused before any pixel is decoded.
@@ -124,9 +120,55 @@ class InputProcessor:
         """
         token_ids_T = self._expanded_ids(prompt)
         self.check_length(len(token_ids_T))
-        if not prompt.images:
+        return self._with_pixels(token_ids_T, self.load_images(prompt))
+
+    def render_observation(self, text: str, num_images: int, *, has_ended: bool) -> str:
+        """Return what a model reads between two of its turns: the end of the first one, a user message, a new turn.
+
+        has_ended: the first turn ends with end-of-text, which is then left out here.
+
+        Raises:
+            PromptError: `<image>` marks and images differ in number, or the text contains a control token.
+        """
+        pieces = text.split(IMAGE_MARK)
+        if len(pieces) - 1 != num_images:
+            raise PromptError(f"the text has {len(pieces) - 1} {IMAGE_MARK} marks for {num_images} images")
+        self._refuse_control_tokens(text, "the observation")
+        asked, answered = [{"type": "text", "text": "?"}], [{"type": "text", "text": _ANY_TURN}]
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answered},
+            {"role": "user", "content": _content(pieces)},
+        ]
+        _, found, behind = self._through_template(messages).partition(_ANY_TURN)
+        end = str(self.tokenizer.eos_token)
+        if not found or not behind.startswith(end):
+            raise InputsError(
+                f"the chat template does not end a turn of the assistant by {end!r}: conversations of several turns "
+                "cannot be sampled. Fix the template or the tokenizer's eos_token."
+            )
+        return behind.removeprefix(end) if has_ended else behind
+
+    def encode_observation(self, text: str, images: Sequence[ImageSource], *, has_ended: bool) -> PromptInputs:
+        """Return tokens and pixels of `render_observation`.
+
+        Raises:
+            PromptError: as `render_observation`; an image that cannot be read.
+        """
+        ids = self.token_ids(self.render_observation(text, len(images), has_ended=has_ended))
+        return self._with_pixels(self._expanded(ids, images), self._resized_images(images))
+
+    def encode_images(self, images: Sequence[ImageSource]) -> PromptInputs:
+        """Return the pixels of images, and no tokens.
+
+        Raises:
+            PromptError: one cannot be read.
+        """
+        return self._with_pixels([], self._resized_images(images))
+
+    def _with_pixels(self, token_ids_T: list[int], images: Sequence[Image.Image]) -> PromptInputs:
+        if not images:
             return PromptInputs(token_ids_T, None, None, ())
-        images = self.load_images(prompt)
         patches = self.image_processor(images=images, do_resize=False, return_tensors="pt")
         return PromptInputs(
             token_ids_T=token_ids_T,
@@ -134,6 +176,10 @@ class InputProcessor:
             image_grid_thw=patches["image_grid_thw"],
             image_hashes=tuple(pixel_hash(image) for image in images),
         )
+
+    def _through_template(self, messages: list[dict[str, Any]]) -> str:
+        options = self.family.template_options
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     def count_vision(self, prompt: Prompt) -> tuple[int, int, int]:
         """Return (tokens of the prompt, image tokens among them, features made from its pixels)."""
@@ -160,8 +206,11 @@ class InputProcessor:
             PromptError: too many images, or an unreadable one.
         """
         self._refuse_too_many_images(prompt)
+        return self._resized_images(prompt.images)
+
+    def _resized_images(self, sources: Sequence[ImageSource]) -> list[Image.Image]:
         images = []
-        for source in prompt.images:
+        for source in sources:
             image = decode(source)
             height, width = self._resized(image.height, image.width, name_of(source))
             images.append(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -212,7 +261,11 @@ class InputProcessor:
                 f"the chat template made {ids.count(self.image_token_id)} image placeholders (token "
                 f"{self.image_token_id}) for {len(prompt.images)} images. Fix it to make one per image."
             )
-        lengths = iter([self._num_vision_tokens(source) for source in prompt.images])
+        return self._expanded(ids, prompt.images)
+
+    def _expanded(self, ids: Sequence[int], images: Sequence[ImageSource]) -> list[int]:
+        """Repeat each placeholder once per merged vision token of its image."""
+        lengths = iter([self._num_vision_tokens(source) for source in images])
         expanded: list[int] = []
         for token_id in ids:
             expanded += [token_id] * (next(lengths) if token_id == self.image_token_id else 1)
@@ -248,10 +301,25 @@ class InputProcessor:
                 f"{self.inputs.max_prompt_tokens:,}. Raise it, lower inputs.max_pixels or leave pages out."
             )
 
+    def as_plain_text(self, text: str) -> str:
+        """Return a text without control tokens and image marks."""
+        for token in [*self._forbidden_in_text, IMAGE_MARK]:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
+
     def _refuse_control_tokens(self, text: str, where: str) -> None:
         for token in self._forbidden_in_text:
             if token in text:
                 raise PromptError(f"{where} contains the control token {token!r}. Remove it; <image> marks an image.")
+
+
+def _content(pieces: Sequence[str]) -> list[dict[str, str]]:
+    """Return a message's content: pieces of text with one image between each two of them."""
+    content: list[dict[str, str]] = []
+    for index, piece in enumerate(pieces):
+        content += [{"type": "image"}] if index else []
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -105,6 +105,7 @@ def _train_group(scored: ScoredGroup, terms_G: Sequence[Terms]) -> TrainGroup:
             scope_KT=scope_KT,
             advantages_KT=np.where(scope_KT, advantages_KT, 0.0).astype(np.float32),
             rollout_logprobs_T=np.asarray(rollout.logprobs_T, dtype=np.float32),
+            observations=rollout.observations,
         )
         for rollout, (scope_KT, advantages_KT) in zip(scored.group.rollouts, terms_G, strict=True)
     )

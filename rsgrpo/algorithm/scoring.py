@@ -6,14 +6,14 @@ import asyncio
 import logging
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
+from rewards.api import Credit, Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rewards.calls import Lanes
 from rewards.failures import where_raised
 from rollout.inputs.images import bytes_of
-from rollout.types import RolloutGroup
+from rollout.types import ImageSource, Rollout, RolloutGroup
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.types import ScoredGroup
@@ -195,8 +195,25 @@ def to_response(group: RolloutGroup, index: int) -> Response:
         num_tokens=len(rollout.token_ids_T),
         truncated=rollout.finish_reason == "length",
         question=prompt.question,
-        images=tuple(source if isinstance(source, str) else bytes_of(source) for source in prompt.images),
+        images=_readable(prompt.images),
+        turns=tuple(_turns(rollout)),
     )
+
+
+def _readable(images: Sequence[ImageSource]) -> tuple[str | bytes, ...]:
+    return tuple(source if isinstance(source, str) else bytes_of(source) for source in images)
+
+
+def _turns(rollout: Rollout) -> Iterator[Turn]:
+    """Yield the turns of a response; the end-of-text of each is at the character behind its span."""
+    start = 0
+    for observation in rollout.observations:
+        span = Span(start, observation.at_char)
+        images = _readable(observation.images)
+        yield Turn(span, observation.text, images, observation.facts, observation.fault)
+        start = observation.at_char + 1
+    if start <= len(rollout.text):
+        yield Turn(Span(start, len(rollout.text)))
 
 
 async def _call(

@@ -268,7 +268,7 @@ def test_groups_come_out_as_their_batch_is_finished(monkeypatch, tiny_model_path
     sample = engine._sample
 
     def spy(batch, *others):
-        sampled.append([prompt.id for prompt, _ in batch])
+        sampled.append([one.prompt.id for one in batch])
         return sample(batch, *others)
 
     monkeypatch.setattr(engine, "_sample", spy)

@@ -1,0 +1,98 @@
+"""All that the author of an environment needs: a class with one method, and what it returns.
+
+class Pages:
+    stop = ("</open>",)                    # optional: strings that end a turn, beside end-of-text
+
+    def __init__(self, prompt, folder):    # one object per rollout; `folder` from rollout.turns.arguments
+        self.folder = folder
+
+    def step(self, turn):                  # the text of a finished turn
+        page = between(turn, "<open>", "</open>")
+        if page is None:
+            return None                    # the episode ends
+        return Reply("Here it is: <image>", images=(f"{self.folder}/{page}.png",))
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pkgutil
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rollout.config import TurnsConfig
+from rollout.errors import ConfigError, one_line
+from rollout.types import ImageSource, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an environment says to a turn.
+
+    text: for the policy, with one `<image>` at the position of each image.
+    images: paths or compressed bytes.
+    facts: for rewards and reports, not for the policy; JSON values.
+    fault: one word for what was wrong with the turn ("bad_call"), which is counted; `text` tells the policy.
+    ends: the episode is over; `text` and `images` are then not used.
+    """
+
+    text: str = ""
+    images: Sequence[ImageSource] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    fault: str = ""
+    ends: bool = False
+
+
+class Environment(Protocol):
+    """One episode: made for a prompt, then told every finished turn of one rollout.
+
+    A class may name strings that end a turn, beside end-of-text, in an attribute `stop`. What several episodes share,
+    such as an index, belongs in the module or the class: an engine's process makes one object per rollout.
+    """
+
+    def step(self, turn: str) -> Reply | Awaitable[Reply | None] | None:
+        """Answer a turn; None ends the episode.
+
+        An exception, or an answer that is not one, becomes an observation that tells the policy, and is counted.
+        """
+        ...
+
+
+MakeEnvironment = Callable[[Prompt], Environment]
+
+
+def load_environment(config: TurnsConfig) -> MakeEnvironment | None:
+    """Return what makes an episode of the configured class for a prompt; None without an environment.
+
+    Raises:
+        ConfigError: it cannot be imported, lacks `step`, or takes other arguments.
+    """
+    target = config.environment
+    if not target:
+        return None
+    key = "rollout.turns.environment"
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    module, colon, name = target.partition(":")
+    if not colon or not module or not name:
+        raise ConfigError(f"{key} is written module:Class, such as my_tools:Pages, got {target!r}")
+    try:
+        made: Any = pkgutil.resolve_name(target)
+    except Exception as error:
+        raise ConfigError(f"{key}={target} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
+    if not callable(made) or (inspect.isclass(made) and not callable(getattr(made, "step", None))):
+        raise ConfigError(f"{key}={target} is not an environment: a class with a method step(self, turn) is needed")
+    try:
+        inspect.signature(made).bind(None, **config.arguments)
+    except TypeError as error:
+        raise ConfigError(f"{key}={target} does not take (prompt, **rollout.turns.arguments): {error}") from None
+    return lambda prompt: made(prompt, **config.arguments)
+
+
+def stop_strings(environment: Environment) -> tuple[str, ...]:
+    """Return the strings that end a turn, beside end-of-text."""
+    stop = getattr(environment, "stop", ())
+    return (stop,) if isinstance(stop, str) else tuple(stop)

@@ -1,0 +1,209 @@
+"""One rollout's way through an environment: its turns, the answers to them, and their limits. Shared by all engines."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+
+from rollout.config import TurnsConfig
+from rollout.errors import one_line
+from rollout.inputs.images import PromptError
+from rollout.inputs.processor import InputProcessor, PromptInputs
+from rollout.turns.environment import Environment, MakeEnvironment, Reply, stop_strings
+from rollout.types import FinishReason, Observation, Prompt, Rollout
+
+log = logging.getLogger(__name__)
+
+EXCEPTION, TIMEOUT, LIMIT, UNREADABLE = "exception", "timeout", "limit", "unreadable"
+"""Faults that an episode notices by itself; an environment names others, such as "bad_call"."""
+
+_LOGGED: set[str] = set()  # kinds of environments whose exceptions this process has logged
+
+
+class Episode:
+    """Collects the turns of one rollout.
+
+    After every finished turn call `answer`; when it returns None, or no tokens are left, call `rollout`.
+
+    Attributes:
+        num_tokens: sampled so far, over all turns.
+        stop: strings that end a turn, beside end-of-text.
+    """
+
+    def __init__(self, environment: Environment, processor: InputProcessor, limits: TurnsConfig) -> None:
+        self.stop = stop_strings(environment)
+        self._environment, self._processor, self._limits = environment, processor, limits
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._spans: list[tuple[int, int]] = []
+        self._observations: list[Observation] = []
+        self._num_turns = 0
+        self._tokens_left, self._images_left = limits.max_observation_tokens, limits.max_images
+        self._finish: FinishReason = "length"
+        self._running: Future[Reply | None] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were sampled so far."""
+        return len(self._token_ids)
+
+    def has_stopped(self, token_ids_T: Sequence[int]) -> bool:
+        """Return whether a turn's tokens so far contain one of the strings that end it."""
+        return bool(self.stop) and any(stop in self._processor.decode(token_ids_T)[0] for stop in self.stop)
+
+    def answer(
+        self, token_ids_T: Sequence[int], logprobs_T: Sequence[float], *, is_cut: bool = False
+    ) -> PromptInputs | None:
+        """Add a turn and ask the environment; return what the policy reads next, None where the rollout is over.
+
+        is_cut: the turn ended because no tokens are left; the environment is not asked.
+        """
+        has_ended = token_ids_T[-1] == self._processor.eos_token_id
+        turn = self._add(token_ids_T, logprobs_T)
+        if is_cut and not has_ended and not any(stop in turn for stop in self.stop):
+            return None
+        reply = self._ask(turn)
+        if reply is None or reply.ends:
+            self._finish = "stop"
+            if reply is not None and (reply.facts or reply.fault):
+                self._observe(reply, ())
+            return None
+        self._finish = "length" if is_cut else "turns"
+        if is_cut or self._num_turns == self._limits.max_turns:
+            self._observe(Reply(facts=reply.facts, fault=reply.fault), ())
+            return None
+        return self._encode(reply, has_ended)
+
+    def rollout(self, weights_version: int) -> Rollout:
+        """Return what was sampled."""
+        return Rollout(
+            tuple(self._token_ids),
+            tuple(self._logprobs),
+            self._text,
+            tuple(self._spans),
+            self._finish,
+            weights_version,
+            tuple(self._observations),
+        )
+
+    def _add(self, token_ids_T: Sequence[int], logprobs_T: Sequence[float]) -> str:
+        """Add a turn's tokens; return its text."""
+        if self._num_turns:  # the line break belongs to the last turn's end-of-text
+            start, end = self._spans[-1]
+            if start == end:
+                self._spans[-1] = (start, end + 1)
+            self._text += "\n"
+        text, spans_T = self._processor.decode(token_ids_T)
+        shift = len(self._text)
+        self._spans += [(start + shift, end + shift) for start, end in spans_T]
+        self._text += text
+        self._token_ids += token_ids_T
+        self._logprobs += logprobs_T
+        self._num_turns += 1
+        return text
+
+    def _ask(self, turn: str) -> Reply | None:
+        """Return the environment's answer; whatever goes wrong becomes an answer with a fault."""
+        limit_s = self._limits.timeout_s
+        # A call that never returned holds the object: one object answers one turn at a time.
+        pending = [self._running] if self._running is not None else []
+        if not wait(pending, limit_s).not_done:
+            self._running = _started(self._environment, turn)
+            if not wait([self._running], limit_s).not_done:
+                return self._outcome(self._running)
+        return Reply(f"No answer within {limit_s:g} s.", fault=TIMEOUT)
+
+    def _outcome(self, finished: Future[Reply | None]) -> Reply | None:
+        try:
+            reply = finished.result()
+            if reply is not None and not isinstance(reply, Reply):
+                raise TypeError(f"step() must return a Reply or None, got {type(reply).__name__}")
+            return reply
+        except BaseException as error:
+            what = type(self._environment).__name__
+            if what not in _LOGGED:
+                _LOGGED.add(what)
+                log.warning("%s failed; logged once, counted in rollout/turns/exception", what, exc_info=error)
+            text = self._processor.as_plain_text(f"It failed: {type(error).__name__}: {one_line(error)}")
+            return Reply(text, fault=EXCEPTION)
+
+    def _encode(self, reply: Reply, has_ended: bool) -> PromptInputs | None:
+        """Return a reply as the policy reads it, within the limits of the episode."""
+        try:
+            if len(reply.images) > self._images_left:
+                raise _TooMuch(f"the result has {len(reply.images)} images, but {self._images_left} are left.")
+            inputs = self._inputs(reply, has_ended)
+            if len(inputs.token_ids_T) > self._tokens_left:
+                raise _TooMuch(f"the result has {len(inputs.token_ids_T)} tokens, but {self._tokens_left} are left.")
+        except (PromptError, _TooMuch) as error:
+            fault = LIMIT if isinstance(error, _TooMuch) else UNREADABLE
+            text = self._processor.as_plain_text(f"It cannot be shown: {one_line(error)}")
+            reply = Reply(text, facts=reply.facts, fault=fault)
+            inputs = self._inputs(reply, has_ended)
+            if len(inputs.token_ids_T) > self._tokens_left:  # not even this: the episode is over
+                self._observe(Reply(facts=reply.facts, fault=fault), ())
+                return None
+        self._tokens_left -= len(inputs.token_ids_T)
+        self._images_left -= len(reply.images)
+        self._observe(reply, inputs.token_ids_T)
+        return inputs
+
+    def _inputs(self, reply: Reply, has_ended: bool) -> PromptInputs:
+        return self._processor.encode_observation(reply.text, tuple(reply.images), has_ended=has_ended)
+
+    def _observe(self, reply: Reply, token_ids_S: Sequence[int]) -> None:
+        self._observations.append(
+            Observation(
+                at=len(self._token_ids),
+                at_char=len(self._text),
+                token_ids_S=tuple(token_ids_S),
+                text=reply.text,
+                images=tuple(reply.images),
+                facts=dict(reply.facts),
+                fault=reply.fault,
+            )
+        )
+
+
+class _TooMuch(Exception):
+    """A reply is over the limits of its episode."""
+
+
+def _started(environment: Environment, turn: str) -> Future[Reply | None]:
+    """Call `step` in a thread of its own, which may never return and does not keep the process alive."""
+    future: Future[Reply | None] = Future()
+    future.set_running_or_notify_cancel()
+
+    async def awaited(answer: object) -> object:
+        return await answer  # type: ignore[misc]
+
+    def run() -> None:
+        try:
+            answer: object = environment.step(turn)
+            future.set_result(asyncio.run(awaited(answer)) if inspect.isawaitable(answer) else answer)  # type: ignore[arg-type]
+        except BaseException as error:  # sys.exit too: nobody else would see it, and the wait would never end
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="environment").start()
+    return future
+
+
+def begin_episodes(
+    make: MakeEnvironment | None, prompt: Prompt, number: int, processor: InputProcessor, limits: TurnsConfig
+) -> tuple[Episode, ...]:
+    """Return one episode per rollout of a prompt; none without an environment.
+
+    Raises:
+        PromptError: the environment refuses the prompt.
+    """
+    if make is None:
+        return ()
+    try:
+        return tuple(Episode(make(prompt), processor, limits) for _ in range(number))
+    except Exception as error:
+        raise PromptError(f"the environment cannot begin: {type(error).__name__}: {one_line(error)}") from error
