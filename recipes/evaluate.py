@@ -36,6 +36,7 @@ from rollout.keys import check, key, require
 from rsgrpo import cli
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.prompt_file import prompt_of_model
+from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -141,8 +142,6 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     Raises:
         RsgrpoError: the folder was made with other settings, pages are missing, or the answerer gave up.
     """
-    from rsgrpo.data.prompts import read_template
-
     template = read_template(config.prompt)
     prompts = [to_prompt(question, template, config.prompt.system) for question in questions]
     require_pages(questions, config.image_dir)

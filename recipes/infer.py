@@ -32,6 +32,7 @@ from rollout.config import InputsConfig
 from rollout.errors import printable
 from rollout.keys import as_named, keys_of, named
 from rsgrpo.config.checks import require_model
+from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
@@ -274,8 +275,6 @@ def inputs_of(options: argparse.Namespace) -> dict[str, Any]:
 def answer(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit code."""
     images = checked_images(options.image)
-    from rsgrpo.data.prompts import read_template  # loads transformers
-
     prompt = named_prompt(options.prompt, options.model)
     template, system = read_template(prompt), options.system or prompt.system
     if options.batch and (options.question or options.image):

@@ -238,6 +238,18 @@ def test_parsing_the_command_line_loads_nothing_heavy():
     assert result.returncode == 0, result.stderr
 
 
+def test_commands_that_only_read_files_load_nothing_heavy():
+    """Their arguments and rows are checked before torch is loaded, or without it."""
+    statement = """
+from recipes import prepare
+from recipes.synthesize import commands
+assert prepare.main(["validate", "pyproject.toml"]) == 2
+assert commands.main(["trajectories", "--in", "nothing.jsonl", "--out", "x.jsonl", "--engine", "fake"]) == 2
+"""
+    result = run_without({"torch", "transformers", "ray", "vllm", "hydra"}, statement)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_a_blocked_package_is_really_blocked():
     assert "No module named 'torch'" in run_without({"torch"}, "import torch").stderr
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -22,16 +22,19 @@ from rollout.packed import ImageReference
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.faults import is_shared
+from rsgrpo.data.foreign import IMAGE_KEYS as IMAGE_KEYS
+from rsgrpo.data.foreign import IMAGE_MARK as IMAGE_MARK
+from rsgrpo.data.foreign import first_of as first_of
+from rsgrpo.data.foreign import in_our_columns
 from rsgrpo.data.prompt_file import PROMPT_FILE, prompt_of_model
+from rsgrpo.data.prompts import render_template
 from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
 from rsgrpo.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
-IMAGE_MARK = "<image>"
 ID_KEYS = ("id", "qid", "query_id", "question_id")
 QUESTION_KEYS = ("question", "query")
-IMAGE_KEYS = ("image", "images")
 ANSWER_KEYS = ("answer", "answers")
 RULE_COLUMNS = ("answer_format", "year", "question_type")
 """Columns by which `recipes.evaluation.official` chooses a rule."""
@@ -89,8 +92,6 @@ def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
     Raises:
         InputError: there is no text, or the marks do not match the images.
     """
-    from rsgrpo.data.prompts import render_template  # brings in torch, which reading and scoring do without
-
     text = render_template(template, question.question, len(question.images)) if template else question.prompt
     if not (question.question if template else text).strip():
         lacks = "no question" if template else "no message of its own (column prompt); choose a prompt template"
@@ -163,9 +164,9 @@ def warn_of_other_prompt(prompt: PromptConfig, model: str) -> None:
 
 
 def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
-    columns = row.columns
     if row.fault:
         raise ValueError(row.fault)
+    columns = in_our_columns(row.columns, texts=("prompt", *QUESTION_KEYS))
     row_id = first_of(columns, ID_KEYS)
     own = columns.get("prompt")
     question = first_of(columns, QUESTION_KEYS)
@@ -190,11 +191,6 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
         evidence=evidence,
         columns={name: columns[name] for name in RULE_COLUMNS if columns.get(name) is not None},
     )
-
-
-def first_of(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """Return the value of the first of several column names that has one; None without any."""
-    return next((columns[key] for key in keys if columns.get(key) is not None), None)
 
 
 def _gold(answer: Any, evidence: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:

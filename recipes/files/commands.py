@@ -18,6 +18,7 @@ from rollout.config import InputsConfig
 from rollout.files import json_object
 from rollout.keys import as_named, keys_of, named
 from rsgrpo.data.foreign import TRAINERS
+from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -99,7 +100,6 @@ def run_convert(options: dict[str, Any], console: Console) -> None:
     """Convert rows of another layout to ours."""
     from recipes.answers.questions import named_prompt
     from recipes.files.layouts import convert
-    from rsgrpo.data.prompts import read_template
 
     out, keep_good = options["out"], options["drop_bad"]
     template = read_template(named_prompt(options["row_prompt"]))
@@ -116,6 +116,24 @@ def run_convert(options: dict[str, Any], console: Console) -> None:
         )
     rows = [("rows", str(done.num_rows)), ("left out", str(len(done.faults))), ("file", str(out))]
     console.summary("Converted", [*rows, ("next", f"python -m recipes.prepare validate {out}")])
+
+
+def run_settings(options: dict[str, Any], console: Console) -> None:
+    """Translate the training yaml of another trainer into a recipe, check it, and write it or show it."""
+    from recipes.files.trainer_yaml import open_points, translate, write_recipe
+
+    found, out = translate(options["file"], options["override"]), options["out"]
+    if out.suffix != ".yaml" or out.parent.name != "recipe":
+        raise InputError(f"--out must be FOLDER/recipe/NAME.yaml, got {out}")
+    undecided = open_points(found, out.stem)
+    write_recipe(found, out)
+    for key, value, why in found.left:
+        console.info(f"no counterpart: {key}={value}: {why}")
+    if undecided:
+        console.info(f"to decide: {undecided}")
+    rows = [("settings", str(len(found.groups) + len(found.keys))), ("no counterpart", str(len(found.left)))]
+    run = f"python -m rsgrpo.plan --config-dir {out.parent.parent} recipe={out.stem}"
+    console.summary("Translated", [*rows, ("file", str(out)), ("next", run)])
 
 
 def run_mini(options: dict[str, Any], console: Console) -> None:
@@ -174,6 +192,13 @@ def add_file_commands(commands: Any) -> None:
     convert.add_argument("--from", dest="trainer", choices=TRAINERS, default="", help=trainers_help)
     convert.add_argument("--row-prompt", default="evidence", help="prompt for rows that only have a question")
     convert.add_argument("--drop-bad", action="store_true", help="leave out rows that cannot be converted")
+
+    settings = add_command(
+        commands, "settings", run_settings, "turn a training yaml of EasyR1 or EVisRAG into a recipe"
+    )
+    settings.add_argument("file", metavar="YAML", type=Path, help="their training yaml")
+    settings.add_argument("override", metavar="key=value", nargs="*", help="their overrides, which win over the file")
+    settings.add_argument("--out", type=Path, required=True, help="recipe file to write, FOLDER/recipe/NAME.yaml")
 
     mini = add_command(commands, "mini", run_mini, "the demo's data in EVisRAG's layout")
     mini.add_argument("--demo", type=Path, default=Path("demo"), help="folder that `prepare demo` wrote")

@@ -17,13 +17,13 @@ from typing import Any
 
 from recipes.answers.batch import rewrite
 from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS, first_of
-from recipes.files.foreign import from_trainer
 from rewards.evisrag import read_gold
 from rollout.files import write_bytes
 from rollout.inputs.images import PromptError, bytes_of, opened, read_size
 from rollout.types import ImageSource
-from rsgrpo.data.foreign import trainer_of
+from rsgrpo.data.foreign import from_trainer, trainer_of
 from rsgrpo.data.image_packs import packed_images, packs_in
+from rsgrpo.data.prompts import render_template
 from rsgrpo.data.rows import ImageFolder, Row, find_images, image_entries, image_paths, read_rows
 from rsgrpo.errors import InputError
 
@@ -224,8 +224,6 @@ def _alpaca(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own(columns: Mapping[str, Any], template: str, num_images: int) -> dict[str, Any]:
-    from rsgrpo.data.prompts import render_template  # brings in torch
-
     question, answer = first_of(columns, QUESTION_KEYS), first_of(columns, ANSWER_KEYS)
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: a row needs a column {' or '.join(QUESTION_KEYS)}, got {', '.join(columns)}")

@@ -16,6 +16,7 @@ from rsgrpo.config.checks import require_model
 from rsgrpo.config.train import DataConfig, RunConfig
 from rsgrpo.data.dataset import about_images, sort_rows
 from rsgrpo.data.faults import BadRow, counted, explained
+from rsgrpo.data.foreign import trainer_of
 from rsgrpo.data.prompts import TokenCounter
 from rsgrpo.data.rows import Row, read_rows
 from rsgrpo.errors import InputError
@@ -94,8 +95,9 @@ def check_rows(
         rows = [_renamed(row) for row in rows]
     first: Mapping[str, Any] = next((row.columns for row in rows if not row.fault), {})
     if run is None:
-        template = named_prompt(prompt or ("raw" if first.get("prompt") else "evidence"))
         data = DataConfig(image_dir=image_dir, gold="rewards.evisrag:read_gold")
+        has_own = bool(first.get("prompt")) or trainer_of(first) == "easyr1"
+        template = named_prompt(prompt or ("raw" if has_own else "evidence"))
     else:
         template, data = named_prompt(prompt) if prompt else run.prompt, run.data
     good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 from recipes.answers.engine import open_answerer
-from recipes.answers.options import add_options, chosen
+from recipes.answers.options import add_options, chosen, option_of
 from recipes.answers.questions import named_prompt
 from recipes.answers.reader import Reader
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig, pixel_limits
@@ -25,8 +25,9 @@ from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import Retriever, SearchSettings
 from recipes.retrieval.search.sync import bring_in_line
 from rollout.config import InputsConfig
-from rollout.keys import named
+from rollout.keys import keys_of, named
 from rsgrpo.data.prompt_file import prompt_of_model
+from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -47,6 +48,8 @@ ANSWER_OPTIONS = {
     "endpoint.url": "--endpoint",
     "endpoint.model": "--answer-model",
     "endpoint.max_tries": "--max-tries",
+    "endpoint.timeout_s": "--timeout-s",
+    "endpoint.api_key_env": "--api-key-env",
 }
 """What these commands call the keys of an `AnswerSpec`."""
 
@@ -154,6 +157,10 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     who.add_argument("--engine", choices=("hf", "vllm", "fake"), default="hf")
     who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
     who.add_argument("--max-tries", type=int, default=6, help="requests per answer before the endpoint counts as down")
+    endpoint = keys_of(EndpointConfig)
+    for name in ("timeout_s", "api_key_env"):
+        about = endpoint[name]
+        who.add_argument(option_of(name), type=type(about.default), default=about.default, help=about.help)
     who.add_argument("--script", default="", help="answers of the fake engine")
     who.add_argument(
         "--prompt",
@@ -176,8 +183,6 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
     Raises:
         InputError: they cannot be opened.
     """
-    from rsgrpo.data.prompts import read_template
-
     prompt = named_prompt(options.prompt, options.answer_model)
     prompt_name = options.prompt or ("" if prompt_of_model(options.answer_model) else "evidence")
     template = read_template(prompt)
@@ -197,7 +202,7 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
             device=options.device or "auto",
         ),
         InputsConfig(**limits),
-        EndpointConfig(options.endpoint, name, max_tries=options.max_tries),
+        chosen(EndpointConfig, options, url=options.endpoint, model=name),
     )  # fmt: skip
     has_text = prompt_name in WITH_TEXT_PROMPT
     text_template = read_template(named_prompt(f"{prompt_name}_text")) if has_text else ""

@@ -25,6 +25,7 @@ from recipes.synthesize.retries import KEPT, Line, RetryConfig, ask_and_report, 
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
 from rollout.keys import at_least
+from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError, run_program
 from rsgrpo.records.console import Console
 
@@ -172,8 +173,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _trajectories(options: argparse.Namespace, retries: RetryConfig) -> None:
-    from rsgrpo.data.prompts import read_template
-
     prompt = named_prompt(options.prompt)
     config = SynthesisConfig(
         template=read_template(prompt),

@@ -19,7 +19,7 @@ from rollout.types import Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
 from rsgrpo.data.faults import OVERLONG, BadRow, counted, explained
-from rsgrpo.data.prompts import RowChecker, TokenCounter
+from rsgrpo.data.prompts import RowChecker, TokenCounter, as_ours
 from rsgrpo.data.rows import Row, find_images, image_entries, read_rows
 from rsgrpo.errors import InputError
 
@@ -103,7 +103,7 @@ def sort_rows(
 def about_images(rows: Sequence[Row], data: DataConfig) -> str:
     """Return what is odd about rows without an image; "" if every row has one."""
     column = data.columns["image"]
-    without = [row for row in rows if not row.fault and not image_entries(row.columns.get(column))]
+    without = [row for row in rows if not row.fault and not _has_images(row, data)]
     if not without:
         return ""
     if len(without) < len(rows):
@@ -115,6 +115,13 @@ def about_images(rows: Sequence[Row], data: DataConfig) -> str:
         f"no row has a column {column!r}, so all are used as text; they have {has}. Name the images' column as "
         "data.columns.image"
     )
+
+
+def _has_images(row: Row, data: DataConfig) -> bool:
+    try:
+        return bool(image_entries(as_ours(row.columns, data).get(data.columns["image"])))
+    except ValueError:  # a bad row, which is reported as such
+        return True
 
 
 class PromptStream:

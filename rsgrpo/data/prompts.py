@@ -13,12 +13,11 @@ from rewards.api import RewardError
 from rewards.truth import GoldError, load_gold_reader
 from rollout.config import InputsConfig
 from rollout.inputs.images import PromptError
-from rollout.inputs.processor import IMAGE_MARK
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
 from rsgrpo.data.faults import BROKEN, EMPTY_PROMPT, MARKS, NO_IMAGE, OVERLONG, TOO_MANY_IMAGES, BadRow
-from rsgrpo.data.foreign import how_to_convert
+from rsgrpo.data.foreign import IMAGE_MARK, how_to_convert, in_our_columns
 from rsgrpo.data.rows import ImageFolder, Row, image_entries
 from rsgrpo.errors import InputError
 
@@ -75,6 +74,18 @@ def render_template(template: str, question: str, num_images: int) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
+def as_ours(columns: Mapping[str, Any], data: DataConfig) -> Mapping[str, Any]:
+    """Return a row in the columns of the configuration, whichever trainer it was written for.
+
+    Raises:
+        ValueError: it is like the row of another trainer and lacks something.
+    """
+    names = data.columns
+    found = in_our_columns(columns, texts=(names["prompt"], names["question"]), image=names["image"])
+    renamed = {"prompt": names["prompt"], "answer": names["answer"], "id": names["id"]}
+    return columns if found is columns else {renamed.get(name, name): value for name, value in found.items()}
+
+
 class TokenCounter(Protocol):
     """The part of an input processor that a check uses."""
 
@@ -112,22 +123,28 @@ class RowChecker:
 
     def check(self, row: Row) -> Prompt | BadRow:
         """Return the row's prompt, or the first reason not to use it."""
-        given_id = row.columns.get(self._data.columns["id"])
+        columns, fault = row.columns, row.fault
+        try:
+            columns = as_ours(columns, self._data)
+        except ValueError as error:
+            fault = str(error)
+        given_id = columns.get(self._data.columns["id"])
         row_id = f"row-{row.number}" if given_id is None else str(given_id)
         try:
-            if row.fault:
-                raise RowFault(BROKEN, row.fault)
-            return self._prompt(row_id, row.columns)
-        except (RowFault, GoldError) as fault:
-            return BadRow(row.place, row_id, fault.reason, fault.detail)
+            if fault:
+                raise RowFault(BROKEN, fault)
+            system = "" if columns is row.columns else str(columns.get("system") or "")
+            return self._prompt(row_id, columns, self._system or system)
+        except (RowFault, GoldError) as why:
+            return BadRow(row.place, row_id, why.reason, why.detail)
 
-    def _prompt(self, row_id: str, columns: Mapping[str, Any]) -> Prompt:
+    def _prompt(self, row_id: str, columns: Mapping[str, Any], system: str) -> Prompt:
         images = self._row_images(columns)
         text, question = self._texts(columns, len(images))
         used = (self._data.columns["prompt"], self._data.columns["answer"], self._data.columns["image"])
         others = {name: value for name, value in columns.items() if name not in used}
         truth = self._read_gold(columns.get(self._data.columns["answer"]), others, len(images))
-        prompt = Prompt(row_id, text, images, truth, question, self._system)
+        prompt = Prompt(row_id, text, images, truth, question, system)
         num_marks = text.count(IMAGE_MARK)
         if num_marks != len(images):
             raise RowFault(

@@ -29,7 +29,8 @@ def render(config: PlanConfig, sizes: ModelSizes, source: str) -> str:
     name += ", memory as given" if config.plan.gpu_memory_gib else ""
     trained = trainable_params(config, sizes)
     lines = [
-        f"Plan of {config.name}: {learner.num_ranks} learner ranks and {rollout.num_workers} {rollout.engine} engines, "
+        f"Plan of {config.name}: {_counted(learner.num_ranks, 'learner rank')} and "
+        f"{_counted(rollout.num_workers, f'{rollout.engine} engine')}, "
         f"{config.cluster.placement}, on {num_devices(config)} x {name} ({device.memory_gib:g} GiB)",
         f"Model: {source}: {sizes.language_params / 1e9:.3g} B decoder + {sizes.vision_params / 1e9:.3g} B vision "
         f"parameters, {trained / 1e9:.3g} B of them trained",
@@ -79,6 +80,10 @@ def step_lines(config: PlanConfig, sizes: ModelSizes) -> list[str]:
         "  Left out: validation, rewards, traffic between tensor-parallel devices.",
         "  Change any of it with plan.KEY=VALUE. Counted, not assumed: parameters, FLOPs, state, activations, cache.",
     ]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def advice(config: PlanConfig, sizes: ModelSizes) -> str:

@@ -27,6 +27,7 @@ from recipes.answers.types import Answer
 from recipes.retrieval.search.found import FoundPage
 from rollout.inputs.images import decode
 from rollout.types import Prompt
+from rsgrpo.data.prompts import render_template
 from rsgrpo.errors import InputError, RsgrpoError
 
 Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
@@ -132,8 +133,6 @@ def text_prompt(asked: AskedQuestion, reader: Reader) -> Prompt:
     Raises:
         RsgrpoError: no page has text.
     """
-    from rsgrpo.data.prompts import render_template  # brings in torch
-
     if not any(page.text.strip() for page in asked.pages):
         nothing = f"none of the pages of {short(asked.question)!r} has text"
         raise RsgrpoError(f"{nothing}; use their images, or ingest with --ocr")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipes import prepare
+from recipes.answers.questions import read_questions
 from rollout.config import InputsConfig
 from rollout.inputs.processor import InputProcessor
 from rsgrpo.config.train import DataConfig, PromptConfig
@@ -86,12 +87,52 @@ def test_the_trainer_is_told_by_the_columns_and_responses_to_imitate_are_kept(pa
     assert [json.loads(line)["answer"] for line in Path("ours.jsonl").read_text().splitlines()] == ["seven", "seven"]
 
 
-@pytest.mark.parametrize("trainer", ["verl", "easyr1", "trl"])
-def test_a_run_that_is_given_such_rows_names_the_command(page, trainer, tiny_model_path):
-    pq.write_table(pa.Table.from_pylist([foreign_rows(page)[trainer]]), "theirs.parquet")
+@pytest.mark.parametrize("trainer", ["verl", "easyr1", "trl", "swift"])
+def test_training_and_evaluation_read_such_rows_as_they_are(page, trainer, tiny_model_path):
+    pq.write_table(pa.Table.from_pylist([foreign_rows(page)[trainer]] * 2), "theirs.parquet")
     processor = InputProcessor(tiny_model_path, InputsConfig(784, 12544))
-    with pytest.raises(InputError, match=rf"recipes\.prepare convert FILE --from {trainer} --out rows\.jsonl"):
-        load_prompts("theirs.parquet", DataConfig(), PromptConfig(), processor)
+    data = DataConfig(bad_rows="drop")  # the second verl row has the first one's id
+    [prompt, *_] = load_prompts("theirs.parquet", data, PromptConfig(), processor)
+    images = ("page.png",) if trainer == "swift" else (page,)
+    assert (prompt.text, prompt.question, prompt.images) == ("<image>how many?", "how many?", images)
+    assert prompt.truth["answers"] == ["7"]
+    if trainer == "verl":
+        assert (prompt.id, prompt.system, prompt.truth["data_source"]) == ("train-3", "be brief", "slides")
+    [question, _] = read_questions("theirs.parquet", need_answers=True)
+    assert (question.question, question.images, question.answers) == ("how many?", images, ("7",))
+
+
+def test_a_prompt_of_the_run_replaces_the_messages_of_such_rows(page, tiny_model_path):
+    pq.write_table(pa.Table.from_pylist([foreign_rows(page)["verl"]]), "theirs.parquet")
+    processor = InputProcessor(tiny_model_path, InputsConfig(784, 12544))
+    own = PromptConfig(template="{images} {question}", system="be exact")
+    [prompt] = load_prompts("theirs.parquet", DataConfig(), own, processor)
+    assert (prompt.text, prompt.system) == ("[1]: <image> how many?", "be exact")
+
+
+def test_no_row_of_theirs_is_said_to_lack_images(page, tiny_model_path, caplog):
+    pq.write_table(pa.Table.from_pylist([foreign_rows(page)["verl"]]), "theirs.parquet")
+    load_prompts(
+        "theirs.parquet", DataConfig(), PromptConfig(), InputProcessor(tiny_model_path, InputsConfig(784, 12544))
+    )
+    assert caplog.text == ""
+
+
+def test_a_row_that_lacks_its_gold_is_a_bad_row(page, tiny_model_path):
+    row = foreign_rows(page)["verl"] | {"reward_model": {"style": "rule"}}
+    Path("theirs.jsonl").write_text(json.dumps(row | {"images": ["page.png"]}))
+    with pytest.raises(InputError, match="a row for verl needs reward_model with ground_truth"):
+        load_prompts(
+            "theirs.jsonl", DataConfig(), PromptConfig(), InputProcessor(tiny_model_path, InputsConfig(784, 12544))
+        )
+
+
+def test_a_run_that_is_given_rows_of_llamafactory_names_the_command(page, tiny_model_path):
+    row = {"messages": [user("<image>how many?"), {"role": "assistant", "content": "7"}], "images": ["page.png"]}
+    Path("theirs.jsonl").write_text(json.dumps(row))
+    processor = InputProcessor(tiny_model_path, InputsConfig(784, 12544))
+    with pytest.raises(InputError, match=r"recipes\.prepare convert FILE --from llamafactory --out rows\.jsonl"):
+        load_prompts("theirs.jsonl", DataConfig(), PromptConfig(), processor)
 
 
 @pytest.mark.parametrize(

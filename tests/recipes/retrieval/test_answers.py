@@ -278,6 +278,17 @@ def test_ask_search_run_top_and_generate_from_the_command_line(store, tmp_path, 
     assert [len(json.loads(text)["pages"]) for text in out.read_text().splitlines()] == [1, 1]
 
 
+def test_ask_takes_the_time_limit_and_the_key_of_an_endpoint(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    vectors = ["--kind", "imported", "--model", str(tmp_path / "vectors")]
+    assert retrieve.main(["index", str(store), *vectors]) == 0
+    ask = ["ask", str(store), "which?", *vectors, "--endpoint", "http://127.0.0.1:9/v1"]
+    assert retrieve.main([*ask, "--timeout-s", "0"]) == 2
+    assert "--timeout-s must be > 0, got 0" in capsys.readouterr().err
+    assert retrieve.main([*ask, "--api-key-env", "NO_SUCH_KEY", "--max-tries", "1"]) == 1
+    assert "endpoint" in capsys.readouterr().err
+
+
 def test_generate_refuses_queries_without_pages(store, tmp_path, capsys):
     (tmp_path / "queries.jsonl").write_text('{"_id": "q1", "text": "which?"}\n')
     (tmp_path / "x.run").write_text("")
