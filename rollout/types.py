@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from rollout.packed import ImageReference
+
+@runtime_checkable
+class ImageReference(Protocol):
+    """An image that is read on demand. name: for messages."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes:
+        """Return its compressed bytes."""
+        ...
+
 
 ImageSource = str | bytes | ImageReference
 """One page image: a path, its compressed bytes (png, jpeg, ...), or a reference to them. Never a pixel tensor."""

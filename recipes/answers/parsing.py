@@ -15,7 +15,7 @@ from typing import Any
 from rewards.api import Response
 from rewards.evisrag import BLOCKS, INSUFFICIENT, NO_EVIDENCE, block_text, well_formed, written_slots
 from rewards.text import containment, normalise
-from rollout.packed import PackedImage
+from rollout.inputs.packed import PackedImage
 from rollout.types import ImageSource
 
 _TAG = re.compile(rf"< ?(/?) ?({'|'.join(BLOCKS)}) ?>", re.IGNORECASE)

@@ -18,8 +18,7 @@ import yaml
 from recipes.answers.parsing import says_insufficient
 from rewards.evisrag import parse_gold
 from rollout.keys import nearest
-from rollout.packed import ImageReference
-from rollout.types import ImageSource, Prompt
+from rollout.types import ImageReference, ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.faults import is_shared
 from rsgrpo.data.foreign import IMAGE_KEYS as IMAGE_KEYS

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from rollout.errors import InputError, RsgrpoError, one_line, printable
-from rollout.packed import ImageReference, PackedImage
-from rollout.types import ImageSource, Prompt
+from rollout.inputs.packed import PackedImage
+from rollout.types import ImageReference, ImageSource, Prompt
 
 MAX_ASPECT_RATIO = 200
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "JPEG2000", "PPM")

@@ -12,7 +12,7 @@ from pathlib import Path
 import PIL
 
 from rollout.inputs.images import PromptError, bytes_of, check_decodes
-from rollout.packed import PackedImage
+from rollout.inputs.packed import PackedImage
 from rollout.types import ImageSource
 
 CHECKED_FILE = ".checked_images"

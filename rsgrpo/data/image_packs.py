@@ -1,6 +1,6 @@
 """Index and read the images packed in `images.parquet` files, the layout of EVisRAG-Train.
 
-`rollout.packed` reads a single image from such a file.
+`rollout.inputs.packed` reads a single image from such a file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout.files import replaced
-from rollout.packed import PackedImage
+from rollout.inputs.packed import PackedImage
 from rsgrpo.errors import InputError
 
 log = logging.getLogger(__name__)

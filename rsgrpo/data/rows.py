@@ -11,7 +11,7 @@ from typing import Any
 
 from rollout.files import parse_json
 from rollout.inputs.images import local_source
-from rollout.packed import PackedImage
+from rollout.inputs.packed import PackedImage
 from rollout.types import ImageSource
 from rsgrpo.data.faults import MAX_LISTED_ROWS as MAX_LISTED_ROWS
 from rsgrpo.data.hub_folder import published_files, published_folder

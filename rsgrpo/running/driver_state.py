@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from rewards.api import Credit, Span
-from rollout.packed import ImageReference
-from rollout.types import Prompt, Rollout, RolloutGroup
+from rollout.types import ImageReference, Prompt, Rollout, RolloutGroup
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning.state import TypeRefused, read_pickle
 from rsgrpo.types import ScoredGroup

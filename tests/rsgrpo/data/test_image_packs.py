@@ -17,10 +17,10 @@ import pytest
 from recipes.answers.questions import prompt_hash, read_questions, to_prompt
 from recipes.files.layouts import unpack
 from recipes.files.row_check import Uncounted
-from rollout import packed
 from rollout.config import InputsConfig
+from rollout.inputs import packed
 from rollout.inputs.images import PromptError, bytes_of, decode
-from rollout.packed import PackedImage
+from rollout.inputs.packed import PackedImage
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data import image_packs as packs
 from rsgrpo.data.checked_images import CheckedImages

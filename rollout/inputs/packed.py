@@ -9,20 +9,7 @@ import os
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
-
-
-@runtime_checkable
-class ImageReference(Protocol):
-    """An image that is read on demand. name: for messages."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self) -> bytes:
-        """Return its compressed bytes."""
-        ...
-
+from typing import Any
 
 GROUPS_KEPT = 4  # in each process
 
