@@ -8,7 +8,7 @@ import torch
 from rollout.config import RolloutConfig
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt, SamplingParams
-from tests.material.parity import INPUTS, assert_greedy, reference_model
+from tests.rollout.parity import INPUTS, assert_greedy, reference_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

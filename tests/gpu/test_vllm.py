@@ -22,8 +22,8 @@ from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
 from rsgrpo.config.train import PlacementKind
 from rsgrpo.train import train
-from tests.material.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
+from tests.rollout.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs CUDA")]

@@ -8,7 +8,7 @@ import pytest
 
 from rollout.engine import EngineError
 from rollout.types import Prompt, SamplingParams
-from tests.material.parity import assert_greedy_parity, assert_sampled_from
+from tests.rollout.parity import assert_greedy_parity, assert_sampled_from
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rollout.families import family_of
 from rollout.families.windows import WINDOWS
-from tests.material.parity import reference_model
+from tests.rollout.parity import reference_model
 
 
 class AttentionCalls(TorchDispatchMode):

@@ -20,9 +20,9 @@ from rollout.hf import decoding
 from rollout.hf import engine as hf_engine
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt, RolloutGroup, SamplingParams
-from tests.material.parity import assert_greedy, assert_sampled_from, reference_model
 from tests.material.tiny_families import save_family
 from tests.rollout.engine_laws import EngineLaws
+from tests.rollout.parity import assert_greedy, assert_sampled_from, reference_model
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 VISION = "model.visual."

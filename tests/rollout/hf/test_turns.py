@@ -11,8 +11,8 @@ from rollout.config import ConfigError, InputsConfig, RolloutConfig, TurnsConfig
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt, SamplingParams
 from tests.material.environments import conversation
-from tests.material.parity import reference_model
 from tests.material.tiny_families import save_family
+from tests.rollout.parity import reference_model
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 HOME = "tests.material.environments"

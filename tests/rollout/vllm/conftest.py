@@ -9,7 +9,7 @@ import pytest
 def engine(attentive_model_path):
     """The real vLLM, ready for adapters of rank 4. The transfer tests move its weights; the last of them kills it."""
     from rollout.build import build_engine
-    from tests.material.parity import INPUTS, ROLLOUT
+    from tests.rollout.parity import INPUTS, ROLLOUT
 
     engine = build_engine(attentive_model_path, ROLLOUT, INPUTS, lora_rank=4, name="engine 0")
     yield engine

@@ -21,8 +21,8 @@ from rollout.vllm.launch import response_cache_bytes
 from rollout.vllm.requests import build_request
 from rsgrpo.cluster.engine_check import blanked, table
 from tests.material.gate import OneEngine, failures, one_learner, run_gate
-from tests.material.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
 from tests.rollout.engine_laws import EngineLaws
+from tests.rollout.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from rollout.vllm import launch
 from rollout.vllm.launch import child_environment, engine_arguments
 from rollout.vllm.peers import Peer, Peers
 from rollout.vllm.weights_out import _IpcClient, init_infos, nccl_packing
-from tests.material.parity import INPUTS, ROLLOUT
+from tests.rollout.parity import INPUTS, ROLLOUT
 
 
 def recording_peers(calls: list[tuple[str, Any]], sizes: list[int]) -> list[Peer]:

@@ -19,7 +19,7 @@ from rollout.vllm.launch import (
     response_cache_bytes,
     weight_bytes,
 )
-from tests.material.parity import reference_model
+from tests.rollout.parity import reference_model
 
 # The demo's decoder: 4 layers, 2 heads of 32 for keys and as many for values.
 DEMO = SimpleNamespace(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, hidden_size=128)

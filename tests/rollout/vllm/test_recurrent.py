@@ -14,8 +14,8 @@ from rollout.config import ConfigError
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
-from tests.material.parity import INPUTS, ROLLOUT, reference_logprobs, reference_model
 from tests.material.tiny_families import save_family
+from tests.rollout.parity import INPUTS, ROLLOUT, reference_logprobs, reference_model
 
 BFLOAT16 = replace(ROLLOUT, dtype="bfloat16")
 

@@ -18,7 +18,7 @@ from rollout.engine import EngineFailed
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.peers import Peer, Peers, TransferError, local_peer
 from rollout.vllm.weights_out import AdapterSender, _Verifier, build_sender
-from tests.material.parity import assert_greedy_parity, reference_model
+from tests.rollout.parity import assert_greedy_parity, reference_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -72,7 +72,7 @@ def test_weights_of_the_language_model_alone_leave_the_tower_as_it_is(engine, at
 
 def test_weights_of_two_fsdp_ranks_arrive_whole(engine, attentive_model_path, prompts):
     context = mp.get_context("forkserver")  # the ranks share its imports
-    context.set_forkserver_preload(["tests.material.parity"])
+    context.set_forkserver_preload(["tests.rollout.parity"])
     ours, theirs = context.Pipe()
     serving = threading.Thread(target=serve, args=(engine, ours), daemon=True)
     serving.start()
