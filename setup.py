@@ -71,6 +71,7 @@ setup(
         "demo": ["scikit-learn>=1.5,<2", "easy-vqa>=1,<2"],
         "dev": [
             "pytest>=8.3,<10",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.115,<7",
             "ruff>=0.15,<0.18",
             "mypy>=1.18,<3",

@@ -10,6 +10,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray writes one into the home folder
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared with other processes of tests
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 from pathlib import Path
@@ -22,6 +24,21 @@ CORPUS = [
     "[2]: no relevant information\n</evidence>\n<think>The amount is on page 1</think>\n<answer>7</answer>",
     "[1][2][3] what amount is on page 2? insufficient to answer 0 1 2 3 4 5 6 7 8 9",
 ] * 20
+
+TESTS = Path(__file__).parent
+LONGEST_FIRST = ("runs/test_train.py", "runs", "rsgrpo/cluster", "rollout", "laws", "recipes", "rsgrpo")
+"""Files and folders that `make test` shares out first, so that no process of tests ends long after the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first; tests keep their order otherwise."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.relative_to(TESTS)
+        ranks = (n for n, first in enumerate(LONGEST_FIRST) if path.is_relative_to(first))
+        return next(ranks, len(LONGEST_FIRST))
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ ROLLOUT = RolloutConfig(
 
 @pytest.fixture(scope="module")
 def ray_cluster():
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, configure_logging=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, configure_logging=False)
     yield
     ray.shutdown()
 
