@@ -156,6 +156,11 @@ class RolloutConfig:
         return self.turns.max_observation_tokens if self.turns.environment else 0
 
     @property
+    def max_observation_images(self) -> int:
+        """Images that an environment may add to one response."""
+        return self.turns.max_images if self.turns.environment else 0
+
+    @property
     def share_sequences(self) -> int:
         """Sequences of one share of prompts; vLLM schedules by itself and takes many shares at once."""
         if self.engine == "vllm":

@@ -156,7 +156,7 @@ class InputProcessor:
             PromptError: as `render_observation`; an image that cannot be read.
         """
         ids = self.token_ids(self.render_observation(text, len(images), has_ended=has_ended))
-        return self._with_pixels(self._expanded(ids, images), self._resized_images(images))
+        return self._with_pixels(self._expanded(ids, images), self.resized_images(images))
 
     def encode_images(self, images: Sequence[ImageSource]) -> PromptInputs:
         """Return the pixels of images, and no tokens.
@@ -164,7 +164,7 @@ class InputProcessor:
         Raises:
             PromptError: one cannot be read.
         """
-        return self._with_pixels([], self._resized_images(images))
+        return self._with_pixels([], self.resized_images(images))
 
     def _with_pixels(self, token_ids_T: list[int], images: Sequence[Image.Image]) -> PromptInputs:
         if not images:
@@ -206,9 +206,10 @@ class InputProcessor:
             PromptError: too many images, or an unreadable one.
         """
         self._refuse_too_many_images(prompt)
-        return self._resized_images(prompt.images)
+        return self.resized_images(prompt.images)
 
-    def _resized_images(self, sources: Sequence[ImageSource]) -> list[Image.Image]:
+    def resized_images(self, sources: Sequence[ImageSource]) -> list[Image.Image]:
+        """Return images decoded, in RGB and resized; raises PromptError for an unreadable one."""
         images = []
         for source in sources:
             image = decode(source)

@@ -14,7 +14,7 @@ from rollout.errors import one_line
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs
 from rollout.turns.environment import Environment, MakeEnvironment, Reply, stop_strings
-from rollout.types import FinishReason, Observation, Prompt, Rollout
+from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,11 @@ class Episode:
     def num_tokens(self) -> int:
         """Tokens that were sampled so far."""
         return len(self._token_ids)
+
+    @property
+    def last_images(self) -> tuple[ImageSource, ...]:
+        """Images of the last observation."""
+        return self._observations[-1].images if self._observations else ()
 
     def has_stopped(self, token_ids_T: Sequence[int]) -> bool:
         """Return whether a turn's tokens so far contain one of the strings that end it."""

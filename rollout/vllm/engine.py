@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,10 +25,13 @@ from rollout.engine import EngineError, EngineFailed, EngineOptions, check_sampl
 from rollout.files import write_bytes, write_text
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, preparing
+from rollout.turns.environment import load_environment
+from rollout.turns.episode import begin_episodes
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import environment, max_model_len, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
+from rollout.vllm.turns import Conversations
 from rollout.vllm.wire import HeldChecksum, buckets
 
 Result = TypeVar("Result")
@@ -62,7 +66,10 @@ class VllmEngine:
         self.processor = InputProcessor(model_path, inputs, **chosen.source)
         self.num_workers = rollout.vllm.tensor_parallel_size
         self.weights_version = 0
-        self._config = rollout.vllm
+        self._rollout, self._config = rollout, rollout.vllm
+        self._make_environment = load_environment(rollout.turns)
+        # An environment may first finish the answer that it owes to an earlier turn.
+        self._longest_answer_s = 2 * rollout.turns.timeout_s if self._make_environment else 0.0
         self._can_sleep = rollout.vllm.sleep_level > 0 and self.backend != "gloo"
         self._max_model_len = max_model_len(rollout, inputs)
         self._broken = ""
@@ -70,6 +77,7 @@ class VllmEngine:
         self._adapter: Any = None
         self._num_requests = 0
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="vllm-inputs")
+        self._episodes = ThreadPoolExecutor(max_workers=self._config.max_num_seqs, thread_name_prefix="episodes")
         self._loop = BackgroundLoop("vllm-loop")
         self._llm: Any = None
         with environment(variables):
@@ -173,27 +181,51 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineGenerateError
 
+        in_thread = asyncio.get_running_loop().run_in_executor
+        most_added = sampling.max_tokens + self._rollout.max_observation_tokens
         try:
             with preparing(prompt):
-                request, num_tokens = await asyncio.get_running_loop().run_in_executor(
-                    self._pool, build_request, self.processor, prompt, sampling.max_tokens, self._max_model_len
+                request, num_tokens = await in_thread(
+                    self._pool, build_request, self.processor, prompt, most_added, self._max_model_len
                 )
+            if self._make_environment is not None:
+                episodes = await in_thread(
+                    self._episodes,
+                    begin_episodes,
+                    self._make_environment,
+                    prompt,
+                    sampling.group_size,
+                    self.processor,
+                    self._rollout.turns,
+                )
+                ask = partial(self._finished, prompt)
+                conversations = Conversations(prompt, sampling, self.processor, self._episodes, ask)
+                return RolloutGroup(prompt, await conversations.group(episodes, request, num_tokens), num_tokens)
+            params = sampling_params(self.processor, prompt, sampling, streams=listen is not None)
+            output = await self._finished(prompt, request, params, listen)
         except PromptError as error:
             return RolloutGroup(prompt, (), error=str(error))
-        self._num_requests += 1
-        request_id = f"{self._num_requests}:{prompt.id}"
-        params = sampling_params(self.processor, prompt, sampling, streams=listen is not None)
-        try:
-            (rendered,) = await self._llm.renderer.render_cmpl_async([request])
-            stream = self._llm.generate(rendered, params, request_id, lora_request=self._adapter)
-            async for output in stream:
-                if listen is not None:
-                    listen(list(output.outputs[0].token_ids))
         except (VLLMClientError, EngineGenerateError) as error:
             if self._llm.errored:
                 raise
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM refused the prompt: {error.__cause__ or error}")
         return to_group(self.processor, prompt, sampling, num_tokens, output)
+
+    async def _finished(
+        self,
+        prompt: Prompt,
+        request: dict[str, Any],
+        params: Any,
+        listen: Callable[[list[int]], None] | None = None,
+    ) -> Any:
+        """Return vLLM's output of a request, when it is finished."""
+        self._num_requests += 1
+        (rendered,) = await self._llm.renderer.render_cmpl_async([request])
+        stream = self._llm.generate(rendered, params, f"{self._num_requests}:{prompt.id}", lora_request=self._adapter)
+        async for output in stream:
+            if listen is not None:
+                listen(list(output.outputs[0].token_ids))
+        return output
 
     def _next(
         self, results: queue.SimpleQueue[Result], work: Future[None], stop: Callable[[], bool] | None = None
@@ -206,7 +238,7 @@ class VllmEngine:
             if is_over:
                 self._raise_cause(work)
             idle_s = self._progress.idle_s()
-            if idle_s > self._config.stall_timeout_s:
+            if idle_s > self._config.stall_timeout_s + self._longest_answer_s:
                 self._broken = f"no token for {idle_s:.0f} s (rollout.vllm.stall_timeout_s)"
                 raise EngineFailed(f"{self.name} stalled: {self._broken}")
         return None
@@ -354,6 +386,7 @@ class VllmEngine:
             self._loop.stop()
             sockets.destroy(linger=0)  # vLLM leaves its zmq context to the garbage collector, which warns
             self._pool.shutdown(wait=False)
+            self._episodes.shutdown(wait=False)
             self._adapter_folder.cleanup()
 
     def _start(self, arguments: dict[str, Any]) -> None:

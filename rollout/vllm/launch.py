@@ -105,8 +105,9 @@ def for_recurrent_layers_on_cpu(rollout: RolloutConfig) -> RolloutConfig:
 
 
 def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
-    """Return the longest prompt plus response, in tokens."""
-    return rollout.vllm.engine_args.get("max_model_len") or inputs.max_prompt_tokens + rollout.max_response_tokens
+    """Return the longest prompt plus response, in tokens, with what an environment may add."""
+    longest = inputs.max_prompt_tokens + rollout.max_response_tokens + rollout.max_observation_tokens
+    return rollout.vllm.engine_args.get("max_model_len") or longest
 
 
 def check_model(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, options: EngineOptions) -> Any:
@@ -206,7 +207,7 @@ def _fixed(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *, cpu
         "max_model_len": max_model_len(rollout, inputs),
         "tensor_parallel_size": vllm.tensor_parallel_size,
         "gpu_memory_utilization": vllm.gpu_memory_utilization,
-        "limit_mm_per_prompt": {"image": inputs.max_images, "video": 0},
+        "limit_mm_per_prompt": {"image": inputs.max_images + rollout.max_observation_images, "video": 0},
         # Images arrive resized; the sizes tell vLLM how many tokens an image may have when it profiles memory.
         "mm_processor_kwargs": {
             "do_resize": False,

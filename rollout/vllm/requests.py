@@ -16,6 +16,8 @@ def build_request(
 ) -> tuple[dict[str, Any], int]:
     """Return vLLM's form of a prompt, with one placeholder per image, and its length with all vision tokens.
 
+    max_tokens: that may follow, of the policy and of an environment.
+
     Raises:
         PromptError: the prompt cannot be sampled.
     """
@@ -79,10 +81,13 @@ def to_group(
     for completion in output.outputs:
         if completion.finish_reason not in ("stop", "length"):
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM ended a rollout by {completion.finish_reason}")
-        # A response that was preempted for lack of memory may have started under older weights: the oldest counts.
-        version = min(int(span.version) for span in completion.weight_versions)
         token_ids_T, logprobs_T = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
-        rollouts.append(processor.rollout(token_ids_T, logprobs_T, version))
+        rollouts.append(processor.rollout(token_ids_T, logprobs_T, oldest_version(completion)))
     if not sampling.temperature:
         rollouts *= sampling.group_size
     return RolloutGroup(prompt, tuple(rollouts), num_tokens)
+
+
+def oldest_version(completion: Any) -> int:
+    """Return the version of the weights under which a response began: one that was preempted may have seen several."""
+    return min(int(span.version) for span in completion.weight_versions)

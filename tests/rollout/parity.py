@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
+from tests.material.environments import conversation
 
 INPUTS = InputsConfig(min_pixels=784, max_pixels=784 * 16, max_images=3, max_prompt_tokens=400)
 ROLLOUT = RolloutConfig(
@@ -77,3 +78,22 @@ def assert_greedy_parity(engine, model, prompts, sampling):
         token_ids = list(group.rollouts[0].token_ids_T)
         assert engine.processor.eos_token_id not in token_ids[:-1]
         assert len(token_ids) == sampling.max_tokens or token_ids[-1] == engine.processor.eos_token_id
+
+
+def assert_conversations(model, engine, group, temperature):
+    """Log-probabilities of every sampled token are transformers' own, given all before it, images included."""
+    processor = engine.processor
+    for rollout in group.rollouts:
+        ids, sampled, pixels, grids = conversation(processor, group.prompt, rollout)
+        row = torch.tensor([ids])
+        inputs = {"input_ids": row, "mm_token_type_ids": (row == processor.image_token_id).long()}
+        if pixels:
+            inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
+        model.model.rope_deltas = None
+        with torch.no_grad():
+            logits = model(**inputs, use_cache=False).logits[0]
+        logits[:, processor.banned_token_ids] = float("-inf")
+        logprobs = torch.log_softmax(logits[:-1] / temperature, -1).gather(1, row[0, 1:, None])[:, 0]
+        expected = logprobs[torch.tensor(sampled[1:])]
+        torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
+        assert not set(rollout.token_ids_T) & set(processor.banned_token_ids)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, TurnsConfig
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt, SamplingParams
-from tests.material.environments import conversation
 from tests.material.tiny_families import save_family
-from tests.rollout.parity import reference_model
+from tests.rollout.parity import assert_conversations, reference_model
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 HOME = "tests.material.environments"
@@ -22,25 +20,6 @@ def build(path, name="Pages", *, pages=(), stop=("e", "a", "1"), rollout=None, *
     arguments = {"pages": list(pages), "stop": list(stop)} if name == "Pages" else {}
     turns = TurnsConfig(environment=f"{HOME}:{name}", arguments=arguments, **limits)
     return HFEngine(path, replace(rollout or RolloutConfig(), turns=turns), INPUTS)
-
-
-def assert_conversations(model, engine, group, temperature):
-    """Log-probabilities of every sampled token are transformers' own, given all before it, images included."""
-    processor = engine.processor
-    for rollout in group.rollouts:
-        ids, sampled, pixels, grids = conversation(processor, group.prompt, rollout)
-        row = torch.tensor([ids])
-        inputs = {"input_ids": row, "mm_token_type_ids": (row == processor.image_token_id).long()}
-        if pixels:
-            inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.cat(grids)}
-        model.model.rope_deltas = None
-        with torch.no_grad():
-            logits = model(**inputs, use_cache=False).logits[0]
-        logits[:, processor.banned_token_ids] = float("-inf")
-        logprobs = torch.log_softmax(logits[:-1] / temperature, -1).gather(1, row[0, 1:, None])[:, 0]
-        expected = logprobs[torch.tensor(sampled[1:])]
-        torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
-        assert not set(rollout.token_ids_T) & set(processor.banned_token_ids)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,134 @@
+"""Conversations in vLLM: every rollout at its own pace, one request a turn; what came before is in the prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rollout.engine import EngineError
+from rollout.inputs.images import PromptError
+from rollout.inputs.processor import InputProcessor, PromptInputs, pixel_hash
+from rollout.turns.episode import Episode
+from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.vllm.requests import oldest_version, sampling_params
+
+Ask = Callable[[dict[str, Any], Any], Awaitable[Any]]
+"""(request, vLLM's sampling parameters) -> its finished output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """What the conversations about one prompt share.
+
+    pool: where environments wait and images are prepared, apart from the event loop.
+    """
+
+    prompt: Prompt
+    sampling: SamplingParams
+    processor: InputProcessor
+    pool: Executor
+    ask: Ask
+
+    async def group(self, episodes: Sequence[Episode], request: dict[str, Any], num_tokens: int) -> tuple[Rollout, ...]:
+        """Sample one rollout per episode.
+
+        request, num_tokens: as `build_request` returns them.
+
+        Raises:
+            EngineError: vLLM expands a conversation to another number of tokens than we do.
+            PromptError: vLLM ended a turn by something else than a limit or a stop.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(self._rollout(episode, index, request, num_tokens))
+                    for index, episode in enumerate(episodes)
+                ]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return tuple(task.result() for task in running)
+
+    async def _rollout(self, episode: Episode, index: int, request: dict[str, Any], num_tokens: int) -> Rollout:
+        """Sample turn by turn. Tokens go back as they were sampled; nothing is tokenised again."""
+        in_thread = asyncio.get_running_loop().run_in_executor
+        versions: list[int] = []
+        while True:
+            left, turn = self.sampling.max_tokens - episode.num_tokens, len(versions) + 1
+            sampling = replace(self.sampling, max_tokens=left)
+            params = turn_params(self.processor, self.prompt, sampling, index, turn, episode.stop)
+            output = await self.ask(request, params)
+            if (seen := len(output.prompt_token_ids)) != num_tokens:
+                raise EngineError(
+                    f"vLLM reads turn {turn} of prompt {self.prompt.id} as {seen} tokens, the learner as {num_tokens}: "
+                    "their image processors differ. Check the model folder's processor configuration."
+                )
+            (completion,) = output.outputs
+            if completion.finish_reason not in ("stop", "length"):
+                raise PromptError(f"vLLM ended turn {turn} by {completion.finish_reason}")
+            token_ids, logprobs = list(completion.token_ids), list(completion.logprobs.logprobs)
+            versions.append(oldest_version(completion))
+            answer = await in_thread(self.pool, _answer, episode, token_ids, logprobs, len(token_ids) >= left)
+            if answer is None:
+                return episode.rollout(min(versions))
+            num_tokens += len(token_ids) + len(answer.token_ids_T)
+            images = episode.last_images
+            request = await in_thread(self.pool, continued, self.processor, request, token_ids, answer, images)
+
+
+def _answer(episode: Episode, token_ids: list[int], logprobs: list[float], is_cut: bool) -> PromptInputs | None:
+    return episode.answer(token_ids, logprobs, is_cut=is_cut)
+
+
+def turn_params(
+    processor: InputProcessor, prompt: Prompt, sampling: SamplingParams, index: int, turn: int, stop: Sequence[str]
+) -> Any:
+    """Return vLLM's sampling parameters for one turn of one rollout."""
+    params = sampling_params(processor, prompt, replace(sampling, group_size=1))
+    digest = hashlib.sha256(f"{sampling.seed}\0{index}\0{turn}\0{prompt.id}".encode()).digest()
+    params.seed = int.from_bytes(digest[:6], "big")
+    if stop:
+        params.stop, params.include_stop_str_in_output, params.detokenize = list(stop), True, True
+    return params
+
+
+def continued(
+    processor: InputProcessor,
+    request: dict[str, Any],
+    token_ids: Sequence[int],
+    answer: PromptInputs,
+    sources: Sequence[Any],
+) -> dict[str, Any]:
+    """Return the request of the next turn: all so far, the turn, and what the environment answered to it."""
+    ids = [*request["prompt_token_ids"], *token_ids, *placeholders(processor, answer)]
+    following: dict[str, Any] = {**request, "prompt_token_ids": ids}
+    if sources:
+        images = processor.resized_images(sources)
+        data = request.get("multi_modal_data", {"image": []})["image"]
+        uuids = request.get("multi_modal_uuids", {"image": []})["image"]
+        following["multi_modal_data"] = {"image": [*data, *images]}
+        following["multi_modal_uuids"] = {"image": [*uuids, *map(pixel_hash, images)]}
+    return following
+
+
+def placeholders(processor: InputProcessor, inputs: PromptInputs) -> list[int]:
+    """Return tokens with one placeholder per image, as vLLM takes them."""
+    grids = inputs.image_grid_thw
+    lengths = iter(
+        []
+        if grids is None
+        else [processor.family.num_features(processor.image_processor, grid[None]) for grid in grids]
+    )
+    ids: list[int] = []
+    skipped = 0
+    for token_id in inputs.token_ids_T:
+        if skipped:
+            skipped -= 1
+            continue
+        ids.append(token_id)
+        if token_id == processor.image_token_id:
+            skipped = next(lengths) - 1
+    return ids
