@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import logging
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from dataclasses import replace
 
 from rollout.config import TurnsConfig
 from rollout.errors import one_line
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs
+from rollout.turns.caller import EXCEPTION, Caller
 from rollout.turns.environment import Environment, MakeEnvironment, Reply, stop_strings
 from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout
 
-log = logging.getLogger(__name__)
-
-EXCEPTION, TIMEOUT, LIMIT, UNREADABLE = "exception", "timeout", "limit", "unreadable"
-"""Faults that an episode notices by itself; an environment names others, such as "bad_call"."""
-
-_LOGGED: set[str] = set()  # kinds of environments whose exceptions this process has logged
+LIMIT, UNREADABLE = "limit", "unreadable"
+"""Faults that an episode notices, beside those of `Caller`; an environment names others, such as "bad_call"."""
 
 
 class Episode:
@@ -36,7 +29,9 @@ class Episode:
 
     def __init__(self, environment: Environment, processor: InputProcessor, limits: TurnsConfig) -> None:
         self.stop = stop_strings(environment)
-        self._environment, self._processor, self._limits = environment, processor, limits
+        self._processor, self._limits = processor, limits
+        self._ask = Caller(environment, limits.timeout_s).ask
+        self._longest_stop = max((len(stop.encode()) for stop in self.stop), default=0)
         self._text = ""
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
@@ -45,7 +40,6 @@ class Episode:
         self._num_turns = 0
         self._tokens_left, self._images_left = limits.max_observation_tokens, limits.max_images
         self._finish: FinishReason = "length"
-        self._running: Future[Reply | None] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -58,8 +52,11 @@ class Episode:
         return self._observations[-1].images if self._observations else ()
 
     def has_stopped(self, token_ids_T: Sequence[int]) -> bool:
-        """Return whether a turn's tokens so far contain one of the strings that end it."""
-        return bool(self.stop) and any(stop in self._processor.decode(token_ids_T)[0] for stop in self.stop)
+        """Return whether a turn's last token completes one of the strings that end it."""
+        if not self.stop:
+            return False
+        last, _ = self._processor.decode(token_ids_T[-self._longest_stop - 1 :])  # a token is at least one byte
+        return any(stop in last for stop in self.stop)
 
     def answer(
         self, token_ids_T: Sequence[int], logprobs_T: Sequence[float], *, is_cut: bool = False
@@ -112,34 +109,11 @@ class Episode:
         self._num_turns += 1
         return text
 
-    def _ask(self, turn: str) -> Reply | None:
-        """Return the environment's answer; whatever goes wrong becomes an answer with a fault."""
-        limit_s = self._limits.timeout_s
-        # A call that never returned holds the object: one object answers one turn at a time.
-        pending = [self._running] if self._running is not None else []
-        if not wait(pending, limit_s).not_done:
-            self._running = _started(self._environment, turn)
-            if not wait([self._running], limit_s).not_done:
-                return self._outcome(self._running)
-        return Reply(f"No answer within {limit_s:g} s.", fault=TIMEOUT)
-
-    def _outcome(self, finished: Future[Reply | None]) -> Reply | None:
-        try:
-            reply = finished.result()
-            if reply is not None and not isinstance(reply, Reply):
-                raise TypeError(f"step() must return a Reply or None, got {type(reply).__name__}")
-            return reply
-        except BaseException as error:
-            what = type(self._environment).__name__
-            if what not in _LOGGED:
-                _LOGGED.add(what)
-                log.warning("%s failed; logged once, counted in rollout/turns/exception", what, exc_info=error)
-            text = self._processor.as_plain_text(f"It failed: {type(error).__name__}: {one_line(error)}")
-            return Reply(text, fault=EXCEPTION)
-
     def _encode(self, reply: Reply, has_ended: bool) -> PromptInputs | None:
         """Return a reply as the policy reads it, within the limits of the episode."""
         try:
+            if reply.fault == EXCEPTION:  # its text may quote anything
+                reply = replace(reply, text=self._processor.as_plain_text(reply.text))
             if len(reply.images) > self._images_left:
                 raise _TooMuch(f"the result has {len(reply.images)} images, but {self._images_left} are left.")
             inputs = self._inputs(reply, has_ended)
@@ -177,25 +151,6 @@ class Episode:
 
 class _TooMuch(Exception):
     """A reply is over the limits of its episode."""
-
-
-def _started(environment: Environment, turn: str) -> Future[Reply | None]:
-    """Call `step` in a thread of its own, which may never return and does not keep the process alive."""
-    future: Future[Reply | None] = Future()
-    future.set_running_or_notify_cancel()
-
-    async def awaited(answer: object) -> object:
-        return await answer  # type: ignore[misc]
-
-    def run() -> None:
-        try:
-            answer: object = environment.step(turn)
-            future.set_result(asyncio.run(awaited(answer)) if inspect.isawaitable(answer) else answer)  # type: ignore[arg-type]
-        except BaseException as error:  # sys.exit too: nobody else would see it, and the wait would never end
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="environment").start()
-    return future
 
 
 def begin_episodes(
