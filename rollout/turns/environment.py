@@ -49,8 +49,9 @@ class Reply:
 class Environment(Protocol):
     """One episode: made for a prompt, then told every finished turn of one rollout.
 
-    A class may name strings that end a turn, beside end-of-text, in an attribute `stop`. What several episodes share,
-    such as an index, belongs in the module or the class: an engine's process makes one object per rollout.
+    Two attributes are optional: `stop`, strings that end a turn beside end-of-text, and `max_turn_tokens`, the limit of
+    one turn. What several episodes share, such as an index, belongs in the module or the class: an engine's process
+    makes one object per rollout.
     """
 
     def step(self, turn: str) -> Reply | Awaitable[Reply | None] | None:

@@ -11,6 +11,7 @@ from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs
 from rollout.turns.caller import EXCEPTION, Caller
 from rollout.turns.environment import Environment, MakeEnvironment, Reply, stop_strings
+from rollout.turns.probe import PROBE, Probe
 from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout
 
 LIMIT, UNREADABLE = "limit", "unreadable"
@@ -25,12 +26,14 @@ class Episode:
     Attributes:
         num_tokens: sampled so far, over all turns.
         stop: strings that end a turn, beside end-of-text.
+        max_turn_tokens: of one turn; 0 is no limit.
     """
 
     def __init__(self, environment: Environment, processor: InputProcessor, limits: TurnsConfig) -> None:
         self.stop = stop_strings(environment)
         self._processor, self._limits = processor, limits
         self._ask = Caller(environment, limits.timeout_s).ask
+        self.max_turn_tokens = int(getattr(environment, "max_turn_tokens", 0))
         self._longest_stop = max((len(stop.encode()) for stop in self.stop), default=0)
         self._text = ""
         self._token_ids: list[int] = []
@@ -52,7 +55,9 @@ class Episode:
         return self._observations[-1].images if self._observations else ()
 
     def has_stopped(self, token_ids_T: Sequence[int]) -> bool:
-        """Return whether a turn's last token completes one of the strings that end it."""
+        """Return whether a turn's last token completes one of the strings that end it, or is the last one allowed."""
+        if self.max_turn_tokens and len(token_ids_T) >= self.max_turn_tokens:
+            return True
         if not self.stop:
             return False
         last, _ = self._processor.decode(token_ids_T[-self._longest_stop - 1 :])  # a token is at least one byte
@@ -163,6 +168,7 @@ def begin_episodes(
     """
     if make is None:
         return ()
+    make = Probe if PROBE in prompt.truth else make
     try:
         return tuple(Episode(make(prompt), processor, limits) for _ in range(number))
     except Exception as error:

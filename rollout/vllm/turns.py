@@ -58,7 +58,7 @@ class Conversations:
         versions: list[int] = []
         while True:
             left, turn = self.sampling.max_tokens - episode.num_tokens, len(versions) + 1
-            sampling = replace(self.sampling, max_tokens=left)
+            sampling = replace(self.sampling, max_tokens=min(left, episode.max_turn_tokens or left))
             params = turn_params(self.processor, self.prompt, sampling, index, turn, episode.stop)
             output = await self.ask(request, params)
             if (seen := len(output.prompt_token_ids)) != num_tokens:

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from rollout.inputs.images import read_size
-from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.turns.probe import PROBE
+from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from rsgrpo.cluster.protocol import LearnerRanks
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import RsgrpoError
@@ -98,6 +99,8 @@ def check_engines(
         tolerance=tolerance_of(config),
         version=version,
     )
+    if config.rollout.turns.environment and config.rollout.turns.max_images:
+        checks += compare_turns(engines, learner, prompts[0], tolerance=tolerance_of(config))
     require_agreement(checks, version)
 
 
@@ -157,13 +160,69 @@ def compare_engines(
     return checks
 
 
+def compare_turns(engines: Engines, learner: LearnerRanks, prompt: Prompt, *, tolerance: float) -> list[Check]:
+    """Compare every engine with the learner on a conversation in which a tool returns one page after the first turn.
+
+    The page must change what follows it, in the engine and in the learner.
+    """
+    page = _noise() if not prompt.images else prompt.images[0]
+    grey = blanked(replace(prompt, images=(page,))).images[0]
+    shown, hidden = (
+        replace(prompt, id=f"{prompt.id} {name}", truth={PROBE: (image,)})
+        for name, image in (("with a tool's page", page), ("with a tool's page blanked", grey))
+    )
+    sampling = SamplingParams(group_size=1, temperature=0.0, max_tokens=CHECKED_TOKENS)
+    least = tolerance / (100 if tolerance <= FLOAT32_TOLERANCE else 10)
+    checks: list[Check] = []
+    for index, (full, bare) in enumerate(engines.generate_on_each([shown, hidden], sampling)):
+        where = f"engine {index}, {shown.id}"
+        if full.error is not None or bare.error is not None:
+            checks.append(Check(where, "is sampled", str(full.error or bare.error), "a response", False))
+            continue
+        (rollout,), (unseen,) = full.rollouts, bare.rollouts
+        (observation,) = rollout.observations
+        asked = as_train_group(full, shown)
+        blank = replace(observation, images=(grey,))
+        without = replace(asked, samples=(replace(asked.samples[0], observations=(blank,)),))
+        expected, changed = _first(learner.logprobs([asked, without], temperature=1.0))
+        behind = slice(observation.at, None)
+        change = _change(_behind(rollout, behind), _behind(unseen, behind))
+        checks += [
+            _at_most(
+                where, "log-probabilities differ by", _largest(np.asarray(rollout.logprobs_T), expected), tolerance
+            ),
+            _more_than(where, "blanking the tool's page changes its answer by", change, least),
+            _more_than(
+                "learner",
+                "blanking the tool's page changes its answer by",
+                _largest(expected[behind], changed[behind]),
+                least,
+            ),
+        ]
+    return checks
+
+
+def _behind(rollout: Rollout, behind: slice) -> Rollout:
+    return replace(rollout, token_ids_T=rollout.token_ids_T[behind], logprobs_T=rollout.logprobs_T[behind])
+
+
+def _noise() -> bytes:
+    """Return a page of noise, for data without images."""
+    page = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(page, "PNG")
+    return page.getvalue()
+
+
 def as_train_group(group: RolloutGroup, prompt: Prompt) -> TrainGroup:
     """Return the group's responses after `prompt`, as the learner takes them; they teach nothing."""
     samples = []
     for rollout in group.rollouts:
         token_ids_T = np.asarray(rollout.token_ids_T, dtype=np.int64)
         none_KT = np.zeros((1, len(token_ids_T)))
-        samples.append(Sample(token_ids_T, none_KT.astype(bool), none_KT.astype(np.float32)))
+        samples.append(
+            Sample(token_ids_T, none_KT.astype(bool), none_KT.astype(np.float32), observations=rollout.observations)
+        )
     return TrainGroup(prompt, tuple(samples))
 
 
