@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from recipes.answers.spec import MADE_BY, AnswerSpec
 from recipes.answers.types import Answer, Answerer
 from rollout.keys import require
-from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.types import Observation, Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.checks import require_model
 from rsgrpo.errors import InputError, RsgrpoError
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class StreamingEngine(Protocol):
     """An engine that passes a response on while it is written."""
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
-        """Yield the text of one response in pieces, then its group."""
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | Observation | RolloutGroup]:
+        """Yield the text of one response in pieces, an environment's observations, then its group."""
         ...
 
 
@@ -95,7 +95,7 @@ class LocalAnswerer:
                 raise RsgrpoError(f"the engine failed: {error}") from error
 
     def stream(self, prompt: Prompt) -> Generator[str | Answer]:
-        """Yield the text in pieces where the engine streams (the embedded one does), then the answer."""
+        """Yield the text in pieces where the engine streams (the embedded one and vLLM do), then the answer."""
         engine = self._engine
         if not isinstance(engine, StreamingEngine):
             yield from self.answer([prompt])
@@ -103,7 +103,8 @@ class LocalAnswerer:
         try:
             with closing(engine.stream(prompt, self._sampling)) as pieces:
                 for piece in pieces:
-                    yield piece if isinstance(piece, str) else _answer(piece)
+                    if not isinstance(piece, Observation):
+                        yield piece if isinstance(piece, str) else _answer(piece)
         except RsgrpoError as error:
             raise RsgrpoError(f"the engine failed: {error}") from error
 

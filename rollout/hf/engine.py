@@ -30,7 +30,7 @@ from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs, preparing
 from rollout.turns.environment import load_environment
 from rollout.turns.episode import Episode, begin_episodes
-from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from rollout.types import Observation, Prompt, Rollout, RolloutGroup, SamplingParams
 
 Item = TypeVar("Item")
 
@@ -52,8 +52,8 @@ FEATURE_CACHE_BYTES = 512 << 20
 PREFILL_TOKENS = 16_384
 """Prompt tokens, padding included, of one prefill pass; a longer prompt has a pass of its own."""
 
-Listener = Callable[[torch.Tensor], None]
-"""Receives the tokens of each step, (B,)."""
+Listener = Callable[[torch.Tensor | Observation], None]
+"""Receives the tokens of each step, (B,), and every observation."""
 
 
 class _Closed(BaseException):
@@ -111,7 +111,7 @@ class HFEngine:
         stop: asked at every token.
         """
 
-        def listen(_: torch.Tensor) -> None:
+        def listen(_: torch.Tensor | Observation) -> None:
             if stop is not None and stop():
                 raise _Closed
 
@@ -130,7 +130,7 @@ class HFEngine:
         for prompt in prompts:
             try:
                 with preparing(prompt):
-                    ready.append(self._prepare(prompt, sampling.group_size))
+                    ready.append(self._prepare(prompt, sampling.group_size, listen))
             except PromptError as error:
                 yield RolloutGroup(prompt, (), error=str(error))
         ready.sort(key=lambda one: -one.num_tokens)
@@ -147,27 +147,29 @@ class HFEngine:
             for one, rollouts in zip(batch, rollouts_P, strict=True):
                 yield RolloutGroup(one.prompt, tuple(rollouts), num_prompt_tokens=one.num_tokens)
 
-    def _prepare(self, prompt: Prompt, group_size: int) -> _Ready:
-        inputs = self.processor.encode(prompt)
-        limits = self._rollout.turns
-        return _Ready(
-            prompt, inputs, begin_episodes(self._make_environment, prompt, group_size, self.processor, limits)
-        )
+    def _prepare(self, prompt: Prompt, group_size: int, listen: Listener | None) -> _Ready:
+        inputs, limits = self.processor.encode(prompt), self._rollout.turns
+        episodes = begin_episodes(self._make_environment, prompt, group_size, self.processor, limits, listen)
+        return _Ready(prompt, inputs, episodes)
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | Observation | RolloutGroup]:
         """Yield one response's text in pieces as its tokens are chosen, then its group, which is `generate`'s.
 
-        Closing the iterator stops the sampling.
+        Observations come between the turns. Closing the iterator stops the sampling.
         """
-        updates: queue.SimpleQueue[list[int] | RolloutGroup | BaseException] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[list[int] | Observation | RolloutGroup | BaseException] = queue.SimpleQueue()
         token_ids_T: list[int] = []
         is_closed = threading.Event()
 
-        def listen(tokens_B: torch.Tensor) -> None:
+        def listen(heard: torch.Tensor | Observation) -> None:
             if is_closed.is_set():
                 raise _Closed
-            token_ids_T.append(int(tokens_B[0]))
-            updates.put(list(token_ids_T))
+            if isinstance(heard, Observation):
+                token_ids_T.clear()
+                updates.put(heard)
+            else:
+                token_ids_T.append(int(heard[0]))
+                updates.put(list(token_ids_T))
 
         def work() -> None:
             try:
@@ -175,7 +177,7 @@ class HFEngine:
             except BaseException as error:
                 updates.put(error)
 
-        def received() -> Iterator[list[int] | RolloutGroup]:
+        def received() -> Iterator[list[int] | Observation | RolloutGroup]:
             while True:
                 update = updates.get()
                 if isinstance(update, BaseException):

@@ -19,7 +19,7 @@ from rollout.errors import InputError, RsgrpoError, one_line
 from rollout.families import FAMILIES, Family
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import fresh_text, token_spans
-from rollout.types import FinishReason, ImageSource, Prompt, Rollout, RolloutGroup
+from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout, RolloutGroup
 
 IMAGE_MARK = "<image>"
 _ANY_TURN = "any-turn-of-the-assistant"
@@ -221,19 +221,35 @@ class InputProcessor:
         """Return a response's text without special tokens, and the (start, end) characters of each token."""
         return token_spans(self.tokenizer, token_ids_T)
 
-    def pieces(self, updates: Iterable[Sequence[int] | RolloutGroup]) -> Generator[str | RolloutGroup]:
+    def pieces(
+        self, updates: Iterable[Sequence[int] | Observation | RolloutGroup]
+    ) -> Generator[str | Observation | RolloutGroup]:
         """Turn a growing response into the pieces of text that a listener has not heard yet, then its group.
 
-        updates: the token ids so far, whenever there are more; then the group of the finished response.
+        The pieces together are the group's text; an observation comes between the turns that it separates.
+
+        updates: the token ids of the turn so far, whenever there are more; observations; then the finished group.
         """
-        heard = ""
+        turn: Sequence[int] = ()
+        heard, is_first = "", True
         for update in updates:
             if isinstance(update, RolloutGroup):
-                if update.rollouts and (piece := fresh_text(heard, update.rollouts[0].text, is_whole=True)):
+                rollout = update.rollouts[0] if update.rollouts else None
+                start = rollout.observations[-1].at_char + 1 if rollout and not is_first else 0
+                if rollout and (piece := fresh_text(heard, rollout.text[start:], is_whole=True)):
                     yield piece
                 yield update
                 return
-            text, _ = self.decode(update)
+            if isinstance(update, Observation):
+                if piece := fresh_text(heard, self.decode(turn)[0], is_whole=True):
+                    yield piece
+                yield update
+                if update.token_ids_S:
+                    yield "\n"
+                    turn, heard, is_first = (), "", False
+                continue
+            turn = update
+            text, _ = self.decode(turn)
             if piece := fresh_text(heard, text):
                 yield piece
                 heard = text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from rollout.config import TurnsConfig
@@ -21,7 +21,10 @@ LIMIT, UNREADABLE = "limit", "unreadable"
 class Episode:
     """Collects the turns of one rollout.
 
-    After every finished turn call `answer`; when it returns None, or no tokens are left, call `rollout`.
+    After every finished turn call `answer`; when it returns None, call `rollout`.
+
+    Args:
+        listen: told every observation.
 
     Attributes:
         num_tokens: sampled so far, over all turns.
@@ -29,9 +32,15 @@ class Episode:
         max_turn_tokens: of one turn; 0 is no limit.
     """
 
-    def __init__(self, environment: Environment, processor: InputProcessor, limits: TurnsConfig) -> None:
+    def __init__(
+        self,
+        environment: Environment,
+        processor: InputProcessor,
+        limits: TurnsConfig,
+        listen: Callable[[Observation], None] | None = None,
+    ) -> None:
         self.stop = stop_strings(environment)
-        self._processor, self._limits = processor, limits
+        self._processor, self._limits, self._listen = processor, limits, listen
         self._ask = Caller(environment, limits.timeout_s).ask
         self.max_turn_tokens = int(getattr(environment, "max_turn_tokens", 0))
         self._longest_stop = max((len(stop.encode()) for stop in self.stop), default=0)
@@ -141,17 +150,18 @@ class Episode:
         return self._processor.encode_observation(reply.text, tuple(reply.images), has_ended=has_ended)
 
     def _observe(self, reply: Reply, token_ids_S: Sequence[int]) -> None:
-        self._observations.append(
-            Observation(
-                at=len(self._token_ids),
-                at_char=len(self._text),
-                token_ids_S=tuple(token_ids_S),
-                text=reply.text,
-                images=tuple(reply.images),
-                facts=dict(reply.facts),
-                fault=reply.fault,
-            )
+        observation = Observation(
+            at=len(self._token_ids),
+            at_char=len(self._text),
+            token_ids_S=tuple(token_ids_S),
+            text=reply.text,
+            images=tuple(reply.images),
+            facts=dict(reply.facts),
+            fault=reply.fault,
         )
+        self._observations.append(observation)
+        if self._listen is not None:
+            self._listen(observation)
 
 
 class _TooMuch(Exception):
@@ -159,9 +169,16 @@ class _TooMuch(Exception):
 
 
 def begin_episodes(
-    make: MakeEnvironment | None, prompt: Prompt, number: int, processor: InputProcessor, limits: TurnsConfig
+    make: MakeEnvironment | None,
+    prompt: Prompt,
+    number: int,
+    processor: InputProcessor,
+    limits: TurnsConfig,
+    listen: Callable[[Observation], None] | None = None,
 ) -> tuple[Episode, ...]:
     """Return one episode per rollout of a prompt; none without an environment.
+
+    listen: told every observation of every episode.
 
     Raises:
         PromptError: the environment refuses the prompt.
@@ -170,6 +187,6 @@ def begin_episodes(
         return ()
     make = Probe if PROBE in prompt.truth else make
     try:
-        return tuple(Episode(make(prompt), processor, limits) for _ in range(number))
+        return tuple(Episode(make(prompt), processor, limits, listen) for _ in range(number))
     except Exception as error:
         raise PromptError(f"the environment cannot begin: {type(error).__name__}: {one_line(error)}") from error

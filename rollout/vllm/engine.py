@@ -27,7 +27,7 @@ from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, preparing
 from rollout.turns.environment import load_environment
 from rollout.turns.episode import begin_episodes
-from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.types import Observation, Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import environment, max_model_len, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
@@ -35,6 +35,7 @@ from rollout.vllm.turns import Conversations
 from rollout.vllm.wire import HeldChecksum, buckets
 
 Result = TypeVar("Result")
+Listener = Callable[[list[int] | Observation], None]
 
 CHUNK_BYTES = 64 << 20
 """Size of the pieces in which `load_weights` hands weights to the engine's processes."""
@@ -109,17 +110,18 @@ class VllmEngine:
                     return
                 yield group
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | RolloutGroup]:
+    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Generator[str | Observation | RolloutGroup]:
         """Yield one response's text in pieces as its tokens come, then its group, as `generate` would.
 
-        Closing the iterator aborts the request. Raises EngineFailed as `generate` does.
+        Observations come between the turns. Closing the iterator aborts the request. Raises EngineFailed as `generate`
+        does.
         """
-        updates: queue.SimpleQueue[list[int] | RolloutGroup] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[list[int] | Observation | RolloutGroup] = queue.SimpleQueue()
 
         async def sample() -> None:
             updates.put(await self._sample(prompt, replace(sampling, group_size=1), updates.put))
 
-        def received(work: Future[None]) -> Iterator[list[int] | RolloutGroup]:
+        def received(work: Future[None]) -> Iterator[list[int] | Observation | RolloutGroup]:
             while (update := self._next(updates, work)) is not None:
                 yield update
 
@@ -171,12 +173,10 @@ class VllmEngine:
             for prompt in prompts:
                 tasks.create_task(sample(prompt))
 
-    async def _sample(
-        self, prompt: Prompt, sampling: SamplingParams, listen: Callable[[list[int]], None] | None = None
-    ) -> RolloutGroup:
+    async def _sample(self, prompt: Prompt, sampling: SamplingParams, listen: Listener | None = None) -> RolloutGroup:
         """Sample one group; a fault of the prompt itself becomes the group's error.
 
-        listen: receives the first response's tokens so far whenever there are new ones.
+        listen: receives the first response's tokens so far whenever there are new ones, and observations.
         """
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineGenerateError
@@ -197,9 +197,11 @@ class VllmEngine:
                     sampling.group_size,
                     self.processor,
                     self._rollout.turns,
+                    listen,
                 )
-                ask = partial(self._finished, prompt)
-                conversations = Conversations(prompt, sampling, self.processor, self._episodes, ask)
+                ask = partial(self._finished, prompt, listen=listen)
+                streams = listen is not None
+                conversations = Conversations(prompt, sampling, self.processor, self._episodes, ask, streams)
                 return RolloutGroup(prompt, await conversations.group(episodes, request, num_tokens), num_tokens)
             params = sampling_params(self.processor, prompt, sampling, streams=listen is not None)
             output = await self._finished(prompt, request, params, listen)
@@ -216,7 +218,7 @@ class VllmEngine:
         prompt: Prompt,
         request: dict[str, Any],
         params: Any,
-        listen: Callable[[list[int]], None] | None = None,
+        listen: Listener | None = None,
     ) -> Any:
         """Return vLLM's output of a request, when it is finished."""
         self._num_requests += 1

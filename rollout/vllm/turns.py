@@ -25,6 +25,7 @@ class Conversations:
     """What the conversations about one prompt share.
 
     pool: where environments wait and images are prepared, apart from the event loop.
+    streams: outputs come while tokens are still sampled.
     """
 
     prompt: Prompt
@@ -32,6 +33,7 @@ class Conversations:
     processor: InputProcessor
     pool: Executor
     ask: Ask
+    streams: bool = False
 
     async def group(self, episodes: Sequence[Episode], request: dict[str, Any], num_tokens: int) -> tuple[Rollout, ...]:
         """Sample one rollout per episode.
@@ -59,7 +61,7 @@ class Conversations:
         while True:
             left, turn = self.sampling.max_tokens - episode.num_tokens, len(versions) + 1
             sampling = replace(self.sampling, max_tokens=min(left, episode.max_turn_tokens or left))
-            params = turn_params(self.processor, self.prompt, sampling, index, turn, episode.stop)
+            params = turn_params(self.processor, self.prompt, sampling, index, turn, episode.stop, streams=self.streams)
             output = await self.ask(request, params)
             if (seen := len(output.prompt_token_ids)) != num_tokens:
                 raise EngineError(
@@ -84,10 +86,17 @@ def _answer(episode: Episode, token_ids: list[int], logprobs: list[float], is_cu
 
 
 def turn_params(
-    processor: InputProcessor, prompt: Prompt, sampling: SamplingParams, index: int, turn: int, stop: Sequence[str]
+    processor: InputProcessor,
+    prompt: Prompt,
+    sampling: SamplingParams,
+    index: int,
+    turn: int,
+    stop: Sequence[str],
+    *,
+    streams: bool,
 ) -> Any:
     """Return vLLM's sampling parameters for one turn of one rollout."""
-    params = sampling_params(processor, prompt, replace(sampling, group_size=1))
+    params = sampling_params(processor, prompt, replace(sampling, group_size=1), streams=streams)
     digest = hashlib.sha256(f"{sampling.seed}\0{index}\0{turn}\0{prompt.id}".encode()).digest()
     params.seed = int.from_bytes(digest[:6], "big")
     if stop:

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from rollout.config import InputsConfig, TurnsConfig
-from rollout.types import Prompt, SamplingParams
+from rollout.types import Observation, Prompt, SamplingParams
 from rollout.vllm.launch import max_model_len
 from rollout.vllm.turns import placeholders
 from tests.material.environments import Pages, Slow
@@ -59,3 +59,17 @@ def test_an_engine_is_made_for_what_an_environment_may_add():
     assert max_model_len(replace(ROLLOUT, turns=turns), inputs) == 50 + ROLLOUT.max_response_tokens + 100
     assert max_model_len(ROLLOUT, inputs) == 50 + ROLLOUT.max_response_tokens
     assert replace(ROLLOUT, turns=turns).max_observation_images == 4
+
+
+def test_a_conversation_is_heard_while_it_goes_on(talking, page_images):
+
+    prompt = Prompt("one", "<image>the code?", (page_images[1],))
+    for seed in range(9):
+        *heard, group = talking.stream(prompt, SamplingParams(max_tokens=40, seed=seed))
+        rollout = group.rollouts[0]
+        assert "".join(piece for piece in heard if isinstance(piece, str)) == rollout.text
+        assert [piece for piece in heard if isinstance(piece, Observation)] == list(rollout.observations)
+        if len(rollout.observations) > 1:
+            break
+    else:
+        raise AssertionError("no conversation of several turns")
