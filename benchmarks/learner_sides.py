@@ -224,7 +224,7 @@ class Bench:
 
     def _prompt(self, features: torch.Tensor | None) -> EncodedPrompt:
         positions = self.policy.family.position_ids(self.model, self.batch.prompt_ids[None], self.batch.grid)[:, 0]
-        return EncodedPrompt(self.batch.prompt_ids.cpu(), positions.cpu(), features)
+        return EncodedPrompt(self.batch.prompt_ids.cpu(), positions.cpu(), () if features is None else (features,))
 
     def _row(self, prompt: EncodedPrompt, samples: list[Sample]) -> MicroBatch:
         return move(build_micro_batch([(prompt, samples)]), self.device)

@@ -21,7 +21,7 @@ import numpy as np
 from rewards.namesakes import namesakes
 from rsgrpo import cli
 from rsgrpo.algorithm.advantages import Rule, credit_groups, term_names, term_weights
-from rsgrpo.algorithm.metrics import rollout_metrics, scope_metrics, score_metrics
+from rsgrpo.algorithm.metrics import rollout_metrics, scope_metrics, score_metrics, turn_metrics
 from rsgrpo.config.checks import require_inputs, validate
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.types import TrainGroup
@@ -91,6 +91,7 @@ def take_step(run: Run, step: int) -> None:
     metrics |= (
         run.cluster.engine_metrics()
         | rollout_metrics(scored)
+        | (turn_metrics(scored) if run.config.rollout.turns.environment else {})
         | score_metrics(scored)
         | scope_metrics(scored, groups, terms)
         | learned

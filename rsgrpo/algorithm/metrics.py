@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -19,6 +20,25 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
         "rollout/num_prompt_tokens_mean": float(np.mean([group.group.num_prompt_tokens for group in scored])),
         "rollout/truncated_frac": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         "rollout/oldest_weights_version": float(min(rollout.weights_version for rollout in rollouts)),
+    }
+
+
+def turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Return turns, observations and their faults of a batch that had an environment (`rollout/turns*`)."""
+    rollouts = [rollout for group in scored for rollout in group.group.rollouts]
+    read = [observation for rollout in rollouts for observation in rollout.observations]
+    turns = np.array([1 + sum(o.at < len(rollout.token_ids_T) for o in rollout.observations) for rollout in rollouts])
+    return {
+        "rollout/turns_mean": float(turns.mean()),
+        "rollout/turns_max": float(turns.max()),
+        "rollout/turns_limit_frac": float(np.mean([rollout.finish_reason == "turns" for rollout in rollouts])),
+        "rollout/observation_tokens_mean": sum(len(o.token_ids_S) for o in read) / len(rollouts),
+        "rollout/observation_images_mean": sum(len(o.images) for o in read) / len(rollouts),
+        **{
+            f"rollout/turns/{fault}": float(count)
+            for fault, count in sorted(Counter(o.fault for o in read).items())
+            if fault
+        },
     }
 
 

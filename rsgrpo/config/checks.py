@@ -27,7 +27,10 @@ def validate(config: TrainConfig) -> None:
     Raises:
         ConfigError: two or more keys contradict each other.
     """
-    _check_run(config, config.rollout.max_response_tokens, "rollout.max_response_tokens")
+    lengths = {"rollout.max_response_tokens": config.rollout.max_response_tokens}
+    if config.rollout.max_observation_tokens:
+        lengths["rollout.turns.max_observation_tokens"] = config.rollout.max_observation_tokens
+    _check_run(config, lengths)
     _check_reward_names(config)
     _check_sampling(config)
     _check_sleep(config)
@@ -49,7 +52,7 @@ def validate(config: TrainConfig) -> None:
 
 def validate_sft(config: SftConfig) -> None:
     """Refuse a supervised run that cannot work; raises as `validate`."""
-    _check_run(config, config.max_response_tokens, "max_response_tokens")
+    _check_run(config, {"max_response_tokens": config.max_response_tokens})
     _check_inline(config)
     _check_kept_weights(config)
 
@@ -100,8 +103,11 @@ def require_inputs(config: RunConfig) -> None:
         require_found("data.val", config.data.val, config.made_by)
 
 
-def _check_run(config: RunConfig, response_tokens: int, response_key: str) -> None:
-    """Check what training and warm start have in common."""
+def _check_run(config: RunConfig, response: Mapping[str, int]) -> None:
+    """Check what training and warm start have in common.
+
+    response: the longest that a response may be, by the keys that limit its parts.
+    """
     model, data, learner, validation = config.model, config.data, config.learner, config.validation
     require(model.path != "", "model.path is empty. Choose a model, for example model=qwen2_5_vl_3b.")
     require(data.train != "", "data.train is empty. Name the training rows, for example data.train=my/train.jsonl.")
@@ -112,13 +118,13 @@ def _check_run(config: RunConfig, response_tokens: int, response_key: str) -> No
     )
     if data.train == data.val:
         log.warning("data.train and data.val are the same rows (%s): validation measures memorization", data.train)
-    budget, prompt_tokens = learner.max_tokens_per_micro_batch, config.inputs.max_prompt_tokens
-    needed = prompt_tokens + response_tokens
+    budget, lengths = learner.max_tokens_per_micro_batch, {"inputs.max_prompt_tokens": config.inputs.max_prompt_tokens}
+    lengths |= response
+    needed = sum(lengths.values())
     require(
         budget >= needed,
-        f"learner.max_tokens_per_micro_batch {budget} < {prompt_tokens} + {response_tokens} = {needed} "
-        f"(inputs.max_prompt_tokens + {response_key}): the longest prompt with one response would not fit. Set it to "
-        f"{needed} or more.",
+        f"learner.max_tokens_per_micro_batch {budget} < {' + '.join(map(str, lengths.values()))} = {needed} "
+        f"({' + '.join(lengths)}): the longest prompt with one response would not fit. Set it to {needed} or more.",
     )
     require(
         not (learner.offload and learner.device == "cpu"),

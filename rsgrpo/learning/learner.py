@@ -159,6 +159,7 @@ class Learner:
         return PromptStore(
             self.encoder,
             lambda tokens_T, grid: family.position_ids(hf, tokens_T[None], grid)[:, 0],
+            self._count_features,
             self.policy.encode_images if self.policy.frozen_tower else None,
             FeatureCache(learner.vision_cache_mb << 20),
             folder,
@@ -277,16 +278,21 @@ class Learner:
 
     def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
         """Return, of each prompt as the policy takes it, (tokens, image tokens among them, image features)."""
-        image_token_id = self.policy.hf.config.image_token_id
         counts = []
         for prompt in prompts:
             encoded = self._passes.prompts.encode(prompt)
-            if encoded.features is not None:
-                num_features = len(encoded.features)
+            if encoded.features:
+                num_features = sum(len(features) for features in encoded.features)
             else:
-                num_features = self.policy.family.num_features(self.encoder.image_processor, encoded.image_grid_thw)
-            counts.append((len(encoded.token_ids_T), int((encoded.token_ids_T == image_token_id).sum()), num_features))
+                _, num_features = self._count_features(encoded.token_ids_T, encoded.image_grid_thw)
+            num_image_tokens, _ = self._count_features(encoded.token_ids_T, None)
+            counts.append((len(encoded.token_ids_T), num_image_tokens, num_features))
         return counts
+
+    def _count_features(self, token_ids_T: torch.Tensor, image_grid_thw: torch.Tensor | None) -> tuple[int, int]:
+        """Return how many image tokens there are, and how many features the images become."""
+        num_features = self.policy.family.num_features(self.encoder.image_processor, image_grid_thw)
+        return int((token_ids_T == self.policy.hf.config.image_token_id).sum()), num_features
 
     def gather_weights(
         self, *, every_rank: bool = False, dtype: torch.dtype = torch.float32

@@ -162,58 +162,68 @@ class EncodedPrompt:
     """One prompt as the policy takes it.
 
     token_ids_T: (T,) int64. position_ids_3T: (3, T) int64.
-    features: (image tokens, F) of a frozen tower; None without images or with a trained tower.
+    features: (image tokens, F) of each image, of a frozen tower; empty without images or with a trained tower.
     pixel_values, image_grid_thw: for a trained tower; None without images or with a frozen one.
     """
 
     token_ids_T: torch.Tensor
     position_ids_3T: torch.Tensor
-    features: torch.Tensor | None = None
+    features: tuple[torch.Tensor, ...] = ()
     pixel_values: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedResponse:
+    """A response with its observations: all tokens as the policy takes them, and where among them its own lie.
+
+    row: as a prompt's, positions counted from 0. own_T: (T,) int64.
+    """
+
+    row: EncodedPrompt
+    own_T: torch.Tensor
 
 
 def build_micro_batch(
     groups: Sequence[tuple[EncodedPrompt, Sequence[Sample]]],
     old_logprobs: Sequence[np.ndarray] | None = None,
+    encoded: Sequence[EncodedResponse | None] | None = None,
 ) -> MicroBatch:
     """Lay groups out in one row.
 
     Args:
         groups: each prompt with the responses that follow it.
         old_logprobs: of each response in row order (T,) float32; None when no pass was needed.
+        encoded: of each response in row order, itself with what it read; None where it read nothing, or all did.
     """
-    tokens: list[torch.Tensor] = []
+    samples = [sample for _, responses in groups for sample in responses]
+    rest = iter(encoded or [None] * len(samples))
+    parts: list[EncodedPrompt] = []
     positions: list[torch.Tensor] = []
     head_index: list[torch.Tensor] = []
     row = 0
     for prompt, responses in groups:
-        tokens.append(prompt.token_ids_T)
+        parts.append(prompt)
         positions.append(prompt.position_ids_3T)
         last_of_prompt = row + len(prompt.token_ids_T) - 1
         row = last_of_prompt + 1
         first_position = int(prompt.position_ids_3T.max()) + 1
         for sample in responses:
-            length = len(sample.token_ids_T)
-            tokens.append(torch.tensor(sample.token_ids_T))
-            positions.append(torch.arange(first_position, first_position + length).expand(3, -1))
-            # The prompt's last token predicts the first response token, each response token the next one.
-            head_index.append(torch.cat([torch.tensor([last_of_prompt]), torch.arange(row, row + length - 1)]))
-            row += length
-    prompts = [prompt for prompt, _ in groups]
-    samples = [sample for _, responses in groups for sample in responses]
+            response = next(rest) or _without_observations(sample)
+            parts.append(response.row)
+            positions.append(response.row.position_ids_3T + first_position)
+            # Each token is predicted by the one before it in the row, the first one by the prompt's last.
+            head_index.append(torch.where(response.own_T > 0, row + response.own_T - 1, last_of_prompt))
+            row += len(response.row.token_ids_T)
     lengths = [len(sample.token_ids_T) for sample in samples]
     advantages_KN = np.concatenate([sample.advantages_KT for sample in samples], 1)
     return MicroBatch(
-        layout=PrefixLayout(
-            tuple(len(prompt.token_ids_T) for prompt in prompts),
-            tuple(tuple(len(sample.token_ids_T) for sample in responses) for _, responses in groups),
-        ),
-        token_ids_T=torch.cat(tokens),
+        layout=_layout([len(part.token_ids_T) for part in parts], [len(responses) for _, responses in groups]),
+        token_ids_T=torch.cat([part.token_ids_T for part in parts]),
         position_ids_3T=torch.cat(positions, 1),
-        features=_cat([prompt.features for prompt in prompts]),
-        pixel_values=_cat([prompt.pixel_values for prompt in prompts]),
-        image_grid_thw=_cat([prompt.image_grid_thw for prompt in prompts]),
+        features=_cat([features for part in parts for features in part.features]),
+        pixel_values=_cat([part.pixel_values for part in parts]),
+        image_grid_thw=_cat([part.image_grid_thw for part in parts]),
         head_index_N=torch.cat(head_index),
         targets_N=torch.cat([torch.tensor(sample.token_ids_T) for sample in samples]),
         sample_index_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
@@ -223,6 +233,18 @@ def build_micro_batch(
         ref_logprobs_N=_cat_if_all([sample.ref_logprobs_T for sample in samples]),
         old_logprobs_N=None if old_logprobs is None else _cat_if_all(old_logprobs),
     )
+
+
+def _without_observations(sample: Sample) -> EncodedResponse:
+    own_T = torch.arange(len(sample.token_ids_T))
+    return EncodedResponse(EncodedPrompt(torch.tensor(sample.token_ids_T), own_T.expand(3, -1)), own_T)
+
+
+def _layout(lengths: Sequence[int], num_responses: Sequence[int]) -> PrefixLayout:
+    """Return where prompts and responses lie, from their lengths in row order."""
+    rest = iter(lengths)
+    pieces = [(next(rest), tuple(next(rest) for _ in range(number))) for number in num_responses]
+    return PrefixLayout(tuple(prompt for prompt, _ in pieces), tuple(responses for _, responses in pieces))
 
 
 def _cat(pieces: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

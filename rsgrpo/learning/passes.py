@@ -14,9 +14,18 @@ import torch
 import torch.distributed as dist
 
 from rollout.types import Prompt
-from rsgrpo.learning.packing import CostModel, EncodedPrompt, Packing, Unit, build_micro_batch, pack
+from rsgrpo.learning.packing import (
+    CostModel,
+    EncodedPrompt,
+    EncodedResponse,
+    Packing,
+    Unit,
+    build_micro_batch,
+    pack,
+)
 from rsgrpo.learning.policy import Policy
-from rsgrpo.learning.prompt_store import PromptStore
+from rsgrpo.learning.prompt_store import Item, PromptStore
+from rsgrpo.learning.response_rows import ResponseRow, response_row, row_length
 from rsgrpo.types import LossOutput, MicroBatch, RsgrpoError, Sample, TokenScores, TrainGroup
 
 Logprobs = dict[tuple[int, int], np.ndarray]
@@ -83,7 +92,7 @@ class Passes:
         if self.world_size > 1:  # rank 0's knowledge of who has which prompt: all ranks must pack alike
             homes = [self._homes.get(prompt.id) for prompt in prompts]
             dist.broadcast_object_list(homes, 0)
-        samples = [[len(sample.token_ids_T) for sample in group.samples] for group in groups]
+        samples = [[row_length(sample) for sample in group.samples] for group in groups]
         packings = [
             pack(
                 {index: (lengths[index], samples[index]) for index in chunk},
@@ -94,8 +103,11 @@ class Passes:
             )
             for chunk in chunks
         ]
-        order = [unit.group for packing in packings for units in packing[self.rank] for unit in units]
-        self.prompts.start([prompts[index] for index in order])
+        needed: list[Item] = []
+        for unit in (unit for packing in packings for units in packing[self.rank] for unit in units):
+            group = groups[unit.group]
+            needed += [group.prompt, *(row for row in _response_rows(group, unit) if row is not None)]
+        self.prompts.start(needed)
         return packings
 
     def run(
@@ -151,16 +163,18 @@ class Passes:
         self, groups: Sequence[TrainGroup], packing: Packing, old: Logprobs | None
     ) -> Iterator[tuple[list[Unit], MicroBatch]]:
         for units in packing[self.rank]:
-            rows = [
-                (
-                    self.prompts.get(groups[unit.group].prompt),
-                    [groups[unit.group].samples[sample] for sample in unit.samples],
-                )
-                for unit in units
-            ]
+            rows = []
+            encoded: list[EncodedResponse | None] = []
+            for unit in units:
+                group = groups[unit.group]
+                rows.append((self.prompts.get(group.prompt), [group.samples[sample] for sample in unit.samples]))
+                encoded += [row and self._encoded(row) for row in _response_rows(group, unit)]
             before = None if old is None else [old[unit.group, s] for unit in units for s in unit.samples]
-            batch = build_micro_batch(rows, before) if units else self._filler(groups)
+            batch = build_micro_batch(rows, before, encoded) if units else self._filler(groups)
             yield units, move(batch, self.device)
+
+    def _encoded(self, row: ResponseRow) -> EncodedResponse:
+        return EncodedResponse(self.prompts.get(row), torch.from_numpy(row.own_T))
 
     def _filler(self, groups: Sequence[TrainGroup]) -> MicroBatch:
         """Return a row of two tokens that teaches nothing: it keeps this rank in step with the others."""
@@ -196,11 +210,21 @@ class Passes:
         return {key: max(v) if key.endswith("_max") else sum(v) for key, v in sorted(values.items())}
 
 
+def _response_rows(group: TrainGroup, unit: Unit) -> list[ResponseRow | None]:
+    """Return the rows of a unit's responses; None of one that read nothing."""
+    return [response_row(_name(group, sample), group.samples[sample]) for sample in unit.samples]
+
+
+def _name(group: TrainGroup, sample: int) -> str:
+    return f"group {group.prompt.id}, sample {sample}"
+
+
 def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) -> None:
     """Refuse groups that the loss cannot be computed on.
 
     Raises:
-        RsgrpoError: no group, a group without samples, an empty response, or one with a token that is never sampled.
+        RsgrpoError: no group, a group without samples, an empty response, one with a token that is never sampled, or
+            with observations in disorder.
     """
     if not groups:
         raise RsgrpoError("the learner was given no groups. Pass at least one")
@@ -208,7 +232,7 @@ def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) 
         if not group.samples:
             raise RsgrpoError(f"group {group.prompt.id} has no samples. Leave it out")
         for index, sample in enumerate(group.samples):
-            where = f"group {group.prompt.id}, sample {index}"
+            where = _name(group, index)
             shape = (sample.scope_KT.shape[0], len(sample.token_ids_T))
             if shape[1] == 0:
                 raise RsgrpoError(f"{where}: the response has no tokens")
@@ -222,6 +246,7 @@ def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) 
                 raise RsgrpoError(
                     f"{where}: the response contains vision token(s) {banned.tolist()}, which have no probability"
                 )
+            response_row(where, sample)
 
 
 def move(batch: MicroBatch, device: torch.device) -> MicroBatch:

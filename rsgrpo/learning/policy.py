@@ -69,11 +69,12 @@ def add_lora(model: Any, config: LoraConfig, *, seed: int) -> None:
 class PlainRow:
     """One prompt with one response, as transformers' own forward takes it.
 
-    token_ids_T: (T,) int64, the response last. pixel_values, image_grid_thw: None without images.
+    token_ids_T: (T,) int64. scored_N: (N,) int64, where in it the tokens lie that are scored.
+    pixel_values, image_grid_thw: None without images.
     """
 
     token_ids_T: torch.Tensor
-    num_response_tokens: int
+    scored_N: torch.Tensor
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
 
@@ -156,9 +157,8 @@ class Policy(nn.Module):
         finally:
             for config, attention in zip(configs, chosen, strict=True):
                 config._attn_implementation = attention
-        num_tokens = row.num_response_tokens
-        hidden_NH = output.last_hidden_state[0, -num_tokens - 1 : -1]
-        return self._head(hidden_NH, row.token_ids_T[-num_tokens:], temperature, entropy_gradient)
+        hidden_NH = output.last_hidden_state[0, row.scored_N - 1]
+        return self._head(hidden_NH, row.token_ids_T[row.scored_N], temperature, entropy_gradient)
 
     def _features(self, batch: MicroBatch) -> torch.Tensor | None:
         """Return the features of the row's image tokens; a trained tower runs in every row, with or without images.

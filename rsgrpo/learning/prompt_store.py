@@ -1,4 +1,7 @@
-"""Prepare a step's prompts for the policy: count them, encode them ahead in threads, and reuse image features."""
+"""Prepare a step's prompts for the policy: count them, encode them ahead in threads, and reuse image features.
+
+So are responses with observations, whose images come from an environment.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +20,14 @@ from rollout.inputs.processor import PromptInputs
 from rollout.types import ImageSource, Prompt
 from rsgrpo.learning.feature_cache import FeatureFolder
 from rsgrpo.learning.packing import EncodedPrompt
+from rsgrpo.learning.response_rows import ResponseRow
 from rsgrpo.types import RsgrpoError
 
 Prepared = tuple[PromptInputs, torch.Tensor, list[torch.Tensor | None]]
 """What a thread makes of a prompt: its inputs, (3, T) positions, and the features of each image found on disk."""
 
-Key = tuple[str, str, str, tuple[ImageSource, ...]]
+Item = Prompt | ResponseRow
+Key = tuple[str, str | bytes, str, tuple[ImageSource, ...]]
 
 
 class PromptEncoder(Protocol):
@@ -35,6 +41,10 @@ class PromptEncoder(Protocol):
         """Return tokens and pixels."""
         ...
 
+    def encode_images(self, images: Sequence[ImageSource]) -> PromptInputs:
+        """Return the pixels of images, and no tokens."""
+        ...
+
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the number of tokens from image headers alone."""
         ...
@@ -46,6 +56,7 @@ class PromptStore:
     Args:
         encoder: renders and decodes.
         position_ids: (token_ids_T, image_grid_thw) -> (3, T).
+        count_features: (token_ids_T, image_grid_thw) -> (image tokens among them, features that the images become).
         encode_images: (pixel_values, image_grid_thw) of one image -> (merged tokens, F); None with a trained tower.
         features, folder: of a frozen tower, across steps in memory and across runs on disk.
         ahead: prompts whose pixels may wait in memory.
@@ -55,6 +66,7 @@ class PromptStore:
         self,
         encoder: PromptEncoder,
         position_ids: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        count_features: Callable[[torch.Tensor, torch.Tensor | None], tuple[int, int]],
         encode_images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         features: FeatureCache,
         folder: FeatureFolder | None = None,
@@ -62,13 +74,14 @@ class PromptStore:
         ahead: int,
     ) -> None:
         self._encoder, self._position_ids, self._encode_images = encoder, position_ids, encode_images
+        self._count_features = count_features
         self._features, self._folder, self._ahead = features, folder, ahead
         self._wait_s = 0.0
         self._num_prompts = self._num_images = self._num_read = 0
         self._pool = ThreadPoolExecutor(min(ahead, os.cpu_count() or 1), thread_name_prefix="encode")
         self._begun: dict[Key, Future[Prepared]] = {}  # oldest first
         self._most_begun = ahead
-        self._waiting: dict[Key, Prompt] = {}  # in the order of need
+        self._waiting: dict[Key, Item] = {}  # in the order of need
         self._encoded: dict[Key, EncodedPrompt] = {}
 
     def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
@@ -86,24 +99,24 @@ class PromptStore:
             self._begun[_key(prompt)] = future or self._submit(prompt)
         self._cancel_unneeded(())
 
-    def start(self, prompts: Sequence[Prompt]) -> None:
-        """Start a pass: encode `prompts` in this order, which is that of their use.
+    def start(self, items: Sequence[Item]) -> None:
+        """Start a pass: encode prompts and responses in this order, which is that of their use.
 
-        What the last pass encoded is kept for prompts that recur (reference logprobs, then the update).
+        What the last pass encoded is kept for those that recur (reference logprobs, then the update).
         """
-        needed = {_key(prompt): prompt for prompt in prompts}
+        needed = {_key(item): item for item in items}
         self._encoded = {key: done for key, done in self._encoded.items() if key in needed}
         self._cancel_unneeded(needed)
         self._most_begun = self._ahead + sum(key not in needed for key in self._begun)
-        self._waiting = {key: prompt for key, prompt in needed.items() if key not in self._encoded}
+        self._waiting = {key: item for key, item in needed.items() if key not in self._encoded}
         self._fill()
 
-    def get(self, prompt: Prompt) -> EncodedPrompt:
-        """Return a prompt of the pass, waiting until it is encoded."""
-        key = _key(prompt)
+    def get(self, item: Item) -> EncodedPrompt:
+        """Return a prompt or a response of the pass, waiting until it is encoded."""
+        key = _key(item)
         if key not in self._encoded:
             self._waiting.pop(key, None)
-            future = self._begun.pop(key, None) or self._submit(prompt)
+            future = self._begun.pop(key, None) or self._submit(item)
             since = time.perf_counter()
             prepared = future.result()
             self._wait_s += time.perf_counter() - since
@@ -111,9 +124,9 @@ class PromptStore:
             self._encoded[key] = self._finish(*prepared)
         return self._encoded[key]
 
-    def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Encode one prompt at once, outside any pass."""
-        return self._finish(*self._prepare(prompt))
+    def encode(self, item: Item) -> EncodedPrompt:
+        """Encode one prompt or response at once, outside any pass."""
+        return self._finish(*self._prepare(item))
 
     def counts(self) -> dict[str, float]:
         """Return totals so far, under their metric names."""
@@ -140,13 +153,13 @@ class PromptStore:
     def _fill(self) -> None:
         while self._waiting and len(self._begun) < self._most_begun:
             key = next(iter(self._waiting))
-            prompt = self._waiting.pop(key)
+            item = self._waiting.pop(key)
             if key not in self._begun:
-                self._begun[key] = self._submit(prompt)
+                self._begun[key] = self._submit(item)
 
-    def _submit(self, prompt: Prompt) -> Future[Prepared]:
-        self._num_prompts += 1
-        return self._pool.submit(self._prepare, prompt)
+    def _submit(self, item: Item) -> Future[Prepared]:
+        self._num_prompts += isinstance(item, Prompt)
+        return self._pool.submit(self._prepare, item)
 
     def _count(self, prompt: Prompt, unreadable: int | None) -> int:
         try:
@@ -156,11 +169,12 @@ class PromptStore:
                 return unreadable
             raise RsgrpoError(f"prompt {prompt.id}: {error}") from error
 
-    def _prepare(self, prompt: Prompt) -> Prepared:
+    def _prepare(self, item: Item) -> Prepared:
+        name = f"prompt {item.id}" if isinstance(item, Prompt) else item.name
         try:
-            inputs = self._encoder.encode(prompt)
+            inputs = self._encoder.encode(item) if isinstance(item, Prompt) else self._row_inputs(item)
         except PromptError as error:
-            raise RsgrpoError(f"prompt {prompt.id}: {error}") from error
+            raise RsgrpoError(f"{name}: {error}") from error
         positions_3T = self._position_ids(torch.tensor(inputs.token_ids_T), inputs.image_grid_thw)
         folder = self._folder
         on_disk = [
@@ -168,6 +182,22 @@ class PromptStore:
             for image_hash in inputs.image_hashes
         ]
         return inputs, positions_3T, on_disk
+
+    def _row_inputs(self, row: ResponseRow) -> PromptInputs:
+        """Return a response's tokens with the pixels of its observations' images."""
+        pixels = self._encoder.encode_images(row.images)
+        grids = iter(() if pixels.image_grid_thw is None else pixels.image_grid_thw)
+        for observation in row.observations:
+            own = [next(grids) for _ in observation.images]
+            grid = torch.stack(own) if own else None
+            num_tokens, num_features = self._count_features(torch.tensor(observation.token_ids_S), grid)
+            if num_tokens != num_features:
+                raise RsgrpoError(
+                    f"{row.name}: the observation behind token {observation.at} has {num_tokens} image tokens, but its "
+                    f"{len(own)} images become {num_features} features here. The engine must read images as the "
+                    "learner does: give both the same inputs.* settings, and leave the image files as they were"
+                )
+        return replace(pixels, token_ids_T=row.token_ids_R.tolist())
 
     def _finish(
         self, inputs: PromptInputs, positions_3T: torch.Tensor, on_disk: Sequence[torch.Tensor | None]
@@ -192,9 +222,11 @@ class PromptStore:
                         self._pool.submit(self._folder.put, image_hash, features)
                 self._features.put(image_hash, features)
             pieces.append(features)
-        return EncodedPrompt(tokens_T, positions_3T, features=torch.cat(pieces))
+        return EncodedPrompt(tokens_T, positions_3T, features=tuple(pieces))
 
 
-def _key(prompt: Prompt) -> Key:
-    """Return what an encoding depends on, and the prompt's id."""
-    return prompt.id, prompt.system, prompt.text, tuple(prompt.images)
+def _key(item: Item) -> Key:
+    """Return what an encoding depends on, and a prompt's id or a response's name."""
+    if isinstance(item, ResponseRow):
+        return item.name, item.token_ids_R.tobytes(), "", item.images
+    return item.id, item.system, item.text, tuple(item.images)

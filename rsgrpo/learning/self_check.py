@@ -9,14 +9,16 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rollout.inputs.processor import PromptInputs
-from rsgrpo.learning.packing import build_micro_batch
+from rsgrpo.learning.packing import EncodedResponse, build_micro_batch
 from rsgrpo.learning.passes import move
 from rsgrpo.learning.policy import PlainRow, Policy
 from rsgrpo.learning.prompt_store import PromptEncoder, PromptStore
-from rsgrpo.types import MicroBatch, RsgrpoError, Sample, TrainGroup
+from rsgrpo.learning.response_rows import response_row
+from rsgrpo.types import MicroBatch, RsgrpoError, TrainGroup
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,21 @@ def check_policy(
     candidates = [index for index, group in enumerate(groups) if group.prompt.images or not has_images]
     group = groups[min(candidates, key=lambda index: (lengths[index], index))]
     samples = group.samples[:_NUM_SAMPLES]
-    batch = move(build_micro_batch([(prompts.encode(group.prompt), samples)]), device)
+    rows = [response_row(f"group {group.prompt.id}, sample {index}", sample) for index, sample in enumerate(samples)]
+    has_images = has_images or any(row is not None and row.images for row in rows)
+    encoded = [row and EncodedResponse(prompts.encode(row), torch.from_numpy(row.own_T)) for row in rows]
+    batch = move(build_micro_batch([(prompts.encode(group.prompt), samples)], encoded=encoded), device)
     inputs = encoder.encode(group.prompt)
     policy.eval()
     with torch.no_grad():
         shared_N = policy(batch, 1.0, False).logprobs_N
-        plain = [policy(_plain_row(inputs, sample, device), 1.0, False) for sample in samples]
+        plain_rows = [
+            _plain_row(inputs, sample.token_ids_T, np.arange(len(sample.token_ids_T)), (), device)
+            if row is None
+            else _plain_row(inputs, row.token_ids_R, row.own_T, [encoder.encode_images(row.images)], device)
+            for sample, row in zip(samples, rows, strict=True)
+        ]
+        plain = [policy(row, 1.0, False) for row in plain_rows]
         plain_N = torch.cat([scores.logprobs_N for scores in plain])
         difference = (shared_N - plain_N).abs()
         tolerance = _TOLERANCE[policy.compute_dtype]
@@ -62,13 +73,20 @@ def check_policy(
             )
 
 
-def _plain_row(inputs: PromptInputs, sample: Sample, device: torch.device) -> PlainRow:
-    tokens = [*inputs.token_ids_T, *sample.token_ids_T.tolist()]
+def _plain_row(
+    inputs: PromptInputs, response_R: np.ndarray, own_T: np.ndarray, read: Sequence[PromptInputs], device: torch.device
+) -> PlainRow:
+    """Return a prompt with one response, of which the tokens at `own_T` are scored.
+
+    read: the images of the response.
+    """
+    pixels = [part.pixel_values for part in (inputs, *read) if part.pixel_values is not None]
+    grids = [part.image_grid_thw for part in (inputs, *read) if part.image_grid_thw is not None]
     return PlainRow(
-        token_ids_T=torch.tensor(tokens, device=device),
-        num_response_tokens=len(sample.token_ids_T),
-        pixel_values=None if inputs.pixel_values is None else inputs.pixel_values.to(device),
-        image_grid_thw=None if inputs.image_grid_thw is None else inputs.image_grid_thw.to(device),
+        token_ids_T=torch.tensor([*inputs.token_ids_T, *response_R.tolist()], device=device),
+        scored_N=torch.from_numpy(len(inputs.token_ids_T) + own_T).to(device),
+        pixel_values=torch.cat(pixels).to(device) if pixels else None,
+        image_grid_thw=torch.cat(grids).to(device) if grids else None,
     )
 
 

@@ -12,7 +12,7 @@ from rsgrpo.plan.config import PlanConfig, device_of
 from rsgrpo.plan.fitting import fitting_overrides, idle, shortages, with_overrides
 from rsgrpo.plan.memory import devices_memory, host_memory, trainable_params
 from rsgrpo.plan.model_sizes import ModelSizes, sizes_of
-from rsgrpo.plan.times import disk_bytes, mean_lengths, num_devices, phases
+from rsgrpo.plan.times import disk_bytes, mean_lengths, mean_observation_tokens, num_devices, phases
 
 
 def main(config: PlanConfig) -> None:
@@ -58,25 +58,28 @@ def step_lines(config: PlanConfig, sizes: ModelSizes) -> list[str]:
     """Return the phases of a step, their sum, and what it assumes."""
     device, rollout, assumed = device_of(config), config.rollout, config.plan
     prompt_tokens, response_tokens = mean_lengths(config)
+    observed = mean_observation_tokens(config)
     found = phases(config, sizes)
     flops, seconds = sum(phase.flops for phase in found), sum(phase.seconds for phase in found)
     lines = [
         f"One step: {config.algorithm.prompts_per_step} prompts x {rollout.group_size} rollouts of "
-        f"{prompt_tokens:,.0f} + {response_tokens:,.0f} tokens:",
+        f"{prompt_tokens:,.0f} + {response_tokens:,.0f} tokens"
+        f"{f' + {observed:,.0f} of observations' if observed else ''}:",
         *(f"  {phase.name:<32} {phase.flops / 1e15:10.3g} PFLOP {phase.seconds:10.1f} s" for phase in found),
         f"  {'step':<32} {flops / 1e15:10.3g} PFLOP {seconds:10.1f} s",
     ]
     if config.total_steps:
         lines.append(f"  {config.total_steps} steps: {config.total_steps * seconds / 3600:.2f} hours")
+    read = f"what a response reads {assumed.observation_fill:.0%} of its limits, " if observed else ""
     filtered = f"the filter keeps {assumed.kept_by_filter:.0%} of groups, " if config.algorithm.filter.enabled else ""
     return [
         *lines,
         "",
         f"Assumed: {assumed.mfu:.0%} of {device.flops / 1e12:g} TFLOP/s in prefill and training, "
         f"{assumed.decode_bandwidth:.0%} of {device.bandwidth / 1e9:,.0f} GB/s in decode,",
-        f"  prompts {assumed.prompt_fill:.0%} and responses {assumed.response_fill:.0%} of their limits, {filtered}"
-        f"{config.inputs.max_images} images per prompt, weights sent at {assumed.sync_gb_per_s:g} GB/s, checkpoints "
-        f"written at {assumed.disk_gb_per_s:g} GB/s.",
+        f"  prompts {assumed.prompt_fill:.0%} and responses {assumed.response_fill:.0%} of their limits, {read}"
+        f"{filtered}{config.inputs.max_images} images per prompt, weights sent at {assumed.sync_gb_per_s:g} GB/s, "
+        f"checkpoints written at {assumed.disk_gb_per_s:g} GB/s.",
         "  Left out: validation, rewards, traffic between tensor-parallel devices.",
         "  Change any of it with plan.KEY=VALUE. Counted, not assumed: parameters, FLOPs, state, activations, cache.",
     ]

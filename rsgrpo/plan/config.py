@@ -41,6 +41,9 @@ class Assumptions:
     decode_bandwidth: float = key(0.5, "Share of the device's memory bandwidth that decoding reaches.", gt=0, le=1)
     prompt_fill: float = key(0.73, "Mean prompt length as a share of inputs.max_prompt_tokens.", gt=0, le=1)
     response_fill: float = key(0.46, "Mean response length as a share of rollout.max_response_tokens.", gt=0, le=1)
+    observation_fill: float = key(
+        0.5, "Mean share of rollout.turns.max_observation_tokens and max_images that a response reads.", gt=0, le=1
+    )
     kept_by_filter: float = key(0.6, "Share of sampled groups that algorithm.filter keeps.", gt=0, le=1)
     disk_gb_per_s: float = key(2.0, "Rate at which a checkpoint is written.", gt=0)
     sync_gb_per_s: float = key(20.0, "Rate at which weights go from learner to engines.", gt=0)

@@ -45,7 +45,7 @@ def shortages(config: PlanConfig, sizes: ModelSizes) -> list[str]:
         found.append(f"one node: {host:.0f} GiB of CPU memory needed > {limit:g}")
     if config.rollout.engine == "vllm":
         cached = cache_bytes(config, sizes)
-        longest = (config.inputs.max_prompt_tokens + config.rollout.max_response_tokens) * sizes.kv_bytes_per_token
+        longest = longest_row(config) * sizes.kv_bytes_per_token
         if cached < longest:
             found.append(
                 f"engine: its KV cache of {cached / GIB:.2f} GiB does not hold one response of full length "
@@ -58,6 +58,12 @@ def shortages(config: PlanConfig, sizes: ModelSizes) -> list[str]:
             "lower learner.num_ranks or rollout.num_workers"
         )
     return found
+
+
+def longest_row(config: PlanConfig) -> int:
+    """Return the tokens of the longest prompt with the longest response and what it may read."""
+    rollout = config.rollout
+    return config.inputs.max_prompt_tokens + rollout.max_response_tokens + rollout.max_observation_tokens
 
 
 def hints(config: PlanConfig) -> str:
@@ -119,7 +125,7 @@ def _valid(config: PlanConfig, changes: Overrides) -> PlanConfig | None:
 def _candidates(config: PlanConfig) -> Iterator[Overrides]:
     learner, inputs, vllm = config.learner, config.inputs, config.rollout.engine == "vllm"
     on_gpu, colocated = learner.device != "cpu", config.cluster.placement == "colocated"
-    shortest = inputs.max_prompt_tokens + config.rollout.max_response_tokens
+    shortest = longest_row(config)
     choices: list[list[Overrides]] = [
         [{}, *_layouts(config)],
         [{}, *({"rollout.vllm.gpu_memory_utilization": share / 100} for share in range(85, 20, -5) if vllm)],

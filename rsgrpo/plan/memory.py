@@ -127,8 +127,16 @@ def learner_vision_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
     """
     width = value_bytes(config)
     pixels = config.inputs.max_pixels
-    group_tokens = config.inputs.max_prompt_tokens + config.rollout.group_size * config.rollout.max_response_tokens
-    images = config.inputs.max_images * max(1, config.learner.max_tokens_per_micro_batch // group_tokens)
+    rollout = config.rollout
+    response_tokens = rollout.max_response_tokens + rollout.max_observation_tokens
+    group_tokens = config.inputs.max_prompt_tokens + rollout.group_size * response_tokens
+    groups = max(1, config.learner.max_tokens_per_micro_batch // group_tokens)
+    # A group that is over the budget is split: no row holds more images than its tokens have room for.
+    read = min(
+        groups * rollout.group_size * rollout.max_observation_images,
+        config.learner.max_tokens_per_micro_batch // max(1, int(sizes.image_tokens(pixels))),
+    )
+    images = config.inputs.max_images * groups + read
     patches = pixels / sizes.patch_size**2
     features = images * sizes.image_tokens(pixels) * sizes.hidden_size * width
     block = patches * sizes.vision_activation_bytes(width)
@@ -149,7 +157,8 @@ def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
         degree = rollout.vllm.tensor_parallel_size
         weights = 2 * all_params / degree / GIB
         # vLLM measures the images of one prompt through the tower, each worker all of it, before it sizes its cache.
-        patches = config.inputs.max_images * config.inputs.max_pixels / sizes.patch_size**2
+        images = config.inputs.max_images + rollout.max_observation_images
+        patches = images * config.inputs.max_pixels / sizes.patch_size**2
         vision = patches * sizes.vision_activation_bytes(2) / GIB
         left = rollout.vllm.gpu_memory_utilization * device_of(config).memory_gib - weights - vision - WORKSPACE_GIB
         held = {"engine weights": weights, "engine KV cache": rollout.vllm.kv_cache_gib or max(left, 0.0)}
@@ -157,7 +166,7 @@ def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
             return Memory({}, {}, held | {"engine vision": vision})
         return Memory(held, {}, {"engine vision": vision})
     width = 2 if rollout.dtype == "bfloat16" else 4
-    longest = config.inputs.max_prompt_tokens + rollout.max_response_tokens
+    longest = config.inputs.max_prompt_tokens + rollout.max_response_tokens + rollout.max_observation_tokens
     sequence = longest * sizes.kv_bytes_per_token * width / 2
     cached = max(sequence, min(rollout.max_batch_sequences * sequence, rollout.max_batch_gib * GIB))
     return Memory({"engine weights": width * all_params / GIB}, {}, {"engine KV cache": cached / GIB})

@@ -109,16 +109,19 @@ class ModelSizes:
         """Keys and values of one token in bfloat16."""
         return 2 * 2 * self.num_attention_layers * self.kv_width
 
-    def group_flops(self, prompt_tokens: float, response_tokens: float, group_size: int) -> float:
+    def group_flops(
+        self, prompt_tokens: float, response_tokens: float, group_size: int, observation_tokens: float = 0.0
+    ) -> float:
         """Forward FLOPs of the decoder and head for one prompt, computed once, with G responses.
 
-        2N(P + GR) + 2LdP^2 + G(4LdRP + 2LdR^2) + 2hV GR, and per token what the recurrent layers' rule takes.
+        2N(P + GR) + 2LdP^2 + G(4LdRP + 2LdR^2) + 2hV GR, and per token what the recurrent layers' rule takes. What a
+        response reads between its turns counts in R, but for the head.
         """
-        prompt, response, group = prompt_tokens, response_tokens, group_size
+        prompt, response, group = prompt_tokens, response_tokens + observation_tokens, group_size
         width = self.num_attention_layers * self.attention_width
         per_token = 2 * self.body_params + (self.recurrent.flops_per_token if self.recurrent else 0.0)
         attention = 2 * width * prompt**2 + group * (4 * width * response * prompt + 2 * width * response**2)
-        head = 2 * self.hidden_size * self.vocab_size * group * response
+        head = 2 * self.hidden_size * self.vocab_size * group * response_tokens
         return per_token * (prompt + group * response) + attention + head
 
     def image_flops(self, image_pixels: float) -> float:

@@ -46,13 +46,20 @@ def mean_lengths(config: PlanConfig) -> tuple[float, float]:
     )
 
 
+def mean_observation_tokens(config: PlanConfig) -> float:
+    """Return the assumed mean of the tokens that an environment adds to a response."""
+    return config.plan.observation_fill * config.rollout.max_observation_tokens
+
+
 def phases(config: PlanConfig, sizes: ModelSizes) -> list[Phase]:
     """Return the phases of one step, a checkpoint's share of it included; without validation."""
     device, rollout, learner, algorithm = device_of(config), config.rollout, config.learner, config.algorithm
     prompts, group = algorithm.prompts_per_step, rollout.group_size
     prompt_tokens, response_tokens = mean_lengths(config)
-    vision = prompts * config.inputs.max_images * sizes.image_flops(config.plan.prompt_fill * config.inputs.max_pixels)
-    forward = prompts * sizes.group_flops(prompt_tokens, response_tokens, group)
+    read = group * config.plan.observation_fill * rollout.max_observation_images
+    image_flops = sizes.image_flops(config.plan.prompt_fill * config.inputs.max_pixels)
+    vision = prompts * (config.inputs.max_images + read) * image_flops
+    forward = prompts * sizes.group_flops(prompt_tokens, response_tokens, group, mean_observation_tokens(config))
     rate = device.flops * config.plan.mfu
     learner_rate = learner.num_ranks * rate
     found = [*sampling_phases(config, sizes, vision)]
@@ -101,12 +108,16 @@ def sampling_phases(config: PlanConfig, sizes: ModelSizes, vision_flops: float) 
     prompts, group = config.algorithm.prompts_per_step, rollout.group_size
     prompt_tokens, response_tokens = mean_lengths(config)
     sampled = prompts * times_sampled(config)
+    observed = mean_observation_tokens(config)
     times_prefilled = 1 if rollout.engine == "vllm" and rollout.vllm.prefix_caching else group
     prefill = times_prefilled * sampled * sizes.group_flops(prompt_tokens, 0, 1) + vision_flops * times_sampled(config)
+    between = [sizes.group_flops(prompt_tokens, response_tokens, 1, tokens) for tokens in (observed, 0)]
+    prefill += sampled * group * (between[0] - between[1])
     sequences = math.ceil(sampled * group / rollout.num_workers)
     at_once = min(sequences, concurrency(config, sizes))
     bytes_per_step = (
-        2 * sizes.language_params + at_once * (prompt_tokens + response_tokens / 2) * sizes.kv_bytes_per_token
+        2 * sizes.language_params
+        + at_once * (prompt_tokens + (response_tokens + observed) / 2) * sizes.kv_bytes_per_token
     ) / degree
     steps = math.ceil(sequences / at_once) * response_tokens
     decode = 2 * sampled * group * response_tokens * (sizes.body_params + sizes.vocab_size * sizes.hidden_size)
@@ -124,6 +135,7 @@ def concurrency(config: PlanConfig, sizes: ModelSizes) -> int:
     """Return how many sequences one engine decodes at once; in vLLM the siblings of a group share their prompt."""
     rollout = config.rollout
     prompt_tokens, response_tokens = mean_lengths(config)
+    response_tokens += mean_observation_tokens(config)
     if rollout.engine != "vllm":
         at_once = int(cache_bytes(config, sizes) / (sizes.kv_bytes_per_token * (prompt_tokens + response_tokens)))
         return max(1, min(rollout.max_batch_sequences, at_once))

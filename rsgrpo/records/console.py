@@ -22,6 +22,7 @@ ERRORS = "_errors"
 STEP_REWARDS = 3
 MAX_STEP_REWARDS = 8
 PHASES = ("sample", "reference", "learn", "sync")
+TURN_FAULTS = "rollout/turns/"
 PLAIN_WIDTH = 120
 
 
@@ -186,6 +187,10 @@ def format_step(
         parts.append(f"loss {short(metrics['actor/loss'], 3)}")
     if "rollout/num_tokens_mean" in metrics:
         parts.append(f"len {metrics['rollout/num_tokens_mean']:.0f}")
+    if "rollout/turns_mean" in metrics:
+        parts.append(f"turns {short(metrics['rollout/turns_mean'])}")
+    faults = [f"{key.rsplit('/', 1)[-1]} {count:.0f}x" for key, count in metrics.items() if key.startswith(TURN_FAULTS)]
+    parts += [f"faults {', '.join(faults)}"] if faults else []
     for label, key in (("kl", "actor/kl"), ("grad", "actor/grad_norm")):
         if key in metrics:
             parts.append(f"{label} {short(metrics[key])}")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from rsgrpo.config.train import AlgorithmConfig, LoraConfig
 from rsgrpo.learning.learner import Learner, init_distributed
-from tests.material.learner import learnt, make_groups, make_learner
+from tests.material.learner import learnt, make_conversations, make_groups, make_learner
 
 WEIGHTS = [1.0, 2.0]
 CASES: dict[str, dict[str, Any]] = {
@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "trained tower": {"counts": [2, 0, 0], "freeze_vision": False},
     "fewer groups than ranks, trained tower": {"counts": [1], "freeze_vision": False},
     "prefetched": {"counts": [2, 0, 5, 1], "prefetch": True, "vision_cache_mb": 0},
+    "conversations": {"counts": [1, 0], "conversations": True, "max_tokens_per_micro_batch": 200},
+    "conversations, trained tower": {"counts": [0], "conversations": True, "freeze_vision": False},
     "tied head": {"counts": [1, 2, 0], "tied": True},
     "LoRA": {"counts": [1, 2, 0], "lora": LoraConfig(rank=2)},
     "GSPO, two updates": {
@@ -37,10 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
 def run_case(case: dict[str, Any], path: str, images: list[str], folder: Path, rank: int, world_size: int) -> Any:
     """Return what a learner of this case reports and ends with, its state saved after the first update."""
     options = dict(case)
-    groups = make_groups(images, options.pop("counts"))
+    counts, converse = options.pop("counts"), options.pop("conversations", False)
     path = tied_folder(path, folder.parent) if options.pop("tied", False) else path
     prefetch = options.pop("prefetch", False)
     learner = make_learner(path, rank=rank, world_size=world_size, num_ranks=world_size, **options)
+    groups = make_conversations(learner.encoder, images, counts) if converse else make_groups(images, counts)
     before = weights_of(learner)
     if prefetch:
         learner.prefetch([group.prompt for group in groups])

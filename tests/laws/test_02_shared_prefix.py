@@ -59,7 +59,8 @@ def encoded(policy: Policy, inputs: PromptInputs) -> EncodedPrompt:
     if inputs.pixel_values is None or inputs.image_grid_thw is None:
         return EncodedPrompt(tokens, positions)
     if policy.frozen_tower:
-        return EncodedPrompt(tokens, positions, policy.encode_images(inputs.pixel_values, inputs.image_grid_thw))
+        features = policy.encode_images(inputs.pixel_values, inputs.image_grid_thw)
+        return EncodedPrompt(tokens, positions, (features,))
     return EncodedPrompt(tokens, positions, pixel_values=inputs.pixel_values, image_grid_thw=inputs.image_grid_thw)
 
 
@@ -82,7 +83,7 @@ def plain_rows(groups: Sequence[tuple[PromptInputs, list[Sample]]]) -> list[Plai
     return [
         PlainRow(
             torch.tensor([*inputs.token_ids_T, *sample.token_ids_T.tolist()]),
-            len(sample.token_ids_T),
+            len(inputs.token_ids_T) + torch.arange(len(sample.token_ids_T)),
             inputs.pixel_values,
             inputs.image_grid_thw,
         )

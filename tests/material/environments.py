@@ -84,7 +84,7 @@ def conversation(processor: InputProcessor, prompt, rollout: Rollout):
     done = 0
     for observation in [*rollout.observations, None]:
         end = len(rollout.token_ids_T) if observation is None else observation.at
-        ids += rollout.token_ids_T[done:end]
+        ids += list(rollout.token_ids_T[done:end])
         sampled += [True] * (end - done)
         done = end
         if observation is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from rollout.config import InputsConfig
-from rollout.types import Prompt
+from rollout.inputs.processor import InputProcessor
+from rollout.types import Observation, Prompt
 from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.learner import Learner
 from rsgrpo.types import Sample, TrainGroup
@@ -54,4 +56,47 @@ def make_groups(
             engine_T = rng.normal(-6.0, 0.2, length).astype(np.float32)
             samples.append(Sample(rng.integers(0, 300, length), scope_KT, advantages_KT, engine_T))
         groups.append(TrainGroup(Prompt(f"p{index}", text, tuple(images[:count])), tuple(samples)))
+    return groups
+
+
+PER_TURN = [[[]], [[2], [0, 3], [1, 1, 2]], [[], [4]], [[3], []]]
+"""Of each sample of a group the images of each observation: one to four turns, 0 to 3 images each."""
+
+
+def _observation(processor: InputProcessor, at: int, images: Sequence[str | bytes], *, has_ended: bool) -> Observation:
+    text = "page: " + "<image> " * len(images)
+    ids = processor.encode_observation(text, images, has_ended=has_ended).token_ids_T
+    return Observation(at, 0, tuple(ids), text, tuple(images))
+
+
+def _conversation(processor: InputProcessor, images: Sequence[Sequence[str | bytes]], seed: int) -> Sample:
+    """Return turns of 1 to 7 random tokens with these images between them, and the note that ends an episode."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 8, len(images) + 1)
+    places = np.cumsum(lengths)
+    observations = [
+        _observation(processor, int(at), own, has_ended=bool(index % 2))
+        for index, (at, own) in enumerate(zip(places, images, strict=False))
+    ]
+    length = int(places[-1])
+    scope_KT = rng.random((2, length)) < 0.6
+    advantages_KT = np.where(scope_KT, rng.normal(size=(2, 1)), 0.0).astype(np.float32)
+    end = Observation(length, 0, facts={"done": True})
+    tokens_T = rng.integers(0, 300, length)
+    return Sample(
+        tokens_T, scope_KT, advantages_KT, rng.normal(-6, 0.2, length).astype(np.float32), None, (*observations, end)
+    )
+
+
+def make_conversations(processor: InputProcessor, pages: Sequence[str], counts: Sequence[int]) -> list[TrainGroup]:
+    """Return groups as `make_groups` does, whose responses read observations with up to three images in four turns."""
+    groups = []
+    for index, count in enumerate(counts):
+        prompt = Prompt(f"p{index}", "<image>" * count + f"what amount is on page {index}?", tuple(pages[:count]))
+        samples = [
+            _conversation(processor, [[pages[page] for page in own] for own in images], seed=10 * index + number)
+            for number, images in enumerate(PER_TURN[index % 2 :] if index else PER_TURN)
+        ]
+        samples.append(dataclasses.replace(samples[0], observations=()))
+        groups.append(TrainGroup(prompt, tuple(samples)))
     return groups

@@ -65,11 +65,11 @@ def test_features_from_inside_the_tower_matter(model_type, path, processor, page
     policy = make_policy(path, processor).eval()
     [(inputs, group)] = groups_of(processor, page_images, [2])
     prompt = encoded(policy, inputs)
-    assert prompt.features is not None
-    assert prompt.features.shape[1] == 3 * 64
+    [features] = prompt.features
+    assert features.shape[1] == 3 * 64
     with torch.no_grad():
         before = policy(build_micro_batch([(prompt, group)]), 1.0, False).logprobs_N
-        prompt.features[:, 64:] = 0
+        features[:, 64:] = 0
         after = policy(build_micro_batch([(prompt, group)]), 1.0, False).logprobs_N
     assert not torch.allclose(before, after)
 

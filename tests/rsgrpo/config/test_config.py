@@ -241,6 +241,12 @@ def test_a_mistake_is_named_with_what_would_work(overrides, said):
              "learner.max_tokens_per_micro_batch=4096"],
             "learner.max_tokens_per_micro_batch 4096 < 15000 + 1536 = 16536",
         ),
+        (
+            ["inputs.max_prompt_tokens=1000", "rollout.max_response_tokens=500", "rollout.turns.environment=mine:Pages",
+             "rollout.turns.max_observation_tokens=700", "learner.max_tokens_per_micro_batch=2199"],
+            "2199 < 1000 + 500 + 700 = 2200 (inputs.max_prompt_tokens + rollout.max_response_tokens + "
+            "rollout.turns.max_observation_tokens)",
+        ),
         (["algorithm.prompts_per_step=12", "algorithm.updates_per_step=5"], "12 = 5 x 2 + 2"),
         (["reward_weights.acuracy=1"], "reward_weights.acuracy: there is no reward 'acuracy'; did you mean accuracy?"),
         (["reward_weights.accuracy=0"], "reward_weights.accuracy must be > 0, got 0"),

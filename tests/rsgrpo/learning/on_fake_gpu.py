@@ -93,7 +93,7 @@ def make_group(num_image_tokens: int) -> tuple[EncodedPrompt, list[Sample]]:
     tokens_T = torch.full((num_image_tokens + 50,), 151_655)
     tokens_T[num_image_tokens:] = 9
     prompt = EncodedPrompt(
-        tokens_T, torch.zeros(3, len(tokens_T), dtype=torch.int64), features=torch.zeros(num_image_tokens, 3584)
+        tokens_T, torch.zeros(3, len(tokens_T), dtype=torch.int64), features=(torch.zeros(num_image_tokens, 3584),)
     )
     samples = []
     for length in (700, 3, 1536):

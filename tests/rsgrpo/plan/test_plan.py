@@ -43,6 +43,36 @@ def test_every_recipe_is_planned_offline_and_fits_its_gpu(recipe, capsys):
     assert "WARNING" not in printed
 
 
+def test_turns_take_memory_and_time_by_hand():
+    plain = planned("recipe=evisrag_7b", "learner.max_tokens_per_micro_batch=60000")
+    turns = [
+        "rollout.turns.environment=mine:Desk",
+        "rollout.turns.max_observation_tokens=8000",
+        "rollout.turns.max_images=4",
+    ]
+    desk = planned("recipe=evisrag_7b", "learner.max_tokens_per_micro_batch=60000", *turns)
+    group = plain.rollout.group_size
+    before, after = learner_memory(plain, SEVEN_B), learner_memory(desk, SEVEN_B)
+    # One group of 11,000 + G x 9,536 tokens is over the budget: its parts have room for 60,000 / 2,000 images of turns.
+    assert min(group * 4, 30) == 30
+    assert after.learning["vision"] - before.learning["vision"] == pytest.approx((30 - 5 * 1) * 2000 * 3584 * 2 / GIB)
+    seen = (
+        engine_memory(desk, SEVEN_B).sampling["engine vision"] / engine_memory(plain, SEVEN_B).sampling["engine vision"]
+    )
+    assert seen == pytest.approx((5 + 4) / 5)
+    work = {phase.name: phase.flops for phase in phases(plain, SEVEN_B)}
+    more = {phase.name: phase.flops for phase in phases(desk, SEVEN_B)}
+    assert more["sample: decode"] == work["sample: decode"]  # what is read is not decoded
+    observed = 0.5 * 8000
+    prompt, response = (fill * limit for fill, limit in ((0.73, plain.inputs.max_prompt_tokens), (0.46, 1536)))
+    width = SEVEN_B.num_attention_layers * SEVEN_B.attention_width
+    attention = 4 * width * observed * prompt + 2 * width * ((response + observed) ** 2 - response**2)
+    images = 0.5 * 4 * SEVEN_B.image_flops(0.73 * plain.inputs.max_pixels)
+    each = 2 * SEVEN_B.body_params * observed + attention + images
+    sampled = plain.algorithm.prompts_per_step * group / 0.6  # the filter keeps six of ten groups
+    assert more["sample: prefill"] - work["sample: prefill"] == pytest.approx(sampled * each, rel=1e-6)
+
+
 # ---- the closed forms against transformers' own model ----------------------------------------------------------------
 
 

@@ -76,6 +76,12 @@ def test_what_a_step_did_not_measure_is_left_out() -> None:
     assert format_step(3, 100, nothing_to_learn, {}) == "step   3/100  no update: every advantage is 0"
 
 
+def test_a_step_with_an_environment_shows_turns_and_faults() -> None:
+    metrics = {"rollout/num_tokens_mean": 71.0, "rollout/turns_mean": 2.5, "rollout/turns/timeout": 3.0}
+    metrics["rollout/turns/bad_call"] = 1.0
+    assert format_step(3, 9, metrics, {}) == "step 3/9  len 71  turns 2.50  faults timeout 3x, bad_call 1x"
+
+
 def test_a_supervised_step_shows_its_loss() -> None:
     assert format_step(3, 100, {"actor/loss": 1.2345, "time/step": 2.0}, {}) == "step   3/100  loss 1.234  2.0 s"
 
