@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 
-from rollout.types import Prompt, Rollout, RolloutGroup
+from rollout.types import FinishReason, Prompt, Rollout, RolloutGroup
 from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.local import LocalCluster
 from rsgrpo.config.train import FilterConfig
@@ -21,6 +22,8 @@ from rsgrpo.running.run import cut_prompts, train_sampling
 from rsgrpo.types import ScoredGroup
 
 Batch = list[ScoredGroup]
+
+FINISHED: dict[str, FinishReason] = {"length": "length", "turns": "turns"}
 
 
 def sampled_batches(
@@ -73,8 +76,12 @@ def rollout_group(run: Path, stored_G: list[StoredRollout], system: str) -> Roll
                 logprobs_T=stored.rollout_logprobs_T,
                 text=stored.text,
                 token_spans_T=stored.token_spans_T,
-                finish_reason="length" if stored.finish_reason == "length" else "stop",
+                finish_reason=FINISHED.get(stored.finish_reason, "stop"),
                 weights_version=stored.weights_version,
+                observations=tuple(
+                    replace(observation, images=tuple(str(run / str(image)) for image in observation.images))
+                    for observation in stored.observations
+                ),
             )
             for stored in stored_G
         ),

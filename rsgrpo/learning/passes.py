@@ -168,7 +168,7 @@ class Passes:
             for unit in units:
                 group = groups[unit.group]
                 rows.append((self.prompts.get(group.prompt), [group.samples[sample] for sample in unit.samples]))
-                encoded += [row and self._encoded(row) for row in _response_rows(group, unit)]
+                encoded += [None if row is None else self._encoded(row) for row in _response_rows(group, unit)]
             before = None if old is None else [old[unit.group, s] for unit in units for s in unit.samples]
             batch = build_micro_batch(rows, before, encoded) if units else self._filler(groups)
             yield units, move(batch, self.device)

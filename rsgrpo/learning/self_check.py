@@ -42,7 +42,9 @@ def check_policy(
     samples = group.samples[:_NUM_SAMPLES]
     rows = [response_row(f"group {group.prompt.id}, sample {index}", sample) for index, sample in enumerate(samples)]
     has_images = has_images or any(row is not None and row.images for row in rows)
-    encoded = [row and EncodedResponse(prompts.encode(row), torch.from_numpy(row.own_T)) for row in rows]
+    encoded = [
+        None if row is None else EncodedResponse(prompts.encode(row), torch.from_numpy(row.own_T)) for row in rows
+    ]
     batch = move(build_micro_batch([(prompts.encode(group.prompt), samples)], encoded=encoded), device)
     inputs = encoder.encode(group.prompt)
     policy.eval()

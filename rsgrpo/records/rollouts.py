@@ -26,7 +26,7 @@ from rewards.api import Credit, Span
 from rollout.errors import one_line
 from rollout.files import replaced, write_bytes
 from rollout.inputs.images import bytes_of
-from rollout.types import ImageSource
+from rollout.types import ImageSource, Observation
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:  # the reader needs no torch
@@ -46,6 +46,10 @@ _REWARD = pa.struct({"name": _TEXT, "score": pa.float64(), "missed": pa.bool_(),
 _MONITOR = pa.struct({"name": _TEXT, "value": pa.float64()})
 _RUN = pa.struct({"start": _INT, "end": _INT, "advantage": pa.float32()})
 _TERM = pa.struct({"name": _TEXT, "runs": pa.list_(_RUN)})
+_OBSERVATION = pa.struct(
+    {"at": _INT, "at_char": _INT, "token_ids": _INTS, "text": _TEXT, "images": pa.list_(_TEXT), "facts": _TEXT}
+    | {"fault": _TEXT}
+)
 _PLAIN = {
     "step": _INT,
     "split": _TEXT,
@@ -66,6 +70,7 @@ SCHEMA = pa.schema(
     | {"images": pa.list_(_TEXT), "truth": _TEXT, "token_ids": _INTS, "token_starts": _INTS, "token_ends": _INTS}
     | {"rollout_logprobs": pa.list_(pa.float32())}
     | {"rewards": pa.list_(_REWARD), "monitors": pa.list_(_MONITOR), "terms": pa.list_(_TERM)}
+    | {"observations": pa.list_(_OBSERVATION)}
 )
 
 
@@ -103,6 +108,7 @@ class StoredRollout:
     images: paths to join to the run folder: absolute ones, or relative ones of images that were given as bytes.
     truth: gold columns, parsed back from JSON. monitors: name -> value, None where it did not apply.
     terms: loss term -> runs of its scope, outside of which it teaches nothing; empty where nothing was trained.
+    observations: what it read between its turns, with images as `images` has them.
     """
 
     step: int
@@ -126,6 +132,7 @@ class StoredRollout:
     rewards: tuple[StoredReward, ...]
     monitors: dict[str, float | None]
     terms: dict[str, tuple[TokenRun, ...]]
+    observations: tuple[Observation, ...] = ()
 
     def scope_KT(self) -> np.ndarray:
         """Return (K, T) bool, the tokens that each loss term may teach."""
@@ -278,6 +285,7 @@ def _group_rows(
             "rewards": [_reward_cell(scored, g, k) for k in range(len(scored.reward_names_K))],
             "monitors": [{"name": name, "value": value} for name, value in monitors],
             "terms": _term_cells(samples[g], terms) if samples else [],
+            "observations": [_observation_cell(run_dir, observation) for observation in rollout.observations],
         }
 
 
@@ -299,6 +307,18 @@ def _reward_cell(scored: ScoredGroup, g: int, k: int) -> dict[str, Any]:
 def _term_cells(sample: Sample, terms: Sequence[str]) -> list[dict[str, Any]]:
     rows = zip(terms, sample.scope_KT, sample.advantages_KT, strict=True)
     return [{"name": name, "runs": [asdict(run) for run in advantage_runs(s_T, a_T)]} for name, s_T, a_T in rows]
+
+
+def _observation_cell(run_dir: Path, observation: Observation) -> dict[str, Any]:
+    return {
+        "at": observation.at,
+        "at_char": observation.at_char,
+        "token_ids": np.asarray(observation.token_ids_S, dtype=np.int32),
+        "text": observation.text,
+        "images": [_store_image(run_dir, image) for image in observation.images],
+        "facts": json.dumps(dict(observation.facts), ensure_ascii=False, default=str),
+        "fault": observation.fault,
+    }
 
 
 def _store_image(run_dir: Path, image: ImageSource) -> str:
@@ -329,6 +349,19 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
         rewards=rewards,
         monitors={cell["name"]: cell["value"] for cell in row["monitors"]},
         terms={cell["name"]: tuple(TokenRun(**run) for run in cell["runs"]) for cell in row["terms"]},
+        observations=tuple(map(_observation, row["observations"] or ())),  # absent in files of older releases
+    )
+
+
+def _observation(cell: dict[str, Any]) -> Observation:
+    return Observation(
+        cell["at"],
+        cell["at_char"],
+        tuple(cell["token_ids"]),
+        cell["text"],
+        tuple(cell["images"]),
+        json.loads(cell["facts"]),
+        cell["fault"],
     )
 
 

@@ -227,7 +227,8 @@ def _view(run_dir: Path, path: Path, images: dict[str, str | None], max_groups: 
     ordered = sorted(groups.values(), key=lambda group: not _has_signal(group))[:max_groups]
     first = ordered[0][0] if ordered else None
     for group in ordered:
-        for image in group[0].images:
+        read = [str(image) for rollout in group for o in rollout.observations for image in o.images]
+        for image in (*group[0].images, *read):
             if image not in images:
                 images[image] = _data_uri(run_dir / image)
     return {
@@ -263,6 +264,11 @@ def _rollout(rollout: StoredRollout) -> dict[str, Any]:
         "rewards": [{"name": r.name, "score": r.score, "missed": r.missed} for r in rollout.rewards],
         "monitors": list(rollout.monitors.items()),
         "terms": [[[run.start, run.end, round(run.advantage, 4)] for run in runs] for runs in rollout.terms.values()],
+        "observations": [
+            {"at": o.at, "text": o.text, "images": list(o.images), "facts": dict(o.facts), "fault": o.fault}
+            | {"tokens": len(o.token_ids_S)}
+            for o in rollout.observations
+        ],
     }
 
 

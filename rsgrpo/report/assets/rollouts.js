@@ -36,14 +36,17 @@ function tokenSpans(view, rollout, limit) {
   const names = rows.length > 1 ? [...view.terms, NET] : view.terms;
   const values = rows[chosen.term];
   const nodes = [];
+  const read = [...rollout.observations];
+  const readUpTo = (token) => { while (read.length && read[0].at <= token) nodes.push(observationBlock(read.shift())); };
   let cursor = 0;
   rollout.ids.forEach((id, token) => {
+    readUpTo(token);
     const start = rollout.starts[token], end = rollout.ends[token];
     if (start > cursor) nodes.push(characters.slice(cursor, start).join(""));
     const own = characters.slice(start, end).join("");
+    const last = start === end && start >= characters.length;
     const shown = characters.slice(Math.max(start, cursor), end).join("");
     cursor = Math.max(cursor, end);
-    const last = start === end && start >= characters.length;
     const value = values ? values[token] : null;
     const describe = (event) => {
       const lines = [last ? "end of text" : JSON.stringify(own), `token ${token}, id ${id}`];
@@ -56,21 +59,34 @@ function tokenSpans(view, rollout, limit) {
     nodes.push(span);
   });
   if (cursor < characters.length) nodes.push(characters.slice(cursor).join(""));
+  readUpTo(rollout.ids.length);
   return make("div", { class: "tokens" }, ...nodes);
 }
 
-function thumbnail(source, index) {
-  const uri = report.images[source];
-  if (!uri) return make("div", { class: "thumb", title: source }, make("span", {}, `page ${index + 1}: file is gone`));
+// What an environment wrote behind a turn, its images in the places where the policy sees them.
+function observationBlock(observation) {
+  const notes = Object.entries(observation.facts).map(([key, value]) => `${key}: ${goldText(value)}`);
+  const head = [observation.fault ? `observation: ${observation.fault}` : "observation", `${observation.tokens} tokens`, ...notes].join("  ·  ");
+  const pieces = observation.text.split("<image>");
+  const nodes = pieces.flatMap((piece, index) => {
+    const source = observation.images[index - 1];
+    return index && source !== undefined ? [thumbnail(source, index - 1, "image"), piece] : [piece];
+  });
+  return make("div", { class: `observation${observation.fault ? " miss" : ""}` }, make("div", { class: "quiet" }, head), ...nodes);
+}
+
+function thumbnail(source, index, kind) {
+  const uri = report.images[source], name = `${kind} ${index + 1}`;
+  if (!uri) return make("div", { class: "thumb", title: source }, make("span", {}, `${name}: file is gone`));
   const zoom = () => {
     const dialog = document.getElementById("zoom");
     const image = dialog.querySelector("img");
     image.onload = () => image.classList.toggle("tiny", image.naturalWidth < 200);
     image.src = uri;
-    dialog.querySelector("p").textContent = `page ${index + 1}  ·  ${source}`;
+    dialog.querySelector("p").textContent = `${name}  ·  ${source}`;
     dialog.showModal();
   };
-  return make("button", { type: "button", class: "thumb", title: source, onclick: zoom }, make("img", { src: uri, alt: `page ${index + 1}` }), make("span", {}, `page ${index + 1}`));
+  return make("button", { type: "button", class: "thumb", title: source, onclick: zoom }, make("img", { src: uri, alt: name }), make("span", {}, name));
 }
 document.getElementById("zoom").addEventListener("click", (event) => event.currentTarget.close());
 
@@ -81,7 +97,7 @@ function goldText(value) {
 
 function promptPanel(group) {
   const panel = make("div", { class: "panel" }, make("h4", {}, "Question"), make("div", { class: "question" }, group.question));
-  if (group.images.length) panel.append(make("h4", {}, "Pages"), make("div", { class: "thumbs" }, ...group.images.map(thumbnail)));
+  if (group.images.length) panel.append(make("h4", {}, "Pages"), make("div", { class: "thumbs" }, ...group.images.map((source, index) => thumbnail(source, index, "page"))));
   const truth = Object.entries(group.truth);
   const gold = truth.filter(([key]) => key === "answers" || key === "evidence");
   for (const [key, value] of gold) panel.append(make("h4", {}, key === "answers" ? "Gold answer" : "Gold evidence"), make("div", { class: "gold" }, goldText(value)));
@@ -98,7 +114,8 @@ function rolloutPanel(view, rollout, index, limit) {
     return make("span", { class: `chip${reward.name === term ? " on" : ""}${reward.missed ? " miss" : ""}`, title: note }, reward.name, make("b", {}, fixed(reward.score, 2)));
   });
   chips.push(...rollout.monitors.map(([name, value]) => make("span", { class: "chip quiet", title: "monitor: never trained on" }, name, make("b", {}, fixed(value, 2)))));
-  const length = `${rollout.ids.length} tokens${rollout.truncated ? ", cut at the limit" : ""}`;
+  const turns = 1 + rollout.observations.filter((observation) => observation.at < rollout.ids.length).length;
+  const length = `${rollout.ids.length} tokens${turns > 1 ? ` in ${turns} turns` : ""}${rollout.truncated ? ", cut at the limit" : ""}`;
   return make("div", { class: "panel rollout" }, make("div", { class: "rollout-head" }, make("b", {}, `Rollout ${index + 1}`), ...chips, make("span", {}, length)), tokenSpans(view, rollout, limit));
 }
 

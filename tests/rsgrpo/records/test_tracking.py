@@ -8,17 +8,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from rewards.api import Credit, Span
-from rollout.types import Prompt
+from rollout.types import Observation, Prompt
 from rsgrpo.config.train import TrackingConfig
 from rsgrpo.errors import RsgrpoError
+from rsgrpo.lab.batches import rollout_group
 from rsgrpo.records.rollouts import TokenRun, advantage_runs, read_rollouts, rollout_files, write_rollouts
 from rsgrpo.records.tracking import FAILURES_KEY, NON_FINITE_KEY, Tracker, page_strip, read_metrics, spread_rows
 from rsgrpo.types import ScoredGroup, TrainGroup
@@ -148,6 +151,33 @@ def test_image_bytes_are_stored_once_and_paths_become_absolute(
     assert [path.read_bytes() for path in (tmp_path / "rollouts" / "images").iterdir()] == [page]
     assert (tmp_path / rows[0].images[0]).read_bytes() == page
     assert rows[0].images[1] == page_images[0] == str(tmp_path / page_images[0])
+
+
+def test_observations_read_back_with_their_images_and_older_files_have_none(
+    tmp_path: Path, page_images: list[str]
+) -> None:
+    scored, train = one_group()
+    page = page_bytes(3, 4)
+    facts = {"opened": ["p3"], "cost": 0.5}
+    observations = (
+        Observation(2, 5, (7, 8, 8), "<image> and <image>", (page, page_images[0]), facts, "slow"),
+        Observation(len(scored.group.rollouts[0].token_ids_T), 9, facts={"done": True}),
+    )
+    first, second = scored.group.rollouts
+    group = replace(scored.group, rollouts=(replace(first, observations=observations, finish_reason="turns"), second))
+    path = write_rollouts(tmp_path, 1, [replace(scored, group=group)], [train], terms=REWARDS)
+    stored, plain = read_rollouts(path)
+    assert stored.finish_reason == "turns"
+    assert plain.observations == ()
+    [seen, end] = stored.observations
+    assert (tmp_path / seen.images[0]).read_bytes() == page
+    assert seen == replace(observations[0], images=(seen.images[0], page_images[0]))
+    assert end == observations[1]
+    [again, _] = rollout_group(tmp_path, [stored, plain], "").rollouts  # as the laboratory reads it
+    assert again.observations[0].images == (str(tmp_path / seen.images[0]), page_images[0])
+    assert (again.observations[0].token_ids_S, again.finish_reason) == ((7, 8, 8), "turns")
+    pq.write_table(pq.read_table(path).drop_columns(["observations"]), path)
+    assert [row.observations for row in read_rollouts(path)] == [(), ()]
 
 
 def test_both_validation_modes_share_a_file_and_a_mode_is_replaced(tmp_path: Path) -> None:

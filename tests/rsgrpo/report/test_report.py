@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from rollout.types import Prompt
+from rollout.types import Observation, Prompt
 from rsgrpo import cli
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import RsgrpoError
@@ -68,6 +68,10 @@ def hostile_run(folder: Path) -> Path:
     (folder / "config.yaml").write_text("name: '</title><script>alert(2)</script>'\n")
     prompt = Prompt("<b>id</b>", HOSTILE, (), {"answers": [HOSTILE], "evidence": []}, HOSTILE)
     scored = make_scored(prompt, [HOSTILE, "x<think>"], [[1.0, 0.5, 1.0], [0.0, 0.5, float("nan")]])
+    read = Observation(1, 1, (7,) * 9, f"{HOSTILE} <image> behind", (page_bytes(1, 2),), {HOSTILE: HOSTILE}, HOSTILE)
+    first = dataclasses.replace(scored.group.rollouts[0], observations=(read,))
+    group = dataclasses.replace(scored.group, rollouts=(first, scored.group.rollouts[1]))
+    scored = dataclasses.replace(scored, group=group)
     write_rollouts(folder, 1, [scored], [make_train_group(scored)], terms=REWARDS)
     return folder
 
@@ -79,6 +83,9 @@ def test_what_a_rollout_says_never_becomes_markup(tmp_path: Path) -> None:
     (view,) = payload_of(page)["views"]
     assert view["groups"][0]["rollouts"][0]["text"] == HOSTILE
     assert view["groups"][0]["question"] == HOSTILE
+    [read] = view["groups"][0]["rollouts"][0]["observations"]
+    assert (read["at"], read["tokens"], read["fault"], read["facts"]) == (1, 9, HOSTILE, {HOSTILE: HOSTILE})
+    assert payload_of(page)["images"][read["images"][0]].startswith("data:image/jpeg;base64,")
     assert view["groups"][0]["rollouts"][1]["rewards"][2]["score"] is None
 
 
@@ -263,4 +270,8 @@ def test_a_browser_draws_it_and_runs_nothing_hostile(tmp_path: Path, run_dir: Pa
     assert 'class="out ' in shown
     hostile = dom(write_report(hostile_run(tmp_path / "run"), tmp_path / "hostile.html"))
     assert "&lt;/script&gt;" in hostile.split('<div id="viewer">')[1]
-    assert "<img src=" not in hostile
+    assert set(re.findall(r'<img src="([^"]{5})', hostile)) == {"data:"}
+    tokens = hostile.split('<div class="tokens">')[1]
+    before, observation = tokens.split('<div class="observation miss">', 1)
+    assert before.count("<span") == 1  # in its place: behind the first token
+    assert re.search(r"</button> behind</div>\s*<span", observation)  # its image before the word, then the next token
