@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.answers.options import add_options, option_of
+from recipes.demo.desk_make import add_desk
 from recipes.demo.forms import FormJob
 from recipes.demo.items import Job
+from recipes.demo.model_folder import write_model
 from recipes.demo.rows import corpus, write_rows_and_pages
 from recipes.demo.shapes import ShapeJob
 from recipes.files.commands import add_command, add_file_commands
@@ -67,12 +69,19 @@ def run_demo(options: dict[str, Any], console: Console) -> None:
     started = time.monotonic()
     out, force = options.pop("out"), options.pop("force")
     settings, data, model = DemoSettings(**options), out / "data", out / "model"
+    job = settings.job()
     wanted = asdict(settings)
     for folder in (data, model):  # refuse before writing anything
         reusable(folder, wanted, force=force)
     rows = make_folder(data, wanted, lambda target: write_demo_data(settings, target, console), force=force)
-    made = make_folder(model, wanted, lambda target: write_demo_model(settings, data, target, console), force=force)
-    job = ShapeJob if settings.level == "easy_vqa" else FormJob
+    made = make_folder(
+        model,
+        wanted,
+        lambda target: write_model(
+            job, corpus(data), target, seed=settings.seed, vision_steps=settings.vision_steps, console=console
+        ),
+        force=force,
+    )
     console.summary(
         "The demo is prepared",
         [
@@ -104,36 +113,6 @@ def write_demo_data(settings: DemoSettings, folder: Path, console: Console) -> d
     return write_rows_and_pages(settings.job(), folder, counts, settings.seed, settings.noise, console)
 
 
-def write_demo_model(settings: DemoSettings, data: Path, folder: Path, console: Console) -> dict[str, Any]:
-    """Train the tokenizer on the training rows, initialise a random model, and teach its vision tower to read."""
-    import transformers
-
-    from recipes.demo.model import build_model, image_processor, save_model_folder, train_tokenizer
-    from recipes.demo.vision import Lessons, reading_accuracy, teach_to_read
-
-    transformers.utils.logging.disable_progress_bar()  # it would break up the console's own bars
-    with console.phase("tokenizer"):
-        tokenizer = train_tokenizer(corpus(data))
-        model = build_model(tokenizer, seed=settings.seed)
-    job = settings.job()
-    with console.phase("vision tower", total=settings.vision_steps) as bar:
-        head = teach_to_read(
-            model,
-            Lessons.of(image_processor(), *job.lessons("train")),
-            num_labels=job.num_labels,
-            num_steps=settings.vision_steps,
-            seed=settings.seed,
-            on_step=lambda _: bar.advance(),
-        )
-        accuracy = reading_accuracy(model, head, Lessons.of(image_processor(), *job.lessons("val")))
-    save_model_folder(model, tokenizer, folder)
-    return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "tokens": len(tokenizer),
-        job.tower_fact: round(accuracy, 4),
-    }
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     top = argparse.ArgumentParser(prog="python -m recipes.prepare", description=__doc__.split("\n")[0])
@@ -142,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data/ and model/")
     add_options(demo, DemoSettings)
     demo.add_argument("--force", action="store_true", help="replace existing folders")
+    add_desk(commands)
     add_file_commands(commands)
     return top
 
