@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from recipes.answers.batch import answer_batch, result_line
+from recipes.answers.conversations import Conversations
 from recipes.answers.engine import open_answerer
 from recipes.answers.options import option_of
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
@@ -28,10 +29,14 @@ from recipes.answers.spec import (
     pixel_limits,
 )
 from recipes.answers.types import Answer, Answerer
-from rollout.config import InputsConfig
+from recipes.retrieval.search.retriever import By
+from rollout.config import InputsConfig, TurnsConfig
 from rollout.errors import printable
 from rollout.keys import as_named, keys_of, named
+from rollout.types import Observation
 from rsgrpo.config.checks import require_model
+from rsgrpo.data.foreign import IMAGE_MARK
+from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
@@ -51,6 +56,9 @@ OPTIONS = {f"{section}.{name}": option_of(name) for section, schema in SECTIONS.
     "rollout.max_batch_sequences": "--batch-size",
 }
 """Key of the configuration -> the option that sets it; its type, default and help are the key's."""
+DESK = "recipes.retrieval.desk.environment:Desk"
+DESK_LIMITS = {"max_turns": 10, "max_observation_tokens": 16_384, "max_images": 20}
+"""How much a model may look up for one question of --desk."""
 HELP = (
     "A question, which is asked on its own, without the earlier ones; or: /images A.png B.png ... other pages; "
     "/json shows the last answer as JSON; /quit"
@@ -73,19 +81,34 @@ class Session:
         """Answer one question, showing the text as it is written where the answerer can; return its result line."""
         self._num_asked += 1
         streamed = False
-        piece: str | Answer = ""
-        for piece in self._reader.stream(question, self.images, name=f"question-{self._num_asked}"):
-            if show and isinstance(piece, str):
+        piece: str | Observation | Answer = ""
+        for piece in self._reader.steps(question, self.images, name=f"question-{self._num_asked}"):
+            if show and not isinstance(piece, Answer):
                 streamed = True
-                self._out.write(printable(piece))
+                self._out.write(printable(piece if isinstance(piece, str) else step_of(piece)))
                 self._out.flush()
         assert isinstance(piece, Answer)
         line = result_line(piece, self._reader.answerer.name)
         if show:
-            self._out.write("\n" if streamed else f"{printable(piece.text)}\n" if piece.text else "")
+            self._out.write("\n" if streamed else f"{printable(written(piece))}\n" if piece.text else "")
             self._out.write(f"{printable(summary_of(line))}\n")
             self._out.flush()
         return line
+
+
+def step_of(observation: Observation) -> str:
+    """Return what an environment answered, indented below the turn that it answers."""
+    lines = observation.text.replace(IMAGE_MARK, " (image)").splitlines()
+    return "".join(f"\n    {line}" for line in lines) + (f" [{observation.fault}]" if observation.fault else "") + "\n"
+
+
+def written(answer: Answer) -> str:
+    """Return a whole answer, with what an environment answered between its turns."""
+    parts, start = [], 0
+    for observation in answer.observations:
+        parts += [answer.text[start : observation.at_char].rstrip("\n"), step_of(observation)]
+        start = observation.at_char
+    return "".join([*parts, answer.text[start:].lstrip("\n") if parts else answer.text])
 
 
 def summary_of(line: dict[str, Any]) -> str:
@@ -182,6 +205,10 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="the pages, in order; put the question before it",
     )
+    what.add_argument(
+        "--desk", metavar="STORE", default="", help="let the model look for its pages in this page store, step by step"
+    )
+    what.add_argument("--desk-by", choices=get_args(By), default="words", help="what finds pages there")
     what.add_argument("--batch", metavar="FILE", help="questions: rows with id, question and image")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
     what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
@@ -238,7 +265,13 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
     if not options.endpoint:
         settings["endpoint"]["model"] = ""
     settings["inputs"] = inputs_of(options)
+    if desk := getattr(options, "desk", ""):
+        turns = TurnsConfig(DESK, {"store": desk, "by": options.desk_by}, **DESK_LIMITS)
+        settings["rollout"]["turns"] = turns
+        settings["inputs"]["max_images"] = max(DESK_LIMITS["max_images"], settings["inputs"]["max_images"])
     parts = {section: SECTIONS[section](**given) for section, given in settings.items()}
+    if desk and options.endpoint:
+        return Conversations(open_answerer(AnswerSpec(**parts, seed=options.seed)), turns)
     return open_answerer(AnswerSpec(**parts, seed=options.seed))
 
 
@@ -272,10 +305,15 @@ def inputs_of(options: argparse.Namespace) -> dict[str, Any]:
     return limits
 
 
+def default_prompt(options: argparse.Namespace) -> str:
+    """Return the prompt of --desk for a model that does not bring one; "" leaves the choice to `named_prompt`."""
+    return "desk" if options.desk and not prompt_of_model(options.model) else ""
+
+
 def answer(options: argparse.Namespace) -> int:
     """Do what the command line says; return the exit code."""
     images = checked_images(options.image)
-    prompt = named_prompt(options.prompt, options.model)
+    prompt = named_prompt(options.prompt or default_prompt(options), options.model)
     template, system = read_template(prompt), options.system or prompt.system
     if options.batch and (options.question or options.image):
         raise InputError("--batch brings its own questions and pages: omit the question and --image")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.answers.options import add_options, option_of
-from recipes.demo.desk_make import add_desk
+from recipes.demo.desk_make import DeskSettings, write_desk_data, write_desk_model
+from recipes.demo.desk_rows import DeskJob
 from recipes.demo.forms import FormJob
 from recipes.demo.items import Job
 from recipes.demo.model_folder import write_model
@@ -97,6 +98,39 @@ def run_demo(options: dict[str, Any], console: Console) -> None:
     )
 
 
+def run_desk(options: dict[str, Any], console: Console) -> None:
+    """Write data/ and model/, or reuse those made from the same settings; show a summary.
+
+    Raises:
+        InputError: a folder was made from other settings or by something else, and --force is not given.
+    """
+    started = time.monotonic()
+    out, force = options.pop("out"), options.pop("force")
+    settings, data, model = DeskSettings(**options), out / "data", out / "model"
+    wanted = asdict(settings)
+    for folder in (data, model):  # refuse before writing anything
+        reusable(folder, wanted, force=force)
+    job = DeskJob(settings.seed, settings.names)
+    rows = make_folder(data, wanted, lambda target: write_desk_data(settings, job, target, console), force=force)
+    made = make_folder(
+        model, wanted, lambda target: write_desk_model(settings, job, data, target, console), force=force
+    )
+    console.summary(
+        "The desk demo is prepared",
+        [
+            ("data", f"{data} ({rows['state']})"),
+            ("rows", f"{rows['sft']} sft, {rows['train']} train, {rows['val']} val"),
+            ("pages", f"{rows['train_pages']} for training, {rows['val_pages']} held out"),
+            ("model", f"{model} ({made['state']})"),
+            ("size", f"{made['parameters'] / 1e6:.2f} M parameters, {made['tokens']} tokens"),
+            ("reads", f"{made[job.tower_fact]:.1%} of {job.tower_words} correctly (the vision tower)"),
+            ("time", f"{time.monotonic() - started:.0f} s"),
+            ("next", "python -m recipes.sft recipe=sft_desk_demo"),
+            ("then", "python -m rsgrpo.train recipe=desk_demo"),
+        ],
+    )
+
+
 def next_commands(out: Path) -> list[tuple[str, str]]:
     """Return the commands that train on the demo in `out`."""
     sft, train = "python -m recipes.sft recipe=sft_demo", "python -m rsgrpo.train recipe=demo"
@@ -121,7 +155,12 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data/ and model/")
     add_options(demo, DemoSettings)
     demo.add_argument("--force", action="store_true", help="replace existing folders")
-    add_desk(commands)
+    desk = add_command(
+        commands, "desk", run_desk, "forms that a policy must look up at the page desk, and a small model"
+    )
+    desk.add_argument("--out", type=Path, default=Path("desk"), help="folder for data/ and model/")
+    add_options(desk, DeskSettings)
+    desk.add_argument("--force", action="store_true", help="replace existing folders")
     add_file_commands(commands)
     return top
 

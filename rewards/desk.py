@@ -56,11 +56,16 @@ def cites_opened(response: Response) -> float:
     A slot `[n]:` of the evidence block that claims something cites page n. A page that a search showed small is not
     opened.
     """
-    _, *slots = _SLOT.split(block_text(response.text, "evidence") or "")
-    pairs = zip(slots[::2], slots[1::2], strict=True)
-    cited = {int(number) for number, slot in pairs if normalise(slot) not in ("", NO_EVIDENCE)}
+    cited = cited_numbers(response.text)
     opened = {turn.facts.get("number") for turn in response.turns if _opened(turn)}
     return sum(number in opened for number in cited) / len(cited) if cited else 0.0
+
+
+def cited_numbers(text: str) -> set[int]:
+    """Return the numbers of the pages that the evidence block claims something of."""
+    _, *slots = _SLOT.split(block_text(text, "evidence") or "")
+    pairs = zip(slots[::2], slots[1::2], strict=True)
+    return {int(number) for number, slot in pairs if normalise(slot) not in ("", NO_EVIDENCE)}
 
 
 @reward(short="iou")

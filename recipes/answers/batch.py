@@ -17,7 +17,7 @@ from recipes.answers.predictions import FAILED
 from recipes.answers.questions import prompt_hash
 from recipes.answers.types import Answer, Answerer
 from rollout.files import write_text
-from rollout.types import ImageSource, Prompt
+from rollout.types import ImageSource, Observation, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
@@ -62,7 +62,16 @@ def result_line(output: Answer, model: str, pages: Sequence[ImageSource] | None 
         "model": model,
         "num_prompt_tokens": output.num_prompt_tokens,
         "num_response_tokens": output.num_response_tokens,
-    }
+    } | ({"steps": [step_line(step) for step in output.observations]} if output.observations else {})
+
+
+def step_line(step: Observation) -> dict[str, Any]:
+    """Return what an environment did between two turns as JSON; images are counted.
+
+    at_char: where in the raw text the turn before it ends.
+    """
+    about = {"at_char": step.at_char, "fault": step.fault, "text": step.text, "images": len(step.images)}
+    return {**step.facts, **about}
 
 
 def answer_batch(

@@ -96,6 +96,11 @@ class LocalAnswerer:
 
     def stream(self, prompt: Prompt) -> Generator[str | Answer]:
         """Yield the text in pieces where the engine streams (the embedded one and vLLM do), then the answer."""
+        with closing(self.steps(prompt)) as steps:
+            yield from (step for step in steps if not isinstance(step, Observation))
+
+    def steps(self, prompt: Prompt) -> Generator[str | Observation | Answer]:
+        """Do as `stream`, and yield what an environment answers between two turns as it comes."""
         engine = self._engine
         if not isinstance(engine, StreamingEngine):
             yield from self.answer([prompt])
@@ -103,8 +108,7 @@ class LocalAnswerer:
         try:
             with closing(engine.stream(prompt, self._sampling)) as pieces:
                 for piece in pieces:
-                    if not isinstance(piece, Observation):
-                        yield piece if isinstance(piece, str) else _answer(piece)
+                    yield _answer(piece) if isinstance(piece, RolloutGroup) else piece
         except RsgrpoError as error:
             raise RsgrpoError(f"the engine failed: {error}") from error
 
@@ -125,4 +129,5 @@ def _answer(group: RolloutGroup) -> Answer:
         mean_logprob=sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T)),
         num_prompt_tokens=group.num_prompt_tokens,
         num_response_tokens=len(rollout.token_ids_T),
+        observations=rollout.observations,
     )

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from recipes.answers.questions import Question, to_prompt
-from recipes.answers.types import Answer, Answerer
-from rollout.types import ImageSource
+from recipes.answers.types import Answer, Answerer, Steps
+from rollout.types import ImageSource, Observation, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +35,14 @@ class Reader:
 
     def stream(self, question: str, pages: Sequence[ImageSource], *, name: str = "question") -> Iterator[str | Answer]:
         """Yield the text in pieces as it is written, where that is possible, and finally the answer; see `ask`."""
-        return self.answerer.stream(to_prompt(Question(name, question, tuple(pages)), self.template, self.system))
+        return self.answerer.stream(self._prompt(question, pages, name))
+
+    def steps(
+        self, question: str, pages: Sequence[ImageSource], *, name: str = "question"
+    ) -> Iterator[str | Observation | Answer]:
+        """Do as `stream`, and yield what an environment answers between two turns, where the answerer has one."""
+        prompt = self._prompt(question, pages, name)
+        return self.answerer.steps(prompt) if isinstance(self.answerer, Steps) else self.answerer.stream(prompt)
+
+    def _prompt(self, question: str, pages: Sequence[ImageSource], name: str) -> Prompt:
+        return to_prompt(Question(name, question, tuple(pages)), self.template, self.system)

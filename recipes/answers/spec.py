@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, VllmConfig
+from rollout.config import Dtype, EngineKind, InputsConfig, RolloutConfig, TurnsConfig, VllmConfig
 from rollout.keys import check, key, require
 from rollout.types import SamplingParams
 from rsgrpo.records.secrets import masked_address
@@ -47,6 +47,7 @@ class AnswerRolloutConfig:
     gold_response: str = key(
         "rewards.evisrag:gold_response", "module:function that the fake engine without a script answers with."
     )
+    turns: TurnsConfig = field(default_factory=TurnsConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from rollout.types import Prompt
+from rollout.types import Observation, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class Answer:
     error: why there is no (complete) text; "" when there is.
     mean_logprob: mean natural log-probability of the response's tokens; None where it is not known.
     num_prompt_tokens, num_response_tokens: likewise.
+    observations: what an environment answered between the turns of the text.
     """
 
     prompt: Prompt
@@ -26,6 +27,7 @@ class Answer:
     mean_logprob: float | None = None
     num_prompt_tokens: int | None = None
     num_response_tokens: int | None = None
+    observations: Sequence[Observation] = ()
 
 
 class Answerer(Protocol):
@@ -61,4 +63,13 @@ class Answerer(Protocol):
 
     def close(self) -> None:
         """Release the model or the connections."""
+        ...
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """An answerer whose model may be answered by an environment between its turns."""
+
+    def steps(self, prompt: Prompt) -> Generator[str | Observation | Answer]:
+        """Do as `Answerer.stream`, and yield what the environment answers as it comes."""
         ...

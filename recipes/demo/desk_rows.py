@@ -1,4 +1,4 @@
-"""The rows of `make desk-demo`: a question names a page by its colour, and an expert looks it up at the desk.
+"""The rows of `make desk-demo`: a question names a page by number or colour, and an expert looks it up at the desk.
 
 Supervised rows are the expert's whole trajectories, through the same environment as training. The expert now and then
 opens a wrong page or zooms in on the wrong corner, and recovers; those turns are read and not learnt. It also misreads
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -38,6 +38,7 @@ from rollout.types import ImageSource, Prompt
 from rsgrpo.data.prompts import render_template
 from rsgrpo.records.console import Console
 
+Names = Literal["number", "colour"]
 TEMPLATE = "{numbered_marks}{question}"
 MIN_PAGES, MAX_PAGES = 3, 4
 SMALL_SHARE = 0.3  # of the questions whose amount is small
@@ -58,8 +59,8 @@ class DeskJob:
 
     tower_fact, tower_words, num_labels = "digit_accuracy", "held-out pages' digits", 10
 
-    def __init__(self, seed: int) -> None:
-        self.scans, self._seed = Scans(), seed
+    def __init__(self, seed: int, names: Names = "number") -> None:
+        self.scans, self._seed, self._names = Scans(), seed, names
         self.pages: dict[Split, list[DeskPage]] = {}
         self._alike: dict[tuple[Split, str, Kind, int], list[int]] = {}
         splits: tuple[Split, ...] = ("train", "val")
@@ -76,8 +77,9 @@ class DeskJob:
             kind: Kind = rng.choice(list(BOXES)) if rng.random() < SMALL_SHARE else "plain"
             pages.append(rng.choice(self._alike[split, colour, kind, rng.randrange(10)]))
         asked = rng.randrange(len(pages))
-        question = rng.choice(["what amount is on the {} page?", "amount of the {} page?"])
-        return DeskItem(tuple(pages), asked, question.format(colours[asked]))
+        name = f"page {asked + 1}" if self._names == "number" else f"the {colours[asked]} page"
+        question = rng.choice(["what amount is on {}?", "amount of {}?"])
+        return DeskItem(tuple(pages), asked, question.format(name))
 
     def lessons(self, split: Split) -> tuple[list[Image.Image], list[list[int]]]:
         """Return small pages and their two digits."""

@@ -10,20 +10,23 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from recipes.answers.batch import rewrite
 from recipes.answers.parsing import parse_strict
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
-from recipes.infer import add_answerer_options, answerer_of
+from recipes.infer import DESK, DESK_LIMITS, add_answerer_options, answerer_of
+from recipes.retrieval.search.retriever import By
+from recipes.synthesize.desk import DeskSynthesisConfig, synthesize_desk
 from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, synthesize_queries
 from recipes.synthesize.retries import KEPT, Line, RetryConfig, ask_and_report, fault_of
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
+from rollout.config import TurnsConfig
 from rollout.keys import at_least
 from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError, run_program
@@ -124,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("trajectories", help="observe, evidence, think and answer for questions with answers")
     )
     _add_queries(commands.add_parser("queries", help="questions with answers about pages, to train a retriever on"))
+    _add_desk(commands.add_parser("desk", help="look the answers up in a page store: search, open, zoom, answer"))
     return top
 
 
@@ -155,6 +159,28 @@ def _add_queries(command: argparse.ArgumentParser) -> None:
     _add_tries(what, tries=2, item="page")
     add_answerer_options(command)
     command.set_defaults(temperature=0.7, run=_queries)
+
+
+def _add_desk(command: argparse.ArgumentParser) -> None:
+    what = command.add_argument_group("what to ask, and what to keep")
+    what.add_argument("--store", required=True, metavar="STORE", help="the page store that is searched")
+    what.add_argument("--desk-by", choices=get_args(By), default="words", help="what finds pages there")
+    what.add_argument("--in", dest="source", required=True, metavar="FILE", help="rows with question and answer")
+    what.add_argument("--out", type=Path, required=True, help="jsonl of rows for recipes.sft")
+    what.add_argument("--prompt", default="desk", help="the message of the teacher and of the rows: a name or a file")
+    what.add_argument("--min-accuracy", type=float, default=1.0, help="set-token F1 that counts as right")
+    _add_tries(what, tries=4, item="question")
+    add_answerer_options(command)
+    command.set_defaults(temperature=0.7, max_images=DESK_LIMITS["max_images"], run=_desk)
+
+
+def _desk(options: argparse.Namespace, retries: RetryConfig) -> None:
+    at_least(0, **{"--min-accuracy": options.min_accuracy})
+    template = read_template(named_prompt(options.prompt))
+    turns = TurnsConfig(DESK, {"store": options.store, "by": options.desk_by}, **DESK_LIMITS)
+    config = DeskSynthesisConfig(template, turns, retries, options.min_accuracy)
+    questions = [replace(question, images=()) for question in read_questions(options.source, need_answers=True)]
+    _report(options, lambda answerer, console: synthesize_desk(questions, answerer, config, options.out, console))
 
 
 def _add_tries(what: argparse._ArgumentGroup, *, tries: int, item: str) -> None:

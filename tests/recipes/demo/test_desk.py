@@ -75,13 +75,15 @@ def test_training_rows_hold_gold_and_no_trajectory(data):
         assert set(row["gold_pages"]) <= set(row["pages"])
 
 
-def test_questions_name_the_colour_of_one_of_their_pages(job):
-    rng = Random(3)
+@pytest.mark.parametrize("names", ["number", "colour"])
+def test_questions_name_one_of_their_pages(names):
+    job, rng = DeskJob(0, names), Random(3)
     for _ in range(200):
         item = job.draw("train", rng)
         pages = [job.pages["train"][page] for page in item.pages]
         assert len({page.colour for page in pages}) == len(pages)
-        assert f"the {pages[item.asked].colour} page" in item.question
+        name = f"page {item.asked + 1}" if names == "number" else f"the {pages[item.asked].colour} page"
+        assert f" {name}?" in item.question
 
 
 def test_an_expert_without_errors_opens_zooms_where_it_must_and_answers(job):
