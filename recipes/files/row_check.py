@@ -19,6 +19,7 @@ from rsgrpo.data.faults import BadRow, counted, explained
 from rsgrpo.data.foreign import trainer_of
 from rsgrpo.data.prompts import TokenCounter
 from rsgrpo.data.rows import Row, read_rows
+from rsgrpo.data.turns import TURNS
 from rsgrpo.errors import InputError
 
 Purpose = Literal["grpo", "sft", "test"]
@@ -111,6 +112,8 @@ def check_rows(
 
 
 def _is_whole(prompt: Prompt) -> bool:
+    if TURNS in prompt.truth:
+        return True
     return isinstance(prompt.truth.get("gold"), str) and well_formed(Response(prompt.truth["gold"].strip())) == 1
 
 

@@ -155,8 +155,13 @@ class InputProcessor:
         Raises:
             PromptError: as `render_observation`; an image that cannot be read.
         """
+        token_ids_T = self.observation_ids(text, images, has_ended=has_ended)
+        return self._with_pixels(token_ids_T, self.resized_images(images))
+
+    def observation_ids(self, text: str, images: Sequence[ImageSource], *, has_ended: bool) -> list[int]:
+        """Return the tokens of `encode_observation`, from image headers alone; raises as it does."""
         ids = self.token_ids(self.render_observation(text, len(images), has_ended=has_ended))
-        return self._with_pixels(self._expanded(ids, images), self.resized_images(images))
+        return self._expanded(ids, images)
 
     def encode_images(self, images: Sequence[ImageSource]) -> PromptInputs:
         """Return the pixels of images, and no tokens.

@@ -19,6 +19,7 @@ from rsgrpo.data.checked_images import CheckedImages
 from rsgrpo.data.faults import BROKEN, EMPTY_PROMPT, MARKS, NO_IMAGE, OVERLONG, TOO_MANY_IMAGES, BadRow
 from rsgrpo.data.foreign import IMAGE_MARK, how_to_convert, in_our_columns
 from rsgrpo.data.rows import ImageFolder, Row, image_entries
+from rsgrpo.data.turns import TURNS, BrokenTurns, has_turns, images_of, read_turns
 from rsgrpo.errors import InputError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -143,14 +144,18 @@ class RowChecker:
         text, question = self._texts(columns, len(images))
         used = (self._data.columns["prompt"], self._data.columns["answer"], self._data.columns["image"])
         others = {name: value for name, value in columns.items() if name not in used}
-        truth = self._read_gold(columns.get(self._data.columns["answer"]), others, len(images))
+        turns = self._turns(others)
+        answer = columns.get(self._data.columns["answer"])
+        truth = others if turns and answer is None else self._read_gold(answer, others, len(images))
+        if turns:
+            truth = {**truth, TURNS: turns}
         prompt = Prompt(row_id, text, images, truth, question, system)
         num_marks = text.count(IMAGE_MARK)
         if num_marks != len(images):
             raise RowFault(
                 MARKS, f"{num_marks} <image> marks for {len(images)} images{self._why_marks_differ(num_marks)}"
             )
-        for source in images:
+        for source in (*images, *images_of(turns)):
             if isinstance(source, str) and not os.path.isfile(source):
                 what = "is a folder, not an image" if os.path.isdir(source) else "does not exist; see data.image_dir"
                 raise RowFault(NO_IMAGE, f"image {source} {what}")
@@ -169,6 +174,13 @@ class RowChecker:
                 f"{len(images)} pages take most of them",
             )
         return replace(prompt, num_tokens=num_tokens)
+
+    def _turns(self, columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the turns of a row that brings a trajectory to imitate."""
+        try:
+            return read_turns(columns[TURNS], self._images) if has_turns(columns.get(TURNS)) else []
+        except BrokenTurns as error:
+            raise RowFault("broken turns", str(error)) from error
 
     def _row_images(self, columns: Mapping[str, Any]) -> tuple[ImageSource, ...]:
         entries = image_entries(columns.get(self._data.columns["image"]))

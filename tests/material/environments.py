@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Sequence
@@ -25,6 +28,26 @@ class Pages:
             return None
         images = [self.pages[(number + index) % len(self.pages)] for index in range(number % 4)]
         return Reply(f"page {number % 10}: {'<image> ' * len(images)}", images, facts={"number": number})
+
+
+class Moody(Pages):
+    """Fails on a fifth of the turns, by what they say; kills its process where the path in KILL_AT_PATH exists."""
+
+    def step(self, turn):
+        if (path := os.environ.get("KILL_AT_PATH")) and os.path.exists(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if zlib.crc32(turn[::-1].encode()) % 5 == 0:
+            raise ConnectionError("the index is down")
+        return super().step(turn)
+
+
+class Hanging(Pages):
+    """Never answers a third of the turns."""
+
+    def step(self, turn):
+        if zlib.crc32(turn[::-1].encode()) % 3 == 0:
+            threading.Event().wait()
+        return super().step(turn)
 
 
 class Faulty:
