@@ -84,7 +84,8 @@ def test_killed_in_the_middle_of_an_episode_it_resumes_bit_for_bit(whole, tmp_pa
     checkpoints = CheckpointFolder(tmp_path / "run" / "checkpoints", keep_last=5, keep_best=0)
     at = Path(whole.output_dir) / "run" / "checkpoints"
     first = min(path.name for path in at.iterdir() if path.is_dir())
-    statement = f"from rsgrpo.config.train import *\nfrom rollout.config import *\nfrom rsgrpo.train import train\ntrain({killed!r})"
+    imports = "from rsgrpo.config.train import *; from rollout.config import *; from rsgrpo.train import train"
+    statement = f"{imports}; train({killed!r})"
     environment = {**os.environ, "KILL_AT_PATH": str(tmp_path / "run" / "checkpoints" / first)}
     ended = subprocess.run([sys.executable, "-c", statement], env=environment, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
