@@ -23,6 +23,7 @@ from rsgrpo.errors import RsgrpoError
 from rsgrpo.records.tracking import read_metrics
 from tests.material.environments import conversation
 from tests.material.learner import make_learner
+from tests.rollout.parity import reference_model
 
 
 def trajectory(pages: list[str]) -> list[dict]:
@@ -98,15 +99,12 @@ def test_the_loss_is_that_of_the_learned_tokens_in_transformers_own_forward(conf
     groups, _ = gold.groups([prompt])
     ids, is_own, pixels, grids = conversation(learner.encoder, prompt, groups[0].samples[0])
     row = torch.tensor([ids])
-    model = learner.policy.hf
-    decoder = learner.policy.family.language_model(model)
-    chosen, decoder.config._attn_implementation = decoder.config._attn_implementation, "sdpa"
+    model = reference_model(tiny_model_path)
     with torch.no_grad():
         logits = model(
             input_ids=row, pixel_values=torch.cat(pixels), image_grid_thw=torch.cat(grids), use_cache=False,
             mm_token_type_ids=(row == learner.encoder.image_token_id).long(),
         ).logits[0, :-1]  # fmt: skip
-    decoder.config._attn_implementation = chosen
     logits[:, learner.encoder.banned_token_ids] = float("-inf")
     logprobs = torch.log_softmax(logits, -1).gather(1, row[0, 1:, None])[:, 0]
     expected = -logprobs[torch.tensor(is_own[1:])].mean().item()
