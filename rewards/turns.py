@@ -7,7 +7,7 @@ def accuracy(response): ...                  # teaches the turn that answers
 def cheap_calls(response):                   # each turn its own score, known once the turn has ended
     return per_turn(response, [-0.1 * bool(turn.fault) for turn in turns_of(response)])
 
-A turn ends with its end-of-text, which stands at the line break behind it: whoever decides to end a turn decides what
+A turn ends with its end-of-text, which holds the line break behind it: whoever decides to end a turn decides what
 the environment is asked.
 """
 

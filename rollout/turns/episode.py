@@ -29,7 +29,7 @@ class Episode:
     Attributes:
         num_tokens: sampled so far, over all turns.
         stop: strings that end a turn, beside end-of-text.
-        max_turn_tokens: of one turn; 0 is no limit.
+        max_turn_tokens: of one turn; 0 does not limit it.
     """
 
     def __init__(

@@ -106,6 +106,7 @@ def test_a_tool_that_hangs_costs_its_time_limit_and_nothing_else(whole, tmp_path
     assert row["actor/mismatch_max"] < 1e-4
 
 
+@pytest.mark.slow  # Ray starts for it; in one process the same run is above
 def test_on_ray_it_has_the_numbers_of_one_process(whole, tmp_path):
     cluster = ClusterConfig(num_cpus=2, cpus={"rollout": 0.4, "learner": 0.4, "reward": 0.1})
     config = dataclasses.replace(whole, output_dir=str(tmp_path), cluster=cluster)
