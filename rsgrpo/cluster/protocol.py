@@ -41,11 +41,14 @@ class LearnerRanks(Protocol):
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Begin to decode images that a later update will need; returns at once."""
 
-    def save(self, folder: Path) -> None:
-        """Write the state that `load` reads, on any number of ranks."""
+    def begin_save(self, folder: Path) -> None:
+        """Begin to write the state that `load` reads, on any number of ranks; further calls do not change it."""
+
+    def is_saved(self) -> bool:
+        """Return whether it has been written; raise why it could not be."""
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called."""
+        """Continue exactly where `begin_save` was called."""
 
     def export(self, folder: Path, dtype: Dtype) -> None:
         """Write a Hugging Face folder with tokenizer and processor."""

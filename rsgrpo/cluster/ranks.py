@@ -134,12 +134,17 @@ class RayLearner(Ranks):
         with self._submitting:
             self._submit("prefetch", prompts)
 
-    def save(self, folder: Path) -> None:
-        """Write the state that `load` reads, on any number of ranks."""
-        self._call("save", folder)
+    def begin_save(self, folder: Path) -> None:
+        """Begin to write the state that `load` reads, on any number of ranks; further calls do not change it."""
+        self._call("begin_save", folder)
+
+    def is_saved(self) -> bool:
+        """Return whether it has been written; raise why it could not be."""
+        saved: bool = self._call("is_saved")  # rank 0 is done once all ranks are
+        return saved
 
     def load(self, folder: Path) -> None:
-        """Continue exactly where `save` was called."""
+        """Continue exactly where `begin_save` was called."""
         self._call("load", folder)
 
     def export(self, folder: Path, dtype: Dtype) -> None:

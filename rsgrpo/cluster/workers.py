@@ -29,7 +29,16 @@ from rsgrpo.records.run_log import log_to_folder
 from rsgrpo.types import ScoredGroup
 
 LearnerMethod = Literal[
-    "update", "supervised_update", "supervised_loss", "logprobs", "count_vision", "prefetch", "save", "load", "export"
+    "update",
+    "supervised_update",
+    "supervised_loss",
+    "logprobs",
+    "count_vision",
+    "prefetch",
+    "begin_save",
+    "is_saved",
+    "load",
+    "export",
 ]
 """What a driver may call on every rank of a learner (`rsgrpo.cluster.ranks.RayLearner`)."""
 

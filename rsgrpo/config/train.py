@@ -88,6 +88,9 @@ class CheckpointConfig:
         "auto resumes from the run folder's newest undamaged checkpoint; strict refuses if a newer one is damaged; "
         "never refuses to touch an existing run.",
     )
+    background: bool = key(
+        True, "Write while the next steps run, which takes memory for a copy of the learner's state; false waits."
+    )
     export: bool = key(True, "Write a Hugging Face folder at the end.")
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ from rsgrpo.learning.policy import (
 )
 from rsgrpo.learning.prompt_store import PromptEncoder, PromptStore
 from rsgrpo.learning.self_check import check_policy
-from rsgrpo.learning.state import load_state, save_state
+from rsgrpo.learning.state import Saver, load_state
 from rsgrpo.types import RsgrpoError, TrainGroup
 
 __all__ = ["Learner", "init_distributed"]
@@ -111,6 +111,7 @@ class Learner:
         if trainable:
             tower = self.policy.family.vision_tower(self.policy.hf).parameters()
             self._optimizer = Optimizer(self.policy.trainable().values(), tower, learner, total_steps)
+            self._saver = Saver(self.policy, self._optimizer)
         self._unchecked = learner.self_check and trainable
         torch.manual_seed(seed + rank)
 
@@ -330,7 +331,25 @@ class Learner:
         Raises:
             RsgrpoError: the disk has no room for it, or it could not be written.
         """
-        save_state(self.policy, self._trainer(), Path(folder))
+        self.begin_save(folder)
+        self._saver.is_saved(wait=True)
+
+    def begin_save(self, folder: str | Path) -> None:
+        """Begin to write what `save` writes, and learn on meanwhile; at most one at a time. Collective.
+
+        Raises:
+            RsgrpoError: the disk has no room for it.
+        """
+        self._trainer()
+        self._saver.begin(Path(folder))
+
+    def is_saved(self) -> bool:
+        """Return whether this rank has nothing left to write.
+
+        Raises:
+            RsgrpoError: it could not be written.
+        """
+        return self._saver.is_saved()
 
     def load(self, folder: str | Path) -> None:
         """Resume exactly where `save` was called. Collective."""

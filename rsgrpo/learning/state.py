@@ -10,11 +10,14 @@ import io
 import logging
 import pickle
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,6 +25,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -36,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Frozen weights are those of model.path, which a run is always resumed with.
 _OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
+MEMORY_SHARE = 0.8
+"""Share of a machine's free memory that copies of the state may take."""
 _COUNTERS = ("step", "updates", "bad_steps")
 _DCP = "torch.distributed.checkpoint"
 _INDEX_TYPES = frozenset(
@@ -132,12 +138,58 @@ def _local_bytes(state: Any) -> int:
     )
 
 
-def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
-    """Write trained weights, optimiser, counters and every rank's random state into `folder`. Collective.
+class Saver:
+    """Writes a learner's state beside its further work: only the copy of it holds up a step. One write at a time.
 
-    Raises:
-        RsgrpoError: the folder holds a learner's state already, or could not be written.
+    Where memory does not suffice for a copy, the state is written at once.
     """
+
+    def __init__(self, policy: Policy, optimizer: Optimizer) -> None:
+        self._policy, self._optimizer = policy, optimizer
+        self._group: Any = None
+        self._writing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def begin(self, folder: Path) -> None:
+        """Copy the state and begin to write it into `folder`. Collective.
+
+        Raises:
+            RsgrpoError: the folder holds a learner's state, the disk has no room, or another write is under way.
+        """
+        if self._writing is not None:
+            raise RsgrpoError(f"{folder}: another checkpoint is still being written. Ask `is_saved` first")
+        state = _state_of(self._policy, self._optimizer, folder)
+        if not _has_memory_for(state):
+            logger.warning(
+                "memory does not suffice for a copy of the learner's state: the step waits for its checkpoint"
+            )
+            _write(state, folder, None)
+            self._writing = Future()
+            self._writing.set_result(None)
+            return
+        if self._group is None:  # the writers talk to each other while training talks by its own groups
+            self._group = dist.new_group(backend="gloo")
+        stager: Any = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+            )
+        )
+        self._writing = self._pool.submit(_write, stager.stage(state), folder, self._group)
+
+    def is_saved(self, *, wait: bool = False) -> bool:
+        """Return whether nothing is left to write.
+
+        Raises:
+            RsgrpoError: a write failed.
+        """
+        if self._writing is not None and (wait or self._writing.done()):
+            writing, self._writing = self._writing, None
+            writing.result()
+        return self._writing is None
+
+
+def _state_of(policy: Policy, optimizer: Optimizer, folder: Path) -> dict[str, Any]:
+    """Return trained weights, optimiser, counters and every rank's random state. Collective."""
     if (folder / ".metadata").exists():
         raise RsgrpoError(f"{folder} holds a learner's state already; save into a new folder")
     is_fresh = not optimizer.adamw.state
@@ -150,12 +202,31 @@ def save_state(policy: Policy, optimizer: Optimizer, folder: Path) -> None:
     dist.all_gather_object(sizes, _local_bytes(state))
     require_room(folder, sum(sizes) // optimizer.config.replicas, "a checkpoint")
     state[f"random_{dist.get_rank()}"] = _random_state()
+    return state
+
+
+def _write(state: dict[str, Any], folder: Path, group: Any) -> None:
     with _naming_each_rank(f"{folder} could not be written"):
-        save(state, storage_writer=FileSystemWriter(folder, overwrite=False))
+        save(state, storage_writer=FileSystemWriter(folder, overwrite=False), process_group=group)
+
+
+def _has_memory_for(state: Any) -> bool:
+    """Return whether every machine has memory for copies of what its ranks hold; the same on all ranks. Collective."""
+    held = sum(
+        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        for tensor in tree_leaves(state)
+        if isinstance(tensor, torch.Tensor)
+    )
+    machines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(machines, (socket.gethostname(), held, psutil.virtual_memory().available))
+    return all(
+        sum(num_bytes for name, num_bytes, _ in machines if name == host) < MEMORY_SHARE * available
+        for host, _, available in machines
+    )
 
 
 def load_state(policy: Policy, optimizer: Optimizer, folder: Path, *, seed: int) -> None:
-    """Read what `save_state` wrote. Collective.
+    """Read what a `Saver` wrote. Collective.
 
     A rank that the writing run did not have draws its random state from the seed and the step.
 

@@ -13,10 +13,12 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rollout.files import sync, sync_tree
 from rsgrpo.errors import RsgrpoError, listed
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 LEARNER_FOLDER = "learner"
+POLL_S = 0.2
 FULL_DISK_MIB = 16
 """With less than this left when a write fails, the disk counts as full."""
 _NAME = re.compile(r"step_(\d+)")
@@ -63,8 +66,21 @@ class Checkpoint:
         return read_state(self.folder)
 
 
+@dataclass(slots=True)
+class _Begun:
+    """A checkpoint that is being written. committing: checksums and fsync, once the learner's files are there."""
+
+    temporary: Path
+    step: int
+    score: float | None
+    committing: Future[None] | None = None
+
+
 class CheckpointFolder:
-    """All checkpoints of one run, `<run>/checkpoints/step_*`, and the link `latest`."""
+    """All checkpoints of one run, `<run>/checkpoints/step_*`, and the link `latest`.
+
+    `begin` starts one and `settle` commits it once it has been written; `write` does both.
+    """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_best: int) -> None:
         """Open (and make) the folder."""
@@ -72,6 +88,8 @@ class CheckpointFolder:
         self.keep_last = keep_last
         self.keep_best = keep_best
         folder.mkdir(parents=True, exist_ok=True)
+        self._begun: _Begun | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def all(self) -> list[Checkpoint]:
         """Return the committed checkpoints, oldest first; those without a readable state are left out."""
@@ -129,56 +147,109 @@ class CheckpointFolder:
 
     def write(
         self, step: int, save_learner: Callable[[Path], None], driver_state: Mapping[str, Any], score: float | None
-    ) -> Checkpoint:
+    ) -> None:
         """Write one checkpoint: temporary folder, fsync, rename, `latest`, then retention.
 
         Args:
-            step: optimiser batches done.
-            save_learner: writes the learner's files into the folder it is given; all ranks together.
-            driver_state: what `rsgrpo.running.driver_state` can write.
-            score: validation score that `keep_best` compares, higher is better; None or NaN is never best.
+            save_learner: writes the learner's files into the folder it is given; all ranks together. The others are as
+                in `begin`.
 
         Raises:
             CheckpointError: something could not be written (a full disk, say). The earlier checkpoints are intact.
         """
+        self.begin(step, save_learner, driver_state, score)
+        self.settle(lambda: True, wait=True)
+
+    def begin(
+        self, step: int, begin_save: Callable[[Path], None], driver_state: Mapping[str, Any], score: float | None
+    ) -> None:
+        """Begin to write one checkpoint; it exists once `settle` has committed it. The last one must be settled.
+
+        Args:
+            step: optimiser batches done.
+            begin_save: begins to write the learner's files into the folder it is given; all ranks together.
+            driver_state: what `rsgrpo.running.driver_state` can write.
+            score: validation score that `keep_best` compares, higher is better; None or NaN is never best.
+
+        Raises:
+            CheckpointError: as `write`.
+        """
+        assert self._begun is None, "settle the checkpoint before"
+        if any(checkpoint.step == step for checkpoint in self.all()):
+            return  # the same step is the same state: the last step of a run asks twice
         temporary = self.folder / f".writing_{step:06d}_{secrets.token_hex(4)}"
-        final = self.folder / f"step_{step:06d}"
-        for checkpoint in self.all():
-            if checkpoint.step == step:  # the same step is the same state: the last step of a run asks twice
-                return checkpoint
-        score = None if score is None or math.isnan(score) else score
+        self._begun = _Begun(temporary, step, None if score is None or math.isnan(score) else score)
         try:
             (temporary / LEARNER_FOLDER).mkdir(parents=True)
-            save_learner(temporary / LEARNER_FOLDER)
+            begin_save(temporary / LEARNER_FOLDER)
             write_state(temporary, driver_state)
-            state = {"step": step, "score": score, "files": 1 + sum(path.is_file() for path in temporary.rglob("*"))}
-            (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
-            write_sums(temporary)
-            sync_tree(temporary)
-            os.rename(temporary, final)
-            sync(self.folder)
         except Exception as error:
-            if not self.folder.is_dir():
-                raise CheckpointError(
-                    f"{self.folder} was deleted while the run was writing to it: no checkpoint is left. Run the same "
-                    "command to start again."
-                ) from error
-            free_mib = shutil.disk_usage(self.folder).free / 2**20  # while the half-written files are still there
-            shutil.rmtree(temporary, ignore_errors=True)
-            # torch hides a full disk behind errors of its own, so the free space is looked at too.
-            is_full = "No space left" in str(error) or free_mib < FULL_DISK_MIB
-            if isinstance(error, RsgrpoError) and not is_full:
-                raise  # the error names the worker that failed
-            intact = self.newest()
-            cause = f"the disk is full ({free_mib:.1f} MiB are free): {_first_line(error)}" if is_full else str(error)
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {cause}. "
-                + (f"That of step {intact.step} is intact. " if intact else "There is no earlier one. ")
-                + "Make room, lower checkpoint.keep_last or set another output_dir; then run the same command again."
-            ) from error
-        self._point_latest_at(final)
+            self._fail(error)
+
+    def settle(self, is_saved: Callable[[], bool], *, wait: bool) -> None:
+        """Commit the checkpoint that was begun, if there is one and its files are there.
+
+        Args:
+            is_saved: whether the learner's files are written; raises why they could not be.
+            wait: until it is committed.
+
+        Raises:
+            CheckpointError: as `write`.
+        """
+        begun = self._begun
+        if begun is None:
+            return
+        try:
+            while begun.committing is None:
+                if is_saved():
+                    begun.committing = self._pool.submit(_commit, begun, self._final(begun.step))
+                elif not wait:
+                    return
+                else:
+                    time.sleep(POLL_S)
+            if not wait and not begun.committing.done():
+                return
+            begun.committing.result()
+        except Exception as error:
+            self._fail(error)
+        self._begun = None
+        self._point_latest_at(self._final(begun.step))
         self._retain()
-        return Checkpoint(final, step, score)
+
+    def abandon(self) -> None:
+        """Give up what is being written, for a run that failed; what only lacks its commit is committed."""
+        begun = self._begun
+        if begun is not None and begun.committing is not None:
+            self.settle(lambda: True, wait=True)
+        elif begun is not None:
+            self._begun = None
+            shutil.rmtree(begun.temporary, ignore_errors=True)
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}"
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Give up the checkpoint that was begun."""
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"{self.folder} was deleted while the run was writing to it: no checkpoint is left. Run the same "
+                "command to start again."
+            ) from error
+        free_mib = shutil.disk_usage(self.folder).free / 2**20  # while the half-written files are still there
+        shutil.rmtree(begun.temporary, ignore_errors=True)
+        # torch hides a full disk behind errors of its own, so the free space is looked at too.
+        is_full = "No space left" in str(error) or free_mib < FULL_DISK_MIB
+        if isinstance(error, RsgrpoError) and not is_full:
+            raise error  # it names the worker that failed
+        intact = self.newest()
+        cause = f"the disk is full ({free_mib:.1f} MiB are free): {_first_line(error)}" if is_full else str(error)
+        raise CheckpointError(
+            f"the checkpoint of step {begun.step} could not be written to {self.folder}: {cause}. "
+            + (f"That of step {intact.step} is intact. " if intact else "There is no earlier one. ")
+            + "Make room, lower checkpoint.keep_last or set another output_dir; then run the same command again."
+        ) from error
 
     def _point_latest_at(self, final: Path) -> None:
         link = self.folder / ".latest"
@@ -195,6 +266,18 @@ class CheckpointFolder:
         for checkpoint in checkpoints:
             if checkpoint.folder not in keep:
                 _remove(checkpoint.folder)
+
+
+def _commit(begun: _Begun, final: Path) -> None:
+    """Make a checkpoint whose files are all there whole: counts and checksums, fsync, rename."""
+    temporary = begun.temporary
+    num_files = 1 + sum(path.is_file() for path in temporary.rglob("*"))
+    state = {"step": begun.step, "score": begun.score, "files": num_files}
+    (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
+    write_sums(temporary)
+    sync_tree(temporary)
+    os.rename(temporary, final)
+    sync(final.parent)
 
 
 def _read(folder: Path) -> Checkpoint | str:

@@ -182,6 +182,8 @@ class Run:
                 else:
                     what = f"Stopped after step {self.step}: the data stream ended."
                 self.console.warning(f"{what} Run the same command to resume.")
+            elif error is not None:
+                self.checkpoints.abandon()
         if isinstance(error, WorkerError):
             newest = self.checkpoints.newest()
             where = f"resume from step {newest.step}" if newest else "start again from the beginning"
@@ -232,12 +234,13 @@ class Run:
         if step % self.line_every == 0 or step == self.total_steps:
             self.console.step_line(step, self.total_steps, metrics)
         self._mark_boundary(step, validated=False)
+        self.checkpoints.settle(self.cluster.learner.is_saved, wait=False)
         self.stop.check()
         self.validate_if_due()
         broken = self.guards.check(step, metrics)
         stops = bool(broken) and self.config.guards.action == "stop"
         if step % self.config.checkpoint.every == 0 or step == self.total_steps or stops:
-            self.save()
+            self.save(wait=stops or step == self.total_steps or not self.config.checkpoint.background)
         if stops:
             raise GuardBroken(
                 f"Stopped: {broken}\nThe checkpoint of step {step} is in {self.checkpoints.folder}. Look at the "
@@ -285,11 +288,17 @@ class Run:
         self.score = metrics.get(self.config.checkpoint.metric)
         self._mark_boundary(step, validated=True)
 
-    def save(self) -> None:
-        """Write a checkpoint of the last finished step, however far the driver has moved on since."""
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint of the last finished step, however far the driver has moved on since.
+
+        wait: until it is on disk; otherwise a later step commits it.
+        """
+        learner = self.cluster.learner
         with self.console.phase("checkpoint"):
+            self.checkpoints.settle(learner.is_saved, wait=True)
             state = {**self._boundary, "tracker": self.tracker.state()}
-            self.checkpoints.write(self.step, self.cluster.learner.save, state, self.score)
+            self.checkpoints.begin(self.step, learner.begin_save, state, self.score)
+            self.checkpoints.settle(learner.is_saved, wait=wait)
 
     def finish(self) -> None:
         """Export the model, write the report, upload the export if asked, and show the results.

@@ -107,3 +107,38 @@ def test_writing_the_same_step_again_changes_nothing(tmp_path):
     before = os.stat(tmp_path / "step_000001").st_mtime_ns
     folder.write(1, learner_files("second"), {}, None)
     assert os.stat(tmp_path / "step_000001").st_mtime_ns == before
+
+
+def test_a_checkpoint_that_is_still_being_written_is_committed_later(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    folder.write(1, learner_files("w1"), {}, None)
+    is_saved = iter([False, False, True])
+    folder.begin(2, learner_files("w2"), {"step": 2}, None)
+    for _ in range(2):
+        folder.settle(lambda: next(is_saved), wait=False)
+        assert steps(folder) == [1], "the one before is there until the new one is whole"
+    folder.settle(lambda: next(is_saved), wait=True)
+    assert steps(folder) == [2]
+    assert folder.all()[0].driver_state() == {"step": 2}
+    folder.settle(lambda: pytest.fail("nothing is being written"), wait=True)
+
+
+def test_a_write_that_fails_in_the_background_says_so_and_leaves_the_one_before(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    folder.write(1, learner_files("w1"), {}, None)
+    folder.begin(2, learner_files("half"), {}, None)
+
+    def is_saved() -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left.*step 1 is intact"):
+        folder.settle(is_saved, wait=False)
+    folder.write(3, learner_files("w3"), {}, None)
+    assert steps(folder) == [3]
+
+
+def test_a_run_that_failed_leaves_no_half_checkpoint(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    folder.begin(1, learner_files("half"), {}, None)
+    folder.abandon()
+    assert list(tmp_path.iterdir()) == []
