@@ -194,8 +194,13 @@ def host_memory(config: PlanConfig, sizes: ModelSizes) -> dict[str, float]:
         "model while it loads": 4 * all_params,
         "image features": ranks * (learner.vision_cache_mb << 20) if config.model.freeze_vision else 0,
         "object store": config.cluster.object_store_mb << 20,
+        "copy while a checkpoint is written": 12 * trained * ranks / shard_ranks(config)
+        if config.checkpoint.background
+        else 0,
         "offloaded state": (16 * trained + frozen) * ranks / shard_ranks(config) if learner.offload else 0,
     }
+    if config.checkpoint.background:
+        parts["copy while a checkpoint is written"] = 12 * trained * ranks / shard_ranks(config)
     if rollout.engine == "vllm":
         engines = math.ceil(rollout.num_workers / config.cluster.nodes)
         if rollout.vllm.sleep_level == 1 and config.cluster.placement == "colocated":

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 import socket
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ def run_case(case: dict[str, Any], path: str, images: list[str], folder: Path, r
     if prefetch:
         learner.prefetch([group.prompt for group in groups])
     first = learner.update(groups, WEIGHTS)
-    learner.save(folder)
+    learner.begin_save(folder)  # what is learned while it is written is not in it
     second = learner.update(groups, WEIGHTS)
+    while not learner.is_saved():
+        time.sleep(0.01)
     logprobs = learner.logprobs(groups)
     after = weights_of(learner)
     return {"before": before, "after": after, "metrics": [first, second], "logprobs": logprobs}

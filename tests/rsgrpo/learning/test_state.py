@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning import state
 from rsgrpo.learning.fsdp import require_process_group
+from tests.material.learner import make_groups, make_learner
 
 
 class Hostile:
@@ -46,3 +48,36 @@ def test_an_index_that_would_run_code_is_refused_unrun(tmp_path, monkeypatch):
     parts: Any = SimpleNamespace(adamw=None, step=0, updates=0, bad_steps=0)
     with pytest.raises(RsgrpoError, match=r"\.metadata cannot be read: it asks for builtins\.exec"):
         state.load_state(parts, parts, tmp_path, seed=0)
+
+
+def test_a_write_in_the_background_holds_what_it_began_with(tiny_model_path, page_images, tmp_path):
+    learner, groups = make_learner(tiny_model_path), make_groups(page_images, [1])
+    learner.update(groups, [1.0, 1.0])
+    before = {name: tensor.clone() for name, tensor in learner.gather_weights()}
+    learner.begin_save(tmp_path / "state")
+    learner.update(groups, [1.0, 1.0])
+    with pytest.raises(RsgrpoError, match="another checkpoint is still being written"):
+        learner.begin_save(tmp_path / "other")
+    while not learner.is_saved():
+        time.sleep(0.01)
+    again = make_learner(tiny_model_path)
+    again.load(tmp_path / "state")
+    after = dict(learner.gather_weights())
+    for name, tensor in again.gather_weights():
+        assert torch.equal(tensor, before[name])
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_without_memory_for_a_copy_the_state_is_written_at_once(
+    tiny_model_path, page_images, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(state, "MEMORY_SHARE", 0.0)
+    learner, groups = make_learner(tiny_model_path), make_groups(page_images, [1])
+    learner.update(groups, [1.0, 1.0])
+    before = {name: tensor.clone() for name, tensor in learner.gather_weights()}
+    learner.begin_save(tmp_path / "state")
+    assert "memory does not suffice for a copy" in caplog.text
+    assert learner.is_saved()
+    again = make_learner(tiny_model_path)
+    again.load(tmp_path / "state")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.gather_weights())
