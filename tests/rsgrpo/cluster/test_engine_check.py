@@ -7,11 +7,19 @@ import dataclasses
 import pytest
 import torch
 
-from rollout.config import InputsConfig, RolloutConfig
+from rollout.config import InputsConfig, RolloutConfig, TurnsConfig
 from rollout.fake import FakeEngine
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt
-from rsgrpo.cluster.engine_check import EnginesDiffer, blanked, choose_prompts, require_agreement, table, tolerance_of
+from rsgrpo.cluster.engine_check import (
+    EnginesDiffer,
+    blanked,
+    choose_prompts,
+    compare_turns,
+    require_agreement,
+    table,
+    tolerance_of,
+)
 from rsgrpo.config.train import LearnerConfig, TrainConfig
 from rsgrpo.errors import RsgrpoError
 from tests.material.gate import OneEngine, failures, one_learner, run_gate
@@ -104,3 +112,33 @@ def test_tolerances_follow_the_precision():
     assert tolerance_of(dataclasses.replace(exact, rollout=RolloutConfig(dtype="bfloat16"))) == 0.3
     assert tolerance_of(dataclasses.replace(exact, gate=dataclasses.replace(exact.gate, tolerance=0.01))) == 0.01
     assert issubclass(EnginesDiffer, RsgrpoError)
+
+
+@pytest.fixture(scope="module")
+def talking(model_path):
+    turns = TurnsConfig(environment="tests.material.environments:Slow")
+    return HFEngine(model_path, dataclasses.replace(ROLLOUT, turns=turns), INPUTS, num_threads=1)
+
+
+def test_a_tools_page_reaches_engine_and_learner(talking, learner, prompts):
+    checks = compare_turns(OneEngine(talking), learner, prompts[0], tolerance=1e-4)
+    assert failures(checks) == set(), table(checks)
+    assert len(checks) == 3
+
+
+def test_a_tools_page_that_the_engine_never_sees_is_caught(talking, learner, prompts, monkeypatch):
+    encode = talking.processor.encode_observation
+    grey = blanked(prompts[0]).images[0]
+
+    def blind(text, images, **options):
+        return encode(text, [grey for _ in images], **options)
+
+    monkeypatch.setattr(talking.processor, "encode_observation", blind)
+    found = failures(compare_turns(OneEngine(talking), learner, prompts[0], tolerance=1e-4))
+    assert found == {"log-probabilities differ by", "blanking the tool's page changes its answer by"}
+
+
+def test_an_engine_that_resizes_a_tools_page_otherwise_is_caught(talking, learner, prompts, monkeypatch):
+    monkeypatch.setattr(talking.processor, "inputs", dataclasses.replace(INPUTS, max_pixels=28 * 28 * 2))
+    with pytest.raises(RsgrpoError, match="image tokens"):
+        compare_turns(OneEngine(talking), learner, prompts[0], tolerance=1e-4)
