@@ -202,7 +202,7 @@ class CheckpointFolder:
         try:
             while begun.committing is None:
                 if is_saved():
-                    begun.committing = self._pool.submit(_commit, begun, self._final(begun.step))
+                    begun.committing = self._pool.submit(self._commit, begun)
                 elif not wait:
                     return
                 else:
@@ -213,8 +213,6 @@ class CheckpointFolder:
         except Exception as error:
             self._fail(error)
         self._begun = None
-        self._point_latest_at(self._final(begun.step))
-        self._retain()
 
     def abandon(self) -> None:
         """Give up what is being written, for a run that failed; what only lacks its commit is committed."""
@@ -225,8 +223,18 @@ class CheckpointFolder:
             self._begun = None
             shutil.rmtree(begun.temporary, ignore_errors=True)
 
-    def _final(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}"
+    def _commit(self, begun: _Begun) -> None:
+        """Make a checkpoint whose files are all there whole: checksums, fsync, rename; then let an older one go."""
+        temporary, final = begun.temporary, self.folder / f"step_{begun.step:06d}"
+        num_files = 1 + sum(path.is_file() for path in temporary.rglob("*"))
+        state = {"step": begun.step, "score": begun.score, "files": num_files}
+        (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
+        write_sums(temporary)
+        sync_tree(temporary)
+        os.rename(temporary, final)
+        sync(self.folder)
+        self._point_latest_at(final)
+        self._retain()
 
     def _fail(self, error: Exception) -> NoReturn:
         """Give up the checkpoint that was begun."""
@@ -266,18 +274,6 @@ class CheckpointFolder:
         for checkpoint in checkpoints:
             if checkpoint.folder not in keep:
                 _remove(checkpoint.folder)
-
-
-def _commit(begun: _Begun, final: Path) -> None:
-    """Make a checkpoint whose files are all there whole: counts and checksums, fsync, rename."""
-    temporary = begun.temporary
-    num_files = 1 + sum(path.is_file() for path in temporary.rglob("*"))
-    state = {"step": begun.step, "score": begun.score, "files": num_files}
-    (temporary / STATE_FILE).write_text(json.dumps(state) + "\n")
-    write_sums(temporary)
-    sync_tree(temporary)
-    os.rename(temporary, final)
-    sync(final.parent)
 
 
 def _read(folder: Path) -> Checkpoint | str:
