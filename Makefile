@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait must not spin on the cores where another process works.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo evisrag-mini test test-all test-gpu gpu-day check lint wheel-check format install clean
+.PHONY: demo desk-demo evisrag-mini test test-all test-gpu gpu-day check lint wheel-check format install clean
 .DELETE_ON_ERROR:
 
 # Each step names the file that its program writes last, so that an interrupted step is resumed.
@@ -21,6 +21,19 @@ WARM_START := demo/sft/export/preprocessor_config.json
 
 demo: $(WARM_START)
 	$(BIN)/python -m rsgrpo.train recipe=demo
+
+# A policy that looks for its pages: thumbnails, then open and zoom (docs/howto/desk.md).
+DESK_MODEL := desk/model/preprocessor_config.json
+DESK_WARM_START := desk/sft/export/preprocessor_config.json
+
+desk-demo: $(DESK_WARM_START)
+	$(BIN)/python -m rsgrpo.train recipe=desk_demo
+
+$(DESK_MODEL): | $(INSTALLED)
+	$(BIN)/python -m recipes.prepare desk
+
+$(DESK_WARM_START): | $(DESK_MODEL)
+	$(BIN)/python -m recipes.sft recipe=sft_desk_demo
 
 # EVisRAG's stages in small, from data in its layout to a server; the demo's warm start is used if it exists.
 # make evisrag-mini ENGINE=hf evaluates and answers with the embedded engine, without vLLM.
@@ -87,5 +100,5 @@ $(INSTALLED): setup.py tools/constraints.txt tools/torchvision_cpu_shim.py tools
 	@touch $@
 
 clean:
-	rm -rf demo evisrag-mini runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo desk evisrag-mini runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.answers.batch import answer_batch
+from recipes.answers.conversations import Conversations
 from recipes.answers.engine import open_answerer
 from recipes.answers.harness_files import SUFFIXES, write_lmms, write_table
 from recipes.answers.predictions import load_predictions, placed
@@ -147,8 +148,11 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     require_pages(questions, config.image_dir)
     keep_settings(folder / SETTINGS_FILE, prediction_settings(config))
     spec = AnswerSpec(config.model, config.rollout, config.inputs, config.endpoint, config.seed)
-    with closing(open_answerer(spec)) as answerer:
-        greedy = config.rollout.temperature == 0
+    turns = config.rollout.turns
+    by_turns = config.endpoint.url and turns.environment  # else the engine asks the environment by itself
+    answering = Conversations(open_answerer(spec), turns) if by_turns else open_answerer(spec)
+    with closing(answering) as answerer:
+        greedy = config.rollout.temperature == 0 and not turns.environment  # it may know more than the prompt says
         summary = answer_batch(prompts, answerer, folder / PREDICTIONS_FILE, share_equal=greedy, console=console)
     if summary.failed:
         console.warning(
@@ -245,6 +249,8 @@ def prediction_settings(config: EvaluateConfig) -> dict[str, Any]:
     settings = {name: kept[name] for name in names} | {"benchmark": config.benchmark}
     for irrelevant in ("max_batch_sequences", "num_threads", "device", "vllm", "script"):
         settings["rollout"].pop(irrelevant)
+    if not config.rollout.turns.environment:
+        settings["rollout"].pop("turns")
     if config.endpoint.url:
         settings["model"], settings["endpoint_model"] = {}, config.endpoint.model
         settings["rollout"].pop("engine")

@@ -105,7 +105,7 @@ def step_of(observation: Observation) -> str:
 def written(answer: Answer) -> str:
     """Return a whole answer, with what an environment answered between its turns."""
     parts, start = [], 0
-    for observation in answer.observations:
+    for observation in answer.observations or ():
         parts += [answer.text[start : observation.at_char].rstrip("\n"), step_of(observation)]
         start = observation.at_char
     return "".join([*parts, answer.text[start:].lstrip("\n") if parts else answer.text])

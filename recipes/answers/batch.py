@@ -62,7 +62,7 @@ def result_line(output: Answer, model: str, pages: Sequence[ImageSource] | None 
         "model": model,
         "num_prompt_tokens": output.num_prompt_tokens,
         "num_response_tokens": output.num_response_tokens,
-    } | ({"steps": [step_line(step) for step in output.observations]} if output.observations else {})
+    } | ({} if output.observations is None else {"steps": [step_line(step) for step in output.observations]})
 
 
 def step_line(step: Observation) -> dict[str, Any]:

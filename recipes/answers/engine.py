@@ -90,7 +90,7 @@ class LocalAnswerer:
         for start in range(0, len(prompts), at_once):
             try:
                 for group in self._engine.generate(prompts[start : start + at_once], self._sampling):
-                    yield _answer(group)
+                    yield self._answer(group)
             except RsgrpoError as error:  # a prompt's own fault comes as group.error
                 raise RsgrpoError(f"the engine failed: {error}") from error
 
@@ -108,7 +108,7 @@ class LocalAnswerer:
         try:
             with closing(engine.stream(prompt, self._sampling)) as pieces:
                 for piece in pieces:
-                    yield _answer(piece) if isinstance(piece, RolloutGroup) else piece
+                    yield self._answer(piece) if isinstance(piece, RolloutGroup) else piece
         except RsgrpoError as error:
             raise RsgrpoError(f"the engine failed: {error}") from error
 
@@ -117,17 +117,16 @@ class LocalAnswerer:
         if "_engine" in vars(self):
             self._engine.close()
 
-
-def _answer(group: RolloutGroup) -> Answer:
-    if group.error is not None:
-        return Answer(group.prompt, "", "error", group.error)
-    rollout = group.rollouts[0]
-    return Answer(
-        group.prompt,
-        rollout.text,
-        rollout.finish_reason,
-        mean_logprob=sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T)),
-        num_prompt_tokens=group.num_prompt_tokens,
-        num_response_tokens=len(rollout.token_ids_T),
-        observations=rollout.observations,
-    )
+    def _answer(self, group: RolloutGroup) -> Answer:
+        if group.error is not None:
+            return Answer(group.prompt, "", "error", group.error)
+        rollout = group.rollouts[0]
+        return Answer(
+            group.prompt,
+            rollout.text,
+            rollout.finish_reason,
+            mean_logprob=sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T)),
+            num_prompt_tokens=group.num_prompt_tokens,
+            num_response_tokens=len(rollout.token_ids_T),
+            observations=rollout.observations if self._spec.rollout.turns.environment else None,
+        )

@@ -23,12 +23,14 @@ class Prediction:
 
     finish_reason: "stop", "length", or "" where the file does not say.
     error: why there is no output; "" where there is one.
+    steps: what an environment did between the turns, as `recipes.infer` writes it; None where there was none.
     """
 
     id: str
     text: str
     finish_reason: str = ""
     error: str = ""
+    steps: tuple[Mapping[str, Any], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,10 @@ def _prediction(place: str, row: Any) -> Prediction:
     if key is None:
         raise InputError(f"{place} has no output: it needs one of {', '.join(TEXT_KEYS)}; it has {', '.join(row)}")
     text = row[key][0] if isinstance(row[key], list) else row[key]
-    return Prediction(_writable(row_id), _writable(text), str(row.get("finish_reason") or ""))
+    steps = row.get("steps")
+    is_ours = isinstance(steps, list) and all(isinstance(step, dict) and "at_char" in step for step in steps)
+    found = tuple(steps) if is_ours else None
+    return Prediction(_writable(row_id), _writable(text), str(row.get("finish_reason") or ""), steps=found)
 
 
 def _writable(value: Any) -> str:

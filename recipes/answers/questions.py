@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 ID_KEYS = ("id", "qid", "query_id", "question_id")
 QUESTION_KEYS = ("question", "query")
 ANSWER_KEYS = ("answer", "answers")
-RULE_COLUMNS = ("answer_format", "year", "question_type")
+RULE_COLUMNS = ("answer_format", "year", "question_type", "pages", "gold_pages", "gold_box")
 """Columns by which `recipes.evaluation.official` chooses a rule."""
 
 
@@ -47,7 +47,7 @@ class Question:
     answers: accepted answers, in no order; empty where the row has no gold.
     is_sufficient: whether the pages settle the question; what the row says, else whether its gold answer abstains.
     evidence: one gold text per page; None where the row has none.
-    columns: what else the row has that a scoring rule reads (RULE_COLUMNS).
+    columns: what else the row has that a scoring rule or an environment reads (RULE_COLUMNS).
     """
 
     id: str
@@ -100,7 +100,7 @@ def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
             f"question {question.id}: the message has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for "
             f"{len(question.images)} images; a template shows them by {{images}}"
         )
-    truth: dict[str, Any] = {"is_sufficient": question.is_sufficient}
+    truth: dict[str, Any] = {**question.columns, "is_sufficient": question.is_sufficient}
     if question.answers:
         truth["answers"] = list(question.answers)
     if question.evidence is not None:

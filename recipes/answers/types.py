@@ -17,7 +17,7 @@ class Answer:
     error: why there is no (complete) text; "" when there is.
     mean_logprob: mean natural log-probability of the response's tokens; None where it is not known.
     num_prompt_tokens, num_response_tokens: likewise.
-    observations: what an environment answered between the turns of the text.
+    observations: what an environment answered between the turns of the text; None without an environment.
     """
 
     prompt: Prompt
@@ -27,7 +27,7 @@ class Answer:
     mean_logprob: float | None = None
     num_prompt_tokens: int | None = None
     num_response_tokens: int | None = None
-    observations: Sequence[Observation] = ()
+    observations: Sequence[Observation] | None = None
 
 
 class Answerer(Protocol):

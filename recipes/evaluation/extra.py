@@ -12,7 +12,7 @@ from recipes.answers.parsing import ParsedAnswer, is_irrelevant
 from recipes.answers.predictions import Prediction
 from recipes.answers.questions import Question
 from recipes.evaluation.official import PROTOCOLS, answer_parts, joint_parts, page_parts
-from rewards.api import Response, Reward, RewardError, check_score, load_reward
+from rewards.api import Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rsgrpo.errors import InputError
 
 Scored = Mapping[str, float | None]
@@ -34,7 +34,7 @@ def extra_scorers(protocol: str, metrics: Mapping[str, str]) -> list[ExtraScorer
             scorers.append(_reward(name, load_reward(target)))
         except RewardError as error:
             raise InputError(f"metrics.{name}: {error}") from error
-    return [*scorers, with_evidence]
+    return [*scorers, with_evidence, with_steps]
 
 
 def _protocol(name: str) -> ExtraScorer:
@@ -66,6 +66,36 @@ def with_evidence(question: Question, prediction: Prediction, parsed: ParsedAnsw
     }
 
 
+def with_steps(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+    """Score what a policy did at the page desk; {} for an answer without an environment.
+
+    steps/calls, /faults, /images: per question. steps/opened: pages that were opened. steps/gold_opened: share of the
+    row's `gold_pages` among them.
+    """
+    steps = prediction.steps
+    if steps is None:
+        return {}
+    opened = {step["page"] for step in steps if "page" in step and not step.get("fault")}
+    gold = set(question.columns.get("gold_pages") or ())
+    return {
+        "steps/calls": float(len(steps)),
+        "steps/faults": float(sum(bool(step.get("fault")) for step in steps)),
+        "steps/images": float(sum(step.get("images") or 0 for step in steps)),
+        "steps/opened": float(len(opened)),
+        "steps/gold_opened": len(gold & opened) / len(gold) if gold else None,
+    }
+
+
+def turns_of(prediction: Prediction) -> tuple[Turn, ...]:
+    """Return the turns of a trajectory, as rewards read them; none without an environment."""
+    turns, start, text = [], 0, prediction.text
+    for step in prediction.steps or ():
+        end = min(max(int(step["at_char"]), start), len(text))
+        turns.append(Turn(Span(start, end), str(step.get("text", "")), facts=step, fault=str(step.get("fault", ""))))
+        start = min(end + 1, len(text))
+    return (*turns, Turn(Span(start, len(text)))) if turns else ()
+
+
 def _reward(name: str, reward: Reward) -> ExtraScorer:
     def score(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
         truth: dict[str, Any] = {"answers": list(question.answers), "is_sufficient": question.is_sufficient}
@@ -79,6 +109,7 @@ def _reward(name: str, reward: Reward) -> ExtraScorer:
             truncated=prediction.finish_reason == "length",
             question=question.question,
             images=paths,
+            turns=turns_of(prediction),
         )
         try:
             value = reward(response)

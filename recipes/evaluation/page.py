@@ -32,6 +32,7 @@ RATES = {
     "output/truncated": "cut off at the token limit",
     "abstention/rate": "abstained",
 }
+STEPS_NOTE = "What the policy called, how many calls were at fault, images it was shown, and pages that it opened."
 EXTRA = ("protocol/", "metric/", "pages/", "joint/", "chain/")
 EXTRA_NOTE = (
     "protocol: the benchmark's own rule; pages: the evidence block's pages, per question; joint: answer and pages, as "
@@ -158,6 +159,10 @@ def _tables(results: Results) -> list[Table]:
     if extra:
         rows = [[name, f"{estimates[name].count:.0f}", percent(estimates[name])] for name in extra]
         tables.append(Table("Further scores", EXTRA_NOTE, ["score", "questions", "mean"], rows))
+    steps = [name for name in estimates if name.startswith("steps/")]
+    if steps:
+        rows = [[name, f"{estimates[name].count:.0f}", _plain(estimates[name])] for name in steps]
+        tables.append(Table("At the page desk", STEPS_NOTE, ["per question", "questions", "mean"], rows))
     rows = [[label, percent(estimates[name])] for name, label in RATES.items()]
     rows += [[COUNTS[what], str(count)] for what, count in _counts(results.evaluation).items()]
     tables.append(Table("Outputs", "", ["", "share or count"], rows))
@@ -176,6 +181,14 @@ def _counts(evaluation: Evaluation) -> dict[str, int]:
     return {"num_questions": len(evaluation.items)} | {
         name: getattr(evaluation, name) for name in COUNTS if name != "num_questions"
     }
+
+
+def _plain(found: Estimate) -> str:
+    """Return a value with its interval, not in percent."""
+    if found.value is None:
+        return NOTHING_COUNTED
+    interval = "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
+    return f"{found.value:.2f}{interval}"
 
 
 def percent(found: Estimate | Difference, sign: str = "") -> str:

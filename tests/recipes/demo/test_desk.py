@@ -65,7 +65,8 @@ def test_held_out_trajectories_are_right_and_earn_every_reward(data):
         response = Response(text.rstrip(), {**row, "answers": [row["answer"]]}, turns=tuple(turns))
         assert (rewards.answer_f1(response), rewards.gold_opened(response)) == (1.0, 1.0)
         assert rewards.region_overlap(response) == (pytest.approx(1.0) if "gold_box" in row else None)
-        assert rewards.calls(response) == (2.0 if "gold_box" in row else 1.0)
+        strays = sum(not turn.get("learn", True) for turn in row["turns"])
+        assert rewards.calls(response) == (2.0 if "gold_box" in row else 1.0) + strays
 
 
 def test_training_rows_hold_gold_and_no_trajectory(data):
