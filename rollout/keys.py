@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import re
@@ -66,10 +67,9 @@ class Key:
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError unless `value` is allowed."""
         if self.one_of:
-            require(
-                value in self.one_of,
-                f"{name} must be {self.bounds}; got {value!r}{nearest(str(value), map(str, self.one_of))}",
-            )
+            if value not in self.one_of:
+                near = nearest(str(value), map(str, self.one_of))
+                raise ConfigError(f"{name} must be {self.bounds}; got {value!r}{near}")
         elif self.bounds and value != self.off:
             holds = (
                 (self.ge is None or value >= self.ge)
@@ -115,6 +115,7 @@ def sections(schema: type, path: str = "") -> Iterator[Section]:
             yield from sections(hints[field.name], f"{path}.{field.name}".lstrip("."))
 
 
+@functools.cache
 def keys_of(schema: type) -> Mapping[str, Key]:
     """Return the keys that a dataclass declares itself, by field name; parts of it have their own."""
     hints = typing.get_type_hints(schema)

@@ -102,23 +102,24 @@ def fitting_overrides(config: PlanConfig, sizes: ModelSizes) -> Overrides | None
     Each candidate is planned, and checked as a run is checked.
     """
     by_cost = sorted(_candidates(config), key=lambda changes: sum(_COSTS.get(key, 0.1) for key in changes))
-    for changes in by_cost:
-        changed = _valid(config, changes)
-        if changed is not None and not shortages(changed, sizes):
-            return changes
+    logging.disable(logging.WARNING)  # what is said of the run itself has been said
+    try:
+        for changes in by_cost:
+            changed = _valid(config, changes)
+            if changed is not None and not shortages(changed, sizes):
+                return changes
+    finally:
+        logging.disable(logging.NOTSET)
     return None
 
 
 def _valid(config: PlanConfig, changes: Overrides) -> PlanConfig | None:
     """Return the changed configuration, or None where a run would refuse it."""
-    logging.disable(logging.WARNING)  # what is said of the run itself has been said
     try:
         changed = with_overrides(config, changes)
         validate(changed)
     except ConfigError:
         return None
-    finally:
-        logging.disable(logging.NOTSET)
     return changed
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -64,39 +63,60 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("moment", ["save", "fsync", "rename", "replace", "rmtree"])
-def test_kill_9_at_any_moment_of_a_write_leaves_a_whole_checkpoint(tmp_path, moment):
-    CheckpointFolder(tmp_path, keep_last=1, keep_best=0).write(1, learner_files("w1"), {"step": 1}, None)
-    program = f"""
-        import os, shutil, signal
-        from pathlib import Path
-        from rsgrpo.running.checkpoint import CheckpointFolder
+MOMENTS = ("save", "fsync", "rename", "replace", "rmtree")
+WRITE_AND_DIE = """
+import os, shutil, signal, sys
+from pathlib import Path
+from rsgrpo.running.checkpoint import CheckpointFolder
 
-        def die(*args, **kwargs):
-            os.kill(os.getpid(), signal.SIGKILL)
+def write(moment):
+    def die(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        def save(folder):
-            (folder / "model.bin").write_text("w2")
-            if {moment!r} == "save":
-                die()
+    def save(folder):
+        (folder / "model.bin").write_text("w2")
+        if moment == "save":
+            die()
 
-        folder = CheckpointFolder(Path({str(tmp_path)!r}), keep_last=1, keep_best=0)
-        if {moment!r} in ("fsync", "rename", "replace"):
-            setattr(os, {moment!r}, die)
-        if {moment!r} == "rmtree":
-            real = shutil.rmtree
-            shutil.rmtree = lambda path, **kwargs: die() if ".removing" in str(path) else real(path, **kwargs)
-        folder.write(2, save, {{"step": 2}}, None)
-    """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT)
-    assert result.returncode == -signal.SIGKILL
-    folder = CheckpointFolder(tmp_path, keep_last=1, keep_best=0)
+    folder = CheckpointFolder(Path(sys.argv[1]) / moment, keep_last=1, keep_best=0)
+    if moment in ("fsync", "rename", "replace"):
+        setattr(os, moment, die)
+    if moment == "rmtree":
+        real = shutil.rmtree
+        shutil.rmtree = lambda path, **kwargs: die() if ".removing" in str(path) else real(path, **kwargs)
+    folder.write(2, save, {"step": 2}, None)
+    os._exit(0)
+
+for moment in sys.argv[2:]:
+    writer = os.fork()
+    if writer == 0:
+        write(moment)
+    print(moment, os.WTERMSIG(os.waitpid(writer, 0)[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """A folder of checkpoints for each moment at which a process was killed that wrote the second one."""
+    root = tmp_path_factory.mktemp("killed")
+    for moment in MOMENTS:
+        CheckpointFolder(root / moment, keep_last=1, keep_best=0).write(1, learner_files("w1"), {"step": 1}, None)
+    command = [sys.executable, "-c", WRITE_AND_DIE, str(root), *MOMENTS]
+    ended = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ended.stdout.split() == [word for moment in MOMENTS for word in (moment, str(int(signal.SIGKILL)))]
+    return root
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_at_any_moment_of_a_write_leaves_a_whole_checkpoint(killed, moment):
+    where = killed / moment
+    folder = CheckpointFolder(where, keep_last=1, keep_best=0)
     newest = folder.to_resume()
     assert newest is not None
     assert newest.step == (2 if moment in ("replace", "rmtree") else 1)
     assert newest.driver_state() == {"step": newest.step}
     assert (newest.learner_folder / "model.bin").read_text() == f"w{newest.step}"
-    assert all(not path.name.startswith(".") for path in tmp_path.iterdir() if path.is_dir())
+    assert all(not path.name.startswith(".") for path in where.iterdir() if path.is_dir())
     folder.write(3, learner_files("w3"), {"step": 3}, None)
     assert steps(folder) == [3]
 

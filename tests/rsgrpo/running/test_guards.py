@@ -6,10 +6,9 @@ import math
 from typing import Literal
 
 import pytest
-import ray
 
 from rsgrpo.config.guards import GuardsConfig
-from rsgrpo.config.train import CheckpointConfig, TrainConfig
+from rsgrpo.config.train import CheckpointConfig, ClusterConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.running.checkpoint import CheckpointFolder
@@ -123,14 +122,11 @@ def test_a_broken_rule_ends_the_run_with_a_checkpoint_and_a_code_of_its_own(tmp_
         rewards={"overlong": "rewards.evisrag:overlong"},
         checkpoint=CheckpointConfig(every=10, keep_best=0, export=False),
         guards=rules(SCORED, min=0, patience=2),
+        cluster=ClusterConfig(kind="inline"),
     )
-    try:
-        with pytest.raises(
-            GuardBroken, match=r"has not held for 2 steps: at step 2 .*\n.*checkpoint of step 2"
-        ) as error:
-            train(config)
-    finally:
-        ray.shutdown()
+    said = r"has not held for 2 steps: at step 2 .*\n.*checkpoint of step 2"
+    with pytest.raises(GuardBroken, match=said) as error:
+        train(config)
     assert error.value.exit_code == 3
     assert len([row for row in read_metrics(tmp_path / "run") if SCORED in row]) == 2
     newest = CheckpointFolder(tmp_path / "run" / "checkpoints", keep_last=1, keep_best=0).newest()
