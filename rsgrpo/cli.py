@@ -274,7 +274,9 @@ def _section_help(section: Section) -> str:
             lines.append(name)
             name = ""
         indent = " " * HELP_COLUMN
-        lines += textwrap.wrap(text, width, initial_indent=name.ljust(HELP_COLUMN), subsequent_indent=indent)
+        lines += textwrap.wrap(
+            text, width, initial_indent=name.ljust(HELP_COLUMN), subsequent_indent=indent, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

@@ -159,8 +159,10 @@ SERVER = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))
 import asyncio
+from recipes.serve import door
 from recipes.serve.door import Door, listen
 from recipes.serve.server import Server
+door.KEEP_ALIVE_S = 3.0  # what the test has to wait for
 from tests.material.serve import FakeAnswerer, ServeConfig, TEMPLATE, SAMPLING, RequestLimits
 config = ServeConfig(TEMPLATE, "", SAMPLING, RequestLimits())
 port = int(sys.argv[1])

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import os
-import re
-import runpy
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 from hydra.errors import HydraException
 
 from recipes.retrieval.training.config import RetrieverConfig
-from rollout.keys import keys_of, sections
+from rollout.keys import sections
 from rsgrpo import cli
 from rsgrpo.config.checks import validate, validate_sft
 from rsgrpo.config.renamed import RENAMED
@@ -24,7 +20,6 @@ from rsgrpo.config.train import AlgorithmConfig, SftConfig, TrainConfig
 from rsgrpo.errors import ConfigError, RsgrpoError
 from tests.material import ROOT
 
-PROGRAMS = runpy.run_path(str(ROOT / "tools/config_reference.py"))["PROGRAMS"]
 TRAIN_RECIPES = cli.groups(TrainConfig)["recipe"]
 SFT_RECIPES = cli.groups(SftConfig, "sft")["recipe"]
 CHOICES = [
@@ -375,68 +370,11 @@ def test_a_key_of_the_last_release_is_answered_with_its_new_name(old):
     assert not new or new.rpartition(".")[0] in known
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_key_has_a_sentence(program):
-    for section in sections(PROGRAMS[program]):
-        assert section.about.endswith((".", ")."))
-        for name, about in section.keys.items():
-            assert re.fullmatch(r"[A-Z0-9\"'a-z].*[.]", about.help), f"{section.name(name)}: {about.help}"
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_field_is_a_key_or_a_part(program):
-    for schema in config_classes(PROGRAMS[program]):
-        parts = {name for name, hint in typing.get_type_hints(schema).items() if dataclasses.is_dataclass(hint)}
-        assert set(keys_of(schema)) | parts == {field.name for field in dataclasses.fields(schema)}
-
-
 def test_cfg_job_shows_every_key(tmp_path):
     result = run_program(tmp_path, "recipe=demo", "--cfg", "job")
     assert result.returncode == 0
     missing = [key for key in cli.keys(TrainConfig) if f"{key.rpartition('.')[2]}:" not in result.stdout]
     assert missing == []
-
-
-def test_the_reference_of_keys_is_up_to_date():
-    document = runpy.run_path(str(ROOT / "tools/config_reference.py"))["document"]
-    text = (ROOT / "docs/reference/configuration.md").read_text()
-    assert text == document(text), "run: python tools/config_reference.py"
-
-
-# Law 8
-
-
-# These decide only whether a configuration is refused, and with which message.
-CHECK_ONLY = {"allow_biased_sampling", "made_by"}
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_key_is_read_by_something(program):
-    schemas = config_classes(PROGRAMS[program])
-    declared = {name for schema in schemas for name in keys_of(schema)}
-    assert declared - attributes_read(counts_plan=program == "rsgrpo.plan") <= CHECK_ONLY
-
-
-def config_classes(schema: type) -> set[type]:
-    hints = typing.get_type_hints(schema)
-    inner = [hint for hint in hints.values() if dataclasses.is_dataclass(hint)]
-    return {schema}.union(*(config_classes(typing.cast(type, hint)) for hint in inner))
-
-
-def attributes_read(*, counts_plan: bool) -> set[str]:
-    """Names read as an attribute anywhere but where keys are declared, checked and planned with."""
-    rooms = ["rsgrpo/config/train", "rsgrpo/config/learner", "rsgrpo/config/checks", "rsgrpo/cli", "rollout/config",
-             "recipes/retrieval/training/config", "rsgrpo/plan/config"]  # fmt: skip
-    rooms += [] if counts_plan else ["rsgrpo/plan/__main__", "rsgrpo/plan/memory"]
-    not_counted = {f"{room}.py" for room in rooms}
-    names = set()
-    for room in ("rsgrpo", "recipes", "rewards", "rollout"):
-        for path in (ROOT / room).rglob("*.py"):
-            if str(path.relative_to(ROOT)) not in not_counted:
-                for node in ast.walk(ast.parse(path.read_text())):
-                    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                        names.add(node.attr)
-    return names
 
 
 def test_every_job_of_a_sweep_has_a_name_of_its_own():
