@@ -14,7 +14,9 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -77,6 +79,8 @@ class Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.num_non_finite = 0
         self.num_failures = 0
+        self._storing: Future[Path] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._tracking = tracking
         self._warned: set[str] = set()
         self._run_id: str = (state or {}).get("wandb_run_id", "")
@@ -127,20 +131,24 @@ class Tracker:
         terms: Sequence[str] = (),
         mode: str = "",
     ) -> None:
-        """Write the rollouts of a step as parquet and some of them to the trackers' table.
+        """Write the rollouts of a step as parquet, beside the next step, and some of them to the trackers' table.
+
+        They are on disk when `state` or `close` returns. A write that fails is raised by the next call of any of these.
 
         train_groups: one per group in the same order, or empty. terms: names of the K loss terms of their samples.
         mode: "greedy" or "sampled" for validation; both modes of a step share a file.
         """
+        self._settle()
         if self._tracking.store_rollouts:
-            with naming_full_disk(self.run_dir / FOLDER):
-                write_rollouts(self.run_dir, step, groups, train_groups, terms=terms, split=split, mode=mode)
+            write = partial(write_rollouts, self.run_dir, step, groups, train_groups)
+            self._storing = self._pool.submit(write, terms=terms, split=split, mode=mode)
         for sink in self._sinks:
             with self._tolerating(sink.name):
                 sink.log_rollouts(step, groups, split, mode)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the length of `metrics.jsonl`, and the Weights & Biases run to continue."""
+        self._settle()
         return {"metrics_lines": self._num_lines, **({"wandb_run_id": self._run_id} if self._run_id else {})}
 
     def close(self) -> None:
@@ -150,6 +158,14 @@ class Tracker:
                 sink.close()
         self._sinks = []
         self._file.close()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait until the rollouts are on disk."""
+        storing, self._storing = self._storing, None
+        if storing is not None:
+            with naming_full_disk(self.run_dir / FOLDER):
+                storing.result()
 
     def _start_wandb(self, name: str, config: Mapping[str, Any]) -> None:
         sink = _WandbSink(self.run_dir, self._tracking, config, name=name, run_id=self._run_id)
