@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that wait must not spin on the cores where another process works.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo desk-demo evisrag-mini test test-all test-gpu gpu-day check lint wheel-check format install clean
+.PHONY: demo desk-demo evisrag-mini test test-all test-gpu gpu-day chaos check lint wheel-check format install clean
 .DELETE_ON_ERROR:
 
 # Each step names the file that its program writes last, so that an interrupted step is resumed.
@@ -67,6 +67,10 @@ test-gpu:
 # ARGS=--rehearse takes all of them with tiny shapes on the CPU. docs/gpu/README.md says more.
 gpu-day:
 	$(GPU_PYTHON) -m benchmarks.gpu_day $(ARGS)
+
+# Every process of a run, stopped and killed in every phase: about two hours on 2 cores; run it again to resume.
+chaos: $(INSTALLED)
+	$(BIN)/python -m tests.runs.chaos --table $(ARGS)
 
 # What continuous integration checks; `make lint` is the part without tests.
 check: lint

@@ -34,6 +34,7 @@ HOMES = {
         "rsgrpo/cluster/ray_cluster.py",
         "rsgrpo/cluster/connect.py",
         "rsgrpo/cluster/ranks.py",
+        "rsgrpo/cluster/watch.py",
         "rsgrpo/cluster/reservation.py",
         "rsgrpo/cluster/reward_pool.py",
         "rsgrpo/cluster/workers.py",

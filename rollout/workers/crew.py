@@ -28,7 +28,8 @@ class Supervision:
 
     start: starts the worker of an index, as at the beginning. send: gives workers the current weights; raises
     WorkerError. max_restarts: consecutive failures tolerated; a batch that succeeds resets the count. has_room: tells
-    whether a living node has the resources of a worker. start_timeout_s: limit of one start.
+    whether a living node has the resources of a worker. start_timeout_s: limit of one start. where: tells the step of
+    the run, for messages.
     """
 
     start: Callable[[int], WorkerHandle]
@@ -36,6 +37,7 @@ class Supervision:
     max_restarts: int
     has_room: Callable[[int], bool] = lambda index: True
     start_timeout_s: float = 3600.0
+    where: Callable[[], str] = lambda: "rollout"
 
 
 class Crew:
@@ -98,7 +100,8 @@ class Crew:
             )
         self._failures_in_a_row += stays
         names = ", ".join(f"worker {worker.index}" for worker in lost)
-        log.warning("%s; %s %s", error, "restarting" if stays else "no node is left for", names)
+        done = "restarting" if stays else "no node is left for"
+        log.warning("%s: %s; %s %s", supervision.where(), error, done, names)
         self._stop(lost)
         gone = {worker.index for worker in lost}
         self.workers = [worker for worker in self.workers if worker.index not in gone]

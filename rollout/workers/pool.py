@@ -237,7 +237,7 @@ class RolloutPool(Crew):
             except WorkerError as error:
                 if not error.is_lost:
                     raise
-                log.warning("%s; it is replaced when it is next needed", error)
+                log.debug("%s; it is replaced when it is next needed", error)
         return answers
 
     def _start(self, worker: WorkerHandle, piece: Sequence[Prompt], sampling: SamplingParams) -> _Running:

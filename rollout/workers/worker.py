@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import socket
 import sys
@@ -30,17 +31,42 @@ if TYPE_CHECKING:
     from rollout.vllm.weights_out import WeightSender
 
 
+_killed: dict[str, str] = {}
+"""Ray's id of an actor that this process has killed -> why."""
+
+
+def kill_worker(actor: Any, why: str) -> None:
+    """Kill an actor, a stopped one too; `worker_error` of its calls then says why."""
+    _killed[actor._actor_id.hex()] = why
+    ray.kill(actor)
+
+
 def worker_error(who: str, what: str, error: ray.exceptions.RayError, *, replaceable: bool = False) -> WorkerError:
     """Turn Ray's exception into one message: which actor failed, doing what, and why.
 
     The message of a RsgrpoError is complete; any other error needs the remote traceback.
     """
     if not isinstance(error, ray.exceptions.RayTaskError):
-        return WorkerError(f"{who} died in {what}: {error}", error, is_lost=replaceable, died=True)
+        return WorkerError(f"{who} died in {what}: {_death(error)}", error, is_lost=replaceable, died=True)
     cause = error.cause if isinstance(error.cause, Exception) else error
     reason = str(cause) if isinstance(cause, RsgrpoError) else f"{type(cause).__name__}\n{str(error).strip()}"
     is_lost = replaceable and isinstance(cause, EngineFailed)
     return WorkerError(f"{who} failed in {what}: {reason}", cause, is_lost=is_lost)
+
+
+def _death(error: ray.exceptions.RayError) -> str:
+    """Return in one line which process died, on which node, and why as far as it is known."""
+    if why := _killed.get(getattr(error, "actor_id", None) or ""):
+        return why
+    text = str(error)
+    process, node = (re.search(rf"^\s*{name}: (\S+)$", text, re.MULTILINE) for name in ("pid", "ip"))
+    where = f"process {process[1]} on node {node[1]}: " if process and node else ""
+    return where + " ".join(text.rpartition("The actor is dead because ")[2].split())
+
+
+def whereabouts() -> str:
+    """Return this process and its node, for messages."""
+    return f"process {os.getpid()} on node {node_address()}"
 
 
 def enter_folder(folder: str) -> None:
@@ -112,6 +138,11 @@ class RolloutWorker:
 
     def finish_weights(self, version: int) -> None:
         self.engine.finish_weights(version)
+
+    @ray.method(concurrency_group="heartbeat")
+    def alive(self) -> str:
+        """Answer, whatever else is in progress; say where this process is."""
+        return whereabouts()
 
     @ray.method(concurrency_group="control")
     def ping(self) -> dict[str, Any]:
@@ -191,7 +222,7 @@ def start_rollout_worker(
     env_vars = {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **given.get("env_vars", {})}
     engine_options = {"name": f"engine {index}"} | engine_options
     actor = (
-        ray.remote(concurrency_groups={"control": 1})(RolloutWorker)  # type: ignore[call-overload]
+        ray.remote(concurrency_groups={"control": 1, "heartbeat": 1})(RolloutWorker)  # type: ignore[call-overload]
         .options(runtime_env={**given, "env_vars": env_vars}, max_concurrency=VLLM_SHARES if vllm else 1, **options)
         .remote(index, model_path, rollout, inputs, engine_options, folder)
     )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import logging
 import os
 import secrets
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 
 from rewards.namesakes import namesakes
 from rsgrpo.errors import RsgrpoError
+
+_abandoned = False
+"""Whether this process has lost its Ray, which it cannot start a second time."""
 
 
 def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_driver: bool = True) -> bool:
@@ -29,6 +34,8 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
     Raises:
         RsgrpoError: there is no such cluster, or Ray failed to start.
     """
+    if _abandoned:
+        raise RsgrpoError("Ray has stopped answering in this process. Run the same command to resume.")
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -53,6 +60,16 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
     return True
 
 
+def abandon_ray(*, owned: bool) -> None:
+    """Give up a Ray that does not answer; one that this process has started is killed, with all its workers."""
+    global _abandoned
+    _abandoned = True
+    atexit.unregister(ray.shutdown)  # it would wait for what is gone
+    for process in psutil.Process().children(recursive=True) if owned else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def require_token() -> None:
     """Let only those who know a token talk to the Ray that this process starts: Ray listens on every interface.
 
@@ -64,7 +81,7 @@ def require_token() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-@contextmanager
+@contextlib.contextmanager
 def kept_handlers() -> Iterator[None]:
     """Restore the current signal handlers afterwards: Ray sets its own in every process that connects to it."""
     if threading.current_thread() is not threading.main_thread():

@@ -25,12 +25,20 @@ DEATH_NOTICE_S = 5.0
 
 
 class Ranks:
-    """Actors of one role that work together: where one fails, the others may wait for it forever."""
+    """Actors of one role that work together: where one fails, the others may wait for it forever.
+
+    doing: what is waited for now, or "".
+    """
 
     def __init__(self, role: str, actors: Sequence[Any], check_stop: Callable[[], None]) -> None:
         self.role = role
         self.actors = actors
         self.check_stop = check_stop
+        self.doing = ""
+
+    def named(self) -> Mapping[str, Any]:
+        """Return the actors by the names that errors use."""
+        return {f"{self.role} {rank}": actor for rank, actor in enumerate(self.actors)}
 
     def wait(self, refs: Sequence[Any], what: str, *, stoppable: bool = False) -> Any:
         """Wait for one result per rank; return rank 0's.
@@ -51,6 +59,7 @@ class Ranks:
         """
         rank_of = {ref: rank for rank, ref in enumerate(refs)}
         pending = list(refs)
+        self.doing = what
         while pending:
             done, pending = ray.wait(pending, timeout=POLL_S)
             for ref in done:
@@ -64,6 +73,7 @@ class Ranks:
             if pending and deadline is not None and not deadline.left_s:
                 late = ", ".join(str(rank_of[ref]) for ref in pending)
                 raise deadline.missed(f"{self.role} {late}", what)
+        self.doing = ""
         return [self.get(ref, rank, what) for rank, ref in enumerate(refs)]
 
     def _death(self, pending: Mapping[Any, int], what: str) -> WorkerError | None:

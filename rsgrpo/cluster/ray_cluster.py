@@ -23,15 +23,17 @@ from rollout.vllm.launch import check_bucket
 from rollout.workers.crew import Supervision
 from rollout.workers.pool import RolloutPool
 from rollout.workers.worker import WorkerError, WorkerHandle, start_rollout_worker
-from rsgrpo.cluster.connect import connect_ray
+from rsgrpo.cluster.connect import abandon_ray, connect_ray
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.engine_check import check_engines
 from rsgrpo.cluster.ranks import RayLearner
 from rsgrpo.cluster.reservation import Reservation
 from rsgrpo.cluster.reward_pool import RewardPool
 from rsgrpo.cluster.shared_folder import token_in
+from rsgrpo.cluster.watch import Watch
 from rsgrpo.cluster.workers import LearnerWorker, RewardWorker
 from rsgrpo.config.train import TrainConfig
+from rsgrpo.errors import RUN_ERROR
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 log = logging.getLogger(__name__)
@@ -63,11 +65,19 @@ class RayCluster:
         self._seats: Reservation | None = None
         self._pool: RolloutPool | None = None
         self._resting = False
+        self._closing, self._ray_lost = False, threading.Event()
+        self.reference: RayLearner | None = None
         cluster = config.cluster
         self._owns_ray = connect_ray(
             cluster.address,
             num_cpus=cluster.num_cpus or os.cpu_count() or 1,
             object_store_bytes=cluster.object_store_mb << 20,
+        )
+        self._watch = Watch(
+            self._workers,
+            self._end_without_ray,
+            silence_s=cluster.silence_timeout_s,
+            owns_ray=self._owns_ray and not cluster.address,
         )
         try:
             self._start(total_steps, run_dir)
@@ -83,9 +93,13 @@ class RayCluster:
         self.learner = self._ranks("learner")
         calls = [actor.devices.remote() for actor in self.learner.actors]
         seats.share_gpus(self.learner.wait_for_all(calls, "starting a process", deadline=deadline))
-        self.reference = self._ranks("reference") if seats.placement.seats["reference"] else None
+        if seats.placement.seats["reference"]:
+            self.reference = self._ranks("reference")
         self.rewards = RewardPool(
-            self._start_reward_worker, config.cluster.reward_workers, start_timeout_s=config.cluster.startup_timeout_s
+            self._start_reward_worker,
+            config.cluster.reward_workers,
+            start_timeout_s=config.cluster.startup_timeout_s,
+            where=self._where,
         )
         if not seats.shares_gpus:
             self._start_engines()
@@ -117,6 +131,7 @@ class RayCluster:
             rollout.max_restarts,
             has_room=partial(self._reservation.has_room, "rollout"),
             start_timeout_s=self.config.cluster.startup_timeout_s,
+            where=self._where,
         )
         self.rollouts = self._pool = RolloutPool(engines, timeout_s=rollout.timeout_s, supervision=supervision)
 
@@ -145,6 +160,40 @@ class RayCluster:
         actor: Any = ray.remote(RewardWorker).options(**options).remote()
         return actor, actor.build.remote(self.config, os.getcwd(), sys.path)
 
+    def _workers(self) -> dict[str, Any]:
+        """Return the actors that there are now, by the names that errors use."""
+        found: dict[str, Any] = {}
+        for role in ("learner", "reference", "rewards"):  # in the order in which they start
+            if (group := getattr(self, role, None)) is not None:
+                found |= group.named()
+        if self._pool is not None:
+            found |= {f"rollout worker {worker.index}": worker.actor for worker in list(self._pool.workers)}
+        return found
+
+    def _where(self) -> str:
+        """Return the step that the run is at, for messages."""
+        return f"step {self.learner.version + 1}" if hasattr(self, "learner") else "start-up"
+
+    def _end_without_ray(self, what: str) -> None:
+        """End this process, from any thread, with all that it has started: its calls of Ray would wait forever.
+
+        Whatever a checkpoint needs is on disk at any moment. While everything is closed, only waiting ends.
+        """
+        self._ray_lost.set()
+        if self._closing:
+            return
+        if sys.stderr.isatty():
+            sys.stderr.write("\x1b[?25h")  # bars hide the cursor
+        doing = getattr(getattr(self, "learner", None), "doing", "") or "sampling"
+        log.error(
+            "%s, %s: %s. The run ends here. Run the same command to resume from its last checkpoint.",
+            self._where(),
+            doing,
+            what,
+        )
+        abandon_ray(owned=self._owns_ray and not self.config.cluster.address)
+        os._exit(RUN_ERROR)
+
     @property
     def _reservation(self) -> Reservation:
         assert self._seats is not None, "a worker before its reservation"
@@ -159,7 +208,9 @@ class RayCluster:
     def _ranks(self, role: str) -> RayLearner:
         learner, options = self.config.learner, self._reservation.options
         actors = [
-            ray.remote(LearnerWorker).options(**options(role, rank)).remote(rank, learner.num_threads)
+            ray.remote(concurrency_groups={"heartbeat": 1})(LearnerWorker)  # type: ignore[call-overload]
+            .options(**options(role, rank))
+            .remote(rank, learner.num_threads)
             for rank in range(learner.num_ranks)
         ]
         return RayLearner(role, actors, self.check_stop)
@@ -294,14 +345,27 @@ class RayCluster:
         hurry: after a signal, which may have reached the whole process group and so Ray, which then does not answer
             for a minute. A Ray of our own ends with this process: only engines with processes are told.
         """
+        self._closing = True
         if not hurry:
-            self._close()
+            self._close_in_time()
             return
         if self._owns_ray and not any(worker.has_processes for worker in self.rollouts.workers):
             return
         closing = threading.Thread(target=self.rollouts.close if self._owns_ray else self._close, daemon=True)
         closing.start()
         closing.join(CLOSE_TIMEOUT_S)
+
+    def _close_in_time(self) -> None:
+        """Close; give up as soon as Ray turns out to be gone."""
+        self._watch.stop_asking()
+        closing = threading.Thread(target=self._close, daemon=True, name="close")
+        closing.start()
+        while closing.is_alive() and not self._ray_lost.is_set():
+            closing.join(timeout=0.2)
+        self._watch.stop()
+        if closing.is_alive():
+            log.warning("Ray did not end by itself: it is killed.")
+            abandon_ray(owned=self._owns_ray and not self.config.cluster.address)
 
     def _close(self) -> None:
         if not ray.is_initialized():

@@ -27,13 +27,21 @@ class RewardPool:
     num_restarts: of workers so far.
     """
 
-    def __init__(self, start: Callable[[int], tuple[Any, Any]], num_workers: int, *, start_timeout_s: float) -> None:
+    def __init__(
+        self,
+        start: Callable[[int], tuple[Any, Any]],
+        num_workers: int,
+        *,
+        start_timeout_s: float,
+        where: Callable[[], str] = lambda: "scoring",
+    ) -> None:
         """Start the workers.
 
         start: starts the worker of an index; returns its actor and the call that loads its reward functions.
         start_timeout_s: limit of the start of one that replaces another.
+        where: tells the step of the run, for messages.
         """
-        self._start = start
+        self._start, self._where = start, where
         self._workers = [start(index) for index in range(num_workers)]
         self._start_timeout_s = start_timeout_s
         self._failures_in_a_row = 0
@@ -52,6 +60,10 @@ class RewardPool:
                 self._get(loading, index, "loading the reward functions", deadline.left_s)
             except ray.exceptions.GetTimeoutError:
                 raise deadline.missed(f"reward worker {index}", "loading the reward functions") from None
+
+    def named(self) -> dict[str, Any]:
+        """Return the actors by the names that errors use."""
+        return {f"reward worker {index}": actor for index, (actor, _) in enumerate(self._workers)}
 
     def batch(self) -> ScoringBatch:
         """Return a place for groups that are scored together."""
@@ -89,7 +101,7 @@ class RewardPool:
             try:
                 total += self._get(call, calls.index(call), "rss_mb")
             except WorkerError as error:
-                log.warning("%s; it is replaced when it is next needed", error)
+                log.debug("%s; it is replaced when it is next needed", error)
         return total
 
     def _replace(self, index: int, group: RolloutGroup, error: WorkerError) -> None:
@@ -101,7 +113,7 @@ class RewardPool:
             )
         self._failures_in_a_row += 1
         self.num_restarts += 1
-        log.warning("%s; restarting it", error)
+        log.warning("%s: %s; restarting it", self._where(), error)
         ray.kill(self._workers[index][0])
         self._workers[index] = self._start(index)
         try:

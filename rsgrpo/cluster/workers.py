@@ -22,7 +22,7 @@ from rollout.inputs.stored import read_images
 from rollout.types import Prompt, RolloutGroup
 from rollout.vllm.peers import TransferError
 from rollout.vllm.weights_out import WeightSender
-from rollout.workers.worker import WorkerHandle, enter_folder, node_address, weight_sender
+from rollout.workers.worker import WorkerHandle, enter_folder, node_address, weight_sender, whereabouts
 from rsgrpo.cluster.shared_folder import require_token
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.records.run_log import log_to_folder
@@ -59,6 +59,11 @@ class LearnerWorker(_Process):
         self.rank = rank
         self._sender: WeightSender | None = None
         self._connected: tuple[WorkerHandle, ...] = ()
+
+    @ray.method(concurrency_group="heartbeat")
+    def alive(self) -> str:
+        """Answer, whatever else is in progress; say where this process is."""
+        return whereabouts()
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a free port, for the process group of all ranks."""
@@ -171,6 +176,10 @@ class RewardWorker(_Process):
         self.rewards = RewardSet.from_config(config)
         self._lanes = Lanes(thread=ThreadPoolExecutor(1, thread_name_prefix="rewards"))
         log_to_folder(Path(config.output_dir) / config.name)
+
+    async def alive(self) -> str:
+        """Answer while rewards run in their thread; say where this process is."""
+        return whereabouts()
 
     async def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Score whole groups, beside those of other calls; they come back without prompt and rollouts."""

@@ -167,6 +167,12 @@ class ClusterConfig:
     startup_timeout_s: float = key(
         1800.0, "Time limit to place and start all workers, and to restart one that was lost.", gt=0
     )
+    silence_timeout_s: float = key(
+        300.0,
+        "A worker that has not answered for this long (it is stopped, or stuck in foreign code) is killed and handled "
+        "as one that died.",
+        gt=0,
+    )
     max_recoveries: int = key(
         3,
         "Times in a row, without a new checkpoint between them, that a run resumes by itself after a learner rank or a "

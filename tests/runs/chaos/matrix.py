@@ -1,0 +1,209 @@
+"""Every victim, stopped and killed, in every phase of a run: what the program does about it, and in which time."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from tests.runs.chaos.injector import RAYLET, Fault, Kind, Phase, Role, fail_at
+from tests.runs.chaos.runs import config_of, differences, export_hash, make_material, metrics_of, run_with, segments
+
+STEPS = 10
+AT_STEP: dict[Phase, int] = {
+    "start-up": 1, "sampling": 2, "scoring": 3, "learning": 4, "sync": 5, "gate": 6, "checkpoint": 7, "validation": 8,
+    "export": 10,
+}  # fmt: skip
+"""A step lies between two faults, in which whatever was lost is needed."""
+
+MESSAGES: dict[str, str] = {
+    "learner 0": r"learner 0 died in ",
+    "learner 1": r"learner 1 died in ",
+    "reference": r"reference 0 died in ",
+    "engine": r"rollout worker 0 died in ",
+    "reward": r"reward worker 0 died in ",
+    "raylet": r"rollout worker 1 died in |no node is left for worker 1",
+    "gcs": r"The run ends here\.",
+    "driver": r"a dead process says nothing",
+}
+SERVES = ("engine", "reward", "reference", "raylet")
+"""Victims that are replaced, or noticed, when they are next needed: never, after the last step."""
+
+HEALTH = {
+    "health_check_initial_delay_ms": 2000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 3,
+}
+RAYLET_S = 15.0
+"""Time in which Ray, with these settings, counts a node as gone; then it is brought back."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault. wrong: what should not be so, nothing where the cell holds."""
+
+    role: Role
+    kind: Kind
+    phase: Phase
+    outcome: str
+    seconds: float
+    wrong: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Faults of one victim in one run, one after the other."""
+
+    role: Role
+    kind: Kind
+    phases: tuple[Phase, ...] = get_args(Phase)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.role.replace(' ', '')}_{self.kind}"
+
+
+def rows(roles: Sequence[Role] = get_args(Role), kinds: Sequence[Kind] = get_args(Kind)) -> Iterator[Row]:
+    """Yield the whole matrix."""
+    for role in roles:
+        for kind in kinds:
+            yield Row(role, kind)
+
+
+def undisturbed(role: Role, folder: Path) -> Path:
+    """Make, once, the run that those with faults of `role` must equal; return its folder."""
+    kind = role.replace(" ", "") if role in ("learner 1", "reference", "raylet") else "one"
+    place = folder / f"undisturbed_{kind}"
+    run = place / "runs" / "run"
+    if not export_hash(run):
+        shutil.rmtree(place, ignore_errors=True)
+        material = make_material(folder / "material")
+        outcome = run_with([], place, config_of(material, place / "runs", steps=STEPS, role=role), material)
+        assert outcome.codes == [0], outcome.console
+    return run
+
+
+def run_row(row: Row, folder: Path) -> list[Cell]:
+    """Run one row, or the rest of it, and judge every fault."""
+    material, wanted = make_material(folder / "material"), undisturbed(row.role, folder)
+    place = folder / row.name
+    place.mkdir(parents=True, exist_ok=True)
+    faults = [fail_at(row.role, AT_STEP[phase], phase, row.kind) for phase in row.phases]
+    with second_node(place) if row.role == "raylet" else _nothing() as (address, on_fault):
+        config = config_of(material, place / "runs", steps=STEPS, role=row.role, address=address)
+        outcome = run_with(faults, place, config, material, on_fault=on_fault, max_starts=len(faults) + 2)
+    run = place / "runs" / "run"
+    told = segments(outcome.console)
+    everywhere = [f"left {name} for {outcome.orphan_s:g} s" for name in outcome.orphans]
+    if outcome.codes[-1] != 0:
+        everywhere.append(f"exit codes {outcome.codes}")
+    elif different := differences(metrics_of(run), metrics_of(wanted)):
+        everywhere.append(f"{len(different)} metrics differ: {different[0]}")
+    if export_hash(run) != export_hash(wanted):
+        everywhere.append("export differs")
+    cells = []
+    for index, fault in enumerate(faults):
+        if index >= len(told):
+            cells.append(Cell(fault.role, fault.kind, fault.phase, "did not happen", 0.0, ("did not happen",)))
+            continue
+        wrong = [*everywhere, *wrong_messages(fault, told[index])]
+        cells.append(
+            Cell(
+                *(fault.role, fault.kind, fault.phase),
+                "ended, resumed by the same command" if outcome.ended[index] else "went on by itself",
+                outcome.seconds[index],
+                tuple(wrong),
+            )
+        )
+    return cells
+
+
+def wrong_messages(fault: Fault, text: str) -> list[str]:
+    """Return what is wrong with what the console says after a fault."""
+    lines = [line for line in text.splitlines() if re.search(MESSAGES[fault.role], line)]
+    least = 0 if fault.role == "driver" or (fault.phase == "export" and fault.role in SERVES) else 1
+    most = 0 if fault.role == "driver" else 1
+    wrong = [] if least <= len(lines) <= most else [f"{len(lines)} messages"]
+    return wrong + [f"console has {word}" for word in ("Traceback", "HANGS") if word in text]
+
+
+@contextmanager
+def _nothing() -> Iterator[tuple[str, Callable[[int], None]]]:
+    yield "", lambda index: None
+
+
+@contextmanager
+def second_node(place: Path) -> Iterator[tuple[str, Callable[[int], None]]]:
+    """Start a cluster of two nodes; give its address, and what brings the second one back after each fault."""
+    from ray.cluster_utils import Cluster
+
+    store: dict[str, Any] = {"object_store_memory": 150 << 20}
+    before = os.environ.get("RSGRPO_CHAOS")
+    os.environ["RSGRPO_CHAOS"] = str(place)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 3, "include_dashboard": False, "_system_config": HEALTH, **store},
+    )
+    nodes = []
+
+    def join() -> None:
+        nodes.append(cluster.add_node(num_cpus=1, **store))
+        (place / RAYLET).write_text(str(nodes[-1].all_processes["raylet"][0].process.pid))
+
+    def on_fault(index: int) -> None:
+        time.sleep(RAYLET_S)
+        cluster.remove_node(nodes[-1], allow_graceful=False)
+        join()
+
+    try:
+        join()
+        yield cluster.address, on_fault
+    finally:
+        cluster.shutdown()
+        os.environ.pop("RSGRPO_CHAOS")
+        if before is not None:
+            os.environ["RSGRPO_CHAOS"] = before
+
+
+def load(path: Path) -> dict[str, list[Cell]]:
+    """Return the cells of the rows that have been run."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    return {name: [Cell(**{**cell, "wrong": tuple(cell["wrong"])}) for cell in cells] for name, cells in found.items()}
+
+
+def store(path: Path, done: dict[str, list[Cell]]) -> None:
+    """Write the cells of the rows that have been run."""
+    text = json.dumps({name: [asdict(cell) for cell in cells] for name, cells in done.items()}, indent=1)
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").replace(path)
+
+
+def table(done: dict[str, list[Cell]]) -> str:
+    """Return the matrix in Markdown: seconds of each cell, and what does not hold."""
+    cells = {(cell.role, cell.kind, cell.phase): cell for each in done.values() for cell in each}
+    phases = get_args(Phase)
+    lines = [f"| victim | signal | {' | '.join(phases)} |", "|---|---|" + "---|" * len(phases)]
+    for role in get_args(Role):
+        for kind in get_args(Kind):
+            row = [_shown(cells.get((role, kind, phase))) for phase in phases]
+            lines.append(f"| {role} | {kind[3:]} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def _shown(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    mark = "✗ " if cell.wrong else ""
+    seconds = f"{cell.seconds:.0f}" if cell.seconds >= 0 else "?"
+    return f"{mark}{seconds}{'' if cell.outcome.startswith('went') else ' E'}"
