@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 USER_ERROR, RUN_ERROR, INTERRUPTED = 2, 1, 130
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -79,6 +80,24 @@ def one_line(error: object, limit: int = 200) -> str:
     """Return what an error says as one printable line of at most `limit` characters."""
     text = printable(" ".join(str(error).split()))
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+_leaves_at_once = False
+
+
+def leave_at_once() -> None:
+    """Let this process end without exit handlers: a library would wait in them for what is gone."""
+    global _leaves_at_once
+    _leaves_at_once = True
+
+
+def leave(code: int, *, at_once: bool = False) -> NoReturn:
+    """End this process; without exit handlers if `at_once`, or after `leave_at_once`."""
+    if at_once or _leaves_at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_program(work: Callable[[], int | None], *, kept: str = "", extras: Mapping[str, str] | None = None) -> int:

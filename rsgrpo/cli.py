@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from rollout.errors import INTERRUPTED, run_program
+from rollout.errors import INTERRUPTED, leave, run_program
 from rollout.keys import Section, nearest, sections
 from rsgrpo.config.renamed import RENAMED
 from rsgrpo.errors import USER_ERROR, ConfigError, RsgrpoError
@@ -66,7 +66,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         if full_trace:
             raise error
         print(f"error: {explain(error, schema, config_name, sys.argv[1:])}", file=sys.stderr)
-        sys.exit(code)
+        leave(code)
 
     def task(node: DictConfig) -> None:
         nonlocal started
@@ -78,16 +78,14 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         try:
             exit_code = main(config)
         except StopRequested:  # already reported; exit handlers would wait for workers that the signal killed
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            leave(0, at_once=True)
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            leave(INTERRUPTED)
         except RsgrpoError as error:
             fail(error, error.exit_code)
         if exit_code:
-            sys.exit(exit_code)
+            leave(exit_code)
 
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{_package(config_name)}", config_name="config")(task)()
@@ -95,7 +93,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         if started:
             raise
         fail(error, USER_ERROR)
-    sys.exit(0)
+    leave(0)
 
 
 def _to_object(node: DictConfig, schema: type[ConfigT]) -> ConfigT:

@@ -1,6 +1,7 @@
 """Examine this machine and the installation: report what would keep a run from working, and how to fix it.
 
     python -m rsgrpo.doctor [--json] [--no-ray]
+    python -m rsgrpo.doctor --sabotage recipe=demo [key=value ...]
 
 The supported versions are those that the installed package declares. A missing or broken package is a finding, never a
 crash, so this module imports only the standard library at its top.
@@ -296,12 +297,46 @@ def show(findings: Sequence[Finding]) -> None:
     print(f"\n{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} to fix")
 
 
+def sabotage(overrides: Sequence[str]) -> int:
+    """Sabotage the engine of a run, and show which checks notice; return 1 if one of the ways goes unnoticed."""
+    from rsgrpo.cli import compose_or_explain
+    from rsgrpo.cluster.sabotage import try_all
+    from rsgrpo.config.checks import require_inputs, validate
+    from rsgrpo.config.train import TrainConfig
+    from rsgrpo.records.console import Console
+    from rsgrpo.running.prompts import load_run_prompts
+
+    config = compose_or_explain(TrainConfig, "config", overrides)
+    validate(config)
+    require_inputs(config)
+    with Console() as console:
+        rows = load_run_prompts(config, console).train
+    outcomes = try_all(config, [rows[index] for index in range(len(rows))])
+    width = max(len(outcome.name) for outcome in outcomes)
+    for outcome in outcomes:
+        how = f"caught: {', '.join(outcome.caught_by)}" if outcome.caught_by else "NOT CAUGHT"
+        print(f"{outcome.name:<{width}}  {how}")
+    missed = sum(not outcome.caught_by for outcome in outcomes)
+    print(f"\nThe engine check holds as it is, and caught {len(outcomes) - missed} of {len(outcomes)} sabotages.")
+    return int(missed > 0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the findings; return 1 if one of them fails."""
     parser = argparse.ArgumentParser(prog="python -m rsgrpo.doctor", description="Check this machine and installation.")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--no-ray", action="store_true", help="do not start Ray (saves a few seconds)")
+    parser.add_argument(
+        "--sabotage", action="store_true", help="sabotage the engine of a run and show that the engine check notices"
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="with --sabotage: those of the run")
     options = parser.parse_args(argv)
+    if options.settings and not options.sabotage:
+        parser.error("settings are read with --sabotage only")
+    if options.sabotage:
+        from rsgrpo.errors import run_program
+
+        return run_program(lambda: sabotage(options.settings))
     findings = examine(with_ray=not options.no_ray)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))

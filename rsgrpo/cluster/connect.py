@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
@@ -16,6 +15,7 @@ import psutil
 import ray
 
 from rewards.namesakes import namesakes
+from rollout.errors import leave_at_once
 from rsgrpo.errors import RsgrpoError
 
 _abandoned = False
@@ -64,7 +64,7 @@ def abandon_ray(*, owned: bool) -> None:
     """Give up a Ray that does not answer; one that this process has started is killed, with all its workers."""
     global _abandoned
     _abandoned = True
-    atexit.unregister(ray.shutdown)  # it would wait for what is gone
+    leave_at_once()
     for process in psutil.Process().children(recursive=True) if owned else ():
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -24,6 +24,9 @@ Kind = Literal["SIGKILL", "SIGSTOP"]
 PLAN, EVENTS, RAYLET = "plan.json", "events.jsonl", "raylet.pid"
 """Files in the folder that RSGRPO_CHAOS names: the faults, what has happened, and the second node's raylet."""
 
+HOLD_S = 90.0
+"""The longest that a run waits in its phase for the end of Ray's head to be noticed."""
+
 TITLES = {"engine": "ray::RolloutWorker", "reward": "ray::RewardWorker"}
 
 
@@ -126,6 +129,8 @@ class Injector:
         print(f"CHAOS {self.fired - 1}: {fault.kind} to {fault.role} in {phase}", file=sys.stderr, flush=True)
         write_event(self.folder, fault=self.fired - 1)
         process.send_signal(signal.Signals[fault.kind])
+        if fault.role == "gcs":  # such a short run would be at its end before it is noticed
+            time.sleep(HOLD_S)
 
     def _is_over(self, fault: Fault, phase: Phase) -> bool:
         """Whether the run has come past `fault` where it is in `phase`; without Ray's head it goes on for a while."""
