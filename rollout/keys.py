@@ -19,8 +19,9 @@ import inspect
 import json
 import re
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any, Literal, TypeVar
 
 from rollout.errors import ConfigError, RsgrpoError
@@ -66,6 +67,7 @@ class Key:
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError unless `value` is allowed."""
+        require(self._has_kind(value), f"{name} must be {_KINDS.get(type(self.default))}, got {value!r}")
         if self.one_of:
             if value not in self.one_of:
                 near = nearest(str(value), map(str, self.one_of))
@@ -78,6 +80,20 @@ class Key:
                 and (self.lt is None or value < self.lt)
             )
             require(holds, f"{name} must be {self.bounds}, got {value:g}")
+
+    def _has_kind(self, value: Any) -> bool:
+        """Whether the value is of the default's kind: an interpolation may bring any other."""
+        if isinstance(self.default, dict):
+            return isinstance(value, Mapping)
+        if isinstance(self.default, str):
+            return not isinstance(value, Number | Mapping | list)
+        if isinstance(self.default, list):
+            return isinstance(value, Sequence) and not isinstance(value, str)
+        return not isinstance(self.default, Number) or isinstance(value, Number)
+
+
+_KINDS = {dict: "a map of names to values", str: "a text", list: "a list", bool: "true or false"}
+_KINDS |= {int: "a number", float: "a number"}
 
 
 def key(default: T, help: str, **bounds: Any) -> T:

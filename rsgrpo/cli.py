@@ -38,6 +38,8 @@ ConfigT = TypeVar("ConfigT")
 SHOWN_KEYS = {"learner": "learner.lr=1e-5 tracking=wandb_offline", "rollout": "prompt=direct rollout=vllm"}
 MAX_NAME_CHARS = 120
 HELP_COLUMN, HELP_WIDTH = 36, 120
+UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
+"""What hydra raises for settings that cannot be read; OSError for a key that no file could be named by."""
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -89,7 +91,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
 
     try:
         hydra.main(version_base="1.3", config_path=f"pkg://{_package(config_name)}", config_name="config")(task)()
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except UNREADABLE as error:
         if started:
             raise
         fail(error, USER_ERROR)
@@ -154,7 +156,7 @@ def compose_or_explain(schema: type[ConfigT], config_name: str, overrides: typin
     """
     try:
         return compose(schema, config_name, overrides)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+    except UNREADABLE as error:
         raise ConfigError(explain(error, schema, config_name, overrides)) from error
 
 
@@ -170,6 +172,8 @@ def explain(error: Exception, schema: type, config_name: str = "config", argumen
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0]
         return f"cannot read {error.override!r}: {reason}. Write key=value, with quotes around special characters."
+    if isinstance(error, OSError):  # hydra looks for a file that is named like the key
+        return f"{max(arguments, key=len, default='')[:60]}...: there is no such key. `--help` shows all keys"
     required = re.match(r"You must specify '([\w/]+)'", text)
     if required:
         group = required[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib
 import io
 import json
 import logging
@@ -37,12 +38,46 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_DELAY_S = 60.0
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 HOPELESS = (401, 403, 404)
+MAX_REPLY_BYTES = 16 << 20
 PATCH = 28  # sides of merged vision tokens of the Qwen2-VL family; a server does not resize such images again
 _OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # not a chat completion
 
 
 class EndpointError(RsgrpoError):
     """The endpoint is down, refuses the key or does not know the model: nothing more can be asked."""
+
+
+# Of whichever httpx the package brings: the class that its default client derives from.
+_HTTPX: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
+
+
+class ReplyRefused(Exception):
+    """A reply that is too long, or compressed and so of unknown length."""
+
+
+class _Bounded(_HTTPX.AsyncByteStream):  # type: ignore[misc, name-defined]
+    """The bytes of a reply, up to `MAX_REPLY_BYTES`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        num_bytes = 0
+        async for piece in self._stream:
+            num_bytes += len(piece)
+            if num_bytes > MAX_REPLY_BYTES:
+                raise ReplyRefused(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
+            yield piece
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _bound(response: Any) -> None:
+    """Limit what is read of a reply; a kilobyte of a compressed one may unpack to gigabytes."""
+    if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
+        raise ReplyRefused(f"the reply is compressed ({encoding}), which was not asked for")
+    response.stream = _Bounded(response.stream)
 
 
 class Endpoint:
@@ -72,7 +107,8 @@ class Endpoint:
                 api_key=key or "none",
                 timeout=openai.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
                 max_retries=0,  # they are counted, paced and stopped here
-                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_bound]}),
             )
         except Exception as error:  # httpx.InvalidURL, of whichever httpx the package brings
             raise EndpointError(f"endpoint.url={config.shown} is not a valid URL: {error}") from error
@@ -255,7 +291,10 @@ class Endpoint:
                 self._refuse_for_good(error, fault)
                 given = error.response.headers.get("retry-after", "")
                 wait_s = float(given) if given.isdigit() else delay_s
-            except (openai.APIConnectionError, TimeoutError) as error:
+            except (openai.APIConnectionError, TimeoutError, ReplyRefused) as error:
+                refused = error if isinstance(error, ReplyRefused) else error.__cause__
+                if isinstance(refused, ReplyRefused):
+                    raise PromptError(str(refused)) from error
                 fault = _broken_off(error, config.timeout_s)
             if attempt < config.max_tries:
                 log.info("try %d of %d failed, next in %.1f s: %s", attempt, config.max_tries, wait_s, fault)

@@ -66,13 +66,13 @@ class _Sabotaged(OneEngine):
         return [replace(self._sabotage.seen(prompt), id=prompt.id) for prompt in prompts]
 
 
-def sabotages(image_token_id: int) -> list[Sabotage]:
+def sabotages(vision_token_id: int) -> list[Sabotage]:
     """Return all but stale weights, which change the learner."""
 
     def sampled_image_token(group: RolloutGroup) -> RolloutGroup:
         first, *others = group.rollouts
         token_ids = [*first.token_ids_T]
-        token_ids[len(token_ids) // 2] = image_token_id
+        token_ids[len(token_ids) // 2] = vision_token_id
         return replace(group, rollouts=(replace(first, token_ids_T=token_ids), *others))
 
     return [
@@ -125,7 +125,7 @@ def try_all(config: TrainConfig, prompts: Sequence[Prompt]) -> list[Outcome]:
         untouched = ask(engine)
         if not all(check.holds for check in untouched):
             raise RsgrpoError(f"Engine and learner differ without any sabotage:\n{table(untouched)}")
-        ways = sabotages(learner.encoder.image_token_id)
+        ways = sabotages(learner.encoder.banned_token_ids[0])
         found = [_outcome(each.name, partial(ask, _Sabotaged(engine, each))) for each in ways]
         _move_weights(learner)
         return [*found, _outcome("stale weights under the current version", partial(ask, engine))]

@@ -31,6 +31,9 @@ class Pages:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
+        ({"count": "x"}, "pages.count must be a number, got 'x'"),
+        ({"kind": 3}, "pages.kind must be a text, got 3"),
+        ({"names": "a"}, "pages.names must be a list, got 'a'"),
         ({"count": -1}, "pages.count must be >= 0, got -1"),
         ({"share": 0.0}, "pages.share must be in (0, 1], got 0"),
         ({"share": 1.5}, "pages.share must be in (0, 1], got 1.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -162,3 +163,16 @@ def test_our_own_server_is_refused_where_it_would_put_our_prompt_into_its_own():
 
     with serving(Handler) as url, pytest.raises(InputError, match="start it with --prompt raw"):
         Endpoint(EndpointConfig(url=f"{url}/v1"), SamplingParams(), InputsConfig())
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_is_too_long_or_compressed_is_refused_and_not_asked_for_again(monkeypatch, status, stream):
+    monkeypatch.setattr("recipes.answers.endpoint.MAX_REPLY_BYTES", 1 << 20)
+    long = json.dumps(completion(message={"content": "x" * (2 << 20)})).encode()
+    answer, num_requests = ask(send(long, status), stream=stream)
+    assert "the reply is longer than 1 MiB" in str(answer.error)
+    assert num_requests == 1
+    answer, num_requests = ask(send(gzip.compress(long), status, Content_Encoding="gzip"), stream=stream)
+    assert "the reply is compressed (gzip)" in str(answer.error)
+    assert num_requests == 1

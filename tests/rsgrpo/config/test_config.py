@@ -313,6 +313,8 @@ def test_a_run_gets_its_configuration_and_leaves_no_litter(tmp_path):
         ([], 2, "recipe is missing. Choose one of "),
         (["recipe=demo", "rollout.group_size=1"], 2, "rollout.group_size must be >= 2"),
         (["recipe=demo", "seed=13"], 1, "seed 13 brings bad luck"),
+        (["recipe=demo", "+reward_args=${seed}"], 2, "reward_args must be a map of names to values, got 0"),
+        (["recipe=demo", f"{'x' * 300}=1"], 2, f"{'x' * 60}...: there is no such key. "),
         (["recipe=demo", "+foo.bar=1"], 2, "foo.bar: there is no such key. "),
         (["recipe=demo", "+rolout.group_size=4"], 2, "rolout.group_size: there is no such key; did you mean rollout.g"),
         (["recipe=demo", "learner.lr.foo=1"], 2, "learner.lr.foo: there is no such key; did you mean learner.lr? "),

@@ -37,8 +37,9 @@ STOPPED_S = 12.0
 ORPHAN_S = 75.0
 """Ray's agents notice after about a minute that the process they belong to is gone."""
 
-START_S = 200.0
-"""The longest that one start of the program may take to its end or to the next fault."""
+STARTUP_S = 150.0
+START_S = 400.0
+"""The longest that workers may take to start, and that one start of the program may take to its end or next fault."""
 
 RESTARTS = ("rollout/engine_restarts", "rollout/reward_restarts", "rollout/engines", "rollout/tokens_per_s")
 RESAMPLED = ("actor/mismatch_",)
@@ -80,7 +81,7 @@ def config_of(material: Path, output_dir: Path, *, steps: int, role: str = "", a
             num_cpus=0 if address else 2,
             cpus={"rollout": 0.5, "learner": 0.4, "reward": 0.1},
             silence_timeout_s=SILENCE_S,
-            startup_timeout_s=90,
+            startup_timeout_s=STARTUP_S,
         ),
     )
     config = dataclasses.replace(

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.runs.fuzz.mutations import damaged_tree, documents, images, mutated, request_bodies, texts
+from tests.runs.fuzz.values import config_attempts, reply_attempts, reward_attempts
 
 Attempt = Callable[[], str]
 """Tries one input; returns how it ended, or raises, which is a finding."""
@@ -189,6 +190,9 @@ KINDS: dict[str, Callable[[random.Random], Iterator[Attempt]]] = {
     "runs": run_folder_attempts,
     "checkpoints": checkpoint_attempts,
     "documents": document_attempts,
+    "configs": config_attempts,
+    "rewards": reward_attempts,
+    "replies": reply_attempts,
 }
 
 

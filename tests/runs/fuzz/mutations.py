@@ -103,12 +103,12 @@ def request_bodies(draw: random.Random) -> Iterator[bytes]:
     while True:
         body = json.loads(json.dumps(sound))
         for _ in range(draw.choice((0, 1, 1, 2))):
-            _exchange(body, draw)
+            exchange(body, draw)
         written = json.dumps(body).encode()
         yield mutated(written, draw) if draw.random() < 0.4 else written
 
 
-def _exchange(value: Any, draw: random.Random) -> None:
+def exchange(value: Any, draw: random.Random) -> None:
     """Put a strange value somewhere into a JSON value, or take something away."""
     while True:
         key = draw.choice(list(value) if isinstance(value, dict) else range(len(value))) if value else None
