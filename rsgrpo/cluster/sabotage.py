@@ -144,7 +144,10 @@ def _move_weights(learner: Learner) -> None:
     """Let the learner have learned something that the engine does not know."""
     torch.manual_seed(0)
     with torch.no_grad():
-        for tensor in learner.policy.trainable().values():
+        for parameter in learner.policy.trainable().values():
+            tensor: torch.Tensor = getattr(
+                parameter, "to_local", lambda whole=parameter: whole
+            )()  # the only rank has all
             spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
             tensor.add_(STALE * (spread or 1.0) * torch.randn_like(tensor))
 

@@ -122,11 +122,6 @@ def test_a_redirect_is_a_stop_that_names_the_other_address():
         ask(send(b"", 307, Location="https://else.where/v1"))
 
 
-def test_a_reply_that_cannot_be_unpacked_is_tried_again():
-    with pytest.raises(EndpointError, match="did not answer in 2 tries, the last was DecodingError"):
-        ask(send(b"no gzip", Content_Encoding="gzip"))
-
-
 def test_an_answer_that_never_ends_ends_at_its_time_limit():
     since = time.monotonic()
     with pytest.raises(EndpointError, match=r"the last was not finished within 0\.3 s"):
