@@ -8,6 +8,7 @@ and the layout, and the home of gradio; the work is done in `recipes.retrieval.a
 from __future__ import annotations
 
 import argparse
+import hmac
 import ipaddress
 import json
 import logging
@@ -52,12 +53,16 @@ from recipes.retrieval.command_line import (
     search_settings,
 )
 from recipes.retrieval.search.keep import Filters
+from recipes.serve.chat_request import RequestError
+from recipes.serve.door import Door
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
 MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
 MAX_AT_ONCE = 8  # questions; searches take turns, and so do answers of an engine in this process
+PASSWORD_VARIABLE = "RSGRPO_APP_PASSWORD"
+KEPT_UPLOADS_S = (600, 3600)  # every ten minutes, uploads older than an hour that were never added are deleted
 MAX_TRACES = 64  # kept for download
 MAX_SHOWN_HISTORY = 50  # questions of a visit
 
@@ -77,6 +82,13 @@ def parser() -> argparse.ArgumentParser:
     page = top.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
     page.add_argument("--port", type=int, default=7860, help="0: any free port")
+    page.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that the page is called by",
+    )
     page.add_argument("--open", action="store_true", help="open it in a browser")
     add_options(page, LibrarySettings)
     return top
@@ -190,7 +202,9 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
 
     answers = library.reader is not None
     do = Handlers(library, options.store.resolve().name, scratch)
-    with gr.Blocks(title="Ask your documents", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title="Ask your documents", analytics_enabled=False, fill_width=True, delete_cache=KEPT_UPLOADS_S
+    ) as page:
         heading = gr.HTML(do.heading, elem_id="heading")
         history = gr.State([])
         with gr.Row():
@@ -246,14 +260,45 @@ def address(path: str) -> str:
     return f"/gradio_api/file={quote(path)}"
 
 
+class KnownHosts:
+    """Refuses requests under a name that is not the page's: a stranger's page can make a browser call this machine."""
+
+    def __init__(self, app: Any, door: Door) -> None:
+        self._app, self._door = app, door
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request of ASGI."""
+        hosts = [value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"host"]
+        try:
+            if scope["type"] in ("http", "websocket"):
+                self._door.check(hosts[0] if hosts else "", "")
+        except RequestError as error:
+            text = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": error.status, "headers": text})
+            await send({"type": "http.response.body", "body": str(error).encode()})
+            return
+        await self._app(scope, receive, send)
+
+
+def guarded(options: argparse.Namespace) -> dict[str, Any]:
+    """Return gradio's settings of who may see the page: those with the password, or who call it by its names."""
+    if password := os.environ.get(PASSWORD_VARIABLE, ""):
+        return {"auth": lambda name, given: hmac.compare_digest(given.encode(), password.encode())}
+    if not _is_loopback(options.host):
+        log.warning(
+            "anyone who reaches %s can read the store, add documents and ask; set a password in %s",
+            options.host,
+            PASSWORD_VARIABLE,
+        )
+    from starlette.middleware import Middleware
+
+    return {"app_kwargs": {"middleware": [Middleware(KnownHosts, door=Door(hosts=tuple(options.allow_host)))]}}
+
+
 def serve(library: Library, options: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     import gradio as gr
 
-    if not _is_loopback(options.host):
-        log.warning(
-            "anyone who reaches %s can read the store, add documents and ask: there is no password", options.host
-        )
     with tempfile.TemporaryDirectory(prefix="rsgrpo-app-") as scratch:
         os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(scratch) / "gradio"))  # removed with the process
         page = build_page(library, options, Path(scratch))
@@ -271,6 +316,7 @@ def serve(library: Library, options: argparse.Namespace) -> None:
                 ssr_mode=False,
                 quiet=True,
                 prevent_thread_lock=True,
+                **guarded(options),
             )
         except OSError as error:  # gradio does not name the option
             place = f"cannot listen on {options.host}, --port {options.port}"

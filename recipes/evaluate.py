@@ -40,6 +40,7 @@ from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
+from rsgrpo.records.secrets import masked
 
 PREDICTIONS_FILE = "predictions.jsonl"
 SETTINGS_FILE = "settings.json"
@@ -146,7 +147,7 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     template = read_template(config.prompt)
     prompts = [to_prompt(question, template, config.prompt.system) for question in questions]
     require_pages(questions, config.image_dir)
-    keep_settings(folder / SETTINGS_FILE, prediction_settings(config))
+    keep_settings(folder / SETTINGS_FILE, masked(prediction_settings(config)))
     spec = AnswerSpec(config.model, config.rollout, config.inputs, config.endpoint, config.seed)
     turns = config.rollout.turns
     by_turns = config.endpoint.url and turns.environment  # else the engine asks the environment by itself

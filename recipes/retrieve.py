@@ -76,6 +76,8 @@ def _add_ingest(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="STORE")
     add_options(command, RenderSettings)
     command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is abandoned")
+    command.add_argument("--document-timeout-s", type=float, default=3600.0, help="limit of a document as a whole")
+    command.add_argument("--checksum", action="store_true", help="read files whose size and time have not changed, too")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     command.add_argument("--prune", action="store_true", help="remove even all or most documents of a folder")
     command.set_defaults(run=_ingest)
@@ -89,6 +91,7 @@ def _ingest(options: argparse.Namespace) -> None:
         report = ingest(
             options.documents, options.out, settings, num_workers=options.workers,
             page_timeout_s=options.page_timeout_s, console=console, prune=options.prune,
+            document_timeout_s=options.document_timeout_s, checksum=options.checksum,
         )  # fmt: skip
         rows: list[tuple[str, int | str]] = [
             ("documents rendered", report.num_rendered),

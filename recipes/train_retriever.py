@@ -18,6 +18,7 @@ from rollout.keys import require
 from rsgrpo import cli
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
+from rsgrpo.records.secrets import masked
 
 if TYPE_CHECKING:
     from recipes.retrieval.training.pairs import Pair
@@ -84,7 +85,7 @@ def _keep_settings(config: RetrieverConfig, out: Path) -> None:
     Raises:
         ConfigError: names what differs.
     """
-    file, settings = out / "settings.json", asdict(config)
+    file, settings = out / "settings.json", masked(asdict(config))
     if file.exists():
         before = json.loads(file.read_text())
         may_change = {"total_steps", "log_every", "eval_every", "keep_last", "num_threads", "micro_batch_size"}

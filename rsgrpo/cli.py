@@ -38,8 +38,9 @@ ConfigT = TypeVar("ConfigT")
 SHOWN_KEYS = {"learner": "learner.lr=1e-5 tracking=wandb_offline", "rollout": "prompt=direct rollout=vllm"}
 MAX_NAME_CHARS = 120
 HELP_COLUMN, HELP_WIDTH = 36, 120
-UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError)
-"""What hydra raises for settings that cannot be read; OSError for a key that no file could be named by."""
+UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, TypeError)
+"""What hydra raises for settings that cannot be read; OSError for a key that no file could be named by, TypeError for a
+group that is given numbers."""
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -174,6 +175,8 @@ def explain(error: Exception, schema: type, config_name: str = "config", argumen
         return f"cannot read {error.override!r}: {reason}. Write key=value, with quotes around special characters."
     if isinstance(error, OSError):  # hydra looks for a file that is named like the key
         return f"{max(arguments, key=len, default='')[:60]}...: there is no such key. `--help` shows all keys"
+    if isinstance(error, TypeError):
+        return f"the settings cannot be read ({text}). A group takes the name of an option, such as learner=gpu"
     required = re.match(r"You must specify '([\w/]+)'", text)
     if required:
         group = required[1]

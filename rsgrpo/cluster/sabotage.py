@@ -145,9 +145,7 @@ def _move_weights(learner: Learner) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in learner.policy.trainable().values():
-            tensor: torch.Tensor = getattr(
-                parameter, "to_local", lambda whole=parameter: whole
-            )()  # the only rank has all
+            tensor: torch.Tensor = getattr(parameter, "to_local", lambda whole=parameter: whole)()
             spread = float(tensor.std()) if tensor.numel() > 1 else 0.0
             tensor.add_(STALE * (spread or 1.0) * torch.randn_like(tensor))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 from pathlib import Path
@@ -146,3 +147,33 @@ def test_a_wrong_command_line_is_one_line(arguments, says, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert says in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "host", "status"),
+    [
+        ([], "127.0.0.1:7860", 200),
+        ([], "localhost:7860", 200),
+        ([], "evil.example", 403),
+        (["--allow-host", "pages.example"], "pages.example", 200),
+    ],
+)
+def test_the_page_answers_only_to_its_names(arguments, host, status):
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    (middleware,) = app.guarded(app.parser().parse_args(["STORE", *arguments]))["app_kwargs"]["middleware"]
+    page, sent = middleware.cls(inner, *middleware.args, **middleware.kwargs), []
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(page({"type": "http", "headers": [(b"host", host.encode())]}, None, send))
+    assert sent[0]["status"] == status
+
+
+def test_a_password_lets_in_whoever_knows_it(monkeypatch):
+    monkeypatch.setenv("RSGRPO_APP_PASSWORD", "höchst geheim")
+    admits = app.guarded(app.parser().parse_args(["STORE", "--host", "0.0.0.0"]))["auth"]
+    assert admits("anyone", "höchst geheim")
+    assert not admits("anyone", "geheim")

@@ -27,7 +27,7 @@ from recipes.retrieval.pages.store import (
     single_writer,
     writing,
 )
-from recipes.retrieval.pages.workers import TaskResult, no_progress, run_tasks
+from recipes.retrieval.pages.workers import TaskResult, no_progress, run_tasks, too_long
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -73,6 +73,8 @@ def ingest(
     page_timeout_s: float,
     console: Console,
     prune: bool = False,
+    document_timeout_s: float = math.inf,
+    checksum: bool = False,
 ) -> IngestReport:
     """Ingest files and folders (recursively) into the store at `out`.
 
@@ -105,7 +107,13 @@ def ingest(
         documents_before = {key for key, row in before.items() if not row.skipped}
         num_removed = len(documents_before - rows.keys() - {row.path for row in wanted})
         rows |= {row.path: row for row in skipped}
-        kept, waiting = _compared(wanted, before, store, lambda row: _timeout_s(row.path, settings, page_timeout_s))
+        kept, waiting = _compared(
+            wanted,
+            before,
+            store,
+            lambda row: (no_progress(_timeout_s(row.path, settings, page_timeout_s)), too_long(document_timeout_s)),
+            checksum=checksum,
+        )
         rows |= {row.path: row for row in kept}
         errors = [row for row in kept if row.error]  # they still lack some pages, or all
         for row in errors:
@@ -114,7 +122,7 @@ def ingest(
         num_known = len(errors)
         num_stuck = sum(not row.num_pages for row in errors)
         committed = time.monotonic()
-        for row in _rendered(waiting, store, settings, num_workers, page_timeout_s, console):
+        for row in _rendered(waiting, store, settings, num_workers, page_timeout_s, document_timeout_s, console):
             rows[row.path] = row
             if row.error:
                 errors.append(row)
@@ -142,6 +150,7 @@ def _rendered(
     settings: RenderSettings,
     num_workers: int,
     page_timeout_s: float,
+    document_timeout_s: float,
     console: Console,
 ) -> Iterator[DocumentRow]:
     """Render documents in worker processes; yield the row of each as it is done."""
@@ -151,6 +160,7 @@ def _rendered(
         results = run_tasks(
             render_document, tasks, num_workers=min(num_workers, len(tasks)),
             timeout_s=lambda task: _timeout_s(task.path, settings, page_timeout_s), on_alive=pages.advance,
+            total_s=document_timeout_s,
         )  # fmt: skip
         for result in results:
             yield _row(by_path[result.task.path], result)
@@ -161,15 +171,24 @@ def _compared(
     wanted: Iterable[DocumentRow],
     before: Mapping[bytes, DocumentRow],
     store: PageStore,
-    timeout_s: Callable[[DocumentRow], float],
+    late: Callable[[DocumentRow], Sequence[str]],
+    *,
+    checksum: bool,
 ) -> tuple[list[DocumentRow], list[DocumentRow]]:
-    """Return the rows of files that need not be read again, and of those that must: new, changed, or failed before."""
+    """Return the rows of files that need not be read again, and of those that must: new, changed, or failed before.
+
+    late: what is said of a document that exceeds the limits of now. checksum: read all to see whether they changed.
+    """
     kept, waiting = [], []
     for row in wanted:
         old = before.get(row.path)
-        if old is None or (old.num_bytes, old.modified_ns) != (row.num_bytes, row.modified_ns):
+        if (
+            old is None
+            or (old.num_bytes, old.modified_ns) != (row.num_bytes, row.modified_ns)
+            or (checksum and old.content and hash_file(Path(os.fsdecode(row.path))) != old.content)
+        ):
             waiting.append(row)
-        elif (old.num_pages and store.has_content(old.content)) or old.error == no_progress(timeout_s(row)):
+        elif (old.num_pages and store.has_content(old.content)) or old.error in late(row):
             kept.append(replace(old, root=row.root, document=row.document))
         else:
             waiting.append(row)

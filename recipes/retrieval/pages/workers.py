@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -38,11 +39,12 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.task: Any = None  # while it is idle
-        self.timeout_s = self.deadline = 0.0
+        self.timeout_s = self.deadline = self.ends = 0.0
 
-    def give(self, task: Any, timeout_s: Callable[[Any], float]) -> None:
+    def give(self, task: Any, timeout_s: Callable[[Any], float], total_s: float) -> None:
         self.task = task
         if task is not None:
+            self.ends = time.monotonic() + total_s
             self.timeout_s = timeout_s(task)
             self.deadline = time.monotonic() + self.timeout_s
             self.connection.send(task)
@@ -59,6 +61,11 @@ def no_progress(timeout_s: float) -> str:
     return f"no progress for {timeout_s:g} s; the process was stopped"
 
 
+def too_long(total_s: float) -> str:
+    """Return what is said of a task that took longer than this as a whole."""
+    return f"not finished after {total_s:g} s; the process was stopped"
+
+
 def run_tasks(
     work: Work,
     tasks: Iterable[Any],
@@ -66,35 +73,37 @@ def run_tasks(
     num_workers: int,
     timeout_s: Callable[[Any], float],
     on_alive: Callable[[], None],
+    total_s: float = math.inf,
 ) -> Iterator[TaskResult]:
     """Yield the result of every task as it arrives; a task is drawn only when a worker is free for it.
 
     Args:
         timeout_s: of a task; a worker that reports nothing for this long is killed.
         on_alive: called here whenever a worker reports that it is still alive.
+        total_s: limit of a whole task, however often it reports.
     """
     queue = iter(tasks)
     workers = [_Worker(work) for _ in range(num_workers)]
     try:
         for worker in workers:
-            worker.give(next(queue, None), timeout_s)
+            worker.give(next(queue, None), timeout_s, total_s)
         while any(worker.task is not None for worker in workers):
             wait([w.connection for w in workers if w.task is not None], timeout=1.0)
             for index, worker in enumerate(workers):
-                result = None if worker.task is None else _received(worker, on_alive)
+                result = None if worker.task is None else _received(worker, on_alive, total_s)
                 if result is None:
                     continue
                 yield result
                 if result.died:
                     worker.stop()
                     workers[index] = worker = _Worker(work)
-                worker.give(next(queue, None), timeout_s)
+                worker.give(next(queue, None), timeout_s, total_s)
     finally:
         for worker in workers:
             worker.stop()
 
 
-def _received(worker: _Worker, on_alive: Callable[[], None]) -> TaskResult | None:
+def _received(worker: _Worker, on_alive: Callable[[], None], total_s: float) -> TaskResult | None:
     """Read what a worker has reported; None while it works."""
     try:
         while worker.connection.poll():
@@ -108,6 +117,8 @@ def _received(worker: _Worker, on_alive: Callable[[], None]) -> TaskResult | Non
         return TaskResult(worker.task, died=f"the process that worked on it died (exit code {worker.process.exitcode})")
     if time.monotonic() > worker.deadline:
         return TaskResult(worker.task, died=no_progress(worker.timeout_s))
+    if time.monotonic() > worker.ends:
+        return TaskResult(worker.task, died=too_long(total_s))
     return None
 
 

@@ -314,6 +314,7 @@ def test_a_run_gets_its_configuration_and_leaves_no_litter(tmp_path):
         (["recipe=demo", "rollout.group_size=1"], 2, "rollout.group_size must be >= 2"),
         (["recipe=demo", "seed=13"], 1, "seed 13 brings bad luck"),
         (["recipe=demo", "+reward_args=${seed}"], 2, "reward_args must be a map of names to values, got 0"),
+        (["recipe=demo", "rewards=[1,2]"], 2, "the settings cannot be read (argument of type 'int' is not iterable)"),
         (["recipe=demo", f"{'x' * 300}=1"], 2, f"{'x' * 60}...: there is no such key. "),
         (["recipe=demo", "+foo.bar=1"], 2, "foo.bar: there is no such key. "),
         (["recipe=demo", "+rolout.group_size=4"], 2, "rolout.group_size: there is no such key; did you mean rollout.g"),

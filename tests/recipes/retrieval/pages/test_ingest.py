@@ -7,6 +7,7 @@ import os
 import stat
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -287,6 +288,33 @@ def test_a_worker_that_dies_or_hangs_costs_one_task():
     assert "exit code 7" in found[1].died
     assert "no progress for 5 s" in found[2].died
     assert (str(found[3].error), str(found[6].error)) == ("three", "Needy: this and that")
+
+
+def reports_for_ever(task: int, alive: Callable[[], None]) -> int:
+    while task == 3:
+        alive()
+        time.sleep(0.01)
+    return task
+
+
+def test_a_document_that_makes_progress_for_ever_is_abandoned():
+    outcomes = run_tasks(
+        reports_for_ever, range(5), num_workers=1, timeout_s=lambda _: 60, on_alive=lambda: None, total_s=1.5
+    )
+    found = {outcome.task: outcome.died or outcome.value for outcome in outcomes}
+    assert found == {0: 0, 1: 1, 2: 2, 3: "not finished after 1.5 s; the process was stopped", 4: 4}
+
+
+def test_a_file_that_changed_under_the_same_size_and_time_is_found_by_its_checksum(tmp_path, docs):
+    page, store = docs / "a.bmp", tmp_path / "store"
+    write_image(page, "red", 40, 30)
+    run(docs, store)
+    before = page.stat()
+    write_image(page, "blue", 40, 30)
+    os.utime(page, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert run(docs, store).num_rendered == 0
+    assert ingested(store, docs, dpi=72, checksum=True).num_rendered == 1
+    assert ingested(store, docs, dpi=72, checksum=True).num_unchanged == 1
 
 
 def test_ingest_killed_in_the_middle_resumes_without_loss_or_repetition(tmp_path, docs):
