@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import random
@@ -120,9 +121,11 @@ def exchange(value: Any, draw: random.Random) -> None:
         if draw.random() < 0.2:
             del value[key]
         elif isinstance(value, dict) and draw.random() < 0.2:
-            value[draw.choice(("tools", "role", "content", "url", "text", "\0", "__class__"))] = draw.choice(VALUES)
+            value[draw.choice(("tools", "role", "content", "url", "text", "\0", "__class__"))] = copy.deepcopy(
+                draw.choice(VALUES)
+            )
         else:
-            value[key] = draw.choice(VALUES)
+            value[key] = copy.deepcopy(draw.choice(VALUES))
         return
 
 
