@@ -32,6 +32,7 @@ ELSEWHERE = {
     "rsgrpo/running/checkpoint.py": "into the unfinished checkpoint",
     "rsgrpo/running/driver_state.py": "into the unfinished checkpoint",
     "recipes/app.py": "a download of one visit, in the process's own scratch folder",
+    "recipes/demo/desk_rows.py": "into an unfinished data folder",
     "recipes/demo/evisrag_layout.py": "into an unfinished data folder",
     "recipes/demo/rows.py": "into an unfinished data folder",
     "recipes/demo/shapes.py": "into an unfinished data folder",

@@ -107,13 +107,8 @@ def ingest(
         documents_before = {key for key, row in before.items() if not row.skipped}
         num_removed = len(documents_before - rows.keys() - {row.path for row in wanted})
         rows |= {row.path: row for row in skipped}
-        kept, waiting = _compared(
-            wanted,
-            before,
-            store,
-            lambda row: (no_progress(_timeout_s(row.path, settings, page_timeout_s)), too_long(document_timeout_s)),
-            checksum=checksum,
-        )
+        late = too_long(document_timeout_s), lambda row: no_progress(_timeout_s(row.path, settings, page_timeout_s))
+        kept, waiting = _compared(wanted, before, store, late, checksum=checksum)
         rows |= {row.path: row for row in kept}
         errors = [row for row in kept if row.error]  # they still lack some pages, or all
         for row in errors:
@@ -171,13 +166,14 @@ def _compared(
     wanted: Iterable[DocumentRow],
     before: Mapping[bytes, DocumentRow],
     store: PageStore,
-    late: Callable[[DocumentRow], Sequence[str]],
+    late: tuple[str, Callable[[DocumentRow], str]],
     *,
     checksum: bool,
 ) -> tuple[list[DocumentRow], list[DocumentRow]]:
     """Return the rows of files that need not be read again, and of those that must: new, changed, or failed before.
 
-    late: what is said of a document that exceeds the limits of now. checksum: read all to see whether they changed.
+    late: what is said of any document, and of this one, that exceeds the limits of now. checksum: read all files to see
+    whether they changed.
     """
     kept, waiting = [], []
     for row in wanted:
@@ -188,7 +184,7 @@ def _compared(
             or (checksum and old.content and hash_file(Path(os.fsdecode(row.path))) != old.content)
         ):
             waiting.append(row)
-        elif (old.num_pages and store.has_content(old.content)) or old.error in late(row):
+        elif (old.num_pages and store.has_content(old.content)) or old.error in (late[0], late[1](row)):
             kept.append(replace(old, root=row.root, document=row.document))
         else:
             waiting.append(row)
