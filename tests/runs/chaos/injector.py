@@ -104,7 +104,7 @@ class Injector:
             (RayLearner, "update", "learning"),
             (RayCluster, "_send_weights", "sync"),
             (RayCluster, "check_engines", "gate"),
-            (RayLearner, "save", "checkpoint"),
+            (RayLearner, "begin_save", "checkpoint"),
             (RayCluster, "sample_and_score", "validation"),
             (RayLearner, "export", "export"),
         ]
