@@ -205,10 +205,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="the pages, in order; put the question before it",
     )
-    what.add_argument(
-        "--desk", metavar="STORE", default="", help="let the model look for its pages in this page store, step by step"
-    )
-    what.add_argument("--desk-by", choices=get_args(By), default="words", help="what finds pages there")
+    add_desk_options(what)
     what.add_argument("--batch", metavar="FILE", help="questions: rows with id, question and image")
     what.add_argument("--image-dir", default="", help="folder that the rows' image paths start from (default: FILE's)")
     what.add_argument("--out", type=Path, help="jsonl of answers (default: beside FILE, as NAME.answers.jsonl)")
@@ -225,6 +222,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--json", action="store_true", help="print the result of one question as one JSON line")
     add_answerer_options(top)
     return top
+
+
+def add_desk_options(what: argparse._ArgumentGroup) -> None:
+    """Add the options with which `answerer_of` lets the model look for its pages."""
+    what.add_argument(
+        "--desk", metavar="STORE", default="", help="let the model look for its pages in this page store, step by step"
+    )
+    what.add_argument("--desk-by", choices=get_args(By), default="words", help="what finds pages there")
 
 
 def add_answerer_options(top: argparse.ArgumentParser) -> None:

@@ -122,8 +122,9 @@ def _prediction(place: str, row: Any) -> Prediction:
         raise InputError(f"{place} has no output: it needs one of {', '.join(TEXT_KEYS)}; it has {', '.join(row)}")
     text = row[key][0] if isinstance(row[key], list) else row[key]
     steps = row.get("steps")
-    is_ours = isinstance(steps, list) and all(isinstance(step, dict) and "at_char" in step for step in steps)
-    found = tuple(steps) if is_ours else None
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and "at_char" in step for step in steps):
+        steps = None  # of another program
+    found = None if steps is None else tuple(steps)
     return Prediction(_writable(row_id), _writable(text), str(row.get("finish_reason") or ""), steps=found)
 
 

@@ -13,13 +13,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
 
-from recipes.answers.types import Answer, Answerer
-from rollout.types import Prompt
+from recipes.answers.types import Answer, Answerer, Steps
+from rollout.types import Observation, Prompt
 from rsgrpo.errors import RsgrpoError
 
 log = logging.getLogger(__name__)
 
-Piece = str | Answer | RsgrpoError
+Piece = str | Observation | Answer | RsgrpoError
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +88,14 @@ class PromptQueue:
                 following = None
             batch = [waiting for waiting in batch if not waiting.left.is_set()]
             if first.alone and batch:
-                with closing(self._answerer.stream(first.prompt)) as pieces:
+                ask = self._answerer.steps if isinstance(self._answerer, Steps) else self._answerer.stream
+                with closing(ask(first.prompt)) as pieces:
                     _deliver(takewhile(lambda _: not first.left.is_set(), pieces), batch)
             elif batch:
                 _deliver(self._answerer.answer([waiting.prompt for waiting in batch]), batch)
 
 
-def _deliver(pieces: Iterable[str | Answer], batch: Sequence[Waiting]) -> None:
+def _deliver(pieces: Iterable[str | Observation | Answer], batch: Sequence[Waiting]) -> None:
     """Pass pieces on; callers without an answer in the end get an error."""
     hears = {waiting.prompt.id: waiting.hear for waiting in batch}
     fault: RsgrpoError = RsgrpoError("the model returned no answer")

@@ -23,10 +23,10 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.answers.batch import result_line
+from recipes.answers.batch import result_line, step_line
 from recipes.answers.questions import named_prompt
 from recipes.answers.types import Answer, Answerer
-from recipes.infer import add_answerer_options, answerer_of
+from recipes.infer import add_answerer_options, add_desk_options, answerer_of, default_prompt
 from recipes.serve.chat_request import (
     CHARACTERS_PER_TOKEN,
     MIB,
@@ -39,7 +39,7 @@ from recipes.serve.door import TOKEN_VARIABLE, Door, Handler, is_loopback, liste
 from recipes.serve.queue import Piece, PromptQueue
 from rollout.inputs.isolated import IsolatedDecoders
 from rollout.keys import at_least
-from rollout.types import Prompt, SamplingParams
+from rollout.types import Observation, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 
 RETRY_AFTER_S = 5
@@ -210,6 +210,9 @@ class Server:
                 if isinstance(piece, str):
                     await send(piece)
                     was_sent = True
+                elif isinstance(piece, Observation):
+                    event = self._reply(chat, "chat.completion.chunk", {"index": 0, "delta": {}}, None)
+                    await response.write(f"data: {json.dumps(event | {'step': step_line(piece)})}\n\n".encode())
                 elif isinstance(piece, Answer):
                     await send("" if was_sent else piece.text, piece)
         await response.write(b"data: [DONE]\n\n")
@@ -229,7 +232,7 @@ class Server:
             while True:
                 piece = await heard.get()
                 yield piece
-                if not isinstance(piece, str):
+                if not isinstance(piece, str | Observation):
                     return
         finally:
             left.set()
@@ -308,6 +311,7 @@ def parser() -> argparse.ArgumentParser:
         help="a name in conf/prompt or a file; raw keeps messages as sent. Default: the model's own, else evidence.",
     )
     what.add_argument("--system", default="", help="system message for requests without one")
+    add_desk_options(what)
     add_answerer_options(top)
     return top
 
@@ -316,7 +320,7 @@ def config_of(options: argparse.Namespace) -> ServeConfig:
     """Return the settings of a command line."""
     from rsgrpo.data.prompts import read_template
 
-    prompt = named_prompt(options.prompt, options.model)
+    prompt = named_prompt(options.prompt or default_prompt(options), options.model)
     return ServeConfig(
         template=read_template(prompt),
         system=options.system or prompt.system,

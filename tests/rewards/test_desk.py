@@ -16,6 +16,11 @@ def trajectory(*steps, truth=None, answer="<answer>7</answer>"):
     return Response(text + answer, truth or {}, turns=tuple(turns))
 
 
+def decided(reward, response):
+    """Return where a reward is decided."""
+    return reward.determined(response)
+
+
 def opens(page, number=1, fault=""):
     return (f"<open>{number}</open>", {"call": "open", "number": number, "page": page}, fault)
 
@@ -35,17 +40,17 @@ def test_the_answer_is_compared_as_tokens():
     assert desk.answer_f1(trajectory(truth={"answers": ["7"]}, answer="7")) == 0.0
     assert desk.answer_f1(trajectory()) is None
     done = trajectory(opens("a"), truth={"answers": ["7"]}, answer="<answer>7</answer> so")
-    assert desk.answer_f1.determined(done) == done.text.index(" so")
+    assert decided(desk.answer_f1, done) == done.text.index(" so")
 
 
 def test_gold_pages_count_when_they_are_opened_or_zoomed_in_on():
     gold = {"gold_pages": ["a", "b"]}
     half = trajectory(SEARCH, opens("a"), opens("c"), truth=gold)
     assert desk.gold_opened(half) == 0.5
-    assert desk.gold_opened.determined(half) is None
+    assert decided(desk.gold_opened, half) is None
     both = trajectory(opens("a"), zooms("b", [0, 0, 1, 1]), opens("a"), truth=gold)
     assert desk.gold_opened(both) == 1.0
-    assert desk.gold_opened.determined(both) == both.turns[1].span.end
+    assert decided(desk.gold_opened, both) == both.turns[1].span.end
     assert desk.gold_opened(trajectory(SEARCH, truth=gold)) == 0.0
     assert desk.gold_opened(trajectory(opens("a", fault="limit"), truth={"gold_pages": ["a"]})) == 0.0
     assert desk.gold_opened(trajectory(opens("a"))) is None
@@ -87,8 +92,8 @@ def test_calls_cost_and_malformed_ones_more():
     assert desk.call_cost(trajectory(), free=2) == 0.0
     assert desk.calls(busy) == 4.0
     assert desk.zooms(trajectory(zooms("a", [0, 0, 1, 1]), opens("a"))) == 1.0
-    assert (desk.well_called(busy), desk.well_called.determined(busy)) == (-1.0, busy.turns[1].span.end)
-    assert (desk.well_called(trajectory(SEARCH)), desk.well_called.determined(trajectory(SEARCH))) == (0.0, None)
+    assert (desk.well_called(busy), decided(desk.well_called, busy)) == (-1.0, busy.turns[1].span.end)
+    assert (desk.well_called(trajectory(SEARCH)), decided(desk.well_called, trajectory(SEARCH))) == (0.0, None)
     with pytest.raises(RewardError, match="cost >= 0 and free >= 0, got cost=-1, free=0"):
         desk.call_cost(busy, cost=-1)
 

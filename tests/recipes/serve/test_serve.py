@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
+from recipes.answers.types import Answer
 from recipes.serve import server as serve
 from recipes.serve.chat_request import MIB, RequestLimits
 from recipes.serve.server import ServeConfig, Server
+from rollout.types import Observation, Prompt
 from tests.material.http_stub import ANSWER
 from tests.material.serve import (
     COMPLETE,
@@ -64,6 +67,29 @@ def test_a_stream_ends_with_the_parsed_fields():
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == ANSWER
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "stop"]
     assert chunks[-1]["parsed"]["answer"] == "16%"
+
+
+class Looks(FakeAnswerer):
+    """Opens a page before it answers."""
+
+    def steps(self, prompt: Prompt) -> Generator[str | Observation | Answer]:
+        yield "<open>1</open>"
+        step = Observation(0, 14, (), "[1]<image>", (png(),), {"call": "open", "number": 1})
+        yield step
+        yield ANSWER
+        yield Answer(prompt, f"<open>1</open>\n{ANSWER}", "stop", observations=(step,))
+
+
+def test_a_stream_tells_the_steps_of_a_model_that_looks_for_its_pages():
+    async def scene(client: Any) -> str:
+        return await (await client.post(COMPLETE, json=request_of(stream=True))).text()
+
+    chunks = [json.loads(line.removeprefix("data: ")) for line in talk(scene, Looks()).split("\n\n")[:-2]]
+    told = {"call": "open", "number": 1, "at_char": 14, "fault": "", "text": "[1]<image>", "images": 1}
+    assert [chunk.get("step") for chunk in chunks] == [None, told, None, None]
+    assert (chunks[-1]["parsed"]["answer"], chunks[-1]["parsed"]["steps"]) == ("16%", [told])
+    status, reply, _ = post(request_of(), Looks())
+    assert (status, reply["parsed"]["steps"]) == (200, [told])
 
 
 def test_a_file_in_an_allowed_folder_is_read_by_path_or_file_address(tmp_path):
