@@ -19,11 +19,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from rewards.api import Credit, Response, Reward, RewardError, Span, check_score, load_reward
+from rewards.api import Credit, Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rewards.calls import Lanes
 from rewards.evisrag import parse_gold
 from rewards.failures import where_raised
 from rewards.hints import why_never, why_no_scope
+from rewards.turns import place_turns
 
 POLICIES = {
     "void": "the reward teaches nothing there",
@@ -205,7 +206,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Response]]:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Response]]:
     import pyarrow.parquet as pq
 
-    columns = {"prompt_id", "sample", "text", "num_tokens", "truncated", "question", "images", "truth"}
+    columns = {"prompt_id", "sample", "text", "num_tokens", "truncated", "question", "images", "truth", "observations"}
     try:
         file = pq.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
@@ -213,7 +214,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Response]]:
         for batch in file.iter_batches(batch_size=64, columns=[c for c in file.schema_arrow.names if c in columns]):
             for row in batch.to_pylist():
                 run_folder = path.parent.parent  # images that were sampled from bytes are stored relative to it
-                row["images"] = [os.path.join(run_folder, image) for image in row.get("images") or ()]
+                for shown in (row, *(row.get("observations") or ())):
+                    shown["images"] = [os.path.join(run_folder, image) for image in shown.get("images") or ()]
                 yield f"{path.stem} {row.pop('prompt_id', '')}#{row.pop('sample', '')}", _to_response(row)
     except ValueError as error:  # of pyarrow too: ArrowInvalid
         raise RewardError(f"{path}: {error}") from error
@@ -233,7 +235,22 @@ def _to_response(row: Mapping[str, Any]) -> Response:
         truncated=bool(row.get("truncated", False)),
         question=row.get("question") or "",
         images=tuple(row.get("images") or ()),
+        turns=tuple(_turns(text, row.get("observations"))),
     )
+
+
+def _turns(text: str, observations: Any) -> Iterator[Turn]:
+    """Yield the turns of a stored rollout; none of a row that is not one."""
+    found = [o for o in observations if isinstance(o, Mapping)] if isinstance(observations, list) else None
+    if found is not None and all("at_char" in observation for observation in found):
+        yield from place_turns(text, map(_answer, found))
+
+
+def _answer(observation: Mapping[str, Any]) -> tuple[int, Turn]:
+    """Return where the turn ended that a stored observation answers, and the answer."""
+    facts = json.loads(observation["facts"])
+    answer = Turn(Span(0, 0), observation["text"], tuple(observation["images"]), facts, observation["fault"])
+    return observation["at_char"], answer
 
 
 def _first(row: Mapping[str, Any], keys: Sequence[str]) -> Any:

@@ -13,10 +13,23 @@ the environment is asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from rewards.api import Credit, Response, RewardError, Span, Turn
+
+
+def place_turns(text: str, answers: Iterable[tuple[int, Turn]]) -> Iterator[Turn]:
+    """Yield the turns of a response's text, each with the answer to it.
+
+    answers: in order, the character at which the turn ended that it answers, and a turn with the answer and any span.
+    """
+    start = 0
+    for end, answer in answers:
+        yield replace(answer, span=Span(start, end))
+        start = end + 1
+    if start <= len(text):
+        yield Turn(Span(start, len(text)))
 
 
 def turns_of(response: Response) -> Sequence[Turn]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rewards.api import Credit, Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rewards.calls import Lanes
 from rewards.failures import where_raised
+from rewards.turns import place_turns
 from rollout.inputs.images import bytes_of
 from rollout.types import ImageSource, Rollout, RolloutGroup
 from rsgrpo.config.train import TrainConfig
@@ -205,15 +206,10 @@ def _readable(images: Sequence[ImageSource]) -> tuple[str | bytes, ...]:
 
 
 def _turns(rollout: Rollout) -> Iterator[Turn]:
-    """Yield the turns of a response; the end-of-text of each is at the character behind its span."""
-    start = 0
-    for observation in rollout.observations:
-        span = Span(start, observation.at_char)
-        images = _readable(observation.images)
-        yield Turn(span, observation.text, images, observation.facts, observation.fault)
-        start = observation.at_char + 1
-    if start <= len(rollout.text):
-        yield Turn(Span(start, len(rollout.text)))
+    """Return the turns of a response; the end-of-text of each is at the character behind its span."""
+    nowhere = Span(0, 0)
+    answers = ((o.at_char, Turn(nowhere, o.text, _readable(o.images), o.facts, o.fault)) for o in rollout.observations)
+    return place_turns(rollout.text, answers)
 
 
 async def _call(

@@ -65,8 +65,9 @@ function tokenSpans(view, rollout, limit) {
 
 // What an environment wrote behind a turn, its images in the places where the policy sees them.
 function observationBlock(observation) {
-  const notes = Object.entries(observation.facts).map(([key, value]) => `${key}: ${goldText(value)}`);
-  const head = [observation.fault ? `observation: ${observation.fault}` : "observation", `${observation.tokens} tokens`, ...notes].join("  ·  ");
+  const notes = Object.entries(observation.facts).map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`);
+  const kind = observation.tokens ? `observation, ${observation.tokens} tokens` : "end of the episode";
+  const head = [kind, ...(observation.fault ? [observation.fault] : []), ...notes].join("  ·  ");
   const pieces = observation.text.split("<image>");
   const nodes = pieces.flatMap((piece, index) => {
     const source = observation.images[index - 1];
