@@ -53,7 +53,7 @@ def run_program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(
         [sys.executable, "program.py", *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"},
         capture_output=True,
         text=True,
         timeout=60,
