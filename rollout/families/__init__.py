@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from rollout.errors import InputError
 from rollout.families.base import Family as Family
+from rollout.families.glm4v import Glm4V
+from rollout.families.internvl import InternVL
 from rollout.families.qwen2_vl import Qwen2VL, Qwen25VL
 from rollout.families.qwen3_5 import Qwen35
 from rollout.families.qwen3_vl import Qwen3VL
 
-FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen35)}
+FAMILIES: dict[str, type[Family]] = {
+    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen35, InternVL, Glm4V)
+}
 
 
 def family_of(model_type: str) -> Family:
@@ -20,6 +24,6 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise InputError(
             f"model.path is a {model_type!r} model; supported families are {', '.join(FAMILIES)}. Set model.path to a "
-            "model of one of them; the documentation explains how to add a family."
+            "model of one of them; the documentation has a page on how to add a model family."
         )
     return FAMILIES[model_type]()

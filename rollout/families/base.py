@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,16 +12,38 @@ from torch import nn
 from rollout.errors import InputError
 
 
+@dataclass(frozen=True, slots=True)
+class TowerShape:
+    """What a plan needs of a vision tower beside its parameters.
+
+    patch_size: pixels of a patch's side. patches_per_token: of one image token.
+    full_layers: blocks in which patches attend to the whole image; in the others, to `window_patches` of it.
+    extra_patches: of an image beside those that cut it up, such as a thumbnail's.
+    merger: parts of the names of parameters that each image token passes, instead of each patch.
+    """
+
+    hidden_size: int
+    patch_size: int
+    patches_per_token: int
+    full_layers: int
+    window_patches: int = 0
+    extra_patches: int = 0
+    merger: tuple[str, ...] = ("merger",)
+
+
 class Family:
     """One kind of vision-language model; `model` is always transformers' own `...ForConditionalGeneration`.
 
-    A family overrides what differs. Each needs `model_type`, `language_inputs` and a place in the family tests.
+    A family overrides what differs. Each needs `model_type` and a place in the family tests.
 
     Attributes:
         model_type: of the configuration.
         vision_tokens: tokens that represent images; never sampled, and refused in a text.
         turn_tokens: tokens that open a turn of the chat template; refused in a text.
-        language_prefix, vision_prefix: of the names of the decoder's and the tower's weights.
+        end_token: ends a response; empty where it is the tokenizer's end-of-text.
+        wrapper: tokens around the image tokens of one image that the chat template leaves out; empty: none.
+        language_prefix, vision_prefixes: of the names of the decoder's and the tower's weights.
+        engine_tower: pattern of the tower's parameters by the names that vLLM has for them.
         no_mask: decoder arguments that keep transformers from building a mask for an attention that needs none.
         template_options: arguments of the chat template.
         layer_kinds: of the decoder's layers, as `layer_types` of the configuration names them, that are supported.
@@ -31,8 +54,11 @@ class Family:
         "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"
     )  # fmt: skip
     turn_tokens: ClassVar[tuple[str, ...]] = ("<|im_start|>",)
+    end_token: ClassVar[str] = ""
+    wrapper: ClassVar[tuple[str, ...]] = ()
     language_prefix: ClassVar[str] = "model.language_model."
-    vision_prefix: ClassVar[str] = "model.visual."
+    vision_prefixes: ClassVar[tuple[str, ...]] = ("model.visual.",)
+    engine_tower: ClassVar[tuple[str, ...]] = ("*visual.*",)
     no_mask: ClassVar[dict[str, Any]] = {}
     template_options: ClassVar[dict[str, Any]] = {}
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"full_attention"})
@@ -40,8 +66,38 @@ class Family:
     # --- inputs
 
     def resize_unit(self, image_processor: Any) -> int:
-        """Return the side in pixels of the square that becomes one image token; images are resized to multiples."""
+        """Return the side in pixels of the square of which resized images are multiples; most often one image token."""
         return int(image_processor.patch_size * image_processor.merge_size)
+
+    def canvas(
+        self, image_processor: Any, height: int, width: int, min_pixels: int, max_pixels: int
+    ) -> tuple[int, int] | None:
+        """Return the height and width to which an image is resized by a rule of the family's own; None: Qwen's rule."""
+        return None
+
+    def image_tokens(self, image_processor: Any, height: int, width: int) -> int:
+        """Return how many image tokens a resized image becomes."""
+        unit = self.resize_unit(image_processor)
+        return (height // unit) * (width // unit)
+
+    def limits(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+        """Return the image processor's arguments that keep an image's area within these limits."""
+        return {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+
+    def pixels(
+        self, image_processor: Any, images: Sequence[Any], min_pixels: int, max_pixels: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the patches of resized images, all images' in one tensor, and their (images, 3) grid.
+
+        The product of an image's grid is its number of rows in the first tensor.
+        """
+        patches = image_processor(images=images, do_resize=False, return_tensors="pt")
+        return patches["pixel_values"], patches["image_grid_thw"]
+
+    def requested_grid(self, item: Mapping[str, Any]) -> torch.Tensor:
+        """Return the (3,) grid of an image as vLLM has prepared it."""
+        grid: torch.Tensor = item["image_grid_thw"].data
+        return grid
 
     def num_features(self, image_processor: Any, image_grid_thw: torch.Tensor | None) -> int:
         """Return how many image tokens the patches of all images become."""
@@ -66,6 +122,10 @@ class Family:
         )[0]
         return positions
 
+    def decoder_positions(self, positions_3BT: torch.Tensor) -> torch.Tensor:
+        """Return positions as the decoder takes them; one that knows no M-RoPE takes one axis of three equal ones."""
+        return positions_3BT
+
     # --- vision tower
 
     def vision_tower(self, model: Any) -> nn.Module:
@@ -88,6 +148,18 @@ class Family:
         merge = config.spatial_merge_size
         patch_dim = config.in_channels * config.temporal_patch_size * config.patch_size**2
         return torch.zeros(merge**2, patch_dim, device=device), torch.tensor([[1, merge, merge]], device=device)
+
+    def tower_shape(self, model: Any) -> TowerShape:
+        """Return what a plan needs of the tower."""
+        config, tower = model.config.vision_config, self.vision_tower(model)
+        full_layers = getattr(config, "fullatt_block_indexes", None)
+        return TowerShape(
+            hidden_size=tower.get_parameter("patch_embed.proj.weight").shape[0],
+            patch_size=config.patch_size,
+            patches_per_token=config.spatial_merge_size**2,
+            full_layers=len(self.vision_blocks(model)) if full_layers is None else len(full_layers),
+            window_patches=(getattr(config, "window_size", 0) // config.patch_size) ** 2,
+        )
 
     def _run_tower(self, model: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> Any:
         tower: Any = self.vision_tower(model)
@@ -127,12 +199,27 @@ class Family:
         """
         return ()
 
+    def whole_inputs(
+        self, model: Any, token_ids_BT: torch.Tensor, pixel_values: torch.Tensor | None, grid: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Return the arguments of transformers' own forward, tower and all."""
+        return {
+            "input_ids": token_ids_BT,
+            "pixel_values": pixel_values,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (token_ids_BT == model.config.image_token_id).int(),
+        }
+
     def language_inputs(self, model: Any, token_ids_BT: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
         """Return the decoder's keyword arguments for some rows: embeddings, and what the family adds.
 
-        features: (image tokens of all rows, F); None without images.
+        features: (image tokens of all rows, F); None without images. Here they replace the image tokens' embeddings.
         """
-        raise NotImplementedError
+        embeds_BTH = model.get_input_embeddings()(token_ids_BT)
+        if features is not None:
+            is_image_BT1 = (token_ids_BT == model.config.image_token_id)[..., None]
+            embeds_BTH = embeds_BTH.masked_scatter(is_image_BT1, features.to(embeds_BTH.dtype))
+        return {"inputs_embeds": embeds_BTH}
 
     # --- weights
 

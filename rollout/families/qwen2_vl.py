@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-
 from rollout.families.base import Family
 from rollout.families.windows import WINDOWS
 
@@ -17,17 +15,10 @@ class Qwen2VL(Family):
     # A mask per kind of layer is taken as it is.
     no_mask: ClassVar[dict[str, Any]] = {"attention_mask": {"full_attention": None}}
 
-    def language_inputs(self, model: Any, token_ids_BT: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
-        embeds_BTH = model.get_input_embeddings()(token_ids_BT)
-        if features is not None:
-            is_image_BT1 = (token_ids_BT == model.config.image_token_id)[..., None]
-            embeds_BTH = embeds_BTH.masked_scatter(is_image_BT1, features.to(embeds_BTH.dtype))
-        return {"inputs_embeds": embeds_BTH}
-
     def checkpoint_name(self, name: str) -> str:
         if name.startswith(self.language_prefix):
             return "model." + name.removeprefix(self.language_prefix)
-        return name.removeprefix("model.") if name.startswith(self.vision_prefix) else name
+        return name.removeprefix("model.") if name.startswith(self.vision_prefixes) else name
 
 
 class Qwen25VL(Qwen2VL):

@@ -140,7 +140,7 @@ def prefill(
 ) -> Prefilled:
     """Run left-padded prompts through the decoder. Padding leaves a recurrent state at zero.
 
-    decoder_inputs: `inputs_embeds` (P, T, H) and what else the model family's decoder takes.
+    decoder_inputs: `inputs_embeds` (P, T, H), `position_ids` and what else the model family's decoder takes.
     """
     kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * decoder.config.num_hidden_layers
     layer_types: dict[str, Any] = {"linear_attention": StateLayer, "full_attention": SpareRoomLayer}
@@ -157,7 +157,6 @@ def prefill(
     hidden = decoder(
         **decoder_inputs,
         attention_mask=attention_mask,
-        position_ids=positions_3PT,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state

@@ -92,7 +92,7 @@ class HFEngine:
         self._embed, self._head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         self._banned = torch.tensor(self.processor.banned_token_ids, device=self.device)
         self._tensors, self._names_of = _tensors_by_name(self._model, self._family)
-        self._vision = {name for name in self._tensors if name.startswith(self._family.vision_prefix)}
+        self._vision = {name for name in self._tensors if name.startswith(self._family.vision_prefixes)}
         self._missing: set[str] | None = None
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
         self._rollout, self._make_environment = rollout, load_environment(rollout.turns)
@@ -294,7 +294,7 @@ class HFEngine:
         hidden = self._decoder(
             inputs_embeds=self._embed(tokens_B1),
             attention_mask=attention_mask,
-            position_ids=positions_3B1,
+            position_ids=self._family.decoder_positions(positions_3B1),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -306,7 +306,11 @@ class HFEngine:
         positions_3BL, decoder_inputs = self._embedded(block.token_ids_BL, block.is_token_BL, block.observations)
         positions_3BL = positions_3BL.to(self.device) + block.starts_B[None, :, None]
         hidden = self._decoder(
-            **decoder_inputs, attention_mask=mask, position_ids=positions_3BL, past_key_values=cache, use_cache=True
+            **decoder_inputs,
+            attention_mask=mask,
+            position_ids=self._family.decoder_positions(positions_3BL),
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         return self._head(hidden[:, -1]), positions_3BL.amax(dim=(0, 2)) + 1
 
@@ -332,9 +336,9 @@ class HFEngine:
         token_ids_PT = torch.tensor(padded)
         is_token_PT = torch.arange(longest) >= longest - lengths[:, None]
         positions_3PT, decoder_inputs = self._embedded(token_ids_PT, is_token_PT, prompts)
-        return prefill(
-            self._decoder, self._head, decoder_inputs, is_token_PT.to(self.device), positions_3PT.to(self.device)
-        )
+        positions_3PT = positions_3PT.to(self.device)
+        decoder_inputs["position_ids"] = self._family.decoder_positions(positions_3PT)
+        return prefill(self._decoder, self._head, decoder_inputs, is_token_PT.to(self.device), positions_3PT)
 
     def _image_features(self, prompt: PromptInputs) -> list[torch.Tensor]:
         """Look up or compute the features of a prompt's images.

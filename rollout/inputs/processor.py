@@ -77,21 +77,24 @@ class InputProcessor:
                 f"vision-language model. Set model.path to one of a supported family: {', '.join(FAMILIES)}."
             )
         self.image_token_id: int = image_token_id
-        self.eos_token_id: int = self.tokenizer.eos_token_id
+        self.family = FAMILIES.get(config.model_type, Family)()  # vLLM also samples families that cannot be trained
+        vocabulary = self.tokenizer.get_vocab()
+        ends_by = self.family.end_token
+        self._end_token = ends_by if ends_by in vocabulary else str(self.tokenizer.eos_token)
+        self.eos_token_id: int = vocabulary[self._end_token]
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
-        self.family = FAMILIES.get(config.model_type, Family)()  # vLLM also samples families that cannot be trained
         self._factor = self.family.resize_unit(self.image_processor)
         if inputs.max_pixels < self._factor**2:
             raise InputsError(
-                f"inputs.max_pixels must be >= {self._factor**2} (one {self._factor} x {self._factor} vision token), "
+                f"inputs.max_pixels must be >= {self._factor**2} (a square of {self._factor} x {self._factor}), "
                 f"got {inputs.max_pixels}"
             )
-        vocabulary = self.tokenizer.get_vocab()
+        self._wrapper = [vocabulary[token] for token in self.family.wrapper]
         image_token = str(self.tokenizer.convert_ids_to_tokens(image_token_id))
         vision_tokens = [t for t in dict.fromkeys([image_token, *self.family.vision_tokens]) if t in vocabulary]
         self.banned_token_ids: list[int] = sorted(vocabulary[token] for token in vision_tokens)
-        turn_tokens = [*self.family.turn_tokens, self.tokenizer.eos_token, self.tokenizer.pad_token]
+        turn_tokens = [*self.family.turn_tokens, self._end_token, self.tokenizer.eos_token, self.tokenizer.pad_token]
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._forbidden_in_text = [token for token in [*vision_tokens, *turn_tokens] if token in special]
         self.token_ids("fix the tokenizer's padding state, which threads must not change")
@@ -141,7 +144,7 @@ class InputProcessor:
             {"role": "user", "content": _content(pieces)},
         ]
         _, found, behind = self._through_template(messages).partition(_ANY_TURN)
-        end = str(self.tokenizer.eos_token)
+        end = self._end_token
         if not found or not behind.startswith(end):
             raise InputsError(
                 f"the chat template does not end a turn of the assistant by {end!r}: conversations of several turns "
@@ -174,11 +177,12 @@ class InputProcessor:
     def _with_pixels(self, token_ids_T: list[int], images: Sequence[Image.Image]) -> PromptInputs:
         if not images:
             return PromptInputs(token_ids_T, None, None, ())
-        patches = self.image_processor(images=images, do_resize=False, return_tensors="pt")
+        limits = self.inputs.min_pixels, self.inputs.max_pixels
+        pixel_values, grid = self.family.pixels(self.image_processor, images, *limits)
         return PromptInputs(
             token_ids_T=token_ids_T,
-            pixel_values=patches["pixel_values"],
-            image_grid_thw=patches["image_grid_thw"],
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
             image_hashes=tuple(pixel_hash(image) for image in images),
         )
 
@@ -286,20 +290,42 @@ class InputProcessor:
         return self._expanded(ids, prompt.images)
 
     def _expanded(self, ids: Sequence[int], images: Sequence[ImageSource]) -> list[int]:
-        """Repeat each placeholder once per merged vision token of its image."""
+        """Repeat each placeholder once per merged vision token of its image, between the family's wrapper."""
         lengths = iter([self._num_vision_tokens(source) for source in images])
         expanded: list[int] = []
         for token_id in ids:
-            expanded += [token_id] * (next(lengths) if token_id == self.image_token_id else 1)
+            if token_id != self.image_token_id:
+                expanded.append(token_id)
+                continue
+            expanded += [*self._wrapper[:1], *[token_id] * next(lengths), *self._wrapper[1:]]
         return expanded
+
+    def collapsed(self, inputs: PromptInputs) -> list[int]:
+        """Return the tokens with one placeholder per image: before `encode` repeated it."""
+        if inputs.image_grid_thw is None:
+            return list(inputs.token_ids_T)
+        lengths = iter([self.family.num_features(self.image_processor, grid[None]) for grid in inputs.image_grid_thw])
+        ids: list[int] = []
+        skipped = 0
+        for token_id in inputs.token_ids_T:
+            if skipped:
+                skipped -= 1
+            elif token_id not in self._wrapper:  # in no text, because it is refused there
+                ids.append(token_id)
+                skipped = next(lengths) - 1 if token_id == self.image_token_id else 0
+        return ids
 
     def _num_vision_tokens(self, source: ImageSource) -> int:
         height, width = self._resized(*read_size(source), name_of(source))
-        return (height // self._factor) * (width // self._factor)
+        return self.family.image_tokens(self.image_processor, height, width)
 
     def _resized(self, height: int, width: int, name: str) -> tuple[int, int]:
+        limits = self.inputs.min_pixels, self.inputs.max_pixels
+        canvas = self.family.canvas(self.image_processor, height, width, *limits)
+        if canvas is not None:
+            return canvas
         try:
-            return smart_resize(height, width, self._factor, self.inputs.min_pixels, self.inputs.max_pixels)
+            return smart_resize(height, width, self._factor, *limits)
         except PromptError as error:
             raise PromptError(f"image {name}: {error}") from error
 

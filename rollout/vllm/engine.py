@@ -28,7 +28,7 @@ from rollout.inputs.processor import InputProcessor, preparing
 from rollout.turns.environment import load_environment
 from rollout.turns.episode import begin_episodes
 from rollout.types import Observation, Prompt, RolloutGroup, SamplingParams
-from rollout.vllm.launch import environment, max_model_len, prepare, start_timeout_s
+from rollout.vllm.launch import TOWER, environment, max_model_len, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
 from rollout.vllm.turns import Conversations
@@ -64,7 +64,12 @@ class VllmEngine:
         chosen = EngineOptions(**options)
         arguments, variables, self.backend = prepare(model_path, rollout, inputs, chosen)
         self.name = chosen.name
-        self.processor = InputProcessor(model_path, inputs, **chosen.source)
+        self.processor = processor = InputProcessor(model_path, inputs, **chosen.source)
+        # Images arrive resized; the limits tell vLLM how many tokens an image may have when it profiles memory.
+        limits = processor.family.limits(processor.image_processor, inputs.min_pixels, inputs.max_pixels)
+        arguments["mm_processor_kwargs"] = {"do_resize": False, **limits}
+        if arguments.get("sleep_preserve_parameter_names") == [TOWER]:
+            arguments["sleep_preserve_parameter_names"] = list(processor.family.engine_tower)
         self.num_workers = rollout.vllm.tensor_parallel_size
         self.weights_version = 0
         self._rollout, self._config = rollout, rollout.vllm
@@ -139,7 +144,7 @@ class VllmEngine:
                 (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
             token_ids_T = list(rendered["prompt_token_ids"])
             items = rendered["mm_kwargs"]["image"] if prompt.images else []
-            grids = torch.stack([item["image_grid_thw"].data for item in items]) if items else None
+            grids = torch.stack([self.processor.family.requested_grid(item) for item in items]) if items else None
             num_features = self.processor.family.num_features(self.processor.image_processor, grids)
             counts.append((len(token_ids_T), token_ids_T.count(self.processor.image_token_id), num_features))
         return counts

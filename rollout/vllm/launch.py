@@ -26,7 +26,7 @@ CPU_BATCHED_TOKENS = 2048
 GPU_BATCHED_TOKENS = 8192  # vLLM's default without a server is 2,048: a prompt of five pages would take six steps
 SHARED_MEMORY = Path("/dev/shm")
 TOWER = "*visual.*"
-"""The tower's parameters, by the names that vLLM has for every family."""
+"""The tower's parameters, by the names that vLLM has for most families."""
 WORKER_EXTENSION = "rollout.vllm.weights_in.WeightReceiver"
 
 GIB = 2**30

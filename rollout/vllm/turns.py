@@ -112,7 +112,7 @@ def continued(
     sources: Sequence[Any],
 ) -> dict[str, Any]:
     """Return the request of the next turn: all so far, the turn, and what the environment answered to it."""
-    ids = [*request["prompt_token_ids"], *token_ids, *placeholders(processor, answer)]
+    ids = [*request["prompt_token_ids"], *token_ids, *processor.collapsed(answer)]
     following: dict[str, Any] = {**request, "prompt_token_ids": ids}
     if sources:
         images = processor.resized_images(sources)
@@ -121,23 +121,3 @@ def continued(
         following["multi_modal_data"] = {"image": [*data, *images]}
         following["multi_modal_uuids"] = {"image": [*uuids, *map(pixel_hash, images)]}
     return following
-
-
-def placeholders(processor: InputProcessor, inputs: PromptInputs) -> list[int]:
-    """Return tokens with one placeholder per image, as vLLM takes them."""
-    grids = inputs.image_grid_thw
-    lengths = iter(
-        []
-        if grids is None
-        else [processor.family.num_features(processor.image_processor, grid[None]) for grid in grids]
-    )
-    ids: list[int] = []
-    skipped = 0
-    for token_id in inputs.token_ids_T:
-        if skipped:
-            skipped -= 1
-            continue
-        ids.append(token_id)
-        if token_id == processor.image_token_id:
-            skipped = next(lengths) - 1
-    return ids

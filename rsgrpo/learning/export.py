@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoProcessor
 
 from rollout.config import InputsConfig
+from rollout.families import family_of
 from rsgrpo.config.train import ModelConfig
 from rsgrpo.learning.fsdp import whole
 from rsgrpo.learning.policy import Policy, hub_options
@@ -140,7 +141,9 @@ def _write_configs(hf: Any, model: ModelConfig, inputs: InputsConfig, folder: Pa
     hf.generation_config.save_pretrained(folder)
     load_processor: Any = AutoProcessor.from_pretrained
     processor = load_processor(model.path, **hub_options(model))
-    processor.image_processor.size = {"shortest_edge": inputs.min_pixels, "longest_edge": inputs.max_pixels}
+    family = family_of(hf.config.model_type)
+    for name, limit in family.limits(processor.image_processor, inputs.min_pixels, inputs.max_pixels).items():
+        setattr(processor.image_processor, name, limit)
     processor.save_pretrained(folder)
     # transformers 5 writes processor_config.json only; older tools look for preprocessor_config.json.
     processor.image_processor.save_pretrained(folder)

@@ -133,7 +133,7 @@ class Policy(nn.Module):
         hidden_TH = family.language_model(model)(
             **inputs,
             **family.no_mask,
-            position_ids=batch.position_ids_3T[:, None],
+            position_ids=family.decoder_positions(batch.position_ids_3T[:, None]),
             use_cache=False,
             prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
         ).last_hidden_state[0]
@@ -148,10 +148,7 @@ class Policy(nn.Module):
             config._attn_implementation = "sdpa"
         try:
             output = self.hf.model(
-                input_ids=row.token_ids_T[None],
-                pixel_values=row.pixel_values,
-                image_grid_thw=row.image_grid_thw,
-                mm_token_type_ids=(row.token_ids_T == self.hf.config.image_token_id).int()[None],
+                **self.family.whole_inputs(self.hf, row.token_ids_T[None], row.pixel_values, row.image_grid_thw),
                 use_cache=False,
             )
         finally:

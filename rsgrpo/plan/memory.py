@@ -137,7 +137,7 @@ def learner_vision_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
         config.learner.max_tokens_per_micro_batch // max(1, int(sizes.image_tokens(pixels))),
     )
     images = config.inputs.max_images * groups + read
-    patches = pixels / sizes.patch_size**2
+    patches = sizes.image_patches(pixels)
     features = images * sizes.image_tokens(pixels) * sizes.hidden_size * width
     block = patches * sizes.vision_activation_bytes(width)
     if config.model.freeze_vision:
@@ -158,7 +158,7 @@ def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
         weights = 2 * all_params / degree / GIB
         # vLLM measures the images of one prompt through the tower, each worker all of it, before it sizes its cache.
         images = config.inputs.max_images + rollout.max_observation_images
-        patches = images * config.inputs.max_pixels / sizes.patch_size**2
+        patches = images * sizes.image_patches(config.inputs.max_pixels)
         vision = patches * sizes.vision_activation_bytes(2) / GIB
         left = rollout.vllm.gpu_memory_utilization * device_of(config).memory_gib - weights - vision - WORKSPACE_GIB
         held = {"engine weights": weights, "engine KV cache": rollout.vllm.kv_cache_gib or max(left, 0.0)}

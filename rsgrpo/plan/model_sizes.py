@@ -75,6 +75,7 @@ class ModelSizes:
     adapter_widths: inputs plus outputs of the linear layers that a LoRA target adapts, over all decoder layers.
     recurrent: of layers that carry a state instead of attending; None where all attend.
     vision_kept_width: values that the MLP of a tower's block keeps for its backward pass.
+    extra_patches: of an image beside those that cut it up: a thumbnail's.
     vision_full_layers: blocks in which patches attend to the whole image; in the others, to `window_patches`.
     """
 
@@ -97,6 +98,7 @@ class ModelSizes:
     patch_size: int
     patches_per_token: int
     window_patches: int
+    extra_patches: int = 0
     recurrent: RecurrentSizes | None = None
 
     @property
@@ -126,7 +128,7 @@ class ModelSizes:
 
     def image_flops(self, image_pixels: float) -> float:
         """Forward FLOPs of the tower for one image: windows attend to themselves, some layers to everything."""
-        patches = image_pixels / self.patch_size**2
+        patches = self.image_patches(image_pixels)
         full = self.vision_full_layers * patches
         windowed = (self.vision_depth - self.vision_full_layers) * min(self.window_patches, patches)
         per_patch = self.vision_params - self.merger_params + self.merger_params / self.patches_per_token
@@ -134,7 +136,11 @@ class ModelSizes:
 
     def image_tokens(self, image_pixels: float) -> float:
         """Vision tokens of one image."""
-        return image_pixels / self.patch_size**2 / self.patches_per_token
+        return self.image_patches(image_pixels) / self.patches_per_token
+
+    def image_patches(self, image_pixels: float) -> float:
+        """Patches of one image that go through the tower."""
+        return image_pixels / self.patch_size**2 + self.extra_patches
 
     def layer_activation_bytes(self, value_bytes: int) -> float:
         """Bytes per token that the largest decoder layer keeps for its backward pass.
@@ -191,14 +197,13 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
     build: Any = AutoModelForImageTextToText.from_config
     with torch.device("meta"):
         model = build(settings)
-    text, vision, tower = settings.get_text_config(), settings.vision_config, family.vision_tower(model)
+    text, tower, shape = settings.get_text_config(), family.vision_tower(model), family.tower_shape(model)
     layers: list[Any] = list(family.decoder_layers(model))
     blocks = family.vision_blocks(model)
     attention = next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
     vision_mlp = [layer for name, layer in _linear_layers(blocks[0]) if name.split(".")[0] == "mlp"]
     vision_params = _count(tower.parameters())
     layer_params = [_count(layer.parameters()) for layer in layers]
-    full_layers = getattr(vision, "fullatt_block_indexes", None)
     return ModelSizes(
         hidden_size=text.hidden_size,
         num_layers=len(layers),
@@ -210,16 +215,19 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
         body_params=sum(layer_params) + text.hidden_size,
         language_params=_count(model.parameters()) - vision_params,
         adapter_widths=_adapter_widths(family, layers),
-        vision_hidden_size=tower.get_parameter("patch_embed.proj.weight").shape[0],
+        vision_hidden_size=shape.hidden_size,
         vision_depth=len(blocks),
         # a gated MLP of three layers keeps four values of its inner width, a plain one of two layers two
         vision_kept_width=2 * (len(vision_mlp) - 1) * vision_mlp[0].out_features,
-        vision_full_layers=len(blocks) if full_layers is None else len(full_layers),
+        vision_full_layers=shape.full_layers,
         vision_params=vision_params,
-        merger_params=_count(value for name, value in tower.named_parameters() if "merger" in name),
-        patch_size=vision.patch_size,
-        patches_per_token=vision.spatial_merge_size**2,
-        window_patches=(getattr(vision, "window_size", 0) // vision.patch_size) ** 2,
+        merger_params=_count(
+            value for name, value in tower.named_parameters() if any(part in name for part in shape.merger)
+        ),
+        patch_size=shape.patch_size,
+        patches_per_token=shape.patches_per_token,
+        window_patches=shape.window_patches,
+        extra_patches=shape.extra_patches,
         recurrent=_recurrent_sizes(family, model),
     )
 

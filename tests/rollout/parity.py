@@ -37,9 +37,7 @@ def reference_logits(model, processor: InputProcessor, prompt: Prompt, response)
     """(T, V) logits of each response token by one forward of the whole sequence, vision tokens banned."""
     encoded = processor.encode(prompt)
     ids = torch.tensor([[*encoded.token_ids_T, *response]])
-    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == processor.image_token_id).long()}
-    if encoded.pixel_values is not None and encoded.image_grid_thw is not None:
-        inputs |= {"pixel_values": encoded.pixel_values, "image_grid_thw": encoded.image_grid_thw}
+    inputs = processor.family.whole_inputs(model, ids, encoded.pixel_values, encoded.image_grid_thw)
     model.model.rope_deltas = None  # of the prompt before
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rollout.config import InputsConfig
 from rollout.families import FAMILIES, family_of
+from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
+from rollout.types import Prompt
 from rsgrpo.config.train import LoraConfig
 from rsgrpo.errors import InputError
 from rsgrpo.learning.packing import build_micro_batch
@@ -22,6 +28,8 @@ HUB_PREFIXES = {
                  "visual.patch_embed", "lm_head.weight"},
     "qwen3_vl": {"model.language_model", "model.visual", "lm_head.weight"},
     "qwen3_5": {"model.language_model", "model.visual", "lm_head.weight"},
+    "internvl": {"model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head.weight"},
+    "glm4v": {"model.language_model", "model.visual", "lm_head.weight"},
 }  # fmt: skip
 
 
@@ -44,6 +52,43 @@ def test_every_family_but_the_tests_own_has_a_tiny_model():
     assert set(FAMILIES) == {*HUB_PREFIXES, "qwen2_5_vl"}
 
 
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of GLM's processor
+@pytest.mark.parametrize(("height", "width"), [(57, 190), (400, 130), (300, 301), (56, 56), (30, 700)])
+def test_an_image_becomes_as_many_tokens_as_transformers_processor_makes_of_it(height, width, path, processor):
+    """Tokens and pixels; the pixels differ by the two libraries' rounding of one resize."""
+    theirs = AutoProcessor.from_pretrained(path)
+    limits = processor.family.limits(
+        processor.image_processor, processor.inputs.min_pixels, processor.inputs.max_pixels
+    )
+    gradient = np.add.outer(np.linspace(0, 120, height), np.linspace(0, 130, width)).astype(np.uint8)
+    image = Image.fromarray(gradient).convert("RGB")
+    text = processor.render(Prompt("p", "a <image> b", ("p.png",)))
+    expected = theirs(text=[text], images=[image], images_kwargs=limits, return_tensors="pt")
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    ours = processor.encode(Prompt("p", "a <image> b", (buffer.getvalue(),)))
+    assert ours.token_ids_T == expected["input_ids"][0].tolist()
+    assert processor.count_tokens(Prompt("p", "a <image> b", (buffer.getvalue(),))) == len(ours.token_ids_T)
+    assert ours.pixel_values.shape == expected["pixel_values"].shape
+    assert (ours.pixel_values - expected["pixel_values"]).abs().mean() < 0.02
+    assert processor.collapsed(ours) == processor.token_ids(text)
+
+
+def test_a_prompt_may_hold_no_token_of_an_image_or_of_a_turn(processor):
+    family = processor.family
+    for token in (*family.vision_tokens, *family.turn_tokens):
+        if token in processor.tokenizer.get_vocab():
+            with pytest.raises(PromptError, match="control token"):
+                processor.render(Prompt("p", f"a {token} b"))
+    banned = processor.tokenizer.convert_ids_to_tokens(processor.banned_token_ids)
+    assert set(family.wrapper) <= set(banned)
+    ends_by = processor.tokenizer.convert_ids_to_tokens(processor.eos_token_id)
+    assert ends_by == (family.end_token or processor.tokenizer.eos_token)
+    assert processor.eos_token_id not in processor.banned_token_ids
+    talk = processor.render_observation("<image> more", 1, has_ended=False)
+    assert talk.startswith(ends_by)
+
+
 def test_an_unknown_family_is_refused_with_the_list():
     with pytest.raises(InputError, match="'llava' model; supported families are qwen2_vl, qwen2_5_vl, qwen3_vl, "):
         family_of("llava")
@@ -55,7 +100,8 @@ def test_shared_equals_plain(counts, train_tower, path, processor, page_images):
     groups = groups_of(processor, page_images, counts)
     plain, shared = backward(policy, plain_rows(groups)), backward(policy, [row_of(policy, groups)])
     if train_tower and not any(counts):  # the plain forward of text never runs the tower; here its gradient is zero
-        shared = (shared[0], {name: g for name, g in shared[1].items() if "visual" not in name})
+        tower = policy.family.vision_prefixes
+        shared = (shared[0], {name: g for name, g in shared[1].items() if not name.startswith(tower)})
     assert_same(plain, shared)
 
 

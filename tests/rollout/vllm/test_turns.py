@@ -10,7 +10,6 @@ import pytest
 from rollout.config import InputsConfig, TurnsConfig
 from rollout.types import Observation, Prompt, SamplingParams
 from rollout.vllm.launch import max_model_len
-from rollout.vllm.turns import placeholders
 from tests.material.environments import Pages, Slow
 from tests.rollout.parity import ROLLOUT, assert_conversations, reference_model
 
@@ -48,7 +47,7 @@ def test_an_answer_that_never_comes_costs_its_time_limit_and_no_other_rollout(ta
 def test_images_of_observations_become_one_placeholder_each(engine, page_images):
     processor = engine.processor
     inputs = processor.encode_observation("a <image> b <image>", page_images[:2], has_ended=True)
-    ids = placeholders(processor, inputs)
+    ids = processor.collapsed(inputs)
     assert ids == processor.token_ids(processor.render_observation("a <image> b <image>", 2, has_ended=True))
     assert len(ids) < len(inputs.token_ids_T)
 

@@ -74,6 +74,16 @@ def test_known_models_have_the_parameters_of_their_checkpoints(size, total):
     assert source == f"Qwen{size} (by its name)"
 
 
+def test_models_of_other_vendors_are_known_by_name():
+    sizes, source = sizes_of("OpenGVLab/InternVL3-8B-hf")
+    assert source == "InternVL3-8B (by its name)"
+    assert sizes.language_params + sizes.vision_params == 7_944_373_760  # of its checkpoint
+    assert sizes.image_tokens(7 * 448**2) == 8 * 256  # seven tiles and the thumbnail
+    sizes, source = sizes_of("zai-org/GLM-4.1V-9B-Thinking")
+    assert source == "GLM-4.1V-9B (by its name)"
+    assert sizes.language_params + sizes.vision_params == pytest.approx(10.29e9, rel=1e-3)
+
+
 def test_recurrent_layers_are_counted_apart_from_those_that_attend(tiny_model_path, tmp_path):
     folder = save_family("qwen3_5", tiny_model_path, tmp_path / "hybrid")
     sizes, _ = sizes_of(folder)
@@ -121,13 +131,21 @@ def test_sizes_are_read_from_the_models_own_folder(tiny_model_path):
     assert source.endswith("config.json")
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_sizes_of_other_families_are_read_too(family, tiny_model_path, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "full_layers", "kept_width", "num_tokens"),
+    [
+        ("qwen2_vl", 2, 2 * 128, 25),
+        ("qwen3_vl", 2, 2 * 128, 25),
+        ("glm4v", 2, 4 * 128, 25),  # a gated MLP
+        ("internvl", 0, 2 * 128, 25 + 4),  # patches attend within a tile; a thumbnail of four tokens
+    ],
+)
+def test_sizes_of_other_families_are_read_too(family, full_layers, kept_width, num_tokens, tiny_model_path, tmp_path):
     sizes, _ = sizes_of(save_family(family, tiny_model_path, tmp_path / family))
     assert sizes.language_params + sizes.vision_params == num_stored(str(tmp_path / family))
-    assert sizes.vision_full_layers == sizes.vision_depth == 2  # these towers have no windows
-    assert (sizes.vision_hidden_size, sizes.vision_kept_width) == (64, 2 * 128)
-    assert sizes.image_tokens((10 * sizes.patch_size) ** 2) == 25
+    assert (sizes.vision_full_layers, sizes.vision_depth) == (full_layers, 2)
+    assert (sizes.vision_hidden_size, sizes.vision_kept_width) == (64, kept_width)
+    assert sizes.image_tokens((10 * sizes.patch_size) ** 2) == num_tokens
 
 
 def test_the_hubs_flat_config_is_read_too(tmp_path):
