@@ -59,6 +59,7 @@ setup(
         "gpu": ["vllm>=0.32,<0.33"],
         # Optional, built against the installed torch: pip install --no-build-isolation -e ".[flash]"
         "flash": ["flash-attn>=2.8,<3"],
+        "qlora": ["bitsandbytes>=0.48,<1"],
         "retrieval": [
             "faiss-cpu>=1.11,<2",
             "pypdfium2>=5,<6",

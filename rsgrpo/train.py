@@ -71,7 +71,7 @@ def take_step(run: Run, step: int) -> None:
     groups = credit_groups(scored, Rule.of(algorithm), weights_K)
     terms = term_names(algorithm.advantage, list(run.config.rewards))
 
-    if algorithm.kl_coef > 0:
+    if algorithm.needs_reference:
         with run.timed("reference"):
             groups = with_ref_logprobs(groups, run.cluster.ref_logprobs(groups))
 
@@ -102,7 +102,7 @@ def take_step(run: Run, step: int) -> None:
 def with_ref_logprobs(
     groups: Sequence[TrainGroup], ref_logprobs_PG: Sequence[Sequence[np.ndarray]]
 ) -> list[TrainGroup]:
-    """Return the groups with the reference's log-probabilities beside each response."""
+    """Return the groups with the reference's, or the teacher's, log-probabilities beside each response."""
     return [
         replace(
             group,

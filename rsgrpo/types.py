@@ -50,7 +50,7 @@ class Sample:
     scope_KT: (K, T) bool, the tokens that loss term k may teach.
     advantages_KT: (K, T) float32, 0 outside the scope.
     rollout_logprobs_T: (T,) float32 as the engine computed them; None in supervised training.
-    ref_logprobs_T: (T,) float32 under the reference model; None without a KL term.
+    ref_logprobs_T: (T,) float32 under the reference model or the teacher; None where the loss has no term for it.
     observations: what it read between its turns: tokens and images of the row that nothing teaches.
     """
 

@@ -45,6 +45,7 @@ HOMES = {
     "hydra": ["rsgrpo/cli.py"],
     "omegaconf": ["rsgrpo/cli.py"],
     "peft": ["rsgrpo/learning/policy.py", "recipes/retrieval/training/loop.py"],
+    "bitsandbytes": ["rsgrpo/learning/layers/four_bits.py"],
     "faiss": ["recipes/retrieval/search/faiss.py"],
     "sentence_transformers": ["recipes/retrieval/encoders/sentence.py", "recipes/retrieval/training/loop.py"],
     "openai": ["recipes/answers/endpoint.py"],

@@ -7,11 +7,11 @@ from rollout.families.base import Family as Family
 from rollout.families.glm4v import Glm4V
 from rollout.families.internvl import InternVL
 from rollout.families.qwen2_vl import Qwen2VL, Qwen25VL
-from rollout.families.qwen3_5 import Qwen35
-from rollout.families.qwen3_vl import Qwen3VL
+from rollout.families.qwen3_5 import Qwen35, Qwen35Moe
+from rollout.families.qwen3_vl import Qwen3VL, Qwen3VLMoe
 
 FAMILIES: dict[str, type[Family]] = {
-    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen35, InternVL, Glm4V)
+    family.model_type: family for family in (Qwen2VL, Qwen25VL, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe, InternVL, Glm4V)
 }
 
 

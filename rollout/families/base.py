@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rollout.errors import InputError
+from rollout.families.routers import route_in_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +179,8 @@ class Family:
     def attend_by(self, model: Any, attention: str) -> Any:
         """Let the decoder use a registered attention function, and the tower the fastest; return the decoder.
 
+        Routers of experts compute in float32 from here on.
+
         Raises:
             InputError: a layer is of a kind that our attention functions do not compute.
         """
@@ -190,6 +193,7 @@ class Family:
                 "use_sliding_window=false in its config.json."
             )
         decoder.config._attn_implementation = attention
+        route_in_float32(self.routers(model))
         return decoder
 
     def recurrent_layers(self, model: Any) -> Sequence[nn.Module]:
@@ -198,6 +202,14 @@ class Family:
         Each has the interface of transformers' `Qwen3_5GatedDeltaNet`.
         """
         return ()
+
+    def routers(self, model: Any) -> Sequence[nn.Module]:
+        """Return the modules that choose each token's experts; a dense model has none.
+
+        Each has the interface of transformers' `Qwen3VLMoeTextTopKRouter`.
+        """
+        layers: list[Any] = list(self.decoder_layers(model))
+        return [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "experts")]
 
     def whole_inputs(
         self, model: Any, token_ids_BT: torch.Tensor, pixel_values: torch.Tensor | None, grid: torch.Tensor | None
@@ -226,6 +238,10 @@ class Family:
     def checkpoint_name(self, name: str) -> str:
         """Return the name that published checkpoints use for parameter `name`."""
         return name
+
+    def published(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a weight in the layout that published checkpoints and vLLM have; done twice, it is the model's own."""
+        return tensor
 
     def adapted_names(self, targets: Sequence[str]) -> list[str]:
         """Return the names of the linear layers that LoRA targets stand for."""

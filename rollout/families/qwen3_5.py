@@ -1,4 +1,7 @@
-"""Qwen3.5 and Qwen3.6, dense: three of four decoder layers carry a recurrent state (gated delta rule), one attends."""
+"""Qwen3.5 and Qwen3.6, dense and as mixtures of experts.
+
+Three of four decoder layers carry a recurrent state (gated delta rule), one attends.
+"""
 
 from __future__ import annotations
 
@@ -30,3 +33,9 @@ class Qwen35(Qwen2VL):
 
     def adapted_names(self, targets: Sequence[str]) -> list[str]:
         return [*targets, *(_IN_PLACE_OF[target] for target in targets if target in _IN_PLACE_OF)]
+
+
+class Qwen35Moe(Qwen35):
+    """The adapter of transformers' `qwen3_5_moe`. LoRA adapts the expert that all tokens share, not the others."""
+
+    model_type = "qwen3_5_moe"

@@ -1,4 +1,4 @@
-"""Qwen3-VL: features from several depths of the tower also enter the first decoder layers (DeepStack)."""
+"""Qwen3-VL, dense and mixtures: features from several depths of the tower enter the first decoder layers."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ class Qwen3VL(Family):
             "visual_pos_masks": is_image_BT,
             "deepstack_visual_embeds": deeper,
         }
+
+
+class Qwen3VLMoe(Qwen3VL):
+    """The adapter of transformers' `qwen3_vl_moe`; published checkpoints hold its experts' matrices transposed."""
+
+    model_type = "qwen3_vl_moe"
+
+    def published(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        is_expert = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        return tensor.transpose(1, 2).contiguous() if is_expert else tensor

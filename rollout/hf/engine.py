@@ -195,6 +195,8 @@ class HFEngine:
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copy tensors over the model's, by their name in the model or in the hub's checkpoints of its family.
 
+        Their layout is that of these checkpoints (`Family.published`).
+
         Image features survive as long as no weight of the vision tower changes.
 
         Raises:
@@ -206,7 +208,7 @@ class HFEngine:
             name = self._names_of.get(given_name)
             if name is None:
                 raise EngineError(f"the model has no weight {given_name!r}; its names look like {min(self._tensors)!r}")
-            mine = self._tensors[name]
+            mine, tensor = self._tensors[name], self._family.published(name, tensor)
             if mine.shape != tensor.shape:
                 raise EngineError(f"weight {given_name} has shape {tuple(tensor.shape)}, not {tuple(mine.shape)}")
             new = tensor.detach().to(self.device, mine.dtype)

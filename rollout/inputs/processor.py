@@ -361,6 +361,23 @@ class InputProcessor:
                 raise PromptError(f"{where} contains the control token {token!r}. Remove it; <image> marks an image.")
 
 
+def require_same_tokens(teacher: str, student: str) -> None:
+    """Check that every token of one model folder has the same number in another, and ends a response there too.
+
+    Raises:
+        InputsError: a token differs.
+    """
+    taught, own = (AutoTokenizer.from_pretrained(folder) for folder in (teacher, student))
+    known = taught.get_vocab()
+    differing = [token for token, number in own.get_vocab().items() if known.get(token) != number]
+    if differing or taught.eos_token != own.eos_token:
+        what = f"{len(differing):,} tokens differ, such as {min(differing)!r}" if differing else "they end differently"
+        raise InputsError(
+            f"model.teacher={teacher} cannot judge the responses of {student} token by token: {what}. Take a teacher "
+            "of the same tokenizer."
+        )
+
+
 def _content(pieces: Sequence[str]) -> list[dict[str, str]]:
     """Return a message's content: pieces of text with one image between each two of them."""
     content: list[dict[str, str]] = []

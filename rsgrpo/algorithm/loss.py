@@ -30,6 +30,7 @@ class SurrogateConfig:
     dual_clip: the most that a token with a negative advantage costs, in units of |A|; 0 is off.
     importance_cap: cap of the detached weight exp(old - engine logprob) per token; 0 is off.
     kl_coef, kl_estimator: weight and form of the KL term to the reference; 0 is off.
+    distill_coef: weight of the distillation from a teacher; 0 is off. reward_coef: of the terms of the rewards.
     entropy_coef: weight of an entropy bonus.
     average: what a term's sum over tokens is divided by: the tokens of its scope, or all response tokens.
     """
@@ -41,6 +42,8 @@ class SurrogateConfig:
     importance_cap: float = 0.0
     kl_coef: float = 0.0
     kl_estimator: KlEstimator = "k3"
+    distill_coef: float = 0.0
+    reward_coef: float = 1.0
     entropy_coef: float = 0.0
     average: Average = "scope"
 
@@ -186,9 +189,13 @@ def policy_loss(scores: TokenScores, batch: MicroBatch, *, totals: StepTotals, c
         loss_KN = loss_KN * importance_weights(old_N, batch.rollout_logprobs_N, config.importance_cap)
     active_K, scope_tokens_K = totals.active_K, totals.scope_tokens_K
     counts_K = scope_tokens_K if config.average == "scope" else torch.full_like(scope_tokens_K, totals.response_tokens)
-    loss = weighted_mean(scoped_means(loss_KN, batch.scope_KN, counts_K), totals.loss_weights_K, active_K)
+    terms_K = scoped_means(loss_KN, batch.scope_KN, counts_K)
+    loss = config.reward_coef * weighted_mean(terms_K, totals.loss_weights_K, active_K)
+    if config.distill_coef and not active_K.any():  # a step in which no reward has a signal learns from the teacher
+        loss = scores.logprobs_N.sum() * 0.0
     metrics = {
-        "actor/clip_frac": (clipped_KN & batch.scope_KN & active_K[:, None]).sum() / scope_tokens_K[active_K].sum(),
+        "actor/clip_frac": (clipped_KN & batch.scope_KN & active_K[:, None]).sum()
+        / scope_tokens_K[active_K].sum().clamp_min(1),
         "actor/old_kl": (old_N - scores.logprobs_N).detach().sum() / totals.response_tokens,
     }
     if config.kl_coef:
@@ -198,6 +205,13 @@ def policy_loss(scores: TokenScores, batch: MicroBatch, *, totals: StepTotals, c
         kl = kl_N.sum() / totals.response_tokens
         loss = loss + config.kl_coef * kl
         metrics["actor/kl"] = kl.detach()
+    if config.distill_coef:
+        if batch.ref_logprobs_N is None:
+            raise RsgrpoError("algorithm.distill_coef > 0 needs the teacher's logprobs, and a sample has none")
+        # On tokens that the policy sampled, k2's gradient is in expectation that of the reverse KL to the teacher.
+        distilled_N = kl_estimate(scores.logprobs_N, batch.ref_logprobs_N, "k2")
+        loss = loss + config.distill_coef * distilled_N.sum() / totals.response_tokens
+        metrics["actor/teacher_kl"] = (scores.logprobs_N - batch.ref_logprobs_N).detach().sum() / totals.response_tokens
     if config.entropy_coef:
         loss = loss - config.entropy_coef * scores.entropy_N.sum() / totals.response_tokens
     if batch.rollout_logprobs_N is not None:

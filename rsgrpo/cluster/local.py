@@ -20,7 +20,7 @@ from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.engine_check import check_engines
 from rsgrpo.config.train import TrainConfig
-from rsgrpo.learning.learner import Learner
+from rsgrpo.learning.learner import Learner, frozen_model
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 
@@ -54,17 +54,18 @@ class LocalCluster:
         self.check_stop = check_stop
         learner = partial(
             Learner,
-            config.model,
-            config.learner,
-            config.inputs,
+            learner=config.learner,
+            inputs=config.inputs,
             algorithm=config.algorithm,
             temperature=config.rollout.temperature,
             total_steps=total_steps,
             seed=config.seed,
             debug_dir=run_dir,
         )
-        self._reference = learner(trainable=False) if config.needs_reference_workers else None
-        self.learner = learner()  # the last one: it seeds the random numbers of training
+        self._reference = None
+        if config.needs_reference_workers:
+            self._reference = learner(frozen_model(config.model), trainable=False, same_tokens_as=config.model.path)
+        self.learner = learner(config.model)  # the last one: it seeds the random numbers of training
         self.rewards = RewardSet.from_config(config)
         self._engine: Engine | None = None
         self._version: int | None = None  # of weights that the engine has yet to be given

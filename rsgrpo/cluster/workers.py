@@ -90,13 +90,13 @@ class LearnerWorker(_Process):
 
         folder: where the driver works. token: file that it has put into `run_dir` (`rsgrpo.cluster.shared_folder`).
         """
-        from rsgrpo.learning.learner import Learner, init_distributed
+        from rsgrpo.learning.learner import Learner, frozen_model, init_distributed
 
         enter_folder(folder)
         require_token(run_dir, token)
         init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
         self.learner = Learner(
-            config.model,
+            config.model if trainable else frozen_model(config.model),
             config.learner,
             config.inputs,
             algorithm=config.algorithm,
@@ -106,6 +106,7 @@ class LearnerWorker(_Process):
             rank=self.rank,
             world_size=config.learner.num_ranks,
             trainable=trainable,
+            same_tokens_as="" if trainable else config.model.path,
             debug_dir=run_dir,
         )
         self.release_memory()

@@ -43,6 +43,11 @@ def validate(config: TrainConfig) -> None:
         f"algorithm.prompts_per_step={prompts} cannot be split into algorithm.updates_per_step={updates} equal parts: "
         f"{prompts} = {updates} x {prompts // updates} + {prompts % updates}",
     )
+    require(
+        bool(config.model.teacher) == (config.algorithm.distill_coef > 0),
+        f"model.teacher={config.model.teacher!r} and algorithm.distill_coef={config.algorithm.distill_coef:g} need "
+        "each other: the frozen model, and the weight of its term. Set both or neither.",
+    )
     if config.algorithm.kl_coef > 0 and config.algorithm.kl_estimator == "k1":
         log.warning(
             "algorithm.kl_estimator=k1 as a loss has zero expected gradient: it is reported but does not restrain the "
@@ -98,6 +103,8 @@ def require_model(key: str, path: str, made_by: Mapping[str, str] | None = None)
 def require_inputs(config: RunConfig) -> None:
     """Refuse a model or rows that do not exist, before anything heavy is loaded."""
     require_model("model.path", config.model.path, config.made_by)
+    if config.model.teacher:
+        require_model("model.teacher", config.model.teacher, config.made_by)
     require_found("data.train", config.data.train, config.made_by)
     if config.data.val:
         require_found("data.val", config.data.val, config.made_by)

@@ -20,6 +20,7 @@ Ratio = Literal["token", "gspo", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 LrSchedule = Literal["constant", "linear", "cosine"]
+BaseBits = Literal[4, 16]
 AttentionKind = Literal["auto", "sdpa", "flash"]
 
 
@@ -38,9 +39,18 @@ class LoraConfig:
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "Names of the linear layers that get an adapter.",
     )
+    base_bits: int = key(
+        16, "Bits of a frozen weight under an adapter; 4 is NF4 (QLoRA) and needs bitsandbytes, CUDA and one rank."
+    )
 
     def __post_init__(self) -> None:
         check(self, "model.lora")
+        require(self.base_bits in get_args(BaseBits), f"model.lora.base_bits must be 16 or 4, got {self.base_bits}")
+        require(
+            self.base_bits == 16 or self.rank > 0,
+            "model.lora.base_bits=4 packs the frozen weights under adapters, and model.lora.rank=0 trains all weights. "
+            "Set model.lora.rank > 0 or model.lora.base_bits=16.",
+        )
         require(not self.rank or bool(self.targets), "model.lora.targets is empty. Name the layers to adapt.")
 
 
@@ -52,6 +62,7 @@ class ModelConfig:
     revision: str = key("", 'Commit, branch or tag on the hub; "" takes the newest.')
     freeze_vision: bool = key(True, "Keep the vision tower as it is; features are computed once per image.")
     trust_remote_code: bool = key(False, "Run code that comes with the model.")
+    teacher: str = key("", "Folder or hub id of a frozen model with the policy's tokens, for algorithm.distill_coef.")
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -119,6 +130,10 @@ class AlgorithmConfig:
     dual_clip: float = key(3.0, "Bound on the loss of negative advantages, in units of |A|; 0 is off.", gt=1, off=0)
     kl_coef: float = key(0.0, "Weight of the KL term to the reference model; 0 loads no reference.", ge=0)
     kl_estimator: KlEstimator = key("k3", "How the KL term is estimated; k1 has no gradient in expectation.")
+    distill_coef: float = key(
+        0.0, "Weight of the reverse KL to model.teacher on the policy's own responses; 0 loads no teacher.", ge=0
+    )
+    reward_coef: float = key(1.0, "Weight of the rewards' terms; 0 learns from the teacher alone.", ge=0)
     entropy_coef: float = key(0.0, "Weight of an entropy bonus.", ge=0)
     importance_cap: float = key(
         0.0,
@@ -154,8 +169,23 @@ class AlgorithmConfig:
             f"algorithm.baseline={self.baseline} and algorithm.scale={self.scale} are read by per_reward alone, got "
             f"algorithm.advantage={self.advantage}. Set algorithm.advantage=per_reward.",
         )
+        require(
+            not (self.kl_coef and self.distill_coef),
+            f"algorithm.kl_coef={self.kl_coef:g} and algorithm.distill_coef={self.distill_coef:g} need one frozen "
+            "model each, and a run has one. Set one of them to 0.",
+        )
+        require(
+            self.reward_coef > 0 or (self.distill_coef > 0 and not self.filter.enabled),
+            "algorithm.reward_coef=0 learns from a teacher alone, from every group. Set algorithm.distill_coef > 0 and "
+            "algorithm.filter.enabled=false.",
+        )
         if self.max_staleness and not self.importance_cap:  # older weights must be corrected for
             object.__setattr__(self, "importance_cap", IMPORTANCE_CAP)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares the policy with a frozen model: its own start, or a teacher."""
+        return self.kl_coef > 0 or self.distill_coef > 0
 
 
 @dataclass(frozen=True)
@@ -199,6 +229,11 @@ class LearnerConfig:
     vision_cache_mb: int = key(4096, "CPU memory for features of a frozen tower; 0 keeps none across steps.", ge=0)
     feature_cache: str = key("", 'Folder that keeps a frozen tower\'s features across runs; "" keeps none.')
     feature_cache_gb: float = key(100.0, "Size limit of feature_cache; the longest unused are deleted.", gt=0)
+    balance_coef: float = key(
+        0.0,
+        "Weight of the loss that spreads a response's tokens evenly over the experts of a mixture; 0 is off.",
+        ge=0,
+    )
     max_bad_steps: int = key(3, "Consecutive steps with a non-finite gradient tolerated before the run stops.", ge=1)
 
     def __post_init__(self) -> None:

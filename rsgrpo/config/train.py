@@ -262,8 +262,11 @@ class TrainConfig(RunConfig):
 
     @property
     def needs_reference_workers(self) -> bool:
-        """Whether a KL term needs a frozen copy of the model; LoRA runs switch their adapter off instead."""
-        return self.algorithm.kl_coef > 0 and self.model.lora.rank == 0
+        """Whether a frozen model must be loaded beside the policy: a teacher, or its own start.
+
+        LoRA runs switch their adapter off instead of loading their start again.
+        """
+        return self.algorithm.distill_coef > 0 or (self.algorithm.kl_coef > 0 and self.model.lora.rank == 0)
 
 
 @dataclass(frozen=True)

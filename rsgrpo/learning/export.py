@@ -20,6 +20,7 @@ from rollout.config import InputsConfig
 from rollout.families import family_of
 from rsgrpo.config.train import ModelConfig
 from rsgrpo.learning.fsdp import whole
+from rsgrpo.learning.layers.four_bits import FourBitLinear
 from rsgrpo.learning.policy import Policy, hub_options
 from rsgrpo.learning.state import require_room
 
@@ -31,12 +32,19 @@ def full_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) in the model's own order, adapters merged in float32; tied weights come once.
 
+    Tensors have the layout of published checkpoints, names are the model's own.
+
     Every rank yields; a tensor is dropped before the next is gathered.
     """
     tower = {id(parameter) for parameter in policy.family.vision_tower(policy.hf).parameters()}
     scalings = _lora_scalings(policy.hf)
     parameters = dict(policy.hf.named_parameters())
     for name, parameter in parameters.items():
+        layer = name.removesuffix(".lora_A.default.weight")
+        if layer != name and isinstance(base := policy.hf.get_submodule(f"{layer}.base_layer"), FourBitLinear):
+            up, down = parameters[f"{layer}.lora_B.default.weight"], parameter
+            merged = base.weight + scalings[layer] * (_full(up) @ _full(down))
+            yield f"{layer}.weight", policy.family.published(f"{layer}.weight", merged.to(dtype))
         if ".lora_" in name or (id(parameter) in tower and not with_vision):
             continue
         layer = name.removesuffix(".base_layer.weight")
@@ -45,7 +53,7 @@ def full_weights(
             full = (_full(parameter) + scalings[layer] * (_full(up) @ _full(down))).to(dtype)
         else:
             full = _full(parameter, dtype)
-        yield name.replace(".base_layer.", "."), full
+        yield name.replace(".base_layer.", "."), policy.family.published(name, full)
 
 
 def adapter_weights(policy: Policy, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, torch.Tensor]]:
@@ -108,7 +116,8 @@ def export_folder(
 
 def _num_bytes(policy: Policy, dtype: torch.dtype) -> int:
     sizes = [parameter.numel() for name, parameter in policy.hf.named_parameters() if ".lora_" not in name]
-    return int(dtype.itemsize * sum(sizes))
+    packed = [m.in_features * m.out_features for m in policy.hf.modules() if isinstance(m, FourBitLinear)]
+    return int(dtype.itemsize * (sum(sizes) + sum(packed)))
 
 
 def _write_shard(shard: dict[str, torch.Tensor], folder: Path, index: int) -> list[str]:

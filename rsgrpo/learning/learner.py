@@ -5,6 +5,7 @@ Every rank is given the same full list of groups. Ray, hydra and engines are not
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,10 +20,10 @@ from rollout.config import Dtype, InputsConfig
 from rollout.families.features import FeatureCache
 from rollout.files import replaced
 from rollout.inputs.images import with_bytes
-from rollout.inputs.processor import InputProcessor
+from rollout.inputs.processor import InputProcessor, require_same_tokens
 from rollout.types import Prompt
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
-from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
+from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig
 from rsgrpo.learning.attention import choose_attention
 from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
 from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
@@ -37,6 +38,7 @@ from rsgrpo.learning.fsdp import (
     shard,
     share_of_cores,
 )
+from rsgrpo.learning.layers.four_bits import pack_base
 from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
 from rsgrpo.learning.packing import Packing
 from rsgrpo.learning.passes import LossOf, Passes
@@ -58,11 +60,12 @@ __all__ = ["Learner", "init_distributed"]
 
 
 class Learner:
-    """One rank of the learner, or of the frozen reference when `trainable` is false.
+    """One rank of the learner, or of the frozen reference or teacher when `trainable` is false.
 
     Args:
         temperature: of the rollouts; supervised steps always use 1.
         total_steps: calls of `update` or `supervised_update` in the whole run; the learning-rate schedule spans them.
+        same_tokens_as: folder of a model whose tokens mean the same here; empty checks nothing.
         debug_dir: where the batch of a run that stops on bad gradients is saved; None saves nothing.
         encoder: turns prompts into tokens and pixels; None makes one from the model's folder.
         hf_model: a model that is already loaded; None loads `model.path`.
@@ -81,6 +84,7 @@ class Learner:
         rank: int = 0,
         world_size: int = 1,
         trainable: bool = True,
+        same_tokens_as: str = "",
         debug_dir: str | Path | None = None,
         encoder: PromptEncoder | None = None,
         hf_model: Any = None,
@@ -96,6 +100,8 @@ class Learner:
         self.encoder = encoder or InputProcessor(
             model.path, inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+        if same_tokens_as and same_tokens_as != model.path:
+            require_same_tokens(model.path, same_tokens_as)
         frozen_tower = model.freeze_vision or not trainable
         refuse_trained_tower(model, learner, frozen_tower=frozen_tower)
         self.policy = self._build_policy(hf_model, trainable, frozen_tower)
@@ -106,6 +112,7 @@ class Learner:
             max_tokens=learner.max_tokens_per_micro_batch,
             filler_token_id=self.encoder.eos_token_id,
             banned_token_ids=self.encoder.banned_token_ids,
+            balance_coef=learner.balance_coef,
         )
         self._optimizer: Optimizer | None = None
         if trainable:
@@ -130,6 +137,9 @@ class Learner:
         if model.lora.rank:
             for unadapted in [hf] if source is None or source is hf else [hf, source]:
                 add_lora(unadapted, model.lora, seed=self.seed)
+        if model.lora.base_bits == 4:
+            require_packing(self.device, dist.get_world_size())
+            pack_base(hf, self.device)
         dtype = compute_dtype(learner.precision)
         if not trainable:
             hf.requires_grad_(False)
@@ -197,7 +207,7 @@ class Learner:
             samples = [sample for index in chunk for sample in groups[index].samples]
             totals = step_totals(samples, loss_weights_K, self.device)
             num_active = float(totals.active_K.sum())
-            if num_active:
+            if num_active or self._surrogate.distill_coef:
                 metrics = self._passes.run(
                     groups,
                     packing,
@@ -299,6 +309,8 @@ class Learner:
         self, *, every_rank: bool = False, dtype: torch.dtype = torch.float32
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every trained weight, whole, under the model's own names; adapters are merged in float32. Collective.
+
+        Tensors have the layout of published checkpoints (`Family.published`).
 
         Every rank must iterate to the end; only rank 0 is given tensors unless `every_rank`. A frozen tower is left
         out: engines that loaded the same folder have it.
@@ -404,6 +416,25 @@ def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_t
         raise RsgrpoError(
             f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
             "model.freeze_vision=false trains it. Set learner.feature_cache='' or model.freeze_vision=true"
+        )
+
+
+def frozen_model(model: ModelConfig) -> ModelConfig:
+    """Return the frozen model of a run: the teacher where there is one, else what the policy starts from."""
+    return replace(model, path=model.teacher, revision="", lora=LoraConfig()) if model.teacher else model
+
+
+def require_packing(device: torch.device, world_size: int) -> None:
+    """Raise RsgrpoError where the frozen base of adapters cannot be kept in 4 bits."""
+    where = f"the device is {device.type} and there are {world_size} ranks"
+    if device.type != "cuda" or world_size > 1:
+        raise RsgrpoError(
+            f"model.lora.base_bits=4 needs CUDA and learner.num_ranks=1, but {where}. Set model.lora.base_bits=16"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RsgrpoError(
+            "model.lora.base_bits=4 needs bitsandbytes, which is not installed. Run pip install bitsandbytes, or "
+            "set model.lora.base_bits=16"
         )
 
 

@@ -42,6 +42,7 @@ class Passes:
         max_tokens: of a micro-batch.
         filler_token_id: a token that may be sampled; micro-batches without work consist of it.
         banned_token_ids: tokens that no response may hold.
+        balance_coef: weight of the loss that spreads tokens evenly over experts; 0 is off.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class Passes:
         max_tokens: int,
         filler_token_id: int,
         banned_token_ids: Sequence[int],
+        balance_coef: float = 0.0,
     ) -> None:
         self.policy, self.prompts, self.device = policy, prompts, device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._max_tokens = max_tokens
         self._filler_token_id = filler_token_id
         self._banned_token_ids = banned_token_ids
+        self._balance_coef = balance_coef
         self._cost_model = cost_model(policy)
         self._homes: dict[str, int] = {}
         self._counted: dict[str, float] = {}
@@ -127,13 +130,16 @@ class Passes:
         """
         self.policy.train(learn)
         shares: list[dict[str, torch.Tensor]] = []
+        num_samples = sum(len(unit.samples) for rank in packing for units in rank for unit in units)
         with torch.set_grad_enabled(learn):
             for units, batch in self._micro_batches(groups, packing, old):
                 scores = self.policy(batch, temperature, entropy_gradient)
                 if units:
                     output = loss_of(scores, batch)
                     loss = output.loss
-                    shares.append(output.metrics)
+                    shares.append(output.metrics | self.policy.routing.metrics())
+                    if self._balance_coef:
+                        loss = loss + self._balance_coef * self.policy.routing.balance_loss(batch, num_samples)
                 else:
                     loss = scores.logprobs_N.sum() * 0.0
                 if learn:  # FSDP averages gradients over ranks, while the shares of the loss add up

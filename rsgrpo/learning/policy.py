@@ -21,7 +21,8 @@ from rollout.families import Family, family_of
 from rsgrpo.config.learner import LoraConfig, ModelConfig, parse_checkpointing
 from rsgrpo.errors import InputError
 from rsgrpo.learning.attention import PrefixRow
-from rsgrpo.learning.forked_state import fork_states
+from rsgrpo.learning.layers.forked_state import fork_states
+from rsgrpo.learning.layers.routing import Routing
 from rsgrpo.types import MicroBatch, TokenScores
 
 _AS_LOADED: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
@@ -89,6 +90,9 @@ class Policy(nn.Module):
         logits_chunk_tokens: response tokens whose logits are in memory at once.
         frozen_tower: rows come with features instead of pixels.
         compute_dtype: dtype in which the layers compute.
+
+    Attributes:
+        routing: what the routers of a mixture of experts did in the last forward of a micro-batch.
     """
 
     banned_V: torch.Tensor
@@ -116,6 +120,7 @@ class Policy(nn.Module):
         self.register_buffer("banned_V", banned_V, persistent=False)
         self.family.attend_by(model, attention)
         fork_states(self.family.recurrent_layers(model))
+        self.routing = Routing(self.family.routers(model))
         if frozen_tower:
             self.family.vision_tower(model).requires_grad_(False)
 
@@ -130,13 +135,14 @@ class Policy(nn.Module):
         model, family = self.hf, self.family
         inputs = family.language_inputs(model, batch.token_ids_T[None], self._features(batch))
         embeds = inputs["inputs_embeds"]
-        hidden_TH = family.language_model(model)(
-            **inputs,
-            **family.no_mask,
-            position_ids=family.decoder_positions(batch.position_ids_3T[:, None]),
-            use_cache=False,
-            prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
-        ).last_hidden_state[0]
+        with self.routing.heard():
+            hidden_TH = family.language_model(model)(
+                **inputs,
+                **family.no_mask,
+                position_ids=family.decoder_positions(batch.position_ids_3T[:, None]),
+                use_cache=False,
+                prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
+            ).last_hidden_state[0]
         return self._head(hidden_TH[batch.head_index_N], batch.targets_N, temperature, entropy_gradient)
 
     def _plain(self, row: PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:

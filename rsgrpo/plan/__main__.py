@@ -33,7 +33,7 @@ def render(config: PlanConfig, sizes: ModelSizes, source: str) -> str:
         f"{_counted(rollout.num_workers, f'{rollout.engine} engine')}, "
         f"{config.cluster.placement}, on {num_devices(config)} x {name} ({device.memory_gib:g} GiB)",
         f"Model: {source}: {sizes.language_params / 1e9:.3g} B decoder + {sizes.vision_params / 1e9:.3g} B vision "
-        f"parameters, {trained / 1e9:.3g} B of them trained",
+        f"parameters, {trained / 1e9:.3g} B of them trained{_active(sizes)}",
     ]
     for kind, memory in devices_memory(config, sizes).items():
         lines += ["", f"Memory of one device, {kind}:"]
@@ -83,6 +83,12 @@ def step_lines(config: PlanConfig, sizes: ModelSizes) -> list[str]:
         "  Left out: validation, rewards, traffic between tensor-parallel devices.",
         "  Change any of it with plan.KEY=VALUE. Counted, not assumed: parameters, FLOPs, state, activations, cache.",
     ]
+
+
+def _active(sizes: ModelSizes) -> str:
+    if not sizes.idle_params:
+        return ""
+    return f"; a token passes {(sizes.language_params - sizes.idle_params) / 1e9:.3g} B of the decoder"
 
 
 def _counted(number: int, what: str) -> str:

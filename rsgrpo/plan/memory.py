@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.plan.config import PlanConfig, device_of
-from rsgrpo.plan.model_sizes import ModelSizes
+from rsgrpo.plan.model_sizes import ModelSizes, sizes_of
 
 GIB = 2**30
 WORKSPACE_GIB = 2.0  # CUDA context, communication buffers, an engine's own working memory
+FOUR_BITS = 0.5 + 4 / 64  # bytes of a value: NF4, and a float32 per block of 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +48,38 @@ def learner_state(config: TrainConfig, sizes: ModelSizes) -> dict[str, float]:
 
     Frozen weights are taken to be exact in that precision, as published ones are.
     """
-    learner, lora = config.learner, config.model.lora
-    width = value_bytes(config)
+    learner, width = config.learner, value_bytes(config)
     on_device = 0 if learner.offload else 1 / (shard_ranks(config) * GIB)
     trained = trainable_params(config, sizes)
     state = {
         "weights (float32)": on_device * 4 * trained,
-        "frozen base": on_device * width * sizes.language_params if lora.rank else 0.0,
+        "frozen base": on_device * frozen_base_bytes(config, sizes),
         "optimiser": on_device * 8 * trained,
         "frozen vision tower": width * sizes.vision_params / GIB if config.model.freeze_vision else 0.0,
     }
-    if config.algorithm.kl_coef > 0 and not lora.rank:
-        state["reference"] = width * (sizes.language_params / shard_ranks(config) + sizes.vision_params) / GIB
+    if config.needs_reference_workers:
+        frozen = reference_sizes(config, sizes)
+        state["reference"] = width * (frozen.language_params / shard_ranks(config) + frozen.vision_params) / GIB
     return state
+
+
+def frozen_base_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
+    """Return the bytes of a LoRA run's decoder: in 4 bits, half a byte and a float32 per block of 64 values."""
+    lora, width = config.model.lora, value_bytes(config)
+    if not lora.rank:
+        return 0.0
+    packed = sum(sizes.adapted_params.get(target, 0) for target in lora.targets) if lora.base_bits == 4 else 0
+    return width * (sizes.language_params - packed) + FOUR_BITS * packed
+
+
+def reference_sizes(config: TrainConfig, sizes: ModelSizes) -> ModelSizes:
+    """Return the sizes of the frozen model: a teacher's where there is one, else the policy's."""
+    return _teacher_sizes(config.model.teacher) if config.model.teacher else sizes
+
+
+@functools.cache
+def _teacher_sizes(path: str) -> ModelSizes:
+    return sizes_of(path)[0]
 
 
 def learner_moments(config: TrainConfig, sizes: ModelSizes) -> dict[str, dict[str, float]]:
@@ -155,7 +176,8 @@ def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
     all_params = sizes.language_params + sizes.vision_params
     if rollout.engine == "vllm":
         degree = rollout.vllm.tensor_parallel_size
-        weights = 2 * all_params / degree / GIB
+        packed = sizes.body_params if rollout.vllm.engine_args.get("quantization") == "bitsandbytes" else 0
+        weights = (2 * (all_params - packed) + FOUR_BITS * packed) / degree / GIB
         # vLLM measures the images of one prompt through the tower, each worker all of it, before it sizes its cache.
         images = config.inputs.max_images + rollout.max_observation_images
         patches = images * sizes.image_patches(config.inputs.max_pixels)

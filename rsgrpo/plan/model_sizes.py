@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -69,9 +69,13 @@ class RecurrentSizes:
 class ModelSizes:
     """Widths and numbers of parameters; `vision_` ones are the tower's, its merger included.
 
-    layer_params: of the largest decoder layer. body_params: that every token passes, N in the formulas.
+    layer_params: of the largest decoder layer. body_params: of all layers and the last norm.
+    idle_params: of the experts that a token does not pass; body_params - idle_params is N in the formulas.
+    experts_per_token: experts of a layer that a token passes, of a mixture; 0 where every token passes everything.
+    intermediate_size: inner width of the MLP, in a mixture over all experts that a token passes.
     merger_params: of what makes vision tokens of patches, `patches_per_token` each.
     language_params: decoder, embeddings and head.
+    adapted_params: of the linear layers that a LoRA target adapts, over all decoder layers.
     adapter_widths: inputs plus outputs of the linear layers that a LoRA target adapts, over all decoder layers.
     recurrent: of layers that carry a state instead of attending; None where all attend.
     vision_kept_width: values that the MLP of a tower's block keeps for its backward pass.
@@ -88,6 +92,7 @@ class ModelSizes:
     layer_params: int
     body_params: int
     language_params: int
+    adapted_params: Mapping[str, int]
     adapter_widths: Mapping[str, int]
     vision_hidden_size: int
     vision_depth: int
@@ -99,6 +104,8 @@ class ModelSizes:
     patches_per_token: int
     window_patches: int
     extra_patches: int = 0
+    idle_params: int = 0
+    experts_per_token: int = 0
     recurrent: RecurrentSizes | None = None
 
     @property
@@ -121,7 +128,9 @@ class ModelSizes:
         """
         prompt, response, group = prompt_tokens, response_tokens + observation_tokens, group_size
         width = self.num_attention_layers * self.attention_width
-        per_token = 2 * self.body_params + (self.recurrent.flops_per_token if self.recurrent else 0.0)
+        per_token = 2 * (self.body_params - self.idle_params) + (
+            self.recurrent.flops_per_token if self.recurrent else 0.0
+        )
         attention = 2 * width * prompt**2 + group * (4 * width * response * prompt + 2 * width * response**2)
         head = 2 * self.hidden_size * self.vocab_size * group * response_tokens
         return per_token * (prompt + group * response) + attention + head
@@ -146,9 +155,10 @@ class ModelSizes:
         """Bytes per token that the largest decoder layer keeps for its backward pass.
 
         value_bytes: 4 float32, 2 bfloat16.
-        Counted on transformers' Qwen2.5-VL layer with SDPA; in bfloat16 the norms keep float32 copies.
+        Counted on transformers' Qwen2.5-VL layer with SDPA; in bfloat16 the norms keep float32 copies. Each expert of
+        a mixture keeps what it is given and what it returns.
         """
-        kept = 8.5 * self.hidden_size + 2 * self.kv_width + 4 * self.intermediate_size
+        kept = (8.5 + 2 * self.experts_per_token) * self.hidden_size + 2 * self.kv_width + 4 * self.intermediate_size
         rule = self.recurrent.activation_bytes(value_bytes) if self.recurrent else 0.0
         return value_bytes * kept + (4 * self.hidden_size if value_bytes == 2 else 0) + rule
 
@@ -199,7 +209,7 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
         model = build(settings)
     text, tower, shape = settings.get_text_config(), family.vision_tower(model), family.tower_shape(model)
     layers: list[Any] = list(family.decoder_layers(model))
-    blocks = family.vision_blocks(model)
+    blocks, routers = family.vision_blocks(model), cast("list[Any]", family.routers(model))
     attention = next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
     vision_mlp = [layer for name, layer in _linear_layers(blocks[0]) if name.split(".")[0] == "mlp"]
     vision_params = _count(tower.parameters())
@@ -209,12 +219,13 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
         num_layers=len(layers),
         attention_width=attention.o_proj.in_features,
         kv_width=attention.k_proj.out_features,
-        intermediate_size=text.intermediate_size,
+        intermediate_size=_inner_width(layers[-1].mlp),
         vocab_size=text.vocab_size,
         layer_params=max(layer_params),
         body_params=sum(layer_params) + text.hidden_size,
         language_params=_count(model.parameters()) - vision_params,
-        adapter_widths=_adapter_widths(family, layers),
+        adapted_params=_of_targets(family, layers, lambda linear: linear.in_features * linear.out_features),
+        adapter_widths=_of_targets(family, layers, lambda linear: linear.in_features + linear.out_features),
         vision_hidden_size=shape.hidden_size,
         vision_depth=len(blocks),
         # a gated MLP of three layers keeps four values of its inner width, a plain one of two layers two
@@ -228,15 +239,34 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
         patches_per_token=shape.patches_per_token,
         window_patches=shape.window_patches,
         extra_patches=shape.extra_patches,
+        idle_params=sum(_idle(layer) for layer in layers),
+        experts_per_token=max((router.top_k for router in routers), default=0),
         recurrent=_recurrent_sizes(family, model),
     )
 
 
-def _adapter_widths(family: Family, layers: Sequence[nn.Module]) -> dict[str, int]:
-    widths: Counter[str] = Counter()
+def _idle(layer: Any) -> int:
+    """Return the parameters of the experts that a token does not pass in a decoder layer."""
+    if not hasattr(layer.mlp, "experts"):
+        return 0
+    router = layer.mlp.gate
+    return int(_count(layer.mlp.experts.parameters()) * (router.num_experts - router.top_k) // router.num_experts)
+
+
+def _inner_width(mlp: Any) -> int:
+    """Return the inner width of an MLP, over all experts that a token passes."""
+    if hasattr(mlp, "experts"):
+        shared = _inner_width(mlp.shared_expert) if hasattr(mlp, "shared_expert") else 0
+        return int(mlp.gate.top_k * mlp.experts.intermediate_dim) + shared
+    return int(mlp.down_proj.in_features)
+
+
+def _of_targets(family: Family, layers: Sequence[nn.Module], size_of: Callable[[nn.Linear], int]) -> dict[str, int]:
+    """Return LoRA target -> the sum of `size_of` over the linear layers that it adapts."""
+    sums: Counter[str] = Counter()
     for name, linear in (pair for layer in layers for pair in _linear_layers(layer)):
-        widths[name.rpartition(".")[2]] += linear.in_features + linear.out_features
-    return {target: sum(widths[name] for name in family.adapted_names([target])) for target in widths}
+        sums[name.rpartition(".")[2]] += size_of(linear)
+    return {target: sum(sums[name] for name in family.adapted_names([target])) for target in sums}
 
 
 def _recurrent_sizes(family: Family, model: Any) -> RecurrentSizes | None:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rsgrpo.plan.config import PlanConfig, device_of
-from rsgrpo.plan.memory import GIB, engine_memory, trainable_params
+from rsgrpo.plan.memory import GIB, engine_memory, reference_sizes, trainable_params
 from rsgrpo.plan.model_sizes import ModelSizes
 
 
@@ -65,8 +65,9 @@ def phases(config: PlanConfig, sizes: ModelSizes) -> list[Phase]:
     found = [*sampling_phases(config, sizes, vision)]
     if algorithm.updates_per_step > 1 or not algorithm.on_policy_shortcut:
         found.append(Phase("old log-probabilities", forward, forward / learner_rate))
-    if algorithm.kl_coef > 0:
-        found.append(Phase("reference", forward, forward / learner_rate))
+    if algorithm.needs_reference:
+        frozen = prompts * reference_sizes(config, sizes).group_flops(prompt_tokens, response_tokens, group)
+        found.append(Phase("reference", frozen, frozen / learner_rate))
     passes = (2 if config.model.lora.rank else 3) + learner.recomputed_share
     tower = vision * (1 if config.model.freeze_vision else 3 + (learner.recomputed_share > 0))
     work = passes * forward + tower
@@ -120,9 +121,10 @@ def sampling_phases(config: PlanConfig, sizes: ModelSizes, vision_flops: float) 
         + at_once * (prompt_tokens + (response_tokens + observed) / 2) * sizes.kv_bytes_per_token
     ) / degree
     steps = math.ceil(sequences / at_once) * response_tokens
-    decode = 2 * sampled * group * response_tokens * (sizes.body_params + sizes.vocab_size * sizes.hidden_size)
-    # The last responses of a step run to the limit, with engines nearly empty: each token reads the weights once.
-    tail = (rollout.max_response_tokens - response_tokens) * 2 * sizes.language_params / degree
+    passed = sizes.body_params - sizes.idle_params + sizes.vocab_size * sizes.hidden_size
+    decode = 2 * sampled * group * response_tokens * passed
+    # The last responses of a step run to the limit, in engines nearly empty: each token reads the weights it passes.
+    tail = (rollout.max_response_tokens - response_tokens) * 2 * (sizes.language_params - sizes.idle_params) / degree
     bandwidth = device.bandwidth * config.plan.decode_bandwidth
     return [
         Phase("sample: prefill", prefill, prefill / (rollout.num_workers * degree * device.flops * config.plan.mfu)),

@@ -70,6 +70,17 @@ QWEN3_VISION = {
 }
 
 
+HYBRID = {
+    "num_hidden_layers": 4,  # three with a recurrent state, one that attends
+    "head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
 def qwen_image_processor(vision: dict[str, Any]) -> Any:
     """The image processor of every Qwen family."""
     patch = vision["patch_size"]
@@ -117,14 +128,21 @@ TINY = {
         video_processor=Qwen3VLVideoProcessor,
     ),
     "qwen3_5": Tiny(
-        text={
-            "num_hidden_layers": 4,  # three with a recurrent state, one that attends
-            "head_dim": 32,
-            "linear_num_key_heads": 1,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-        },
+        text=HYBRID,
+        rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True, "partial_rotary_factor": 1.0},
+        vision=QWEN3_VISION,
+        processor=Qwen3VLProcessor,
+        video_processor=Qwen3VLVideoProcessor,
+    ),
+    "qwen3_vl_moe": Tiny(
+        text={"num_hidden_layers": 3, "head_dim": 32, **EXPERTS},
+        rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        vision={**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]},
+        processor=Qwen3VLProcessor,
+        video_processor=Qwen3VLVideoProcessor,
+    ),
+    "qwen3_5_moe": Tiny(
+        text={**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 40},
         rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True, "partial_rotary_factor": 1.0},
         vision=QWEN3_VISION,
         processor=Qwen3VLProcessor,
@@ -194,7 +212,9 @@ def save_family(model_type: str, tokenizer_path: str, folder: Path) -> str:
     from_config: Any = AutoModelForImageTextToText.from_config
     model = from_config(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("A_log"):  # a state that still remembers the prompt in the response
+        if name.endswith("mlp.gate.weight"):  # routers that choose: these start at zero
+            torch.nn.init.normal_(parameter, std=0.5)
+        elif name.endswith("A_log"):  # a state that still remembers the prompt in the response
             torch.nn.init.uniform_(parameter, -4.0, -1.0)
     model.save_pretrained(folder)
     options = {"image_seq_length": tiny.config["image_seq_length"]} if "image_seq_length" in tiny.config else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +12,30 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rollout.config import InputsConfig
+from rollout.config import InputsConfig, RolloutConfig
 from rollout.families import FAMILIES, family_of
+from rollout.hf.engine import HFEngine
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.config.train import LoraConfig
 from rsgrpo.errors import InputError
 from rsgrpo.learning.packing import build_micro_batch
+from rsgrpo.plan.model_sizes import sizes_of
 from tests.laws.test_02_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows, row_of
-from tests.material.learner import make_groups, make_learner
+from tests.material.gate import OneEngine, failures, run_gate
+from tests.material.learner import INPUTS, learnt, make_groups, make_learner
 from tests.material.tiny_families import save_family
 
+OF_QWEN2 = {"model.embed_tokens", "model.layers", "model.norm", "visual.blocks", "visual.merger",
+            "visual.patch_embed", "lm_head.weight"}  # fmt: skip
 HUB_PREFIXES = {
-    "qwen2_vl": {"model.embed_tokens", "model.layers", "model.norm", "visual.blocks", "visual.merger",
-                 "visual.patch_embed", "lm_head.weight"},
+    "qwen2_5_vl": OF_QWEN2,
+    "qwen2_vl": OF_QWEN2,
     "qwen3_vl": {"model.language_model", "model.visual", "lm_head.weight"},
     "qwen3_5": {"model.language_model", "model.visual", "lm_head.weight"},
+    "qwen3_vl_moe": {"model.language_model", "model.visual", "lm_head.weight"},
+    "qwen3_5_moe": {"model.language_model", "model.visual", "lm_head.weight"},
     "internvl": {"model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head.weight"},
     "glm4v": {"model.language_model", "model.visual", "lm_head.weight"},
 }  # fmt: skip
@@ -40,6 +48,8 @@ def model_type(request) -> str:
 
 @pytest.fixture(scope="module")
 def path(model_type, tiny_model_path, tmp_path_factory) -> str:
+    if model_type == "qwen2_5_vl":  # the tests' own
+        return tiny_model_path
     return save_family(model_type, tiny_model_path, tmp_path_factory.mktemp(f"tiny-{model_type}"))
 
 
@@ -48,8 +58,8 @@ def processor(path) -> InputProcessor:
     return InputProcessor(path, InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16))
 
 
-def test_every_family_but_the_tests_own_has_a_tiny_model():
-    assert set(FAMILIES) == {*HUB_PREFIXES, "qwen2_5_vl"}
+def test_every_family_has_a_tiny_model():
+    assert set(FAMILIES) == set(HUB_PREFIXES)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of GLM's processor
@@ -105,8 +115,66 @@ def test_shared_equals_plain(counts, train_tower, path, processor, page_images):
     assert_same(plain, shared)
 
 
+def test_lora_gradients_equal_those_of_separate_rows(path, processor, page_images):
+    policy = make_policy(path, processor, lora=4)
+    groups = groups_of(processor, page_images, [2, 0])
+    shared = backward(policy, [row_of(policy, groups)])
+    assert all("lora_" in name and not name.startswith(policy.family.vision_prefixes) for name in shared[1])
+    assert_same(backward(policy, plain_rows(groups)), shared)
+
+
+def test_text_only_rows_beside_image_rows_in_one_step_are_as_if_alone(path, processor, page_images):
+    """A row of text sees nothing of its neighbour's images, wherever it lies in the micro-batch."""
+    policy = make_policy(path, processor).eval()
+    groups = groups_of(processor, page_images, [0, 2, 0, 1])
+    with torch.no_grad():
+        together = policy(row_of(policy, groups), 1.0, False).logprobs_N
+        alone = [policy(row_of(policy, [group]), 1.0, False).logprobs_N for group in groups]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_micro_batches_and_recomputed_layers_do_not_matter(path, page_images):
+    """Law 1, on a step of text-only and image rows."""
+    groups, found = make_groups(page_images, [1, 0, 2]), []
+    for options in ({"gradient_checkpointing": "none"}, {"max_tokens_per_micro_batch": 130}):
+        learner = make_learner(path, **options)
+        metrics = learnt(learner.update(groups, [1.0, 1.0]))
+        metrics.pop("actor/expert_load_max", None)  # of a micro-batch
+        found.append((metrics, {name: tensor.clone() for name, tensor in learner.gather_weights()}))
+    (one, weights), (other, again) = found
+    assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, again[name], atol=5e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_resumes_exactly(path, page_images, tmp_path):
+    groups = make_groups(page_images, [1, 0])
+    learner = make_learner(path)
+    learner.update(groups, [1.0, 1.0])
+    learner.save(tmp_path / "state")
+    resumed = make_learner(path, self_check=False)
+    resumed.load(tmp_path / "state")
+    assert learnt(learner.update(groups, [1.0, 1.0])) == learnt(resumed.update(groups, [1.0, 1.0]))
+    for (name, one), (_, other) in zip(learner.gather_weights(), resumed.gather_weights(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_the_plan_counts_the_parameters_of_the_folder(path):
+    sizes, _ = sizes_of(path)
+    with safe_open(Path(path) / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert sizes.language_params + sizes.vision_params == stored
+
+
+def test_the_gate_finds_engine_and_learner_equal_and_that_images_matter(path, page_images):
+    engine = HFEngine(path, RolloutConfig(dtype="float32", num_threads=1), INPUTS)
+    learner = make_learner(path)
+    prompts = [group.prompt for group in make_groups(page_images, [2, 0])]
+    assert failures(run_gate(OneEngine(engine), learner, prompts)) == set()
+
+
 def test_features_from_inside_the_tower_matter(model_type, path, processor, page_images):
-    if model_type != "qwen3_vl":
+    if not model_type.startswith("qwen3_vl"):
         pytest.skip("this family's tower gives its output only")
     policy = make_policy(path, processor).eval()
     [(inputs, group)] = groups_of(processor, page_images, [2])
@@ -132,7 +200,7 @@ def test_the_learner_trains_it_and_its_export_loads_and_has_the_hubs_names(
     assert model.config.model_type == model_type
     named = dict(model.named_parameters())
     for name, tensor in learner.gather_weights():
-        torch.testing.assert_close(named[name].data, tensor)
+        torch.testing.assert_close(learner.policy.family.published(name, named[name].data), tensor)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:  # the names that vLLM's loader maps
         prefixes = {".".join(name.split(".")[:2]) for name in file.keys()}  # noqa: SIM118
     assert prefixes == HUB_PREFIXES[model_type]

@@ -11,7 +11,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 from rsgrpo.learning.attention import PrefixRow
-from rsgrpo.learning.forked_state import fork_states
+from rsgrpo.learning.layers.forked_state import fork_states
 from rsgrpo.types import PrefixLayout
 
 WIDTH = 32

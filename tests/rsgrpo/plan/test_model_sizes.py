@@ -66,6 +66,7 @@ def test_parameters_of_a_layer_by_hand():
         ("2.5-VL-72B", 73_410_777_344),
         ("3-VL-4B", 4_437_815_808),
         ("3-VL-8B", 8_767_123_696),
+        ("3-VL-30B-A3B", 31_070_754_032),
     ],
 )
 def test_known_models_have_the_parameters_of_their_checkpoints(size, total):
@@ -82,6 +83,37 @@ def test_models_of_other_vendors_are_known_by_name():
     sizes, source = sizes_of("zai-org/GLM-4.1V-9B-Thinking")
     assert source == "GLM-4.1V-9B (by its name)"
     assert sizes.language_params + sizes.vision_params == pytest.approx(10.29e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_token_passes_only_its_experts(family, tiny_model_path, tmp_path):
+    folder = save_family(family, tiny_model_path, tmp_path / family)
+    sizes, _ = sizes_of(folder)
+    assert sizes.language_params + sizes.vision_params == num_stored(folder)
+    # Each of 8 experts: gate and up 96 x 64, down 64 x 48; six of eight are idle. A shared one is 40 wide.
+    expert, layers = 96 * 64 + 64 * 48, sizes.num_layers
+    assert sizes.idle_params == layers * 6 * expert
+    assert (sizes.experts_per_token, sizes.intermediate_size) == (2, 2 * 48 + (40 if family == "qwen3_5_moe" else 0))
+    one = sizes.group_flops(1, 0, 1) - 2 * sizes.num_attention_layers * sizes.attention_width
+    rule = sizes.recurrent.flops_per_token if sizes.recurrent else 0.0
+    assert one == pytest.approx(2 * (sizes.body_params - sizes.idle_params) + rule)
+    learner = make_learner(folder, lora=LoraConfig(rank=2))
+    trained = sum(parameter.numel() for parameter in learner.policy.trainable().values())
+    config = cli.compose(PlanConfig, "config", ["recipe=demo", f"model.path={folder}", "model.lora.rank=2"])
+    assert trainable_params(config, sizes) == trained
+
+
+def test_flops_of_experts_are_those_that_torch_counts(tiny_model_path, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    folder = save_family("qwen3_vl_moe", tiny_model_path, tmp_path / "mixture")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, experts_implementation="eager")
+    model.model.language_model.config._attn_implementation = "eager"
+    sizes, length = sizes_of(folder)[0], 200
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.language_model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)
+    hidden_half = 2 * sizes.num_layers * sizes.attention_width * length**2
+    assert counter.get_total_flops() == pytest.approx(sizes.group_flops(length, 0, 1) + hidden_half, rel=0.01)
 
 
 def test_recurrent_layers_are_counted_apart_from_those_that_attend(tiny_model_path, tmp_path):
@@ -136,7 +168,7 @@ def test_sizes_are_read_from_the_models_own_folder(tiny_model_path):
     [
         ("qwen2_vl", 2, 2 * 128, 25),
         ("qwen3_vl", 2, 2 * 128, 25),
-        ("glm4v", 2, 4 * 128, 25),  # a gated MLP
+        ("glm4v", 2, 4 * 64, 25),  # a gated MLP, as wide as its output
         ("internvl", 0, 2 * 128, 25 + 4),  # patches attend within a tile; a thumbnail of four tokens
     ],
 )
