@@ -38,9 +38,9 @@ ConfigT = TypeVar("ConfigT")
 SHOWN_KEYS = {"learner": "learner.lr=1e-5 tracking=wandb_offline", "rollout": "prompt=direct rollout=vllm"}
 MAX_NAME_CHARS = 120
 HELP_COLUMN, HELP_WIDTH = 36, 120
-UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, TypeError)
-"""What hydra raises for settings that cannot be read; OSError for a key that no file could be named by, TypeError for a
-group that is given numbers."""
+UNREADABLE = (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError, TypeError, AssertionError)
+"""What hydra raises for settings that cannot be read; OSError for a key that no file could be named by, the last two
+where a group is given something that is not the name of an option."""
 KINDS = {"Float": "a number such as 1e-5", "Integer": "a whole number", "Boolean": "true or false"}
 
 
@@ -175,8 +175,9 @@ def explain(error: Exception, schema: type, config_name: str = "config", argumen
         return f"cannot read {error.override!r}: {reason}. Write key=value, with quotes around special characters."
     if isinstance(error, OSError):  # hydra looks for a file that is named like the key
         return f"{max(arguments, key=len, default='')[:60]}...: there is no such key. `--help` shows all keys"
-    if isinstance(error, TypeError):
-        return f"the settings cannot be read ({text}). A group takes the name of an option, such as learner=gpu"
+    if isinstance(error, TypeError | AssertionError):
+        fix = "Give a group the name of an option, such as learner=gpu"
+        return f"the settings cannot be read ({text or 'hydra refuses them'}). {fix}"
     required = re.match(r"You must specify '([\w/]+)'", text)
     if required:
         group = required[1]
