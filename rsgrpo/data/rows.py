@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rsgrpo.records.hub import hub_errors
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 STREAMED_SUFFIXES = (".jsonl", ".parquet")
 ROWS_IN_MEMORY = 64
+MAX_ROWS = 2_000_000  # read whole; a small compressed file may hold many more than memory does
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHARD = re.compile(r"-\d+-of-\d+$")
 
@@ -87,10 +89,13 @@ def read_rows(source: str, *, keep_broken: bool = False) -> tuple[list[Row], Pat
     keep_broken: also return rows that are not JSON objects, with their `fault`, for callers that list bad rows.
 
     Raises:
-        InputError: there is nothing, it cannot be read (the message names file and lines), or it has no rows.
+        InputError: there is nothing, it cannot be read (the message names file and lines), it has no rows, or more than
+            `MAX_ROWS`.
     """
     opened, folder = open_rows(source)
-    rows = list(opened)
+    rows = list(islice(opened, MAX_ROWS + 1))
+    if len(rows) > MAX_ROWS:
+        raise InputError(f"{source} has more than {MAX_ROWS:,} rows. Split it, or train with data.streaming=true")
     if not rows:
         raise InputError(f"data source {source} has no rows")
     broken = [f"{row.place}: {row.fault}" for row in rows if row.fault]

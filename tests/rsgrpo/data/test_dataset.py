@@ -423,3 +423,13 @@ def test_templates_that_cannot_work_are_refused(folder, processor, prompt, row, 
 
 def test_braces_of_other_kinds_stay_in_a_template():
     assert render_template('{"a": 1} {question}', "q", 0) == '{"a": 1} q'
+
+
+def test_a_source_with_more_rows_than_memory_may_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("rsgrpo.data.rows.MAX_ROWS", 3)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "?"}\n' * 3)
+    assert len(read_rows(str(path))[0]) == 3
+    path.write_text('{"prompt": "?"}\n' * 4)
+    with pytest.raises(RsgrpoError, match=r"has more than 3 rows\. Split it, or train with data\.streaming=true"):
+        read_rows(str(path))
