@@ -290,19 +290,17 @@ def test_a_worker_that_dies_or_hangs_costs_one_task():
     assert (str(found[3].error), str(found[6].error)) == ("three", "Needy: this and that")
 
 
-def reports_for_ever(task: int, alive: Callable[[], None]) -> int:
-    while task == 3:
+def reports_for_ever(task: int, alive: Callable[[], None]) -> None:
+    while True:
         alive()
         time.sleep(0.01)
-    return task
 
 
 def test_a_document_that_makes_progress_for_ever_is_abandoned():
-    outcomes = run_tasks(
-        reports_for_ever, range(5), num_workers=1, timeout_s=lambda _: 60, on_alive=lambda: None, total_s=1.5
+    (outcome,) = run_tasks(
+        reports_for_ever, [3], num_workers=1, timeout_s=lambda _: 60, on_alive=lambda: None, total_s=1.0
     )
-    found = {outcome.task: outcome.died or outcome.value for outcome in outcomes}
-    assert found == {0: 0, 1: 1, 2: 2, 3: "not finished after 1.5 s; the process was stopped", 4: 4}
+    assert outcome.died == "not finished after 1 s; the process was stopped"
 
 
 def test_a_file_that_changed_under_the_same_size_and_time_is_found_by_its_checksum(tmp_path, docs):
