@@ -17,8 +17,8 @@ from rsgrpo.records.console import Console
 class DeskSettings:
     """The settings that determine every byte of the desk demo's data and model."""
 
-    sft_items: int = key(4000, "trajectories for the warm start", ge=1)
-    train_items: int = key(2000, "rows for reinforcement learning", ge=1)
+    sft_items: int = key(3000, "trajectories for the warm start", ge=1)
+    train_items: int = key(1000, "rows for reinforcement learning", ge=1)
     val_items: int = key(200, "held-out rows", ge=1)
     seed: int = key(0, "seed of every random choice")
     names: Names = key("number", "what questions name a page by; colour must be seen on thumbnails (slow to learn)")
