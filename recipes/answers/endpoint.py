@@ -55,7 +55,7 @@ class ReplyRefused(Exception):
     """A reply that is too long, or compressed and so of unknown length."""
 
 
-class _Bounded(_HTTPX.AsyncByteStream):  # type: ignore[misc, name-defined]
+class _Bounded(_HTTPX.AsyncByteStream):
     """The bytes of a reply, up to `MAX_REPLY_BYTES`."""
 
     def __init__(self, stream: Any) -> None:

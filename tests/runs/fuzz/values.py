@@ -73,13 +73,30 @@ def reward_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
     def score() -> Any:
         arrays = (np.float32(0.5), np.float64("nan"), np.array(1.0), np.array([1.0, 2.0]), np.int64(3))
         tensors = (torch.tensor(0.5), torch.tensor([1.0, 2.0]), torch.tensor(float("nan")))
-        plain = (0, 1.0, -2.5, True, None, math.nan, math.inf, -math.inf, 10**400, "1", "", b"1", [], {}, 1j, Odd())
+        plain: tuple[Any, ...] = (
+            0,
+            1.0,
+            -2.5,
+            True,
+            None,
+            math.nan,
+            math.inf,
+            -math.inf,
+            10**400,
+            "1",
+            "",
+            b"1",
+            [],
+            {},
+            1j,
+            Odd(),
+        )
         return draw.choice((*plain, object, *arrays, *tensors))
 
     def credit() -> Any:
         span = draw.choice(SPANS)
-        values: tuple[Any, ...] = (draw.choice(("a", "b", "", None, 3)), score())
-        return Credit(*values, None if span is None else Span(*span))
+        name: Any = draw.choice(("a", "b", "", None, 3))
+        return Credit(name, score(), None if span is None else Span(*span))
 
     def value() -> Any:
         kind = draw.random()
