@@ -426,7 +426,7 @@ def frozen_model(model: ModelConfig) -> ModelConfig:
 
 def require_packing(device: torch.device, world_size: int) -> None:
     """Raise RsgrpoError where the frozen base of adapters cannot be kept in 4 bits."""
-    where = f"the device is {device.type} and there are {world_size} ranks"
+    where = f"the device is {device.type} and learner.num_ranks is {world_size}"
     if device.type != "cuda" or world_size > 1:
         raise RsgrpoError(
             f"model.lora.base_bits=4 needs CUDA and learner.num_ranks=1, but {where}. Set model.lora.base_bits=16"
