@@ -48,7 +48,7 @@ $(WARM_START): | $(DATA_AND_MODEL)
 	$(BIN)/python -m recipes.sft recipe=sft_demo
 
 # Budget: at most 12 minutes on 2 idle cores. The slowest tests are listed at the end; mark slow ones for test-all.
-# The files of tests are shared out to this many processes, which need 4 GB of memory each.
+# The files of tests are shared out to this many processes, which need up to 5 GB of memory each.
 TEST_PROCESSES ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 test: $(INSTALLED)
