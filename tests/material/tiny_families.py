@@ -135,7 +135,8 @@ TINY = {
         video_processor=Qwen3VLVideoProcessor,
     ),
     "qwen3_vl_moe": Tiny(
-        text={"num_hidden_layers": 3, "head_dim": 32, **EXPERTS},
+        # norm_topk_prob: as published; vLLM asks for it
+        text={"num_hidden_layers": 3, "head_dim": 32, "norm_topk_prob": True, **EXPERTS},
         rope={"mrope_section": [6, 5, 5], "mrope_interleaved": True},
         vision={**QWEN3_VISION, "deepstack_visual_indexes": [0, 1]},
         processor=Qwen3VLProcessor,
