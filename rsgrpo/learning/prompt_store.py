@@ -6,10 +6,10 @@ So are responses with observations, whose images come from an environment.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +83,8 @@ class PromptStore:
         self._most_begun = ahead
         self._waiting: dict[Key, Item] = {}  # in the order of need
         self._encoded: dict[Key, EncodedPrompt] = {}
+        self._lock = threading.Lock()
+        self._images: dict[ImageSource, Future[PromptInputs]] = {}  # of observations, the latest last
 
     def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
         """Return the token count of each prompt: as counted when its row was checked, else from image headers alone.
@@ -105,6 +107,8 @@ class PromptStore:
         What the last pass encoded is kept for those that recur (reference logprobs, then the update).
         """
         needed = {_key(item): item for item in items}
+        with self._lock:
+            self._images.clear()
         self._encoded = {key: done for key, done in self._encoded.items() if key in needed}
         self._cancel_unneeded(needed)
         self._most_begun = self._ahead + sum(key not in needed for key in self._begun)
@@ -185,11 +189,11 @@ class PromptStore:
 
     def _row_inputs(self, row: ResponseRow) -> PromptInputs:
         """Return a response's tokens with the pixels of its observations' images."""
-        pixels = self._encoder.encode_images(row.images)
-        grids = iter(() if pixels.image_grid_thw is None else pixels.image_grid_thw)
+        read = [self._read_image(image) for image in row.images]
+        grids = iter([grid for image in read if (grid := image.image_grid_thw) is not None])
         for observation in row.observations:
             own = [next(grids) for _ in observation.images]
-            grid = torch.stack(own) if own else None
+            grid = torch.cat(own) if own else None
             num_tokens, num_features = self._count_features(torch.tensor(observation.token_ids_S), grid)
             if num_tokens != num_features:
                 raise RsgrpoError(
@@ -197,7 +201,27 @@ class PromptStore:
                     f"{len(own)} images become {num_features} features here. The engine must read images as the "
                     "learner does: give both the same inputs.* settings, and leave the image files as they were"
                 )
-        return replace(pixels, token_ids_T=row.token_ids_R.tolist())
+        return PromptInputs(
+            row.token_ids_R.tolist(),
+            torch.cat([image.pixel_values for image in read if image.pixel_values is not None]) if read else None,
+            torch.cat([image.image_grid_thw for image in read if image.image_grid_thw is not None]) if read else None,
+            tuple(image_hash for image in read for image_hash in image.image_hashes),
+        )
+
+    def _read_image(self, source: ImageSource) -> PromptInputs:
+        """Return one image's pixels; responses side by side that read the same page decode it once."""
+        with self._lock:
+            is_new = source not in self._images
+            future: Future[PromptInputs] = Future() if is_new else self._images.pop(source)
+            self._images[source] = future
+            while len(self._images) > 2 * self._ahead:
+                self._images.pop(next(iter(self._images)))
+        if is_new:  # decoded here and not in the pool, whose threads may all be waiting for it
+            try:
+                future.set_result(self._encoder.encode_images([source]))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
     def _finish(
         self, inputs: PromptInputs, positions_3T: torch.Tensor, on_disk: Sequence[torch.Tensor | None]

@@ -19,7 +19,7 @@ from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
 from rsgrpo.learning.learner import Learner
 from rsgrpo.learning.policy import load_model
 from rsgrpo.types import RsgrpoError, ScoredGroup, TrainGroup
-from tests.material.learner import learnt, make_learner
+from tests.material.learner import learnt, make_conversations, make_learner
 from tests.material.training import tiny_run
 
 WEIGHTS = [1.0, 2.0]
@@ -220,3 +220,21 @@ def test_what_was_counted_with_the_row_is_not_counted_again(tiny_model_path, gro
     assert learner._passes.pack(known, [range(len(known))])
     with pytest.raises(AssertionError, match="p0"):
         learner._passes.pack(groups, [range(len(groups))])
+
+
+def test_a_page_that_several_responses_read_is_decoded_once(tiny_model_path, page_images, monkeypatch):
+    learner = make_learner(tiny_model_path, self_check=False)
+    groups = make_conversations(learner.encoder, page_images, [1])
+    again = [replace(groups[0], samples=(*groups[0].samples, *groups[0].samples))]
+    expected = learner.logprobs(groups)
+    read, decoded = learner.encoder.encode_images, Counter()
+
+    def counted(images):
+        decoded.update(images)
+        return read(images)
+
+    monkeypatch.setattr(learner.encoder, "encode_images", counted)
+    found = learner.logprobs(again)
+    assert decoded.total() == len(decoded) == len(page_images)
+    for mine, theirs in zip(found[0], (*expected[0], *expected[0]), strict=True):
+        assert abs(mine - theirs).max() < 1e-5
