@@ -20,7 +20,7 @@ from recipes.synthesize.retries import KEPT, Line, RetryConfig, ask_and_report, 
 from rewards.api import Response, Span, Turn
 from rewards.desk import answer_f1, cited_numbers, cites_opened
 from rollout.config import TurnsConfig
-from rollout.turns.environment import load_environment
+from rollout.turns.environment import Reply, load_environment
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
@@ -98,7 +98,7 @@ def _row(
         text = line["raw"][start : step["at_char"]].removeprefix("\n")
         start = step["at_char"]
         reply = desk.step(text)
-        if reply is None or not hasattr(reply, "text"):
+        if not isinstance(reply, Reply):
             raise InputError(f"{question.id}: the desk does not answer as before; write to another --out")
         turn = {"turn": text, "observation": reply.text, "images": [portable_image(one, out) for one in reply.images]}
         turns.append(turn if not step["fault"] else turn | {"learn": False})
