@@ -63,6 +63,9 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
     command = command_of(config_of(material, place / "runs", steps=steps), place)
     variables = {**os.environ, "RSGRPO_CHAOS": str(place), "PYTHONPATH": f"{material}{os.pathsep}{ROOT}"}
     starts = 0
+    if export_hash(run):
+        print(f"{place} is a soak that has ended; nothing was tried. --fresh repeats it")
+        return 0
     while not export_hash(run):
         starts += 1
         with open(place / "console.log", "a") as output:
@@ -89,6 +92,7 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
     print(
         f"seed {seed}: {sum(struck.values())} signals ({dict(struck)}), {starts} starts, {seconds:g} s to the last end"
     )
+    assert struck, "nothing was struck: the run was over too soon"
     assert left == [], left
     assert different == [], different[:5]
     assert export_hash(run) == export_hash(wanted)
@@ -108,8 +112,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     if options.fresh:
         shutil.rmtree(options.folder.resolve() / f"soak_{options.steps}_{options.seed}", ignore_errors=True)
-    soak(options.folder.resolve(), options.steps, options.every_s, options.seed)
-    return 0
+    return int(soak(options.folder.resolve(), options.steps, options.every_s, options.seed) == 0)
 
 
 if __name__ == "__main__":
