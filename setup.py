@@ -25,7 +25,7 @@ setup(
     package_data={
         "conf": ["**/*.yaml", "**/*.json"],
         "rsgrpo": ["py.typed", "report/assets/*", "lab/assets/*"],
-        "recipes": ["py.typed", "evaluation/assets/*"],
+        "recipes": ["py.typed", "evaluation/assets/*", "files/assets/*"],
         **{room: ["py.typed"] for room in ("rewards", "rollout")},
     },
     install_requires=[

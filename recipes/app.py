@@ -20,13 +20,13 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from html import escape
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
 
-from recipes.answers.options import Parser, add_options, chosen
+from recipes.answers.options import Parser, add_options
 from recipes.retrieval.answers.generation import Setting
 from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, AnswerProgress, Library, LibrarySettings
 from recipes.retrieval.answers.page_view import (
@@ -43,22 +43,17 @@ from recipes.retrieval.answers.page_view import (
 )
 from recipes.retrieval.command_line import (
     EXTRAS,
+    MAX_K,
     add_answerer,
     add_encoder,
     add_search_options,
-    encoder_settings,
-    index_folder,
-    open_encoder,
-    open_reader,
-    search_settings,
+    open_library,
 )
-from recipes.retrieval.search.keep import Filters
 from recipes.serve.chat_request import RequestError
 from recipes.serve.door import Door
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
 
-MAX_K = 20
 MAX_WAITING = 16  # questions and uploads
 MAX_AT_ONCE = 8  # questions; searches take turns, and so do answers of an engine in this process
 PASSWORD_VARIABLE = "RSGRPO_APP_PASSWORD"
@@ -92,28 +87,6 @@ def parser() -> argparse.ArgumentParser:
     page.add_argument("--open", action="store_true", help="open it in a browser")
     add_options(page, LibrarySettings)
     return top
-
-
-def open_library(options: argparse.Namespace, console: Console) -> Library:
-    """Return what the page shows; RsgrpoError if the store, the encoder or the answerer cannot be opened."""
-    if not 1 <= options.k <= MAX_K:
-        raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
-    settings = chosen(LibrarySettings, options)
-    if options.by != "words":
-        encoder_settings(options)  # refuses a wrong command line before the answerer starts
-    with ExitStack() as on_failure:
-        reader = None
-        if options.answer_model or options.endpoint or options.script or options.engine != "hf":
-            reader = open_reader(options, MAX_K)
-            on_failure.callback(reader.answerer.close)
-            reader.answerer.start()  # so that the first question does not wait for it
-        search = search_settings(options)
-        encoder = None if search.by == "words" else open_encoder(options)
-        library = Library(
-            options.store, index_folder(options), encoder, reader, settings, console, search, chosen(Filters, options)
-        )
-        on_failure.pop_all()
-    return library
 
 
 class Handlers:

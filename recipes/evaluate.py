@@ -7,7 +7,6 @@ Predictions come from `recipes.answers.batch`, scores from `recipes.evaluation.s
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -26,17 +25,19 @@ from recipes.answers.predictions import load_predictions, placed
 from recipes.answers.questions import Question, to_prompt, warn_of_other_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
+from recipes.evaluation.card import add_to_card
 from recipes.evaluation.extra import extra_scorers
+from recipes.evaluation.extraction import VERSION, ExtractorConfig, extract_answers
 from recipes.evaluation.official import PROTOCOLS
 from recipes.evaluation.page import Results, as_json, as_markdown, as_page, worst_cases
-from recipes.evaluation.scoring import ItemScore, compare_evaluations, evaluate_predictions
+from recipes.evaluation.scoring import Evaluation, ItemScore, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
 from rollout.errors import listed
 from rollout.files import write_text
 from rollout.keys import check, key, require
 from rsgrpo import cli
 from rsgrpo.config.train import PromptConfig
-from rsgrpo.data.prompt_file import prompt_of_model
+from rsgrpo.data.prompt_file import fingerprint, prompt_of_model
 from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
@@ -64,6 +65,9 @@ class EvaluateConfig:
         one_of=("", *PROTOCOLS),
     )
     metrics: dict[str, str] = key({}, "Name -> module:function of a reward to score by as well.")
+    model_card: bool = key(
+        False, "Also write the scores into the README.md of the model's folder, an export of rsgrpo."
+    )
     harness_files: bool = key(False, "Also write the answers as lmms-eval's samples and VLMEvalKit's .tsv and .xlsx.")
     mixed: bool = key(False, "Compare with `against` although it was predicted with other settings.")
     against: str = key("", "A second prediction file to compare with.")
@@ -82,12 +86,17 @@ class EvaluateConfig:
     inputs: InputsConfig = field(default_factory=InputsConfig)
     rollout: AnswerRolloutConfig = field(default_factory=AnswerRolloutConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
 
     def __post_init__(self) -> None:
         check(self)
         require(
             re.fullmatch(r"(?!\.+$)[\w.=,+-]*", self.name) is not None,
             f"name must be letters, digits and any of _.=,+- because it names the folder; got {self.name!r}",
+        )
+        require(
+            not self.extractor.url or self.protocol != "",
+            "extractor.url: extracted answers are scored by a protocol. Set protocol, such as protocol=mmlongbench.",
         )
 
 
@@ -110,13 +119,15 @@ def evaluate(config: EvaluateConfig) -> None:
         path = Path(config.predictions or folder / PREDICTIONS_FILE)
         if not config.predictions:
             predict(config, questions, folder, console)
-        report = score(config, questions, path)
+        report = score(config, questions, path, folder, console)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "results.json", json.dumps(as_json(report), indent=2) + "\n")
         write_text(folder / "results.md", as_markdown(report))
         write_text(folder / "report.html", as_page(report))
         console.info(as_markdown(report))
         console.info(f"written: {folder / 'report.html'}, results.md, results.json")
+        if config.model_card:
+            add_to_card(Path(config.model.path), report)
         if config.harness_files:
             write_harness_files(folder, report.evaluation.items)
 
@@ -162,41 +173,47 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
         )
 
 
-def score(config: EvaluateConfig, questions: Sequence[Question], path: Path) -> Results:
-    """Score a prediction file, and compare it with `against` where that is given."""
+def score(config: EvaluateConfig, questions: Sequence[Question], path: Path, folder: Path, console: Console) -> Results:
+    """Score a prediction file, and compare it with `against` where that is given. folder: keeps extracted answers."""
     bootstrap = {"num_samples": config.bootstrap_samples, "seed": config.seed}
-    scorers, ids = extra_scorers(config.protocol, config.metrics), [question.id for question in questions]
-    evaluation, other, differences = (
-        evaluate_predictions(questions, placed(load_predictions(path), ids), **bootstrap, scorers=scorers),
-        None,
-        None,
-    )
+    ids, extracted_by = [question.id for question in questions], ""
+
+    def evaluated(file: Path, kept: str) -> Evaluation:
+        nonlocal extracted_by
+        predictions, extracted = placed(load_predictions(file), ids), None
+        if config.extractor.url:
+            found = extract_answers(questions, predictions, config.extractor, folder / kept, console)
+            extracted, extracted_by = found.by_id, found.model
+        scorers = extra_scorers(config.protocol, config.metrics, extracted)
+        return evaluate_predictions(questions, predictions, **bootstrap, scorers=scorers)
+
+    evaluation, other, differences = evaluated(path, "extracted.jsonl"), None, None
     facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
-    facts += protocol_facts(config, path)
+    facts += protocol_facts(config, path, extracted_by)
     if config.against:
         require_same_settings(path, Path(config.against), mixed=config.mixed)
-        others = placed(load_predictions(config.against), ids)
-        other = evaluate_predictions(questions, others, **bootstrap, scorers=scorers)
+        other = evaluated(Path(config.against), "extracted_against.jsonl")
         differences = compare_evaluations(evaluation, other, num_permutations=config.permutations, **bootstrap)
         facts.append(("against", config.against))
     title = f"{Path(config.benchmark).stem}: {subject_of(config)}"
     return Results(title, facts, evaluation, differences, other, worst_cases(evaluation, other, config.worst_cases))
 
 
-def protocol_facts(config: EvaluateConfig, path: Path) -> list[tuple[str, str]]:
+def protocol_facts(config: EvaluateConfig, path: Path, extracted_by: str = "") -> list[tuple[str, str]]:
     """Return what a score depends on, for results.json and the page: rule, prompt, pages, pixels and decoding."""
     chosen = PROTOCOLS.get(config.protocol)
     facts = [("protocol", f"{chosen.name} {chosen.version} ({chosen.source})")] if chosen else []
-    facts.append(("extractor", "paper: first <answer>; else the last <answer> after the reasoning"))
+    how = "paper: first <answer>; else the last <answer> after the reasoning"
+    how += f"; protocol: {extracted_by}, instructions {VERSION}" if extracted_by else ""
+    facts.append(("extractor", how))
     settings = settings_of(path)
     if not settings:
         return [*facts, ("settings", "unknown: a file of predictions without settings.json beside it")]
     inputs, rollout = settings.get("inputs", {}), settings.get("rollout", {})
-    prompt = json.dumps(settings.get("prompt", {}), sort_keys=True)
     decoding = ("temperature", "top_p", "top_k", "max_response_tokens")
     return [
         *facts,
-        ("prompt hash", hashlib.sha256(prompt.encode()).hexdigest()[:16]),
+        ("prompt hash", fingerprint(PromptConfig(**settings.get("prompt", {})))),
         ("pages", f"at most {inputs.get('max_images')}, topk {settings.get('topk') or 'all'}"),
         ("pixels", f"{inputs.get('min_pixels')} to {inputs.get('max_pixels')} a page"),
         ("decoding", ", ".join(f"{name} {rollout.get(name)}" for name in decoding)),

@@ -44,6 +44,7 @@ from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import DTYPES, VectorIndex
 from recipes.retrieval.search.update import EncodeStream, encode_here, fill_index
 from recipes.retrieval.sync_command import add_sync_command
+from recipes.serve.documents_command import add_serve_command
 from rollout.errors import printable
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 from rsgrpo.records.console import Console
@@ -66,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add_sync_command(commands.add_parser("sync", help="ingest what has changed and bring the indexes in line"))
     _add_search(commands.add_parser("search", help="find the pages for a question"))
     _add_ask(commands.add_parser("ask", help="find the pages and answer from them"))
+    add_serve_command(commands.add_parser("serve", help="search, ask and keep documents over HTTP"))
     add_evaluation(commands)
     return top
 

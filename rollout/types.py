@@ -35,6 +35,7 @@ class Prompt:
     truth: gold columns of the row, passed unchanged to the rewards.
     question: the bare question, for judges and reports.
     system: the system message; "" leaves it to the chat template.
+    history: earlier turns, (user message, the model's answer); their images come first in `images`.
     num_tokens: length of the rendered prompt, where its row was checked; 0 is not known yet.
     """
 
@@ -44,6 +45,7 @@ class Prompt:
     truth: Mapping[str, Any] = field(default_factory=dict)
     question: str = ""
     system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
     num_tokens: int = field(default=0, compare=False)
 
 

@@ -49,7 +49,7 @@ HOMES = {
     "faiss": ["recipes/retrieval/search/faiss.py"],
     "sentence_transformers": ["recipes/retrieval/encoders/sentence.py", "recipes/retrieval/training/loop.py"],
     "openai": ["recipes/answers/endpoint.py"],
-    "aiohttp": ["recipes/serve/door.py", "recipes/serve/server.py"],
+    "aiohttp": [f"recipes/serve/{name}.py" for name in ("door", "replies", "server", "documents")],
     "sklearn": ["recipes/demo/*.py"],
     "gradio": ["recipes/app.py"],
     "pytesseract": ["recipes/retrieval/pages/ocr.py"],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import importlib
 import io
 import json
@@ -17,7 +18,7 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
@@ -149,6 +150,12 @@ class Endpoint:
         """
         return self._told(lambda tell: self._ask_streaming(prompt, tell))
 
+    def sampled(self, sampling: SamplingParams) -> Endpoint:
+        """Return the same connection with another way of sampling; see `recipes.answers.types.Resampling`."""
+        other = copy.copy(self)
+        other._sampling = sampling
+        return other
+
     def close(self) -> None:
         """Cancel what is in progress and close the connections."""
         if self._loop.is_closed():
@@ -246,14 +253,11 @@ class Endpoint:
         inputs, sampling = self._inputs, self._sampling
         if len(prompt.images) > inputs.max_images:
             raise PromptError(f"the prompt has {len(prompt.images)} images, inputs.max_images is {inputs.max_images}")
-        content: list[dict[str, Any]] = []
-        for number, piece in enumerate(prompt.text.split(IMAGE_MARK)):
-            if number:
-                url = page_url(prompt.images[number - 1], inputs.min_pixels, inputs.max_pixels)
-                content.append({"type": "image_url", "image_url": {"url": url}})
-            if piece:
-                content.append({"type": "text", "text": piece})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        pages = iter([page_url(source, inputs.min_pixels, inputs.max_pixels) for source in prompt.images])
+        messages: list[dict[str, Any]] = []
+        for asked, answered in prompt.history:
+            messages += [{"role": "user", "content": _parts(asked, pages)}, {"role": "assistant", "content": answered}]
+        messages.append({"role": "user", "content": _parts(prompt.text, pages)})
         if prompt.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
         # The seed differs by prompt, so that tries under other ids are other draws; greedy needs none.
@@ -326,6 +330,17 @@ class Endpoint:
             turn = max(self._next_turn, time.monotonic())
             self._next_turn = turn + 60 / self._config.requests_per_minute
             await asyncio.sleep(turn - time.monotonic())
+
+
+def _parts(text: str, pages: Iterator[str]) -> list[dict[str, Any]]:
+    """Return a message's text and pages in the order of its marks."""
+    content: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(IMAGE_MARK)):
+        if number:
+            content.append({"type": "image_url", "image_url": {"url": next(pages)}})
+        if piece:
+            content.append({"type": "text", "text": piece})
+    return content
 
 
 def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -112,6 +113,13 @@ class LocalAnswerer:
         except RsgrpoError as error:
             raise RsgrpoError(f"the engine failed: {error}") from error
 
+    def sampled(self, sampling: SamplingParams) -> LocalAnswerer:
+        """Return the same engine with another way of sampling; see `Resampling`."""
+        self.start()
+        other = copy.copy(self)
+        other._sampling = sampling
+        return other
+
     def close(self) -> None:
         """Release the engine."""
         if "_engine" in vars(self):
@@ -128,5 +136,7 @@ class LocalAnswerer:
             mean_logprob=sum(rollout.logprobs_T) / max(1, len(rollout.logprobs_T)),
             num_prompt_tokens=group.num_prompt_tokens,
             num_response_tokens=len(rollout.token_ids_T),
+            tokens=tuple(rollout.text[start:end] for start, end in rollout.token_spans_T),
+            logprobs=tuple(rollout.logprobs_T),
             observations=rollout.observations if self._spec.rollout.turns.environment else None,
         )

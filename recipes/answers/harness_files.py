@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,17 +23,26 @@ _BROKEN = (KeyError, ValueError, IndexError, zipfile.BadZipFile, SyntaxError)  #
 def from_lmms(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of lmms-eval as ours: the id of its document where it has one, else `doc_id`, and its response.
 
-    `filtered_resps` counts before `resps`; of several responses the first does.
+    `filtered_resps` counts before `resps`, unless it only lacks their reasoning (lmms-eval cuts `<think>` out, and with
+    it what the evidence is scored by); of several responses the first does.
     """
-    found = row.get("filtered_resps")
-    text = found if found not in (None, [], "") else row.get("resps")
-    while isinstance(text, list):
-        text = text[0] if text else ""
+    filtered, whole = _first(row.get("filtered_resps")), _first(row.get("resps"))
+    text = whole if filtered in (None, "") or filtered == _without_reasoning(whole) else filtered
     document = row.get("doc")
     document = document if isinstance(document, Mapping) else {}
     keys = ("id", "qid", "question_id", "questionId")
     own_id = next((document[key] for key in keys if document.get(key) is not None), row.get("doc_id"))
     return {"id": own_id, "raw": text}
+
+
+def _first(value: Any) -> Any:
+    while isinstance(value, list):
+        value = value[0] if value else ""
+    return value
+
+
+def _without_reasoning(text: Any) -> str:
+    return re.sub(r"<think>.*?</think>", "", str(text or ""), flags=re.DOTALL).strip()
 
 
 def is_lmms(row: Any) -> bool:

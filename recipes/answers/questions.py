@@ -114,6 +114,8 @@ def prompt_hash(prompt: Prompt) -> str:
     A folder of pages may move without changing it; bytes count by their content.
     """
     digest = hashlib.sha256(f"{prompt.system}\0{prompt.text}".encode(errors="surrogatepass"))
+    for turn in prompt.history:
+        digest.update("\0".join(("", *turn)).encode(errors="surrogatepass"))
     for source in prompt.images:
         digest.update(b"\0" + (hashlib.sha256(source).digest() if isinstance(source, bytes) else _file_name(source)))
     return digest.hexdigest()[:16]

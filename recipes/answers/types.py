@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from rollout.types import Observation, Prompt
+from rollout.types import Observation, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,7 @@ class Answer:
     mean_logprob: mean natural log-probability of the response's tokens; None where it is not known.
     num_prompt_tokens, num_response_tokens: likewise.
     observations: what an environment answered between the turns of the text; None without an environment.
+    tokens, logprobs: text and natural log-probability of each token; empty where they are not known.
     """
 
     prompt: Prompt
@@ -28,6 +29,8 @@ class Answer:
     num_prompt_tokens: int | None = None
     num_response_tokens: int | None = None
     observations: Sequence[Observation] | None = None
+    tokens: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 class Answerer(Protocol):
@@ -72,4 +75,13 @@ class Steps(Protocol):
 
     def steps(self, prompt: Prompt) -> Generator[str | Observation | Answer]:
         """Do as `Answerer.stream`, and yield what the environment answers as it comes."""
+        ...
+
+
+@runtime_checkable
+class Resampling(Protocol):
+    """An answerer that can sample in other ways too: those of this package can."""
+
+    def sampled(self, sampling: SamplingParams) -> Answerer:
+        """Return the same answerer with another way of sampling; both share what they have loaded."""
         ...

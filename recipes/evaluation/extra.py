@@ -20,15 +20,18 @@ Scored = Mapping[str, float | None]
 ExtraScorer = Callable[[Question, Prediction, ParsedAnswer], Scored]
 
 
-def extra_scorers(protocol: str, metrics: Mapping[str, str]) -> list[ExtraScorer]:
+def extra_scorers(
+    protocol: str, metrics: Mapping[str, str], extracted: Mapping[str, str] | None = None
+) -> list[ExtraScorer]:
     """Return what scores each answered question further.
 
     protocol: a name in `recipes.evaluation.official.PROTOCOLS`, or "". metrics: name -> module:function of a reward.
+    extracted: id -> the answer that another model read out of the response, for the protocol to score; None: as parsed.
 
     Raises:
         InputError: a reward cannot be loaded.
     """
-    scorers: list[ExtraScorer] = [_protocol(protocol)] if protocol else []
+    scorers: list[ExtraScorer] = [_protocol(protocol, extracted)] if protocol else []
     for name, target in metrics.items():
         try:
             scorers.append(_reward(name, load_reward(target)))
@@ -37,11 +40,12 @@ def extra_scorers(protocol: str, metrics: Mapping[str, str]) -> list[ExtraScorer
     return [*scorers, with_evidence, with_steps]
 
 
-def _protocol(name: str) -> ExtraScorer:
+def _protocol(name: str, extracted: Mapping[str, str] | None) -> ExtraScorer:
     scorer = PROTOCOLS[name].scorer
 
     def score(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
-        return {f"protocol/{name}": scorer(parsed.answer, question.answers, question.columns)}
+        answer = parsed.answer if extracted is None else extracted.get(question.id, "")
+        return {f"protocol/{name}": scorer(answer, question.answers, question.columns)}
 
     return score
 

@@ -286,7 +286,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol("anls", "1", "arXiv 1907.00490; DocVQA, InfographicVQA, MP-DocVQA", anls),
         Protocol("relaxed", "1", "arXiv 2203.10244, section 5.1; ChartQA", relaxed),
         Protocol("chartqapro", "1", "arXiv 2504.05506; ChartQAPro", chartqapro),
-        Protocol("mmlongbench", "1", "arXiv 2407.01523, eval_score.py; MMLongBench-Doc, no extraction", mmlongbench),
+        Protocol("mmlongbench", "1", "arXiv 2407.01523, eval_score.py; MMLongBench-Doc", mmlongbench),
         Protocol("slidevqa", "1", "arXiv 2301.04883; SlideVQA's F1 of answers", lambda p, g, c: answer_parts(p, g).f1),
     )
 }

@@ -136,6 +136,23 @@ def run_settings(options: dict[str, Any], console: Console) -> None:
     console.summary("Translated", [*rows, ("file", str(out)), ("next", run)])
 
 
+def run_harness(options: dict[str, Any], console: Console) -> None:
+    """Write questions as a task of lmms-eval and as a table for VLMEvalKit."""
+    from recipes.answers.questions import named_prompt, read_questions
+    from recipes.files.harness_tasks import write_harness_tasks
+
+    source, out, prompt = options["source"], options["out"], named_prompt(options["prompt"], options["model"])
+    questions = read_questions(source, image_dir=options["image_dir"], need_answers=True)
+    name = options["name"] or Path(source).stem
+    with console.phase("questions", total=len(questions)) as bar:
+        done = write_harness_tasks(
+            questions, prompt, out, name=name, max_tokens=options["max_tokens"], advance=bar.advance
+        )
+    ask = f"lmms-eval --include_path {done.folder} --tasks {done.task} --log_samples"
+    rows = [("questions", str(len(questions))), ("lmms-eval", ask), ("VLMEvalKit", str(done.table))]
+    console.summary("Written for other harnesses", rows)
+
+
 def run_mini(options: dict[str, Any], console: Console) -> None:
     """Write the demo's rows in EVisRAG's published layout, and two benchmarks."""
     from recipes.demo.evisrag_layout import write_mini
@@ -192,6 +209,17 @@ def add_file_commands(commands: Any) -> None:
     convert.add_argument("--from", dest="trainer", choices=TRAINERS, default="", help=trainers_help)
     convert.add_argument("--row-prompt", default="evidence", help="prompt for rows that only have a question")
     convert.add_argument("--drop-bad", action="store_true", help="leave out rows that cannot be converted")
+
+    about = "questions as a task of lmms-eval and a table for VLMEvalKit"
+    harness = add_command(commands, "harness", run_harness, about)
+    harness.add_argument("source", metavar="FILE", help="rows with question, image and answer, as recipes.infer reads")
+    harness.add_argument("--out", type=Path, required=True, help="folder to write")
+    harness.add_argument("--name", default="", help="of the data set (default: FILE's)")
+    harness.add_argument("--image-dir", default="", help="folder that relative image paths start from")
+    own_help = "a name in conf/prompt or a file (default: the model's own, else evidence)"
+    harness.add_argument("--prompt", default="", help=own_help)
+    harness.add_argument("--model", default="", help="model whose own prompt is used")
+    harness.add_argument("--max-tokens", type=int, default=2048, help="longest answer, which lmms-eval asks for")
 
     settings = add_command(
         commands, "settings", run_settings, "turn a training yaml of EasyR1 or EVisRAG into a recipe"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,7 @@ from recipes.answers.questions import named_prompt
 from recipes.answers.reader import Reader
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig, pixel_limits
 from recipes.retrieval.answers.generation import Setting
+from recipes.retrieval.answers.library import Library, LibrarySettings
 from recipes.retrieval.encoders.base import EncoderSettings, PageEncoder, identify
 from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.pages.store import PageStore
@@ -32,6 +34,8 @@ from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
 EXTRAS = dict.fromkeys(("pypdfium2", "faiss", "sentence_transformers", "pytrec_eval"), "retrieval")
+MAX_K = 20
+"""Pages of one question to a library."""
 KEPT = "finished work is kept; run the same command to resume"
 WITH_TEXT_PROMPT = ("evidence", "direct")
 """Prompts that have a form for pages as text, NAME_text; others show the texts in place of the images."""
@@ -207,3 +211,25 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
     has_text = prompt_name in WITH_TEXT_PROMPT
     text_template = read_template(named_prompt(f"{prompt_name}_text")) if has_text else ""
     return Reader(open_answerer(spec), template, prompt.system, text_template)
+
+
+def open_library(options: argparse.Namespace, console: Console) -> Library:
+    """Return what the page shows; RsgrpoError if the store, the encoder or the answerer cannot be opened."""
+    if not 1 <= options.k <= MAX_K:
+        raise InputError(f"-k must be in [1, {MAX_K}], got {options.k}")
+    settings = chosen(LibrarySettings, options)
+    if options.by != "words":
+        encoder_settings(options)  # refuses a wrong command line before the answerer starts
+    with ExitStack() as on_failure:
+        reader = None
+        if options.answer_model or options.endpoint or options.script or options.engine != "hf":
+            reader = open_reader(options, MAX_K)
+            on_failure.callback(reader.answerer.close)
+            reader.answerer.start()  # so that the first question does not wait for it
+        search = search_settings(options)
+        encoder = None if search.by == "words" else open_encoder(options)
+        library = Library(
+            options.store, index_folder(options), encoder, reader, settings, console, search, chosen(Filters, options)
+        )
+        on_failure.pop_all()
+    return library

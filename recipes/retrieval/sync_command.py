@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.answers.options import add_options, chosen
 from recipes.retrieval.command_line import add_encoder, add_search_options, index_folder, open_encoder, search_settings
 from recipes.retrieval.encoders.base import PageEncoder
-from recipes.retrieval.pages.catalogue import UPLOADS
+from recipes.retrieval.pages.catalogue import UPLOADS, remove_documents
 from recipes.retrieval.pages.ingest import IngestReport, ingest
 from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import PageStore
@@ -35,6 +35,10 @@ def add_sync_command(command: argparse.ArgumentParser) -> None:
     add_options(command, RenderSettings)
     command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is abandoned")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that render pages")
+    command.add_argument(
+        "--prune", action="store_true",
+        help="remove even all or most documents of a folder, and folders that the store knows and that are gone",
+    )  # fmt: skip
     command.add_argument("--watch", action="store_true", help="look for changes until Ctrl-C")
     command.add_argument("--every-s", type=float, default=5.0, help="seconds between looks")
     command.set_defaults(run=_sync)
@@ -42,6 +46,8 @@ def add_sync_command(command: argparse.ArgumentParser) -> None:
 
 def _sync(options: argparse.Namespace) -> None:
     store, search = Path(options.store), search_settings(options)
+    if options.prune and not options.documents:
+        remove_gone_roots(store)
     roots = options.documents or known_roots(store)
     if not roots:
         raise InputError(f"{store} knows no folders yet; name those of the documents in front of it")
@@ -62,7 +68,7 @@ def _sync(options: argparse.Namespace) -> None:
         def work() -> None:
             report = ingest(
                 roots, store, settings, num_workers=options.workers, page_timeout_s=options.page_timeout_s,
-                console=console,
+                console=console, prune=options.prune,
             )  # fmt: skip
             changed = report.num_rendered or report.num_removed
             told = sync_indexes(store, index_folder(options), encoder, search, console)
@@ -93,6 +99,15 @@ def known_roots(store: Path) -> list[Path]:
         return []
     roots = sorted({Path(row.root) for row in PageStore.open(store).documents()})
     return [root for root in roots if root.exists() and root != (store / UPLOADS).resolve()]
+
+
+def remove_gone_roots(store: Path) -> None:
+    """Take the documents of folders that no longer exist out of a store."""
+    rows = PageStore.open(store).documents() if (store / "store.json").exists() else []
+    uploads = str((store / UPLOADS).resolve())
+    gone = sorted({row.root for row in rows if row.root != uploads and not Path(row.root).exists()})
+    if gone:
+        remove_documents(PageStore.open(store), gone)
 
 
 def _kept_settings(store: Path) -> dict[str, object]:

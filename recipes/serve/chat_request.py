@@ -10,19 +10,21 @@ import base64
 import binascii
 import os
 import stat
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
+from recipes.answers.questions import IMAGE_MARK, Question, prompt_hash, to_prompt
+from recipes.serve.replies import fault_of
+from recipes.serve.sampling import RequestError as RequestError
+from recipes.serve.sampling import SamplingRules, Wanted, wanted_sampling
 from rollout.inputs.images import PromptError
 from rollout.keys import at_least
-from rollout.types import ImageSource, Prompt, SamplingParams
+from rollout.types import ImageSource, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 
 MIB = 1024 * 1024
@@ -31,14 +33,6 @@ CHARACTERS_PER_TOKEN = 32  # on average; real text has 2 to 5
 
 CheckImage = Callable[[bytes, int], tuple[int, int]]
 """Decodes an image unless it has more pixels than that; returns its (height, width) or raises PromptError."""
-
-
-class RequestError(RsgrpoError):
-    """A request that cannot be served, with the HTTP status to answer."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +59,17 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request that was accepted. stream: send the text in pieces. files: a page's address; None for a data URL."""
+    """A request that was accepted.
 
-    prompt: Prompt
+    id: of the reply. prompts: one per choice, the same but for their ids. stream: send the text in pieces.
+    with_usage: end a stream with the number of tokens. files: a page's address; None for a data URL.
+    """
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    wanted: Wanted
     stream: bool
+    with_usage: bool
     files: tuple[str | None, ...]
 
 
@@ -90,7 +91,6 @@ class _ImagePart(_Model):
     image_url: Annotated[_Address, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
 
 
-_PARTS = ("text", "image_url")
 _Part = Annotated[_TextPart | _ImagePart, Field(discriminator="type")]
 
 
@@ -110,6 +110,10 @@ class _Message(_Model):
         return [part.image_url.url for part in self.content if isinstance(part, _ImagePart)]
 
 
+class _StreamOptions(_Model):
+    include_usage: bool = False
+
+
 class _Body(_Model):
     """What a body may say; a field that is null counts as omitted."""
 
@@ -125,6 +129,12 @@ class _Body(_Model):
     top_p: float | None = None
     top_k: float | None = None
     seed: float | None = None
+    stop: str | list[str] | None = None
+    logprobs: bool | None = None
+    top_logprobs: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    stream_options: _StreamOptions | None = None
     user: Any = None
     metadata: Any = None
 
@@ -140,14 +150,14 @@ def read_request(
     model: str,
     template: str,
     system: str,
-    sampling: SamplingParams,
+    rules: SamplingRules,
     limits: RequestLimits,
     check_image: CheckImage,
 ) -> ChatRequest:
-    """Check a request and make its prompt, whose pages are bytes.
+    """Check a request and make its prompts, whose pages are bytes.
 
-    sampling: the server's; a request may repeat it, not change it.
-    template: what the question is put into; "" takes the user's message as it is, with its pages in place.
+    rules: what a request may say of sampling.
+    template: what questions are put into; "" takes the user's messages as they are, with their pages in place.
     system: the system message where the request brings none.
 
     Raises:
@@ -160,30 +170,51 @@ def read_request(
     try:
         fields = _Body.model_validate_json(body)
     except ValidationError as error:
-        raise RequestError(400, _fault(error)) from error
+        raise RequestError(400, fault_of(error, _Body.model_fields)) from error
     if fields.model not in ("", model):
         raise RequestError(404, f"model {fields.model!r:.80} is not served here; the model is {model!r}")
-    _check_sampling(fields, sampling)
-    own_system, message = _split(fields.messages)
-    text, addresses = message.text(), message.addresses()
+    wanted = wanted_sampling(fields, rules)
+    own_system, turns = _turns(fields.messages, several=rules.is_free)
+    addresses = [address for message, _ in turns for address in message.addresses()]
     if len(addresses) > limits.max_images:
         raise RequestError(400, f"the request has {len(addresses)} images; this server takes {limits.max_images}")
-    if (num_characters := len(text) + len(own_system)) > limits.characters:
+    num_characters = len(own_system) + sum(len(message.text()) + len(answer) for message, answer in turns)
+    if num_characters > limits.characters:
         raise RequestError(
             413, f"the messages have {num_characters:,} characters; this server takes {limits.characters:,}"
         )
+    for message, _ in turns:
+        _check_text(message)
+    pages = iter([_page(address, place, limits, check_image) for place, address in enumerate(addresses, start=1)])
+    asked = [_prompt(message, pages, request_id, template, own_system or system) for message, _ in turns]
+    history = tuple((one.text, answer) for one, (_, answer) in zip(asked, turns[:-1], strict=False))
+    images = tuple(source for one in asked for source in one.images)
+    prompt = replace(asked[-1], images=images, history=history)
+    name = f"seeded-{prompt_hash(prompt)}" if wanted.is_seeded else request_id
+    prompts = tuple(replace(prompt, id=f"{name}-{number}" if number else name) for number in range(wanted.num_choices))
+    shown = [message.addresses() for message, _ in turns if message.addresses()]
+    files = tuple(None if address[:5].lower() == "data:" else address for address in (shown[-1] if shown else ()))
+    with_usage = fields.stream_options is not None and fields.stream_options.include_usage
+    return ChatRequest(request_id, prompts, wanted, fields.stream, with_usage, files)
+
+
+def _prompt(message: _Message, pages: Iterator[ImageSource], request_id: str, template: str, system: str) -> Prompt:
+    """Return one user message as a prompt with its own pages."""
+    text = message.text()
     plain = text.replace(IMAGE_MARK, " ").strip()
-    if not plain:
-        raise RequestError(400, "the user message has no text: write the question into it")
-    if text.count(IMAGE_MARK) != len(addresses):
-        raise RequestError(400, f"the text must not contain {IMAGE_MARK}; send images as parts of type image_url")
-    images = tuple(_page(address, place, limits, check_image) for place, address in enumerate(addresses, start=1))
+    question = Question(request_id, plain, tuple(next(pages) for _ in message.addresses()), text)
     try:
-        prompt = to_prompt(Question(request_id, plain, images, text), template, own_system or system)
+        return to_prompt(question, template, system)
     except RsgrpoError as error:
         raise RequestError(400, str(error)) from error
-    files = tuple(None if address[:5].lower() == "data:" else address for address in addresses)
-    return ChatRequest(prompt, fields.stream, files)
+
+
+def _check_text(message: _Message) -> None:
+    text = message.text()
+    if not text.replace(IMAGE_MARK, " ").strip():
+        raise RequestError(400, "the user message has no text: write the question into it")
+    if text.count(IMAGE_MARK) != len(message.addresses()):
+        raise RequestError(400, f"the text must not contain {IMAGE_MARK}; send images as parts of type image_url")
 
 
 def json_bytes(body: bytes) -> int:
@@ -202,56 +233,34 @@ def json_bytes(body: bytes) -> int:
     return num_bytes
 
 
-def _fault(error: ValidationError) -> str:
-    """Return the first fault of a body in one line, with the field it is in."""
-    first = error.errors(include_url=False)[0]
-    path = [part for before, part in pairwise(("", *first["loc"])) if not (isinstance(before, int) and part in _PARTS)]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        return f"field {place!r:.80} is not supported; supported are {', '.join(_Body.model_fields)}"
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    wanted = first["msg"].removeprefix("Input should be ")
-    if wanted == first["msg"]:
-        return f"{place or 'the body'}: {wanted}"
-    return f"{place or 'the body'} must be {wanted}, got {first['input']!r:.80}"
+def _turns(messages: list[_Message], *, several: bool) -> tuple[str, list[tuple[_Message, str]]]:
+    """Return the text of the system message, "" without one, and the user messages with their answers, "" for the last.
 
-
-def _check_sampling(fields: _Body, sampling: SamplingParams) -> None:
-    """Refuse a request whose sampling differs from the server's."""
-    served: dict[str, float] = {"temperature": sampling.temperature, "top_k": sampling.top_k, "n": 1}
-    if sampling.temperature:  # greedy answers depend on neither
-        served |= {"top_p": sampling.top_p, "seed": sampling.seed}
-    for name, value in served.items():
-        if (wanted := getattr(fields, name)) not in (None, value):
-            raise RequestError(
-                400, f"{name}={wanted:g} is not supported: this server always uses {value:g}. Omit the field."
-            )
-    for name in ("max_tokens", "max_completion_tokens"):
-        if (wanted := getattr(fields, name)) is not None and not wanted >= sampling.max_tokens:
+    several: earlier turns are allowed.
+    """
+    is_system = messages[0].role in ("system", "developer")
+    system, said = messages[0].text() if is_system else "", messages[is_system:]
+    if is_system and messages[0].addresses():
+        raise RequestError(400, "the system message must be text")
+    for place, message in enumerate(said, start=int(is_system)):
+        if message.role in ("system", "developer"):
+            raise RequestError(400, f"messages[{place}]: the {message.role} message must be the first one")
+        if message.role == "assistant" and not several:
             raise RequestError(
                 400,
-                f"{name}={wanted:g} is not supported: this server always allows {sampling.max_tokens} tokens. "
-                "Omit the field.",
+                f"messages[{place}]: one question per request; earlier turns are not supported (the server was started "
+                "without --allow-sampling)",
             )
-
-
-def _split(messages: list[_Message]) -> tuple[str, _Message]:
-    """Return the text of the system message, "" without one, and the one user message."""
-    system = ""
-    for place, message in enumerate(messages):
-        if message.role == "assistant":
-            raise RequestError(400, f"messages[{place}]: one question per request; earlier turns are not supported")
-        if message.role != "user":
-            if place > 0:
-                raise RequestError(400, f"messages[{place}]: the {message.role} message must be the first one")
-            if message.addresses():
-                raise RequestError(400, "the system message must be text")
-            system = message.text()
-    users = [message for message in messages if message.role == "user"]
-    if len(users) != 1:
+        if message.role == "assistant" and message.addresses():
+            raise RequestError(400, f"messages[{place}]: an earlier answer must be text")
+    users = [message for message in said if message.role == "user"]
+    if len(users) != 1 and not several:
         raise RequestError(400, f"a request has one user message, got {len(users)}")
-    return system, users[0]
+    roles = [message.role for message in said]
+    if roles[::2] != ["user"] * len(users) or roles[1::2] != ["assistant"] * (len(users) - 1):
+        raise RequestError(400, f"messages must alternate from user to user, got {', '.join(roles) or 'none'}")
+    answers = [*(message.text() for message in said[1::2]), ""]
+    return system, list(zip(users, answers, strict=True))
 
 
 def _page(address: str, place: int, limits: RequestLimits, check_image: CheckImage) -> ImageSource:

@@ -15,7 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
-from recipes.serve.chat_request import RequestError
+from recipes.serve.sampling import RequestError
 from rollout.keys import at_least
 
 TOKEN_VARIABLE = "RSGRPO_SERVE_TOKEN"

@@ -13,8 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
 
-from recipes.answers.types import Answer, Answerer, Steps
-from rollout.types import Observation, Prompt
+from recipes.answers.types import Answer, Answerer, Resampling, Steps
+from rollout.types import Observation, Prompt, SamplingParams
 from rsgrpo.errors import RsgrpoError
 
 log = logging.getLogger(__name__)
@@ -27,12 +27,19 @@ class Waiting:
     """A prompt in the queue.
 
     hear: called with each piece. alone: never put into a batch. left: set when the caller is gone.
+    sampling: None as the answerer was told; a batch has one.
     """
 
     prompt: Prompt
     hear: Callable[[Piece], None]
     alone: bool
     left: threading.Event
+    sampling: SamplingParams | None = None
+
+    def goes_with(self, batch: Sequence[Waiting]) -> bool:
+        """Whether this prompt can be sampled in one call with these."""
+        ids = [waiting.prompt.id for waiting in batch]
+        return not self.alone and self.sampling == batch[0].sampling and self.prompt.id not in ids
 
 
 class PromptQueue:
@@ -53,15 +60,17 @@ class PromptQueue:
         for thread in self._threads:
             thread.start()
 
-    def ask(self, prompt: Prompt, hear: Callable[[Piece], None], *, streams: bool) -> threading.Event:
+    def ask(
+        self, prompt: Prompt, hear: Callable[[Piece], None], *, streams: bool, sampling: SamplingParams | None = None
+    ) -> threading.Event:
         """Queue a prompt; `hear` is called from another thread, finally with an answer or with an error.
 
-        streams: call it with pieces of the text before.
+        streams: call it with pieces of the text before. sampling: of this prompt; None as the answerer was told.
 
         Returns:
             An event to set when nobody listens any more: a waiting prompt is dropped, a stream is ended.
         """
-        waiting = Waiting(prompt, hear, streams or self._answerer.is_concurrent, threading.Event())
+        waiting = Waiting(prompt, hear, streams or self._answerer.is_concurrent, threading.Event(), sampling)
         self._queue.put(waiting)
         return waiting.left
 
@@ -82,17 +91,25 @@ class PromptQueue:
                 following = self._queue.get()
                 if following is None:  # the queue closes: after this batch
                     self._queue.put(None)
-                if following is None or following.alone:
+                if following is None or not following.goes_with(batch):
                     break
                 batch.append(following)
                 following = None
             batch = [waiting for waiting in batch if not waiting.left.is_set()]
-            if first.alone and batch:
-                ask = self._answerer.steps if isinstance(self._answerer, Steps) else self._answerer.stream
-                with closing(ask(first.prompt)) as pieces:
-                    _deliver(takewhile(lambda _: not first.left.is_set(), pieces), batch)
-            elif batch:
-                _deliver(self._answerer.answer([waiting.prompt for waiting in batch]), batch)
+            if batch:
+                self._serve(batch, first)
+
+    def _serve(self, batch: Sequence[Waiting], first: Waiting) -> None:
+        answerer = self._answerer
+        if first.sampling is not None:
+            assert isinstance(answerer, Resampling), "only answerers of this package are asked in other ways"
+            answerer = answerer.sampled(first.sampling)
+        if first.alone:
+            ask = answerer.steps if isinstance(answerer, Steps) else answerer.stream
+            with closing(ask(first.prompt)) as pieces:
+                _deliver(takewhile(lambda _: not first.left.is_set(), pieces), batch)
+        else:
+            _deliver(answerer.answer([waiting.prompt for waiting in batch]), batch)
 
 
 def _deliver(pieces: Iterable[str | Observation | Answer], batch: Sequence[Waiting]) -> None:

@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -25,7 +24,7 @@ from aiohttp import web
 
 from recipes.answers.batch import result_line, step_line
 from recipes.answers.questions import named_prompt
-from recipes.answers.types import Answer, Answerer
+from recipes.answers.types import Answer, Answerer, Resampling
 from recipes.infer import add_answerer_options, add_desk_options, answerer_of, default_prompt
 from recipes.serve.chat_request import (
     CHARACTERS_PER_TOKEN,
@@ -35,18 +34,18 @@ from recipes.serve.chat_request import (
     RequestLimits,
     read_request,
 )
-from recipes.serve.door import TOKEN_VARIABLE, Door, Handler, is_loopback, listen
+from recipes.serve.door import TOKEN_VARIABLE, Door, is_loopback, listen
 from recipes.serve.queue import Piece, PromptQueue
+from recipes.serve.replies import error_body, error_reply, errors_as_json, without_paths
+from recipes.serve.sampling import SamplingRules, StopWatch, cut, logprobs_of, usage_of
 from rollout.inputs.isolated import IsolatedDecoders
 from rollout.keys import at_least
 from rollout.types import Observation, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError, run_program
 
-RETRY_AFTER_S = 5
 BODY_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 60.0
 NUM_DECODERS = max(2, min(8, os.cpu_count() or 1))
-_PATH = re.compile(r"(?<![\w/.:])(?:/[\w.@+-]+){2,}/?")
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +55,14 @@ class ServeConfig:
     """What the server asks the model and how much it accepts.
 
     template, system: what questions are put into, as in `recipes.infer`.
-    sampling, limits: see `recipes.serve.chat_request`.
+    rules: what requests may say of sampling. limits: see `recipes.serve.chat_request`.
     request_bytes: of a whole request. max_requests: accepted at once, waiting ones included.
     batch_size: prompts that an engine in this process is given at once. door: who may ask.
     """
 
     template: str
     system: str
-    sampling: SamplingParams
+    rules: SamplingRules
     limits: RequestLimits
     request_bytes: int = 64 * MIB
     max_requests: int = 32
@@ -89,7 +88,7 @@ class Server:
         self._num_requests = 0
         self._is_closing = False
         self.app = web.Application(
-            client_max_size=config.request_bytes, middlewares=[_errors_as_json, config.door.admit]
+            client_max_size=config.request_bytes, middlewares=[errors_as_json, config.door.admit]
         )
         self.app.add_routes(
             [
@@ -152,7 +151,7 @@ class Server:
         except web.HTTPRequestEntityTooLarge as error:
             raise RequestError(413, f"the request is larger than {config.request_bytes:,} bytes") from error
         except web.RequestPayloadError as error:
-            reply = _error(400, f"the body cannot be read: {error}")
+            reply = error_reply(400, f"the body cannot be read: {error}")
             reply.force_close()  # where the next request would begin is not known
             return reply
         chat = await self._read(body, request_id)
@@ -170,56 +169,85 @@ class Server:
                 loop.call_soon_threadsafe(self._reader_free.release)
 
         work = self._readers.submit(
-            read_request, body, request_id, self._answerer.name, config.template, config.system, config.sampling,
+            read_request, body, request_id, self._answerer.name, config.template, config.system, config.rules,
             config.limits, self._decoders.check,
         )  # fmt: skip
         work.add_done_callback(free)  # not when the client leaves: the thread is busy until then
         return await asyncio.wrap_future(work)
 
     async def _whole(self, chat: ChatRequest) -> web.Response:
-        async with aclosing(self._pieces(chat.prompt, streams=False)) as pieces:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._last_piece(prompt, chat)) for prompt in chat.prompts]
+        outputs: list[Answer] = []
+        for task in tasks:
+            output = task.result()
+            if fault := _fault(output):
+                raise fault
+            assert isinstance(output, Answer)
+            outputs.append(cut(output, chat.wanted.stop))
+        choices = [
+            {
+                "index": number,
+                "message": {"role": "assistant", "content": output.text},
+                "finish_reason": output.finish_reason,
+                **({"logprobs": logprobs_of(output)} if chat.wanted.logprobs else {}),
+            }
+            for number, output in enumerate(outputs)
+        ]
+        usage = usage_of(outputs)
+        reply = self._reply(chat, "chat.completion", choices, outputs[0]) | ({"usage": usage} if usage else {})
+        return web.json_response(reply)
+
+    async def _last_piece(self, prompt: Prompt, chat: ChatRequest) -> Piece:
+        async with aclosing(self._pieces(prompt, chat, streams=False)) as pieces:
             *_, output = [piece async for piece in pieces]
-        if fault := _fault(output):
-            raise fault
-        assert isinstance(output, Answer)
-        message = {"role": "assistant", "content": output.text}
-        choice = {"index": 0, "message": message, "finish_reason": output.finish_reason}
-        return web.json_response(self._reply(chat, "chat.completion", choice, output))
+        return output
 
     async def _stream(self, request: web.Request, chat: ChatRequest) -> web.StreamResponse:
-        """Send server-sent events: pieces of the text, then the parsed fields, then [DONE]."""
+        """Send server-sent events: pieces of the text, then the parsed fields, the usage if asked for, then [DONE]."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        was_sent = False
+        stops, sent, output = StopWatch(chat.wanted.stop), "", None
 
-        async def send(text: str, output: Answer | None = None) -> None:
-            delta = {"role": "assistant", "content": text} if text or not was_sent else {}
-            choice = {"index": 0, "delta": delta, "finish_reason": output and output.finish_reason}
-            event = self._reply(chat, "chat.completion.chunk", choice, output)
+        async def send(event: dict[str, Any]) -> None:
             await response.write(f"data: {json.dumps(event)}\n\n".encode())
 
-        async with aclosing(self._pieces(chat.prompt, streams=True)) as pieces:
+        async def send_piece(text: str, output: Answer | None = None) -> None:
+            nonlocal sent
+            delta = {"role": "assistant", "content": text} if text or not sent else {}
+            choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": output and output.finish_reason}
+            if output is not None and chat.wanted.logprobs:
+                choice["logprobs"] = logprobs_of(output)
+            await send(self._reply(chat, "chat.completion.chunk", [choice], output))
+            sent += text
+
+        async with aclosing(self._pieces(chat.prompts[0], chat, streams=True)) as pieces:
             async for piece in pieces:
                 fault = _fault(piece)
                 if fault and not response.prepared:
                     raise fault
                 if fault:
-                    await response.write(f"data: {json.dumps(_error_body(502, str(fault)))}\n\n".encode())
+                    await send(error_body(502, str(fault)))
                     break
                 if not response.prepared:
                     await response.prepare(request)
-                if isinstance(piece, str):
-                    await send(piece)
-                    was_sent = True
-                elif isinstance(piece, Observation):
-                    event = self._reply(chat, "chat.completion.chunk", {"index": 0, "delta": {}}, None)
-                    await response.write(f"data: {json.dumps(event | {'step': step_line(piece)})}\n\n".encode())
-                elif isinstance(piece, Answer):
-                    await send("" if was_sent else piece.text, piece)
+                if isinstance(piece, str) and (text := stops.pass_on(piece)):
+                    await send_piece(text)
+                if stops.is_over and not (chat.with_usage or chat.wanted.logprobs):  # the rest is not needed
+                    await send_piece("", Answer(chat.prompts[0], sent, "stop"))
+                    break
+                if isinstance(piece, Observation):
+                    event = self._reply(chat, "chat.completion.chunk", [{"index": 0, "delta": {}}], None)
+                    await send(event | {"step": step_line(piece)})
+                if isinstance(piece, Answer):
+                    output = cut(piece, chat.wanted.stop)
+                    await send_piece(output.text.removeprefix(sent), output)
+        if output is not None and chat.with_usage:
+            await send(self._reply(chat, "chat.completion.chunk", [], None) | {"usage": usage_of([output])})
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()
         return response
 
-    async def _pieces(self, prompt: Prompt, *, streams: bool) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, prompt: Prompt, chat: ChatRequest, *, streams: bool) -> AsyncGenerator[Piece, None]:
         """Yield what comes from the queue, up to the output or the error."""
         loop, heard = asyncio.get_running_loop(), asyncio.Queue[Piece]()
 
@@ -227,7 +255,7 @@ class Server:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(heard.put_nowait, piece)
 
-        left = self._queue.ask(prompt, hear, streams=streams)
+        left = self._queue.ask(prompt, hear, streams=streams, sampling=chat.wanted.sampling)
         try:
             while True:
                 piece = await heard.get()
@@ -237,9 +265,11 @@ class Server:
         finally:
             left.set()
 
-    def _reply(self, chat: ChatRequest, kind: str, choice: dict[str, Any], output: Answer | None) -> dict[str, Any]:
+    def _reply(
+        self, chat: ChatRequest, kind: str, choices: list[dict[str, Any]], output: Answer | None
+    ) -> dict[str, Any]:
         model = self._answerer.name
-        reply = {"id": chat.prompt.id, "object": kind, "created": int(time.time()), "model": model, "choices": [choice]}
+        reply = {"id": chat.id, "object": kind, "created": int(time.time()), "model": model, "choices": choices}
         if output is None:
             return reply
         parsed = result_line(output, model)
@@ -255,36 +285,6 @@ def _fault(piece: Piece) -> RequestError | None:
     if isinstance(piece, Answer) and piece.finish_reason == "error":
         return RequestError(422, f"the question cannot be answered: {without_paths(str(piece.error))}")
     return None
-
-
-def without_paths(text: str) -> str:
-    """Return an error's text without the absolute paths of this machine; they are in its log."""
-    return _PATH.sub("(a path)", text)
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except RequestError as error:
-        return _error(error.status, str(error))
-    except web.HTTPException as error:  # no such path, wrong method
-        return _error(error.status, f"{request.method} {request.path:.80}: {error.reason}")
-    except Exception:
-        log.exception("a request failed")
-        return _error(500, "the server failed; its log has the reason")
-
-
-def _error(status: int, message: str) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 502, 503) else {}
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return web.json_response(_error_body(status, message), status=status, headers=headers)
-
-
-def _error_body(status: int, message: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-    return {"error": {"message": message, "type": "rate_limit_error" if status == 429 else kind, "code": status}}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -310,6 +310,13 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="a name in conf/prompt or a file; raw keeps messages as sent. Default: the model's own, else evidence.",
     )
+    what.add_argument(
+        "--allow-sampling",
+        action="store_true",
+        help="requests may choose temperature, top_p, top_k, seed, stop, n, fewer tokens than --max-tokens, and send "
+        "earlier turns",
+    )
+    what.add_argument("--max-choices", type=int, default=4, help="largest n of a request, with --allow-sampling")
     what.add_argument("--system", default="", help="system message for requests without one")
     add_desk_options(what)
     add_answerer_options(top)
@@ -324,12 +331,17 @@ def config_of(options: argparse.Namespace) -> ServeConfig:
     return ServeConfig(
         template=read_template(prompt),
         system=options.system or prompt.system,
-        sampling=SamplingParams(
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            max_tokens=options.max_tokens,
-            seed=options.seed,
+        rules=SamplingRules(
+            SamplingParams(
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                max_tokens=options.max_tokens,
+                seed=options.seed,
+            ),
+            is_free=options.allow_sampling,
+            max_choices=options.max_choices,
+            has_logprobs=not options.endpoint,
         ),
         limits=RequestLimits(
             max_images=options.max_images,
@@ -349,6 +361,8 @@ def serve(options: argparse.Namespace) -> None:
     """Serve until a signal; requests that are being answered are finished."""
     config = config_of(options)
     answerer = answerer_of(options)
+    if options.allow_sampling and not isinstance(answerer, Resampling):
+        raise InputError("--allow-sampling is not supported with --desk and --endpoint: omit one of them")
     if not is_loopback(options.host) and not config.door.token:
         log.warning("anyone who reaches %s can ask: there is no token. Set %s", options.host, TOKEN_VARIABLE)
     try:

@@ -105,12 +105,20 @@ class InputProcessor:
         Raises:
             PromptError: `<image>` marks and images differ in number, or the text contains a control token.
         """
-        pieces = prompt.text.split(IMAGE_MARK)
-        if len(pieces) - 1 != len(prompt.images):
-            raise PromptError(f"the text has {len(pieces) - 1} {IMAGE_MARK} marks for {len(prompt.images)} images")
-        self._refuse_control_tokens(prompt.text, "the prompt text")
+        asked = [*(message for message, _ in prompt.history), prompt.text]
+        num_marks = sum(text.count(IMAGE_MARK) for text in asked)
+        if num_marks != len(prompt.images):
+            raise PromptError(f"the text has {num_marks} {IMAGE_MARK} marks for {len(prompt.images)} images")
+        for text in asked:
+            self._refuse_control_tokens(text, "the prompt text")
         self._refuse_control_tokens(prompt.system, "the system message")
-        messages: list[dict[str, Any]] = [{"role": "user", "content": _content(pieces)}]
+        messages: list[dict[str, Any]] = []
+        for text, (_, answer) in zip(asked, prompt.history, strict=False):
+            self._refuse_control_tokens(answer, "an earlier answer")
+            said = [{"type": "text", "text": answer}]
+            messages += [{"role": "user", "content": _content(text.split(IMAGE_MARK))}]
+            messages += [{"role": "assistant", "content": said}]
+        messages.append({"role": "user", "content": _content(prompt.text.split(IMAGE_MARK))})
         if prompt.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
         return self._through_template(messages)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import yaml
 
 from rsgrpo.config.train import PromptConfig
+from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError
 
 PROMPT_FILE, SETTINGS_FILE = "prompt.txt", "training_config.yaml"
 """The template, and the run's settings, which have the system message (`rsgrpo.report.model_card` writes both)."""
+
+
+def fingerprint(prompt: PromptConfig) -> str:
+    """Return 16 hexadecimal digits of a prompt's template and system message, whichever file the template is in.
+
+    Raises:
+        InputError: the template's file cannot be read.
+    """
+    text = f"{prompt.system}\0{read_template(prompt).strip()}"
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def prompt_of_model(model: str) -> PromptConfig | None:

@@ -16,7 +16,7 @@ import yaml
 from rewards.api import RewardError, load_reward
 from rsgrpo.config.checks import HUB_ID
 from rsgrpo.config.train import PromptConfig
-from rsgrpo.data.prompt_file import PROMPT_FILE, SETTINGS_FILE
+from rsgrpo.data.prompt_file import PROMPT_FILE, SETTINGS_FILE, fingerprint
 from rsgrpo.data.prompts import read_template
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.report.charts import Curve, collect_curves, split_validation
@@ -88,10 +88,25 @@ def model_card(
         rewards=[(name, target, _meaning(target)) for name, target in (settings.get("rewards") or {}).items()],
         table=validation_table(curves, leading_names(settings)),
         curves_file=CURVES_FILE if has_curves else "",
+        protocol=protocol_of(settings, template),
         template=template,
         prompt_file=PROMPT_FILE,
         changes=[change for change in config_changes(settings) if not change[0].startswith(NOT_SHOWN)],
         settings_file=SETTINGS_FILE,
+    )
+
+
+def protocol_of(settings: Mapping[str, Any], template: str) -> str:
+    """Return what the scores depend on: prompt, pages, pixels and decoding."""
+    validation, inputs = settings["validation"], settings["inputs"]
+    kinds = ["greedy"] if validation["greedy"] else []
+    if validation["samples"]:
+        sampled = f"{validation['samples']} sampled at temperature {validation['temperature']:g}"
+        kinds.append(f"{sampled}, top-p {validation['top_p']:g}")
+    prompt = fingerprint(PromptConfig(template=template, system=settings["prompt"]["system"]))
+    return (
+        f"Scored by the run's own rewards; responses: {' and '.join(kinds) or 'none'}; prompt hash {prompt}; at most "
+        f"{inputs['max_images']} pages of {inputs['min_pixels']:,} to {inputs['max_pixels']:,} pixels."
     )
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from recipes.answers.types import Answer
 from recipes.serve.chat_request import MIB, RequestLimits
+from recipes.serve.sampling import SamplingRules
 from recipes.serve.server import ServeConfig, Server
 from rollout.inputs.isolated import IsolatedDecoders
 from rollout.types import Prompt, SamplingParams
@@ -39,6 +40,7 @@ class FakeAnswerer:
     def __init__(self, text: str = ANSWER) -> None:
         self.text = text
         self.prompts: list[Prompt] = []
+        self.samplings: list[SamplingParams] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -62,6 +64,10 @@ class FakeAnswerer:
     def answer(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         for prompt in prompts:
             yield from (piece for piece in self.stream(prompt) if isinstance(piece, Answer))
+
+    def sampled(self, sampling: SamplingParams) -> FakeAnswerer:
+        self.samplings.append(sampling)
+        return self
 
     def close(self) -> None:
         pass
@@ -95,7 +101,9 @@ def talk(
 ) -> Any:
     """Start a server, play one scene with a client, and stop it."""
     limits = RequestLimits(max_images=2, image_bytes=MIB, image_pixels=10_000, folders=tuple(folders))
-    config = ServeConfig(TEMPLATE, "", SAMPLING, limits, **settings)
+    config = ServeConfig(
+        settings.pop("template", TEMPLATE), "", settings.pop("rules", SamplingRules(SAMPLING)), limits, **settings
+    )
 
     async def play() -> Any:
         server = Server(config, answerer or FakeAnswerer(), DECODERS)

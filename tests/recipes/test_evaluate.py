@@ -295,7 +295,7 @@ def test_every_key_is_read_and_documented():
         names = [item.name for item in dataclasses.fields(schema)]
         assert [name for name in names if name not in read] == []
         if schema.__module__.startswith("recipes."):
-            leaves = set(names) - {"inputs", "endpoint", "model", "prompt", "rollout"}
+            leaves = set(names) - {"inputs", "endpoint", "extractor", "model", "prompt", "rollout"}
             assert {name for name in leaves if f"{name}`" not in text} == set()
 
 

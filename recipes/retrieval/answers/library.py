@@ -1,4 +1,4 @@
-"""A store that receives documents and answers questions from its pages: what `recipes.app` shows."""
+"""A store that receives documents and answers questions, for `recipes.app` and `recipes.retrieve serve`."""
 
 from __future__ import annotations
 
@@ -150,6 +150,13 @@ class Library:
         if page.root != str(self.uploads_folder.resolve()) or file.suffix.lower() not in LINKED or not file.exists():
             return ""
         return f"/gradio_api/file={quote(str(file))}#page={page.number}"
+
+    def image_of(self, page_id: str) -> Path | None:
+        """Return the image of a page of the store; None if there is no such page."""
+        if not (self._store / "pages.parquet").exists():
+            return None
+        page = PageStore.open(self._store).find([page_id]).get(page_id)
+        return None if page is None else Path(page.image)
 
     def refresh(self) -> None:
         """Follow what has happened to the store since the last call: update the indexes and open them again.

@@ -39,6 +39,7 @@ def test_a_text_that_a_cell_would_cut_is_refused_with_the_format_that_holds_it(t
     [
         ({"doc_id": 3, "resps": [["a"]], "filtered_resps": ["b"]}, ("3", "b")),
         ({"doc_id": 3, "resps": [["a", "c"]], "filtered_resps": []}, ("3", "a")),
+        ({"doc_id": 3, "resps": "<think>t</think>\na", "filtered_resps": "a"}, ("3", "<think>t</think>\na")),
         ({"doc_id": 3, "filtered_resps": "b", "doc": {"questionId": 77}}, ("77", "b")),
     ],
 )

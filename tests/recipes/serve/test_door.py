@@ -19,7 +19,7 @@ from PIL import Image
 
 from recipes.serve.chat_request import MAX_JSON_BYTES, MIB, RequestError, json_bytes
 from recipes.serve.door import Door
-from recipes.serve.server import without_paths
+from recipes.serve.replies import without_paths
 from rollout.inputs.images import PromptError
 from rollout.inputs.isolated import IsolatedDecoders
 from tests.material.serve import COMPLETE, FakeAnswerer, data_url, png, post, refusal, request_of, talk
@@ -163,8 +163,8 @@ from recipes.serve import door
 from recipes.serve.door import Door, listen
 from recipes.serve.server import Server
 door.KEEP_ALIVE_S = 3.0  # what the test has to wait for
-from tests.material.serve import FakeAnswerer, ServeConfig, TEMPLATE, SAMPLING, RequestLimits
-config = ServeConfig(TEMPLATE, "", SAMPLING, RequestLimits())
+from tests.material.serve import FakeAnswerer, ServeConfig, TEMPLATE, SAMPLING, RequestLimits, SamplingRules
+config = ServeConfig(TEMPLATE, "", SamplingRules(SAMPLING), RequestLimits())
 port = int(sys.argv[1])
 asyncio.run(listen(lambda: Server(config, FakeAnswerer()).app, "127.0.0.1", port, door=config.door,
                    shutdown_timeout_s=5, on_ready=lambda: print("ready", flush=True)))

@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from recipes.answers.types import Answer
 from recipes.serve import server as serve
 from recipes.serve.chat_request import MIB, RequestLimits
+from recipes.serve.sampling import SamplingRules
 from recipes.serve.server import ServeConfig, Server
 from rollout.types import Observation, Prompt
 from tests.material.http_stub import ANSWER
@@ -293,7 +294,7 @@ def test_a_closing_server_finishes_what_it_took_and_takes_no_more():
     answerer.gate.clear()
 
     async def play() -> Any:
-        server = Server(ServeConfig(TEMPLATE, "", SAMPLING, RequestLimits()), answerer)
+        server = Server(ServeConfig(TEMPLATE, "", SamplingRules(SAMPLING), RequestLimits()), answerer)
         async with TestClient(TestServer(server.app)) as client:
             taken = asyncio.create_task(client.post(COMPLETE, json=request_of(data_url())))
             while not answerer.prompts:

@@ -15,6 +15,7 @@ from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerS
 from recipes.answers.types import Answer
 from recipes.serve.chat_request import RequestLimits
 from recipes.serve.queue import Piece, PromptQueue
+from recipes.serve.sampling import SamplingRules
 from recipes.serve.server import ServeConfig, Server
 from rollout.config import InputsConfig
 from rollout.types import Prompt, SamplingParams
@@ -89,7 +90,8 @@ def test_a_real_engine_streams_and_answers_in_one_server(tiny_model_path):
     limits = RequestLimits(max_images=2)
 
     async def play() -> Any:
-        config = ServeConfig(TEMPLATE, "", SamplingParams(temperature=0.0, max_tokens=12), limits)
+        rules = SamplingRules(SamplingParams(temperature=0.0, max_tokens=12))
+        config = ServeConfig(TEMPLATE, "", rules, limits)
         async with TestClient(TestServer(Server(config, engine).app)) as client:
             streamed = client.post(COMPLETE, json=request_of(data_url(), stream=True))
             whole = client.post(COMPLETE, json=request_of(data_url()))

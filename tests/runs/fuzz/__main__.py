@@ -51,6 +51,7 @@ def image_attempts(draw: random.Random) -> Iterator[Attempt]:
 def body_attempts(draw: random.Random) -> Iterator[Attempt]:
     """Requests to the server."""
     from recipes.serve.chat_request import RequestError, RequestLimits, read_request
+    from recipes.serve.sampling import SamplingRules
     from rollout.inputs.images import check_decodes, read_size
     from rollout.types import SamplingParams
 
@@ -64,7 +65,8 @@ def body_attempts(draw: random.Random) -> Iterator[Attempt]:
 
     def attempt(body: bytes) -> str:
         try:
-            read_request(body, "id", "model", "{images}\n{question}", "", sampling, RequestLimits(), check)
+            rules = SamplingRules(sampling, is_free=draw.random() < 0.5)
+            read_request(body, "id", "model", "{images}\n{question}", "", rules, RequestLimits(), check)
         except RequestError as error:
             return f"status {error.status}"
         return "accepted"

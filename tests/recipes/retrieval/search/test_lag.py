@@ -127,6 +127,24 @@ def test_search_names_what_is_behind_and_sync_brings_it_in_line(tmp_path, capsys
     assert json.loads(shown.out)["pages"][0]["page_id"] == new[0]
 
 
+def test_sync_takes_emptied_and_lost_folders_out_only_when_told_to(tmp_path, capsys):
+    store = coloured_store(tmp_path)
+    (tmp_path / "other").mkdir()
+    write_image(tmp_path / "other" / "white.png", "white", 56, 56)
+    ingested(store, tmp_path / "docs", tmp_path / "other")
+    for file in (tmp_path / "docs").iterdir():
+        file.unlink()
+    (tmp_path / "other" / "white.png").unlink()
+    (tmp_path / "other").rmdir()
+    sync = ["sync", str(store), "--by", "words", "--workers", "1"]
+    assert retrieve.main(sync) == 2
+    assert "add --prune" in capsys.readouterr().err
+    assert len(PageStore.open(store).page_ids()) == 4
+    assert retrieve.main([*sync, "--prune"]) == 0
+    assert PageStore.open(store).page_ids() == []
+    assert PageStore.open(store).documents() == []
+
+
 def test_a_text_index_leaves_pages_without_text_out(tmp_path):
     (tmp_path / "docs").mkdir()
     write_pdf(tmp_path / "docs" / "lime.pdf", ["some words"])

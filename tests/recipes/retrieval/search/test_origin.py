@@ -12,6 +12,7 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import app, retrieve
 from recipes.retrieval.answers.library import Library
+from recipes.retrieval.command_line import open_library
 from recipes.retrieval.encoders.base import EncoderSettings
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.origin import recall, remember
@@ -69,7 +70,7 @@ def test_a_model_that_has_changed_since_is_refused_by_name(tiny_model_path, tmp_
 
 
 def opened(store: Path, *options: str) -> Library:
-    return app.open_library(app.parser().parse_args([str(store), *options]), QUIET)
+    return open_library(app.parser().parse_args([str(store), *options]), QUIET)
 
 
 def test_what_is_added_on_the_page_is_found_through_faiss_and_the_reranker(tiny_model_path, tmp_path):
