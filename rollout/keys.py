@@ -131,9 +131,13 @@ def sections(schema: type, path: str = "") -> Iterator[Section]:
             yield from sections(hints[field.name], f"{path}.{field.name}".lstrip("."))
 
 
-@functools.cache
 def keys_of(schema: type) -> Mapping[str, Key]:
     """Return the keys that a dataclass declares itself, by field name; parts of it have their own."""
+    return _keys_of(schema)  # type: ignore[arg-type,unused-ignore]
+
+
+@functools.cache
+def _keys_of(schema: type) -> Mapping[str, Key]:
     hints = typing.get_type_hints(schema)
     found: dict[str, Key] = {}
     for field in dataclasses.fields(schema):

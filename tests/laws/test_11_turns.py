@@ -8,6 +8,7 @@ score per turn, decided by the turns so far, and an answer that only the last tu
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,9 @@ def tokens_of(episode: tuple[str, ...]) -> list[str]:
 
 def rollout_of(episode: tuple[str, ...]) -> Rollout:
     """Return the rollout as an episode makes it: the end-of-text between two turns holds the line break."""
-    text, spans, observations = "", [], []
+    text = ""
+    spans: list[tuple[int, int]] = []
+    observations: list[Observation] = []
     for number, turn in enumerate(episode):
         if number:
             observations.append(Observation(len(spans), len(text), (7,), "seen"))
@@ -106,10 +109,10 @@ def gradient(logits: dict[str, torch.Tensor], objective: torch.Tensor) -> np.nda
 
 
 @pytest.mark.parametrize("credit", ["causal", "whole"])
-def test_the_expected_update_over_turns_is_the_exact_gradient(credit: str, logits: dict[str, torch.Tensor]) -> None:
+def test_the_expected_update_over_turns_is_the_exact_gradient(credit: Any, logits: dict[str, torch.Tensor]) -> None:
     logprobs = {episode: token_logprobs(logits, episode) for episode in EPISODES}
     chance = {episode: torch.stack(logprobs[episode]).sum().exp() for episode in EPISODES}
-    assert sum(chance.values()).item() == pytest.approx(1.0, abs=1e-12)
+    assert torch.stack(list(chance.values())).sum().item() == pytest.approx(1.0, abs=1e-12)
     whole = RolloutGroup(Prompt("p", "?"), tuple(map(rollout_of, EPISODES)))
     [scored] = REWARDS.score([whole])
     assert {len(each.observations) for each in whole.rollouts} == {0, 1}

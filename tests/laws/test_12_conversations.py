@@ -10,6 +10,7 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from PIL import Image
 from rollout.config import RolloutConfig, TurnsConfig
 from rollout.families import FAMILIES
 from rollout.hf.engine import HFEngine
-from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt, SamplingParams
 from rsgrpo.config.train import AlgorithmConfig
 from rsgrpo.learning.learner import Learner
@@ -32,7 +32,7 @@ from tests.material.learner import INPUTS, learnt, make_conversations, make_lear
 from tests.material.tiny_families import save_family
 
 
-def naive_rows(processor: InputProcessor, groups: Sequence[TrainGroup]) -> list[PlainRow]:
+def naive_rows(processor: Any, groups: Sequence[TrainGroup]) -> list[PlainRow]:
     """Return one row per response for transformers' own forward, built without the learner's code."""
     rows = []
     for group in groups:
@@ -54,6 +54,7 @@ def gradients(learner: Learner, groups: Sequence[TrainGroup], rows: Sequence[Pla
     policy, passes = learner.policy.train(), learner._passes
     weights = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     order: list[tuple[int, int]]
+    batches: list[Any]
     if rows is None:
         [packing] = passes.pack(groups, [range(len(groups))])
         made = list(passes._micro_batches(groups, packing, None))
@@ -114,7 +115,7 @@ def test_an_image_of_any_observation_matters_to_what_follows_and_to_nothing_befo
     for index, observation in enumerate(sample.observations):
         for image in range(len(observation.images)):
             images = list(observation.images)
-            images[image] = blank_like(images[image])
+            images[image] = blank_like(str(images[image]))
             observations = list(sample.observations)
             observations[index] = dataclasses.replace(observation, images=tuple(images))
             changed = dataclasses.replace(sample, observations=tuple(observations))
@@ -180,17 +181,18 @@ def test_what_the_engine_sampled_is_what_the_learner_scores(model_type, tiny_mod
     sampling = SamplingParams(group_size=6, temperature=0.8, max_tokens=60, seed=3)
     sampled = list(engine.generate(prompts, sampling))
     groups = []
-    for group in sampled:
+    for one in sampled:
         samples = []
-        for rollout in group.rollouts:
+        for rollout in one.rollouts:
             nothing = np.zeros((1, len(rollout.token_ids_T)))
             tokens_T, engine_T = np.array(rollout.token_ids_T), np.array(rollout.logprobs_T, dtype=np.float32)
             samples.append(
                 Sample(tokens_T, nothing.astype(bool), nothing.astype(np.float32), engine_T, None, rollout.observations)
             )
-        groups.append(TrainGroup(group.prompt, tuple(samples)))
+        groups.append(TrainGroup(one.prompt, tuple(samples)))
     read = [observation for group in groups for sample in group.samples for observation in sample.observations]
     assert {len(observation.images) for observation in read} >= {0, 1, 2, 3}
     for group, found in zip(groups, learner.logprobs(groups), strict=True):
         for sample, logprobs_T in zip(group.samples, found, strict=True):
+            assert sample.rollout_logprobs_T is not None
             np.testing.assert_allclose(logprobs_T, sample.rollout_logprobs_T, atol=1e-4)

@@ -8,10 +8,10 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
-from rollout.inputs.processor import InputProcessor
 from rollout.turns.environment import Reply
-from rollout.types import Rollout
+from rollout.types import Prompt
 
 
 class Pages:
@@ -99,7 +99,7 @@ class Refuses:
         return None
 
 
-def conversation(processor: InputProcessor, prompt, rollout: Rollout):
+def conversation(processor: Any, prompt: Prompt, rollout: Any) -> tuple[Any, ...]:
     """Return (ids, is_sampled, pixel_values, image_grid_thw) of the whole row of one rollout, as plain lists."""
     encoded = processor.encode(prompt)
     ids, sampled = list(encoded.token_ids_T), [False] * len(encoded.token_ids_T)

@@ -59,7 +59,7 @@ def make_groups(
     return groups
 
 
-PER_TURN = [[[]], [[2], [0, 3], [1, 1, 2]], [[], [4]], [[3], []]]
+PER_TURN: list[list[list[int]]] = [[[]], [[2], [0, 3], [1, 1, 2]], [[], [4]], [[3], []]]
 """Of each sample of a group the images of each observation: one to four turns, 0 to 3 images each."""
 
 
@@ -88,7 +88,7 @@ def _conversation(processor: InputProcessor, images: Sequence[Sequence[str | byt
     )
 
 
-def make_conversations(processor: InputProcessor, pages: Sequence[str], counts: Sequence[int]) -> list[TrainGroup]:
+def make_conversations(processor: Any, pages: Sequence[Any], counts: Sequence[int]) -> list[TrainGroup]:
     """Return groups as `make_groups` does, whose responses read observations with up to three images in four turns."""
     groups = []
     for index, count in enumerate(counts):

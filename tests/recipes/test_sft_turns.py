@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from recipes.answers.gold_responses import GoldResponses
 from recipes.files.row_check import check_rows
 from recipes.sft import sft
 from rollout.config import TurnsConfig
-from rollout.inputs.processor import InputProcessor
 from rollout.turns.environment import Reply
 from rollout.turns.episode import Episode
 from rollout.types import Prompt
@@ -60,7 +60,7 @@ def row_of(pages: list[str], **columns) -> dict:
     return {"id": "a", "prompt": "<image>what is it?", "image": [pages[0]], "turns": trajectory(pages)} | columns
 
 
-def prompts_of(config: SftConfig, processor: InputProcessor) -> list[Prompt]:
+def prompts_of(config: SftConfig, processor: Any) -> list[Prompt]:
     return list(load_prompts(config.data.train, config.data, config.prompt, processor))
 
 
@@ -95,6 +95,7 @@ def test_the_row_is_what_an_engine_would_have_sampled_and_mistakes_are_only_read
 def test_the_loss_is_that_of_the_learned_tokens_in_transformers_own_forward(configure, page_images, tiny_model_path):
     gold = GoldResponses(configure([row_of(page_images)]))
     learner = make_learner(tiny_model_path, self_check=True)
+    encoder: Any = learner.encoder
     [prompt] = prompts_of(gold.config, learner.encoder)
     groups, _ = gold.groups([prompt])
     ids, is_own, pixels, grids = conversation(learner.encoder, prompt, groups[0].samples[0])
@@ -103,7 +104,7 @@ def test_the_loss_is_that_of_the_learned_tokens_in_transformers_own_forward(conf
     with torch.no_grad():
         logits = model(
             input_ids=row, pixel_values=torch.cat(pixels), image_grid_thw=torch.cat(grids), use_cache=False,
-            mm_token_type_ids=(row == learner.encoder.image_token_id).long(),
+            mm_token_type_ids=(row == encoder.image_token_id).long(),
         ).logits[0, :-1]  # fmt: skip
     logits[:, learner.encoder.banned_token_ids] = float("-inf")
     logprobs = torch.log_softmax(logits, -1).gather(1, row[0, 1:, None])[:, 0]
@@ -149,9 +150,9 @@ def test_a_row_longer_than_a_micro_batch_is_named_with_its_parts(configure, page
     gold = GoldResponses(configure([row_of(page_images)], "learner.max_tokens_per_micro_batch=1000"))
     learner = dataclasses.replace(gold.config.learner, max_tokens_per_micro_batch=100)
     gold.config = dataclasses.replace(gold.config, learner=learner)
-    [prompt] = prompts_of(gold.config, gold._processor)
+    prompts: Any = prompts_of(gold.config, gold._processor)
     with pytest.raises(RsgrpoError, match=r"prompt, response and observations have .* = \d+ tokens, .* is 100"):
-        gold.check([prompt])
+        gold.check(prompts)
 
 
 def test_the_row_check_takes_trajectories_and_other_columns_of_that_name_are_left_alone(configure, page_images):

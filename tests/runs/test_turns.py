@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def exact(config: TrainConfig) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, page_images, tiny_model_path) -> TrainConfig:
+def whole(tmp_path_factory, page_images, tiny_model_path) -> Iterator[TrainConfig]:
     """A finished run of three steps in one process, whose tool fails on a fifth of the turns."""
     folder = tmp_path_factory.mktemp("turns")
     write_rewards(folder)

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def test_a_page_that_several_responses_read_is_decoded_once(tiny_model_path, pag
     groups = make_conversations(learner.encoder, page_images, [1])
     again = [replace(groups[0], samples=(*groups[0].samples, *groups[0].samples))]
     expected = learner.logprobs(groups)
-    read, decoded = learner.encoder.encode_images, Counter()
+    read, decoded = learner.encoder.encode_images, Counter[Any]()
 
     def counted(images):
         decoded.update(images)

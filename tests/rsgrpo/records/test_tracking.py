@@ -170,11 +170,11 @@ def test_observations_read_back_with_their_images_and_older_files_have_none(
     assert stored.finish_reason == "turns"
     assert plain.observations == ()
     [seen, end] = stored.observations
-    assert (tmp_path / seen.images[0]).read_bytes() == page
+    assert (tmp_path / str(seen.images[0])).read_bytes() == page
     assert seen == replace(observations[0], images=(seen.images[0], page_images[0]))
     assert end == observations[1]
     [again, _] = rollout_group(tmp_path, [stored, plain], "").rollouts  # as the laboratory reads it
-    assert again.observations[0].images == (str(tmp_path / seen.images[0]), page_images[0])
+    assert again.observations[0].images == (str(tmp_path / str(seen.images[0])), page_images[0])
     assert (again.observations[0].token_ids_S, again.finish_reason) == ((7, 8, 8), "turns")
     pq.write_table(pq.read_table(path).drop_columns(["observations"]), path)
     assert [row.observations for row in read_rollouts(path)] == [(), ()]
