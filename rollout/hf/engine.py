@@ -82,12 +82,12 @@ class HFEngine:
         self.device = torch.device(automatic if chosen.device == "auto" else chosen.device)
         self.weights_version = 0
         self._max_batch_sequences, self._max_batch_bytes = rollout.max_batch_sequences, rollout.max_batch_gib * 2**30
+        self._family = family_of(self.processor.model_type)  # refused before weights load
         load_model: Callable[..., Any] = AutoModelForImageTextToText.from_pretrained
         self._model = load_model(
             model_path, dtype=getattr(torch, rollout.dtype), attn_implementation="sdpa", **chosen.source
         )
         self._model.eval().requires_grad_(False).to(self.device)
-        self._family = family_of(self._model.config.model_type)
         self._decoder = self._family.attend_by(self._model, ATTENTION_NAME)
         self._embed, self._head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
         self._banned = torch.tensor(self.processor.banned_token_ids, device=self.device)

@@ -77,6 +77,7 @@ class InputProcessor:
                 f"vision-language model. Set model.path to one of a supported family: {', '.join(FAMILIES)}."
             )
         self.image_token_id: int = image_token_id
+        self.model_type: str = config.model_type
         self.family = FAMILIES.get(config.model_type, Family)()  # vLLM also samples families that cannot be trained
         vocabulary = self.tokenizer.get_vocab()
         ends_by = self.family.end_token

@@ -38,6 +38,7 @@ def load_model(config: ModelConfig) -> Any:
     """Return the model of `model.path` in float32 on CPU, with its generation configuration."""
     if not config.path:
         raise InputError("model.path is empty. Set it to a Hugging Face folder or hub id")
+    family_of(AutoConfig.from_pretrained(config.path, **hub_options(config)).model_type)  # refused before weights load
     return AutoModelForImageTextToText.from_pretrained(config.path, **_AS_LOADED, **hub_options(config))
 
 

@@ -18,9 +18,10 @@ from rollout.hf.engine import HFEngine
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
-from rsgrpo.config.train import LoraConfig
+from rsgrpo.config.train import LoraConfig, ModelConfig
 from rsgrpo.errors import InputError
 from rsgrpo.learning.packing import build_micro_batch
+from rsgrpo.learning.policy import load_model
 from rsgrpo.plan.model_sizes import sizes_of
 from tests.laws.test_02_shared_prefix import assert_same, backward, encoded, groups_of, make_policy, plain_rows, row_of
 from tests.material.gate import OneEngine, failures, run_gate
@@ -102,6 +103,12 @@ def test_a_prompt_may_hold_no_token_of_an_image_or_of_a_turn(processor):
 def test_an_unknown_family_is_refused_with_the_list():
     with pytest.raises(InputError, match="'llava' model; supported families are qwen2_vl, qwen2_5_vl, qwen3_vl, "):
         family_of("llava")
+
+
+def test_a_learner_refuses_an_unknown_family_before_weights_load(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')  # a folder without weights
+    with pytest.raises(InputError, match="'llava' model; supported families are .* a page on how to add"):
+        load_model(ModelConfig(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(("counts", "train_tower"), [([2, 0, 5], False), ([2, 0, 5], True), ([0], True)], ids=str)
