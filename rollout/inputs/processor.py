@@ -51,7 +51,7 @@ class InputProcessor:
     """Renders prompts and decodes responses for one model folder. Create one per process; it is thread-safe.
 
     Attributes:
-        tokenizer, image_processor, family: of the model folder.
+        tokenizer, image_processor, family, model_type: of the model folder.
         eos_token_id: end-of-text of a response. pad_token_id: the same if the folder names none.
         image_token_id: placeholder of one merged vision token.
         banned_token_ids: vision tokens, which must never be sampled.
