@@ -210,8 +210,8 @@ def add_file_commands(commands: Any) -> None:
     convert.add_argument("--row-prompt", default="evidence", help="prompt for rows that only have a question")
     convert.add_argument("--drop-bad", action="store_true", help="leave out rows that cannot be converted")
 
-    about = "questions as a task of lmms-eval and a table for VLMEvalKit"
-    harness = add_command(commands, "harness", run_harness, about)
+    meaning = "questions as a task of lmms-eval and a table for VLMEvalKit"
+    harness = add_command(commands, "harness", run_harness, meaning)
     harness.add_argument("source", metavar="FILE", help="rows with question, image and answer, as recipes.infer reads")
     harness.add_argument("--out", type=Path, required=True, help="folder to write")
     harness.add_argument("--name", default="", help="of the data set (default: FILE's)")

@@ -10,7 +10,6 @@ import html
 import tempfile
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,8 +155,7 @@ class DocumentServer:
         body = await _read(request, SearchBody)
 
         def search() -> AnswerProgress:
-            with closing(self._library.ask(body.query, body.k or self._config.k, self._config.setting)) as progress:
-                return next(progress)
+            return next(self._library.ask(body.query, body.k or self._config.k, self._config.setting))  # the pages
 
         return web.json_response(_shown(await self._work(search)))
 

@@ -8,6 +8,7 @@ import re
 import string
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -15,20 +16,20 @@ HERE = Path(__file__).parent
 MARK = "<image>"
 
 
-def doc_to_visual(doc):
+def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
     """Return the pages."""
     return [Image.open(HERE / path).convert("RGB") for path in doc["images"]]
 
 
-def doc_to_text(doc, lmms_eval_specific_kwargs=None):
+def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> str:
     """Return the message without its pages, for models that take them apart from it."""
-    return doc["text"].replace(MARK, "")
+    return str(doc["text"]).replace(MARK, "")
 
 
-def doc_to_messages(doc, lmms_eval_specific_kwargs=None):
+def doc_to_messages(doc: dict[str, Any], lmms_eval_specific_kwargs: Any = None) -> list[dict[str, Any]]:
     """Return the message with its pages in place."""
     pages = iter(doc_to_visual(doc))
-    content = []
+    content: list[dict[str, Any]] = []
     for number, piece in enumerate(doc["text"].split(MARK)):
         if number:
             content.append({"type": "image", "url": next(pages)})
@@ -40,7 +41,7 @@ def doc_to_messages(doc, lmms_eval_specific_kwargs=None):
     return messages
 
 
-def process_results(doc, results):
+def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Return the scores of one answer."""
     found = re.search(r"<answer>(.*?)(</answer>|$)", results[0], re.DOTALL)
     words = _words(found[1] if found else results[0])
@@ -51,11 +52,11 @@ def process_results(doc, results):
     }
 
 
-def _words(text):
+def _words(text: str) -> list[str]:
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def _f1(words, gold):
+def _f1(words: list[str], gold: list[str]) -> float:
     shared = sum((Counter(words) & Counter(gold)).values())
     return 2 * shared / (len(words) + len(gold)) if shared else 0.0

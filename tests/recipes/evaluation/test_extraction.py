@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,12 @@ def files(tmp_path: Path, monkeypatch) -> Path:
 
 
 def config_of(**changes) -> EvaluateConfig:
-    chosen = {"protocol": "mmlongbench", "predictions": "said.jsonl", "name": "e", "bootstrap_samples": 10} | changes
+    chosen: dict[str, Any] = {
+        "protocol": "mmlongbench",
+        "predictions": "said.jsonl",
+        "name": "e",
+        "bootstrap_samples": 10,
+    } | changes
     return EvaluateConfig(benchmark="rows.jsonl", topk=0, **chosen)
 
 

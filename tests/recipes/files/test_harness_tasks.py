@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -31,8 +32,8 @@ def written(tmp_path: Path, page_images, monkeypatch) -> Path:
     return tmp_path / "out"
 
 
-def task_functions(folder: Path):
-    spec = importlib.util.spec_from_file_location("task_utils", folder / "utils.py")
+def task_functions(folder: Path) -> Any:
+    spec: Any = importlib.util.spec_from_file_location("task_utils", folder / "utils.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -69,7 +69,7 @@ def test_an_engine_writes_for_one_listener_at_a_time_and_for_the_others_in_batch
 
     heard: list[Piece] = []
     monkeypatch.setattr(engine, "answer", answer)
-    monkeypatch.setattr(engine, "stream", stream)
+    monkeypatch.setattr(engine, "steps", stream)
     prompts = PromptQueue(engine, num_threads=9, batch_size=3)
     for name in "abCDefg":
         prompts.ask(Prompt(name, "t"), hear, streams=name.isupper())

@@ -104,7 +104,7 @@ def test_a_stream_stops_at_a_stop_text_and_ends_with_the_usage_if_asked():
     class Counting(FakeAnswerer):
         def stream(self, prompt):
             for piece in super().stream(prompt):
-                counted = {"num_prompt_tokens": 5, "num_response_tokens": 7}
+                counted: Any = {"num_prompt_tokens": 5, "num_response_tokens": 7}
                 yield replace(piece, **counted) if isinstance(piece, Answer) else piece
 
     *lines, done = [line.removeprefix("data: ") for line in talk(scene, Counting(), rules=FREE).split("\n\n") if line]
