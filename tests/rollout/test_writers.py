@@ -25,6 +25,7 @@ WRITERS = {
     "to_parquet",
 }
 ELSEWHERE = {
+    "recipes/serve/documents.py": "an upload, in the scratch folder of its request",
     "rsgrpo/learning/export.py": "into the unfinished folder of Run.finish",
     "rsgrpo/records/integrity.py": "into an unfinished checkpoint or export",
     "rsgrpo/report/line_chart.py": "pictures of the documentation, on request",

@@ -106,7 +106,7 @@ def test_an_environment_that_does_not_exist_is_refused_before_anything_is_sample
     with pytest.raises(ConfigError, match="cannot be loaded: AttributeError"):
         build(tiny_model_path, "Nothing")
     with pytest.raises(ConfigError, match="is not an environment"):
-        build(tiny_model_path, "InputProcessor")
+        build(tiny_model_path, "Reply")
 
 
 def test_a_family_with_recurrent_layers_is_refused_with_the_way_out(tiny_model_path, tmp_path):

@@ -169,7 +169,8 @@ def settings_of(model: str, **changes: Any) -> dict[str, Any]:
         "rewards": {"accuracy": "rewards.evisrag:accuracy"},
         "model": {"path": model},
         "data": {"train": "org/rows:train", "val": "held_out.jsonl"},
-        "inputs": {"min_pixels": 784, "max_pixels": 50176},
+        "inputs": {"min_pixels": 784, "max_pixels": 50176, "max_images": 4},
+        "validation": {"greedy": True, "samples": 0},
         "algorithm": {"advantage": "per_reward"},
         "prompt": {"template": "", "file": "", "system": ""},
     } | changes
