@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
 from rollout.inputs.processor import InputProcessor
-from rollout.types import Prompt
+from rollout.types import Observation, Prompt, SamplingParams
 from tests.material.environments import conversation
 
 INPUTS = InputsConfig(min_pixels=784, max_pixels=784 * 16, max_images=3, max_prompt_tokens=400)
@@ -95,3 +95,15 @@ def assert_conversations(model, engine, group, temperature):
         expected = logprobs[torch.tensor(sampled[1:])]
         torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=1e-4, rtol=0)
         assert not set(rollout.token_ids_T) & set(processor.banned_token_ids)
+
+
+def assert_heard(engine, prompt):
+    """A conversation of several turns is streamed as it is: text in pieces, observations in their places."""
+    for seed in range(9):
+        *heard, group = engine.stream(prompt, SamplingParams(max_tokens=40, seed=seed))
+        rollout = group.rollouts[0]
+        assert "".join(piece for piece in heard if isinstance(piece, str)) == rollout.text
+        assert [piece for piece in heard if isinstance(piece, Observation)] == list(rollout.observations)
+        if len(rollout.observations) > 1:
+            return
+    raise AssertionError("no conversation of several turns")

@@ -8,9 +8,9 @@ import pytest
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, TurnsConfig
 from rollout.hf.engine import HFEngine
-from rollout.types import Observation, Prompt, SamplingParams
+from rollout.types import Prompt, SamplingParams
 from tests.material.tiny_families import save_family
-from tests.rollout.parity import assert_conversations, reference_model
+from tests.rollout.parity import assert_conversations, assert_heard, reference_model
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 HOME = "tests.material.environments"
@@ -115,14 +115,4 @@ def test_a_family_with_recurrent_layers_is_refused_with_the_way_out(tiny_model_p
 
 
 def test_a_conversation_is_heard_while_it_goes_on(tiny_model_path, page_images):
-    engine = build(tiny_model_path, pages=page_images)
-    prompt = Prompt("one", "<image>the code?", (page_images[1],))
-    for seed in range(9):
-        *heard, group = engine.stream(prompt, SamplingParams(max_tokens=40, seed=seed))
-        rollout = group.rollouts[0]
-        assert "".join(piece for piece in heard if isinstance(piece, str)) == rollout.text
-        assert [piece for piece in heard if isinstance(piece, Observation)] == list(rollout.observations)
-        if len(rollout.observations) > 1:
-            break
-    else:
-        raise AssertionError("no conversation of several turns")
+    assert_heard(build(tiny_model_path, pages=page_images), Prompt("one", "<image>the code?", (page_images[1],)))
