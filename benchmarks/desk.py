@@ -1,4 +1,4 @@
-"""The desk demo beside policies of one turn: thumbnails only, and all pages at full size. Fresh warm starts per seed.
+"""The desk demo beside policies of one turn: thumbnails only, and all pages in two sizes. Fresh warm starts per seed.
 
     python -m benchmarks.desk [--seeds 1 2 3] [--folder desk-trial]
     python -m benchmarks.desk --table        # only the table, from the runs in --folder
@@ -40,6 +40,7 @@ ONE_TURN = ("rollout.turns.environment=", "guards.action=warn")
 ARMS = {
     "desk": Arm("page desk", ""),
     "thumbnails": Arm("one turn, thumbnails only", "image", ONE_TURN),
+    "opened": Arm("one turn, all pages as `open` shows them", "pages", ONE_TURN),
     "pages": Arm("one turn, all pages at full size", "pages", (*ONE_TURN, f"inputs.max_pixels={FULL_SIZE}")),
 }
 
