@@ -7,20 +7,32 @@ from functools import partial
 
 import pytest
 
+from rollout.build import build_engine
 from rollout.config import InputsConfig, TurnsConfig
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.launch import max_model_len
 from tests.material.environments import Pages, Slow
-from tests.rollout.parity import ROLLOUT, assert_conversations, assert_heard, reference_model
+from tests.rollout.parity import INPUTS, ROLLOUT, assert_conversations, assert_heard, reference_model
+
+
+@pytest.fixture(scope="module")
+def alive(engine, attentive_model_path):
+    """The shared engine, or another where the transfer tests have killed it."""
+    if not engine._broken:
+        yield engine
+        return
+    another = build_engine(attentive_model_path, ROLLOUT, INPUTS, name="engine 1")
+    yield another
+    another.close()
 
 
 @pytest.fixture
-def talking(engine, page_images, monkeypatch):
-    """The shared engine with an environment; its limits of images and length were set for single turns."""
+def talking(alive, page_images, monkeypatch):
+    """An engine with an environment; its limits of images and length were set for single turns."""
     limits = TurnsConfig(environment="any:thing", max_observation_tokens=250, max_images=2, timeout_s=0.5)
-    monkeypatch.setattr(engine, "_rollout", replace(ROLLOUT, turns=limits))
-    monkeypatch.setattr(engine, "_make_environment", partial(Pages, pages=page_images, stop=("e", "a", "1"), most=4))
-    return engine
+    monkeypatch.setattr(alive, "_rollout", replace(ROLLOUT, turns=limits))
+    monkeypatch.setattr(alive, "_make_environment", partial(Pages, pages=page_images, stop=("e", "a", "1"), most=4))
+    return alive
 
 
 def test_every_sampled_token_has_the_probability_that_transformers_gives_it(talking, attentive_model_path, page_images):
@@ -44,8 +56,8 @@ def test_an_answer_that_never_comes_costs_its_time_limit_and_no_other_rollout(ta
     assert {o.fault for rollout in group.rollouts for o in rollout.observations} == {"", "timeout"}
 
 
-def test_images_of_observations_become_one_placeholder_each(engine, page_images):
-    processor = engine.processor
+def test_images_of_observations_become_one_placeholder_each(alive, page_images):
+    processor = alive.processor
     inputs = processor.encode_observation("a <image> b <image>", page_images[:2], has_ended=True)
     ids = processor.collapsed(inputs)
     assert ids == processor.token_ids(processor.render_observation("a <image> b <image>", 2, has_ended=True))
