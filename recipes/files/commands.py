@@ -78,7 +78,7 @@ def run_validate(options: dict[str, Any], console: Console) -> int:
             console.info(prefix + (as_named(line, VALIDATE_OPTIONS) if run is None else line))
         num_bad += len(report.bad)
     if not options["model"]:
-        where = f" (there is no model folder {run.model.path})" if run else ""
+        where = f" (model folder {run.model.path} does not exist)" if run else ""
         console.info(f"Tokens were not counted{where}. To count them, set --model.")
     return int(num_bad > 0)
 

@@ -347,7 +347,7 @@ class Learner:
         self._saver.is_saved(wait=True)
 
     def begin_save(self, folder: str | Path) -> None:
-        """Begin to write what `save` writes, and learn on meanwhile; at most one at a time. Collective.
+        """Begin to write what `save` writes, and learn on meanwhile; waits for the write before. Collective.
 
         Raises:
             RsgrpoError: the disk has no room for it.

@@ -154,10 +154,10 @@ class Saver:
         """Copy the state and begin to write it into `folder`. Collective.
 
         Raises:
-            RsgrpoError: the folder holds a learner's state, the disk has no room, or another write is under way.
+            RsgrpoError: the folder holds a learner's state, the disk has no room, or the write before failed.
         """
-        if self._writing is not None:
-            raise RsgrpoError(f"{folder}: another checkpoint is still being written. Ask `is_saved` first")
+        # A driver asks until rank 0 has written; another rank may return from the last collective a moment later.
+        self.is_saved(wait=True)
         state = _state_of(self._policy, self._optimizer, folder)
         if not _has_memory_for(state):
             logger.warning(
