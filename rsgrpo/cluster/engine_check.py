@@ -91,6 +91,13 @@ def check_engines(
     Raises:
         EnginesDiffer: they disagree; the message is the whole table.
     """
+    require_agreement(run_checks(config, engines, learner, prompts, version), version)
+
+
+def run_checks(
+    config: TrainConfig, engines: Engines, learner: LearnerRanks, prompts: Sequence[Prompt], version: int
+) -> list[Check]:
+    """Return all checks of a run's settings, those of a tool's page where it has an environment."""
     checks = compare_engines(
         engines,
         learner,
@@ -101,7 +108,7 @@ def check_engines(
     )
     if config.rollout.turns.environment and config.rollout.turns.max_images:
         checks += compare_turns(engines, learner, prompts[0], tolerance=tolerance_of(config))
-    require_agreement(checks, version)
+    return checks
 
 
 def compare_engines(

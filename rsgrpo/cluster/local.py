@@ -138,20 +138,24 @@ class LocalCluster:
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:
-            config = self.config
             # The learner's random numbers are those of a run with a process per role.
             with torch.random.fork_rng(devices=[]):
-                self._engine = build_engine(
-                    config.model.path,
-                    config.rollout,
-                    config.inputs,
-                    num_threads=config.learner.num_threads,
-                    device=config.learner.device,
-                    revision=config.model.revision,
-                    trust_remote_code=config.model.trust_remote_code,
-                )
+                self._engine = run_engine(self.config)
         if self._version is not None:
             self._engine.load_weights(self.learner.gather_weights())
             self._engine.finish_weights(self._version)
             self._version = None
         return self._engine
+
+
+def run_engine(config: TrainConfig) -> Engine:
+    """Build a run's engine in this process, on the learner's device."""
+    return build_engine(
+        config.model.path,
+        config.rollout,
+        config.inputs,
+        num_threads=config.learner.num_threads,
+        device=config.learner.device,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+    )

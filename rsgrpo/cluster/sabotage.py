@@ -11,21 +11,19 @@ from functools import partial
 import torch
 from PIL import Image
 
-from rollout.build import build_engine, hide_progress_bars
+from rollout.build import hide_progress_bars
 from rollout.errors import one_line
 from rollout.inputs.images import decode
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rsgrpo.cluster.engine_check import (
     CHECKED_PROMPTS,
-    CHECKED_TOKENS,
     Check,
     blanked,
     choose_prompts,
-    compare_engines,
+    run_checks,
     table,
-    tolerance_of,
 )
-from rsgrpo.cluster.local import OneEngine
+from rsgrpo.cluster.local import OneEngine, run_engine
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.learning.learner import Learner
@@ -100,26 +98,11 @@ def try_all(config: TrainConfig, prompts: Sequence[Prompt]) -> list[Outcome]:
         raise InputError("--sabotage needs a training row with two images: only then can one of them be unseen")
     hide_progress_bars()
     learner = Learner(config.model, config.learner, config.inputs, algorithm=config.algorithm, total_steps=1)
-    built = build_engine(
-        config.model.path,
-        config.rollout,
-        config.inputs,
-        num_threads=config.learner.num_threads,
-        device=config.learner.device,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    built = run_engine(config)
     engine = OneEngine(built)
 
     def ask(engines: OneEngine) -> list[Check]:
-        return compare_engines(
-            engines,
-            learner,
-            chosen,
-            num_tokens=min(CHECKED_TOKENS, config.rollout.max_response_tokens),
-            tolerance=tolerance_of(config),
-            version=0,
-        )
+        return run_checks(config, engines, learner, chosen, 0)
 
     try:
         untouched = ask(engine)
