@@ -63,6 +63,11 @@ class FakeEngine:
         """Return a response; with an environment, its turns until that ends the episode."""
         token_ids = [self.processor.encode_response(turn) for turn in turns]
         if self._make_environment is None:
+            if len(token_ids) > 1:
+                raise PromptError(
+                    f"the script has {len(token_ids)} turns for {prompt.id!r}, but there is no "
+                    "rollout.turns.environment to answer them"
+                )
             kept = token_ids[0][: sampling.max_tokens]
             return self.processor.rollout(kept, [0.0] * len(kept), self.weights_version)
         (episode,) = begin_episodes(self._make_environment, prompt, 1, self.processor, self._limits)

@@ -35,6 +35,14 @@ from rollout.types import Observation, Prompt, Rollout, RolloutGroup, SamplingPa
 Item = TypeVar("Item")
 
 
+FEATURE_CACHE_BYTES = 512 << 20
+PREFILL_TOKENS = 16_384
+"""Prompt tokens, padding included, of one prefill pass; a longer prompt has a pass of its own."""
+
+Listener = Callable[[torch.Tensor | Observation], None]
+"""Receives the tokens of each step, (B,), and every observation."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Ready:
     """A prompt that can be sampled. episodes: one per rollout; none without an environment."""
@@ -46,14 +54,6 @@ class _Ready:
     @property
     def num_tokens(self) -> int:
         return len(self.inputs.token_ids_T)
-
-
-FEATURE_CACHE_BYTES = 512 << 20
-PREFILL_TOKENS = 16_384
-"""Prompt tokens, padding included, of one prefill pass; a longer prompt has a pass of its own."""
-
-Listener = Callable[[torch.Tensor | Observation], None]
-"""Receives the tokens of each step, (B,), and every observation."""
 
 
 class _Closed(BaseException):

@@ -90,13 +90,13 @@ class LearnerWorker(_Process):
 
         folder: where the driver works. token: file that it has put into `run_dir` (`rsgrpo.cluster.shared_folder`).
         """
-        from rsgrpo.learning.learner import Learner, frozen_model, init_distributed
+        from rsgrpo.learning.learner import Learner, init_distributed
 
         enter_folder(folder)
         require_token(run_dir, token)
         init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
         self.learner = Learner(
-            config.model if trainable else frozen_model(config.model),
+            config.model if trainable else config.model.frozen(),
             config.learner,
             config.inputs,
             algorithm=config.algorithm,

@@ -5,7 +5,6 @@ Every rank is given the same full list of groups. Ray, hydra and engines are not
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +22,7 @@ from rollout.inputs.images import with_bytes
 from rollout.inputs.processor import InputProcessor, require_same_tokens
 from rollout.types import Prompt
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
-from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, LoraConfig, ModelConfig
+from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.attention import choose_attention
 from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
 from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
@@ -38,7 +37,7 @@ from rsgrpo.learning.fsdp import (
     shard,
     share_of_cores,
 )
-from rsgrpo.learning.layers.four_bits import pack_base
+from rsgrpo.learning.layers.four_bits import pack_base, require_packing
 from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
 from rsgrpo.learning.packing import Packing
 from rsgrpo.learning.passes import LossOf, Passes
@@ -416,25 +415,6 @@ def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_t
         raise RsgrpoError(
             f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
             "model.freeze_vision=false trains it. Set learner.feature_cache='' or model.freeze_vision=true"
-        )
-
-
-def frozen_model(model: ModelConfig) -> ModelConfig:
-    """Return the frozen model of a run: the teacher where there is one, else what the policy starts from."""
-    return replace(model, path=model.teacher, revision="", lora=LoraConfig()) if model.teacher else model
-
-
-def require_packing(device: torch.device, world_size: int) -> None:
-    """Raise RsgrpoError where the frozen base of adapters cannot be kept in 4 bits."""
-    where = f"the device is {device.type} and learner.num_ranks is {world_size}"
-    if device.type != "cuda" or world_size > 1:
-        raise RsgrpoError(
-            f"model.lora.base_bits=4 needs CUDA and learner.num_ranks=1, but {where}. Set model.lora.base_bits=16"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RsgrpoError(
-            "model.lora.base_bits=4 needs bitsandbytes, which is not installed. Run pip install bitsandbytes, or "
-            "set model.lora.base_bits=16"
         )
 
 

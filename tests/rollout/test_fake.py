@@ -105,3 +105,11 @@ def test_a_bad_script_names_file_and_line_and_a_missing_one_the_file(tmp_path, l
         read_script(str(path))
     with pytest.raises(EngineError, match=r"rollout\.script: nowhere\.jsonl cannot be read"):
         read_script("nowhere.jsonl")
+
+
+def test_turns_without_an_environment_are_refused_instead_of_cut(tiny_model_path, tmp_path):
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"id": "a", "responses": [["<open>1</open>", "<answer>7</answer>"]]}) + "\n")
+    (group,) = start(tiny_model_path, str(path)).generate([Prompt("a", "?")], SamplingParams())
+    assert group.error is not None
+    assert "the script has 2 turns for 'a', but there is no rollout.turns.environment" in group.error

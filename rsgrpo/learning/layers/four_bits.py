@@ -1,11 +1,14 @@
-"""Frozen weights under adapters in 4 bits (QLoRA), by bitsandbytes; it does not know where that may run."""
+"""Frozen weights under adapters in 4 bits (QLoRA), by bitsandbytes."""
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
+
+from rsgrpo.errors import RsgrpoError
 
 
 class FourBitLinear(nn.Module):
@@ -53,3 +56,17 @@ def pack_base(model: Any, device: torch.device) -> None:
     adapted: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
     for module in adapted:
         module.base_layer = FourBitLinear(module.base_layer, device)
+
+
+def require_packing(device: torch.device, world_size: int) -> None:
+    """Raise RsgrpoError where the frozen base of adapters cannot be kept in 4 bits."""
+    where = f"the device is {device.type} and learner.num_ranks is {world_size}"
+    if device.type != "cuda" or world_size > 1:
+        raise RsgrpoError(
+            f"model.lora.base_bits=4 needs CUDA and learner.num_ranks=1, but {where}. Set model.lora.base_bits=16"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RsgrpoError(
+            "model.lora.base_bits=4 needs bitsandbytes, which is not installed. Run pip install bitsandbytes, or "
+            "set model.lora.base_bits=16"
+        )

@@ -12,8 +12,7 @@ from rsgrpo.config.train import LoraConfig, ModelConfig
 from rsgrpo.errors import ConfigError, RsgrpoError
 from rsgrpo.learning.attention import SDPA
 from rsgrpo.learning.export import full_weights
-from rsgrpo.learning.layers.four_bits import FourBitLinear, pack_base
-from rsgrpo.learning.learner import require_packing
+from rsgrpo.learning.layers.four_bits import FourBitLinear, pack_base, require_packing
 from rsgrpo.learning.policy import Policy, add_lora, load_model
 from tests.laws.test_02_shared_prefix import assert_same, backward, groups_of, plain_rows, row_of
 from tests.material.learner import make_learner
