@@ -21,6 +21,7 @@ from rsgrpo.algorithm.scoring import RewardSet
 from rsgrpo.cluster.engine_check import check_engines
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.learning.learner import Learner
+from rsgrpo.learning.policy import frozen_model
 from rsgrpo.types import ScoredGroup, TrainGroup
 
 
@@ -64,7 +65,7 @@ class LocalCluster:
         )
         self._reference = None
         if config.needs_reference_workers:
-            self._reference = learner(config.model.frozen(), trainable=False, same_tokens_as=config.model.path)
+            self._reference = learner(frozen_model(config.model), trainable=False, same_tokens_as=config.model.path)
         self.learner = learner(config.model)  # the last one: it seeds the random numbers of training
         self.rewards = RewardSet.from_config(config)
         self._engine: Engine | None = None

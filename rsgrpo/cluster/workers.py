@@ -91,12 +91,13 @@ class LearnerWorker(_Process):
         folder: where the driver works. token: file that it has put into `run_dir` (`rsgrpo.cluster.shared_folder`).
         """
         from rsgrpo.learning.learner import Learner, init_distributed
+        from rsgrpo.learning.policy import frozen_model
 
         enter_folder(folder)
         require_token(run_dir, token)
         init_distributed(self.rank, config.learner.num_ranks, host, port, config.learner.device)
         self.learner = Learner(
-            config.model if trainable else config.model.frozen(),
+            config.model if trainable else frozen_model(config.model),
             config.learner,
             config.inputs,
             algorithm=config.algorithm,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from rollout.config import Dtype
@@ -64,10 +64,6 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "Run code that comes with the model.")
     teacher: str = key("", "Folder or hub id of a frozen model with the policy's tokens, for algorithm.distill_coef.")
     lora: LoraConfig = field(default_factory=LoraConfig)
-
-    def frozen(self) -> ModelConfig:
-        """Return the frozen model of a run: the teacher where there is one, else what the policy starts from."""
-        return replace(self, path=self.teacher, revision="", lora=LoraConfig()) if self.teacher else self
 
 
 @dataclass(frozen=True)

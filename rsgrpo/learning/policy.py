@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,11 @@ def load_model(config: ModelConfig) -> Any:
         raise InputError("model.path is empty. Set it to a Hugging Face folder or hub id")
     family_of(AutoConfig.from_pretrained(config.path, **hub_options(config)).model_type)  # refused before weights load
     return AutoModelForImageTextToText.from_pretrained(config.path, **_AS_LOADED, **hub_options(config))
+
+
+def frozen_model(config: ModelConfig) -> ModelConfig:
+    """Return the frozen model of a run: the teacher where there is one, else what the policy starts from."""
+    return replace(config, path=config.teacher, revision="", lora=LoraConfig()) if config.teacher else config
 
 
 def empty_model(config: ModelConfig) -> Any:

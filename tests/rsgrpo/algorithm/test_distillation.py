@@ -11,6 +11,7 @@ from rsgrpo.algorithm.loss import kl_estimate
 from rsgrpo.config.checks import validate
 from rsgrpo.config.train import AlgorithmConfig, ClusterConfig, FilterConfig, LoraConfig, ModelConfig, TrainConfig
 from rsgrpo.errors import ConfigError, InputError, RsgrpoError
+from rsgrpo.learning.policy import frozen_model
 from rsgrpo.train import train, with_ref_logprobs
 from tests.material.learner import make_groups, make_learner
 from tests.material.tiny_families import save_family
@@ -128,9 +129,9 @@ def test_the_frozen_model_is_the_teacher_without_adapters(tiny_model_path, page_
     model = dataclasses.replace(config.model, revision="abc", lora=LoraConfig(rank=4))
     config = dataclasses.replace(config, model=model)
     assert config.needs_reference_workers
-    frozen = model.frozen()
+    frozen = frozen_model(model)
     assert (frozen.path, frozen.revision, frozen.lora.rank) == ("some/teacher", "", 0)
-    assert ModelConfig(path="m").frozen() == ModelConfig(path="m")
+    assert frozen_model(ModelConfig(path="m")) == ModelConfig(path="m")
 
 
 def test_what_a_teacher_contradicts_is_refused(tiny_model_path, page_images, tmp_path):
