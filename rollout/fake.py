@@ -76,6 +76,8 @@ class FakeEngine:
             kept = turn[:left]
             if episode.answer(kept, [0.0] * len(kept), is_cut=len(turn) >= left) is None:
                 break
+        else:  # the script has no further turn
+            episode.end()
         return episode.rollout(self.weights_version)
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

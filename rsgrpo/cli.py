@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import re
@@ -21,6 +22,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -58,7 +61,7 @@ def run(main: Callable[[ConfigT], int | None], schema: type[ConfigT], config_nam
         sys.exit(run_program(lambda: print(help_text(schema, config_name, *wanted[:1]))))
     # The sweep flag may be anywhere; hydra's parser wants it after the overrides.
     arguments = sorted(sys.argv[1:], key=lambda argument: argument in ("-m", "--multirun"))
-    sys.argv[1:] = [_entry(argument, schema) for argument in arguments]
+    sys.argv[1:] = [entry for argument in arguments for entry in _entries(argument, schema)]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     _store_schema(schema)
     full_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -145,7 +148,7 @@ def compose(schema: type[ConfigT], config_name: str = "config", overrides: typin
     """
     _store_schema(schema)
     with hydra.initialize_config_module(_package(config_name), version_base="1.3"):
-        node = hydra.compose("config", [_entry(override, schema) for override in overrides])
+        node = hydra.compose("config", [entry for override in overrides for entry in _entries(override, schema)])
         return _to_object(node, schema)
 
 
@@ -323,13 +326,40 @@ def _built(schema: type, values: Any) -> Any:
     return schema(**values | parts)
 
 
-def _entry(argument: str, schema: type) -> str:
-    """Let `rewards.name=...` and `+rewards.name=...` both add to a flat map, but no `+` create a key elsewhere."""
+def _entries(argument: str, schema: type) -> list[str]:
+    """Let `rewards.name=...` and `+rewards.name=...` both add to a flat map, but no `+` create a key elsewhere.
+
+    A whole map, `rewards={name: ...}`, becomes one such argument per entry: hydra refuses entries that are not there.
+    """
     match = re.match(r"\+*(?P<key>[A-Za-z_][\w.]*)=", argument)
     if not match or match["key"].startswith("hydra."):
-        return argument
+        return [argument]
     maps = [
         part.name(name) for part in sections(schema) for name, key in part.keys.items() if isinstance(key.default, dict)
     ]
-    in_map = any(match["key"].startswith(prefix + ".") for prefix in maps)
-    return ("++" if in_map else "") + argument.lstrip("+")
+    key = match["key"]
+    holds_map = key in maps or ("." in key and any(name.startswith(f"{key}.") for name in maps))
+    if holds_map and (entries := _map_of(argument.lstrip("+"))):
+        parts = [f"{key}.{name}={_as_override(value)}" for name, value in entries.items()]
+        return [entry for part in parts for entry in _entries(part, schema)]
+    in_map = any(key.startswith(prefix + ".") for prefix in maps)
+    return [("++" if in_map else "") + argument.lstrip("+")]
+
+
+def _map_of(argument: str) -> dict[str, Any]:
+    """Return the map that an override sets; {} for any other value, and for what hydra cannot read and will name."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        value = None if override.is_sweep_override() else override.value()
+    except OverrideParseException:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _as_override(value: Any) -> str:
+    """Return a value as hydra's grammar writes it."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_as_override(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_as_override, value)) + "]"
+    return QuotedString(value, Quote.single).with_quotes() if isinstance(value, str) else json.dumps(value)

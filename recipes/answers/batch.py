@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from recipes.answers.parsing import ParsedAnswer, parse_lenient
+from recipes.answers.parsing import Form, ParsedAnswer, parse_lenient, parse_trajectory
 from recipes.answers.predictions import FAILED
 from recipes.answers.questions import prompt_hash
 from recipes.answers.types import Answer, Answerer
+from rewards.evisrag import BLOCKS
 from rollout.files import write_text
 from rollout.types import ImageSource, Observation, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
@@ -48,7 +49,13 @@ def result_line(output: Answer, model: str, pages: Sequence[ImageSource] | None 
     """
     prompt = output.prompt
     shown = prompt.images if pages is None else pages
-    parsed = parse_lenient(output.text, shown) if output.text or not output.error else _UNREAD
+    if output.error and not output.text:
+        parsed = _UNREAD
+    elif output.observations is None:
+        parsed = parse_lenient(output.text, shown)
+    else:
+        known = _numbered(shown, output.observations)
+        parsed = parse_trajectory(output.text, _last_turn(output.observations), known, _form_of(prompt))
     fields = parsed.as_dict()
     if output.error:
         fields["errors"] = [output.error, *fields["errors"]]
@@ -63,6 +70,32 @@ def result_line(output: Answer, model: str, pages: Sequence[ImageSource] | None 
         "num_prompt_tokens": output.num_prompt_tokens,
         "num_response_tokens": output.num_response_tokens,
     } | ({} if output.observations is None else {"steps": [step_line(step) for step in output.observations]})
+
+
+def _form_of(prompt: Prompt) -> Form:
+    """Return what a trajectory is asked to be: with an answer, and with the blocks that its prompt shows."""
+    shown = f"{prompt.system}\n{prompt.text}"
+    wanted = tuple(name for name in BLOCKS if name == "answer" or f"<{name}>" in shown)
+    return Form(wanted, is_all=False, every_page=False)
+
+
+def _last_turn(observations: Sequence[Observation]) -> int:
+    return observations[-1].at_char if observations else 0
+
+
+def _numbered(images: Sequence[ImageSource], observations: Sequence[Observation]) -> Sequence[ImageSource]:
+    """Return the pages that a policy knows by a number: those of its prompt, or those that its searches found.
+
+    A page that it opened whole is what it was shown, so that its path is known; another one is its thumbnail.
+    """
+    known: dict[int, ImageSource] = dict(enumerate(images, start=1))
+    for step in observations:
+        numbers, number = step.facts.get("numbers"), step.facts.get("number")
+        if isinstance(numbers, list):
+            known = dict(zip(numbers, step.images, strict=False)) | known
+        if isinstance(number, int) and step.facts.get("call") == "open" and step.images:
+            known[number] = step.images[0]
+    return [known[number] for number in sorted(known)]
 
 
 def step_line(step: Observation) -> dict[str, Any]:

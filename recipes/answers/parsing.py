@@ -31,6 +31,23 @@ _NOTHING_FOUND = (NO_EVIDENCE, "no relevant info", "not relevant", "irrelevant",
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What a response was asked to be, which decides what counts as a fault.
+
+    blocks: that it needs. is_all: nothing else may be around them. every_page: the evidence has a slot for each page.
+    """
+
+    blocks: tuple[str, ...] = BLOCKS
+    is_all: bool = True
+    every_page: bool = True
+
+
+FOUR_BLOCKS = Form()
+TRAJECTORY = Form(("answer",), is_all=False, every_page=False)
+"""What a policy of several turns needs: an answer, wherever it writes its calls and thoughts."""
+
+
+@dataclass(frozen=True, slots=True)
 class Slot:
     """What the evidence block says of one page.
 
@@ -93,6 +110,24 @@ def parse_lenient(text: str, images: Sequence[ImageSource] | None = None) -> Par
     return _assemble(text, blocks, _loose_slots(blocks["evidence"] or "", num_images), images, is_cut=is_cut)
 
 
+def parse_trajectory(
+    text: str, last_turn: int, images: Sequence[ImageSource] | None = None, form: Form = TRAJECTORY
+) -> ParsedAnswer:
+    """Read the turns of a policy that an environment answered, leniently.
+
+    Without any block the last turn is the answer, so that a call never is.
+
+    Args:
+        last_turn: where in the text the turn begins that nothing answered; at its end there is none.
+        images: the pages that the policy was shown, by the numbers that it knows.
+    """
+    if not _TAG.search(text):
+        text = text[last_turn:].strip()
+    blocks, is_cut = _recover(text)
+    slots = _loose_slots(blocks["evidence"] or "", None if images is None else len(images))
+    return _assemble(text, blocks, slots, images, is_cut=is_cut, form=form)
+
+
 def says_insufficient(answer: str) -> bool:
     """Whether an answer abstains: it says that the pages are insufficient to answer, or hold nothing relevant."""
     return containment(answer, INSUFFICIENT) == 1.0 or normalise(answer) == NO_EVIDENCE
@@ -110,6 +145,7 @@ def _assemble(
     images: Sequence[ImageSource] | None,
     *,
     is_cut: bool = False,
+    form: Form = FOUR_BLOCKS,
 ) -> ParsedAnswer:
     """Put the pieces together. is_cut: the evidence block stops in the middle of its last slot."""
     answer, think = (blocks["answer"] or "").strip(), (blocks["think"] or "").strip()
@@ -126,7 +162,8 @@ def _assemble(
     format_ok = well_formed(Response(text)) == 1.0
     num_images = None if images is None else len(images)
     citations = _citations(f"{think}\n{answer}", num_images)
-    faults = [*_block_faults(text, format_ok), *_slot_faults(evidence, citations, num_images)]
+    faults = _block_faults(text, form) if not format_ok else []
+    faults += _slot_faults(evidence, citations, num_images, form)
     if not answer:
         faults.append("the answer is empty")
     return ParsedAnswer(
@@ -248,30 +285,28 @@ def _loose_slots(block: str, num_images: int | None) -> dict[int, str]:
 # Faults
 
 
-def _block_faults(text: str, format_ok: bool) -> list[str]:
-    if format_ok:
-        return []
+def _block_faults(text: str, form: Form) -> list[str]:
     faults = []
     for name in BLOCKS:
         num_open = text.count(f"<{name}>")
         if num_open == 0:
-            faults.append(f"no <{name}> block")
+            faults += [f"no <{name}> block"] if name in form.blocks else []
         elif block_text(text, name) is None:
             faults.append(f"<{name}> is not closed")
-        elif num_open > 1 or text.count(f"</{name}>") > 1:
+        elif (num_open > 1 or text.count(f"</{name}>") > 1) and form.is_all:
             faults.append(f"<{name}> appears more than once")
     opened = [position for name in BLOCKS if (position := text.find(f"<{name}>")) >= 0]
-    if opened != sorted(opened):
+    if opened != sorted(opened) and form.is_all:
         faults.append("the blocks are out of order")
-    return faults or ["text outside of the blocks, or blocks inside one another"]
+    return faults or (["text outside of the blocks, or blocks inside one another"] if form.is_all else [])
 
 
-def _slot_faults(slots: Sequence[Slot], citations: Sequence[int], num_images: int | None) -> list[str]:
+def _slot_faults(slots: Sequence[Slot], citations: Sequence[int], num_images: int | None, form: Form) -> list[str]:
     faults = [f"slot [{slot.index}] is empty" for slot in slots if not slot.text]
     if num_images is not None:
         written = {slot.index for slot in slots}
         missing = [str(number) for number in range(1, num_images + 1) if number not in written]
-        if missing:
+        if missing and form.every_page:
             faults.append(f"no evidence slot for page {', '.join(missing)}")
         for what, numbers in (("slot", sorted(written)), ("citation", citations)):
             unknown = [f"[{number}]" for number in numbers if number > num_images]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from recipes.answers.parsing import ParsedAnswer, is_irrelevant, parse_lenient
+from recipes.answers.parsing import ParsedAnswer, is_irrelevant, parse_lenient, parse_trajectory
 from recipes.answers.predictions import FAILED, Prediction, Predictions
 from recipes.answers.questions import Question
 from recipes.evaluation.extra import ExtraScorer, Scored, missing
@@ -131,7 +131,7 @@ def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
     """Score what was predicted for one question; None scores 0."""
     golds = question.answers if question.is_sufficient else ABSTENTION_GOLDS
     text = None if prediction is None or prediction.finish_reason == FAILED else prediction.text
-    parsed = None if text is None else parse_lenient(text, question.images)
+    parsed = None if prediction is None or text is None else _parsed(question, prediction)
     predicted = {"paper": released_prediction(text), "strict": parsed.answer} if text is not None and parsed else {}
     slots = citations = None
     if question.evidence is not None:
@@ -149,6 +149,13 @@ def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
         slots=slots,
         citations=citations,
     )
+
+
+def _parsed(question: Question, prediction: Prediction) -> ParsedAnswer:
+    steps = prediction.steps
+    if steps is None:
+        return parse_lenient(prediction.text, question.images)
+    return parse_trajectory(prediction.text, int(steps[-1]["at_char"]) if steps else 0)
 
 
 def evaluate_predictions(

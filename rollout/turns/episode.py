@@ -95,6 +95,13 @@ class Episode:
             return None
         return self._encode(reply, has_ended)
 
+    def end(self) -> None:
+        """End the episode after its last turn: what the environment answered to it is not read."""
+        self._finish = "stop"
+        if self._observations:
+            last = self._observations[-1]
+            self._observations[-1] = replace(last, token_ids_S=(), text="", images=())
+
     def rollout(self, weights_version: int) -> Rollout:
         """Return what was sampled."""
         return Rollout(

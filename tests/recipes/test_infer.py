@@ -15,7 +15,7 @@ from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerS
 from recipes.answers.types import Answer
 from recipes.infer import Session, converse, main
 from rollout.config import InputsConfig
-from rollout.types import Prompt
+from rollout.types import Observation, Prompt
 from rsgrpo.errors import RsgrpoError
 from tests.material.answering import SMALL, Scripted, batch, lines_of, prompts_of
 from tests.material.http_stub import ANSWER
@@ -49,6 +49,27 @@ def test_a_conversation_goes_on_after_errors_and_changes_pages(tmp_path, page):
 def test_an_output_with_an_error_keeps_its_text():
     line = result_line(Answer(Prompt("q", "t"), "<answer>16", "error", "the answer broke off"), "m")
     assert (line["answer"], line["errors"][0], line["finish_reason"]) == ("16", "the answer broke off", "error")
+
+
+def looked_up(text, *steps):
+    prompt = Prompt("q", "write <evidence> and <answer>")
+    return result_line(Answer(prompt, text, "stop", observations=steps), "m")
+
+
+def test_a_trajectory_is_not_told_of_blocks_that_its_prompt_does_not_ask_for():
+    found = {"call": "search", "numbers": [1, 2], "pages": ["a", "b"]}
+    steps = [
+        Observation(0, 18, (), "[1]<image>[2]<image>", (b"small", b"small"), found),
+        Observation(0, 33, (), "[2]<image>", ("/store/b.png",), {"call": "open", "number": 2}),
+    ]
+    text = "<search>x</search>\n<open>2</open>\n<evidence>\n[2]: seven\n</evidence><answer>7</answer>"
+    line = looked_up(text, *steps)
+    assert line["errors"] == ()
+    assert [slot["image"] for slot in line["evidence"]] == ["/store/b.png"]
+    assert looked_up("<answer>7</answer>", *steps)["errors"] == ("no <evidence> block",)
+    assert looked_up(text[:33], *steps)["answer"] == ""
+    odd = Observation(0, 3, (), "?", (), {"numbers": 3, "number": "x", "call": "open"})  # of another environment
+    assert looked_up("one\n<answer>7</answer>", odd)["answer"] == "7"
 
 
 # The command line

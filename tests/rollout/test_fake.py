@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rollout.build import build_engine
-from rollout.config import InputsConfig, RolloutConfig
+from rollout.config import InputsConfig, RolloutConfig, TurnsConfig
 from rollout.engine import EngineError
 from rollout.fake import FakeEngine, read_script
+from rollout.turns.environment import Reply
 from rollout.types import Prompt, SamplingParams
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
@@ -113,3 +114,28 @@ def test_turns_without_an_environment_are_refused_instead_of_cut(tiny_model_path
     (group,) = start(tiny_model_path, str(path)).generate([Prompt("a", "?")], SamplingParams())
     assert group.error is not None
     assert "the script has 2 turns for 'a', but there is no rollout.turns.environment" in group.error
+
+
+class Opens:
+    """Answers every turn that opens something."""
+
+    def __init__(self, prompt):
+        pass
+
+    def step(self, turn):
+        return Reply("here it is", facts={"call": "open"}) if "<open>" in turn else None
+
+
+def test_a_script_that_ends_before_its_episode_ends_the_response(tiny_model_path, tmp_path):
+    turns = TurnsConfig("tests.rollout.test_fake:Opens", max_turns=3)
+    scripts = [["<open>1</open>"], ["<open>1</open>", "it is 7"], ["<open>1</open>"] * 5]
+    path = tmp_path / "turns.jsonl"
+    path.write_text(json.dumps({"id": "a", "responses": scripts}) + "\n")
+    engine = FakeEngine(tiny_model_path, RolloutConfig(script=str(path), turns=turns), INPUTS)
+    (group,) = engine.generate([Prompt("a", "?")], SamplingParams(group_size=3))
+    early, answered, endless = group.rollouts
+    assert [rollout.finish_reason for rollout in group.rollouts] == ["stop", "stop", "turns"]
+    (unread,) = early.observations
+    assert (unread.at, unread.token_ids_S, unread.images) == (len(early.token_ids_T), (), ())
+    assert unread.facts == answered.observations[0].facts
+    assert len(endless.observations) == 3

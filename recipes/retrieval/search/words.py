@@ -23,6 +23,7 @@ from rsgrpo.records.console import Console
 FILE = "words.sqlite"
 PAGES_AT_ONCE = 2_000  # between commits
 WAIT_S = 60.0  # for another process that writes
+COMMON_WEIGHT = 1e-6  # which FTS5 gives to a word that is on half of the pages or more, in place of none
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS pages (number INTEGER PRIMARY KEY, page_id TEXT UNIQUE NOT NULL);
 CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5 (text, tokenize = 'porter unicode61 remove_diacritics 2');
@@ -104,7 +105,8 @@ class WordIndex:
         if not rare:
             return []
         rows = self._base.execute(_SEARCH, [" OR ".join(f'"{word}"' for word in rare)])
-        found = (Hit(page_id, round(-cost, DECIMALS)) for page_id, cost in rows if keep.has(page_id))
+        unit = 1.0 if any(counts[word] < num_pages / 2 for word in rare) else COMMON_WEIGHT
+        found = (Hit(page_id, round(-cost / unit, DECIMALS)) for page_id, cost in rows if keep.has(page_id))
         return list(islice(found, k))
 
     def _count(self, word: str) -> int:

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from recipes.answers.parsing import parse_lenient, parse_strict, says_insufficient
+from recipes.answers.parsing import Form, parse_lenient, parse_strict, parse_trajectory, says_insufficient
 from rewards.api import Response
 from rewards.evisrag import BLOCKS, abstained, accuracy, well_formed
 
@@ -390,3 +390,25 @@ def test_no_text_makes_a_parser_raise(seed):
 def test_long_hostile_text_is_read_in_linear_time(text):
     for parsed in both(text):
         assert not parsed.format_ok
+
+
+# Trajectories
+
+
+def test_a_trajectory_needs_an_answer_and_the_blocks_that_it_was_asked_for():
+    text = "first <open>1</open>\n<answer>7</answer>"
+    assert parse_trajectory(text, 21).errors == ()
+    assert parse_trajectory(text, 21, form=Form(("evidence", "answer"), is_all=False)).errors == (
+        "no <evidence> block",
+    )
+    cited = "<open>2</open>\n<evidence>\n[2]: seven\n[5]: more\n</evidence><answer>7 [2]</answer>"
+    parsed = parse_trajectory(cited, 15, IMAGES)
+    assert [slot.image for slot in parsed.evidence] == ["b.png", None]
+    assert parsed.errors == ("slot [5] names no page; there are 2",)
+
+
+def test_a_call_is_never_the_answer_of_a_trajectory():
+    calls = "<search>x</search>\n<open>1</open>"
+    assert parse_trajectory(f"{calls}\nit is 7", len(calls) + 1).answer == "it is 7"
+    unfinished = parse_trajectory(calls, len(calls))
+    assert (unfinished.answer, unfinished.errors) == ("", ("no <answer> block", "the answer is empty"))

@@ -168,6 +168,20 @@ def test_entries_of_maps_are_removed_replaced_and_nested():
     assert config.algorithm.filter.weights["evidence"] == 2.0
 
 
+def test_a_whole_map_sets_its_entries_and_keeps_the_others():
+    config = train_config(
+        "reward_args={accuracy: {words: [a, 'b, c'], limits: {low: 1, high: 2.5e-3}}}", "+rewards={mine: 'my:own'}",
+        "rollout.turns={max_turns: 3, arguments: {store: \"a 'b'\", deep: {on: true, none: null}}}",
+        "rollout.turns.arguments.k=4",
+    )  # fmt: skip
+    assert config.reward_args["accuracy"] == {"words": ["a", "b, c"], "limits": {"low": 1, "high": 2.5e-3}}
+    assert config.rewards["mine"] == "my:own"
+    assert "accuracy" in config.rewards
+    turns = config.rollout.turns
+    assert turns.arguments == {"store": "a 'b'", "deep": {"on": True, "none": None}, "k": 4}
+    assert turns.max_turns == 3
+
+
 # The object
 
 

@@ -65,6 +65,15 @@ def test_scores_are_those_of_bm25(store):
     assert hits[0].score == pytest.approx(expected, abs=1e-6)
 
 
+def test_common_words_score_by_how_often_they_occur(store):
+    words = WordIndex(store)
+    words.update(PageStore.open(store))
+    (hits,) = words.search(["cow"], 5)  # on half of the pages: of no weight to BM25, in any store as small as this one
+    length = 1.2 * (0.25 + 0.75 * 6 / 4.5)
+    wanted = [2 * 2.2 / (2 + length), 2.2 / (1 + length)]  # it is twice on the first of two pages of six words
+    assert [hit.score for hit in hits] == pytest.approx(wanted, abs=1e-3)
+
+
 def test_words_follow_the_store_and_survive_a_damaged_file(store, tmp_path):
     assert len(WordIndex(store)) == 0
     found(store, "ibex")
