@@ -78,6 +78,7 @@ class Injector:
         self.fired_before = self.fired
         self.cluster: Any = None
         self.training = False
+        self.hit_at = 0  # step of the last fault, if it was in this process
 
     def install(self) -> None:
         """Wrap the points."""
@@ -125,6 +126,7 @@ class Injector:
         if fault.phase != phase or self._step() < fault.step:
             return
         self.fired += 1
+        self.hit_at = self._step()
         process = self._victim(fault.role)
         print(f"CHAOS {self.fired - 1}: {fault.kind} to {fault.role} in {phase}", file=sys.stderr, flush=True)
         write_event(self.folder, fault=self.fired - 1)
@@ -135,6 +137,8 @@ class Injector:
     def _is_over(self, fault: Fault, phase: Phase) -> bool:
         """Whether the run has come past `fault` where it is in `phase`; without Ray's head it goes on for a while."""
         if fault.role == "gcs" and self.fired > self.fired_before:
+            return False
+        if phase in ("sampling", "scoring") and self._step() == self.hit_at:  # they begin several times in a step
             return False
         return phase == fault.phase or (fault.phase == "start-up" and phase == "sync")
 

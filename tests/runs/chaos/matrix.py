@@ -16,15 +16,14 @@ from typing import Any, get_args
 from tests.runs.chaos.injector import RAYLET, Fault, Kind, Phase, Role, fail_at
 from tests.runs.chaos.runs import config_of, differences, export_hash, make_material, metrics_of, run_with, segments
 
-FIRST: tuple[Phase, ...] = ("start-up", "sampling", "scoring", "learning", "sync", "gate", "checkpoint")
-GROUPS: dict[int, tuple[Phase, ...]] = {10: FIRST, 4: ("validation", "export")}
-"""Steps of a run -> the phases in which its victim is hit, one after the other."""
+STEPS = 20
+"""Of a run, in which its victim is hit in one phase after the other."""
 
 AT_STEP: dict[Phase, int] = {
-    "start-up": 1, "sampling": 2, "scoring": 3, "learning": 4, "sync": 5, "gate": 6, "checkpoint": 7, "validation": 1,
-    "export": 4,
+    "start-up": 1, "sampling": 2, "scoring": 3, "learning": 4, "sync": 5, "gate": 6, "checkpoint": 7, "validation": 8,
+    "export": 9,
 }  # fmt: skip
-"""A step lies between two faults, in which whatever was lost is needed."""
+"""The first step in which a phase may be hit: one lies between two faults, in which whatever was lost is needed."""
 
 MESSAGES: dict[str, str] = {
     "learner 0": r"learner 0 (died in|had not finished) ",
@@ -63,18 +62,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Faults of one victim in one run of `steps` steps, one after the other."""
+    """Faults of one victim in one run, one after the other."""
 
     role: Role
     kind: Kind
-    steps: int
     phases: tuple[Phase, ...]
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        rest = "" if self.phases == GROUPS[self.steps] else f"_{self.phases[0]}_{len(self.phases)}"
-        return f"{self.role.replace(' ', '')}_{self.kind}_{self.steps}{rest}"
+        rest = "" if self.phases == get_args(Phase) else f"_{self.phases[0]}_{len(self.phases)}"
+        return f"{self.role.replace(' ', '')}_{self.kind}{rest}"
 
 
 def rows(
@@ -84,10 +82,9 @@ def rows(
     have = {(cell.role, cell.kind, cell.phase) for cell in done}
     for role in roles:
         for kind in kinds:
-            for steps, phases in GROUPS.items():
-                missing = tuple(phase for phase in phases if (role, kind, phase) not in have)
-                if missing:
-                    yield Row(role, kind, steps, missing)
+            missing: tuple[Phase, ...] = tuple(phase for phase in get_args(Phase) if (role, kind, phase) not in have)
+            if missing:
+                yield Row(role, kind, missing)
 
 
 def undisturbed(role: Role, steps: int, folder: Path) -> Path:
@@ -105,12 +102,12 @@ def undisturbed(role: Role, steps: int, folder: Path) -> Path:
 
 def run_row(row: Row, folder: Path) -> list[Cell]:
     """Run one row, or the rest of it, and judge every fault."""
-    material, wanted = make_material(folder / "material"), undisturbed(row.role, row.steps, folder)
+    material, wanted = make_material(folder / "material"), undisturbed(row.role, STEPS, folder)
     place = folder / row.name
     place.mkdir(parents=True, exist_ok=True)
     faults = [fail_at(row.role, AT_STEP[phase], phase, row.kind) for phase in row.phases]
     with second_node(place) if row.role == "raylet" else _nothing() as (address, on_fault):
-        config = config_of(material, place / "runs", steps=row.steps, role=row.role, address=address)
+        config = config_of(material, place / "runs", steps=STEPS, role=row.role, address=address)
         outcome = run_with(faults, place, config, material, on_fault=on_fault, max_starts=len(faults) + 2)
     run = place / "runs" / "run"
     told = segments(outcome.console)
