@@ -20,7 +20,9 @@ from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import (
     DocumentRow,
     PageStore,
+    StoreBusyError,
     StoreError,
+    StoreWriteError,
     content_writer,
     hash_file,
     shown,
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 COMMIT_EVERY_S = 60.0
 MOST_OF_MANY = 20  # losing more than half of a root's documents, and more than these, needs --prune
 MAX_WARNINGS = 3  # of libraries, kept per document
+_OF_THE_STORE = {kind.__name__: kind for kind in (StoreError, StoreBusyError, StoreWriteError)}
+"""Errors of a worker that end the ingest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ def ingest(
     found = {row.path: row for root in roots for row in _walk(root.resolve(), out)}
     store = PageStore.create(out, settings.pixels())
     with single_writer(store.folder):
+        PageStore.create(out, settings.pixels())  # another first ingest may have made it meanwhile, with other settings
         before = {row.path: row for row in store.documents()}
         rows = {key: row for key, row in before.items() if not _is_below(key, roots, out)}
         known = {row.root for row in before.values()} | {shown(root.resolve()) for root in roots}
@@ -300,10 +305,10 @@ def _why_not_a_file(path: Path) -> str:
 
 
 def _row(row: DocumentRow, result: TaskResult) -> DocumentRow:
-    if isinstance(result.error, StoreError):
-        raise result.error
-    if result.error is not None or result.died:
-        kind = "" if isinstance(result.error, DocumentError) else f"{type(result.error).__name__}: "
+    if result.error_type in _OF_THE_STORE:
+        raise _OF_THE_STORE[result.error_type](result.error)
+    if result.error or result.died:
+        kind = "" if result.error_type == DocumentError.__name__ else f"{result.error_type}: "
         reason = result.died or f"{kind}{result.error}"
         return replace(row, error=reason.encode("utf-8", "backslashreplace").decode())
     content, num_pages, fault, note = result.value

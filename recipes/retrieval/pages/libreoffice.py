@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import ctypes
 import functools
 import os
 import resource
@@ -12,25 +11,18 @@ import shutil
 import signal
 import subprocess
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
+from recipes.retrieval.pages.confined import die_with_parent
 from recipes.retrieval.pages.mail_and_books import READ_HERE, UnreadableError, to_html
 from recipes.retrieval.pages.office_parts import HiddenParts, hidden_parts, is_locked
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from rollout.errors import one_line
 
-_PR_SET_PDEATHSIG = 1
 _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
 _CSV_QUOTE = ord('"')
 OFFICE_MEMORY_BYTES = 16 << 30  # address space of each of LibreOffice's processes
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that started it ends (Linux; elsewhere nothing)."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _limit_office(settings: RenderSettings) -> None:

@@ -1,11 +1,15 @@
-"""A pool of processes that outlives its members: a worker that crashes or hangs costs one task and is replaced."""
+"""A pool of processes that outlives its members: a worker that crashes or hangs costs one task and is replaced.
+
+A worker reads what strangers made. It has no network where Linux allows that, and answers in JSON, not in pickles: one
+that a document has taken over cannot run code here.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,19 +19,26 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from recipes.retrieval.pages.libreoffice import die_with_parent
+from recipes.retrieval.pages.confined import die_with_parent, leave_network
+from rollout.errors import one_line
 
 Work = Callable[[Any, Callable[[], None]], Any]
-"""Takes a task and a function that reports "still alive"; returns the result. Must be importable by name."""
+"""Takes a task and a function that reports "still alive"; returns the result, as JSON knows it. Importable by name."""
+
+MAX_RESULT_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """A task's result, or its error, or how the worker that ran it died. task: not None."""
+    """A task's result, or its error, or how the worker that ran it died. task: not None.
+
+    value: as it comes back from JSON. error, error_type: message and class name of what was raised; "" otherwise.
+    """
 
     task: Any
     value: Any = None
-    error: Exception | None = None
+    error: str = ""
+    error_type: str = ""
     died: str = ""
 
 
@@ -107,12 +118,14 @@ def _received(worker: _Worker, on_alive: Callable[[], None], total_s: float) -> 
     """Read what a worker has reported; None while it works."""
     try:
         while worker.connection.poll():
-            result = worker.connection.recv()
-            if result is not None:
-                return TaskResult(worker.task, **result)
+            message = worker.connection.recv_bytes(MAX_RESULT_BYTES)
+            if message:
+                return _result(worker.task, message)
             worker.deadline = time.monotonic() + worker.timeout_s
             on_alive()
-    except (EOFError, ConnectionResetError):
+    except (TypeError, ValueError) as error:
+        return TaskResult(worker.task, died=f"the process that worked on it answered nonsense ({one_line(error)})")
+    except (EOFError, OSError):  # recv_bytes closes the connection when a message is longer
         worker.process.join(5)
         return TaskResult(worker.task, died=f"the process that worked on it died (exit code {worker.process.exitcode})")
     if time.monotonic() > worker.deadline:
@@ -122,21 +135,30 @@ def _received(worker: _Worker, on_alive: Callable[[], None], total_s: float) -> 
     return None
 
 
+def _result(task: Any, message: bytes) -> TaskResult:
+    """Read a worker's answer, which is not trusted; TypeError or ValueError if it is not one."""
+    value, error, error_type = json.loads(message)
+    if not (isinstance(error, str) and isinstance(error_type, str)):
+        raise TypeError("an error that is not text")
+    return TaskResult(task, value, error, error_type)
+
+
 def _run_worker(work: Work, connection: Connection) -> None:
     """Run one task after another until the parent is gone."""
     die_with_parent()
+    leave_network()
     os.setsid()  # what it starts is found by its session
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the parent decides
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the parent was stopped
         while True:
             task = connection.recv()
             try:
-                result = {"value": work(task, lambda: connection.send(None))}  # None: still alive
+                result = work(task, lambda: connection.send_bytes(b"")), "", ""  # nothing: still alive
             except (BrokenPipeError, ConnectionResetError):
                 raise
             except Exception as error:
-                result = {"error": _portable(error)}
-            connection.send(result)
+                result = None, str(error) or type(error).__name__, type(error).__name__
+            connection.send_bytes(json.dumps(result).encode())
 
 
 def _kill_session(leader: int | None) -> None:
@@ -146,12 +168,3 @@ def _kill_session(leader: int | None) -> None:
             fields = entry.read_text().rpartition(")")[2].split()
             if int(fields[3]) == leader and int(entry.parent.name) != leader:
                 os.kill(int(entry.parent.name), signal.SIGKILL)
-
-
-def _portable(error: Exception) -> Exception:
-    """Return the error itself if pickle can restore it, else one that says the same."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

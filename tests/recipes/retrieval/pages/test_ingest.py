@@ -230,6 +230,22 @@ def test_two_writers_exclude_each_other(tmp_path, docs):
         run(docs, tmp_path / "store")
 
 
+def test_two_first_ingests_at_once_do_not_mix_their_settings(tmp_path, docs, monkeypatch):
+    write_image(docs / "a.png")
+    store, create = tmp_path / "store", PageStore.create
+
+    def overtaken(folder, settings):
+        made = create(folder, settings)
+        monkeypatch.setattr(PageStore, "create", create)
+        (folder / "store.json").write_text((folder / "store.json").read_text().replace('"dpi": 72', '"dpi": 300'))
+        return made
+
+    monkeypatch.setattr(PageStore, "create", overtaken)
+    with pytest.raises(StoreError, match="was created with other settings"):
+        run(docs, store)
+    assert not (store / "pages.parquet").exists()
+
+
 def test_a_full_disk_keeps_what_is_there(tmp_path, docs, monkeypatch):
     write_image(docs / "a.png")
     run(docs, tmp_path / "store")
@@ -261,13 +277,6 @@ def test_a_content_folder_is_whole_or_absent(tmp_path):
         raise OSError(errno.EROFS, "")
 
 
-class Needy(Exception):
-    """An error that pickle cannot restore."""
-
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} and {second}")
-
-
 def crash_or_double(task: int, alive: object) -> int:
     if task == 1:
         os._exit(7)
@@ -276,7 +285,7 @@ def crash_or_double(task: int, alive: object) -> int:
     if task == 3:
         raise ValueError("three")
     if task == 6:
-        raise Needy("this", "that")
+        raise OSError
     return 2 * task
 
 
@@ -287,7 +296,8 @@ def test_a_worker_that_dies_or_hangs_costs_one_task():
     assert [found[task].value for task in (0, 4, 5)] == [0, 8, 10]
     assert "exit code 7" in found[1].died
     assert "no progress for 5 s" in found[2].died
-    assert (str(found[3].error), str(found[6].error)) == ("three", "Needy: this and that")
+    assert (found[3].error_type, found[3].error) == ("ValueError", "three")
+    assert (found[6].error_type, found[6].error) == ("OSError", "OSError")
 
 
 def reports_for_ever(task: int, alive: Callable[[], None]) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from recipes.retrieval.pages.confined import leave_network
 from recipes.retrieval.pages.documents import render
 from recipes.retrieval.pages.libreoffice import _refuse_bomb, alone
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, StoreError
+from recipes.retrieval.pages.workers import run_tasks
 from rsgrpo.errors import InputError
 from tests.material.retrieval import QUIET, ingested
 
@@ -97,6 +104,71 @@ def test_files_of_other_programs_in_a_store_are_left_alone(tmp_path):
     assert ingested(store, docs).num_pages == 2
     assert (shelf / ".DS_Store").exists()
     assert (shelf / ".snapshot").exists()
+
+
+def connects(port: int, alive: object) -> str:
+    with socket.socket() as ours:
+        try:
+            ours.connect(("127.0.0.1", port))
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+    return "connected"
+
+
+def test_a_document_that_takes_over_its_worker_reaches_no_network():
+    if not in_a_fork(leave_network):
+        pytest.skip("this machine allows no namespaces")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (result,) = run_tasks(connects, [port], num_workers=1, timeout_s=lambda _: 60, on_alive=lambda: None)
+    assert result.value == "ENETUNREACH", result
+
+
+def in_a_fork(work: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if child == 0:
+        os._exit(not work())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_whoever_leaves_the_network_reads_and_writes_files_as_before(tmp_path):
+    (tmp_path / "private").write_text("mine")
+    (tmp_path / "private").chmod(0o600)
+
+    def work() -> bool:
+        leave_network()
+        (tmp_path / "made").write_text((tmp_path / "private").read_text())
+        return (tmp_path / "made").stat().st_uid == os.geteuid() == (tmp_path / "private").stat().st_uid
+
+    assert in_a_fork(work)
+
+
+def answers(message: bytes, alive: object) -> None:
+    """Write to the parent what a worker would never write."""
+    (ours,) = (fd for fd in os.listdir("/proc/self/fd") if is_socket(fd))
+    with Connection(int(ours)) as connection:
+        connection.send_bytes(message)
+        time.sleep(60)
+
+
+def is_socket(fd: str) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("socket:")
+    except OSError:
+        return False
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (os.environ["TESTS_RAN"],)
+
+
+def test_a_worker_that_was_taken_over_runs_no_code_in_its_parent(tmp_path, monkeypatch):
+    monkeypatch.setenv("TESTS_RAN", str(tmp_path / "ran"))
+    told = [pickle.dumps(RunsCode()), b"[1", b"{}", b"[1, 2, 3]", b"[1]"]
+    results = run_tasks(answers, told, num_workers=1, timeout_s=lambda _: 60, on_alive=lambda: None)
+    assert ["answered nonsense" in result.died for result in results] == [True] * 5
+    assert not (tmp_path / "ran").exists()
 
 
 OFFICE = """#!/bin/sh
