@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
 
-from recipes.answers.options import Parser, add_options
+from recipes.answers.options import Parser, add_options, chosen
 from recipes.retrieval.answers.generation import Setting
 from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, AnswerProgress, Library, LibrarySettings
 from recipes.retrieval.answers.page_view import (
@@ -41,6 +41,7 @@ from recipes.retrieval.answers.page_view import (
     pages_html,
     writing_html,
 )
+from recipes.retrieval.answers.uploads import Quota, Room, VisitSettings, WaitingRoom
 from recipes.retrieval.command_line import (
     EXTRAS,
     MAX_K,
@@ -86,14 +87,15 @@ def parser() -> argparse.ArgumentParser:
     )
     page.add_argument("--open", action="store_true", help="open it in a browser")
     add_options(page, LibrarySettings)
+    add_options(page, VisitSettings)
     return top
 
 
 class Handlers:
     """What the page's buttons do. All return values for gradio's components; faults become text on the page."""
 
-    def __init__(self, library: Library, title: str, scratch: Path) -> None:
-        self._library, self._title, self._scratch = library, title, scratch
+    def __init__(self, library: Library, title: str, scratch: Path, visits: VisitSettings) -> None:
+        self._library, self._title, self._scratch, self._visits = library, title, scratch, visits
         self._traces: deque[Path] = deque()
 
     def ask(self, question: str, k: float, setting: Any, follows: bool, history: History) -> Iterator[tuple[Any, ...]]:
@@ -118,15 +120,21 @@ class Handlers:
         trace = gr.DownloadButton(value=str(self._trace(last)), interactive=True)
         yield last.text, answer_html(last), self._pages(last), trace, history, history_html(history)
 
-    def add(self, files: list[str] | None) -> tuple[Any, ...]:
-        """Return what became of the files, the heading, the list of documents, the choice of them, and no files."""
+    def add(self, files: list[str] | None, taken: Room) -> tuple[Any, ...]:
+        """Add files to a visit that has added `taken`.
+
+        Returns:
+            What became of the files, the heading, the list of documents, the choice of them, no files, and what the
+            visit has added now.
+        """
         import gradio as gr
 
+        visit = Quota("--max-visit", self._visits.max_visit_mb, self._visits.max_visit_pages, taken)
         try:
-            added = self._library.add([Path(file) for file in files or ()])
+            added = self._library.add([Path(file) for file in files or ()], visit)
         except RsgrpoError as error:
-            return faults_html([str(error)]), *self.overview(), gr.skip()
-        return added_html(added, self._library.num_pages), *self.overview(), None
+            return faults_html([str(error)]), *self.overview(), gr.skip(), gr.skip()
+        return added_html(added, self._library.num_pages), *self.overview(), None, taken + added.room
 
     def remove(self, places: list[str] | None) -> tuple[Any, ...]:
         """Return what was removed, the heading, the list of documents and the choice of them."""
@@ -150,7 +158,7 @@ class Handlers:
         self._library.refresh()
         rows = self._library.documents()
         places = [(row.document, f"{row.root}/{row.document}") for row in rows[:MAX_LISTED]]
-        return self.heading(), documents_html(rows), gr.Dropdown(choices=places, value=[])
+        return self.heading(), documents_html(rows), gr.Dropdown(choices=places, value=[], multiselect=True)
 
     def heading(self) -> str:
         """Return the store's name and size."""
@@ -174,12 +182,12 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
     import gradio as gr
 
     answers = library.reader is not None
-    do = Handlers(library, options.store.resolve().name, scratch)
+    do = Handlers(library, options.store.resolve().name, scratch, chosen(VisitSettings, options))
     with gr.Blocks(
         title="Ask your documents", analytics_enabled=False, fill_width=True, delete_cache=KEPT_UPLOADS_S
     ) as page:
         heading = gr.HTML(do.heading, elem_id="heading")
-        history = gr.State([])
+        history, taken = gr.State([]), gr.State(Room())
         with gr.Row():
             with gr.Column(scale=2):
                 question = gr.Textbox(
@@ -223,7 +231,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
         ]
         stop_button.click(None, None, None, cancels=asking)
         one_at_a_time: dict[str, Any] = {"concurrency_id": "documents", "concurrency_limit": 1}
-        add_button.click(do.add, files, [added, *overview, files], **one_at_a_time)
+        add_button.click(do.add, [files, taken], [added, *overview, files, taken], **one_at_a_time)
         remove_button.click(do.remove, chosen_documents, [removed, *overview], **one_at_a_time)
     return page.queue(max_size=MAX_WAITING)
 
@@ -253,19 +261,25 @@ class KnownHosts:
         await self._app(scope, receive, send)
 
 
-def guarded(options: argparse.Namespace) -> dict[str, Any]:
-    """Return gradio's settings of who may see the page: those with the password, or who call it by its names."""
+def guarded(options: argparse.Namespace, waiting: Path) -> dict[str, Any]:
+    """Return gradio's settings of who may see the page: those with the password, or who call it by its names.
+
+    waiting: the folder of uploads that were not added yet.
+    """
+    from starlette.middleware import Middleware
+
+    inside = [Middleware(WaitingRoom, folder=waiting, max_mb=options.max_waiting_mb)]
     if password := os.environ.get(PASSWORD_VARIABLE, ""):
-        return {"auth": lambda name, given: hmac.compare_digest(given.encode(), password.encode())}
+        auth = {"auth": lambda name, given: hmac.compare_digest(given.encode(), password.encode())}
+        return auth | {"app_kwargs": {"middleware": inside}}
     if not _is_loopback(options.host):
         log.warning(
             "anyone who reaches %s can read the store, add documents and ask; set a password in %s",
             options.host,
             PASSWORD_VARIABLE,
         )
-    from starlette.middleware import Middleware
-
-    return {"app_kwargs": {"middleware": [Middleware(KnownHosts, door=Door(hosts=tuple(options.allow_host)))]}}
+    names = Middleware(KnownHosts, door=Door(hosts=tuple(options.allow_host)))
+    return {"app_kwargs": {"middleware": [names, *inside]}}
 
 
 def serve(library: Library, options: argparse.Namespace) -> None:
@@ -289,7 +303,7 @@ def serve(library: Library, options: argparse.Namespace) -> None:
                 ssr_mode=False,
                 quiet=True,
                 prevent_thread_lock=True,
-                **guarded(options),
+                **guarded(options, Path(os.environ["GRADIO_TEMP_DIR"])),
             )
         except OSError as error:  # gradio does not name the option
             place = f"cannot listen on {options.host}, --port {options.port}"

@@ -162,8 +162,8 @@ def test_the_page_answers_only_to_its_names(arguments, host, status):
     async def inner(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    (middleware,) = app.guarded(app.parser().parse_args(["STORE", *arguments]))["app_kwargs"]["middleware"]
-    page, sent = middleware.cls(inner, *middleware.args, **middleware.kwargs), []
+    guards = app.guarded(app.parser().parse_args(["STORE", *arguments]), Path("nowhere"))["app_kwargs"]["middleware"]
+    page, sent = guards[0].cls(inner, *guards[0].args, **guards[0].kwargs), []
 
     async def send(message):
         sent.append(message)
@@ -174,6 +174,6 @@ def test_the_page_answers_only_to_its_names(arguments, host, status):
 
 def test_a_password_lets_in_whoever_knows_it(monkeypatch):
     monkeypatch.setenv("RSGRPO_APP_PASSWORD", "höchst geheim")
-    admits = app.guarded(app.parser().parse_args(["STORE", "--host", "0.0.0.0"]))["auth"]
+    admits = app.guarded(app.parser().parse_args(["STORE", "--host", "0.0.0.0"]), Path("nowhere"))["auth"]
     assert admits("anyone", "höchst geheim")
     assert not admits("anyone", "geheim")

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from recipes.answers.reader import Reader
 from recipes.retrieval.answers.evidence import cited_pages
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
 from recipes.retrieval.answers.highlight import Box, evidence_boxes
+from recipes.retrieval.answers.uploads import Quota, Quotas, Room, room_of
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
 from recipes.retrieval.pages.documents import why_skipped
@@ -47,6 +48,8 @@ class LibrarySettings:
     max_files: int = key(100, "files that can be added at once", ge=1)
     max_file_mb: int = key(100, "larger files cannot be added", ge=1)
     max_pages: int = key(2_000, "documents with more pages cannot be added", ge=1)
+    max_added_mb: int = key(50_000, "room for all files that were added and their pages", ge=1)
+    max_added_pages: int = key(200_000, "pages of all files that were added", ge=1)
     workers: int = key(os.cpu_count() or 1, "processes that render pages", ge=1)
     no_sync: bool = key(False, "leave indexes that are behind the store as they are, and only say so")
 
@@ -59,10 +62,12 @@ class Added:
     """What became of added files.
 
     num_added: documents with pages. faults: name and reason of what was refused, or added without some of its pages.
+    room: what the added documents take.
     """
 
     num_added: int
     faults: tuple[tuple[str, str], ...]
+    room: Room = field(default_factory=Room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,20 +195,24 @@ class Library:
             return []
         return [row for row in PageStore.open(self._store).documents() if not row.skipped]
 
-    def add(self, files: Sequence[Path]) -> Added:
+    def add(self, files: Sequence[Path], visit: Quota | None = None) -> Added:
         """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
 
         A file that cannot be added is refused by itself; one that has no page that can be rendered is not kept.
+
+        visit: what whoever adds them may add, beside what the store may hold.
 
         Raises:
             InputError: there are no files or too many, none can be added, or the disk is full.
         """
         limits = self._settings
-        accepted, refused = _sorted_out(files, limits)
-        if not accepted:
-            raise InputError("; ".join(f"{name}: {reason}" for name, reason in refused))
-        render = self._render_settings()
         with self._searching:
+            quotas = Quotas(self._quota(), *([visit] if visit else []))
+            accepted, refused = _sorted_out(files, limits, quotas)
+            if not accepted:
+                raise InputError("; ".join(f"{name}: {reason}" for name, reason in refused))
+            render = self._render_settings()
+            bounds = quotas.bounds(render, len(accepted))
             PageStore.create(self._store, render.pixels())
             uploads = self._store / UPLOADS
             with writing(uploads):
@@ -212,17 +221,41 @@ class Library:
                     with replaced(uploads / _kept_name(file)) as unfinished:  # hidden: an ingest skips it
                         shutil.copyfile(file, unfinished)
             report = ingest(
-                [uploads], self._store, render, num_workers=limits.workers, page_timeout_s=PAGE_TIMEOUT_S,
-                console=self._console, prune=True,  # a file that cannot be read is not kept
+                [uploads], self._store, replace(render, **bounds), num_workers=limits.workers,
+                page_timeout_s=PAGE_TIMEOUT_S, console=self._console, prune=True,  # a file that cannot be read goes
             )  # fmt: skip
             names = {shown(_kept_name(file)) for file in accepted}
             faulty = [row for row in report.errors if row.document in names]
-            refused += [(row.document, row.error) for row in faulty]
+            refused += [(row.document, quotas.explained(row.error, bounds, render)) for row in faulty]
             lost = [f"{row.root}/{row.document}" for row in faulty if not row.num_pages]
+            room, beyond = self._fitting(names, quotas)
+            refused += beyond.items()
+            lost += [f"{shown(uploads.resolve())}/{name}" for name in beyond]
             if lost:
                 remove_documents(PageStore.open(self._store), lost)
             self.refresh()
-        return Added(len(accepted) - len(lost), tuple(refused))
+        return Added(len(accepted) - len(lost), tuple(refused), room)
+
+    def _quota(self) -> Quota:
+        """Return what added documents may take, and what they take now."""
+        taken = Room()
+        if (self._store / "pages.parquet").exists():
+            store, root = PageStore.open(self._store), shown(self.uploads_folder.resolve())
+            taken = sum((room_of(store, row) for row in store.documents() if row.root == root), taken)
+        return Quota("--max-added", self._settings.max_added_mb, self._settings.max_added_pages, taken)
+
+    def _fitting(self, names: Container[str], quotas: Quotas) -> tuple[Room, dict[str, str]]:
+        """Return what the documents just added take that fit, and the names of the others with the reason."""
+        store, root = PageStore.open(self._store), shown(self.uploads_folder.resolve())
+        room, beyond = Room(), {}
+        for row in store.documents():
+            if row.root == root and row.document in names and row.num_pages:
+                own = room_of(store, row)
+                if reason := quotas.refusal(own, room):
+                    beyond[row.document] = reason
+                else:
+                    room += own
+        return room, beyond
 
     def remove(self, documents: Sequence[str]) -> Removal:
         """Take documents out of the store and of the indexes; InputError if one is not there."""
@@ -351,12 +384,15 @@ def _with_history(question: str, history: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*earlier, f"Question now: {question}"])
 
 
-def _sorted_out(files: Sequence[Path], limits: LibrarySettings) -> tuple[list[Path], list[tuple[str, str]]]:
+def _sorted_out(
+    files: Sequence[Path], limits: LibrarySettings, quotas: Quotas
+) -> tuple[list[Path], list[tuple[str, str]]]:
     """Return the files that can be added, and the names of the others with the reason, before any is copied."""
     if not 1 <= len(files) <= limits.max_files:
         raise InputError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
     accepted: list[Path] = []
     refused = []
+    room = Room()
     for file in files:
         num_bytes, name = file.stat().st_size, _kept_name(file)
         if num_bytes > limits.max_file_mb << 20:
@@ -365,8 +401,11 @@ def _sorted_out(files: Sequence[Path], limits: LibrarySettings) -> tuple[list[Pa
             refused.append((name, "two of the files have this name; add one after the other, or rename one"))
         elif reason := why_skipped(file):
             refused.append((name, f"{reason}; add PDF, image, office, text, HTML, e-mail or e-book files"))
+        elif reason := quotas.refusal(Room(num_bytes), room):
+            refused.append((name, reason))
         else:
             accepted.append(file)
+            room += Room(num_bytes)
     return accepted, refused
 
 
