@@ -16,8 +16,10 @@ class Pages:
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from typing import Any, Protocol
 from rollout.config import TurnsConfig
 from rollout.errors import ConfigError, one_line
 from rollout.types import ImageSource, Prompt
+
+_FAULT = re.compile(r"[\w.-]{0,40}")  # becomes part of a metric's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,9 @@ class Reply:
     facts: for rewards and reports, not for the policy; JSON values.
     fault: one word for what was wrong with the turn ("bad_call"), which is counted; `text` tells the policy.
     ends: the episode is over; `text` and `images` are then not used.
+
+    Raises:
+        TypeError, ValueError: a field is something else.
     """
 
     text: str = ""
@@ -44,6 +51,25 @@ class Reply:
     facts: Mapping[str, Any] = field(default_factory=dict)
     fault: str = ""
     ends: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = {"text": str, "images": (list, tuple), "facts": Mapping, "fault": str}
+        for name, kind in kinds.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"Reply.{name} is a {type(value).__name__}: {value!r:.60}")
+        self.text.encode()  # half a character cannot be tokenized
+        if wrong := [image for image in self.images if not _is_source(image)]:
+            raise TypeError(f"Reply.images are paths or compressed bytes, got {type(wrong[0]).__name__}")
+        if not _FAULT.fullmatch(self.fault):
+            raise ValueError(f"Reply.fault is one word of at most 40 characters, got {self.fault!r:.60}")
+        try:
+            json.dumps(dict(self.facts), default=str, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"Reply.facts are JSON values: {error}") from error
+
+
+def _is_source(image: object) -> bool:
+    return isinstance(image, str | bytes | os.PathLike) or callable(getattr(image, "read", None))
 
 
 class Environment(Protocol):
@@ -94,6 +120,12 @@ def load_environment(config: TurnsConfig) -> MakeEnvironment | None:
 
 
 def stop_strings(environment: Environment) -> tuple[str, ...]:
-    """Return the strings that end a turn, beside end-of-text."""
-    stop = getattr(environment, "stop", ())
-    return (stop,) if isinstance(stop, str) else tuple(stop)
+    """Return the strings that end a turn, beside end-of-text; TypeError or ValueError if they are something else."""
+    given = getattr(environment, "stop", ())
+    stop = (given,) if isinstance(given, str) else tuple(given)
+    if not all(stop):
+        raise ValueError("`stop` has an empty string, which would end every turn at its first token")
+    for string in stop:
+        if not isinstance(string, str):
+            raise TypeError(f"`stop` has a {type(string).__name__}: {string!r:.60}")
+    return stop

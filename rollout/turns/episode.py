@@ -14,6 +14,8 @@ from rollout.turns.environment import Environment, MakeEnvironment, Reply, stop_
 from rollout.turns.probe import PROBE, Probe
 from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout
 
+_CHARACTERS_PER_TOKEN = 128  # more than any text has on average
+
 LIMIT, UNREADABLE = "limit", "unreadable"
 """Faults that an episode notices, beside those of `Caller`; an environment names others, such as "bad_call"."""
 
@@ -135,6 +137,8 @@ class Episode:
         try:
             if reply.fault == EXCEPTION:  # its text may quote anything
                 reply = replace(reply, text=self._processor.as_plain_text(reply.text))
+            if len(reply.text) > self._tokens_left * _CHARACTERS_PER_TOKEN:  # tokenizing it would take minutes
+                raise _TooMuch(f"the result has {len(reply.text)} characters, but {self._tokens_left} tokens are left.")
             if len(reply.images) > self._images_left:
                 raise _TooMuch(f"the result has {len(reply.images)} images, but {self._images_left} are left.")
             inputs = self._inputs(reply, has_ended)
@@ -195,5 +199,5 @@ def begin_episodes(
     make = Probe if PROBE in prompt.truth else make
     try:
         return tuple(Episode(make(prompt), processor, limits, listen) for _ in range(number))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PromptError(f"the environment cannot begin: {type(error).__name__}: {one_line(error)}") from error

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.runs.fuzz.mutations import damaged_tree, documents, images, mutated, request_bodies, texts
+from tests.runs.fuzz.turns import environment_attempts
 from tests.runs.fuzz.values import config_attempts, reply_attempts, reward_attempts
 
 Attempt = Callable[[], str]
@@ -195,6 +196,7 @@ KINDS: dict[str, Callable[[random.Random], Iterator[Attempt]]] = {
     "configs": config_attempts,
     "rewards": reward_attempts,
     "replies": reply_attempts,
+    "environments": environment_attempts,
 }
 
 
