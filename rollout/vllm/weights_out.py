@@ -26,9 +26,9 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 
 from rollout.engine import Backend
+from rollout.meeting import serve_store
 from rollout.vllm.peers import Peer, Peers, TransferError
 from rollout.vllm.wire import (
     Checksum,
@@ -190,13 +190,11 @@ class _GlooLink:
 
     def __init__(self, peers: Peers) -> None:
         address, timeout = peers.address, timedelta(seconds=peers.timeout_s)
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined,unused-ignore]
-            address, 0, peers.world_size, is_master=True, wait_for_workers=False, timeout=timeout
-        )
+        store = serve_store(address, peers.world_size, timeout)
         meeting = {"address": address, "port": store.port, "timeout_s": peers.timeout_s}
 
         def join() -> None:
-            self._group: GlooGroup | None = GlooGroup(store, 0, peers.world_size, peers.timeout_s)
+            self._group: GlooGroup | None = GlooGroup(store, address, 0, peers.world_size, peers.timeout_s)
 
         peers.call_each("transfer_init", init_infos(peers, meeting), join)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rollout.meeting import gloo_group, join_store
+
 NamedTensor = tuple[str, torch.Tensor]
 """A weight under its Hugging Face name."""
 Checksum = tuple[float, float, int]
@@ -27,19 +29,19 @@ CHECKSUM_CHUNK = 1 << 24
 class GlooGroup:
     """Broadcasts buckets of weights from rank 0, independent of the process's other groups."""
 
-    def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, address: str, rank: int, world_size: int, timeout_s: float) -> None:
+        """Take the store, where all meet at `address`."""
         self._timeout = timedelta(seconds=timeout_s)
         store = dist.PrefixStore("weights", store)  # type: ignore[attr-defined,unused-ignore]
-        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, self._timeout)
+        self._group: Any = gloo_group(store, address, rank, world_size, self._timeout)
         self._options = dist.BroadcastOptions()
         self._options.rootRank = 0
 
     @classmethod
     def join(cls, address: str, port: int, rank: int, world_size: int, *, timeout_s: float) -> GlooGroup:
         """Join through the store of rank 0."""
-        timeout = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)  # type: ignore[attr-defined,unused-ignore]
-        return cls(store, rank, world_size, timeout_s)
+        store = join_store(address, port, world_size, timedelta(seconds=timeout_s))
+        return cls(store, address, rank, world_size, timeout_s)
 
     def broadcast(self, bucket: Sequence[NamedTensor]) -> None:
         """Send a bucket to all other ranks; called on rank 0."""

@@ -24,6 +24,7 @@ from rollout.config import VLLM_SHARES, ConfigError, InputsConfig, RolloutConfig
 from rollout.engine import Backend, Engine, EngineFailed
 from rollout.errors import RsgrpoError
 from rollout.errors import WorkerError as WorkerError
+from rollout.meeting import LOOPBACK
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class RolloutWorker:
             "index": self.index,
             "pid": os.getpid(),
             "host": socket.gethostname(),
+            "node": node_address(),
             "backend": self.engine.backend,
             "weights_version": self.engine.weights_version,
             "rss_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit + _children_bytes()) / 2**20,
@@ -263,8 +265,18 @@ def weight_sender(
         bucket_bytes=vllm.sync_bucket_mib * 2**20,
         timeout_s=vllm.sync_timeout_s,
         verify_every=vllm.verify_every,
-        address=node_address(),
+        address=_meeting_address(workers, vllm.sync_timeout_s),
     )
+
+
+def _meeting_address(workers: Sequence[WorkerHandle], timeout_s: float) -> str:
+    """Return where engines reach this process: loopback if all are on its node."""
+    own = node_address()
+    try:
+        pings = ray.get([worker.actor.ping.remote() for worker in workers], timeout=timeout_s)
+    except ray.exceptions.RayError:  # the transfer itself says which of them does not answer
+        return own
+    return LOOPBACK if all(ping["node"] == own for ping in pings) else own
 
 
 def node_address() -> str:

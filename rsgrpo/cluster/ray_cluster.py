@@ -18,6 +18,7 @@ import ray
 
 from rollout.engine import NextShare, Share, shares
 from rollout.inputs.stored import store_images
+from rollout.meeting import LOOPBACK
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import check_bucket
 from rollout.workers.crew import Supervision
@@ -118,7 +119,10 @@ class RayCluster:
         log.info("all workers are up after %.1f s", deadline.limit_s - deadline.left_s)
 
     def _build(self, ranks: RayLearner, deadline: Deadline, *arguments: Any) -> None:
-        ((host, port),) = ranks.wait_for_all([ranks.actors[0].address.remote()], "starting", deadline=deadline)
+        places = ranks.wait_for_all([actor.address.remote() for actor in ranks.actors], "starting", deadline=deadline)
+        host, port = places[0]
+        if all(other == host for other, _ in places):
+            host = LOOPBACK
         calls = [actor.build.remote(self.config, os.getcwd(), host, port, *arguments) for actor in ranks.actors]
         ranks.wait_for_all(calls, "loading the model", deadline=deadline)
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from rollout.meeting import gloo_interface, join_store, serve_store
 from rsgrpo.config.train import LearnerConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.learning.policy import Policy
@@ -27,15 +28,20 @@ _TIMEOUT = datetime.timedelta(minutes=30)
 def init_distributed(rank: int, world_size: int, address: str, port: int, device: str) -> None:
     """Join the process group of the learner's ranks: gloo on CPU, nccl on CUDA. Blocks until all ranks have joined.
 
+    address, port: where rank 0 listens for the others; loopback where all are on one machine.
     device: "auto", "cpu" or "cuda" (torch's current device).
     """
     backend = "cpu:gloo,cuda:nccl" if resolve_device(device).type == "cuda" else "gloo"
     if world_size == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return
-    dist.init_process_group(
-        backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=world_size, timeout=_TIMEOUT
+    store = (
+        serve_store(address, world_size, _TIMEOUT, port)
+        if rank == 0
+        else join_store(address, port, world_size, _TIMEOUT)
     )
+    with gloo_interface(address):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
 
 
 def require_process_group(rank: int, world_size: int, device: torch.device) -> None:
