@@ -100,7 +100,7 @@ class Quotas:
         """Return why a file cannot be taken together with those before it; "" if it can."""
         return next(filter(None, (quota.refusal(more, before) for quota in self._quotas)), "")
 
-    def bounds(self, settings: RenderSettings, num_files: int) -> dict[str, int]:
+    def bounds(self, settings: RenderSettings, num_files: int) -> dict[str, Any]:
         """Return limits for each of the files, so that while they are rendered they take no more than is left."""
         most_mb = min(quota.bytes_left for quota in self._quotas) // MIB // num_files
         return {
@@ -108,7 +108,7 @@ class Quotas:
             "max_rendered_mb": max(1, min(settings.max_rendered_mb, most_mb)),
         }
 
-    def explained(self, error: str, bounds: dict[str, int], settings: RenderSettings) -> str:
+    def explained(self, error: str, bounds: dict[str, Any], settings: RenderSettings) -> str:
         """Return an error that names a bound as one that names the quota, if the quota has lowered it."""
         pages = min(self._quotas, key=lambda quota: quota.pages_left)
         room = min(self._quotas, key=lambda quota: quota.bytes_left)

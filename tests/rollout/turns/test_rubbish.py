@@ -14,6 +14,8 @@ from rollout.turns.environment import Reply
 from rollout.turns.episode import begin_episodes
 from rollout.types import Observation, Prompt
 
+Untyped: Any = Reply
+
 
 @pytest.fixture(scope="module")
 def processor(tiny_model_path):
@@ -41,17 +43,17 @@ def observed(processor: InputProcessor, make: Any, **attributes: Any) -> tuple[O
     ("make", "fault", "says"),
     [
         (lambda: "text", "exception", "step() must return a Reply or None, got str"),
-        (lambda: Reply(None), "exception", "Reply.text is a NoneType"),
-        (lambda: Reply("half \ud800"), "exception", "surrogates not allowed"),
-        (lambda: Reply(images=None), "exception", "Reply.images is a NoneType"),
-        (lambda: Reply("<image>", images=[3]), "exception", "Reply.images are paths or compressed bytes, got int"),
-        (lambda: Reply(facts=[1]), "exception", "Reply.facts is a list"),
-        (lambda: Reply(facts={(1, 2): 3}), "exception", "Reply.facts are JSON values"),
-        (lambda: Reply(facts={"score": math.nan}), "exception", "Reply.facts are JSON values"),
-        (lambda: Reply(fault="bad\ncall"), "exception", "one word of at most 40 characters"),
-        (lambda: Reply("a " * 50_000), "limit", "100000 characters"),
-        (lambda: Reply("two <image> marks"), "unreadable", "It cannot be shown"),
-        (lambda: Reply("<image>", images=[b"GIF8"]), "unreadable", "It cannot be shown"),
+        (lambda: Untyped(None), "exception", "Reply.text is a NoneType"),
+        (lambda: Untyped("half \ud800"), "exception", "surrogates not allowed"),
+        (lambda: Untyped(images=None), "exception", "Reply.images is a NoneType"),
+        (lambda: Untyped("<image>", images=[3]), "exception", "Reply.images are paths or compressed bytes, got int"),
+        (lambda: Untyped(facts=[1]), "exception", "Reply.facts is a list"),
+        (lambda: Untyped(facts={(1, 2): 3}), "exception", "Reply.facts are JSON values"),
+        (lambda: Untyped(facts={"score": math.nan}), "exception", "Reply.facts are JSON values"),
+        (lambda: Untyped(fault="bad\ncall"), "exception", "one word of at most 40 characters"),
+        (lambda: Untyped("a " * 50_000), "limit", "100000 characters"),
+        (lambda: Untyped("two <image> marks"), "unreadable", "It cannot be shown"),
+        (lambda: Untyped("<image>", images=[b"GIF8"]), "unreadable", "It cannot be shown"),
     ],
 )  # fmt: skip
 def test_an_answer_that_is_not_one_becomes_an_observation_that_says_so(processor, make, fault, says):

@@ -55,19 +55,19 @@ def strike(role: str, kind: signal.Signals, driver: psutil.Process, mark: str) -
 
 def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
     """Run it; return the number of signals."""
-    draw, struck = random.Random(seed), Counter[str]()
     material, place = make_material(folder / "material"), folder / f"soak_{steps}_{seed}"
     place.mkdir(parents=True, exist_ok=True)
+    diary = place / "signals.txt"
+    struck = diary.read_text().splitlines() if diary.exists() else []  # by an earlier part of this soak
+    draw = random.Random(f"{seed} {len(struck)}")
     write_plan(place, [])
     run = place / "runs" / "run"
     command = command_of(config_of(material, place / "runs", steps=steps), place)
     variables = {**os.environ, "RSGRPO_CHAOS": str(place), "PYTHONPATH": f"{material}{os.pathsep}{ROOT}"}
-    starts = 0
     if export_hash(run):
         print(f"{place} is a soak that has ended; nothing was tried. --fresh repeats it")
         return 0
     while not export_hash(run):
-        starts += 1
         with open(place / "console.log", "a") as output:
             process = subprocess.Popen(command, cwd=place, env=variables, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -79,7 +79,9 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
                     continue
                 role, kind = draw.choice(list(VICTIMS)), draw.choice((signal.SIGKILL, signal.SIGSTOP))
                 if strike(role, kind, psutil.Process(process.pid), str(place)):
-                    struck[f"{kind.name} {role}"] += 1
+                    struck.append(f"{kind.name} {role}")
+                    with diary.open("a") as file:
+                        file.write(f"{struck[-1]}\n")
                     print(f"step {num_steps(run)}: {kind.name} to {role}", flush=True)
                 next_at, done = time.monotonic() + draw.uniform(0.5, 1.5) * every_s, num_steps(run)
         finally:
@@ -89,15 +91,13 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
     seconds, left = wait_for_orphans(str(place))
     wanted = undisturbed("engine", steps, folder)
     different = differences(metrics_of(run), metrics_of(wanted))
-    print(
-        f"seed {seed}: {sum(struck.values())} signals ({dict(struck)}), {starts} starts, {seconds:g} s to the last end"
-    )
+    print(f"seed {seed}: {len(struck)} signals ({dict(Counter(struck))}), {seconds:g} s to the last end")
     assert struck, "nothing was struck: the run was over too soon"
     assert left == [], left
     assert different == [], different[:5]
     assert export_hash(run) == export_hash(wanted)
     print(f"equal to the undisturbed run: {steps} steps, export {export_hash(run)}")
-    return sum(struck.values())
+    return len(struck)
 
 
 def main() -> int:

@@ -38,7 +38,25 @@ def environment_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
         deep = [deep]
     pictures, written = images(), texts(draw)
     words = ("<image>", "<image><image>", "<|im_end|>", "<|vision_pad|>", "\ud800", "\0", "x" * 300_000, "💥", "")
-    odd = (None, 0, -1, 1.5, math.nan, True, "x", b"x", [], (), {}, [None], object(), Odd(), circle, 10**400, "\ud800")
+    odd: tuple[Any, ...] = (
+        None,
+        0,
+        -1,
+        1.5,
+        math.nan,
+        True,
+        "x",
+        b"x",
+        [],
+        (),
+        {},
+        [None],
+        object(),
+        Odd(),
+        circle,
+        10**400,
+        "\ud800",
+    )
 
     def text() -> Any:
         return draw.choice((draw.choice(words), next(written), f"{next(written)}<image>", draw.choice(odd)))
