@@ -33,7 +33,7 @@ from recipes.evaluation.page import Results, as_json, as_markdown, as_page, wors
 from recipes.evaluation.scoring import Evaluation, ItemScore, compare_evaluations, evaluate_predictions
 from rollout.config import InputsConfig
 from rollout.errors import listed
-from rollout.files import write_text
+from rollout.files import json_object, write_text
 from rollout.keys import check, key, require
 from rsgrpo import cli
 from rsgrpo.config.train import PromptConfig
@@ -221,10 +221,9 @@ def protocol_facts(config: EvaluateConfig, path: Path, extracted_by: str = "") -
 
 
 def settings_of(predictions: Path) -> dict[str, Any]:
-    """Return the settings that lie beside a prediction file of ours; {} for any other file."""
+    """Return the settings that lie beside a prediction file of ours; {} for any other file; InputError if damaged."""
     path = predictions.with_name(SETTINGS_FILE)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found if isinstance(found, dict) else {}
+    return json_object(path.read_bytes(), f"{path} is damaged") if path.is_file() else {}
 
 
 def require_same_settings(path: Path, against: Path, *, mixed: bool) -> None:
@@ -280,10 +279,11 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
     Raises:
         ConfigError: it has some, which were made with other settings.
+        InputError: the settings there are damaged.
     """
     predictions = path.with_name(PREDICTIONS_FILE)
     if path.is_file() and predictions.is_file() and predictions.stat().st_size:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = json_object(path.read_bytes(), f"{path} is damaged")
         changed = [
             f"{name}={value!r}, was {before.get(name)!r}"
             for name, value in settings.items()

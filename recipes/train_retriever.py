@@ -13,7 +13,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from recipes.retrieval.training.config import RetrieverConfig
-from rollout.files import write_text
+from rollout.files import json_object, write_text
 from rollout.keys import require
 from rsgrpo import cli
 from rsgrpo.errors import InputError
@@ -84,10 +84,11 @@ def _keep_settings(config: RetrieverConfig, out: Path) -> None:
 
     Raises:
         ConfigError: names what differs.
+        InputError: the settings there are damaged.
     """
     file, settings = out / "settings.json", masked(asdict(config))
     if file.exists():
-        before = json.loads(file.read_text())
+        before = json_object(file.read_bytes(), f"{file} is damaged")
         may_change = {"total_steps", "log_every", "eval_every", "keep_last", "num_threads", "micro_batch_size"}
         changed = [f"{n} {before.get(n)} -> {v}" for n, v in settings.items() if before.get(n) != v]
         fixed = [text for text in changed if text.partition(" ")[0] not in may_change]

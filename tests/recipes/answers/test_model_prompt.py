@@ -11,8 +11,10 @@ from PIL import Image
 
 from recipes import infer
 from recipes.answers.questions import named_prompt
-from recipes.evaluate import EvaluateConfig, keep_settings, spell_out
+from recipes.evaluate import EvaluateConfig, keep_settings, settings_of, spell_out
+from recipes.retrieval.training.config import RetrieverConfig
 from recipes.sft import next_command
+from recipes.train_retriever import _keep_settings
 from rsgrpo.config.checks import require_model
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.prompt_file import prompt_of_model
@@ -70,6 +72,20 @@ def test_an_evaluation_that_predicted_nothing_takes_new_settings(tmp_path):
     (tmp_path / "predictions.jsonl").write_text('{"id": "q", "raw": "a"}\n')
     with pytest.raises(ConfigError, match=r"seed=8, was 7"):
         keep_settings(settings, {"seed": 8})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\0" * 9])
+def test_settings_that_a_power_cut_has_damaged_are_one_message(tmp_path, content):
+    settings = tmp_path / "settings.json"
+    settings.write_text(content)
+    (tmp_path / "predictions.jsonl").write_text('{"id": "q", "raw": "a"}\n')
+    for read in (
+        lambda: keep_settings(settings, {"seed": 0}),
+        lambda: settings_of(tmp_path / "predictions.jsonl"),
+        lambda: _keep_settings(RetrieverConfig(), tmp_path),
+    ):
+        with pytest.raises(InputError, match=r"settings.json is damaged: "):
+            read()
 
 
 def test_the_folder_of_a_run_is_not_a_model(tmp_path, monkeypatch, tiny_model_path):

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tests.runs.chaos.injector import RAYLET, Fault, Kind, Phase, Role, fail_at
-from tests.runs.chaos.runs import config_of, differences, export_hash, make_material, metrics_of, run_with, segments
+from tests.runs.chaos.runs import (
+    HEAD_CPUS,
+    SECOND_CPUS,
+    config_of,
+    differences,
+    export_hash,
+    make_material,
+    metrics_of,
+    run_with,
+    segments,
+)
 
 STEPS = 20
 """Of a run, in which its victim is hit in one phase after the other."""
@@ -161,12 +171,12 @@ def second_node(place: Path) -> Iterator[tuple[str, Callable[[int], None]]]:
     os.environ["RSGRPO_CHAOS"] = str(place)
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 3, "include_dashboard": False, "_system_config": HEALTH, **store},
+        head_node_args={"num_cpus": HEAD_CPUS, "include_dashboard": False, "_system_config": HEALTH, **store},
     )
     nodes = []
 
     def join() -> None:
-        nodes.append(cluster.add_node(num_cpus=1, **store))
+        nodes.append(cluster.add_node(num_cpus=SECOND_CPUS, **store))
         (place / RAYLET).write_text(str(nodes[-1].all_processes["raylet"][0].process.pid))
 
     def on_fault(index: int) -> None:

@@ -31,6 +31,9 @@ from tests.runs.chaos.injector import PLAN, Fault, read_events, write_event, wri
 SILENCE_S, RAY_SILENCE_S = 8.0, 10.0
 """Limits of the runs here; a user's are 300 and 45 seconds."""
 
+LEARNER_CPUS, HEAD_CPUS, SECOND_CPUS = 1.0, 1.6, 1.0
+"""Of two nodes the head has room for a learner, an engine and the rewards; so the other engine is on the second one."""
+
 STOPPED_S = 12.0
 """How long a stopped driver stays so: longer than its workers may be silent."""
 
@@ -78,8 +81,8 @@ def config_of(material: Path, output_dir: Path, *, steps: int, role: str = "", a
         checkpoint=CheckpointConfig(every=1, keep_last=2, keep_best=0, export=True),
         cluster=ClusterConfig(
             address=address,
-            num_cpus=0 if address else 2,
-            cpus={"rollout": 0.5, "learner": 0.4, "reward": 0.1},
+            num_cpus=0 if address else 3,
+            cpus={"rollout": 0.5, "learner": LEARNER_CPUS if role == "raylet" else 0.4, "reward": 0.1},
             silence_timeout_s=SILENCE_S,
             startup_timeout_s=STARTUP_S,
         ),
