@@ -53,7 +53,7 @@ class Reply:
     ends: bool = False
 
     def __post_init__(self) -> None:
-        kinds = {"text": str, "images": (list, tuple), "facts": Mapping, "fault": str}
+        kinds: dict[str, Any] = {"text": str, "images": (list, tuple), "facts": Mapping, "fault": str}
         for name, kind in kinds.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise TypeError(f"Reply.{name} is a {type(value).__name__}: {value!r:.60}")
