@@ -1,11 +1,12 @@
 """The desk demo beside policies of one turn: thumbnails only, and all pages in two sizes. Fresh warm starts per seed.
 
     python -m benchmarks.desk [--seeds 1 2 3] [--folder desk-trial]
-    python -m benchmarks.desk --table        # only the table, from the runs in --folder
+    python -m benchmarks.desk --table        # only the table, from the committed runs
 
 Data and model are made once (`recipes.prepare desk`). Every seed has a warm start of its own in each arm, then
 reinforcement learning with the recipe's settings; held-out scores before and after come from the runs. The policies of
-one turn imitate the answers of the same expert. A run that is there is not repeated; stop it at any time.
+one turn imitate the answers of the same expert. A finished run is one small json in --results, with its metrics step by
+step, and is not repeated; stop it at any time.
 """
 
 from __future__ import annotations
@@ -14,17 +15,29 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from rollout.files import read_jsonl
+from rollout.files import read_jsonl, write_text
 from rsgrpo.lab.compare import interval
 from rsgrpo.records.tracking import read_metrics
 
 FULL_SIZE = 112 * 56  # pixels of a page of the demo, as its file has it
 SPLITS = ("sft", "train", "val")
+RESULTS = Path(__file__).parent / "desk_runs"
+KEPT = ("reward/", "monitor/", "rollout/turns", "rollout/num_tokens_mean", "actor/entropy", "actor/grad_norm", "val/")
+"""The metrics of a run that its json holds."""
+CURVES = (
+    "reward/answer_f1/mean",
+    "reward/gold_opened/mean",
+    "reward/region_overlap/mean",
+    "reward/well_called/mean",
+    "monitor/calls/mean",
+    "rollout/turns_mean",
+)
+"""Of these the means along the way are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,47 +99,72 @@ def program(folder: Path, module: str, *arguments: str) -> None:
     subprocess.run([sys.executable, "-m", module, *arguments], cwd=folder, check=True)
 
 
-def table(folder: Path, seeds: Sequence[int]) -> str:
+def store(run_dir: Path, name: str, seed: int, results: Path) -> None:
+    """Write what a finished run measured: per metric its steps and values."""
+    metrics: dict[str, dict[str, list[float]]] = {}
+    for row in read_metrics(run_dir):
+        for metric, value in row.items():
+            if metric.startswith(KEPT) and not metric.endswith("/std") and value is not None:
+                curve = metrics.setdefault(metric, {"step": [], "value": []})
+                curve["step"].append(row["step"])
+                curve["value"].append(round(value, 4))
+    results.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"arm": name, "seed": seed, "metrics": metrics})
+    write_text(results / f"{name}-seed{seed}.json", content)
+
+
+def table(results: Path) -> str:
     """Return held-out scores before and after, and the gain with its 95% t interval, per arm."""
-    lines = [
-        f"| policy | seeds | sampled F1 | gain | greedy F1 | calls per question |\n|{'---|' * 6}",
-    ]
+    lines = [f"| policy | seeds | sampled F1 | gain | greedy F1 | calls per question |\n|{'---|' * 6}"]
     for name, arm in ARMS.items():
-        runs = [folder / f"runs/{name}-rl-{seed}" for seed in seeds]
-        ends = [first_and_last(run) for run in runs if (run / "export").exists()]
-        if not ends:
+        runs = [json.loads(path.read_text())["metrics"] for path in sorted(results.glob(f"{name}-seed*.json"))]
+        if not runs:
             continue
-        gain = interval([after["sampled/answer_f1"] - before["sampled/answer_f1"] for before, after in ends])
+        f1 = [run["val/sampled/answer_f1"]["value"] for run in runs]
+        gain = interval([after - before for before, *_, after in f1])
         cells = [
-            " → ".join(f"{sum(end[at][key] for end in ends) / len(ends):.3f}" for at in (0, 1))
+            " → ".join(f"{sum(run[f'val/{key}']['value'][at] for run in runs) / len(runs):.3f}" for at in (0, -1))
             for key in ("sampled/answer_f1", "greedy/answer_f1", "sampled/calls")
         ]
-        lines.append(f"| {arm.title} | {len(ends)} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} |")
+        lines.append(f"| {arm.title} | {len(runs)} | {cells[0]} | {gain} | {cells[1]} | {cells[2]} |")
     return "\n".join(lines)
 
 
-def first_and_last(run: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Return a run's first and last held-out scores, without `val/`."""
-    rows = [row for row in read_metrics(run) if "val/sampled/answer_f1" in row]
-    first, *_, last = [{key.removeprefix("val/"): value for key, value in row.items()} for row in rows]
-    return first, last
+def curves(results: Path, stride: int = 8) -> str:
+    """Return what the desk's training responses were like along the way: means over `stride` steps and all seeds."""
+    runs = [json.loads(path.read_text())["metrics"] for path in sorted(results.glob("desk-seed*.json"))]
+    steps = range(1, runs[0][CURVES[0]]["step"][-1] + 1, stride) if runs else range(0)
+    lines = [f"| training responses, steps | {' | '.join(f'{step}-{step + stride - 1}' for step in steps)} |"]
+    lines += ["|---" * (len(steps) + 1) + "|"]
+    for metric in CURVES:
+        points = [point for run in runs for point in zip(run[metric]["step"], run[metric]["value"], strict=True)]
+        means = [fmean(value for at, value in points if step <= at < step + stride) for step in steps]
+        lines.append(f"| `{metric}` | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Run what is missing; print the table."""
+    """Run what is missing; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of warm start and training")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="policies to run")
     parser.add_argument("--folder", type=Path, default=Path("desk-trial"), help="where everything is")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished runs' metrics")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
-    folder = options.folder.absolute()
-    if not options.table:
+    folder, results = options.folder.absolute(), options.results.absolute()
+    missing = [
+        (name, seed)
+        for seed in options.seeds
+        for name in options.arms
+        if not options.table and not (results / f"{name}-seed{seed}.json").exists()
+    ]
+    if missing:
         prepare(folder)
-        for seed in options.seeds:
-            for name in options.arms:
-                run(folder, name, seed)
-    print(table(folder, options.seeds))
+    for name, seed in missing:
+        run(folder, name, seed)
+        store(folder / f"runs/{name}-rl-{seed}", name, seed, results)
+    print(table(results), curves(results), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -106,6 +106,12 @@ class TurnsConfig:
     max_observation_tokens: int = key(4096, "Most tokens that all observations of one response may have.", ge=1)
     max_images: int = key(8, "Most images that all observations of one response may have.", ge=0)
     timeout_s: float = key(60.0, "Time limit for each answer of the environment.", gt=0)
+    patience_s: float = key(
+        10.0,
+        "How long the embedded engine lets rollouts that have an answer wait for the others of their batch, before "
+        "they go on by themselves.",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
         check(self, "rollout.turns")

@@ -68,6 +68,13 @@ class SpareRoomLayer(DynamicLayer):  # type: ignore[no-untyped-call,unused-ignor
         """Keep these rows."""
         self._take(self.keys[indices], self.values[indices])
 
+    def part(self, indices: torch.Tensor) -> SpareRoomLayer:
+        """Return a copy of these rows."""
+        new_layer: Any = SpareRoomLayer
+        layer: SpareRoomLayer = new_layer()
+        layer.update(self.keys[indices], self.values[indices])
+        return layer
+
     def release(self) -> None:
         """Give up all rows."""
         self._take(self.keys[:0, :0], self.values[:0, :0])
@@ -95,12 +102,26 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[no-untyped-call,unused-i
         for states in (self.conv_states, self.recurrent_states):
             states[0] = rows_of(states[0])
 
+    def part(self, indices: torch.Tensor) -> StateLayer:
+        """Return a copy of these rows."""
+        return self._of(self.conv_states[0][indices], self.recurrent_states[0][indices])
+
+    def put(self, indices: torch.Tensor, part: StateLayer) -> None:
+        """Set these rows to what `part` returned of them."""
+        self.conv_states[0][indices] = part.conv_states[0]
+        self.recurrent_states[0][indices] = part.recurrent_states[0]
+
     @classmethod
     def of(cls, parts: Sequence[StateLayer]) -> StateLayer:
         """Return several batches side by side."""
+        conv_states = torch.cat([part.conv_states[0] for part in parts])
+        return cls._of(conv_states, torch.cat([part.recurrent_states[0] for part in parts]))
+
+    @classmethod
+    def _of(cls, conv_states: torch.Tensor, recurrent_states: torch.Tensor) -> StateLayer:
         layer = cls()
-        layer.update_conv_state(torch.cat([part.conv_states[0] for part in parts]))
-        layer.update_recurrent_state(torch.cat([part.recurrent_states[0] for part in parts]))
+        layer.update_conv_state(conv_states)
+        layer.update_recurrent_state(recurrent_states)
         return layer
 
 
@@ -191,6 +212,17 @@ def join(parts: Sequence[Prefilled]) -> Prefilled:
         torch.cat([pad(part.is_token_PT, (left, 0)) for part, left in zip(parts, missing, strict=True)]),
         torch.cat([part.logits_PV for part in parts]),
         torch.cat([part.next_positions_P for part in parts]),
+    )
+
+
+def rows_of(batch: Prefilled, indices: torch.Tensor) -> Prefilled:
+    """Return a copy of some rows of a batch, as a batch of their own."""
+    layers: list[Any] = list(batch.cache.layers)
+    return Prefilled(
+        Cache([layer.part(indices) for layer in layers]),
+        batch.is_token_PT[indices],
+        batch.logits_PV[indices],
+        batch.next_positions_P[indices],
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache
 
-from rollout.config import ConfigError, InputsConfig, RolloutConfig
+from rollout.config import InputsConfig, RolloutConfig
 from rollout.engine import Backend, EngineError, EngineOptions, check_sampling
 from rollout.families import Family, family_of
 from rollout.families.features import FeatureCache
@@ -96,11 +96,6 @@ class HFEngine:
         self._missing: set[str] | None = None
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
         self._rollout, self._make_environment = rollout, load_environment(rollout.turns)
-        if self._make_environment is not None and self._family.recurrent_layers(self._model):
-            raise ConfigError(
-                f"rollout.turns.environment: the embedded engine keeps no recurrent state between turns, and "
-                f"{self._model.config.model_type} has one. Set rollout=vllm, or take another model."
-            )
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, *, stop: Callable[[], bool] | None = None
@@ -279,7 +274,10 @@ class HFEngine:
             rollouts = [self.processor.rollout(*response, self.weights_version) for response in responses]
         else:
             episodes = [one.episodes[sibling] for one in batch for sibling in siblings]
-            Conversations(prompts, episodes, self._next_logits, choose, self._read, **limits).run()
+            patience_s = self._rollout.turns.patience_s
+            Conversations(
+                prompts, episodes, self._next_logits, choose, self._read, patience_s=patience_s, **limits
+            ).run()
             rollouts = [episode.rollout(self.weights_version) for episode in episodes]
         return [list(group) for group in _chunks(rollouts, len(siblings))]
 
@@ -307,9 +305,10 @@ class HFEngine:
         """Run what rows read between two turns through the decoder."""
         positions_3BL, decoder_inputs = self._embedded(block.token_ids_BL, block.is_token_BL, block.observations)
         positions_3BL = positions_3BL.to(self.device) + block.starts_B[None, :, None]
+        masks = {"full_attention": mask, "linear_attention": None}
         hidden = self._decoder(
             **decoder_inputs,
-            attention_mask=mask,
+            attention_mask=masks if self._family.recurrent_layers(self._model) else mask,
             position_ids=self._family.decoder_positions(positions_3BL),
             past_key_values=cache,
             use_cache=True,

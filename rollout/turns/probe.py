@@ -6,13 +6,14 @@ from rollout.turns.environment import Reply
 from rollout.types import Prompt
 
 PROBE = "rollout.turns.probe"
-"""Key of `Prompt.truth`: the images of a probe's answers, one per turn; such a prompt has no other environment."""
+"""Key of `Prompt.truth`: images of a probe's answers, a sequence per turn. Such a prompt has no other environment."""
 
 TURN_TOKENS = 4
+"""Most tokens of each turn."""
 
 
 class Probe:
-    """Answers with the images of the prompt's own truth, one a turn, whatever the policy writes."""
+    """Answers with the images of the prompt's own truth, turn by turn, whatever the policy writes."""
 
     max_turn_tokens = TURN_TOKENS
 
@@ -20,4 +21,7 @@ class Probe:
         self._images = list(prompt.truth[PROBE])
 
     def step(self, turn: str) -> Reply | None:
-        return Reply("<image>", (self._images.pop(0),)) if self._images else None
+        if not self._images:
+            return None
+        images = tuple(self._images.pop(0))
+        return Reply("<image>" * len(images), images)

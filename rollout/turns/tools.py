@@ -40,7 +40,8 @@ class Tools:
         Raises:
             ConfigError: one cannot be loaded, or a parameter has no type hint.
         """
-        self._functions = _loaded(tuple(functions))
+        self._targets = tuple(functions)
+        _loaded(self._targets)
 
     async def step(self, turn: str) -> Reply | None:
         """Run the calls of a turn, in order, and put their results one below the other."""
@@ -58,14 +59,15 @@ class Tools:
         )
 
     async def _run(self, call: str) -> Reply:
+        functions = _loaded(self._targets)
         try:
             parsed = json.loads(call)
             name, arguments = parsed["name"], parsed.get("arguments", {})
-            function = self._functions[name]
+            function = functions[name]
         except (ValueError, TypeError, AttributeError):
             return _bad('a call is JSON: {"name": ..., "arguments": {...}}')
         except KeyError as error:
-            known = ", ".join(self._functions)
+            known = ", ".join(functions)
             return _bad(f"there is no tool {error}; the tools are {known}")
         if not isinstance(arguments, dict):
             return _bad("the arguments are an object: {...}")

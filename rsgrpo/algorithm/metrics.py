@@ -31,7 +31,12 @@ def turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     return {
         "rollout/turns_mean": float(turns.mean()),
         "rollout/turns_max": float(turns.max()),
+        "rollout/turns_called_frac": float(
+            np.mean([any(o.token_ids_S for o in each.observations) for each in rollouts])
+        ),
+        "rollout/turns_stopped_frac": float(np.mean([rollout.finish_reason == "stop" for rollout in rollouts])),
         "rollout/turns_limit_frac": float(np.mean([rollout.finish_reason == "turns" for rollout in rollouts])),
+        "rollout/turns_faulty_frac": float(np.mean([bool(o.fault) for o in read] or [0.0])),
         "rollout/observation_tokens_mean": sum(len(o.token_ids_S) for o in read) / len(rollouts),
         "rollout/observation_images_mean": sum(len(o.images) for o in read) / len(rollouts),
         **{

@@ -8,6 +8,7 @@ import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from rewards.api import Credit, Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rewards.calls import Lanes
@@ -201,8 +202,29 @@ def to_response(group: RolloutGroup, index: int) -> Response:
     )
 
 
-def _readable(images: Sequence[ImageSource]) -> tuple[str | bytes, ...]:
-    return tuple(source if isinstance(source, str) else bytes_of(source) for source in images)
+class _Images(Sequence[str | bytes]):
+    """Images as a reward sees them; one that lies elsewhere is read when it is looked at."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._sources = sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @overload
+    def __getitem__(self, index: int) -> str | bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str | bytes]: ...
+    def __getitem__(self, index: int | slice) -> str | bytes | Sequence[str | bytes]:
+        if isinstance(index, slice):
+            return _readable(self._sources[index])
+        source = self._sources[index]
+        return source if isinstance(source, str) else bytes_of(source)
+
+
+def _readable(images: Sequence[ImageSource]) -> Sequence[str | bytes]:
+    loaded = [image for image in images if isinstance(image, str | bytes)]
+    return tuple(loaded) if len(loaded) == len(images) else _Images(images)
 
 
 def _turns(rollout: Rollout) -> Iterator[Turn]:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from rollout.config import TurnsConfig
 from rollout.inputs.images import read_size
-from rollout.turns.probe import PROBE
-from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from rollout.turns.episode import LIMIT
+from rollout.turns.probe import PROBE, TURN_TOKENS
+from rollout.types import ImageSource, Prompt, Rollout, RolloutGroup, SamplingParams
 from rsgrpo.cluster.protocol import LearnerRanks
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import RsgrpoError
@@ -106,9 +108,17 @@ def run_checks(
         tolerance=tolerance_of(config),
         version=version,
     )
-    if config.rollout.turns.environment and config.rollout.turns.max_images:
-        checks += compare_turns(engines, learner, prompts[0], tolerance=tolerance_of(config))
+    if config.rollout.turns.environment and (shown := images_shown(config.rollout.turns)):
+        checks += compare_turns(engines, learner, prompts[0], shown, tolerance=tolerance_of(config))
+        if config.inputs.max_images:
+            checks += count_pages(engines, learner, prompts[0], shown)
     return checks
+
+
+def images_shown(limits: TurnsConfig) -> tuple[int, ...]:
+    """Return how many images a tool shows after each turn of the check: one, then two, where the limits allow it."""
+    shown = (1, min(2, limits.max_images - 1))
+    return tuple(count for count in shown[: limits.max_turns - 1] if 0 < count <= limits.max_images)
 
 
 def compare_engines(
@@ -167,45 +177,88 @@ def compare_engines(
     return checks
 
 
-def compare_turns(engines: Engines, learner: LearnerRanks, prompt: Prompt, *, tolerance: float) -> list[Check]:
-    """Compare every engine with the learner on a conversation in which a tool returns one page after the first turn.
+def compare_turns(
+    engines: Engines, learner: LearnerRanks, prompt: Prompt, shown: Sequence[int] = (1, 2), *, tolerance: float
+) -> list[Check]:
+    """Compare every engine with the learner on a conversation in which a tool returns pages after each turn.
 
-    The page must change what follows it, in the engine and in the learner.
+    The pages of each turn must be read, and must change what follows them.
+
+    Args:
+        shown: pages that the tool returns after each turn; those of the prompt, or noise.
     """
-    page = _noise() if not prompt.images else prompt.images[0]
-    grey = blanked(replace(prompt, images=(page,))).images[0]
-    shown, hidden = (
-        replace(prompt, id=f"{prompt.id} {name}", truth={PROBE: (image,)})
-        for name, image in (("with a tool's page", page), ("with a tool's page blanked", grey))
-    )
-    sampling = SamplingParams(group_size=1, temperature=0.0, max_tokens=CHECKED_TOKENS)
-    least = tolerance / (100 if tolerance <= FLOAT32_TOLERANCE else 10)
+    turns = _turns(prompt, shown)
+    grey = [blanked(replace(prompt, images=images)).images for images in turns]
+    asked = [_probed(prompt, "with a tool's pages", turns)]
+    asked += [
+        _probed(prompt, f"with those of turn {turn + 1} blanked", [*turns[:turn], grey[turn], *turns[turn + 1 :]])
+        for turn in range(len(turns))
+    ]
+    sampling = SamplingParams(temperature=0.0, max_tokens=TURN_TOKENS * (len(turns) + 1))
     checks: list[Check] = []
-    for index, (full, bare) in enumerate(engines.generate_on_each([shown, hidden], sampling)):
-        where = f"engine {index}, {shown.id}"
-        if full.error is not None or bare.error is not None:
-            checks.append(Check(where, "is sampled", str(full.error or bare.error), "a response", False))
+    for index, (full, *hidden) in enumerate(engines.generate_on_each(asked, sampling)):
+        where = f"engine {index}, {asked[0].id}"
+        errors = [group.error for group in (full, *hidden) if group.error is not None]
+        if errors:
+            checks.append(Check(where, "is sampled", errors[0], "a response", False))
             continue
-        (rollout,), (unseen,) = full.rollouts, bare.rollouts
-        (observation,) = rollout.observations
-        asked = as_train_group(full, shown)
-        blank = replace(observation, images=(grey,))
-        without = replace(asked, samples=(replace(asked.samples[0], observations=(blank,)),))
-        expected, changed = _first(learner.logprobs([asked, without], temperature=1.0))
-        behind = slice(observation.at, None)
-        change = _change(_behind(rollout, behind), _behind(unseen, behind))
+        checks += _turn_checks(learner, where, full, hidden, grey, tolerance)
+    return checks
+
+
+def _turns(prompt: Prompt, shown: Sequence[int]) -> list[tuple[ImageSource, ...]]:
+    pages = cycle(prompt.images or (_noise(0), _noise(1)))
+    return [tuple(islice(pages, count)) for count in shown]
+
+
+def _probed(prompt: Prompt, name: str, turns: Sequence[Sequence[ImageSource]]) -> Prompt:
+    return replace(prompt, id=f"{prompt.id} {name}", truth={PROBE: turns})
+
+
+def _turn_checks(
+    learner: LearnerRanks,
+    where: str,
+    full: RolloutGroup,
+    hidden: Sequence[RolloutGroup],
+    grey: Sequence[Sequence[ImageSource]],
+    tolerance: float,
+) -> list[Check]:
+    """Return the checks of one engine's conversation; hidden: the same with the pages of one turn blanked, by turn."""
+    (rollout,) = full.rollouts
+    asked = as_train_group(full, full.prompt)
+    read = {turn: rollout.observations[turn] for turn in range(len(grey)) if turn < len(rollout.observations)}
+    read = {turn: observation for turn, observation in read.items() if observation.fault != LIMIT}
+    blank = [
+        [replace(each, images=tuple(grey[turn])) if each is observation else each for each in rollout.observations]
+        for turn, observation in read.items()
+    ]
+    without = [replace(asked, samples=(replace(asked.samples[0], observations=tuple(each)),)) for each in blank]
+    expected, *changed = _first(learner.logprobs([asked, *without], temperature=1.0))
+    checks = [
+        _at_most(where, "log-probabilities differ by", _largest(np.asarray(rollout.logprobs_T), expected), tolerance)
+    ]
+    least = tolerance / (100 if tolerance <= FLOAT32_TOLERANCE else 10)
+    for (turn, observation), changed_T in zip(read.items(), changed, strict=True):
+        behind, what = slice(observation.at, None), f"blanking the pages of turn {turn + 1} changes what follows by"
+        change = _change(_behind(rollout, behind), _behind(hidden[turn].rollouts[0], behind))
         checks += [
-            _at_most(
-                where, "log-probabilities differ by", _largest(np.asarray(rollout.logprobs_T), expected), tolerance
-            ),
-            _more_than(where, "blanking the tool's page changes its answer by", change, least),
-            _more_than(
-                "learner",
-                "blanking the tool's page changes its answer by",
-                _largest(expected[behind], changed[behind]),
-                least,
-            ),
+            _equal(where, f"pages read after turn {turn + 1}", len(observation.images), len(grey[turn])),
+            _more_than(where, what, change, least),
+            _more_than("learner", what, _largest(expected[behind], changed_T[behind]), least),
         ]
+    return checks
+
+
+def count_pages(engines: Engines, learner: LearnerRanks, prompt: Prompt, shown: Sequence[int] = (1, 2)) -> list[Check]:
+    """Compare the image tokens and features of each page that `compare_turns` shows."""
+    checks = []
+    for number, images in enumerate(_turns(prompt, shown), 1):
+        pages = [Prompt(f"page {page} of turn {number}", "<image>", (image,)) for page, image in enumerate(images, 1)]
+        ours, what = learner.count_vision(pages), f"image tokens, image features of turn {number}"
+        wanted = [(num_tokens, num_tokens) for _, num_tokens, _ in ours]
+        checks.append(_equal("learner", what, [counts[1:] for counts in ours], wanted))
+        for index, theirs in enumerate(engines.count_vision(pages)):
+            checks.append(_equal(f"engine {index}", what, [counts[1:] for counts in theirs], wanted))
     return checks
 
 
@@ -213,10 +266,10 @@ def _behind(rollout: Rollout, behind: slice) -> Rollout:
     return replace(rollout, token_ids_T=rollout.token_ids_T[behind], logprobs_T=rollout.logprobs_T[behind])
 
 
-def _noise() -> bytes:
+def _noise(seed: int) -> bytes:
     """Return a page of noise, for data without images."""
     page = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 255, (112, 112, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 255, (112, 112, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(page, "PNG")
     return page.getvalue()
 

@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from rollout.turns.environment import Reply
 from rollout.types import Prompt
@@ -88,6 +88,42 @@ class Slow:
         if self.num_turns == 2:
             time.sleep(3600)  # noqa: ASYNC251 - not even a cancelled task would wake it
         return Reply("here")
+
+
+class Queue:
+    """Answers the first turn of a prompt of `order` only when all rollouts of those before it are over, and of others.
+
+    class attributes: set by a test. left: rollouts per prompt that are not over.
+    """
+
+    max_turn_tokens = 4
+    order: Sequence[str] = ()
+    left: ClassVar[dict[str, int]] = {}
+    changed = threading.Condition()
+
+    def __init__(self, prompt):
+        self.id, self.num_turns = prompt.id, 0
+
+    @classmethod
+    def begin(cls, order, left):
+        cls.order, cls.left = order, dict(left)
+
+    def may_go(self):
+        if self.id not in self.order:
+            return True
+        behind = self.order[self.order.index(self.id) :]
+        return not any(left for id, left in self.left.items() if id not in behind)
+
+    def step(self, turn):
+        self.num_turns += 1
+        with self.changed:
+            if self.num_turns == 1:
+                self.changed.wait_for(self.may_go)
+            if self.num_turns == 3:
+                self.left[self.id] -= 1
+                self.changed.notify_all()
+                return None
+        return Reply(f"answer {self.num_turns} of {len(turn)}")
 
 
 class Refuses:

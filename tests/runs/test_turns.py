@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from rollout.config import RolloutConfig, TurnsConfig
+from rsgrpo.config.guards import GuardsConfig
 from rsgrpo.config.train import AlgorithmConfig, CheckpointConfig, ClusterConfig, TrainConfig
 from rsgrpo.records.rollouts import read_rollouts, rollout_files
 from rsgrpo.records.tracking import read_metrics
 from rsgrpo.report.page import collect_report
 from rsgrpo.running.checkpoint import CheckpointFolder
+from rsgrpo.running.guards import GuardBroken
 from rsgrpo.train import train
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
 
+LOOK, AGAIN, END = "page one", "it is 7", "end"  # `Pages` shows two images at each of the first two; the third ends
 INLINE = ClusterConfig(kind="inline")
 
 
@@ -105,6 +110,32 @@ def test_a_tool_that_hangs_costs_its_time_limit_and_nothing_else(whole, tmp_path
     [row] = steps_of(config)
     assert row["rollout/turns/timeout"] >= 1
     assert row["actor/mismatch_max"] < 1e-4
+
+
+def scripted(whole: TrainConfig, folder: Path, responses: list, **changes: Any) -> TrainConfig:
+    """Return the run with the scripted engine, which gives every prompt these responses."""
+    lines = [json.dumps({"id": f"row{index}", "responses": responses}) for index in range(6)]
+    (folder / "script.jsonl").write_text("\n".join(lines))
+    turns = dataclasses.replace(whole.rollout.turns, environment="tests.material.environments:Pages")
+    rollout = dataclasses.replace(whole.rollout, engine="fake", script=str(folder / "script.jsonl"), turns=turns)
+    return dataclasses.replace(whole, output_dir=str(folder), rollout=rollout, **changes)
+
+
+def test_scripted_conversations_are_scored_and_trained_on(whole, tmp_path):
+    config = scripted(whole, tmp_path, [[LOOK, AGAIN, END], [LOOK, END], [END], ["look"]], total_steps=1)
+    train(config)
+    [row] = steps_of(config)
+    assert row["rollout/turns_mean"] == (3 + 2 + 1 + 1) / 4
+    assert row["rollout/turns_called_frac"] == 0.5
+    assert row["rollout/observation_images_mean"] == (4 + 2 + 0 + 0) / 4
+    assert row["actor/grad_norm"] > 0
+
+
+def test_a_policy_that_no_longer_calls_is_stopped_by_a_guard(whole, tmp_path):
+    guards = GuardsConfig({"rollout/turns_called_frac": {"min": 0.2, "patience": 2}})
+    config = scripted(whole, tmp_path, [[END], [END, LOOK]], guards=guards)
+    with pytest.raises(GuardBroken, match=r"turns_called_frac >= 0\.2 .* has not held for 2 steps: at step 2"):
+        train(config)
 
 
 @pytest.mark.slow  # Ray starts for it; in one process the same run is above

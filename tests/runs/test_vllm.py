@@ -15,12 +15,13 @@ from PIL import Image
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from rollout.config import RolloutConfig, VllmConfig
+from rollout.config import RolloutConfig, TurnsConfig, VllmConfig
 from rollout.inputs.processor import InputProcessor
 from rollout.workers.pool import RolloutPool
 from rollout.workers.worker import WorkerError, start_rollout_worker
 from rsgrpo.config.train import DataConfig, LoraConfig
 from rsgrpo.data.dataset import load_prompts
+from rsgrpo.records.rollouts import read_rollouts, rollout_files
 from rsgrpo.train import train
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
 
@@ -192,6 +193,29 @@ def test_an_adapter_is_trained_and_prompts_that_cannot_be_sampled_are_replaced(
     assert "own2-1.png" in said[0]
     assert "prompt own3" in said[1]
     assert "Raise rollout.vllm.engine_args.max_model_len" in said[1]
+
+
+@pytest.mark.slow  # an engine of its own; tests/rollout/vllm/test_turns.py is the fast part
+def test_conversations_with_a_tools_pages_are_trained_on_what_was_sampled(ray_cluster, config, page_images):
+    arguments = {"pages": list(page_images), "stop": ["e", "a", "o", "1"]}
+    turns = TurnsConfig("tests.material.environments:Moody", arguments, max_turns=4, max_observation_tokens=200)
+    rollout = dataclasses.replace(ROLLOUT, max_response_tokens=40, turns=turns)
+    gate = dataclasses.replace(config.gate, every=1)
+    algorithm = dataclasses.replace(config.algorithm, credit="causal")
+    train(dataclasses.replace(config, rollout=rollout, gate=gate, algorithm=algorithm, total_steps=3))
+    rows = steps_of(config)
+    assert [row["rollout/oldest_weights_version"] for row in rows] == [0, 1, 2], (
+        "every step samples with its own weights"
+    )
+    for row in rows:
+        assert row["actor/mismatch_max"] < 1e-4, "what was sampled is what is scored, images of every turn included"
+        assert row["actor/grad_norm"] > 0
+        assert 1 < row["rollout/turns_mean"] <= row["rollout/turns_max"] <= 4
+        assert row["rollout/turns/exception"] >= 1
+        assert row["rollout/observation_images_mean"] > 0
+        assert row["rollout/prefix_cache_hit_rate"] > 0.3, "a turn finds what came before it"
+    stored = read_rollouts(rollout_files(Path(config.output_dir) / "run")[3])
+    assert any(len(o.images) > 1 for rollout in stored for o in rollout.observations)
 
 
 def test_engines_that_cannot_start_say_what_to_change_before_anything_is_sampled(ray_cluster, config, tiny_model_path):

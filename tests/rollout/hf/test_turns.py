@@ -9,6 +9,7 @@ import pytest
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, TurnsConfig
 from rollout.hf.engine import HFEngine
 from rollout.types import Prompt, SamplingParams
+from tests.material.environments import Queue
 from tests.material.tiny_families import save_family
 from tests.rollout.parity import assert_conversations, assert_heard, reference_model
 
@@ -31,7 +32,7 @@ def prompts(page_images):
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_every_sampled_token_has_the_probability_that_transformers_gives_it(
     family, tiny_model_path, tmp_path, page_images, prompts
 ):
@@ -41,7 +42,8 @@ def test_every_sampled_token_has_the_probability_that_transformers_gives_it(
     groups = list(engine.generate(prompts, sampling))
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     read = [len(o.images) for rollout in rollouts for o in rollout.observations]
-    assert {len(rollout.observations) for rollout in rollouts} >= {0, 3}
+    turns = {len(rollout.observations) for rollout in rollouts}
+    assert max(turns) == 3 > min(turns)
     assert set(read) >= {0, 1, 2, 3}
     for group in groups:
         assert_conversations(model, engine, group, 0.8)
@@ -109,9 +111,23 @@ def test_an_environment_that_does_not_exist_is_refused_before_anything_is_sample
         build(tiny_model_path, "Reply")
 
 
-def test_a_family_with_recurrent_layers_is_refused_with_the_way_out(tiny_model_path, tmp_path):
-    with pytest.raises(ConfigError, match="rollout=vllm"):
-        build(save_family("qwen3_5", tiny_model_path, tmp_path))
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+def test_others_go_on_while_an_answer_is_awaited_and_the_order_of_answers_changes_nothing(
+    family, tiny_model_path, tmp_path, prompts
+):
+    path = tiny_model_path if family == "qwen2_5_vl" else save_family(family, tiny_model_path, tmp_path)
+    engine, model = build(path, "Queue", patience_s=0.0, timeout_s=20.0), reference_model(path)
+    sampling, said = SamplingParams(group_size=2, max_tokens=40, seed=1), []
+    for order in [(), ("one", "two"), ("two", "one"), ("none", "two", "one")]:
+        Queue.begin(order, {prompt.id: 2 for prompt in prompts})
+        groups = {group.prompt.id: group for group in engine.generate(prompts, sampling)}
+        rollouts = [rollout for prompt in prompts for rollout in groups[prompt.id].rollouts]
+        assert {o.fault for rollout in rollouts for o in rollout.observations} == {""}, "an answer waited for another"
+        assert {(len(rollout.observations), rollout.finish_reason) for rollout in rollouts} == {(2, "stop")}
+        said.append([rollout.token_ids_T for rollout in rollouts])
+        for group in groups.values():
+            assert_conversations(model, engine, group, 1.0)
+    assert said[1:] == said[:1] * 3
 
 
 def test_a_conversation_is_heard_while_it_goes_on(tiny_model_path, page_images):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import pickle
 
 import pytest
 
 from rollout.errors import ConfigError
 from rollout.turns.environment import Reply
+from rollout.turns.probe import PROBE, Probe
 from rollout.turns.tools import Tools, schemas
 from rollout.types import Prompt
 
@@ -80,6 +83,28 @@ def test_a_wrong_call_is_answered_with_what_is_wrong(text, said):
 
 def test_a_call_that_is_not_closed_is_a_wrong_call():
     assert step('<tool_call>{"name": "search"').fault == "bad_call"
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Tools(Prompt("p", "?"), FUNCTIONS),
+        Probe(Prompt("p", "?", truth={PROBE: [("1.png",), ("2.png", "3.png")]})),
+    ],
+    ids=lambda made: type(made).__name__,
+)
+def test_an_episode_that_was_pickled_between_two_turns_goes_on(made):
+    turn = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+
+    def answer(environment):
+        reply = environment.step(turn)
+        return asyncio.run(reply) if inspect.isawaitable(reply) else reply
+
+    answer(made)
+    thawed = pickle.loads(pickle.dumps(made))
+    expected = answer(made)
+    assert expected is not None
+    assert answer(thawed) == expected
 
 
 def test_schemas_describe_the_functions_for_a_prompt():

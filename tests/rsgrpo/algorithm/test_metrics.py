@@ -27,7 +27,10 @@ def test_turns_observations_and_faults_are_counted_per_response() -> None:
     assert metrics == {
         "rollout/turns_mean": (3 + 1 + 2 + 2) / 4,
         "rollout/turns_max": 3.0,
+        "rollout/turns_called_frac": 0.75,
+        "rollout/turns_stopped_frac": 0.5,
         "rollout/turns_limit_frac": 0.25,
+        "rollout/turns_faulty_frac": 0.5,
         "rollout/observation_tokens_mean": (15 + 10 + 5) / 4,
         "rollout/observation_images_mean": 0.5,
         "rollout/turns/bad_call": 1.0,

@@ -16,8 +16,8 @@ import pytest
 from rewards.api import Credit, Response, Span, between, reward
 from rewards.calls import Lanes
 from rollout.errors import InputError
-from rollout.types import Prompt, Rollout, RolloutGroup
-from rsgrpo.algorithm.scoring import NamedReward, RewardFailed, RewardSet, group_mean, has_signal
+from rollout.types import Observation, Prompt, Rollout, RolloutGroup
+from rsgrpo.algorithm.scoring import NamedReward, RewardFailed, RewardSet, group_mean, has_signal, to_response
 
 TEXTS = ("<think>so</think><answer>7</answer>", "no tags at all")
 
@@ -209,3 +209,22 @@ def test_calls_on_one_loop_share_it_and_a_slow_plain_reward_holds_up_no_judge():
     for scored in asyncio.run(two_calls()):
         assert scored.scores_GK == [[0.5, 1.0], [0.5, 1.0]]
     assert order == list(TEXTS) * 2, "plain rewards are called one after another, in order"
+
+
+def test_images_that_lie_elsewhere_are_read_when_a_reward_looks_at_them():
+    read = []
+
+    class Elsewhere:
+        name = "elsewhere"
+
+        def read(self) -> bytes:
+            read.append(self.name)
+            return b"page"
+
+    seen = Observation(1, 1, (7,), "<image><image>", ("a.png", Elsewhere()))
+    rollout = Rollout((1,), (0.0,), "a", ((0, 1),), "stop", 0, (seen,))
+    response = to_response(RolloutGroup(Prompt("p", "<image>", (Elsewhere(),)), (rollout,)), 0)
+    images = response.turns[0].images
+    assert (len(images), len(response.images), images[0], read) == (2, 1, "a.png", [])
+    assert (images[-1], list(response.images), read) == (b"page", [b"page"], ["elsewhere"] * 2)
+    assert images[:1] == ("a.png",)

@@ -16,6 +16,8 @@ from rsgrpo.cluster.engine_check import (
     blanked,
     choose_prompts,
     compare_turns,
+    count_pages,
+    images_shown,
     require_agreement,
     table,
     tolerance_of,
@@ -120,25 +122,52 @@ def talking(model_path):
     return HFEngine(model_path, dataclasses.replace(ROLLOUT, turns=turns), INPUTS, num_threads=1)
 
 
-def test_a_tools_page_reaches_engine_and_learner(talking, learner, prompts):
+def test_the_pages_of_every_turn_reach_engine_and_learner(talking, learner, prompts):
     checks = compare_turns(OneEngine(talking), learner, prompts[0], tolerance=1e-4)
+    checks += count_pages(OneEngine(talking), learner, prompts[0])
     assert failures(checks) == set(), table(checks)
-    assert len(checks) == 3
+    read = {check.what: check.found for check in checks if check.what.startswith("pages read")}
+    assert read == {"pages read after turn 1": "1", "pages read after turn 2": "2"}
+    assert len(checks) == 1 + 2 * 3 + 2 * 2
 
 
-def test_a_tools_page_that_the_engine_never_sees_is_caught(talking, learner, prompts, monkeypatch):
+def test_the_pages_of_a_check_stay_within_the_limits_of_the_run():
+    assert images_shown(TurnsConfig()) == (1, 2)
+    assert images_shown(TurnsConfig(max_images=2)) == (1, 1)
+    assert images_shown(TurnsConfig(max_images=1)) == (1,)
+    assert images_shown(TurnsConfig(max_images=0)) == images_shown(TurnsConfig(max_turns=1)) == ()
+    assert images_shown(TurnsConfig(max_turns=2)) == (1,)
+
+
+@pytest.mark.parametrize("blind_turn", [1, 2])
+def test_a_page_of_any_turn_that_the_engine_never_sees_is_caught(talking, learner, prompts, monkeypatch, blind_turn):
+    """What slime 1847 reports: the policy does not see images after the first turn."""
     encode = talking.processor.encode_observation
-    grey = blanked(prompts[0]).images[0]
 
     def blind(text, images, **options):
-        return encode(text, [grey for _ in images], **options)
+        grey = blanked(dataclasses.replace(prompts[0], images=images)).images
+        return encode(text, grey if len(images) == blind_turn else images, **options)
 
     monkeypatch.setattr(talking.processor, "encode_observation", blind)
     found = failures(compare_turns(OneEngine(talking), learner, prompts[0], tolerance=1e-4))
-    assert found == {"log-probabilities differ by", "blanking the tool's page changes its answer by"}
+    unseen = f"blanking the pages of turn {blind_turn} changes what follows by"
+    assert found == {"log-probabilities differ by", unseen}
 
 
 def test_an_engine_that_resizes_a_tools_page_otherwise_is_caught(talking, learner, prompts, monkeypatch):
+    """What verl 3708 reports: image features and image tokens differ in number once a tool returns an image."""
     monkeypatch.setattr(talking.processor, "inputs", dataclasses.replace(INPUTS, max_pixels=28 * 28 * 2))
     with pytest.raises(RsgrpoError, match="image tokens"):
         compare_turns(OneEngine(talking), learner, prompts[0], tolerance=1e-4)
+    wrong = [check for check in count_pages(OneEngine(talking), learner, prompts[0]) if not check.holds]
+    assert {check.what for check in wrong} == {f"image tokens, image features of turn {turn}" for turn in (1, 2)}
+    assert {check.where for check in wrong} == {"engine 0"}
+
+
+def test_a_page_that_is_over_the_limit_of_an_episode_is_not_compared(model_path, learner, prompts):
+    turns = TurnsConfig(environment="tests.material.environments:Slow", max_observation_tokens=40)
+    engine = HFEngine(model_path, dataclasses.replace(ROLLOUT, turns=turns), INPUTS, num_threads=1)
+    checks = compare_turns(OneEngine(engine), learner, prompts[0], tolerance=1e-4)
+    assert failures(checks) == set(), table(checks)
+    compared = "pages read after turn 1", "blanking the pages of turn 1 changes what follows by"
+    assert {check.what for check in checks} == {"log-probabilities differ by", *compared}
