@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +25,23 @@ def test_it_shows_text_images_facts_and_the_end(capsys, page_images, tiny_model_
     assert "tokens: " in said
     assert "[turn 2] again\n  the episode ends" in said
     assert "never asked" not in said
+
+
+def test_the_environment_of_the_guide_runs_as_it_is_printed(capsys, monkeypatch, tmp_path, page_images):
+    guide = (Path(__file__).parents[3] / "docs/howto/environments.md").read_text()
+    code = guide.partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "my_tools.py").write_text(code)
+    (tmp_path / "pages").mkdir()
+    shutil.copy(page_images[0], tmp_path / "pages/3.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    turns = ["--turn", "<open>9</open>", "--turn", "<open>3</open>", "--turn", "It is 7."]
+    assert main(["my_tools:Pages", "--arguments", '{"folder": "pages"}', *turns]) == 0
+    said = capsys.readouterr().out
+    assert "There is no page '9'.\n  fault: bad_call" in said
+    assert "Page 3: <image>\n  image 1: " in said
+    assert "[turn 3] It is 7.\n  the episode ends" in said
 
 
 def test_turns_come_from_a_file_or_the_keyboard(capsys, monkeypatch, tmp_path):
