@@ -5,7 +5,7 @@
 A row of the learner is `[prompt | r_1 ... r_G]`. Responses of the same first call read the same page; a tree of
 prefixes would hold both once. This counts the tokens of stored rollouts in both forms: as they are, with pages of the
 size that `page_desk_7b` opens, and with words before each call, which siblings rarely choose alike. A token costs about
-the same wherever it stands in a row, so 1 / (1 - share saved) bounds what a tree can gain in the learner's passes.
+the same at any place of a row, so 1 / (1 - share saved) bounds what a tree can gain in the learner's passes.
 """
 
 from __future__ import annotations

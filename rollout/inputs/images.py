@@ -11,9 +11,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import overload
 from urllib.parse import unquote
 
 import numpy as np
@@ -244,6 +245,32 @@ def file_of(source: ImageSource) -> str | io.BytesIO:
 def bytes_of(source: bytes | ImageReference) -> bytes:
     """Return the compressed bytes of an image that is not a file of its own."""
     return source if isinstance(source, bytes) else source.read()
+
+
+class _Images(Sequence[str | bytes]):
+    """Images as a reward sees them."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self._sources = sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    @overload
+    def __getitem__(self, index: int) -> str | bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str | bytes]: ...
+    def __getitem__(self, index: int | slice) -> str | bytes | Sequence[str | bytes]:
+        if isinstance(index, slice):
+            return readable(self._sources[index])
+        source = self._sources[index]
+        return source if isinstance(source, str) else bytes_of(source)
+
+
+def readable(images: Sequence[ImageSource]) -> Sequence[str | bytes]:
+    """Return images as paths or compressed bytes; one that lies elsewhere is read when it is looked at."""
+    loaded = [image for image in images if isinstance(image, str | bytes)]
+    return tuple(loaded) if len(loaded) == len(images) else _Images(images)
 
 
 def name_of(source: ImageSource) -> str:

@@ -8,14 +8,13 @@ import math
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
 
 from rewards.api import Credit, Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rewards.calls import Lanes
 from rewards.failures import where_raised
 from rewards.turns import place_turns
-from rollout.inputs.images import bytes_of
-from rollout.types import ImageSource, Rollout, RolloutGroup
+from rollout.inputs.images import readable
+from rollout.types import Rollout, RolloutGroup
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.types import ScoredGroup
@@ -197,40 +196,15 @@ def to_response(group: RolloutGroup, index: int) -> Response:
         num_tokens=len(rollout.token_ids_T),
         truncated=rollout.finish_reason == "length",
         question=prompt.question,
-        images=_readable(prompt.images),
+        images=readable(prompt.images),
         turns=tuple(_turns(rollout)),
     )
-
-
-class _Images(Sequence[str | bytes]):
-    """Images as a reward sees them; one that lies elsewhere is read when it is looked at."""
-
-    def __init__(self, sources: Sequence[ImageSource]) -> None:
-        self._sources = sources
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    @overload
-    def __getitem__(self, index: int) -> str | bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str | bytes]: ...
-    def __getitem__(self, index: int | slice) -> str | bytes | Sequence[str | bytes]:
-        if isinstance(index, slice):
-            return _readable(self._sources[index])
-        source = self._sources[index]
-        return source if isinstance(source, str) else bytes_of(source)
-
-
-def _readable(images: Sequence[ImageSource]) -> Sequence[str | bytes]:
-    loaded = [image for image in images if isinstance(image, str | bytes)]
-    return tuple(loaded) if len(loaded) == len(images) else _Images(images)
 
 
 def _turns(rollout: Rollout) -> Iterator[Turn]:
     """Return the turns of a response; the end-of-text of each is at the character behind its span."""
     nowhere = Span(0, 0)
-    answers = ((o.at_char, Turn(nowhere, o.text, _readable(o.images), o.facts, o.fault)) for o in rollout.observations)
+    answers = ((o.at_char, Turn(nowhere, o.text, readable(o.images), o.facts, o.fault)) for o in rollout.observations)
     return place_turns(rollout.text, answers)
 
 
