@@ -16,11 +16,16 @@ export OMP_WAIT_POLICY ?= passive
 .DELETE_ON_ERROR:
 
 # Each step names the file that its program writes last, so that an interrupted step is resumed.
-DATA_AND_MODEL := demo/model/preprocessor_config.json
-WARM_START := demo/sft/export/preprocessor_config.json
+# make demo FAMILY=qwen3_5 trains a small model of another family on the same rows, in the folder demo-qwen3_5.
+FAMILY ?= qwen2_5_vl
+DEMO := demo$(addprefix -,$(filter-out qwen2_5_vl,$(FAMILY)))
+DATA_AND_MODEL := $(DEMO)/model/preprocessor_config.json
+WARM_START := $(DEMO)/sft/export/preprocessor_config.json
+# Settings of the recipes where the folder is not the one that they name.
+ELSEWHERE = $(if $(filter-out demo,$(DEMO)),$(1) data.train=$(DEMO)/data/$(2).jsonl data.val=$(DEMO)/data/val.jsonl)
 
 demo: $(WARM_START)
-	$(BIN)/python -m rsgrpo.train recipe=demo
+	$(BIN)/python -m rsgrpo.train recipe=demo $(call ELSEWHERE,name=$(DEMO) model.path=$(DEMO)/sft/export,train)
 
 # A policy that looks for its pages: thumbnails, then open and zoom (docs/howto/desk.md).
 DESK_MODEL := desk/model/preprocessor_config.json
@@ -42,10 +47,10 @@ evisrag-mini: | $(DATA_AND_MODEL)
 	$(BIN)/python -m recipes.evisrag_mini --engine $(ENGINE)
 
 $(DATA_AND_MODEL): | $(INSTALLED)
-	$(BIN)/python -m recipes.prepare demo
+	$(BIN)/python -m recipes.prepare demo --out $(DEMO) --family $(FAMILY)
 
 $(WARM_START): | $(DATA_AND_MODEL)
-	$(BIN)/python -m recipes.sft recipe=sft_demo
+	$(BIN)/python -m recipes.sft recipe=sft_demo $(call ELSEWHERE,output_dir=$(DEMO) model.path=$(DEMO)/model,sft)
 
 # Budget: at most 12 minutes on 2 idle cores. The slowest tests are listed at the end; mark slow ones for test-all.
 # The files of tests are shared out to this many processes, which need up to 5 GB of memory each.
@@ -104,5 +109,5 @@ $(INSTALLED): setup.py tools/constraints.txt tools/torchvision_cpu_shim.py tools
 	@touch $@
 
 clean:
-	rm -rf demo desk evisrag-mini runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo demo-* desk evisrag-mini runs outputs multirun wandb build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ from recipes.answers.options import add_options, option_of
 from recipes.demo.desk_make import DeskSettings, write_desk_data, write_desk_model
 from recipes.demo.desk_rows import DeskJob
 from recipes.demo.forms import FormJob
-from recipes.demo.items import Job
+from recipes.demo.items import DemoFamily, Job
 from recipes.demo.model_folder import write_model
 from recipes.demo.rows import corpus, write_rows_and_pages
 from recipes.demo.shapes import ShapeJob
@@ -51,6 +51,7 @@ class DemoSettings:
     noise: float = key(0.3, "how often the teacher misreads a page", ge=0, le=1)
     level: Level = key("easy", "; ".join(f"{level}: {meaning}" for level, meaning in LEVELS.items()))
     vision_steps: int = key(200, "optimizer steps that teach the vision tower to read pages", ge=1)
+    family: DemoFamily = key("qwen2_5_vl", "kind of model; qwen3_5 is the one whose layers mostly carry a state")
 
     def __post_init__(self) -> None:
         with named({field.name: option_of(field.name) for field in fields(self)}):
@@ -72,17 +73,20 @@ def run_demo(options: dict[str, Any], console: Console) -> None:
     settings, data, model = DemoSettings(**options), out / "data", out / "model"
     job = settings.job()
     wanted = asdict(settings)
-    for folder in (data, model):  # refuse before writing anything
-        reusable(folder, wanted, force=force)
+    family = wanted.pop("family")
+    kind = {} if family == "qwen2_5_vl" else {"family": family}
+    reusable(data, wanted, force=force)  # refuse before writing anything
+    reusable(model, wanted | kind, force=force)
     rows = make_folder(data, wanted, lambda target: write_demo_data(settings, target, console), force=force)
     made = make_folder(
         model,
-        wanted,
+        wanted | kind,
         lambda target: write_model(
-            job, corpus(data), target, seed=settings.seed, vision_steps=settings.vision_steps, console=console
+            job, corpus(data), target,
+            seed=settings.seed, vision_steps=settings.vision_steps, console=console, family=settings.family,
         ),
         force=force,
-    )
+    )  # fmt: skip
     console.summary(
         "The demo is prepared",
         [

@@ -18,6 +18,8 @@ from PIL import Image
 from rewards.evisrag import INSUFFICIENT, NO_EVIDENCE
 
 Split = Literal["train", "val"]
+DemoFamily = Literal["qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+"""Kinds of model that the demo can be made with."""
 Shown = tuple[str, str]
 """The two things that a page shows: ("2", "5") on a form, ("teal", "circle") on a picture."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -147,7 +148,7 @@ def image_processor(max_pixels: int = MAX_PIXELS) -> Qwen2VLImageProcessor:
 
 
 def save_model_folder(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     folder: str | Path,
     *,

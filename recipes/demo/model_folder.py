@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from recipes.demo.items import Split
+from recipes.demo.items import DemoFamily, Split
 from rsgrpo.records.console import Console
 
 
@@ -23,29 +23,38 @@ class Teaches(Protocol):
 
 
 def write_model(
-    job: Teaches, texts: Iterable[str], folder: Path, *, seed: int, vision_steps: int, console: Console
+    job: Teaches,
+    texts: Iterable[str],
+    folder: Path,
+    *,
+    seed: int,
+    vision_steps: int,
+    console: Console,
+    family: DemoFamily = "qwen2_5_vl",
 ) -> dict[str, Any]:
     """Train the tokenizer on the texts, initialise a random model, and teach its vision tower to read."""
     import transformers
 
-    from recipes.demo.model import build_model, image_processor, save_model_folder, train_tokenizer
+    from recipes.demo.families import build_demo_model, demo_image_processor, save_demo_model
+    from recipes.demo.model import train_tokenizer
     from recipes.demo.vision import Lessons, reading_accuracy, teach_to_read
 
     transformers.utils.logging.disable_progress_bar()  # it would break up the console's own bars
     with console.phase("tokenizer"):
         tokenizer = train_tokenizer(texts)
-        model = build_model(tokenizer, seed=seed)
+        model = build_demo_model(family, tokenizer, seed)
+        processor = demo_image_processor(family)
     with console.phase("vision tower", total=vision_steps) as bar:
         head = teach_to_read(
             model,
-            Lessons.of(image_processor(), *job.lessons("train")),
+            Lessons.of(processor, *job.lessons("train")),
             num_labels=job.num_labels,
             num_steps=vision_steps,
             seed=seed,
             on_step=lambda _: bar.advance(),
         )
-        accuracy = reading_accuracy(model, head, Lessons.of(image_processor(), *job.lessons("val")))
-    save_model_folder(model, tokenizer, folder)
+        accuracy = reading_accuracy(model, head, Lessons.of(processor, *job.lessons("val")))
+    save_demo_model(family, model, tokenizer, folder)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": len(tokenizer),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor
+from transformers import PreTrainedModel, Qwen2VLImageProcessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Lessons:
 
 
 def teach_to_read(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     lessons: Lessons,
     *,
     num_labels: int,
@@ -76,15 +76,13 @@ def teach_to_read(
 
 
 @torch.no_grad()
-def reading_accuracy(model: Qwen2_5_VLForConditionalGeneration, head: nn.Linear, lessons: Lessons) -> float:
+def reading_accuracy(model: PreTrainedModel, head: nn.Linear, lessons: Lessons) -> float:
     """Return the share of tokens whose label tower and head read correctly."""
     scores = _label_scores(model, head, lessons.pixels, lessons.grid)
     return float((scores.argmax(-1) == lessons.labels.flatten()).float().mean())
 
 
-def _label_scores(
-    model: Qwen2_5_VLForConditionalGeneration, head: nn.Linear, pixels: torch.Tensor, grid: torch.Tensor
-) -> torch.Tensor:
+def _label_scores(model: PreTrainedModel, head: nn.Linear, pixels: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Return (pages x merged tokens, num_labels) scores."""
     features = model.model.visual(pixels.flatten(0, 1), grid_thw=grid.expand(len(pixels), 3)).pooler_output
     return head(features)

@@ -31,9 +31,9 @@ def reusable(folder: Path, settings: dict[str, Any], *, force: bool) -> dict[str
         if (found["format"], found["settings"]) == (FORMAT, settings):
             return found["facts"]
         changed = [
-            f"{key}={found['settings'].get(key)!r} instead of {value!r}"
-            for key, value in settings.items()
-            if found["settings"].get(key) != value
+            f"{key}={found['settings'].get(key)!r} instead of {settings.get(key)!r}"
+            for key in {**found["settings"], **settings}
+            if found["settings"].get(key) != settings.get(key)
         ]
         why = "made with " + (", ".join(changed) or f"format {found['format']} instead of {FORMAT}")
     raise InputError(f"{folder} already exists, {why}. Choose another --out, or replace it with --force.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from recipes import prepare
@@ -283,6 +285,34 @@ def test_the_model_loads_as_an_ordinary_hugging_face_folder(demo):
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
     assert model.get_input_embeddings().num_embeddings == len(processor.tokenizer) <= 512
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_another_family_reads_the_same_rows_as_two_tokens_a_page(family, demo, tmp_path, capsys):
+    from transformers import AutoModelForImageTextToText
+
+    shutil.copytree(demo / "data", tmp_path / "data")
+    assert prepare.main(["demo", "--out", str(tmp_path), "--family", family, *SMALL]) == 0
+    assert "data (reused)" in re.sub(r"\S+/data", "data", capsys.readouterr().out)  # rows do not depend on the family
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert model.config.model_type == family
+    assert 1e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+    processor = InputProcessor(str(tmp_path / "model"), DEMO_INPUTS)
+    prompts = load_prompts(str(tmp_path / "data/val.jsonl"), DataConfig(), PromptConfig(), processor)
+    inputs = processor.encode(prompts[0])
+    assert inputs.token_ids_T.count(processor.image_token_id) == 2 * len(prompts[0].images)
+    # A state that fades within a token would never carry a page to its answer.
+    states = [layer.linear_attn for layer in model.model.language_model.layers if hasattr(layer, "linear_attn")]
+    assert len(states) == (3 if family == "qwen3_5" else 0)
+    assert all(torch.nn.functional.softplus(state.dt_bias).max() < 0.11 for state in states)
+    assert prepare.main(["demo", "--out", str(tmp_path), *SMALL]) == 2  # and a model does not change its kind in place
+    assert f"family={family!r} instead of None" in capsys.readouterr().err
+
+
+def test_an_unknown_family_is_answered_with_the_list(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        prepare.main(["demo", "--out", str(tmp_path), "--family", "gemma"])
+    assert "'qwen2_5_vl', 'qwen3_vl', 'qwen3_5'" in capsys.readouterr().err
 
 
 def test_tags_fuse_with_what_follows_as_in_the_real_tokenizer(demo):
