@@ -2,6 +2,7 @@
 
     python -m benchmarks.desk [--seeds 1 2 3] [--folder desk-trial]
     python -m benchmarks.desk --table        # only the table, from the committed runs
+    python -m benchmarks.desk --table --draw docs/images/desk_curves.svg
 
 Data and model are made once (`recipes.prepare desk`). Every seed has a warm start of its own in each arm, then
 reinforcement learning with the recipe's settings; held-out scores before and after come from the runs. The policies of
@@ -23,9 +24,11 @@ from typing import Any
 from rollout.files import read_jsonl, write_text
 from rsgrpo.lab.compare import interval
 from rsgrpo.records.tracking import read_metrics
+from rsgrpo.report.line_chart import line_chart
 
 FULL_SIZE = 112 * 56  # pixels of a page of the demo, as its file has it
 SPLITS = ("sft", "train", "val")
+WINDOW = 5  # steps per point of a drawn curve
 RESULTS = Path(__file__).parent / "desk_runs"
 KEPT = ("reward/", "monitor/", "rollout/turns", "rollout/num_tokens_mean", "actor/entropy", "actor/grad_norm", "val/")
 """The metrics of a run that its json holds."""
@@ -38,6 +41,8 @@ CURVES = (
     "rollout/turns_mean",
 )
 """Of these the means along the way are printed."""
+LABELS = {"desk": "page desk", "thumbnails": "thumbnails", "opened": "all pages", "pages": "all, full size"}
+"""What drawn curves are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,19 @@ def curves(results: Path, stride: int = 8) -> str:
     return "\n".join(lines)
 
 
+def draw(results: Path, out: Path) -> None:
+    """Draw how the answer F1 of the training responses rises, per arm: means over seeds and over windows of steps."""
+    series: dict[str, list[float]] = {}
+    for name in ARMS:
+        files = sorted(results.glob(f"{name}-seed*.json"))
+        runs = [json.loads(file.read_text())["metrics"][CURVES[0]] for file in files]
+        steps = [fmean(values) for values in zip(*(run["value"] for run in runs), strict=True)]
+        if steps:
+            series[LABELS[name]] = [fmean(steps[start : start + WINDOW]) for start in range(0, len(steps), WINDOW)]
+    ends = [WINDOW * (number + 1) for number in range(max(map(len, series.values())))]
+    line_chart(out, "answer F1 of the rollouts, by step", "step", ends, series, unit="")
+
+
 def main() -> None:
     """Run what is missing; print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,6 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("desk-trial"), help="where everything is")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the finished runs' metrics")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--draw", type=Path, metavar="FILE.svg", help="also draw the learning curves")
     options = parser.parse_args()
     folder, results = options.folder.absolute(), options.results.absolute()
     missing = [
@@ -165,6 +184,8 @@ def main() -> None:
         run(folder, name, seed)
         store(folder / f"runs/{name}-rl-{seed}", name, seed, results)
     print(table(results), curves(results), sep="\n\n")
+    if options.draw:
+        draw(results, options.draw)
 
 
 if __name__ == "__main__":

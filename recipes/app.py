@@ -27,8 +27,9 @@ from typing import Any, get_args
 from urllib.parse import quote
 
 from recipes.answers.options import Parser, add_options, chosen
+from recipes.retrieval.answers.desk_view import steps_html
 from recipes.retrieval.answers.generation import Setting
-from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, AnswerProgress, Library, LibrarySettings
+from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, Library, LibrarySettings
 from recipes.retrieval.answers.page_view import (
     CSS,
     MAX_LISTED,
@@ -41,11 +42,13 @@ from recipes.retrieval.answers.page_view import (
     pages_html,
     writing_html,
 )
+from recipes.retrieval.answers.progress import AnswerProgress
 from recipes.retrieval.answers.uploads import Quota, Room, VisitSettings, WaitingRoom
 from recipes.retrieval.command_line import (
     EXTRAS,
     MAX_K,
     add_answerer,
+    add_desk,
     add_encoder,
     add_search_options,
     open_library,
@@ -74,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add_encoder(top)
     add_search_options(top)
     add_answerer(top)
+    add_desk(top)
     top.set_defaults(max_tries=3)  # someone is waiting
     page = top.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
@@ -107,8 +111,9 @@ class Handlers:
         last: AnswerProgress | None = None
         try:
             for asking in self._library.ask(question, int(k), setting, history if follows else ()):
-                pages = self._pages(asking) if last is None else same
-                yield asking.text, writing_html(asking.text), pages, same, same, same
+                pages = same if last is not None and last.steps == asking.steps else self._pages(asking)
+                said = writing_html(asking.text) if asking.steps is None else steps_html(asking)
+                yield asking.text, said, pages, same, same, same
                 last = asking
         except RsgrpoError as error:
             yield same, faults_html([str(error)]), same, same, same, same
@@ -118,7 +123,8 @@ class Handlers:
             line = last.answered.line
             history = [*history, (question, line["answer"] or line["raw"])][-MAX_SHOWN_HISTORY:]
         trace = gr.DownloadButton(value=str(self._trace(last)), interactive=True)
-        yield last.text, answer_html(last), self._pages(last), trace, history, history_html(history)
+        answer = answer_html(last) + steps_html(last)
+        yield last.text, answer, self._pages(last), trace, history, history_html(history)
 
     def add(self, files: list[str] | None, taken: Room) -> tuple[Any, ...]:
         """Add files to a visit that has added `taken`.
@@ -193,7 +199,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
                 question = gr.Textbox(
                     label="Question", max_length=MAX_QUESTION_CHARACTERS, elem_id="question", autofocus=True
                 )
-                with gr.Row():
+                with gr.Row(visible=not library.at_desk):
                     k = gr.Slider(1, MAX_K, value=options.k, step=1, label="Pages")
                     settings, label = list(get_args(Setting)), "How pages are shown to the model"
                     setting = gr.Dropdown(settings, value=options.setting, label=label, visible=answers)

@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from recipes.answers.batch import answer_batch
-from recipes.answers.conversations import Conversations
-from recipes.answers.engine import open_answerer
+from recipes.answers.conversations import open_conversing
 from recipes.answers.harness_files import SUFFIXES, write_lmms, write_table
 from recipes.answers.predictions import load_predictions, placed
-from recipes.answers.questions import Question, to_prompt, warn_of_other_prompt
+from recipes.answers.questions import Question, named_prompt, to_prompt, warn_of_other_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.card import add_to_card
 from recipes.evaluation.extra import extra_scorers
 from recipes.evaluation.extraction import VERSION, ExtractorConfig, extract_answers
 from recipes.evaluation.official import PROTOCOLS
-from recipes.evaluation.page import Results, as_json, as_markdown, as_page, worst_cases
+from recipes.evaluation.one_turn import baselines, image_counter
+from recipes.evaluation.page import Policy, Results, as_json, as_markdown, as_page, worst_cases
 from recipes.evaluation.scoring import Evaluation, ItemScore, compare_evaluations, evaluate_predictions
-from rollout.config import InputsConfig
+from rollout.config import InputsConfig, TurnsConfig
 from rollout.errors import listed
 from rollout.files import json_object, write_text
 from rollout.keys import check, key, require
@@ -71,6 +71,15 @@ class EvaluateConfig:
     harness_files: bool = key(False, "Also write the answers as lmms-eval's samples and VLMEvalKit's .tsv and .xlsx.")
     mixed: bool = key(False, "Compare with `against` although it was predicted with other settings.")
     against: str = key("", "A second prediction file to compare with.")
+    baselines: bool = key(
+        False,
+        "Also ask each question in one turn, without the environment, over as many thumbnails, and over as many pages, "
+        "as fit into the image tokens that its trajectory took.",
+    )
+    baseline_model: str = key("", 'Model of the baselines; "" is the model itself.')
+    baseline_prompt: str = key(
+        "", 'Prompt of the baselines, a name in conf/prompt or a file; "" is that of baseline_model, else evidence.'
+    )
     name: str = key("", 'Name of the folder in output_dir; "" derives it from benchmark and model.')
     output_dir: str = key("runs/evaluation", "Folder that holds evaluations.")
     seed: int = key(0, "Seed of sampling, bootstrap and permutations.", ge=0)
@@ -93,6 +102,10 @@ class EvaluateConfig:
         require(
             re.fullmatch(r"(?!\.+$)[\w.=,+-]*", self.name) is not None,
             f"name must be letters, digits and any of _.=,+- because it names the folder; got {self.name!r}",
+        )
+        require(
+            not self.baselines or self.rollout.turns.environment != "",
+            "baselines=true compares trajectories with single turns. Set rollout.turns.environment as well.",
         )
         require(
             not self.extractor.url or self.protocol != "",
@@ -120,6 +133,9 @@ def evaluate(config: EvaluateConfig) -> None:
         if not config.predictions:
             predict(config, questions, folder, console)
         report = score(config, questions, path, folder, console)
+        if config.baselines:
+            policies = beside(config, questions, path, report.evaluation, folder, console)
+            report = dataclasses.replace(report, policies=policies)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "results.json", json.dumps(as_json(report), indent=2) + "\n")
         write_text(folder / "results.md", as_markdown(report))
@@ -161,9 +177,7 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
     keep_settings(folder / SETTINGS_FILE, masked(prediction_settings(config)))
     spec = AnswerSpec(config.model, config.rollout, config.inputs, config.endpoint, config.seed)
     turns = config.rollout.turns
-    by_turns = config.endpoint.url and turns.environment  # else the engine asks the environment by itself
-    answering = Conversations(open_answerer(spec), turns) if by_turns else open_answerer(spec)
-    with closing(answering) as answerer:
+    with closing(open_conversing(spec)) as answerer:
         greedy = config.rollout.temperature == 0 and not turns.environment  # it may know more than the prompt says
         summary = answer_batch(prompts, answerer, folder / PREDICTIONS_FILE, share_equal=greedy, console=console)
     if summary.failed:
@@ -171,6 +185,42 @@ def predict(config: EvaluateConfig, questions: Sequence[Question], folder: Path,
             f"{summary.failed} of {len(questions)} questions could not be asked and count as missing. Their errors are "
             f"in {folder / PREDICTIONS_FILE}. Run the same command to ask them again."
         )
+
+
+def beside(
+    config: EvaluateConfig,
+    questions: Sequence[Question],
+    path: Path,
+    trajectories: Evaluation,
+    folder: Path,
+    console: Console,
+) -> list[Policy]:
+    """Predict and score the baselines of one turn; return the policies of the table, the trajectories first.
+
+    Raises:
+        RsgrpoError: as `predict`; the environment cannot give its pages in one prompt.
+    """
+    model, rollout = config.model, dataclasses.replace(config.rollout, turns=TurnsConfig())
+    if config.baseline_model:
+        model = dataclasses.replace(model, path=config.baseline_model, revision="")
+    prompt = named_prompt(config.baseline_prompt, config.baseline_model)
+    spec = AnswerSpec(model, rollout, config.inputs, config.endpoint, config.seed)
+    found = load_predictions(path).by_id
+    policies = [Policy("trajectories", trajectories)]
+    for name, asked in baselines(questions, found, config.rollout.turns, image_counter(spec)).items():
+        most = max([config.inputs.max_images, *(len(question.images) for question in asked)])
+        inputs = dataclasses.replace(config.inputs, max_images=most)
+        single = dataclasses.replace(
+            config, model=model, prompt=prompt, rollout=rollout, inputs=inputs, baselines=False, predictions=""
+        )
+        predict(single, asked, folder / f"one_turn_{name}", console)
+        predictions = load_predictions(folder / f"one_turn_{name}" / PREDICTIONS_FILE)
+        scorers = extra_scorers(config.protocol, config.metrics)
+        bootstrap = {"num_samples": config.bootstrap_samples, "seed": config.seed}
+        evaluation = evaluate_predictions(asked, predictions, **bootstrap, scorers=scorers)
+        gain = compare_evaluations(trajectories, evaluation, num_permutations=config.permutations, **bootstrap)
+        policies.append(Policy(f"one turn, {name}", evaluation, gain))
+    return policies
 
 
 def score(config: EvaluateConfig, questions: Sequence[Question], path: Path, folder: Path, console: Console) -> Results:

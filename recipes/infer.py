@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, get_args
 
+from recipes.answers.at_desk import MAX_IMAGES, desk_turns
 from recipes.answers.batch import answer_batch, result_line
-from recipes.answers.conversations import Conversations
-from recipes.answers.engine import open_answerer
+from recipes.answers.conversations import open_conversing
 from recipes.answers.options import option_of
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.reader import Reader
@@ -30,7 +30,7 @@ from recipes.answers.spec import (
 )
 from recipes.answers.types import Answer, Answerer
 from recipes.retrieval.search.retriever import By
-from rollout.config import InputsConfig, TurnsConfig
+from rollout.config import InputsConfig
 from rollout.errors import printable
 from rollout.keys import as_named, keys_of, named
 from rollout.types import Observation
@@ -56,9 +56,6 @@ OPTIONS = {f"{section}.{name}": option_of(name) for section, schema in SECTIONS.
     "rollout.max_batch_sequences": "--batch-size",
 }
 """Key of the configuration -> the option that sets it; its type, default and help are the key's."""
-DESK = "recipes.retrieval.desk.environment:Desk"
-DESK_LIMITS = {"max_turns": 10, "max_observation_tokens": 16_384, "max_images": 20}
-"""How much a model may look up for one question of --desk."""
 HELP = (
     "A question, which is asked on its own, without the earlier ones; or: /images A.png B.png ... other pages; "
     "/json shows the last answer as JSON; /quit"
@@ -271,13 +268,10 @@ def answerer_of(options: argparse.Namespace) -> Answerer:
         settings["endpoint"]["model"] = ""
     settings["inputs"] = inputs_of(options)
     if desk := getattr(options, "desk", ""):
-        turns = TurnsConfig(DESK, {"store": desk, "by": options.desk_by}, **DESK_LIMITS)
-        settings["rollout"]["turns"] = turns
-        settings["inputs"]["max_images"] = max(DESK_LIMITS["max_images"], settings["inputs"]["max_images"])
+        settings["rollout"]["turns"] = desk_turns(desk, by=options.desk_by)
+        settings["inputs"]["max_images"] = max(MAX_IMAGES, settings["inputs"]["max_images"])
     parts = {section: SECTIONS[section](**given) for section, given in settings.items()}
-    if desk and options.endpoint:
-        return Conversations(open_answerer(AnswerSpec(**parts, seed=options.seed)), turns)
-    return open_answerer(AnswerSpec(**parts, seed=options.seed))
+    return open_conversing(AnswerSpec(**parts, seed=options.seed))
 
 
 def show(options: argparse.Namespace, template: str, system: str) -> int:

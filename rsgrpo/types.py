@@ -60,7 +60,6 @@ class Sample:
     rollout_logprobs_T: np.ndarray | None = None
     ref_logprobs_T: np.ndarray | None = None
     observations: tuple[Observation, ...] = ()
-    experts_RLk: np.ndarray | None = None  # as `Rollout` has them; None lets the policy choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,6 @@ class TrainGroup:
 
     prompt: Prompt
     samples: tuple[Sample, ...]
-    prompt_experts_TLk: np.ndarray | None = None  # as `RolloutGroup` has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +110,6 @@ class MicroBatch:
     rollout_logprobs_N: torch.Tensor | None = None
     ref_logprobs_N: torch.Tensor | None = None
     old_logprobs_N: torch.Tensor | None = None
-    experts_TLk: torch.Tensor | None = None  # (T, layers, k) int16; -1 lets the policy choose, None everywhere
 
 
 class TokenScores(NamedTuple):
@@ -132,9 +129,10 @@ class TokenScores(NamedTuple):
 class StepTotals:
     """The weights and denominators of one optimiser step's loss: the same on every rank and in every micro-batch.
 
-    loss_weights_K: (K,) float32. response_tokens: all response tokens of the step.
+    loss_weights_K: (K,) float32.
     scope_tokens_K: (K,) float32, scope-k tokens in the whole step.
     active_K: (K,) bool, whether some in-scope token of term k has a non-zero advantage.
+    response_tokens: all response tokens of the step.
     """
 
     loss_weights_K: torch.Tensor

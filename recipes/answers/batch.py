@@ -22,6 +22,7 @@ from rollout.types import ImageSource, Observation, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
+FURTHER_COUNTS = ("num_observation_tokens", "num_image_tokens")
 _UNREAD = ParsedAnswer("", False, "", (), "", (), False, ())
 
 
@@ -69,6 +70,7 @@ def result_line(output: Answer, model: str, pages: Sequence[ImageSource] | None 
         "model": model,
         "num_prompt_tokens": output.num_prompt_tokens,
         "num_response_tokens": output.num_response_tokens,
+        **{name: count for name in FURTHER_COUNTS if (count := getattr(output, name)) is not None},
     } | ({} if output.observations is None else {"steps": [step_line(step) for step in output.observations]})
 
 

@@ -6,8 +6,12 @@ Each request repeats what was written and answered so far, in one user message, 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
+from recipes.answers.engine import open_answerer
+from recipes.answers.questions import IMAGE_MARK
+from recipes.answers.spec import AnswerSpec
 from recipes.answers.types import Answer, Answerer
 from rollout.config import TurnsConfig
 from rollout.turns.caller import Caller
@@ -18,6 +22,17 @@ from rsgrpo.errors import InputError
 YOURS, READ = "\n\nYou wrote:\n", "\n\nThe answer to that:\n"
 LIMIT, TURNS = "limit", "turns"
 """The fault of an answer with too many images, and the finish reason of a conversation with too many turns."""
+
+
+def open_conversing(spec: AnswerSpec) -> Answerer:
+    """Return what `open_answerer` does, with the environment that the settings name.
+
+    Raises:
+        RsgrpoError: as `open_answerer`; the environment cannot be loaded.
+    """
+    turns = spec.rollout.turns
+    by_turns = spec.endpoint.url and turns.environment  # else the engine asks the environment by itself
+    return Conversations(open_answerer(spec), turns) if by_turns else open_answerer(spec)
 
 
 class Conversations:
@@ -49,22 +64,41 @@ class Conversations:
                     yield whole
 
     def stream(self, prompt: Prompt) -> Generator[str | Answer]:
-        """Yield each turn when it is complete, then the answer."""
-        yield from (step for step in self.steps(prompt) if not isinstance(step, Observation))
+        """Yield the text in pieces as it is written, where the answerer can do that, then the answer."""
+        with closing(self.steps(prompt)) as steps:
+            yield from (step for step in steps if not isinstance(step, Observation))
 
     def steps(self, prompt: Prompt) -> Generator[str | Observation | Answer]:
-        """Do as `stream`, and yield what the environment answers."""
+        """Do as `stream`, and yield what the environment answers.
+
+        A turn is over at its call: the answerer is not heard to the end, so that its tokens are not counted.
+        """
         talk = _Talk(prompt, self._make, self._config)
         while True:
-            (said,) = self._answerer.answer([talk.request()])
+            said = yield from self._turn(talk)
             before = len(talk.observations)
             whole = talk.hear(said)
-            if not said.error:
-                yield talk.last_turn
             yield from talk.observations[before:]
             if whole is not None:
                 yield whole
                 return
+            yield "\n"
+
+    def _turn(self, talk: _Talk) -> Generator[str, None, Answer]:
+        """Yield the next turn in pieces; return it."""
+        request, heard = talk.request(), ""
+        with closing(self._answerer.stream(request)) as pieces:
+            for piece in pieces:
+                text = piece.text if isinstance(piece, Answer) else heard + piece
+                kept = _cut(text, talk.stop)
+                if fresh := kept[len(heard) :]:
+                    yield fresh
+                if isinstance(piece, Answer):
+                    return piece
+                heard = kept
+                if kept.endswith(talk.stop):
+                    return Answer(request, kept, "stop")
+        raise AssertionError("an answerer's last piece is the answer")
 
     def close(self) -> None:
         """Release the answerer."""
@@ -73,7 +107,7 @@ class Conversations:
 
 @dataclass
 class _Talk:
-    """One conversation. turns, observations: so far."""
+    """One conversation. turns, observations: so far. stop: strings that end a turn."""
 
     prompt: Prompt
     make: MakeEnvironment
@@ -83,35 +117,36 @@ class _Talk:
 
     def __post_init__(self) -> None:
         environment = self.make(self.prompt)
-        self._stop, self._caller = stop_strings(environment), Caller(environment, self.config.timeout_s)
+        self.stop, self._caller = stop_strings(environment), Caller(environment, self.config.timeout_s)
         self._num_tokens: list[tuple[int | None, int | None]] = []
+        self._num_image_tokens: int | None = None
 
     @property
     def text(self) -> str:
         """Return all turns, as an engine joins them."""
         return "\n".join(self.turns)
 
-    @property
-    def last_turn(self) -> str:
-        """Return what was written last."""
-        return self.turns[-1]
-
     def request(self) -> Prompt:
         """Return the prompt of the next turn: the first one with everything since."""
         pairs = zip(self.turns, self.observations, strict=True)
-        since = "".join(f"{YOURS}{turn}{READ}{observation.text}" for turn, observation in pairs)
+        since = "".join(
+            f"{YOURS}{turn.replace(IMAGE_MARK, '(image)')}{READ}{observation.text}" for turn, observation in pairs
+        )
         images: list[ImageSource] = [image for observation in self.observations for image in observation.images]
         return replace(self.prompt, text=self.prompt.text + since, images=(*self.prompt.images, *images))
 
     def hear(self, said: Answer) -> Answer | None:
         """Take a turn and ask the environment; return the whole answer where the conversation is over."""
         self._num_tokens.append((said.num_prompt_tokens, said.num_response_tokens))
+        self._num_image_tokens = said.num_image_tokens  # each request repeats all images
         if said.error:
+            self.turns += [said.text] if said.text else []
             return self._whole("error", said.error)
-        self.turns.append(_cut(said.text, self._stop))
-        if said.finish_reason == "length" and self.last_turn == said.text:
+        turn = _cut(said.text, self.stop)
+        self.turns.append(turn)
+        if said.finish_reason == "length" and turn == said.text:
             return self._whole("length")
-        reply = self._caller.ask(self.last_turn)
+        reply = self._caller.ask(turn)
         if reply is None or reply.ends:
             return self._whole("stop")
         left = self.config.max_images - sum(len(observation.images) for observation in self.observations)
@@ -129,6 +164,7 @@ class _Talk:
         return Answer(
             self.prompt, self.text, reason, error,
             num_prompt_tokens=read, num_response_tokens=written, observations=tuple(self.observations),
+            num_image_tokens=self._num_image_tokens,
         )  # fmt: skip
 
 

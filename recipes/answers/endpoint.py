@@ -29,7 +29,7 @@ from recipes.answers.questions import IMAGE_MARK
 from recipes.answers.spec import EndpointConfig
 from recipes.answers.types import Answer
 from rollout.config import InputsConfig
-from rollout.inputs.images import PromptError, decode, smart_resize
+from rollout.inputs.images import PromptError, decode, read_size, smart_resize
 from rollout.types import ImageSource, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError
 
@@ -156,6 +156,10 @@ class Endpoint:
         other._sampling = sampling
         return other
 
+    def image_tokens(self, images: Sequence[ImageSource]) -> int:
+        """Return the `sent_tokens` of images together; PromptError if one cannot be read."""
+        return sum(sent_tokens(source, self._inputs) for source in images)
+
     def close(self) -> None:
         """Cancel what is in progress and close the connections."""
         if self._loop.is_closed():
@@ -218,8 +222,9 @@ class Endpoint:
             said = f"{type(error).__name__}: {error}; it begins {content[:80]!r}"
             tell(Answer(prompt, "", "error", f"the reply is not a chat completion: {said}"))
         else:
-            reason = reason or "stop"
-            tell(Answer(prompt, text, reason, num_prompt_tokens=num_prompt, num_response_tokens=num_response))
+            counts = {"num_prompt_tokens": num_prompt, "num_response_tokens": num_response}
+            num_image_tokens = await asyncio.to_thread(self.image_tokens, prompt.images)
+            tell(Answer(prompt, text, reason or "stop", num_image_tokens=num_image_tokens, **counts))
 
     async def _ask_streaming(self, prompt: Prompt, tell: Callable[[str | Answer], None]) -> None:
         text, finish_reason = "", "stop"
@@ -341,6 +346,16 @@ def _parts(text: str, pages: Iterator[str]) -> list[dict[str, Any]]:
         if piece:
             content.append({"type": "text", "text": piece})
     return content
+
+
+def sent_tokens(source: ImageSource, inputs: InputsConfig) -> int:
+    """Return one token per 28 x 28 pixels of an image as it is sent, which some servers count otherwise.
+
+    Raises:
+        PromptError: it cannot be read.
+    """
+    height, width = smart_resize(*read_size(source), PATCH, inputs.min_pixels, inputs.max_pixels)
+    return height * width // PATCH**2
 
 
 def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:

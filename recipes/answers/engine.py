@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from recipes.answers.spec import MADE_BY, AnswerSpec
 from recipes.answers.types import Answer, Answerer
 from rollout.keys import require
-from rollout.types import Observation, Prompt, RolloutGroup, SamplingParams
+from rollout.types import ImageSource, Observation, Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.checks import require_model
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
     from rollout.engine import Engine
+    from rollout.inputs.processor import InputProcessor
 
 
 @runtime_checkable
@@ -120,6 +121,11 @@ class LocalAnswerer:
         other._sampling = sampling
         return other
 
+    def image_tokens(self, images: Sequence[ImageSource]) -> int:
+        """Return what `CountsImages` says; the engine is started."""
+        processor: InputProcessor = self._engine.processor  # type: ignore[attr-defined]  # all of ours have one
+        return sum(processor.page_tokens(Prompt("images", "", tuple(images))))
+
     def close(self) -> None:
         """Release the engine."""
         if "_engine" in vars(self):
@@ -129,6 +135,9 @@ class LocalAnswerer:
         if group.error is not None:
             return Answer(group.prompt, "", "error", group.error)
         rollout = group.rollouts[0]
+        processor: InputProcessor = self._engine.processor  # type: ignore[attr-defined]
+        read = [token_id for observation in rollout.observations for token_id in observation.token_ids_S]
+        num_read_of_images = read.count(processor.image_token_id)
         return Answer(
             group.prompt,
             rollout.text,
@@ -139,4 +148,6 @@ class LocalAnswerer:
             tokens=tuple(rollout.text[start:end] for start, end in rollout.token_spans_T),
             logprobs=tuple(rollout.logprobs_T),
             observations=rollout.observations if self._spec.rollout.turns.environment else None,
+            num_observation_tokens=len(read) if self._spec.rollout.turns.environment else None,
+            num_image_tokens=self.image_tokens(group.prompt.images) + num_read_of_images,
         )

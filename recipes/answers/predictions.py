@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rsgrpo.errors import InputError
 
 ID_KEYS = ("id", "qid", "query_id", "question_id", "uid")
 TEXT_KEYS = ("raw", "pred", "prediction", "predict", "response", "output", "generated_text", "completion", "answer")
+KINDS_OF_TOKENS = ("prompt", "response", "observation", "image")
 FAILED = "error"  # as finish_reason: the question could not be asked
 
 
@@ -24,6 +25,7 @@ class Prediction:
     finish_reason: "stop", "length", or "" where the file does not say.
     error: why there is no output; "" where there is one.
     steps: what an environment did between the turns, as `recipes.infer` writes it; None where there was none.
+    num_tokens: "prompt", "response", "observation", "image" -> tokens, as far as the file says.
     """
 
     id: str
@@ -31,6 +33,7 @@ class Prediction:
     finish_reason: str = ""
     error: str = ""
     steps: tuple[Mapping[str, Any], ...] | None = None
+    num_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,10 @@ def _prediction(place: str, row: Any) -> Prediction:
     if not isinstance(steps, list) or not all(isinstance(step, dict) and "at_char" in step for step in steps):
         steps = None  # of another program
     found = None if steps is None else tuple(steps)
-    return Prediction(_writable(row_id), _writable(text), str(row.get("finish_reason") or ""), steps=found)
+    counts = {kind: row.get(f"num_{kind}_tokens") for kind in KINDS_OF_TOKENS}
+    num_tokens = {kind: count for kind, count in counts.items() if type(count) is int}
+    reason = str(row.get("finish_reason") or "")
+    return Prediction(_writable(row_id), _writable(text), reason, steps=found, num_tokens=num_tokens)
 
 
 def _writable(value: Any) -> str:

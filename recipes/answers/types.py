@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from rollout.types import Observation, Prompt, SamplingParams
+from rollout.types import ImageSource, Observation, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,10 @@ class Answer:
     finish_reason: "stop", "length", whatever else an endpoint says, or "error".
     error: why there is no (complete) text; "" when there is.
     mean_logprob: mean natural log-probability of the response's tokens; None where it is not known.
-    num_prompt_tokens, num_response_tokens: likewise.
+    num_prompt_tokens, num_response_tokens: likewise; of a conversation by requests, all of them together.
+    num_observation_tokens: what an environment's answers took, without the prompt; None where there is none, and where
+        requests repeat it as part of the prompt.
+    num_image_tokens: of all images, those of the prompt and of observations, each counted once; None if not known.
     observations: what an environment answered between the turns of the text; None without an environment.
     tokens, logprobs: text and natural log-probability of each token; empty where they are not known.
     """
@@ -31,6 +34,8 @@ class Answer:
     observations: Sequence[Observation] | None = None
     tokens: tuple[str, ...] = ()
     logprobs: tuple[float, ...] = ()
+    num_observation_tokens: int | None = None
+    num_image_tokens: int | None = None
 
 
 class Answerer(Protocol):
@@ -75,6 +80,15 @@ class Steps(Protocol):
 
     def steps(self, prompt: Prompt) -> Generator[str | Observation | Answer]:
         """Do as `Answerer.stream`, and yield what the environment answers as it comes."""
+        ...
+
+
+@runtime_checkable
+class CountsImages(Protocol):
+    """An answerer that knows how many tokens images take."""
+
+    def image_tokens(self, images: Sequence[ImageSource]) -> int:
+        """Return the tokens of images together, from their headers; PromptError if one cannot be read."""
         ...
 
 

@@ -17,6 +17,8 @@ from rsgrpo.errors import InputError
 
 Scored = Mapping[str, float | None]
 """Name -> score of one question; None where it does not apply, which leaves the question out of the mean."""
+GIVEN_PAGES = "given_pages"
+"""Column of a question of a baseline: ids of the pages in its prompt."""
 ExtraScorer = Callable[[Question, Prediction, ParsedAnswer], Scored]
 
 
@@ -37,7 +39,7 @@ def extra_scorers(
             scorers.append(_reward(name, load_reward(target)))
         except RewardError as error:
             raise InputError(f"metrics.{name}: {error}") from error
-    return [*scorers, with_evidence, with_steps]
+    return [*scorers, with_evidence, with_steps, with_pages_read, with_tokens]
 
 
 def _protocol(name: str, extracted: Mapping[str, str] | None) -> ExtraScorer:
@@ -73,21 +75,53 @@ def with_evidence(question: Question, prediction: Prediction, parsed: ParsedAnsw
 def with_steps(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
     """Score what a policy did at the page desk; {} for an answer without an environment.
 
-    steps/calls, /faults, /images: per question. steps/opened: pages that were opened. steps/gold_opened: share of the
-    row's `gold_pages` among them.
+    steps/turns, /calls, /faults, /images: per question. steps/opened: pages that were opened.
     """
     steps = prediction.steps
     if steps is None:
         return {}
-    opened = {step["page"] for step in steps if "page" in step and not step.get("fault")}
-    gold = set(question.columns.get("gold_pages") or ())
+    has_last = not steps or bool(prediction.text[int(steps[-1]["at_char"]) :].strip())
     return {
+        "steps/turns": float(len(steps) + has_last),
         "steps/calls": float(len(steps)),
         "steps/faults": float(sum(bool(step.get("fault")) for step in steps)),
         "steps/images": float(sum(step.get("images") or 0 for step in steps)),
-        "steps/opened": float(len(opened)),
-        "steps/gold_opened": len(gold & opened) / len(gold) if gold else None,
+        "steps/opened": float(len(_opened(steps))),
     }
+
+
+def with_pages_read(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+    """Score which pages were read: those opened at the desk, or those that a baseline was given (GIVEN_PAGES).
+
+    read/recall: share of the row's `gold_pages` among them; read/precision: share of them that are gold; None if no
+    page was read. {} for rows without `gold_pages`, and where it is not known what was read.
+    """
+    gold, given = set(question.columns.get("gold_pages") or ()), question.columns.get(GIVEN_PAGES)
+    if not gold or (prediction.steps is None and given is None):
+        return {}
+    read = _opened(prediction.steps) if prediction.steps is not None else set(given or ())
+    return {
+        "read/recall": len(gold & read) / len(gold),
+        "read/precision": len(gold & read) / len(read) if read else None,
+    }
+
+
+def with_tokens(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+    """Return what an answer cost in tokens, as far as the file says.
+
+    tokens/model: written by the model. tokens/observation: answers of an environment. tokens/image: of all images, each
+    counted once. tokens/processed: prompt, observations and response, each once; at an endpoint the prompts and
+    responses of all requests, as it counts them.
+    """
+    counts = prediction.num_tokens
+    known = {"model": counts.get("response"), "observation": counts.get("observation"), "image": counts.get("image")}
+    if "prompt" in counts and "response" in counts:
+        known["processed"] = counts["prompt"] + counts["response"] + counts.get("observation", 0)
+    return {f"tokens/{kind}": float(count) for kind, count in known.items() if count is not None}
+
+
+def _opened(steps: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {step["page"] for step in steps if "page" in step and not step.get("fault")}
 
 
 def turns_of(prediction: Prediction) -> tuple[Turn, ...]:
@@ -134,6 +168,6 @@ async def _awaited(value: Any) -> Any:
 
 
 def missing(scored: Sequence[Scored]) -> Scored:
-    """Return the score of a question without an answer: 0 for whatever other questions are scored by, but `chain`."""
+    """Return the score of a question without an answer: 0 for whatever others are scored by, but chain and tokens."""
     names = {name for one in scored for name in one}
-    return {name: None if name.startswith("chain/") else 0.0 for name in names}
+    return {name: None if name.startswith(("chain/", "tokens/")) else 0.0 for name in names}

@@ -32,7 +32,32 @@ RATES = {
     "output/truncated": "cut off at the token limit",
     "abstention/rate": "abstained",
 }
-STEPS_NOTE = "What the policy called, how many calls were at fault, images it was shown, and pages that it opened."
+STEPS = ("steps/", "read/", "tokens/")
+STEPS_NOTE = (
+    "What the policy called, how many calls were at fault, images it was shown, pages that it opened, which share of "
+    "the gold pages is among them and which share of them is gold, and what that took in tokens."
+)
+BESIDE_NOTE = (
+    "One turn is asked without the environment, over the images that fit into the image tokens of the question's "
+    "trajectory: thumbnails, or whole pages, the first or best ones. Tokens per question: written by the model, "
+    "answers of the environment, of all images, and processed: prompt, observations and response, each once (at an "
+    "endpoint all prompts and responses of its requests)."
+)
+BESIDE_GAIN = "strict/global/f1"
+BESIDE_SHARES = {
+    BESIDE_GAIN: "F1",
+    "strict/global/em": "EM",
+    "read/recall": "gold pages read",
+    "read/precision": "pages read that are gold",
+}
+BESIDE_NUMBERS = {
+    "steps/turns": "turns",
+    "tokens/model": "model tokens",
+    "tokens/observation": "observation tokens",
+    "tokens/image": "image tokens",
+    "tokens/processed": "tokens processed",
+}
+"""Names of scores -> columns of the table of policies."""
 EXTRA = ("protocol/", "metric/", "pages/", "joint/", "chain/")
 EXTRA_NOTE = (
     "protocol: the benchmark's own rule; pages: the evidence block's pages, per question; joint: answer and pages, as "
@@ -58,12 +83,21 @@ ASSETS = "recipes.evaluation"
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """One way to answer the same questions. gain: of the trajectories against it; None for the trajectories."""
+
+    name: str
+    evaluation: Evaluation
+    gain: Mapping[str, Difference] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """What is shown of an evaluation.
 
     title: benchmark and model. facts: (what, value) of the header.
     differences, other: against another prediction file, and that file's evaluation; None without one.
-    worst: the cases to show, worst first.
+    worst: the cases to show, worst first. policies: trajectories, then baselines of one turn; empty without them.
     """
 
     title: str
@@ -72,6 +106,7 @@ class Results:
     differences: Mapping[str, Difference] | None
     other: Evaluation | None
     worst: Sequence[ItemScore]
+    policies: Sequence[Policy] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +151,15 @@ def as_json(results: Results) -> dict[str, Any]:
     }
     if results.differences is not None:
         found["differences"] = {name: dataclasses.asdict(one) for name, one in results.differences.items()}
+    if results.policies:
+        found["policies"] = {policy.name: _policy(policy) for policy in results.policies}
     return found
+
+
+def _policy(policy: Policy) -> dict[str, Any]:
+    found = {name: dataclasses.asdict(one) for name, one in policy.evaluation.estimates.items()}
+    gain = {name: dataclasses.asdict(one) for name, one in (policy.gain or {}).items()}
+    return {"scores": found} | ({"gain_of_trajectories": gain} if gain else {})
 
 
 def as_markdown(results: Results) -> str:
@@ -159,10 +202,12 @@ def _tables(results: Results) -> list[Table]:
     if extra:
         rows = [[name, f"{estimates[name].count:.0f}", percent(estimates[name])] for name in extra]
         tables.append(Table("Further scores", EXTRA_NOTE, ["score", "questions", "mean"], rows))
-    steps = [name for name in estimates if name.startswith("steps/")]
-    if steps:
+    steps = [name for name in estimates if name.startswith(STEPS)]
+    if any(name.startswith("steps/") for name in steps):
         rows = [[name, f"{estimates[name].count:.0f}", _plain(estimates[name])] for name in steps]
         tables.append(Table("At the page desk", STEPS_NOTE, ["per question", "questions", "mean"], rows))
+    if results.policies:
+        tables.append(_beside(results.policies))
     rows = [[label, percent(estimates[name])] for name, label in RATES.items()]
     rows += [[COUNTS[what], str(count)] for what, count in _counts(results.evaluation).items()]
     tables.append(Table("Outputs", "", ["", "share or count"], rows))
@@ -177,18 +222,34 @@ def _tables(results: Results) -> list[Table]:
     return tables
 
 
+def _beside(policies: Sequence[Policy]) -> Table:
+    """Return the table of trajectories beside policies of one turn."""
+    rows = []
+    for policy in policies:
+        found = policy.evaluation.estimates
+        shares = [percent(found[name]) if name in found else NOTHING_COUNTED for name in BESIDE_SHARES]
+        numbers = [_plain(found[name], 1) if name in found else NOTHING_COUNTED for name in BESIDE_NUMBERS]
+        turns = numbers[0] if policy.gain is None else "1"
+        gain = signed(policy.gain[BESIDE_GAIN]) if policy.gain is not None else ""
+        rows.append([policy.name, *shares, turns, *numbers[1:], gain])
+    header = ["policy", *BESIDE_SHARES.values(), *BESIDE_NUMBERS.values(), "F1 of the trajectories minus it"]
+    return Table("Trajectories beside one turn", BESIDE_NOTE, header, rows)
+
+
 def _counts(evaluation: Evaluation) -> dict[str, int]:
     return {"num_questions": len(evaluation.items)} | {
         name: getattr(evaluation, name) for name in COUNTS if name != "num_questions"
     }
 
 
-def _plain(found: Estimate) -> str:
+def _plain(found: Estimate, decimals: int = 2) -> str:
     """Return a value with its interval, not in percent."""
     if found.value is None:
         return NOTHING_COUNTED
-    interval = "" if found.low is None or found.high is None else f" ({found.low:.2f} to {found.high:.2f})"
-    return f"{found.value:.2f}{interval}"
+    interval = (
+        "" if found.low is None or found.high is None else f" ({found.low:.{decimals}f} to {found.high:.{decimals}f})"
+    )
+    return f"{found.value:.{decimals}f}{interval}"
 
 
 def percent(found: Estimate | Difference, sign: str = "") -> str:

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
 
-from recipes.answers.engine import open_answerer
+from recipes.answers.at_desk import MAX_IMAGES, desk_turns
+from recipes.answers.conversations import open_conversing
 from recipes.answers.options import add_options, chosen, option_of
 from recipes.answers.questions import named_prompt
 from recipes.answers.reader import Reader
@@ -26,7 +27,7 @@ from recipes.retrieval.search.keep import Filters
 from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import Retriever, SearchSettings
 from recipes.retrieval.search.sync import bring_in_line
-from rollout.config import InputsConfig
+from rollout.config import InputsConfig, TurnsConfig
 from rollout.keys import keys_of, named
 from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.data.prompts import read_template
@@ -178,17 +179,19 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
 
 
 @named(ANSWER_OPTIONS)
-def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
+def open_reader(options: argparse.Namespace, max_pages: int, turns: TurnsConfig | None = None) -> Reader:
     """Return who answers, with the prompt that questions are put into.
 
     Args:
         max_pages: the most pages of one question.
+        turns: the page desk at which the model looks up its pages; None gives it its pages.
 
     Raises:
         InputError: they cannot be opened.
     """
-    prompt = named_prompt(options.prompt, options.answer_model)
-    prompt_name = options.prompt or ("" if prompt_of_model(options.answer_model) else "evidence")
+    own = prompt_of_model(options.answer_model)
+    prompt_name = options.prompt or ("" if own else "evidence" if turns is None else "desk")
+    prompt = named_prompt(prompt_name, options.answer_model)
     template = read_template(prompt)
     if not template:
         raise InputError(f"--prompt {options.prompt} has no template for a question; choose another prompt")
@@ -203,14 +206,23 @@ def open_reader(options: argparse.Namespace, max_pages: int) -> Reader:
         AnswerModelConfig(options.answer_model),
         AnswerRolloutConfig(
             engine=options.engine, script=options.script, max_response_tokens=options.max_tokens,
-            device=options.device or "auto",
+            device=options.device or "auto", turns=turns or TurnsConfig(),
         ),
         InputsConfig(**limits),
         chosen(EndpointConfig, options, url=options.endpoint, model=name),
     )  # fmt: skip
     has_text = prompt_name in WITH_TEXT_PROMPT
     text_template = read_template(named_prompt(f"{prompt_name}_text")) if has_text else ""
-    return Reader(open_answerer(spec), template, prompt.system, text_template)
+    return Reader(open_conversing(spec), template, prompt.system, text_template)
+
+
+def add_desk(command: argparse.ArgumentParser) -> None:
+    """Add the option with which `open_library` lets the model look up its pages."""
+    command.add_argument(
+        "--desk",
+        action="store_true",
+        help="let the model look up its pages by itself: it searches, opens pages, zooms in, and answers",
+    )
 
 
 def open_library(options: argparse.Namespace, console: Console) -> Library:
@@ -220,16 +232,25 @@ def open_library(options: argparse.Namespace, console: Console) -> Library:
     settings = chosen(LibrarySettings, options)
     if options.by != "words":
         encoder_settings(options)  # refuses a wrong command line before the answerer starts
+    at_desk = getattr(options, "desk", False)
+    index, with_answers = index_folder(options), options.answer_model or options.endpoint
+    if at_desk and not (with_answers or options.script):
+        raise InputError("--desk needs a model that looks up the pages: name it by --answer-model or --endpoint")
     with ExitStack() as on_failure:
         reader = None
-        if options.answer_model or options.endpoint or options.script or options.engine != "hf":
-            reader = open_reader(options, MAX_K)
+        if with_answers or options.script or options.engine != "hf":
+            arguments = {"index": str(index), "by": options.by, "k": options.k}
+            turns = desk_turns(options.store, **arguments) if at_desk else None
+            reader = open_reader(options, MAX_IMAGES if at_desk else MAX_K, turns)
             on_failure.callback(reader.answerer.close)
             reader.answerer.start()  # so that the first question does not wait for it
         search = search_settings(options)
         encoder = None if search.by == "words" else open_encoder(options)
+        filters = chosen(Filters, options)
         library = Library(
-            options.store, index_folder(options), encoder, reader, settings, console, search, chosen(Filters, options)
-        )
+            options.store, index, encoder, reader, settings, console, search, filters, at_desk=at_desk
+        )  # fmt: skip
+        if at_desk:
+            library.lend_to_desk(options.k)
         on_failure.pop_all()
     return library

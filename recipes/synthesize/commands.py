@@ -14,19 +14,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from recipes.answers.at_desk import MAX_IMAGES, desk_turns
 from recipes.answers.batch import rewrite
 from recipes.answers.parsing import parse_strict
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.types import Answerer
 from recipes.files.layouts import portable_image
-from recipes.infer import DESK, DESK_LIMITS, add_answerer_options, answerer_of
+from recipes.infer import add_answerer_options, answerer_of
 from recipes.retrieval.search.retriever import By
 from recipes.synthesize.desk import DeskSynthesisConfig, synthesize_desk
 from recipes.synthesize.page_questions import REQUEST, QueryConfig, read_pages, synthesize_queries
 from recipes.synthesize.retries import KEPT, Line, RetryConfig, ask_and_report, fault_of
 from rewards.api import Response
 from rewards.evisrag import accuracy, well_formed
-from rollout.config import TurnsConfig
 from rollout.keys import at_least
 from rsgrpo.data.prompts import read_template
 from rsgrpo.errors import InputError, run_program
@@ -171,13 +171,13 @@ def _add_desk(command: argparse.ArgumentParser) -> None:
     what.add_argument("--min-accuracy", type=float, default=1.0, help="set-token F1 that counts as right")
     _add_tries(what, tries=4, item="question")
     add_answerer_options(command)
-    command.set_defaults(temperature=0.7, max_images=DESK_LIMITS["max_images"], run=_desk)
+    command.set_defaults(temperature=0.7, max_images=MAX_IMAGES, run=_desk)
 
 
 def _desk(options: argparse.Namespace, retries: RetryConfig) -> None:
     at_least(0, **{"--min-accuracy": options.min_accuracy})
     template = read_template(named_prompt(options.prompt))
-    turns = TurnsConfig(DESK, {"store": options.store, "by": options.desk_by}, **DESK_LIMITS)
+    turns = desk_turns(options.store, by=options.desk_by)
     config = DeskSynthesisConfig(template, turns, retries, options.min_accuracy)
     questions = [replace(question, images=()) for question in read_questions(options.source, need_answers=True)]
     _report(options, lambda answerer, console: synthesize_desk(questions, answerer, config, options.out, console))

@@ -91,12 +91,6 @@ class Passes:
         check_groups(groups, self._banned_token_ids)
         prompts = [group.prompt for group in groups]
         lengths = self.prompts.count_tokens(prompts)
-        for group, length in zip(groups, lengths, strict=True):
-            if group.prompt_experts_TLk is not None and len(group.prompt_experts_TLk) != length:
-                raise RsgrpoError(
-                    f"group {group.prompt.id}: experts of {len(group.prompt_experts_TLk)} prompt tokens, but the "
-                    f"prompt has {length} here. Give engine and learner the same inputs.* settings"
-                )
         homes: list[int | None] = []
         if self.world_size > 1:  # rank 0's knowledge of who has which prompt: all ranks must pack alike
             homes = [self._homes.get(prompt.id) for prompt in prompts]
@@ -136,16 +130,14 @@ class Passes:
         """
         self.policy.train(learn)
         shares: list[dict[str, torch.Tensor]] = []
-        all_units = [unit for rank in packing for units in rank for unit in units]
-        num_samples = sum(len(unit.samples) for unit in all_units)
-        num_tokens = sum(len(groups[unit.group].samples[s].token_ids_T) for unit in all_units for s in unit.samples)
+        num_samples = sum(len(unit.samples) for rank in packing for units in rank for unit in units)
         with torch.set_grad_enabled(learn):
-            for units, batch in self._micro_batches(groups, packing, old, replays=True):
+            for units, batch in self._micro_batches(groups, packing, old):
                 scores = self.policy(batch, temperature, entropy_gradient)
                 if units:
                     output = loss_of(scores, batch)
                     loss = output.loss
-                    shares.append(output.metrics | self.policy.routing.metrics(batch, num_tokens))
+                    shares.append(output.metrics | self.policy.routing.metrics())
                     if self._balance_coef:
                         loss = loss + self._balance_coef * self.policy.routing.balance_loss(batch, num_samples)
                 else:
@@ -154,18 +146,13 @@ class Passes:
                     torch.autograd.backward(loss * self.world_size)
         return self._total(shares)
 
-    def logprobs(
-        self, groups: Sequence[TrainGroup], packings: Sequence[Packing], temperature: float, *, replays: bool = True
-    ) -> Logprobs:
-        """Return the log-probabilities of this rank's responses, without dropout and gradients. Collective.
-
-        replays: take the experts that the rollouts were sampled with, where they are recorded.
-        """
+    def logprobs(self, groups: Sequence[TrainGroup], packings: Sequence[Packing], temperature: float) -> Logprobs:
+        """Return the log-probabilities of this rank's responses, without dropout and gradients. Collective."""
         self.policy.eval()
         logprobs: Logprobs = {}
         with torch.no_grad():
             for packing in packings:
-                for units, batch in self._micro_batches(groups, packing, None, replays=replays):
+                for units, batch in self._micro_batches(groups, packing, None):
                     logprobs_N = self.policy(batch, temperature, False).logprobs_N
                     if units:
                         keys = [(unit.group, sample) for unit in units for sample in unit.samples]
@@ -179,7 +166,7 @@ class Passes:
         return {key: value for one in self._gathered(logprobs) for key, value in one.items()}
 
     def _micro_batches(
-        self, groups: Sequence[TrainGroup], packing: Packing, old: Logprobs | None, *, replays: bool
+        self, groups: Sequence[TrainGroup], packing: Packing, old: Logprobs | None
     ) -> Iterator[tuple[list[Unit], MicroBatch]]:
         for units in packing[self.rank]:
             rows = []
@@ -189,8 +176,7 @@ class Passes:
                 rows.append((self.prompts.get(group.prompt), [group.samples[sample] for sample in unit.samples]))
                 encoded += [None if row is None else self._encoded(row) for row in _response_rows(group, unit)]
             before = None if old is None else [old[unit.group, s] for unit in units for s in unit.samples]
-            experts = [groups[unit.group].prompt_experts_TLk for unit in units] if replays else None
-            batch = build_micro_batch(rows, before, encoded, experts) if units else self._filler(groups)
+            batch = build_micro_batch(rows, before, encoded) if units else self._filler(groups)
             yield units, move(batch, self.device)
 
     def _encoded(self, row: ResponseRow) -> EncodedResponse:
@@ -267,11 +253,6 @@ def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) 
                     f"{where}: the response contains vision token(s) {banned.tolist()}, which have no probability"
                 )
             response_row(where, sample)
-            if sample.experts_RLk is not None and len(sample.experts_RLk) != row_length(sample) - 1:
-                raise RsgrpoError(
-                    f"{where}: experts of {len(sample.experts_RLk)} tokens, but its row has {row_length(sample)}, of "
-                    "which all but the last have experts"
-                )
 
 
 def move(batch: MicroBatch, device: torch.device) -> MicroBatch:

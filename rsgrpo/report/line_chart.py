@@ -9,6 +9,7 @@ from rsgrpo.report.templates import render
 
 COLOURS = ("#b3541e", "#7a7a7a", "#1f5fa8", "#2e7d4f")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 280, 56, 364, 30, 236
+LABEL_HEIGHT = 13.0
 
 
 def line_chart(
@@ -40,5 +41,19 @@ def line_chart(
         rows=[(row(top * step / 4), f"{top * step / 4:.3g}{unit}") for step in range(5)],
         columns=[(column(value), f"{value:g}") for value in x],
         lines=lines,
+        labels=_apart([points[-1][1] + 4 for _, _, points in lines]),
     )
     path.write_text(chart, encoding="utf-8")
+
+
+def _apart(rows: Sequence[float]) -> list[float]:
+    """Return the rows of labels moved down where they would overlap the one above.
+
+    >>> _apart([200.0, 100.0, 104.0])
+    [200.0, 100.0, 113.0]
+    """
+    placed, free = list(rows), -LABEL_HEIGHT
+    for index in sorted(range(len(rows)), key=rows.__getitem__):
+        placed[index] = max(rows[index], free)
+        free = placed[index] + LABEL_HEIGHT
+    return placed

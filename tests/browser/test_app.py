@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ pytest.importorskip("gradio", reason="needs the app extra")
 from recipes.answers.questions import Question, named_prompt, to_prompt
 from rollout.config import InputsConfig
 from rsgrpo.data.prompts import read_template
+from tests.material.http_stub import start_endpoint
 from tests.material.retrieval import write_image, write_pdf
 from tests.material.taught_model import save_taught
 from tests.recipes.test_app import ANSWER
@@ -376,3 +378,61 @@ def test_stop_ends_an_answer_and_the_next_question_is_answered(chromium, running
     chromium.get_by_text("the question is empty").wait_for()
     ask(chromium, "how many?")
     chromium.wait_for_selector("#answer .writing")
+
+
+def test_a_model_looks_up_its_pages_step_by_step_in_a_browser(chromium, running, tmp_path):
+    """The next turn is written only when the page has shown what the desk answered to the last one."""
+    (tmp_path / "docs").mkdir()
+    write_pdf(
+        tmp_path / "docs" / "report.pdf", ["tax offices and their harbours", "the tax rate is 16 percent", "river"]
+    )
+    retrieve("ingest", str(tmp_path / "docs"), "--out", str(tmp_path / "store"), "--workers", "1")
+    last = "<evidence>\n[2]: the tax rate is 16 percent\n</evidence><answer>16 percent</answer>"
+    turns = ["first <search>tax</search>", "<open>2</open>", "<zoom>2 0 500 1000 1000</zoom>", last]
+    may_write = threading.Semaphore(0)
+
+    def reply(_: int, body: dict[str, Any]) -> str:
+        assert may_write.acquire(timeout=120)
+        asked = "".join(part.get("text", "") for part in body["messages"][-1]["content"])
+        return turns[asked.count("You wrote:")]
+
+    with ExitStack() as stack:
+        url = start_endpoint(stack, reply).url
+        stack.callback(may_write.release, 99)
+        chromium.goto(running("--by", "words", "--desk", "--endpoint", url, "--answer-max-pixels", "200704"))
+        ask(chromium, "what is the rate?")
+        chromium.get_by_text("reading the pages").wait_for()
+        may_write.release()
+        chromium.get_by_text("searched for \u201ctax\u201d").wait_for()
+        assert chromium.locator("#found figure.found").count() == 2
+        assert chromium.locator("#found .badge").count() == 0
+        may_write.release()
+        chromium.locator("#found figure.opened[data-rank='2']").wait_for()
+        may_write.release()
+        box = chromium.locator("#found figure[data-rank='2'] > button .mark.zoom")
+        box.wait_for()
+        image = chromium.locator("#found figure[data-rank='2'] > button img")
+        chromium.wait_for_function("document.querySelector('#found figure[data-rank=\"2\"] img').naturalWidth > 0")
+        drawn, whole = box.bounding_box(), image.bounding_box()
+        assert drawn["y"] == pytest.approx(whole["y"] + whole["height"] / 2, abs=2)
+        assert (drawn["width"], drawn["height"]) == pytest.approx((whole["width"], whole["height"] / 2), abs=2)
+        assert chromium.locator("#answer .answer").count() == 0
+        may_write.release()
+        assert "16 percent" in answered(chromium)
+        assert chromium.locator("#answer .faults").count() == 0
+        assert chromium.locator("#found figure.cited").get_attribute("data-rank") == "2"
+        assert chromium.locator("#answer .steps li").count() == 3
+        trace = trace_of(chromium)
+        assert [step["call"] for step in trace["result"]["steps"]] == ["search", "open", "zoom"]
+
+        ask(chromium, "and in 2024?")  # stopped behind its first step
+        may_write.release()
+        chromium.get_by_text("searched for \u201ctax\u201d").wait_for()
+        chromium.locator("#stop").click()
+        chromium.locator("#follows input").check()
+        may_write.release(99)
+        ask(chromium, "and the harbours?")
+        chromium.locator("#answer .answer", has_text="16 percent").wait_for()
+        chromium.locator("#history button").first.click()
+        chromium.locator("#history dt").nth(1).wait_for()
+        assert chromium.locator("#history dt").all_inner_texts() == ["and the harbours?", "what is the rate?"]

@@ -15,6 +15,7 @@ from rollout.files import read_jsonl
 from rsgrpo import cli
 from rsgrpo.config.train import TrainConfig
 from rsgrpo.records.console import Console
+from rsgrpo.report.page import collect_report
 from rsgrpo.train import train
 
 SETTINGS = DeskSettings(sft_items=40, train_items=12, val_items=4, vision_steps=1)
@@ -58,3 +59,19 @@ def test_a_step_on_scripted_trajectories(tmp_path, monkeypatch):
     assert metrics["reward/well_called/mean"] == -0.25
     assert metrics["rollout/turns/bad_call"] == 4
     assert metrics["actor/grad_norm"] > 0
+
+    report = collect_report(tmp_path / "runs" / "desk_demo")
+    (view,) = report["views"]
+    rollouts = [rollout for group in view["groups"] for rollout in group["rollouts"]]
+    shown = [(rollout, read) for rollout in rollouts for read in rollout["observations"] if read["images"]]
+    assert {read["facts"]["call"] for _, read in shown} >= {"open"}
+    for rollout, read in shown:
+        assert read["text"].count("<image>") == len(read["images"])
+        assert all(report["images"][image].startswith("data:image/") for image in read["images"])
+        assert 0 < read["at"] < len(rollout["ids"])  # between the call and what follows
+    taught = view["terms"].index("answer_f1")
+    right, _, blind, _ = rollouts[:4]
+    assert {advantage > 0 for _, _, advantage in right["terms"][taught]} == {True}
+    assert {advantage < 0 for _, _, advantage in blind["terms"][taught]} == {True}
+    # the answer's score is determined at its end: with causal credit it teaches the calls before it as well
+    assert right["terms"][taught][0][0] == 0

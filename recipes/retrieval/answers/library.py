@@ -6,8 +6,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Container, Iterator, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,19 @@ from urllib.parse import quote
 
 from recipes.answers.options import check_options
 from recipes.answers.reader import Reader
+from recipes.retrieval.answers.at_desk import LibraryShelf, look_up
 from recipes.retrieval.answers.evidence import cited_pages
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
 from recipes.retrieval.answers.highlight import Box, evidence_boxes
+from recipes.retrieval.answers.progress import AnswerProgress
 from recipes.retrieval.answers.uploads import Quota, Quotas, Room, room_of
+from recipes.retrieval.desk.shelf import lent
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
 from recipes.retrieval.pages.documents import why_skipped
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.settings import RenderSettings
-from recipes.retrieval.pages.store import DocumentRow, PageStore, StoreBusyError, shown, writing
+from recipes.retrieval.pages.store import DocumentRow, Page, PageStore, StoreBusyError, shown, writing
 from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from recipes.retrieval.search.keep import NO_FILTERS, Filters
@@ -38,6 +41,7 @@ from rsgrpo.records.console import Console
 PAGE_TIMEOUT_S = 120.0
 MAX_QUESTION_CHARACTERS = 4_000
 LINKED = (".pdf", ".png", ".jpg", ".jpeg")  # kinds that are linked to
+NO_PAGES = "there are no pages yet: add documents first"
 MAX_HISTORY = 3  # earlier questions that a follow-up is asked with
 
 
@@ -70,26 +74,6 @@ class Added:
     room: Room = field(default_factory=Room)
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerProgress:
-    """How far the answer to a question is.
-
-    pages: retrieved, best first. text: written so far. answered: None until the answer is complete, or if there is no
-        answer model.
-    seconds: for retrieval, until the first piece of text, and until the end, as far as known.
-    boxes: page id -> where its cited evidence is, once the answer is complete. notes: what the indexes lack.
-    """
-
-    question: str
-    setting: Setting
-    pages: tuple[FoundPage, ...]
-    text: str
-    answered: Answered | None
-    seconds: dict[str, float]
-    boxes: Mapping[str, tuple[Box, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
 class Library:
     """A store with its indexes, its encoders and an answerer. Create it once: models stay loaded.
 
@@ -108,6 +92,8 @@ class Library:
         console: Console,
         search: SearchSettings = EXACT,
         filters: Filters = NO_FILTERS,
+        *,
+        at_desk: bool = False,
     ) -> None:
         """Open everything and encode what the indexes lack; a missing store is created by the first `add`.
 
@@ -115,16 +101,17 @@ class Library:
             encoder: None for a search by words.
             reader: None: pages are found but not read.
             search: the indexes of a reranker and of further encoders are updated too, and so are FAISS files.
+            at_desk: the reader looks up its pages at the page desk; `lend_to_desk` lets that search this library.
 
         Raises:
             InputError: the folder is not a store, or another encoder made an index.
         """
         self.encoder, self.reader = encoder, reader
         self._store, self._index, self._settings, self._console = store, index, settings, console
-        self._search, self._filters = search, filters
+        self._search, self._filters, self.at_desk = search, filters, at_desk
         self._retriever: Retriever | None = None
         self._seen: object = None
-        self._searching = threading.RLock()
+        self._searching, self._lent = threading.RLock(), ExitStack()
         self._answering = nullcontext() if reader is None or reader.answerer.is_concurrent else threading.Lock()
         if (store / "pages.parquet").exists():
             self.refresh()
@@ -283,7 +270,10 @@ class Library:
         if question != question.encode(errors="ignore").decode():
             raise InputError("the question contains half a character (a lone surrogate); type it again")
         start = time.monotonic()
-        found = self._found(question, k)
+        if self.at_desk and self.reader is not None:
+            yield from self._look_up(question, history, self.reader, start)
+            return
+        found = self.found(question, k)
         seconds = {"retrieval": time.monotonic() - start}
         progress = AnswerProgress(question, setting, tuple(found), "", None, seconds, notes=tuple(self.notes))
         yield progress
@@ -301,18 +291,42 @@ class Library:
                     progress = replace(progress, boxes=self._boxes(piece))
                 yield progress
 
+    def _look_up(
+        self, question: str, history: Sequence[tuple[str, str]], reader: Reader, start: float
+    ) -> Iterator[AnswerProgress]:
+        """Yield the progress of a reader that looks up its pages: after each piece of text, and after each step."""
+        self.refresh()
+        if not self.num_pages:
+            raise InputError(NO_PAGES)
+        with self._answering, closing(look_up(_with_history(question, history), reader, self._pages)) as visit:
+            seconds: dict[str, float] = {}
+            for progress in visit:
+                if progress.text:
+                    seconds.setdefault("first_text", time.monotonic() - start)
+                if progress.answered is not None:
+                    seconds["whole"] = time.monotonic() - start
+                    progress = replace(progress, boxes=self._boxes(progress.answered))
+                yield replace(progress, question=question, seconds=dict(seconds), notes=tuple(self.notes))
+
+    def _pages(self, page_ids: Sequence[str]) -> dict[str, Page]:
+        return PageStore.open(self._store).find(page_ids)
+
     def _boxes(self, answered: Answered) -> dict[str, tuple[Box, ...]]:
         documents = self.documents()
         cited = [] if answered.pasted else cited_pages(answered)
         return {source.page.page_id: evidence_boxes(source.page, source.text, documents) for source in cited}
 
-    def _found(self, question: str, k: int) -> list[FoundPage]:
-        """Return the distinct pages of a question, over the documents of this moment."""
+    def found(self, question: str, k: int) -> list[FoundPage]:
+        """Return the distinct pages of a question, best first, over the documents of this moment.
+
+        Raises:
+            InputError: there are no pages, or the question cannot be searched.
+        """
         with self._searching:
             for is_last in (False, True):
                 self.refresh()
                 if self._retriever is None or not self.num_pages:
-                    raise InputError("there are no pages yet: add documents first")
+                    raise InputError(NO_PAGES)
                 try:
                     (found,) = self._retriever.search([question], k, distinct=True)
                     return found
@@ -333,7 +347,7 @@ class Library:
         ]
         return {
             "question": asking.question,
-            "setting": asking.setting,
+            "setting": asking.setting if asking.steps is None else "desk",
             "store": str(self._store.absolute()),
             "encoder": dict(encoder.description) | {"fingerprint": encoder.fingerprint} if encoder else None,
             "by": search.by,
@@ -348,8 +362,14 @@ class Library:
             "seconds": {name: round(value, 4) for name, value in asking.seconds.items()},
         }
 
+    def lend_to_desk(self, k: int) -> None:
+        """Let the page desk in this process search this library, until it is closed; k: pages that a search shows."""
+        shelf = LibraryShelf(self.found, k)
+        self._lent.enter_context(lent(shelf, str(self._store), str(self._index), self._search.by, k))
+
     def close(self) -> None:
         """Free the answerer."""
+        self._lent.close()
         if self.reader is not None:
             self.reader.answerer.close()
 

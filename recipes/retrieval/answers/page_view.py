@@ -11,7 +11,8 @@ from pathlib import Path
 
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
 from recipes.retrieval.answers.highlight import Box
-from recipes.retrieval.answers.library import Added, AnswerProgress
+from recipes.retrieval.answers.library import Added
+from recipes.retrieval.answers.progress import AnswerProgress
 from recipes.retrieval.pages.store import DocumentRow
 from recipes.retrieval.search.found import FoundPage
 
@@ -35,6 +36,15 @@ CSS = """
 [popover].full a { text-decoration: underline; margin-right: .6rem; }
 [popover].full::backdrop { background: #000a; }
 .mark { position: absolute; background: #ffd60066; outline: 2px solid #ffb300; pointer-events: none; }
+.mark.zoom { background: #1f5fa81f; outline-color: #1f5fa8; }
+.desk figure.opened { border-color: #1f5fa8; }
+.desk figure.cited { border-color: #2e7d32; }
+.desk figure > button { text-align: center; }
+.desk figure .sheet { position: relative; display: inline-block; max-width: 100%; }
+.desk figure .sheet img { width: auto; min-width: min(8rem, 100%); max-width: 100%; max-height: 15rem; height: auto; }
+.steps { margin: .6rem 0 0 1.2rem; display: grid; gap: .35rem; list-style: decimal; }
+.steps .said { white-space: pre-wrap; overflow-wrap: anywhere; opacity: .75; font-size: .9rem; }
+.steps button { border: 1px solid #8888; border-radius: .3rem; padding: 0 .35rem; margin-right: .2rem; font: inherit; }
 .answer { font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; white-space: pre-wrap; }
 .writing { white-space: pre-wrap; overflow-wrap: anywhere; opacity: .8; }
 .cards { display: grid; gap: .5rem; margin-top: .6rem; }
@@ -58,15 +68,14 @@ def pages_html(
 ) -> str:
     """Return the retrieved pages with rank and score; those that the answer cites are framed, their evidence marked.
 
+    At the page desk, what the model opened is framed too, and the parts that it zoomed in on are marked.
+
     Args:
         address: turns an image's path into its URL. source: returns the URL of a page's document, "" without one.
     """
-    cited = {page.page_id for page in progress.answered.cited} if progress.answered else set()
-    figures = [
-        _figure(page, address, source(page), progress.boxes.get(page.page_id, ()), is_cited=page.page_id in cited)
-        for page in progress.pages
-    ]
-    return f'{notes_html(progress.notes)}<div class="pages">{"".join(figures)}</div>'
+    figures = [_figure(page, address, source(page), progress) for page in progress.pages]
+    kind = "pages" if progress.steps is None else "pages desk"
+    return f'{notes_html(progress.notes)}<div class="{kind}">{"".join(figures)}</div>'
 
 
 def answer_html(progress: AnswerProgress) -> str:
@@ -124,23 +133,29 @@ def documents_html(rows: Sequence[DocumentRow]) -> str:
     return f'<div class="documents"><table>{head}{"".join(lines)}</table>{more}</div>'
 
 
-def _figure(
-    page: FoundPage, address: Callable[[str], str], source: str, boxes: Sequence[Box], *, is_cited: bool
-) -> str:
+def _figure(page: FoundPage, address: Callable[[str], str], source: str, progress: AnswerProgress) -> str:
     name, url = f"page-{page.rank}", escape(address(page.image))
     place = escape(page.place)
-    badge = ' <span class="badge">cited</span>' if is_cited else ""
+    is_cited = progress.answered is not None and page in progress.answered.cited
+    is_opened = page.rank in progress.opened
+    kind = "cited" if is_cited else "opened" if is_opened else "found"
+    badges = ("opened",) * is_opened + ("cited",) * is_cited
+    badge = "".join(f' <span class="badge">{said}</span>' for said in badges)
     others = [f"also {copy}" for copy in page.copies] + [f"like {near}" for near in page.near]
     also = f'<br><span class="also">{escape("; ".join(others))}</span>' if others else ""
+    zooms = "".join(_mark(box, "mark zoom") for box in progress.zooms.get(page.rank, ()))
+    marks = "".join(map(_mark, progress.boxes.get(page.page_id, ()))) + zooms
+    image = f'<img src="{url}" alt="{place}" loading="lazy">'
+    if progress.steps is not None:
+        image = f'<span class="sheet">{image}{zooms}</span>'
     return (
-        f'<figure class="{"cited" if is_cited else "found"}" data-rank="{page.rank}">'
-        f'<button popovertarget="{name}"><img src="{url}" alt="{place}" loading="lazy"></button>'
+        f'<figure class="{kind}" data-rank="{page.rank}"><button popovertarget="{name}">{image}</button>'
         f'<figcaption><span class="rank">[{page.rank}]</span> {page.score:.4f}{badge}<br>{place}{also}</figcaption>'
-        f"{_popovers(page, address, source, boxes)}</figure>"
+        f"{_popovers(page, address, source, marks)}</figure>"
     )
 
 
-def _popovers(page: FoundPage, address: Callable[[str], str], source: str, boxes: Sequence[Box]) -> str:
+def _popovers(page: FoundPage, address: Callable[[str], str], source: str, marks: str) -> str:
     """Return a popover for a found page and one for each page near it, which open one another."""
     numbers = {}
     for number in range(page.number - NEIGHBOURS, page.number + NEIGHBOURS + 1):
@@ -156,11 +171,10 @@ def _popovers(page: FoundPage, address: Callable[[str], str], source: str, boxes
         buttons += f'<button popovertarget="{name}" popovertargetaction="hide">close</button>'
         url, is_found = escape(address(image)), number == page.number
         place = escape(page.place if is_found else f"{page.document}, page {number}")
-        marks = "".join(map(_mark, boxes)) if is_found else ""
         zoom = f'<a href="{url}" target="_blank" rel="noopener">full size</a>'
         parts.append(
             f'<div popover class="full" id="{name}"><b>[{page.rank}] {place}</b><br>{buttons}{zoom}{link}'
-            f'<div class="sheet"><img src="{url}" alt="{place}" loading="lazy">{marks}</div></div>'
+            f'<div class="sheet"><img src="{url}" alt="{place}" loading="lazy">{marks if is_found else ""}</div></div>'
         )
     return "".join(parts)
 
@@ -172,12 +186,12 @@ def _neighbour(image: str, number: int) -> str:
     return str(other) if other is not None and other.exists() else ""
 
 
-def _mark(box: Box) -> str:
+def _mark(box: Box, kind: str = "mark") -> str:
     sides: Mapping[str, float] = {
         "left": box.left, "top": box.top, "width": box.right - box.left, "height": box.bottom - box.top
     }  # fmt: skip
     style = ";".join(f"{side}:{100 * share:.2f}%" for side, share in sides.items())
-    return f'<span class="mark" style="{style}"></span>'
+    return f'<span class="{kind}" style="{style}"></span>'
 
 
 def _card(number: int, page: FoundPage, text: str) -> str:

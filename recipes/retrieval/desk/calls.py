@@ -71,6 +71,16 @@ def parse_call(turn: str, scale: float) -> Call | None:
     return _zoom(body, scale)
 
 
+def without_call(turn: str) -> str:
+    """Return what a turn says before its first call or answer.
+
+    >>> without_call("the second one <open>2</open>")
+    'the second one '
+    """
+    tag = _FIRST_TAG.search(turn)
+    return turn if tag is None else turn[: tag.start()]
+
+
 def _search(body: str) -> Call:
     query = " ".join(body.split())
     if not query:

@@ -14,7 +14,7 @@ from recipes.retrieval.desk.calls import STOP, BadCall, Call, parse_call
 from recipes.retrieval.desk.shelf import Sheet, part, small, store_shelf
 from recipes.retrieval.search.retriever import By
 from rollout.turns.environment import Reply
-from rollout.types import Prompt
+from rollout.types import ImageSource, Prompt
 from rsgrpo.errors import InputError
 
 BAD_CALL = "bad_call"
@@ -24,9 +24,9 @@ BAD_CALL = "bad_call"
 class Desk:
     """One episode at the desk. Pages have numbers: in the order of the row, or in which searches found them.
 
-    What a step did is in its facts: `call`, and where they apply `query`, `numbers` and `pages` (of a search, in
-    order), `number` and `page` (of an open or a zoom) and `box` (of a zoom, as shares of the page). A page's id is its
-    content's in a store, and its name where the row names the pages.
+    What a step did is in its facts: `call`, and where they apply `query`, `numbers`, `pages` and `scores` (of a search,
+    in order), `number` and `page` (of an open or a zoom) and `box` (of a zoom, as shares of the page). A page's id is
+    its content's in a store, and its name where the row names the pages.
     """
 
     stop = STOP
@@ -73,6 +73,20 @@ class Desk:
         except BadCall as error:
             return Reply(str(error), facts={"call": error.name}, fault=BAD_CALL)
 
+    def at_once(self, question: str, most: int) -> list[tuple[str, ImageSource, ImageSource]]:
+        """Return (id, thumbnail, page) of what a policy of one turn would be given: the first pages, at most `most`.
+
+        They are the row's pages, in order, or those that a search for the question itself finds.
+
+        Raises:
+            InputError: the question cannot be searched.
+        """
+        sheets: Sequence[Sheet] = self._sheets
+        if self._store is not None:
+            store, index, by, _ = self._store
+            sheets = store_shelf(store, index, by, most).search(question)
+        return [(each.page_id, small(each.image, self._thumbnail_side), each.image) for each in sheets[:most]]
+
     def _search(self, call: Call) -> Reply:
         if self._store is None:
             raise BadCall("search", f"There is nothing to search. {self._known()}")
@@ -85,7 +99,8 @@ class Desk:
             f"[{number}] {_plain(sheet.place)} ({sheet.score:.2f})<image>"
             for number, sheet in zip(numbers, found, strict=True)
         ]
-        facts = {"call": "search", "query": call.query, "numbers": numbers, "pages": [each.page_id for each in found]}
+        facts = {"call": "search", "query": call.query, "numbers": numbers}
+        facts |= {"pages": [sheet.page_id for sheet in found], "scores": [sheet.score for sheet in found]}
         images = tuple(small(sheet.image, self._thumbnail_side) for sheet in found)
         return Reply("\n".join(lines) or "No page was found. Search with other words.", images, facts)
 

@@ -1,6 +1,7 @@
 """Where the page desk takes its pages from: a store with its index, or the pages that a row names.
 
-Everything that episodes share is loaded once per process: the store, the index, its encoder, and the results.
+Everything that episodes share is loaded once per process: the store, the index, its encoder, and the results. What is
+kept belongs to the files as they are: a store, an index or a page that changes is read again.
 """
 
 from __future__ import annotations
@@ -8,20 +9,26 @@ from __future__ import annotations
 import functools
 import io
 import math
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
 from recipes.retrieval.desk.calls import Box
-from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.base import EncoderSettings, PageEncoder
 from recipes.retrieval.encoders.choice import load_encoder
+from recipes.retrieval.search.origin import FILE as ENCODER_FILE
 from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import By, Retriever, SearchSettings
 from rollout.inputs.images import decode, thumbnail
 
+Stamp = tuple[int, int, int] | None
+"""(inode, bytes, time of change) of a file; None without it."""
 CACHED_SEARCHES, CACHED_THUMBNAILS, CACHED_CROPS = 16_384, 4_096, 128
 
 
@@ -36,6 +43,14 @@ class Sheet:
     place: str
     image: str
     score: float = 0.0
+
+
+class Shelf(Protocol):
+    """What the desk searches."""
+
+    def search(self, query: str) -> Sequence[Sheet]:
+        """Return the best pages, best first; InputError for a query that cannot be searched."""
+        ...
 
 
 class StoreShelf:
@@ -57,40 +72,76 @@ class StoreShelf:
 
 
 _OPENING = threading.Lock()
+_LENT: dict[tuple[str, str, By, int], Shelf] = {}
 
 
-def store_shelf(store: str, index: str, by: By, k: int) -> StoreShelf:
-    """Return a store's shelf, opened once in this process.
+@contextmanager
+def lent(shelf: Shelf, store: str, index: str, by: By, k: int) -> Iterator[None]:
+    """Let desks of this process that name these arguments search `shelf`: a program has the store open already."""
+    _LENT[store, index, by, k] = shelf
+    try:
+        yield
+    finally:
+        del _LENT[store, index, by, k]
+
+
+def store_shelf(store: str, index: str, by: By, k: int) -> Shelf:
+    """Return a store's shelf: the one that was lent, else one that is opened once in this process.
 
     index: the folder; "" is the store's own. It is searched by the encoder that made it.
 
     Raises:
         InputError: there is no such store or index, or its encoder cannot be loaded.
     """
+    if (shelf := _LENT.get((store, index, by, k))) is not None:
+        return shelf
+    folder = Path(index) if index else Path(store) / "index"
+    files = (Path(store) / "pages.parquet", folder / "manifest.json")
     with _OPENING:
-        return _opened(store, index, by, k)
+        return _opened(store, folder, by, k, tuple(map(_stamp, files)))
 
 
 @functools.lru_cache(8)
-def _opened(store: str, index: str, by: By, k: int) -> StoreShelf:
-    folder = Path(index) if index else Path(store) / "index"
-    encoder = None if by == "words" else load_encoder(recall(folder, EncoderSettings("")))
+def _opened(store: str, folder: Path, by: By, k: int, _: tuple[Stamp, ...]) -> StoreShelf:
+    encoder = None if by == "words" else _encoder(folder, _stamp(folder / ENCODER_FILE))
     return StoreShelf(Retriever(Path(store), folder, encoder, SearchSettings(by=by)), k)
 
 
-@functools.lru_cache(CACHED_THUMBNAILS)
+@functools.lru_cache(2)
+def _encoder(folder: Path, _: Stamp) -> PageEncoder:
+    return load_encoder(recall(folder, EncoderSettings("")))
+
+
+def _stamp(file: str | Path) -> Stamp:
+    """Return what changes with a file's content; None without the file."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def small(image: str, max_side: int) -> bytes:
     """Return a page's thumbnail as PNG; PromptError if it cannot be read."""
+    return _small(image, max_side, _stamp(image))
+
+
+@functools.lru_cache(CACHED_THUMBNAILS)
+def _small(image: str, max_side: int, _: Stamp) -> bytes:
     return _png(thumbnail(image, max_side))
 
 
-@functools.lru_cache(CACHED_CROPS)
 def part(image: str, box: Box) -> bytes:
     """Return a part of a page at the file's full resolution as PNG, at least one pixel each way.
 
     Raises:
         PromptError: the page cannot be read.
     """
+    return _part(image, box, _stamp(image))
+
+
+@functools.lru_cache(CACHED_CROPS)
+def _part(image: str, box: Box, _: Stamp) -> bytes:
     page = decode(image)
     left, right = _pixels(box[0], box[2], page.width)
     top, bottom = _pixels(box[1], box[3], page.height)

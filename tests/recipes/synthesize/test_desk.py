@@ -7,9 +7,9 @@ import json
 import pytest
 
 from recipes import infer
+from recipes.answers.at_desk import desk_turns
 from recipes.synthesize import commands as synthesize
 from recipes.synthesize.desk import TOO_MANY_TURNS, UNSEEN, WRONG
-from rollout.config import TurnsConfig
 from rollout.turns.environment import load_environment
 from rollout.types import Prompt
 from tests.material.answering import lines_of
@@ -57,7 +57,7 @@ def test_trajectories_that_are_right_and_grounded_are_kept_with_what_the_desk_an
     (row,) = lines_of(out)
     assert [turn["turn"] for turn in row["turns"]] == ["I look.\n<search>tax rate</search>", BAD, OPEN, ANSWER]
     assert [turn.get("learn", True) for turn in row["turns"]] == [True, False, True, True]
-    make = load_environment(TurnsConfig(infer.DESK, {"store": store}))
+    make = load_environment(desk_turns(store))
     assert make is not None
     desk = make(Prompt("again", ""))
     for turn in row["turns"][:-1]:

@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from recipes import retrieve
 from recipes.retrieval.desk import shelf
 from recipes.retrieval.desk.environment import Desk
+from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.choice import load_encoder
+from recipes.retrieval.encoders.sentence import SentenceEncoder
+from recipes.retrieval.search.origin import recall
+from recipes.retrieval.search.retriever import Retriever, SearchSettings
 from rollout.inputs.images import decode
 from rollout.turns.environment import Reply
 from rollout.types import Prompt
 from rsgrpo.errors import InputError
-from tests.material.retrieval import ingested, write_pdf
+from tests.material.retrieval import coloured_store, ingested, write_pdf
 
 PROMPT = Prompt("q", "what is the rate?")
 
@@ -125,3 +132,75 @@ def test_rows_without_pages_and_folders_without_a_store_are_refused(tmp_path):
         Desk(PROMPT)
     with pytest.raises(InputError, match="is not a page store"):
         Desk(PROMPT, store=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory, tiny_model_path):
+    """A store of coloured pages without text but one, with an index of a small model."""
+    folder = tmp_path_factory.mktemp("coloured")
+    coloured_store(folder)
+    write_pdf(folder / "docs" / "words.pdf", ["red harbours"])
+    ingested(folder / "store", folder / "docs")
+    small = ["--min-pixels", "784", "--max-pixels", "3136", "--device", "cpu"]
+    assert retrieve.main(["index", str(folder / "store"), "--model", tiny_model_path, *small]) == 0
+    return str(folder / "store")
+
+
+def ranking(store, query, by, k=4):
+    return told(Desk(PROMPT, store=store, by=by, k=k), f"<search>{query}</search>")
+
+
+def test_the_desk_searches_by_vectors_and_by_both_with_the_encoder_of_the_index(coloured, tiny_model_path):
+    encoder = load_encoder(recall(Path(coloured) / "index", EncoderSettings("")))
+    by_words = ranking(coloured, "red", "words").facts["pages"]
+    assert len(by_words) == 1  # the only page with text
+    rankings = {}
+    for by in ("vectors", "hybrid"):
+        shown = ranking(coloured, "red", by)
+        retriever = Retriever(Path(coloured), Path(coloured) / "index", encoder, SearchSettings(by=by))
+        (found,) = retriever.search(["red"], 4, distinct=True)
+        assert shown.facts["pages"] == [page.page_id for page in found]
+        assert shown.facts["scores"] == [page.score for page in found]
+        assert len(shown.images) == len(found) == 4
+        rankings[by] = shown.facts["pages"]
+    # fused with the one that has the word, which moves up
+    assert rankings["hybrid"].index(by_words[0]) <= rankings["vectors"].index(by_words[0])
+    assert sorted(rankings["hybrid"]) == sorted(rankings["vectors"])
+
+
+def test_searches_by_vectors_are_the_same_each_time_and_encoded_once(coloured, monkeypatch):
+    encoded = []
+    real = SentenceEncoder.encode_queries
+
+    def counted(self, queries):
+        encoded.extend(queries)
+        return real(self, queries)
+
+    monkeypatch.setattr(SentenceEncoder, "encode_queries", counted)
+    shelf._opened.cache_clear()
+    first = ranking(coloured, "a red page", "vectors")
+    assert ranking(coloured, "a  red\npage", "vectors") == first  # another way to write the same query
+    assert encoded == ["a red page"]
+    shelf._opened.cache_clear()  # as in another process
+    shelf._encoder.cache_clear()
+    assert ranking(coloured, "a red page", "vectors") == first
+    assert encoded == ["a red page"] * 2
+
+
+def test_what_is_kept_belongs_to_the_files_as_they_are(tmp_path):
+    (tmp_path / "docs").mkdir()
+    write_pdf(tmp_path / "docs" / "one.pdf", ["rivers"])
+    ingested(tmp_path / "store", tmp_path / "docs")
+    store = str(tmp_path / "store")
+    desk = Desk(PROMPT, store=store)
+    assert told(desk, "<search>rivers</search>").facts["numbers"] == [1]
+    write_pdf(tmp_path / "docs" / "two.pdf", ["rivers and lakes"])
+    ingested(tmp_path / "store", tmp_path / "docs")
+    assert sorted(told(desk, "<search>rivers</search>").facts["numbers"]) == [1, 2]
+    page = str(tmp_path / "page.png")
+    Image.new("RGB", (40, 20), "red").save(page)
+    before = shelf.small(page, 10), shelf.part(page, (0, 0, 0.5, 1))
+    assert (shelf.small(page, 10), shelf.part(page, (0, 0, 0.5, 1))) == before
+    Image.new("RGB", (60, 20), "blue").save(page)
+    assert decode(shelf.small(page, 10)).getpixel((0, 0)) == (0, 0, 255)
+    assert decode(shelf.part(page, (0, 0, 0.5, 1))).size == (30, 20)
