@@ -211,9 +211,9 @@ def test_conversations_with_a_tools_pages_are_trained_on_what_was_sampled(ray_cl
         assert row["actor/mismatch_max"] < 1e-4, "what was sampled is what is scored, images of every turn included"
         assert row["actor/grad_norm"] > 0
         assert 1 < row["rollout/turns_mean"] <= row["rollout/turns_max"] <= 4
-        assert row["rollout/turns/exception"] >= 1
         assert row["rollout/observation_images_mean"] > 0
         assert row["rollout/prefix_cache_hit_rate"] > 0.3, "a turn finds what came before it"
+    assert sum(row.get("rollout/turns/exception", 0) for row in rows) >= 1, "a failing tool costs its turn"
     stored = read_rollouts(rollout_files(Path(config.output_dir) / "run")[3])
     assert any(len(o.images) > 1 for rollout in stored for o in rollout.observations)
 

@@ -116,7 +116,7 @@ def test_others_go_on_while_an_answer_is_awaited_and_the_order_of_answers_change
     family, tiny_model_path, tmp_path, prompts
 ):
     path = tiny_model_path if family == "qwen2_5_vl" else save_family(family, tiny_model_path, tmp_path)
-    engine, model = build(path, "Queue", patience_s=0.0, timeout_s=20.0), reference_model(path)
+    engine, model = build(path, "Queue", patience_s=0.0, timeout_s=300.0), reference_model(path)
     sampling, said = SamplingParams(group_size=2, max_tokens=40, seed=1), []
     for order in [(), ("one", "two"), ("two", "one"), ("none", "two", "one")]:
         Queue.begin(order, {prompt.id: 2 for prompt in prompts})
