@@ -27,6 +27,7 @@ _LOOSE_LABEL = re.compile(
 _PARTIAL_LABEL = re.compile(r"^[ \t]*\[[0-9]{0,4}\Z", re.MULTILINE)
 _CITED = re.compile(r"\[([1-9][0-9]{0,3}(?:[ \t]*,[ \t]*[1-9][0-9]{0,3})*)\]")
 _NAMED_PAGE = re.compile(rf"\b(?:page|image)s?[ \t]+{_NUMBER}\b", re.IGNORECASE)
+NOT_ANSWERABLE = "not answerable"
 _NOTHING_FOUND = (NO_EVIDENCE, "no relevant info", "not relevant", "irrelevant", "none", "na", "no evidence")
 
 
@@ -83,6 +84,11 @@ class ParsedAnswer:
     format_ok: bool
     errors: tuple[str, ...]
 
+    @property
+    def claimed_pages(self) -> frozenset[int]:
+        """Numbers of the pages for which the evidence block claims something."""
+        return frozenset(slot.index for slot in self.evidence if slot.relevant)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values."""
         return dataclasses.asdict(self) | {"evidence": [dataclasses.asdict(slot) for slot in self.evidence]}
@@ -129,8 +135,11 @@ def parse_trajectory(
 
 
 def says_insufficient(answer: str) -> bool:
-    """Whether an answer abstains: it says that the pages are insufficient to answer, or hold nothing relevant."""
-    return containment(answer, INSUFFICIENT) == 1.0 or normalise(answer) == NO_EVIDENCE
+    """Whether an answer abstains: it says that the pages are insufficient to answer, or hold nothing relevant.
+
+    MMLongBench-Doc's "Not answerable" abstains too.
+    """
+    return containment(answer, INSUFFICIENT) == 1.0 or normalise(answer) in (NO_EVIDENCE, NOT_ANSWERABLE)
 
 
 def is_irrelevant(slot: str) -> bool:

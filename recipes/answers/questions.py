@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from recipes.answers.parsing import says_insufficient
+from recipes.answers.parsing import is_irrelevant, says_insufficient
 from rewards.evisrag import parse_gold
 from rollout.keys import nearest
 from rollout.types import ImageReference, ImageSource, Prompt
@@ -32,11 +33,14 @@ from rsgrpo.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 
-ID_KEYS = ("id", "qid", "query_id", "question_id")
+ID_KEYS = ("id", "qid", "query_id", "question_id", "qa_id", "questionId", "uid")
 QUESTION_KEYS = ("question", "query")
 ANSWER_KEYS = ("answer", "answers")
-RULE_COLUMNS = ("answer_format", "year", "question_type", "pages", "gold_pages", "gold_box")
-"""Columns by which `recipes.evaluation.official` chooses a rule."""
+RULE_COLUMNS = (
+    "answer_format", "year", "Year", "question_type", "Question Type", "evidence_pages", "answer_page_idx", "pages",
+    "gold_pages", "gold_box",
+)  # fmt: skip
+"""Columns by which `recipes.evaluation` scores, and those that an environment reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,20 @@ class Question:
     is_sufficient: bool = True
     evidence: tuple[str, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def relevant_pages(self) -> frozenset[int] | None:
+        """Numbers of the pages that settle the question, from 1; None where the row does not say.
+
+        From the gold evidence, else from `evidence_pages` (SlideVQA, MMLongBench-Doc: numbers from 1, a list or its
+        text), else from `answer_page_idx` (MP-DocVQA: one index from 0).
+        """
+        if self.evidence is not None:
+            return frozenset(number for number, gold in enumerate(self.evidence, start=1) if not is_irrelevant(gold))
+        if (listed_pages := self.columns.get("evidence_pages")) is not None:
+            return frozenset(map(int, re.findall(r"\d+", str(listed_pages))))
+        index = self.columns.get("answer_page_idx")
+        return None if index is None else frozenset({int(index) + 1})
 
 
 def read_questions(source: str, *, image_dir: str = "", need_answers: bool = False) -> list[Question]:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from recipes.answers.parsing import ParsedAnswer, is_irrelevant
+from recipes.answers.parsing import ParsedAnswer
 from recipes.answers.predictions import Prediction
 from recipes.answers.questions import Question
-from recipes.evaluation.official import PROTOCOLS, answer_parts, joint_parts, page_parts
+from recipes.evaluation.official import NOT_ANSWERABLE, PROTOCOLS, Protocol
+from recipes.evaluation.parts import Box, answer_parts, box_parts, joint_parts, page_parts
 from rewards.api import Response, Reward, RewardError, Span, Turn, check_score, load_reward
 from rsgrpo.errors import InputError
 
-Scored = Mapping[str, float | None]
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One question's part of a score that is a ratio of sums over all questions."""
+
+    part: float
+    whole: float
+
+
+Scored = Mapping[str, float | Share | None]
 """Name -> score of one question; None where it does not apply, which leaves the question out of the mean."""
 GIVEN_PAGES = "given_pages"
 """Column of a question of a baseline: ids of the pages in its prompt."""
@@ -43,25 +53,49 @@ def extra_scorers(
 
 
 def _protocol(name: str, extracted: Mapping[str, str] | None) -> ExtraScorer:
-    scorer = PROTOCOLS[name].scorer
+    protocol = PROTOCOLS[name]
 
     def score(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
-        answer = parsed.answer if extracted is None else extracted.get(question.id, "")
-        return {f"protocol/{name}": scorer(answer, question.answers, question.columns)}
+        answer = protocol.abstention if protocol.abstention and parsed.insufficient else parsed.answer
+        answer = answer if extracted is None else extracted.get(question.id, "")
+        columns = {**question.columns, "question": question.question}
+        value = protocol.scorer(answer, question.answers, columns)
+        found: dict[str, float | Share | None] = {f"protocol/{name}": value}
+        if protocol.abstention:
+            says = answer.strip().lower() != NOT_ANSWERABLE.lower()
+            found[f"protocol/{name}_f1"] = Share(2 * value * _has_answer(question), _has_answer(question) + says)
+        return found | _jointly(protocol, answer, question, parsed, columns)
 
     return score
 
 
-def with_evidence(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
-    """Score the pages that the evidence block claims, alone and with the answer; {} where the row has no gold evidence.
+def _has_answer(question: Question) -> bool:
+    return NOT_ANSWERABLE not in question.answers
 
-    `chain/score`: of the right answers (by EM as SlideVQA has it), the share whose evidence pages are exactly the right
-    ones.
-    """
-    if question.evidence is None:
+
+def _jointly(
+    protocol: Protocol, answer: str, question: Question, parsed: ParsedAnswer, columns: Mapping[str, Any]
+) -> dict[str, float | Share | None]:
+    """Score the answer by parts, and with its pages where they are known, as a protocol does that has such scores."""
+    if protocol.parts is None:
         return {}
-    right = {number for number, gold in enumerate(question.evidence, start=1) if not is_irrelevant(gold)}
-    pages = page_parts({slot.index for slot in parsed.evidence if slot.relevant}, right)
+    own = protocol.parts(answer, question.answers, columns)
+    found: dict[str, float | Share | None] = {f"protocol/{protocol.name}_em": own.em}
+    if question.relevant_pages is not None:
+        joint = joint_parts(own, page_parts(parsed.claimed_pages, question.relevant_pages))
+        found |= {f"protocol/{protocol.name}_joint_{part}": getattr(joint, part) for part in ("em", "f1")}
+    return found
+
+
+def with_evidence(question: Question, prediction: Prediction, parsed: ParsedAnswer) -> Scored:
+    """Score the pages that the evidence block claims, alone and with the answer; {} where the row does not name them.
+
+    Answers are compared as SQuAD does. `chain/score`: of the right answers (by EM), the share whose evidence pages are
+    exactly the right ones.
+    """
+    if question.relevant_pages is None:
+        return {}
+    pages = page_parts(parsed.claimed_pages, question.relevant_pages)
     answer = answer_parts(parsed.answer, question.answers)
     joint = joint_parts(answer, pages)
     return {
@@ -76,12 +110,13 @@ def with_steps(question: Question, prediction: Prediction, parsed: ParsedAnswer)
     """Score what a policy did at the page desk; {} for an answer without an environment.
 
     steps/turns, /calls, /faults, /images: per question. steps/opened: pages that were opened.
+    boxes/*: of all zooms against the row's `gold_box` on its gold pages (`box_parts`).
     """
     steps = prediction.steps
     if steps is None:
         return {}
     has_last = not steps or bool(prediction.text[int(steps[-1]["at_char"]) :].strip())
-    return {
+    return _boxes(question, steps) | {
         "steps/turns": float(len(steps) + has_last),
         "steps/calls": float(len(steps)),
         "steps/faults": float(sum(bool(step.get("fault")) for step in steps)),
@@ -122,6 +157,18 @@ def with_tokens(question: Question, prediction: Prediction, parsed: ParsedAnswer
 
 def _opened(steps: Sequence[Mapping[str, Any]]) -> set[str]:
     return {step["page"] for step in steps if "page" in step and not step.get("fault")}
+
+
+def _boxes(question: Question, steps: Sequence[Mapping[str, Any]]) -> dict[str, float | Share | None]:
+    gold = question.columns.get("gold_box")
+    if not gold:
+        return {}
+    nowhere: Box = (0.0, 0.0, 0.0, 0.0)  # of a page without a gold box: it hits nothing
+    pages = set(question.columns.get("gold_pages") or ())
+    zooms = [step for step in steps if "box" in step and not step.get("fault")]
+    claimed = [tuple(step["box"]) if step.get("page") in pages else nowhere for step in zooms]
+    right = [tuple(gold)] if isinstance(gold[0], int | float) else [tuple(box) for box in gold]
+    return {f"boxes/{part}": value for part, value in asdict(box_parts(claimed, right)).items()}
 
 
 def turns_of(prediction: Prediction) -> tuple[Turn, ...]:
@@ -167,7 +214,11 @@ async def _awaited(value: Any) -> Any:
     return await value
 
 
-def missing(scored: Sequence[Scored]) -> Scored:
+def missing(scored: Sequence[Scored], question: Question) -> Scored:
     """Return the score of a question without an answer: 0 for whatever others are scored by, but chain and tokens."""
-    names = {name for one in scored for name in one}
-    return {name: None if name.startswith(("chain/", "tokens/")) else 0.0 for name in names}
+    found: dict[str, float | Share | None] = {}
+    for name, value in ((name, value) for one in scored for name, value in one.items()):
+        found[name] = Share(0.0, 1.0 + _has_answer(question)) if isinstance(value, Share) else 0.0
+        if name.startswith(("chain/", "tokens/")):
+            found[name] = None
+    return found

@@ -1,7 +1,8 @@
 """The rules by which benchmarks score an answer, as pure functions; each names the source of its rule.
 
-A function takes the predicted answer, the accepted ones and the row's other columns, and returns a number in [0, 1].
-The best of several accepted answers counts, unless a rule says otherwise.
+Where a paper and the program that published numbers were made with disagree, the program counts: its numbers are the
+ones to compare with. A function takes the predicted answer, the accepted ones and the row's other columns, and returns
+a number in [0, 1]. The best of several accepted answers counts, unless a rule says otherwise.
 """
 
 from __future__ import annotations
@@ -9,26 +10,32 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.text import normalise
+from recipes.evaluation.parts import Parts, slidevqa_parts
 
 ANLS_THRESHOLD = 0.5
+NOT_ANSWERABLE = "Not answerable"
 Columns = Mapping[str, Any]
 Scorer = Callable[[str, Sequence[str], Columns], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How a benchmark's answers are scored. version: of our reading of the rule; it changes with any score."""
+    """How a benchmark's answers are scored. version: of our reading of the rule; it changes with any score.
+
+    parts: EM, precision, recall and F1 of an answer, where the benchmark also scores answer and pages jointly.
+    abstention: what an answer that abstains is read as; "" leaves it as written.
+    """
 
     name: str
     version: str
     source: str
     scorer: Scorer
+    parts: Callable[[str, Sequence[str], Columns], Parts] | None = None
+    abstention: str = ""
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -45,20 +52,34 @@ def edit_distance(first: str, second: str) -> int:
     return row[-1]
 
 
-def similarity(prediction: str, gold: str) -> float:
-    """Return 1 - distance / longer length, 0 where that is at most one half; texts are compared as they are."""
-    longer = max(len(prediction), len(gold))
-    found = 1 - edit_distance(prediction, gold) / longer if longer else 1.0
-    return found if found > ANLS_THRESHOLD else 0.0
-
-
 def anls(prediction: str, golds: Sequence[str], columns: Columns | None = None) -> float:
     """Average normalised Levenshtein similarity of one answer: case and white space do not count (arXiv 1907.00490).
 
-    >>> anls("Anderson's", ["andersons"])
-    0.9
+    A similarity below one half is 0. Exactly one half counts, as in the programs that published numbers come from
+    (MP-DocVQA's, lmms-eval's, VLMEvalKit's); the paper's formula has 0 there. The distance is divided by the length of
+    the longer text as written.
+
+    >>> anls("Anderson's", ["andersons"]), anls("12", ["13"])
+    (0.9, 0.5)
     """
-    return max((similarity(_plain(prediction), _plain(gold)) for gold in golds), default=0.0)
+    best = max(
+        (_similarity(_plain(prediction), _plain(gold), _longer(prediction, gold)) for gold in golds), default=0.0
+    )
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def above_half(prediction: str, gold: str) -> float:
+    """Return the similarity of two texts as they are; 0 where it is one half or less."""
+    found = _similarity(prediction, gold, _longer(prediction, gold))
+    return found if found > ANLS_THRESHOLD else 0.0
+
+
+def _similarity(prediction: str, gold: str, length: int) -> float:
+    return 1 - edit_distance(prediction, gold) / length if length else 1.0
+
+
+def _longer(one: str, other: str) -> int:
+    return max(len(one.upper()), len(other.upper()))
 
 
 def _plain(text: str) -> str:
@@ -85,7 +106,7 @@ def _relaxed(prediction: str, gold: str) -> bool:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
 
@@ -93,52 +114,65 @@ def _number(text: str) -> float | None:
 def chartqapro(prediction: str, golds: Sequence[str], columns: Columns | None = None) -> float:
     """ChartQAPro: 5% for numbers, ANLS for texts, equality for years and choices, lists by item (arXiv 2504.05506).
 
-    columns: `year`, "YES" or "NO" (one per item of a list); `question_type`: fact checking and choices are exact.
+    A percent sign and a full stop at the end do not count. A list is one that Python reads; a gold may lack the quotes.
 
-    >>> chartqapro("2019", ["2020"], {"year": "YES"}), chartqapro("[10, cats]", ["[10.2, cat]"])
+    columns: `Year`, "YES" or "NO" (one per item of a list; the last of a conversation's); `Question Type`: facts to
+    check and choices are exact. `year` and `question_type` are read too.
+
+    >>> chartqapro("2019", ["2020"], {"Year": "YES"}), chartqapro("[10, 'cats']", ["[10.2, cat]"])
     (0.0, 0.875)
     """
     given = columns or {}
-    is_exact = str(given.get("question_type", "")).lower() in ("fact checking", "multi choice", "multiple choice")
-    return max((_chartqapro(prediction, gold, given.get("year"), is_exact) for gold in golds), default=0.0)
+    kind = str(given.get("Question Type", given.get("question_type", ""))).lower()
+    years = given.get("Year", given.get("year")) or ["NO"]
+    years = [str(one).upper() == "YES" for one in (years if isinstance(years, list | tuple) else [years])]
+    is_exact = kind in ("fact checking", "multi choice", "multiple choice")
+    years = years[-1:] if kind == "conversational" else years
+    return max((_chartqapro(prediction, gold, years, is_exact=is_exact) for gold in golds), default=0.0)
 
 
-def _chartqapro(prediction: str, gold: str, years: Any, is_exact: bool) -> float:
-    wanted, found = _items(gold), _items(prediction)
-    flags = [str(flag).upper() == "YES" for flag in (years if isinstance(years, list | tuple) else [years])]
-    flags = flags if len(flags) == len(wanted) else [flags[0] if flags else False] * len(wanted)
-    if len(found) < len(wanted):
-        found = [*found, *[""] * (len(wanted) - len(found))]
-    scores = []
-    for index, target in enumerate(wanted):
-        given = found[index]
-        if is_exact or flags[index]:
-            scores.append(float(given.strip().lower() == target.strip().lower()))
-        elif _number(target) is not None:
-            scores.append(float(_relaxed(given, target)))
-        else:
-            scores.append(anls(given, [target]))
-    return sum(scores) / max(len(wanted), len(found), 1)
+def _chartqapro(prediction: str, gold: str, years: Sequence[bool], *, is_exact: bool) -> float:
+    found, wanted = _items(prediction.strip(".").strip("\n")), _items(gold.strip(".").strip("\n"), may_lack_quotes=True)
+    years = [*years] * len(wanted) if len(years) < len(wanted) else years
+    scores = [
+        float(given.strip().lower() == target.strip().lower()) if is_exact or exact else _close(given, target)
+        for given, target, exact in zip(found, wanted, years, strict=False)
+    ]
+    return sum(scores) / max(len(wanted), len(found))
 
 
-def _items(text: str) -> list[str]:
-    """Return the items of a list that is written in brackets; any other text is one item."""
-    text = text.strip()
-    if not (text.startswith("[") and text.endswith("]")):
-        return [text]
+def _close(prediction: str, gold: str) -> float:
+    prediction, gold = prediction.strip().strip("%").strip(), gold.strip().strip("%").strip()
+    value, wanted = _number(prediction), _number(gold)
+    if value is None or wanted is None:
+        return above_half(_plain(prediction), _plain(gold))
+    return float(abs(value - wanted) / abs(wanted) <= 0.05 if wanted else value == 0)
+
+
+def _items(text: str, *, may_lack_quotes: bool = False) -> list[str]:
+    """Return the items of a list that Python reads; any other text is one item."""
+    found = _list_of(text)
+    bare = re.fullmatch(r"\[(.*\S.*)\]", text.strip())
+    if not found and may_lack_quotes and bare:
+        found = bare[1].split(",")
+    return [str(item).strip(" '") for item in found] if found else [text]
+
+
+def _list_of(text: str) -> list[Any] | None:
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        value = text[1:-1].split(",")
-    return [str(item).strip().strip("'\"") for item in (value if isinstance(value, list) else [value])]
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
 
 
 def mmlongbench(prediction: str, golds: Sequence[str], columns: Columns | None = None) -> float:
     """MMLongBench-Doc's rules for an extracted answer (arXiv 2407.01523, appendix; its eval_score.py).
 
-    columns: `answer_format`: Int, Float, Str, List or None. Int: equal as whole numbers. Float: within 1%, also times
-    or by 100. Str and None: similarity; addresses, dates, times and numbers must be equal. List: as many items,
-    sorted; the worst similarity, or equality where the first gold item is a number or such a text.
+    columns: `answer_format`: Int, Float, Str, List or None. Int: equal as whole numbers. Float: within 1%, or equal
+    when both are rounded to two decimals or more, also times or by 100. Str and None: similarity; addresses, dates,
+    times and numbers must be equal. List, as Python reads it: as many items, sorted; the worst similarity, or equality
+    where the first gold item is a number or such a text.
 
     >>> mmlongbench("12.5%", ["0.125"], {"answer_format": "Float"}), mmlongbench("7", ["7"], {"answer_format": "Int"})
     (1.0, 1.0)
@@ -156,25 +190,38 @@ def _whole_equal(prediction: str, gold: str) -> float:
 
 
 def _float_equal(prediction: str, gold: str) -> float:
-    try:
-        value, wanted = float(_clean(prediction)), float(_clean(gold))
-    except ValueError:
+    value, wanted = _number_in(_clean(prediction)), _number_in(_clean(gold))
+    if value is None or wanted is None:
         return 0.0
-    return float(any(math.isclose(value, one, rel_tol=0.01) for one in (wanted / 100, wanted, wanted * 100)))
+    return float(any(_rounds_to(value, one) for one in (wanted / 100, wanted, wanted * 100)))
+
+
+def _number_in(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _rounds_to(value: float, wanted: float) -> bool:
+    """Whether two numbers are within 1%, or equal at as many decimals as the one that has fewer, but at least two."""
+    decimals = max(2, min(len(str(one).partition(".")[2]) or 3 for one in (value, wanted)))
+    return math.isclose(wanted, value, rel_tol=0.01) or round(value, decimals) == round(wanted, decimals)
 
 
 def _strings_equal(prediction: str, gold: str) -> float:
     value, wanted = _clean(prediction), _clean(gold)
-    return float(value == wanted) if _must_be_equal(wanted) else similarity(value, wanted)
+    return float(value == wanted) if _must_be_equal(wanted) else above_half(value, wanted)
 
 
 def _lists_equal(prediction: str, gold: str) -> float:
-    found, wanted = sorted(map(_clean, _items(prediction))), sorted(map(_clean, _items(gold)))
-    if len(found) != len(wanted):
+    found, wanted = (_list_of(text) if text.startswith("[") else [text] for text in (prediction, gold))
+    if not found or not wanted or len(found) != len(wanted):
         return 0.0
-    if _number(wanted[0]) is not None or _must_be_equal(wanted[0]):
-        return float(found == wanted)
-    return min(similarity(left, right) for left, right in zip(found, wanted, strict=True))
+    found, wanted = (sorted(_clean(str(item)) for item in items) for items in (found, wanted))
+    if _number_in(wanted[0]) is not None or _must_be_equal(wanted[0]):
+        return float("-".join(found) == "-".join(wanted))
+    return min(above_half(left, right) for left, right in zip(found, wanted, strict=True))
 
 
 def _clean(text: str) -> str:
@@ -192,101 +239,29 @@ def _must_be_equal(text: str) -> bool:
         or "a.m." in text
         or "p.m." in text
         or re.fullmatch(r"\d+(-\d+|\s\d+)?|\d{4}[-\s]\d{2}([-\s]\d{2})?", text) is not None
-        or re.fullmatch(r"[\w.%+-]+@[\w.-]+\.[a-z]{2,}", text) is not None
+        or re.fullmatch(r"[a-z0-9._%+-]+@[a-z0-9.-]+\.[a-z]{2,}", text) is not None
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """Exact match, precision, recall and F1 of an answer or of its pages."""
-
-    em: float
-    precision: float
-    recall: float
-    f1: float
-
-
-def answer_parts(prediction: str, golds: Sequence[str]) -> Parts:
-    """SlideVQA's EM and F1 of an answer, as SQuAD normalises it: the gold with the best F1 (arXiv 2301.04883).
-
-    >>> answer_parts("the 16 percent", ["16 percent", "16"])
-    Parts(em=1.0, precision=1.0, recall=1.0, f1=1.0)
-    """
-    words = normalise(prediction, "paper").split()
-    best = Parts(0.0, 0.0, 0.0, 0.0)
-    for gold in golds:
-        wanted = normalise(gold, "paper").split()
-        shared = (Counter(words) & Counter(wanted)).total()
-        precision, recall = (shared / len(words), shared / len(wanted)) if shared else (0.0, 0.0)
-        found = Parts(float(words == wanted), precision, recall, _harmonic(precision, recall))
-        best = max(best, found, key=lambda parts: (parts.f1, parts.em))
-    return best
-
-
-def page_parts(claimed: Set[int], right: Set[int]) -> Parts:
-    """EM, precision, recall and F1 of the pages that an answer rests on; no pages for none are right.
-
-    >>> page_parts({1, 2}, {2})
-    Parts(em=0.0, precision=0.5, recall=1.0, f1=0.6666666666666666)
-    """
-    if not claimed and not right:
-        return Parts(1.0, 1.0, 1.0, 1.0)
-    hits = len(claimed & right)
-    precision, recall = hits / len(claimed) if claimed else 0.0, hits / len(right) if right else 0.0
-    return Parts(float(claimed == right), precision, recall, _harmonic(precision, recall))
-
-
-def joint_parts(answer: Parts, pages: Parts) -> Parts:
-    """SlideVQA's joint scores: EM, precision and recall are products, F1 is theirs (HotpotQA, arXiv 1809.09600)."""
-    precision, recall = answer.precision * pages.precision, answer.recall * pages.recall
-    return Parts(answer.em * pages.em, precision, recall, _harmonic(precision, recall))
-
-
-def _harmonic(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-Box = tuple[float, float, float, float]
-"""x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, in any unit."""
-
-
-def box_parts(claimed: Sequence[Box], right: Sequence[Box], threshold: float = 0.5) -> Parts:
-    """Precision, recall and F1 of boxes: a claimed box hits the unmatched one that it overlaps most.
-
-    Overlap is intersection over union, at least `threshold` (PASCAL VOC, IJCV 2010, section 4.2). EM: all boxes are
-    hit, and there are no others.
-
-    >>> box_parts([(0, 0, 2, 2)], [(0, 0, 2, 3), (5, 5, 6, 6)]).recall
-    0.5
-    """
-    left = list(right)
-    for box in claimed:
-        best = max(left, key=lambda other: overlap(box, other), default=None)
-        if best is not None and overlap(box, best) >= threshold:
-            left.remove(best)
-    hits = len(right) - len(left)
-    if not claimed and not right:
-        return Parts(1.0, 1.0, 1.0, 1.0)
-    precision, recall = hits / len(claimed) if claimed else 0.0, hits / len(right) if right else 0.0
-    return Parts(float(hits == len(claimed) == len(right)), precision, recall, _harmonic(precision, recall))
-
-
-def overlap(first: Box, second: Box) -> float:
-    """Return intersection over union of two boxes, 0 where both are empty."""
-    width = min(first[2], second[2]) - max(first[0], second[0])
-    height = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(0.0, width) * max(0.0, height)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
-    return shared / (sum(areas) - shared) if sum(areas) - shared > 0 else 0.0
 
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
-        Protocol("anls", "1", "arXiv 1907.00490; DocVQA, InfographicVQA, MP-DocVQA", anls),
+        Protocol("anls", "2", "arXiv 1907.00490; DocVQA, InfographicVQA, MP-DocVQA", anls),
         Protocol("relaxed", "1", "arXiv 2203.10244, section 5.1; ChartQA", relaxed),
-        Protocol("chartqapro", "1", "arXiv 2504.05506; ChartQAPro", chartqapro),
-        Protocol("mmlongbench", "1", "arXiv 2407.01523, eval_score.py; MMLongBench-Doc", mmlongbench),
-        Protocol("slidevqa", "1", "arXiv 2301.04883; SlideVQA's F1 of answers", lambda p, g, c: answer_parts(p, g).f1),
+        Protocol("chartqapro", "2", "arXiv 2504.05506, evaluate_predictions.py; ChartQAPro", chartqapro),
+        Protocol(
+            "mmlongbench",
+            "2",
+            "arXiv 2407.01523, eval_score.py; MMLongBench-Doc",
+            mmlongbench,
+            abstention=NOT_ANSWERABLE,
+        ),
+        Protocol(
+            "slidevqa",
+            "2",
+            "arXiv 2301.04883, evaluate.py; SlideVQA",
+            lambda prediction, golds, columns: slidevqa_parts(prediction, golds, columns).f1,
+            parts=slidevqa_parts,
+        ),
     )
 }

@@ -58,10 +58,10 @@ BESIDE_NUMBERS = {
     "tokens/processed": "tokens processed",
 }
 """Names of scores -> columns of the table of policies."""
-EXTRA = ("protocol/", "metric/", "pages/", "joint/", "chain/")
+EXTRA = ("protocol/", "metric/", "pages/", "joint/", "chain/", "boxes/")
 EXTRA_NOTE = (
-    "protocol: the benchmark's own rule; pages: the evidence block's pages, per question; joint: answer and pages, as "
-    "SlideVQA has it; chain: of the right answers, the share that rests on exactly the right pages"
+    "protocol: the benchmark's own rule; pages: the evidence block's pages, per question; joint: answer and pages "
+    "together; chain: of the right answers, the share that rests on exactly the right pages; boxes: zooms on gold boxes"
 )
 COUNTS = {
     "num_questions": "questions",

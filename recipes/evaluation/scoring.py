@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from recipes.answers.parsing import ParsedAnswer, is_irrelevant, parse_lenient, parse_trajectory
+from recipes.answers.parsing import ParsedAnswer, parse_lenient, parse_trajectory, says_insufficient
 from recipes.answers.predictions import FAILED, Prediction, Predictions
 from recipes.answers.questions import Question
-from recipes.evaluation.extra import ExtraScorer, Scored, missing
+from recipes.evaluation.extra import ExtraScorer, Scored, Share, missing
 from recipes.evaluation.intervals import Difference, Estimate, Ratio, compare, estimate, mean_of
 from rewards.text import Mode, normalise
 
@@ -57,7 +57,7 @@ class ItemScore:
     predicted: mode -> the text that was compared with the gold answers.
     answer: mode -> its scores.
     abstention: whether it abstains, against whether it should; a missing answer does not abstain.
-    slots, citations: of pages; None if the row has no gold evidence.
+    slots, citations: of pages; None if the row does not say which pages are right.
     extra: further scores by name (`recipes.evaluation.extra`).
     """
 
@@ -129,14 +129,14 @@ def score_answer(prediction: str, golds: Sequence[str], mode: Mode) -> AnswerSco
 
 def score_item(question: Question, prediction: Prediction | None) -> ItemScore:
     """Score what was predicted for one question; None scores 0."""
-    golds = question.answers if question.is_sufficient else ABSTENTION_GOLDS
+    own = tuple(answer for answer in question.answers if question.is_sufficient or says_insufficient(answer))
+    golds = own if question.is_sufficient else (*ABSTENTION_GOLDS, *own)
     text = None if prediction is None or prediction.finish_reason == FAILED else prediction.text
     parsed = None if prediction is None or text is None else _parsed(question, prediction)
     predicted = {"paper": released_prediction(text), "strict": parsed.answer} if text is not None and parsed else {}
     slots = citations = None
-    if question.evidence is not None:
-        relevant = {number for number, gold in enumerate(question.evidence, start=1) if not is_irrelevant(gold)}
-        slots = Decisions.of({slot.index for slot in parsed.evidence if slot.relevant} if parsed else set(), relevant)
+    if (relevant := question.relevant_pages) is not None:
+        slots = Decisions.of(parsed.claimed_pages if parsed else set(), relevant)
         citations = Decisions.of(set(parsed.citations) if parsed else set(), relevant)
     abstains = {1} if parsed and parsed.insufficient else set()
     return ItemScore(
@@ -190,8 +190,11 @@ def with_extra(items: Sequence[ItemScore], scorers: Sequence[ExtraScorer]) -> tu
         else None
         for item in items
     ]
-    none = missing([one for one in extra if one is not None])
-    return tuple(replace(item, extra=none if one is None else one) for item, one in zip(items, extra, strict=True))
+    given = [one for one in extra if one is not None]
+    return tuple(
+        replace(item, extra=missing(given, item.question) if one is None else one)
+        for item, one in zip(items, extra, strict=True)
+    )
 
 
 def compare_evaluations(
@@ -213,14 +216,19 @@ def ratios_of(items: Sequence[ItemScore]) -> dict[str, Ratio]:
     formed_N = np.array([item.parsed is not None and item.parsed.format_ok for item in items])
     cut_N = np.array([item.prediction is not None and item.prediction.finish_reason == "length" for item in items])
     for name in sorted({name for item in items for name in item.extra}):
-        values = [item.extra.get(name) for item in items]
-        given_N = np.array([value is not None for value in values])
-        ratios[name] = mean_of(np.array([value or 0.0 for value in values]), given_N)
+        shares = [_share(item.extra.get(name)) for item in items]
+        ratios[name] = Ratio(np.array([one.part for one in shares]), np.array([one.whole for one in shares]))
     return ratios | {
         "abstention/rate": mean_of(abstains_N),
         "output/format_ok": mean_of(formed_N, present_N),
         "output/truncated": mean_of(cut_N, present_N),
     }
+
+
+def _share(value: float | Share | None) -> Share:
+    if isinstance(value, Share):
+        return value
+    return Share(0.0, 0.0) if value is None else Share(float(value), 1.0)
 
 
 def answer_ratios(items: Sequence[ItemScore]) -> dict[str, Ratio]:

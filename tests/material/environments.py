@@ -50,6 +50,17 @@ class Hanging(Pages):
         return super().step(turn)
 
 
+class Keyed:
+    """Needs a key and an address, and ends after the first turn."""
+
+    def __init__(self, prompt, api_key: str, url: str):
+        assert api_key
+        assert url
+
+    def step(self, turn):
+        return None
+
+
 class Faulty:
     """Raises, answers nonsense, a control token, an unreadable image, too many images, too long, then ends."""
 

@@ -20,6 +20,7 @@ from recipes.evaluate import EvaluateConfig, evaluate, folder_name, spell_out
 from recipes.evaluation.benchmarks import BENCHMARKS, find_benchmark, load_benchmark
 from rsgrpo import cli
 from rsgrpo.errors import ConfigError, RsgrpoError
+from rsgrpo.records.secrets import MASK
 from tests.material import ROOT
 from tests.material.answering import response
 
@@ -205,6 +206,21 @@ def test_an_evaluation_predicts_scores_and_resumes(data, tiny_model_path):
         evaluate(dataclasses.replace(config, seed=7))
     with pytest.raises(ConfigError, match="made with other settings"):
         evaluate(dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template="{images}{question}?")))
+
+
+def test_no_file_of_an_evaluation_holds_a_secret_of_its_settings(data, tiny_model_path):
+    config = fake(data, tiny_model_path, max_questions=1)
+    arguments = {"api_key": "sk-s3cr3t", "url": "http://me:pw-s3cr3t@host/v1"}
+    turns = dataclasses.replace(
+        config.rollout.turns, environment="tests.material.environments:Keyed", arguments=arguments
+    )
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, turns=turns), harness_files=True)
+    evaluate(config)
+    evaluate(config)  # what is masked still counts as the same settings
+    out = data.parent / "out/e"
+    kept = json.loads((out / "settings.json").read_text())["rollout"]["turns"]["arguments"]
+    assert kept == {"api_key": MASK, "url": f"http://{MASK}@host/v1"}
+    assert [file.name for file in out.iterdir() if b"s3cr3t" in file.read_bytes()] == []
 
 
 def test_a_prompt_that_cannot_be_sampled_counts_as_missing(data, tiny_model_path):

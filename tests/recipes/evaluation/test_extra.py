@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,7 +42,57 @@ def test_pages_joint_and_chain_scores():
     assert found["joint/em"].value == pytest.approx(1 / 4)
     assert found["joint/f1"].value == pytest.approx((1 + 2 / 3 + 0 + 0) / 4)
     assert (found["chain/score"].value, found["chain/score"].count) == (0.5, 2)
-    assert found["protocol/anls"].value == pytest.approx(2 / 4)
+    assert found["protocol/anls"].value == pytest.approx((1 + 1 + 0.5 + 0) / 4)  # 17 for 16: one half
+
+
+def scored(protocol: str, rows: list[tuple[Question, str | None]]) -> dict[str, float | None]:
+    answers = {question.id: Prediction(question.id, text) for question, text in rows if text is not None}
+    found = evaluate_predictions(
+        [question for question, _ in rows], Predictions(answers), num_samples=0, scorers=extra_scorers(protocol, {})
+    )
+    return {name: one.value for name, one in found.estimates.items()}
+
+
+def test_mmlongbench_has_its_f1_and_reads_an_abstention_as_not_answerable():
+    none = {"answer_format": "None"}
+    found = scored(
+        "mmlongbench",
+        [
+            (Question("a", "q", answers=("cat",)), "<answer>cat</answer>"),
+            (Question("b", "q", answers=("cat",)), "<answer>insufficient to answer</answer>"),
+            (Question("c", "q", answers=("Not answerable",), columns=none), "<answer>insufficient to answer</answer>"),
+            (Question("d", "q", answers=("Not answerable",), columns=none), "<answer>cat</answer>"),
+            (Question("e", "q", answers=("cat",)), None),  # no answer: wrong, and not an abstention
+        ],
+    )
+    assert found["protocol/mmlongbench"] == pytest.approx(2 / 5)
+    recall, precision = 1 / 3, 1 / 3  # of a, b, e; of a, d, e
+    assert found["protocol/mmlongbench_f1"] == pytest.approx(2 * recall * precision / (recall + precision))
+
+
+def test_slidevqa_joins_the_answer_in_its_own_normalisation_with_the_pages():
+    question = Question("a", "q", ("a.png", "b.png"), answers=("sixteen",), evidence=PAGES)
+    found = scored("slidevqa", [(question, response("16")), (dataclasses.replace(question, id="b"), None)])
+    assert found["protocol/slidevqa_em"] == found["protocol/slidevqa_joint_em"] == 0.5
+    assert found["protocol/slidevqa_joint_f1"] == 0.5
+    assert found["joint/em"] == 0.0  # as SQuAD compares
+
+
+@pytest.mark.parametrize(
+    "columns", [{"evidence_pages": [1]}, {"evidence_pages": "[1]"}, {"answer_page_idx": 0}, {"answer_page_idx": "0"}]
+)
+def test_pages_may_be_named_by_number_as_benchmarks_do(columns):
+    found = scored("", [(Question("a", "q", ("a.png", "b.png"), answers=("16",), columns=columns), response("16"))])
+    assert found["pages/em"] == found["evidence/slot_f1"] == found["chain/score"] == 1.0
+
+
+def test_zooms_are_scored_against_gold_boxes():
+    columns = {"gold_pages": ["p"], "gold_box": [0, 0, 1, 1]}
+    steps = ({"page": "p", "box": [0, 0, 1, 0.9], "at_char": 0}, {"page": "q", "box": [0, 0, 1, 1], "at_char": 0})
+    question = Question("a", "q", answers=("16",), columns=columns)
+    answers = Predictions({"a": Prediction("a", "16", steps=steps)})
+    found = evaluate_predictions([question], answers, num_samples=0, scorers=extra_scorers("", {})).estimates
+    assert (found["boxes/precision"].value, found["boxes/recall"].value) == (0.5, 1.0)
 
 
 def test_rows_without_gold_evidence_have_no_such_scores():
@@ -88,7 +139,7 @@ def settings(**changes) -> EvaluateConfig:
 def test_results_carry_the_protocol_and_what_the_answers_depend_on(folder):
     evaluate(settings(protocol="mmlongbench", bootstrap_samples=10))
     found = json.loads(Path("runs/evaluation/out/results.json").read_text())
-    assert found["protocol"].startswith("mmlongbench 1 (arXiv 2407.01523")
+    assert found["protocol"].startswith("mmlongbench 2 (arXiv 2407.01523")
     assert found["scores"]["protocol"]["mmlongbench"]["value"] == 1.0  # the row's answer_format chose the rule
     assert len(found["prompt_hash"]) == 16
     assert found["pages"] == "at most 5, topk all"

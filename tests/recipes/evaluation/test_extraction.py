@@ -89,8 +89,8 @@ def test_the_models_card_carries_scores_with_all_that_they_depend_on_once(files)
     card = Path("export/README.md").read_text()
     assert card.count("## Evaluations") == 1
     assert card.count("### rows.jsonl, 2 questions") == 2
-    assert "- protocol: mmlongbench 1 (arXiv 2407.01523" in card
-    assert "- protocol: anls 1" in card
+    assert "- protocol: mmlongbench 2 (arXiv 2407.01523" in card
+    assert "- protocol: anls 2" in card
     assert "| answers, strict: EM | 0.0 (0.0 to 0.0) |" in card
     assert card.endswith("## Use\n\nask it\n")
     assert damage(Path("export"), 1) == []
