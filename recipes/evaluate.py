@@ -21,7 +21,7 @@ from recipes.answers.batch import answer_batch
 from recipes.answers.conversations import open_conversing
 from recipes.answers.harness_files import SUFFIXES, write_lmms, write_table
 from recipes.answers.predictions import load_predictions, placed
-from recipes.answers.questions import Question, named_prompt, to_prompt, warn_of_other_prompt
+from recipes.answers.questions import Question, fingerprint_of, named_prompt, to_prompt, warn_of_other_prompt
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.card import add_to_card
@@ -239,6 +239,7 @@ def score(config: EvaluateConfig, questions: Sequence[Question], path: Path, fol
 
     evaluation, other, differences = evaluated(path, "extracted.jsonl"), None, None
     facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
+    facts.append(("question hash", fingerprint_of(questions)))
     facts += protocol_facts(config, path, extracted_by)
     if config.against:
         require_same_settings(path, Path(config.against), mixed=config.mixed)

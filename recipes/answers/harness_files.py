@@ -1,11 +1,17 @@
-"""Prediction files of lmms-eval (`*_samples_*.jsonl`) and VLMEvalKit (.tsv, .xlsx): read and written."""
+"""Files of lmms-eval (`*_samples_*.jsonl`) and VLMEvalKit (.tsv, .xlsx): predictions, and questions with their pages.
+
+VLMEvalKit's tables are those of its ImageBaseDataset: index, question, answer, and pages as base64 (`image`: one, a
+list of them, or the index of the row that has them) or as paths (`image_path`); choices are the columns A, B, C, ...
+"""
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
 import json
 import re
+import string
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +21,9 @@ from rollout.files import replaced, write_text
 from rsgrpo.errors import InputError
 
 SUFFIXES = (".tsv", ".xlsx")
+FAILED_REQUEST = "Failed to obtain answer via API"
+"""How VLMEvalKit's table begins a prediction that it could not get."""
+MAX_INDEX_CHARS = 64  # a shorter image is the index of the row that has it
 XLSX_CELL_CHARS = 32_767
 """Characters of a cell; what writes such files cuts longer texts."""
 _BROKEN = (KeyError, ValueError, IndexError, zipfile.BadZipFile, SyntaxError)  # of archive, sheet and XML
@@ -64,7 +73,57 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         row_id = row.get("id") or row.get("index")
         if row_id is None or "prediction" not in row:
             raise InputError(f"row {number} of {path} needs index and prediction; it has {', '.join(row)}")
-        yield f"row {number} of {path}", {"id": row_id, "raw": row["prediction"]}
+        failed = {"finish_reason": "error"} if row["prediction"].startswith(FAILED_REQUEST) else {}
+        yield f"row {number} of {path}", {"id": row_id, "raw": row["prediction"]} | failed
+
+
+def question_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the questions of a VLMEvalKit table (.tsv) in our columns, other columns as they are.
+
+    A question with choices is asked as VLMEvalKit asks it, with its hint; the letter, the text and both are accepted.
+
+    Raises:
+        InputError: the file cannot be read, or a row lacks a column.
+    """
+    try:
+        table = _tsv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    by_index = {row.get("index", ""): row.get("image", "") for row in table}
+    found = []
+    for number, row in enumerate(table, start=1):
+        if not row.get("index") or not row.get("question"):
+            raise InputError(f"row {number} of {path} needs index and question; it has {', '.join(row)}")
+        image = row.get("image", "")
+        image = by_index.get(image, "") if len(image) <= MAX_INDEX_CHARS else image
+        pages: list[Any] = [f"data:image;base64,{page}" for page in _texts(image)] or _texts(row.get("image_path", ""))
+        own = {name: value for name, value in row.items() if value and name not in ("index", "image_path")}
+        question, answers = _asked(row)
+        row_id = row.get("id") or row["index"]
+        found.append(own | {"id": row_id, "image": pages, "question": question, "answer": answers})
+    return found
+
+
+def _asked(row: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Return the text that is asked, and the accepted answers."""
+    question, answers = row["question"], _texts(row.get("answer", ""))
+    choices = {name: row[name] for name in string.ascii_uppercase if row.get(name)}
+    if not choices:
+        return question, answers
+    hint = [f"Hint: {row['hint']}"] if row.get("hint") else []
+    options = [f"{name}. {text}" for name, text in choices.items()]
+    last = "Please select the correct answer from the options above."
+    texts = [text for one in answers if (choice := choices.get(one)) for text in (choice, f"{one}. {choice}")]
+    return "\n".join([*hint, f"Question: {question}", "Options:", *options, last]), [*answers, *texts]
+
+
+def _texts(cell: str) -> list[str]:
+    """Return the texts of a cell: of a list as Python writes it, or the one that it is."""
+    try:
+        value = ast.literal_eval(cell) if cell[:1] == "[" and cell[-1:] == "]" else cell
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = cell
+    return [str(one) for one in value] if isinstance(value, list) else [cell] * bool(cell)
 
 
 def _tsv(path: Path) -> list[dict[str, str]]:

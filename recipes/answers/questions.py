@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from recipes.answers.harness_files import question_rows
 from recipes.answers.parsing import is_irrelevant, says_insufficient
 from rewards.evisrag import parse_gold
 from rollout.keys import nearest
@@ -84,10 +85,12 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
     Columns: id or qid; question, query or prompt; image or images; and, optional, answer or answers (a text, a list, or
     text with <evidence> and <answer>), is_sufficient, evidence (one text per page).
 
+    A .tsv is a table of VLMEvalKit's questions.
+
     Raises:
         InputError: the source cannot be read, or rows are unusable; it lists them.
     """
-    rows, folder = read_rows(source, keep_broken=True)
+    rows, folder = _table(Path(source)) if source.endswith(".tsv") else read_rows(source, keep_broken=True)
     images = find_images(folder, image_dir)
     questions, faults = [], []
     for row in rows:
@@ -101,6 +104,11 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
             shown = f"  every row: {faults[0]}"
         raise InputError(f"{source}: {len(faults)} of {len(rows)} rows cannot be used:\n{shown}")
     return questions
+
+
+def _table(path: Path) -> tuple[list[Row], Path]:
+    rows = [Row(f"row {number} of {path}", number, row) for number, row in enumerate(question_rows(path), start=1)]
+    return rows, path.parent
 
 
 def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
@@ -141,6 +149,15 @@ def prompt_hash(prompt: Prompt) -> str:
 
 def _file_name(source: str | ImageReference) -> bytes:
     return Path(source if isinstance(source, str) else source.name).name.encode(errors="surrogateescape")
+
+
+def fingerprint_of(questions: Sequence[Question]) -> str:
+    """Return a short fingerprint of a benchmark: ids, questions, accepted answers, number of pages and rule columns."""
+    digest = hashlib.sha256()
+    for one in questions:
+        facts = (one.id, one.question, one.answers, one.is_sufficient, len(one.images), one.evidence, dict(one.columns))
+        digest.update(repr(facts).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def named_prompt(name: str, model: str = "") -> PromptConfig:

@@ -219,6 +219,9 @@ def _tables(results: Results) -> list[Table]:
         ]
         note = "This file minus the other, question by question; p from a paired permutation test."
         tables.append(Table("Against the other file", note, ["mode", "split", *LABELS.values()], rows))
+        rows = [[name, signed(differences[name])] for name in extra if name in differences]
+        if rows:
+            tables.append(Table("Further scores against the other file", note, ["score", "difference"], rows))
     return tables
 
 

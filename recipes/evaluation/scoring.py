@@ -200,9 +200,16 @@ def with_extra(items: Sequence[ItemScore], scorers: Sequence[ExtraScorer]) -> tu
 def compare_evaluations(
     first: Evaluation, second: Evaluation, *, num_samples: int = 1000, num_permutations: int = 10_000, seed: int = 0
 ) -> dict[str, Difference]:
-    """Return first minus second for every answer metric; both have the same questions in the same order."""
+    """Return first minus second for every score that is a mean over the same questions in both.
+
+    Both have the same questions in the same order. Scores whose denominators differ, such as the precision of
+    evidence, are left out: swapping two predictions would change what is counted.
+    """
     assert [item.question.id for item in first.items] == [item.question.id for item in second.items]
-    return compare(answer_ratios(first.items), answer_ratios(second.items), num_samples, num_permutations, seed)
+    one, two = ratios_of(first.items), ratios_of(second.items)
+    names = [name for name in one if name in two and np.array_equal(one[name].below_N, two[name].below_N)]
+    ours, theirs = ({name: ratios[name] for name in names} for ratios in (one, two))
+    return compare(ours, theirs, num_samples, num_permutations, seed)
 
 
 def ratios_of(items: Sequence[ItemScore]) -> dict[str, Ratio]:

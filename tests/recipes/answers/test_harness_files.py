@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
 from pathlib import Path
 
 import pytest
 from openpyxl import Workbook
+from PIL import Image
 
+from recipes import prepare
 from recipes.answers.harness_files import write_lmms, write_table
 from recipes.answers.predictions import Prediction, Predictions, load_predictions, placed
+from recipes.answers.questions import read_questions
 from recipes.evaluate import EvaluateConfig, evaluate
 from rsgrpo.errors import InputError
 
@@ -61,6 +67,46 @@ def test_a_table_as_other_programs_write_it(tmp_path):
     (tmp_path / "broken.xlsx").write_text("no zip")
     with pytest.raises(InputError, match=r"broken\.xlsx cannot be read: BadZipFile"):
         load_predictions(tmp_path / "broken.xlsx")
+
+
+def test_a_request_that_vlmevalkit_could_not_get_through_counts_as_failed(tmp_path):
+    (tmp_path / "t.tsv").write_text("index\tprediction\n0\tFailed to obtain answer via API. \n1\tyes\n")
+    found = load_predictions(tmp_path / "t.tsv").by_id
+    assert [found[name].finish_reason for name in ("0", "1")] == ["error", ""]
+
+
+def test_questions_of_a_vlmevalkit_table_with_pages_and_choices(tmp_path, page_images):
+    first, second = (base64.b64encode(Path(path).read_bytes()).decode() for path in page_images[:2])
+    header = ["index", "image", "image_path", "question", "answer", "A", "B", "C", "hint"]
+    rows = [
+        [3, first, "", "which?", "B", "one", "two", "", "look"],
+        [4, "3", "", "the same page?", "['yes', 'y']", "", "", "", ""],  # the page of row 3
+        [5, repr([first, second]), "['a.png', 'b.png']", "two pages?", "16", "", "", "", ""],
+        [6, "", page_images[0], "a file?", "7", "", "", "", ""],
+    ]
+    with (tmp_path / "t.tsv").open("w", newline="") as file:
+        csv.writer(file, dialect="excel-tab").writerows([header, *rows])
+    choice, same, two, file_row = read_questions(str(tmp_path / "t.tsv"), need_answers=True)
+    assert choice.question == (
+        "Hint: look\nQuestion: which?\nOptions:\nA. one\nB. two\n"
+        "Please select the correct answer from the options above."
+    )
+    assert choice.answers == ("B", "two", "B. two")
+    assert (same.id, same.answers, same.images) == ("4", ("yes", "y"), choice.images)
+    assert [len(question.images) for question in (choice, two)] == [1, 2]
+    assert Image.open(io.BytesIO(choice.images[0])).size == Image.open(page_images[0]).size
+    assert file_row.images == (page_images[0],)
+    (tmp_path / "t.tsv").write_text("index\tanswer\n1\tx\n")
+    with pytest.raises(InputError, match=r"row 1 of .*t\.tsv needs index and question; it has index, answer"):
+        read_questions(str(tmp_path / "t.tsv"))
+
+
+def test_our_own_table_reads_back_as_the_same_questions(tmp_path, page_images):
+    rows = [{"id": "a", "question": "?", "answer": "16", "image": page_images[:2]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    assert prepare.main(["harness", str(tmp_path / "rows.jsonl"), "--prompt", "direct", "--out", str(tmp_path)]) == 0
+    [found] = read_questions(str(tmp_path / "vlmevalkit/rsgrpo_rows.tsv"))
+    assert (found.id, found.answers, len(found.images)) == ("a", ("16",), 2)
 
 
 @pytest.mark.parametrize(
