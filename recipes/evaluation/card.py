@@ -15,7 +15,7 @@ from rsgrpo.report.model_card import CARD_FILE
 
 HEADING = "## Evaluations"
 _BEFORE = "## Use"
-_FACTS = ("protocol", "extractor", "prompt hash", "pages", "pixels", "decoding")
+_FACTS = ("protocol", "question hash", "extractor", "prompt hash", "pages", "pixels", "decoding")
 
 
 def add_to_card(export: Path, results: Results) -> None:

@@ -20,16 +20,8 @@ from rsgrpo.errors import ConfigError, InputError
 
 RESULTS_FILE = "results.json"
 FACTS = (
-    "benchmark",
-    "num_questions",
-    "protocol",
-    "extractor",
-    "settings",
-    "prompt_hash",
-    "pages",
-    "pixels",
-    "decoding",
-)
+    "question_hash", "num_questions", "protocol", "extractor", "settings", "prompt_hash", "pages", "pixels", "decoding",
+)  # fmt: skip
 """What two numbers must share to be compared; `settings` is there where they are not known."""
 SHOWN = ("strict/global/em", "strict/global/f1", "pages/f1", "joint/f1", "chain/score")
 NONE = "-"

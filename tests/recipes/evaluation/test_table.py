@@ -58,6 +58,14 @@ def test_two_protocols_refuse_one_table_unless_told(folder, capsys):
     assert "no evaluation has the score gone; they have paper/global/em" in capsys.readouterr().err
 
 
+def test_other_questions_are_another_benchmark_whatever_the_file_is_called(folder, capsys):
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("16", "17"))
+    config = EvaluateConfig(benchmark="rows.jsonl", topk=0, predictions="one.jsonl", name="changed", protocol="anls")
+    evaluate(config)
+    assert table.main(["runs/evaluation/one-anls", "runs/evaluation/changed"]) == 2
+    assert "question_hash: one-anls: " in capsys.readouterr().err
+
+
 def test_what_is_no_evaluation_is_named(folder, capsys):
     assert table.main(["runs"]) == 2
     assert "runs has no results.json: name a folder that recipes.evaluate wrote" in capsys.readouterr().err
