@@ -202,7 +202,7 @@ def warn_of_other_prompt(prompt: PromptConfig, model: str) -> None:
 def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
     if row.fault:
         raise ValueError(row.fault)
-    columns = in_our_columns(row.columns, texts=("prompt", *QUESTION_KEYS))
+    columns = in_our_columns(_last_turn(row.columns), texts=("prompt", *QUESTION_KEYS))
     row_id = first_of(columns, ID_KEYS)
     own = columns.get("prompt")
     question = first_of(columns, QUESTION_KEYS)
@@ -227,6 +227,22 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
         evidence=evidence,
         columns={name: columns[name] for name in RULE_COLUMNS if columns.get(name) is not None},
     )
+
+
+def _last_turn(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row of ChartQAPro (`Question` and `Answer`, lists of turns) as its last question, with what precedes it.
+
+    Earlier turns are given with their gold answers, as the benchmark has it; any other row comes back as it is.
+    """
+    asked, answers = columns.get("Question"), columns.get("Answer")
+    if not isinstance(asked, list) or not isinstance(answers, list) or not asked or len(asked) != len(answers):
+        return columns
+    turns = [
+        f"Q{n}: {one.strip()}\nA{n}: {answer}" for n, (one, answer) in enumerate(zip(asked, answers, strict=True), 1)
+    ]
+    last = f"Q{len(asked)}: {asked[-1].strip()}" if len(asked) > 1 else asked[-1].strip()
+    context = [f"Context: {text}\n"] if (text := str(columns.get("Paragraph") or "").strip()) else []
+    return {**columns, "question": "\n".join([*context, *turns[:-1], last]), "answer": [str(answers[-1])]}
 
 
 def _gold(answer: Any, evidence: Any) -> tuple[tuple[str, ...], tuple[str, ...] | None]:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from recipes.answers.questions import Question, named_prompt, prompt_hash, read_questions, to_prompt
+from recipes.evaluation.official import chartqapro
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
 
@@ -90,3 +91,17 @@ def test_a_template_file_can_be_passed_and_an_unknown_name_names_the_nearest(tmp
     assert named_prompt(str(tmp_path / "mine.txt")).file == str(tmp_path / "mine.txt")
     with pytest.raises(RsgrpoError, match="did you mean evidence"):
         named_prompt("evidenc")
+
+
+def test_rows_of_chartqapro_are_their_last_question_with_the_turns_before(tmp_path):
+    rows = [
+        {"Question": ["how many?"], "Answer": ["7"], "Year": ["NO"], "Question Type": "Factoid", "Paragraph": ""},
+        {"Question": ["when?", "and then? "], "Answer": ["2019", "2020"], "Year": ["YES", "YES"],
+         "Question Type": "Conversational", "Paragraph": "Sales."},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = read_questions(str(tmp_path / "rows.jsonl"), need_answers=True)
+    assert (one.question, one.answers) == ("how many?", ("7",))
+    assert (two.question, two.answers) == ("Context: Sales.\n\nQ1: when?\nA1: 2019\nQ2: and then?", ("2020",))
+    assert chartqapro("2021", two.answers, two.columns) == 0.0  # a year
+    assert chartqapro("7.1", one.answers, one.columns) == 1.0
