@@ -44,9 +44,20 @@ def read_scores(run_dir: Path) -> RunScores:
         }
     if not last:
         raise InputError(f"{run_dir} has no validation scores")
-    name = run_dir.resolve().name
-    found = SEED.search(name)
-    return RunScores(SEED.sub("", name) or STEM, found[1] if found else "", last)
+    return RunScores(*_arm_and_seed(run_dir.resolve()), last)
+
+
+def _arm_and_seed(run_dir: Path) -> tuple[str, str]:
+    """Return a run's name without its seed, and the seed: as the name has it, else the settings'; "" for none."""
+    name = run_dir.name
+    if found := SEED.search(name):
+        return SEED.sub("", name) or STEM, found[1]
+    settings = run_dir / "config.yaml"
+    found = (
+        re.search(r"^seed: (\d+)$", settings.read_text(encoding="utf-8"), re.MULTILINE) if settings.is_file() else None
+    )
+    seed = found[1] if found else ""
+    return (re.sub(rf"[-_.]{seed}$", "", name) if seed else name), seed
 
 
 def table(runs: Sequence[RunScores]) -> str:

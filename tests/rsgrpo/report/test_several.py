@@ -33,6 +33,13 @@ def test_runs_of_several_seeds_stand_in_one_table(tmp_path, capsys):
     ]
 
 
+def test_a_seed_that_the_name_does_not_spell_out_is_read_from_the_settings(tmp_path):
+    for name, seed in (("demo-1", 1), ("demo-2", 2), ("other", 2), ("v-3", 7)):
+        Path(write_run(tmp_path, name, 0.5), "config.yaml").write_text(f"name: x\nseed: {seed}\ndata:\n  seed: 9\n")
+    found = [read_scores(tmp_path / name) for name in ("demo-1", "demo-2", "other", "v-3")]
+    assert [(run.arm, run.seed) for run in found] == [("demo", "1"), ("demo", "2"), ("other", "2"), ("v-3", "7")]
+
+
 def test_only_seeds_that_both_have_are_paired():
     one = [RunScores("a", "1", {"m": 0.5}), RunScores("a", "2", {"m": 0.5}), RunScores("a", "", {"m": 0.1})]
     two = [RunScores("b", "2", {"m": 0.7}), RunScores("b", "1", {"m": 0.6}), RunScores("b", "3", {"m": 0.9})]
