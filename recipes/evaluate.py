@@ -25,7 +25,7 @@ from recipes.answers.questions import Question, fingerprint_of, named_prompt, to
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.card import add_to_card
-from recipes.evaluation.extra import extra_scorers
+from recipes.evaluation.extra import extra_scorers, unread_columns
 from recipes.evaluation.extraction import VERSION, ExtractorConfig, extract_answers
 from recipes.evaluation.official import PROTOCOLS
 from recipes.evaluation.one_turn import baselines, image_counter
@@ -237,6 +237,11 @@ def score(config: EvaluateConfig, questions: Sequence[Question], path: Path, fol
         scorers = extra_scorers(config.protocol, config.metrics, extracted)
         return evaluate_predictions(questions, predictions, **bootstrap, scorers=scorers)
 
+    for column in unread_columns(config.protocol, questions):
+        console.warning(
+            f"protocol={config.protocol} chooses its rule by the column {column!r}, which no row has: all are scored "
+            "by the rule for texts or numbers, which is not the benchmark's"
+        )
     evaluation, other, differences = evaluated(path, "extracted.jsonl"), None, None
     facts = [("predictions", str(path)), ("benchmark", config.benchmark), ("topk", str(config.topk or "all"))]
     facts.append(("question hash", fingerprint_of(questions)))
@@ -264,6 +269,7 @@ def protocol_facts(config: EvaluateConfig, path: Path, extracted_by: str = "") -
     decoding = ("temperature", "top_p", "top_k", "max_response_tokens")
     return [
         *facts,
+        ("model", str(settings.get("model", {}).get("path") or settings.get("endpoint_model") or "unknown")),
         ("prompt hash", fingerprint(PromptConfig(**settings.get("prompt", {})))),
         ("pages", f"at most {inputs.get('max_images')}, topk {settings.get('topk') or 'all'}"),
         ("pixels", f"{inputs.get('min_pixels')} to {inputs.get('max_pixels')} a page"),

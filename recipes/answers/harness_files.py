@@ -96,7 +96,7 @@ def question_rows(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"row {number} of {path} needs index and question; it has {', '.join(row)}")
         image = row.get("image", "")
         image = by_index.get(image, "") if len(image) <= MAX_INDEX_CHARS else image
-        pages: list[Any] = [f"data:image;base64,{page}" for page in _texts(image)] or _texts(row.get("image_path", ""))
+        pages: list[Any] = [f"data:image/jpeg;base64,{page}" for page in _texts(image)] or _texts(row.get("image_path", ""))
         own = {name: value for name, value in row.items() if value and name not in ("index", "image_path")}
         question, answers = _asked(row)
         row_id = row.get("id") or row["index"]

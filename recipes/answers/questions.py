@@ -90,7 +90,10 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
     Raises:
         InputError: the source cannot be read, or rows are unusable; it lists them.
     """
-    rows, folder = _table(Path(source)) if source.endswith(".tsv") else read_rows(source, keep_broken=True)
+    if source.endswith(".tsv"):
+        rows, folder = read_table(Path(source)), Path(source).parent
+    else:
+        rows, folder = read_rows(source, keep_broken=True)
     images = find_images(folder, image_dir)
     questions, faults = [], []
     for row in rows:
@@ -106,9 +109,9 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
     return questions
 
 
-def _table(path: Path) -> tuple[list[Row], Path]:
-    rows = [Row(f"row {number} of {path}", number, row) for number, row in enumerate(question_rows(path), start=1)]
-    return rows, path.parent
+def read_table(path: Path) -> list[Row]:
+    """Return the questions of a VLMEvalKit table as rows."""
+    return [Row(f"row {number} of {path}", number, row) for number, row in enumerate(question_rows(path), start=1)]
 
 
 def to_prompt(question: Question, template: str, system: str = "") -> Prompt:

@@ -69,6 +69,12 @@ def _protocol(name: str, extracted: Mapping[str, str] | None) -> ExtraScorer:
     return score
 
 
+def unread_columns(protocol: str, questions: Sequence[Question]) -> list[str]:
+    """Return the columns by which a protocol chooses its rule and that no row has, in their first spelling."""
+    reads = PROTOCOLS[protocol].reads if protocol else ()
+    return [names[0] for names in reads if not any(name in one.columns for one in questions for name in names)]
+
+
 def _has_answer(question: Question) -> bool:
     return NOT_ANSWERABLE not in question.answers
 

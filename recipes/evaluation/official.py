@@ -28,6 +28,7 @@ class Protocol:
 
     parts: EM, precision, recall and F1 of an answer, where the benchmark also scores answer and pages jointly.
     abstention: what an answer that abstains is read as; "" leaves it as written.
+    reads: columns that choose the rule for a row, each in its spellings.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Protocol:
     scorer: Scorer
     parts: Callable[[str, Sequence[str], Columns], Parts] | None = None
     abstention: str = ""
+    reads: tuple[tuple[str, ...], ...] = ()
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -248,13 +250,20 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         Protocol("anls", "2", "arXiv 1907.00490; DocVQA, InfographicVQA, MP-DocVQA", anls),
         Protocol("relaxed", "1", "arXiv 2203.10244, section 5.1; ChartQA", relaxed),
-        Protocol("chartqapro", "2", "arXiv 2504.05506, evaluate_predictions.py; ChartQAPro", chartqapro),
+        Protocol(
+            "chartqapro",
+            "2",
+            "arXiv 2504.05506, evaluate_predictions.py; ChartQAPro",
+            chartqapro,
+            reads=(("Year", "year"), ("Question Type", "question_type")),
+        ),
         Protocol(
             "mmlongbench",
             "2",
             "arXiv 2407.01523, eval_score.py; MMLongBench-Doc",
             mmlongbench,
             abstention=NOT_ANSWERABLE,
+            reads=(("answer_format",),),
         ),
         Protocol(
             "slidevqa",

@@ -202,7 +202,9 @@ def add_file_commands(commands: Any) -> None:
         check.add_argument(option_of(name), type=type(about.default), default=None, help=text)
 
     convert = add_command(commands, "convert", run_convert, "convert a table, or the rows of another trainer, to ours")
-    convert.add_argument("source", metavar="FILE", type=Path, help=".csv, .jsonl, .json or .parquet")
+    convert.add_argument(
+        "source", metavar="FILE", type=Path, help=".csv, .tsv (VLMEvalKit's), .jsonl, .json or .parquet"
+    )
     convert.add_argument("--out", type=Path, required=True, help="jsonl file to write")
     convert.add_argument("--image-dir", default="", help="folder that relative image paths start from")
     trainers_help = "whose rows they are (default: told by their columns)"

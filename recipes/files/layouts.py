@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from recipes.answers.batch import rewrite
-from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS, first_of
+from recipes.answers.questions import ANSWER_KEYS, ID_KEYS, IMAGE_KEYS, IMAGE_MARK, QUESTION_KEYS, first_of, read_table
 from rewards.evisrag import read_gold
 from rollout.files import write_bytes
 from rollout.inputs.images import PromptError, bytes_of, opened, read_size
@@ -101,8 +101,11 @@ def convert(
     Raises:
         InputError: the file cannot be read, or its rows have different system messages.
     """
-    is_table = source.suffix == ".csv"
-    rows, folder = (read_csv(source), source.parent) if is_table else read_rows(str(source), keep_broken=True)
+    readers = {".csv": read_csv, ".tsv": read_table}
+    if reader := readers.get(source.suffix):
+        rows, folder = reader(source), source.parent
+    else:
+        rows, folder = read_rows(str(source), keep_broken=True)
     images = find_images(folder, image_dir)
     written: list[dict[str, Any]] = []
     faults: list[str] = []

@@ -107,6 +107,11 @@ def test_our_own_table_reads_back_as_the_same_questions(tmp_path, page_images):
     assert prepare.main(["harness", str(tmp_path / "rows.jsonl"), "--prompt", "direct", "--out", str(tmp_path)]) == 0
     [found] = read_questions(str(tmp_path / "vlmevalkit/rsgrpo_rows.tsv"))
     assert (found.id, found.answers, len(found.images)) == ("a", ("16",), 2)
+    converted = tmp_path / "ours.jsonl"
+    assert prepare.main(["convert", str(tmp_path / "vlmevalkit/rsgrpo_rows.tsv"), "--out", str(converted)]) == 0
+    row = json.loads(converted.read_text())
+    assert (row["answer"], len(row["image"])) == (["16"], 2)
+    assert Image.open(tmp_path / row["image"][0]).size == Image.open(page_images[0]).size
 
 
 @pytest.mark.parametrize(

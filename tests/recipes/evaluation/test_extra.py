@@ -146,6 +146,15 @@ def test_results_carry_the_protocol_and_what_the_answers_depend_on(folder):
     assert "Further scores" in Path("runs/evaluation/out/results.md").read_text()
 
 
+def test_a_protocol_says_which_of_its_columns_no_row_has(folder, capsys):
+    evaluate(settings(protocol="chartqapro", bootstrap_samples=0))
+    said = "".join(capsys.readouterr())
+    assert "protocol=chartqapro chooses its rule by the column 'Year', which no row has" in said
+    assert "the column 'Question Type'" in said
+    evaluate(settings(protocol="mmlongbench", bootstrap_samples=0))  # the row has answer_format
+    assert "chooses its rule" not in "".join(capsys.readouterr())
+
+
 def test_answers_to_different_prompts_do_not_share_a_table(folder):
     with pytest.raises(ConfigError, match=r"were predicted with different settings \(prompt\).*set mixed=true"):
         evaluate(settings(against="two/predictions.jsonl"))
