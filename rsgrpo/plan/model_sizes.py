@@ -186,7 +186,8 @@ def sizes_of(path: str) -> tuple[ModelSizes, str]:
         if re.search(model["pattern"], path.lower()):
             return count_sizes(model["config"]), model["name"]
     raise ConfigError(
-        f"{how_to_get('model.path', path)}. A plan needs its config.json, or 3B, 7B, 32B or 72B in its name"
+        f"{how_to_get('model.path', path)}. A plan needs its config.json, or a name that it knows, such as "
+        "Qwen2.5-VL-7B (conf/model/known.json)"
     )
 
 

@@ -75,6 +75,11 @@ def test_known_models_have_the_parameters_of_their_checkpoints(size, total):
     assert source == f"Qwen{size} (by its name)"
 
 
+@pytest.mark.parametrize("path", ["openbmb/EVisRAG-7B", "org/my-qwen2.5-vl-7b-tuned", "runs/page_desk_7b_sft/export"])
+def test_what_was_made_from_a_known_model_is_known_by_its_size(path):
+    assert sizes_of(path)[1] == "Qwen2.5-VL-7B (by its name)"
+
+
 def test_models_of_other_vendors_are_known_by_name():
     sizes, source = sizes_of("OpenGVLab/InternVL3-8B-hf")
     assert source == "InternVL3-8B (by its name)"
@@ -190,8 +195,8 @@ def test_other_families_and_unknown_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     with pytest.raises(InputError, match=r"is a 'llava' model; supported families are"):
         sizes_of(str(tmp_path))
-    for path in ("runs/mystery/export", "Qwen/Qwen3-VL-32B-Instruct"):
-        with pytest.raises(ConfigError, match=r"needs its config.json, or 3B, 7B, 32B or 72B in its name"):
+    for path in ("runs/mystery/export", "Qwen/Qwen3-VL-32B-Instruct", "mistralai/Mistral-7B-v0.1", "org/llava-1.5-7b"):
+        with pytest.raises(ConfigError, match=r"needs its config.json, or a name that it knows, such as Qwen2.5-VL-7B"):
             sizes_of(path)
 
 
