@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import base64
 import csv
-import io
 import json
 from pathlib import Path
 
 import pytest
 from openpyxl import Workbook
-from PIL import Image
 
 from recipes import prepare
 from recipes.answers.harness_files import write_lmms, write_table
 from recipes.answers.predictions import Prediction, Predictions, load_predictions, placed
 from recipes.answers.questions import read_questions
 from recipes.evaluate import EvaluateConfig, evaluate
+from rollout.inputs.images import read_size
 from rsgrpo.errors import InputError
 
 ROWS = [
@@ -94,7 +93,7 @@ def test_questions_of_a_vlmevalkit_table_with_pages_and_choices(tmp_path, page_i
     assert choice.answers == ("B", "two", "B. two")
     assert (same.id, same.answers, same.images) == ("4", ("yes", "y"), choice.images)
     assert [len(question.images) for question in (choice, two)] == [1, 2]
-    assert Image.open(io.BytesIO(choice.images[0])).size == Image.open(page_images[0]).size
+    assert read_size(choice.images[0]) == read_size(page_images[0])
     assert file_row.images == (page_images[0],)
     (tmp_path / "t.tsv").write_text("index\tanswer\n1\tx\n")
     with pytest.raises(InputError, match=r"row 1 of .*t\.tsv needs index and question; it has index, answer"):
@@ -111,7 +110,7 @@ def test_our_own_table_reads_back_as_the_same_questions(tmp_path, page_images):
     assert prepare.main(["convert", str(tmp_path / "vlmevalkit/rsgrpo_rows.tsv"), "--out", str(converted)]) == 0
     row = json.loads(converted.read_text())
     assert (row["answer"], len(row["image"])) == (["16"], 2)
-    assert Image.open(tmp_path / row["image"][0]).size == Image.open(page_images[0]).size
+    assert read_size(str(tmp_path / row["image"][0])) == read_size(page_images[0])
 
 
 @pytest.mark.parametrize(
