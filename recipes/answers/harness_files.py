@@ -96,7 +96,8 @@ def question_rows(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"row {number} of {path} needs index and question; it has {', '.join(row)}")
         image = row.get("image", "")
         image = by_index.get(image, "") if len(image) <= MAX_INDEX_CHARS else image
-        pages: list[Any] = [f"data:image/jpeg;base64,{page}" for page in _texts(image)] or _texts(row.get("image_path", ""))
+        encoded = [f"data:image/jpeg;base64,{page}" for page in _texts(image)]
+        pages = encoded or _texts(row.get("image_path", ""))
         own = {name: value for name, value in row.items() if value and name not in ("index", "image_path")}
         question, answers = _asked(row)
         row_id = row.get("id") or row["index"]
