@@ -125,7 +125,7 @@ def test_lmms_eval_gets_from_the_server_what_we_get_from_the_model(tmp_path, tin
         assert done.returncode == 0, done.stderr[-2000:]
     finally:
         server.terminate()
-        server.wait(60)
+        server.communicate(timeout=60)  # closes its pipe too
     [samples] = Path(tmp_path / "out").glob("**/*_samples_rsgrpo_rows.jsonl")
     theirs = {name: one.text.strip() for name, one in load_predictions(samples).by_id.items()}
     ours = subprocess.run(
