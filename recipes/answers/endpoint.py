@@ -222,9 +222,13 @@ class Endpoint:
             said = f"{type(error).__name__}: {error}; it begins {content[:80]!r}"
             tell(Answer(prompt, "", "error", f"the reply is not a chat completion: {said}"))
         else:
-            counts = {"num_prompt_tokens": num_prompt, "num_response_tokens": num_response}
-            num_image_tokens = await asyncio.to_thread(self.image_tokens, prompt.images)
-            tell(Answer(prompt, text, reason or "stop", num_image_tokens=num_image_tokens, **counts))
+            num_image = await asyncio.to_thread(self.image_tokens, prompt.images)
+            tell(
+                Answer(
+                    prompt, text, reason or "stop", num_prompt_tokens=num_prompt, num_response_tokens=num_response,
+                    num_image_tokens=num_image,
+                )
+            )  # fmt: skip
 
     async def _ask_streaming(self, prompt: Prompt, tell: Callable[[str | Answer], None]) -> None:
         text, finish_reason = "", "stop"

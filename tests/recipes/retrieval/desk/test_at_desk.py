@@ -131,7 +131,7 @@ def test_the_page_shows_calls_opened_pages_boxes_and_nothing_as_markup(store):
 def test_a_question_that_is_left_frees_the_desk_for_the_next_one(store):
     model = Turns(*TURNS)
     with closing(opened(store, model)) as library:
-        visit = library.ask("what is the rate?", 1, "multi_image")
+        visit: Any = library.ask("what is the rate?", 1, "multi_image")
         while not next(visit).steps:
             pass
         visit.close()
