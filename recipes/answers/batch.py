@@ -17,7 +17,7 @@ from recipes.answers.predictions import FAILED
 from recipes.answers.questions import prompt_hash
 from recipes.answers.types import Answer, Answerer
 from rewards.evisrag import BLOCKS
-from rollout.files import write_text
+from rollout.files import naming_full_disk, write_text
 from rollout.types import ImageSource, Observation, Prompt
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
@@ -118,8 +118,8 @@ def answer_batch(
         share_equal: ask equal prompts with different ids once; correct where sampling is greedy.
 
     Raises:
-        RsgrpoError: `out` holds answers to other prompts or of another model; two prompts share an id; or the answerer
-            gave up, and what was finished is in `out`.
+        RsgrpoError: `out` holds answers to other prompts or of another model; two prompts share an id; the disk is
+            full; or the answerer gave up, and what was finished is in `out`.
     """
     unique = _by_id(prompts)
     done = read_lines(out)
@@ -135,7 +135,8 @@ def answer_batch(
     leaders = {group[0].id: group for group in twins.values()}
     num_written = 0
     asked = [group[0] for group in leaders.values()]
-    with _appending(out) as file, console.phase("answers", total=sum(map(len, leaders.values()))) as bar:
+    total = sum(map(len, leaders.values()))
+    with naming_full_disk(out), _appending(out) as file, console.phase("answers", total=total) as bar:
         try:
             for output in answerer.answer(asked) if asked else ():
                 for prompt in leaders[output.prompt.id]:

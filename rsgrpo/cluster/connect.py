@@ -18,6 +18,11 @@ from rewards.namesakes import namesakes
 from rollout.errors import leave_at_once
 from rsgrpo.errors import RsgrpoError
 
+STARTS = 3
+"""Attempts to start Ray, which gives a node 30 s: too little on a machine that is busy for a moment."""
+
+log = logging.getLogger(__name__)
+
 _abandoned = False
 """Whether this process has lost its Ray, which it cannot start a second time."""
 
@@ -47,17 +52,34 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
     settings = {"address": address, "namespace": "rsgrpo"} if address else own
     # Ray puts the current folder first on the path of every worker.
     first = {"worker_process_setup_hook": "rsgrpo.come_first"} if namesakes(Path.cwd()) else None
-    try:
-        with kept_handlers():
-            ray.init(configure_logging=False, log_to_driver=log_to_driver, runtime_env=first, **settings)
-    except Exception as error:  # Ray has no class of its own for this
-        reason = f"{type(error).__name__}: {str(error).strip()}"
-        if address:
-            message = f"cannot join the Ray cluster at {address} ({reason}). Run `ray start` on every node first."
-        else:
-            message = f"Ray failed to start ({reason}). Run `python -m rsgrpo.doctor` to find out why."
-        raise RsgrpoError(message) from error
+    for tries_left in reversed(range(1 if address else STARTS)):
+        try:
+            with _without_remains(), kept_handlers():
+                ray.init(configure_logging=False, log_to_driver=log_to_driver, runtime_env=first, **settings)
+            break
+        except Exception as error:  # Ray has no class of its own for this
+            reason = f"{type(error).__name__}: {str(error).strip()}"
+            if address:
+                message = f"cannot join the Ray cluster at {address} ({reason}). Run `ray start` on every node first."
+            else:
+                message = f"Ray failed to start ({reason}). Run `python -m rsgrpo.doctor` to find out why."
+            if not tries_left:
+                raise RsgrpoError(message) from error
+            log.warning("Ray failed to start (%s); trying again", reason)
     return True
+
+
+@contextlib.contextmanager
+def _without_remains() -> Iterator[None]:
+    """End the processes that a start of Ray which failed has left behind."""
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    except BaseException:
+        for process in set(psutil.Process().children(recursive=True)) - before:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
 
 
 def abandon_ray(*, owned: bool) -> None:

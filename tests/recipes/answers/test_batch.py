@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from recipes.answers.batch import read_lines
+from rollout.files import WriteError
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError
 from tests.material.answering import Scripted, batch, lines_of, prompts_of
@@ -32,6 +35,13 @@ def test_a_stopped_batch_resumes_where_it_was(tmp_path):
     assert second.asked == ["q2", "q3", "q4"]
     assert (summary.asked, summary.reused, summary.failed) == (3, 2, 0)
     assert [line["id"] for line in lines_of(out)] == [f"q{number}" for number in range(5)]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_one_message_that_says_how_to_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.answers.batch._appending", lambda path: open("/dev/full", "w"))  # noqa: SIM115
+    with pytest.raises(WriteError, match=r"out.jsonl cannot be written: No space left on device. Make room; then run"):
+        batch(prompts_of(2), Scripted(), tmp_path / "out.jsonl")
 
 
 def test_a_line_cut_off_by_a_crash_is_asked_again(tmp_path):

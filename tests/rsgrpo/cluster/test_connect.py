@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 VICTIM = """
 import sys
 from rsgrpo.cluster.connect import connect_ray
@@ -40,3 +42,35 @@ def test_a_process_without_the_token_runs_nothing_in_the_ray_of_a_run(tmp_path):
     assert intruder.returncode
     assert "ran" not in intruder.stdout
     assert not list(Path(tmp_path).glob(".ray/*"))
+
+
+BUSY = """
+import sys
+import psutil
+import ray
+from ray._private import services
+from rsgrpo.cluster.connect import connect_ray
+
+real, failures = services.get_node, int(sys.argv[1])
+
+def get_node(*arguments):
+    global failures
+    failures -= 1
+    if failures >= 0:
+        raise Exception("The current node timed out during startup.")
+    return real(*arguments)
+
+services.get_node = get_node
+connect_ray("", num_cpus=1, object_store_bytes=100 << 20)
+services.get_node = real
+assert ray.get(ray.remote(num_cpus=0)(lambda: 42).remote(), timeout=60) == 42
+print([process.name() for process in psutil.Process().children()].count("gcs_server"), "head")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("failures", "says"), [(1, "1 head"), (9, "Ray failed to start (Exception: The current node")])
+def test_a_ray_that_a_busy_machine_starts_too_slowly_is_started_again(failures, says):
+    done = subprocess.run([sys.executable, "-c", BUSY, str(failures)], capture_output=True, text=True, timeout=240)
+    assert says in done.stdout + done.stderr, done.stderr
+    assert (done.returncode == 0) is (failures == 1)
