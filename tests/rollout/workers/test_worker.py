@@ -22,10 +22,18 @@ from rollout.engine import EngineError, shares
 from rollout.hf.engine import HFEngine
 from rollout.inputs.images import with_bytes
 from rollout.inputs.stored import StoredImage, store_images
+from rollout.meeting import LOOPBACK
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 from rollout.workers.crew import Supervision
 from rollout.workers.pool import RolloutPool
-from rollout.workers.worker import RolloutWorker, WorkerError, WorkerHandle, _PutOnce, start_rollout_worker
+from rollout.workers.worker import (
+    RolloutWorker,
+    WorkerError,
+    WorkerHandle,
+    _meeting_address,
+    _PutOnce,
+    start_rollout_worker,
+)
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
 ROLLOUT = RolloutConfig(max_batch_sequences=8, num_threads=1)
@@ -112,6 +120,7 @@ def test_both_workers_take_part_and_say_who_they_are(pool):
     for state in states:
         assert state["host"]
         assert 50 < state["rss_mb"] < 8_000
+    assert _meeting_address(pool.workers, 60) == LOOPBACK  # all are on one node
     seen = ray.get(pool.workers[0].actor.__ray_call__.remote(lambda self: dict(os.environ)))
     wanted = {"OMP_NUM_THREADS": "1", "RSGRPO_GIVEN": "too"}
     assert {name: seen.get(name) for name in wanted} == wanted
