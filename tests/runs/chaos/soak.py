@@ -33,6 +33,9 @@ from tests.runs.chaos.runs import (
     wait_for_orphans,
 )
 
+MOVES_S = 5.0
+"""Mean seconds of steps after a recovery."""
+
 VICTIMS = {"learner": "ray::LearnerWorker", **TITLES, "gcs": "gcs_server", "driver": ""}
 
 
@@ -71,11 +74,14 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
         with open(place / "console.log", "a") as output:
             process = subprocess.Popen(command, cwd=place, env=variables, stdout=output, stderr=subprocess.STDOUT)
         try:
-            next_at, done = time.monotonic() + draw.uniform(0.5, 1.5) * every_s, num_steps(run)
+            next_at, done, moves = time.monotonic() + draw.uniform(0.5, 1.5) * every_s, num_steps(run), False
             while process.poll() is None:
                 time.sleep(0.2)
-                # A blow needs a step since the last one: else a slow machine would never get anywhere.
-                if time.monotonic() < next_at or num_steps(run) == done:
+                done = min(done, num_steps(run))  # a resume takes back what was not in a checkpoint yet
+                if not moves and num_steps(run) > done:
+                    # Recovered. Without a few seconds of steps a slow machine would never get anywhere.
+                    next_at, moves = max(next_at, time.monotonic() + draw.uniform(0.5, 1.5) * MOVES_S), True
+                if time.monotonic() < next_at or not moves:
                     continue
                 role, kind = draw.choice(list(VICTIMS)), draw.choice((signal.SIGKILL, signal.SIGSTOP))
                 if strike(role, kind, psutil.Process(process.pid), str(place)):
@@ -83,7 +89,7 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
                     with diary.open("a") as file:
                         file.write(f"{struck[-1]}\n")
                     print(f"step {num_steps(run)}: {kind.name} to {role}", flush=True)
-                next_at, done = time.monotonic() + draw.uniform(0.5, 1.5) * every_s, num_steps(run)
+                next_at, done, moves = time.monotonic() + draw.uniform(0.5, 1.5) * every_s, num_steps(run), False
         finally:
             if process.poll() is None:
                 process.kill()
