@@ -17,14 +17,18 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any, Literal, NoReturn, TypeVar
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -229,12 +233,17 @@ def keys(schema: type) -> Iterator[str]:
 def groups(schema: type, config_name: str = "config") -> dict[str, list[str]]:
     """Return the groups of `conf/` that this program takes, each with its options; `recipe` comes first."""
     fields = {field.name for field in dataclasses.fields(schema)}
+    own = resources.files(_package(config_name))
+    options = {"recipe": _options(own / "recipe") + _options(own / "model" / "recipe")}
     folders = sorted(resources.files("conf").iterdir(), key=lambda entry: entry.name)
-    taken = [folder for folder in folders if folder.name in fields and folder.is_dir()]
-    return {
-        folder.name: sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-        for folder in [resources.files(_package(config_name)) / "recipe", *taken]
-    }
+    options |= {folder.name: _options(folder) for folder in folders if folder.name in fields}
+    return {group: sorted(names) for group, names in options.items()}
+
+
+def _options(folder: Traversable) -> list[str]:
+    """Return the names of the yaml files in a folder; none where there is no folder."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return [file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")]
 
 
 def help_text(schema: type, config_name: str = "config", part: str = "") -> str:
@@ -297,7 +306,22 @@ def _package(config_name: str) -> str:
     return "conf" if config_name == "config" else f"conf.{config_name}"
 
 
+class RecipesOfModels(SearchPathPlugin):
+    """Lets hydra also find a program's recipes in `model/recipe`, which change little but the model.
+
+    A search path of the user's own (`hydra.searchpath`) replaces the one of a configuration, but not this.
+    """
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for element in list(search_path.get_path()):
+            package = element.path.removeprefix("pkg://")
+            is_ours = element.provider == "main" and package.partition(".")[0] == "conf"
+            if is_ours and (resources.files(package) / "model" / "recipe").is_dir():
+                search_path.append("rsgrpo", f"pkg://{package}.model")
+
+
 def _store_schema(schema: type) -> None:
+    Plugins.instance().register(RecipesOfModels)
     ConfigStore.instance().store(name="_schema_", node=OmegaConf.structured(_loose(schema)))
 
 

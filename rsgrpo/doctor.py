@@ -250,7 +250,7 @@ def _conf() -> Finding:
     if not (folder / "config.yaml").exists():
         fix = "use a clean environment: another package named conf is found first"
         return Finding("conf", "fail", f"{folder} has no config.yaml", fix)
-    recipes = sorted(path.stem for path in folder.glob("recipe/*.yaml"))
+    recipes = sorted(path.stem for pattern in ("", "model/") for path in folder.glob(f"{pattern}recipe/*.yaml"))
     return Finding("conf", "ok", f"{folder}, recipes: {', '.join(recipes) or 'none'}")
 
 

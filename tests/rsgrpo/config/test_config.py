@@ -96,11 +96,26 @@ def test_every_group_option_composes_with_a_recipe(choice):
 
 def test_every_yaml_file_is_a_config_a_recipe_or_an_option():
     known = {f"{group}/{option}" for group, options in cli.groups(TrainConfig).items() for option in options}
-    known.add("config")
+    known |= {"config", *(f"sft/recipe/{recipe}" for recipe in SFT_RECIPES)}
     for program in ("sft", "evaluate", "train_retriever"):  # the recipes of evaluate are parsed in test_evaluate.py
         recipes = (ROOT / f"conf/{program}/recipe").glob("*.yaml")
         known |= {f"{program}/config", *(f"{program}/recipe/{path.stem}" for path in recipes)}
-    assert known == {str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml")}
+    files = {str(path.relative_to(ROOT / "conf").with_suffix("")) for path in (ROOT / "conf").rglob("*.yaml")}
+    assert known == {name.replace("model/recipe/", "recipe/") for name in files}
+
+
+def test_recipes_of_models_have_the_names_of_all_others_and_a_users_search_path_does_not_hide_them(tmp_path):
+    in_folder = {path.stem for path in (ROOT / "conf/model/recipe").glob("*.yaml")}
+    assert {"qwen3_vl_4b", "qwen3_5_9b", "internvl3_8b", "glm_4_1v_9b", "qwen3_vl_30b_a3b"} < in_folder
+    assert in_folder < set(TRAIN_RECIPES)
+    assert in_folder == {path.stem for path in (ROOT / "conf/sft/model/recipe").glob("*.yaml")} < set(SFT_RECIPES)
+    (tmp_path / "recipe").mkdir()
+    mine = "# @package _global_\ndefaults:\n  - qwen3_5_9b\nname: mine\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(mine)
+    for config_name, schema in (("config", TrainConfig), ("sft", SftConfig)):
+        where = f"hydra.searchpath=[file://{tmp_path}, pkg://conf]"
+        config = cli.compose(schema, config_name, [where, "recipe=mine"])
+        assert (config.name, config.model.path) == ("mine", "Qwen/Qwen3.5-9B")
 
 
 def test_the_reference_recipe_has_the_published_hyper_parameters():
