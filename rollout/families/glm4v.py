@@ -21,6 +21,8 @@ class Glm4V(Family):
     )  # fmt: skip
     turn_tokens = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
     end_token = "<|user|>"
+    # transformers' layers always have these biases; without the key vLLM would skip them in silence.
+    engine_config: ClassVar[dict[str, dict[str, Any]]] = {"text_config": {"attention_bias": True}}
     template_options: ClassVar[dict[str, Any]] = {"enable_thinking": False}
 
     def limits(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ vLLM's worker processes load this module by name (`worker_extension_cls`); impor
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,15 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from rollout.vllm.wire import GlooGroup, HeldChecksum, checksum
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig as EngineConfig
+
+_EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
+"""Matrices of all experts of a layer: the published name -> vLLM's."""
 
 
 @dataclass
@@ -53,6 +57,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):  # type: ignore[
     init_info_cls = GlooInit
     update_info_cls = GlooUpdate
     group: GlooGroup | None = None
+    kernels: Sequence[tuple[Any, Any]] = ()
 
     def init_transfer_engine(self, init_info: GlooInit) -> None:
         rank = init_info.rank_offset + self.parallel_config.rank
@@ -61,6 +66,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):  # type: ignore[
         )
 
     def start_weight_update(self) -> None:
+        self.kernels = forget_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -75,6 +81,7 @@ class GlooReceiver(WeightTransferEngine[GlooInit, GlooUpdate]):  # type: ignore[
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        restore_kernels(self.kernels)
 
     def shutdown(self) -> None:
         self.group = None
@@ -87,8 +94,11 @@ class WeightReceiver:
         vllm_config: EngineConfig
         model_runner: Any
 
+    kernels: Sequence[tuple[Any, Any]] = ()
+
     def receive_start(self) -> None:
         """Expect weights in checkpoint format, by `receive_chunk`."""
+        self.kernels = forget_kernels(self.model_runner.get_model())
         with set_current_vllm_config(self.vllm_config):
             initialize_layerwise_reload(self.model_runner.get_model())
 
@@ -101,6 +111,7 @@ class WeightReceiver:
         """Use the loaded weights."""
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(self.model_runner.get_model(), self.vllm_config.model_config)
+        restore_kernels(self.kernels)
         self.model_runner.reset_lora_state()
 
     def missing_parts(self, names: list[str]) -> list[str]:
@@ -116,7 +127,7 @@ class WeightReceiver:
                 whole = layer.rpartition(".")[2]
                 parts = model.packed_modules_mapping.get(whole, [whole])
                 segments = {segment for name in came.get(held_by, ()) for segment in name.split(".")}
-                if whole not in segments:
+                if whole not in segments and not (whole == "routed_experts" and segments):
                     missing += [f"{held_by} ({part})" for part in parts if part not in segments]
         return missing
 
@@ -131,6 +142,29 @@ class WeightReceiver:
         return [(hf_names, *checksum(parameters[held_by])) for held_by, hf_names in held.items()]
 
 
+def forget_kernels(model: Any) -> list[tuple[Any, Any]]:
+    """On CPU, let vLLM pack the experts of an update as it packs those that it loads; return what was forgotten.
+
+    vLLM 0.32 packs them for its CPU kernel only while a layer has no kernel yet (`UnquantizedFusedMoEMethod.
+    _setup_kernel`). After an update it would read unpacked matrices as packed ones, or refuse a width that it had
+    padded.
+    """
+    if not current_platform.is_cpu():
+        return []
+    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    kernels = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
+    for method, _ in kernels:
+        method.moe_kernel = None
+    return kernels
+
+
+def restore_kernels(kernels: Iterable[tuple[Any, Any]]) -> None:
+    """Give layers to which the update sent no experts their kernels back."""
+    for method, kernel in kernels:
+        if method.moe_kernel is None:
+            method.moe_kernel = kernel
+
+
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
     """Return the model's parameters by the names that they have without adapters."""
     return {name.replace(".base_layer.", "."): parameter for name, parameter in model.named_parameters()}
@@ -142,6 +176,9 @@ def _names_by_parameter(names: Iterable[str], model: Any, parameters: dict[str, 
     held: dict[str, list[str]] = {}
     for name in names:
         for mapped in model.hf_to_vllm_mapper.apply_list([name]):
+            layer, _, part = mapped.rpartition(".experts.")
+            if part in _EXPERTS:
+                mapped = f"{layer}.experts.routed_experts.{_EXPERTS[part]}"
             whole = ".".join(fused.get(segment, segment) for segment in mapped.split("."))
             held_by = mapped if mapped in parameters else whole
             if held_by in parameters:

@@ -31,7 +31,9 @@ def test_another_dtype_is_refused_with_the_one_that_runs(path):
 
 
 @pytest.mark.slow
-def test_vllm_samples_right_before_and_after_new_weights(path, page_images):
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_vllm_samples_right_before_and_after_new_weights(family, path, tiny_model_path, tmp_path, page_images):
+    path = path if family == "qwen3_5" else save_family(family, tiny_model_path, tmp_path)
     prompts = [
         Prompt("two", "page 1 shows a code 4 <image> and <image> what amount?", tuple(page_images[:2])),
         Prompt("none", "page 1 shows a code 4 and an amount 7 insufficient to answer?"),
@@ -49,9 +51,12 @@ def test_vllm_samples_right_before_and_after_new_weights(path, page_images):
 
 
 def assert_follows(engine, model, prompts) -> None:
-    """The log-probabilities are as near to float32 as bfloat16 is."""
+    """The log-probabilities are as near to float32 as bfloat16 is; a token may take another expert than in float32."""
+    is_mixture = model.config.model_type.endswith("_moe")
     for group in engine.generate(prompts, SamplingParams(group_size=2, max_tokens=12)):
         assert group.error is None
         for rollout in group.rollouts:
             expected = reference_logprobs(model, engine.processor, group.prompt, rollout.token_ids_T)
-            torch.testing.assert_close(torch.tensor(rollout.logprobs_T), expected, atol=0.08, rtol=0)
+            difference_T = (torch.tensor(rollout.logprobs_T) - expected).abs()
+            assert difference_T.max() < (0.4 if is_mixture else 0.08)
+            assert difference_T.mean() < 0.04
