@@ -22,6 +22,7 @@ DECIDED = {
     "enable_lora": "model.lora.rank",
     "max_lora_rank": "model.lora.rank",
     "dtype": "rollout.dtype",
+    "enable_return_routed_experts": "rollout.routing_replay",
     "tensor_parallel_size": "rollout.vllm.tensor_parallel_size",
     "gpu_memory_utilization": "rollout.vllm.gpu_memory_utilization",
     "kv_cache_memory_bytes": "rollout.vllm.kv_cache_gib",
@@ -142,6 +143,10 @@ class RolloutConfig:
         'How the fake engine writes the gold response of a row that brings none: "module:function" of its truth; "" '
         "writes the answer alone.",
     )
+    routing_replay: bool = key(
+        False,
+        "Mixtures of experts: record which experts each sampled token took, and let the learner compute with the same.",
+    )
     timeout_s: float = key(3600.0, "Time limit for one batch of one worker.", gt=0)
     max_restarts: int = key(
         3,
@@ -155,6 +160,10 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         check(self, "rollout")
+        require(
+            not self.routing_replay or self.engine != "fake",
+            "rollout.routing_replay=true needs an engine that runs a model. Set rollout.engine to hf or vllm.",
+        )
 
     @property
     def max_observation_tokens(self) -> int:

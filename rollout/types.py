@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+
 
 @runtime_checkable
 class ImageReference(Protocol):
@@ -103,6 +105,8 @@ class Rollout:
         "turns" at the limit of turns.
     weights_version: version of the weights that sampled it.
     observations: what an environment wrote behind each turn, in order.
+    experts_RLk: (R - 1, layers, k) uint8 or uint16, the experts that all tokens but the last took in each decoder
+        layer, those of observations in their places; None: not recorded.
     """
 
     token_ids_T: Sequence[int]
@@ -112,6 +116,7 @@ class Rollout:
     finish_reason: FinishReason
     weights_version: int
     observations: tuple[Observation, ...] = ()
+    experts_RLk: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +125,11 @@ class RolloutGroup:
 
     num_prompt_tokens: length of the rendered prompt, every vision token counted.
     error: why the prompt could not be sampled (then `rollouts` is empty); None when it was.
+    prompt_experts_TLk: (prompt tokens, layers, k), as `Rollout.experts_RLk`.
     """
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     num_prompt_tokens: int = 0
     error: str | None = None
+    prompt_experts_TLk: np.ndarray | None = field(default=None, compare=False, repr=False)

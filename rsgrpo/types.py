@@ -60,6 +60,7 @@ class Sample:
     rollout_logprobs_T: np.ndarray | None = None
     ref_logprobs_T: np.ndarray | None = None
     observations: tuple[Observation, ...] = ()
+    experts_RLk: np.ndarray | None = None  # as `Rollout` has them; None lets the policy choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class TrainGroup:
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+    prompt_experts_TLk: np.ndarray | None = None  # as `RolloutGroup` has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class MicroBatch:
     rollout_logprobs_N: torch.Tensor | None = None
     ref_logprobs_N: torch.Tensor | None = None
     old_logprobs_N: torch.Tensor | None = None
+    experts_TLk: torch.Tensor | None = None  # (T, layers, k) int16; -1 lets the policy choose, None everywhere
 
 
 class TokenScores(NamedTuple):

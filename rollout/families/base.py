@@ -45,6 +45,7 @@ class Family:
         wrapper: tokens around the image tokens of one image that the chat template leaves out; empty: none.
         language_prefix, vision_prefixes: of the names of the decoder's and the tower's weights.
         engine_tower: pattern of the tower's parameters by the names that vLLM has for them.
+        engine_config: part of the model's config -> keys that vLLM reads there and transformers does not write.
         no_mask: decoder arguments that keep transformers from building a mask for an attention that needs none.
         template_options: arguments of the chat template.
         layer_kinds: of the decoder's layers, as `layer_types` of the configuration names them, that are supported.
@@ -60,6 +61,7 @@ class Family:
     language_prefix: ClassVar[str] = "model.language_model."
     vision_prefixes: ClassVar[tuple[str, ...]] = ("model.visual.",)
     engine_tower: ClassVar[tuple[str, ...]] = ("*visual.*",)
+    engine_config: ClassVar[dict[str, dict[str, Any]]] = {}
     no_mask: ClassVar[dict[str, Any]] = {}
     template_options: ClassVar[dict[str, Any]] = {}
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"full_attention"})
@@ -193,7 +195,7 @@ class Family:
                 "use_sliding_window=false in its config.json."
             )
         decoder.config._attn_implementation = attention
-        route_in_float32(self.routers(model))
+        route_in_float32(self.routers(model).values())
         return decoder
 
     def recurrent_layers(self, model: Any) -> Sequence[nn.Module]:
@@ -203,13 +205,13 @@ class Family:
         """
         return ()
 
-    def routers(self, model: Any) -> Sequence[nn.Module]:
-        """Return the modules that choose each token's experts; a dense model has none.
+    def routers(self, model: Any) -> dict[int, nn.Module]:
+        """Return the modules that choose each token's experts, by the index of their layer; a dense model has none.
 
         Each has the interface of transformers' `Qwen3VLMoeTextTopKRouter`.
         """
         layers: list[Any] = list(self.decoder_layers(model))
-        return [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "experts")]
+        return {index: layer.mlp.gate for index, layer in enumerate(layers) if hasattr(layer.mlp, "experts")}
 
     def whole_inputs(
         self, model: Any, token_ids_BT: torch.Tensor, pixel_values: torch.Tensor | None, grid: torch.Tensor | None

@@ -24,6 +24,7 @@ from rollout.engine import Backend, EngineError, EngineOptions, check_sampling
 from rollout.families import Family, family_of
 from rollout.families.features import FeatureCache
 from rollout.hf.decoding import ATTENTION_NAME, Prefilled, decode, join, prefill
+from rollout.hf.experts import ExpertRecorder
 from rollout.hf.sampling import rollout_uniforms, sample_tokens
 from rollout.hf.turns import Block, Conversations
 from rollout.inputs.images import PromptError
@@ -73,6 +74,7 @@ class HFEngine:
 
         Raises:
             InputError: no family adapter for this model, or layers that this engine cannot compute.
+            ConfigError: a setting that the model does not allow.
         """
         chosen = EngineOptions(**options)
         if chosen.num_threads or rollout.num_threads:
@@ -95,6 +97,11 @@ class HFEngine:
         self._vision = {name for name in self._tensors if name.startswith(self._family.vision_prefixes)}
         self._missing: set[str] | None = None
         self._features = FeatureCache(FEATURE_CACHE_BYTES)
+        routers = self._family.routers(self._model)
+        if rollout.routing_replay and not routers:
+            raise ConfigError(f"rollout.routing_replay: {self._family.model_type} has no experts. Set it to false.")
+        num_layers = len(self._family.decoder_layers(self._model))
+        self._experts = ExpertRecorder(routers if rollout.routing_replay else {}, num_layers)
         self._rollout, self._make_environment = rollout, load_environment(rollout.turns)
 
     def generate(
@@ -139,8 +146,8 @@ class HFEngine:
             for some in _chunks(siblings, at_once):
                 for rollouts, more in zip(rollouts_P, self._sample(batch, some, sampling, listen), strict=True):
                     rollouts += more
-            for one, rollouts in zip(batch, rollouts_P, strict=True):
-                yield RolloutGroup(one.prompt, tuple(rollouts), num_prompt_tokens=one.num_tokens)
+            for one, rollouts, experts in zip(batch, rollouts_P, self._experts.prompts(len(batch)), strict=True):
+                yield RolloutGroup(one.prompt, tuple(rollouts), one.num_tokens, prompt_experts_TLk=experts)
 
     def _prepare(self, prompt: Prompt, group_size: int, listen: Listener | None) -> _Ready:
         inputs, limits = self.processor.encode(prompt), self._rollout.turns
@@ -246,6 +253,7 @@ class HFEngine:
         listen: Listener | None = None,
     ) -> list[list[Rollout]]:
         """Sample these siblings of each prompt: one list of rollouts per prompt."""
+        self._experts.begin()
         prompts = join([self._prefill([one.inputs for one in part]) for part in _by_tokens(batch)])
         draws = [
             rollout_uniforms(sampling.seed, one.prompt.id, sibling, sampling.max_tokens)
@@ -264,6 +272,7 @@ class HFEngine:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
+            self._experts.belongs_to(rows_B)
             if listen is not None:
                 listen(tokens_B)
             return tokens_B, logprobs_B
@@ -279,7 +288,7 @@ class HFEngine:
                 prompts, episodes, self._next_logits, choose, self._read, patience_s=patience_s, **limits
             ).run()
             rollouts = [episode.rollout(self.weights_version) for episode in episodes]
-        return [list(group) for group in _chunks(rollouts, len(siblings))]
+        return [list(group) for group in _chunks(self._experts.attached(rollouts), len(siblings))]
 
     def _num_sequences(self, num_positions: int) -> int:
         """Return how many sequences of this length, padding included, are sampled at once."""
@@ -298,6 +307,8 @@ class HFEngine:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+        everywhere = torch.ones_like(tokens_B1, dtype=torch.bool)
+        self._experts.decoded(everywhere if attention_mask is None else attention_mask[:, 0, 0, -1:])
         logits: torch.Tensor = self._head(hidden[:, -1])
         return logits
 
@@ -313,6 +324,7 @@ class HFEngine:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+        self._experts.decoded(block.is_token_BL)
         return self._head(hidden[:, -1]), positions_3BL.amax(dim=(0, 2)) + 1
 
     def _embedded(
@@ -339,7 +351,9 @@ class HFEngine:
         positions_3PT, decoder_inputs = self._embedded(token_ids_PT, is_token_PT, prompts)
         positions_3PT = positions_3PT.to(self.device)
         decoder_inputs["position_ids"] = self._family.decoder_positions(positions_3PT)
-        return prefill(self._decoder, self._head, decoder_inputs, is_token_PT.to(self.device), positions_3PT)
+        prefilled = prefill(self._decoder, self._head, decoder_inputs, is_token_PT.to(self.device), positions_3PT)
+        self._experts.prefilled(is_token_PT)
+        return prefilled
 
     def _image_features(self, prompt: PromptInputs) -> list[torch.Tensor]:
         """Look up or compute the features of a prompt's images.

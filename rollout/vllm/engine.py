@@ -28,7 +28,7 @@ from rollout.inputs.processor import InputProcessor, preparing
 from rollout.turns.environment import load_environment
 from rollout.turns.episode import begin_episodes
 from rollout.types import Observation, Prompt, RolloutGroup, SamplingParams
-from rollout.vllm.launch import TOWER, environment, max_model_len, prepare, start_timeout_s
+from rollout.vllm.launch import TOWER, environment, max_model_len, model_overrides, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, sampling_params, to_group
 from rollout.vllm.turns import Conversations
@@ -70,6 +70,7 @@ class VllmEngine:
         arguments["mm_processor_kwargs"] = {"do_resize": False, **limits}
         if arguments.get("sleep_preserve_parameter_names") == [TOWER]:
             arguments["sleep_preserve_parameter_names"] = list(processor.family.engine_tower)
+        arguments["hf_overrides"] = model_overrides(processor.family, arguments.get("hf_overrides", {}))
         self.num_workers = rollout.vllm.tensor_parallel_size
         self.weights_version = 0
         self._rollout, self._config = rollout, rollout.vllm
@@ -207,7 +208,7 @@ class VllmEngine:
                 ask = partial(self._finished, prompt, listen=listen)
                 streams = listen is not None
                 conversations = Conversations(prompt, sampling, self.processor, self._episodes, ask, streams)
-                return RolloutGroup(prompt, await conversations.group(episodes, request, num_tokens), num_tokens)
+                return await conversations.group(episodes, request, num_tokens)
             params = sampling_params(self.processor, prompt, sampling, streams=listen is not None)
             output = await self._finished(prompt, request, params, listen)
         except PromptError as error:

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 
 from rollout.config import ConfigError, InputsConfig, RolloutConfig, VllmConfig
 from rollout.engine import Backend, EngineOptions
+from rollout.families import Family
 from rollout.keys import nearest, require
 
 CPU_BLOCK_SIZE = 32  # vLLM's default on CPU is 128: shorter prompts would never hit the prefix cache
@@ -52,6 +53,8 @@ def prepare(
     config = check_model(model_path, rollout, inputs, options)
     if cpu and "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
         rollout = for_recurrent_layers_on_cpu(rollout)
+    if rollout.routing_replay:
+        check_replay(config, rollout, cpu=cpu)
     backend: Backend = "gloo" if cpu else "ipc" if options.colocated else "nccl"
     arguments = engine_arguments(
         model_path,
@@ -102,6 +105,32 @@ def for_recurrent_layers_on_cpu(rollout: RolloutConfig) -> RolloutConfig:
     )
     engine_args = {**rollout.vllm.engine_args, "enable_prefix_caching": False}
     return replace(rollout, vllm=replace(rollout.vllm, engine_args=engine_args))
+
+
+def model_overrides(family: Family, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what vLLM reads in the place of the model's config.json. given: by the user, who has the last word."""
+    needed = family.engine_config.items()
+    return {**given, **{part: {**keys, **given.get(part, {})} for part, keys in needed}}
+
+
+def check_replay(config: Any, rollout: RolloutConfig, *, cpu: bool) -> None:
+    """Refuse routing replay where vLLM cannot return the experts that it took.
+
+    Raises:
+        ConfigError: names the setting and what to change.
+    """
+    if not getattr(config.get_text_config(), "num_experts", 0):
+        raise ConfigError(f"rollout.routing_replay: {config.model_type} has no experts. Set it to false.")
+    if cpu:
+        raise ConfigError(
+            "rollout.routing_replay=true needs vLLM on GPUs: its CPU build does not return experts. Set "
+            "rollout.engine=hf or rollout.routing_replay=false."
+        )
+    require(
+        rollout.vllm.prefix_caching,
+        "rollout.routing_replay=true: vLLM keeps the experts beside its prefix cache. Set "
+        "rollout.vllm.engine_args.enable_prefix_caching=true.",
+    )
 
 
 def max_model_len(rollout: RolloutConfig, inputs: InputsConfig) -> int:
@@ -217,6 +246,7 @@ def _fixed(model_path: str, rollout: RolloutConfig, inputs: InputsConfig, *, cpu
         "generation_config": "vllm",
         "enable_sleep_mode": vllm.sleep_level > 0 and not cpu,
         "worker_extension_cls": WORKER_EXTENSION,
+        "enable_return_routed_experts": rollout.routing_replay,
     }
     if vllm.tensor_parallel_size > 1 and not cpu:
         fixed["distributed_executor_backend"] = "mp"  # inside a Ray actor vLLM would start actors of its own

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from rollout.engine import EngineError
 from rollout.inputs.images import PromptError
@@ -82,10 +85,35 @@ def to_group(
         if completion.finish_reason not in ("stop", "length"):
             return RolloutGroup(prompt, (), num_tokens, error=f"vLLM ended a rollout by {completion.finish_reason}")
         token_ids_T, logprobs_T = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
-        rollouts.append(processor.rollout(token_ids_T, logprobs_T, oldest_version(completion)))
+        rollout = processor.rollout(token_ids_T, logprobs_T, oldest_version(completion))
+        _, experts_RLk = split_experts(completion, num_tokens, num_tokens + len(token_ids_T))
+        rollouts.append(replace(rollout, experts_RLk=experts_RLk))
+    prompt_experts_TLk, _ = split_experts(completion, num_tokens, num_tokens + len(token_ids_T))
     if not sampling.temperature:
         rollouts *= sampling.group_size
-    return RolloutGroup(prompt, tuple(rollouts), num_tokens)
+    return RolloutGroup(prompt, tuple(rollouts), num_tokens, prompt_experts_TLk=prompt_experts_TLk)
+
+
+def split_experts(
+    completion: Any, num_prompt_tokens: int, num_tokens: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the experts of the prompt's tokens and of what follows, as our types have them; None: not recorded.
+
+    num_tokens: of prompt and response with what it read. The last one was never computed with.
+
+    Raises:
+        EngineError: vLLM recorded another number of tokens.
+    """
+    experts = completion.routed_experts
+    if experts is None:
+        return None, None
+    if len(experts) != num_tokens - 1:
+        raise EngineError(
+            f"vLLM returned the experts of {len(experts)} tokens, not of {num_tokens - 1}. Set "
+            "rollout.routing_replay=false."
+        )
+    # Copies: siblings do not keep each other's prompt in memory.
+    return experts[:num_prompt_tokens].copy(), experts[num_prompt_tokens:].copy()
 
 
 def oldest_version(completion: Any) -> int:

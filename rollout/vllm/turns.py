@@ -9,12 +9,14 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from rollout.engine import EngineError
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, PromptInputs, pixel_hash
 from rollout.turns.episode import Episode
-from rollout.types import Prompt, Rollout, SamplingParams
-from rollout.vllm.requests import oldest_version, sampling_params
+from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
+from rollout.vllm.requests import oldest_version, sampling_params, split_experts
 
 Ask = Callable[[dict[str, Any], Any], Awaitable[Any]]
 """(request, vLLM's sampling parameters) -> its finished output."""
@@ -35,7 +37,7 @@ class Conversations:
     ask: Ask
     streams: bool = False
 
-    async def group(self, episodes: Sequence[Episode], request: dict[str, Any], num_tokens: int) -> tuple[Rollout, ...]:
+    async def group(self, episodes: Sequence[Episode], request: dict[str, Any], num_tokens: int) -> RolloutGroup:
         """Sample one rollout per episode.
 
         request, num_tokens: as `build_request` returns them.
@@ -52,11 +54,18 @@ class Conversations:
                 ]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return tuple(task.result() for task in running)
+        rollouts, experts = zip(*(task.result() for task in running), strict=True)
+        return RolloutGroup(self.prompt, rollouts, num_tokens, prompt_experts_TLk=experts[0])
 
-    async def _rollout(self, episode: Episode, index: int, request: dict[str, Any], num_tokens: int) -> Rollout:
-        """Sample turn by turn. Tokens go back as they were sampled; nothing is tokenised again."""
+    async def _rollout(
+        self, episode: Episode, index: int, request: dict[str, Any], num_tokens: int
+    ) -> tuple[Rollout, np.ndarray | None]:
+        """Sample turn by turn; return the rollout and the experts of its prompt.
+
+        Tokens go back as they were sampled; nothing is tokenised again. The last turn's experts are those of all turns.
+        """
         in_thread = asyncio.get_running_loop().run_in_executor
+        num_prompt_tokens = num_tokens
         versions: list[int] = []
         while True:
             left, turn = self.sampling.max_tokens - episode.num_tokens, len(versions) + 1
@@ -75,7 +84,10 @@ class Conversations:
             versions.append(oldest_version(completion))
             answer = await in_thread(self.pool, _answer, episode, token_ids, logprobs, len(token_ids) >= left)
             if answer is None:
-                return episode.rollout(min(versions))
+                num_tokens += len(token_ids)
+                prompt_experts_TLk, experts_RLk = split_experts(completion, num_prompt_tokens, num_tokens)
+                rollout = replace(episode.rollout(min(versions)), experts_RLk=experts_RLk)
+                return rollout, prompt_experts_TLk
             num_tokens += len(token_ids) + len(answer.token_ids_T)
             images = episode.last_images
             request = await in_thread(self.pool, continued, self.processor, request, token_ids, answer, images)

@@ -106,10 +106,11 @@ def _train_group(scored: ScoredGroup, terms_G: Sequence[Terms]) -> TrainGroup:
             advantages_KT=np.where(scope_KT, advantages_KT, 0.0).astype(np.float32),
             rollout_logprobs_T=np.asarray(rollout.logprobs_T, dtype=np.float32),
             observations=rollout.observations,
+            experts_RLk=rollout.experts_RLk,
         )
         for rollout, (scope_KT, advantages_KT) in zip(scored.group.rollouts, terms_G, strict=True)
     )
-    return TrainGroup(prompt=scored.group.prompt, samples=samples)
+    return TrainGroup(scored.group.prompt, samples, scored.group.prompt_experts_TLk)
 
 
 def determined_at(credit: Credit, num_chars: int) -> int:

@@ -154,7 +154,7 @@ def compare_engines(
         # At a temperature far below the tolerance a log-probability is the distance to the best token.
         sharp = tolerance / 10
         margins = _first(learner.logprobs(asked, temperature=sharp))
-        unseen_asked = [as_train_group(group, page) for group, page in zip(seen, blank, strict=True)]
+        unseen_asked = [as_train_group(group, page, replays=False) for group, page in zip(seen, blank, strict=True)]
         without = _first(learner.logprobs(unseen_asked, temperature=1.0))
         for p, group in enumerate(seen):
             where = f"engine {index}, {group.prompt.id}"
@@ -232,7 +232,8 @@ def _turn_checks(
         [replace(each, images=tuple(grey[turn])) if each is observation else each for each in rollout.observations]
         for turn, observation in read.items()
     ]
-    without = [replace(asked, samples=(replace(asked.samples[0], observations=tuple(each)),)) for each in blank]
+    bare = replace(asked.samples[0], experts_RLk=None)
+    without = [replace(asked, samples=(replace(bare, observations=tuple(each)),)) for each in blank]
     expected, *changed = _first(learner.logprobs([asked, *without], temperature=1.0))
     checks = [
         _at_most(where, "log-probabilities differ by", _largest(np.asarray(rollout.logprobs_T), expected), tolerance)
@@ -274,16 +275,25 @@ def _noise(seed: int) -> bytes:
     return page.getvalue()
 
 
-def as_train_group(group: RolloutGroup, prompt: Prompt) -> TrainGroup:
-    """Return the group's responses after `prompt`, as the learner takes them; they teach nothing."""
+def as_train_group(group: RolloutGroup, prompt: Prompt, *, replays: bool = True) -> TrainGroup:
+    """Return the group's responses after `prompt`, as the learner takes them; they teach nothing.
+
+    replays: with the experts that they were sampled with, where these are recorded.
+    """
     samples = []
     for rollout in group.rollouts:
         token_ids_T = np.asarray(rollout.token_ids_T, dtype=np.int64)
         none_KT = np.zeros((1, len(token_ids_T)))
         samples.append(
-            Sample(token_ids_T, none_KT.astype(bool), none_KT.astype(np.float32), observations=rollout.observations)
+            Sample(
+                token_ids_T,
+                none_KT.astype(bool),
+                none_KT.astype(np.float32),
+                observations=rollout.observations,
+                experts_RLk=rollout.experts_RLk if replays else None,
+            )
         )
-    return TrainGroup(prompt, tuple(samples))
+    return TrainGroup(prompt, tuple(samples), group.prompt_experts_TLk if replays else None)
 
 
 def require_agreement(checks: Sequence[Check], version: int) -> None:

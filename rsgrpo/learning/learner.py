@@ -266,6 +266,8 @@ class Learner:
     ) -> list[list[np.ndarray]]:
         """Return the (T,) float32 log-probabilities of every response. Collective.
 
+        Experts that rollouts were sampled with are replayed, but a reference or a teacher takes its own.
+
         Args:
             reference: of the model as it was loaded. LoRA adapters are switched off for it; a learner with
                 `trainable=False` is the reference already.
@@ -281,7 +283,12 @@ class Learner:
             )
         packings = self._passes.pack(groups, [range(len(groups))])
         with scale_adapters(self.policy.hf, 0.0 if reference else 1.0):
-            mine = self._passes.logprobs(groups, packings, self.temperature if temperature is None else temperature)
+            mine = self._passes.logprobs(
+                groups,
+                packings,
+                self.temperature if temperature is None else temperature,
+                replays=self._optimizer is not None and not reference,
+            )
         give_back(self.policy, self.device)
         found = self._passes.gather(mine)
         return [[found[g, s] for s in range(len(group.samples))] for g, group in enumerate(groups)]

@@ -188,6 +188,7 @@ def build_micro_batch(
     groups: Sequence[tuple[EncodedPrompt, Sequence[Sample]]],
     old_logprobs: Sequence[np.ndarray] | None = None,
     encoded: Sequence[EncodedResponse | None] | None = None,
+    prompt_experts: Sequence[np.ndarray | None] | None = None,
 ) -> MicroBatch:
     """Lay groups out in one row.
 
@@ -195,6 +196,7 @@ def build_micro_batch(
         groups: each prompt with the responses that follow it.
         old_logprobs: of each response in row order (T,) float32; None when no pass was needed.
         encoded: of each response in row order, itself with what it read; None where it read nothing, or all did.
+        prompt_experts: of each group, (T, layers, k), to be replayed with those of its responses; None replays nothing.
     """
     samples = [sample for _, responses in groups for sample in responses]
     rest = iter(encoded or [None] * len(samples))
@@ -216,6 +218,9 @@ def build_micro_batch(
             head_index.append(torch.where(response.own_T > 0, row + response.own_T - 1, last_of_prompt))
             row += len(response.row.token_ids_T)
     lengths = [len(sample.token_ids_T) for sample in samples]
+    choices: list[np.ndarray | None] = []
+    for (_, responses), experts in zip(groups, prompt_experts or (), strict=prompt_experts is not None):
+        choices += [experts, *(sample.experts_RLk for sample in responses)]
     advantages_KN = np.concatenate([sample.advantages_KT for sample in samples], 1)
     return MicroBatch(
         layout=_layout([len(part.token_ids_T) for part in parts], [len(responses) for _, responses in groups]),
@@ -232,12 +237,25 @@ def build_micro_batch(
         rollout_logprobs_N=_cat_if_all([sample.rollout_logprobs_T for sample in samples]),
         ref_logprobs_N=_cat_if_all([sample.ref_logprobs_T for sample in samples]),
         old_logprobs_N=None if old_logprobs is None else _cat_if_all(old_logprobs),
+        experts_TLk=_experts(choices, [len(part.token_ids_T) for part in parts]),
     )
 
 
 def _without_observations(sample: Sample) -> EncodedResponse:
     own_T = torch.arange(len(sample.token_ids_T))
     return EncodedResponse(EncodedPrompt(torch.tensor(sample.token_ids_T), own_T.expand(3, -1)), own_T)
+
+
+def _experts(choices: Sequence[np.ndarray | None], lengths: Sequence[int]) -> torch.Tensor | None:
+    """Lay recorded experts out as the row's parts lie in it: -1 where none are recorded; None where none are at all."""
+    known = next((experts for experts in choices if experts is not None), None)
+    if known is None:
+        return None
+    row = np.full((sum(lengths), *known.shape[1:]), -1, dtype=np.int16)
+    for experts, start in zip(choices, np.cumsum([0, *lengths[:-1]]), strict=True):
+        if experts is not None:
+            row[start : start + len(experts)] = experts
+    return torch.from_numpy(row)
 
 
 def _layout(lengths: Sequence[int], num_responses: Sequence[int]) -> PrefixLayout:

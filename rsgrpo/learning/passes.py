@@ -91,6 +91,12 @@ class Passes:
         check_groups(groups, self._banned_token_ids)
         prompts = [group.prompt for group in groups]
         lengths = self.prompts.count_tokens(prompts)
+        for group, length in zip(groups, lengths, strict=True):
+            if group.prompt_experts_TLk is not None and len(group.prompt_experts_TLk) != length:
+                raise RsgrpoError(
+                    f"group {group.prompt.id}: experts of {len(group.prompt_experts_TLk)} prompt tokens, but the "
+                    f"prompt has {length} here. Give engine and learner the same inputs.* settings"
+                )
         homes: list[int | None] = []
         if self.world_size > 1:  # rank 0's knowledge of who has which prompt: all ranks must pack alike
             homes = [self._homes.get(prompt.id) for prompt in prompts]
@@ -130,14 +136,16 @@ class Passes:
         """
         self.policy.train(learn)
         shares: list[dict[str, torch.Tensor]] = []
-        num_samples = sum(len(unit.samples) for rank in packing for units in rank for unit in units)
+        all_units = [unit for rank in packing for units in rank for unit in units]
+        num_samples = sum(len(unit.samples) for unit in all_units)
+        num_tokens = sum(len(groups[unit.group].samples[s].token_ids_T) for unit in all_units for s in unit.samples)
         with torch.set_grad_enabled(learn):
-            for units, batch in self._micro_batches(groups, packing, old):
+            for units, batch in self._micro_batches(groups, packing, old, replays=True):
                 scores = self.policy(batch, temperature, entropy_gradient)
                 if units:
                     output = loss_of(scores, batch)
                     loss = output.loss
-                    shares.append(output.metrics | self.policy.routing.metrics())
+                    shares.append(output.metrics | self.policy.routing.metrics(batch, num_tokens))
                     if self._balance_coef:
                         loss = loss + self._balance_coef * self.policy.routing.balance_loss(batch, num_samples)
                 else:
@@ -146,13 +154,18 @@ class Passes:
                     torch.autograd.backward(loss * self.world_size)
         return self._total(shares)
 
-    def logprobs(self, groups: Sequence[TrainGroup], packings: Sequence[Packing], temperature: float) -> Logprobs:
-        """Return the log-probabilities of this rank's responses, without dropout and gradients. Collective."""
+    def logprobs(
+        self, groups: Sequence[TrainGroup], packings: Sequence[Packing], temperature: float, *, replays: bool = True
+    ) -> Logprobs:
+        """Return the log-probabilities of this rank's responses, without dropout and gradients. Collective.
+
+        replays: take the experts that the rollouts were sampled with, where they are recorded.
+        """
         self.policy.eval()
         logprobs: Logprobs = {}
         with torch.no_grad():
             for packing in packings:
-                for units, batch in self._micro_batches(groups, packing, None):
+                for units, batch in self._micro_batches(groups, packing, None, replays=replays):
                     logprobs_N = self.policy(batch, temperature, False).logprobs_N
                     if units:
                         keys = [(unit.group, sample) for unit in units for sample in unit.samples]
@@ -166,7 +179,7 @@ class Passes:
         return {key: value for one in self._gathered(logprobs) for key, value in one.items()}
 
     def _micro_batches(
-        self, groups: Sequence[TrainGroup], packing: Packing, old: Logprobs | None
+        self, groups: Sequence[TrainGroup], packing: Packing, old: Logprobs | None, *, replays: bool
     ) -> Iterator[tuple[list[Unit], MicroBatch]]:
         for units in packing[self.rank]:
             rows = []
@@ -176,7 +189,8 @@ class Passes:
                 rows.append((self.prompts.get(group.prompt), [group.samples[sample] for sample in unit.samples]))
                 encoded += [None if row is None else self._encoded(row) for row in _response_rows(group, unit)]
             before = None if old is None else [old[unit.group, s] for unit in units for s in unit.samples]
-            batch = build_micro_batch(rows, before, encoded) if units else self._filler(groups)
+            experts = [groups[unit.group].prompt_experts_TLk for unit in units] if replays else None
+            batch = build_micro_batch(rows, before, encoded, experts) if units else self._filler(groups)
             yield units, move(batch, self.device)
 
     def _encoded(self, row: ResponseRow) -> EncodedResponse:
@@ -253,6 +267,11 @@ def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) 
                     f"{where}: the response contains vision token(s) {banned.tolist()}, which have no probability"
                 )
             response_row(where, sample)
+            if sample.experts_RLk is not None and len(sample.experts_RLk) != row_length(sample) - 1:
+                raise RsgrpoError(
+                    f"{where}: experts of {len(sample.experts_RLk)} tokens, but its row has {row_length(sample)}, of "
+                    "which all but the last have experts"
+                )
 
 
 def move(batch: MicroBatch, device: torch.device) -> MicroBatch:

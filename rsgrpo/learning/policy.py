@@ -136,6 +136,7 @@ class Policy(nn.Module):
         The log-probabilities have a gradient, the entropy only with `entropy_gradient`. A PlainRow takes transformers'
         own forward, for comparison.
         """
+        self.routing.replay(None if isinstance(batch, PlainRow) else batch.experts_TLk)
         if isinstance(batch, PlainRow):
             return self._plain(batch, temperature, entropy_gradient)
         model, family = self.hf, self.family

@@ -13,6 +13,7 @@ from rollout.inputs.processor import InputProcessor
 from rollout.types import Observation, Prompt
 from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.learner import Learner
+from rsgrpo.learning.response_rows import row_length
 from rsgrpo.types import Sample, TrainGroup
 
 INPUTS = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
@@ -100,3 +101,19 @@ def make_conversations(processor: Any, pages: Sequence[Any], counts: Sequence[in
         samples.append(dataclasses.replace(samples[0], observations=()))
         groups.append(TrainGroup(prompt, tuple(samples)))
     return groups
+
+
+def with_experts(processor: Any, groups: Sequence[TrainGroup], num_layers: int = 3) -> list[TrainGroup]:
+    """Return groups that were sampled with two of eight experts per token and layer, at random."""
+    rng, found = np.random.default_rng(0), []
+
+    def choices(num_tokens: int) -> np.ndarray:
+        return rng.random((num_tokens, num_layers, 8)).argsort(-1)[..., :2].astype(np.uint8)
+
+    for group in groups:
+        samples = tuple(
+            dataclasses.replace(sample, experts_RLk=choices(row_length(sample) - 1)) for sample in group.samples
+        )
+        experts = choices(processor.count_tokens(group.prompt))
+        found.append(dataclasses.replace(group, samples=samples, prompt_experts_TLk=experts))
+    return found

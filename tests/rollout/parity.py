@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText
 
 from rollout.config import InputsConfig, RolloutConfig, VllmConfig
+from rollout.families import family_of
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Observation, Prompt, SamplingParams
 from tests.material.environments import conversation
@@ -107,3 +114,41 @@ def assert_heard(engine, prompt):
         if len(rollout.observations) > 1:
             return
     raise AssertionError("no conversation of several turns")
+
+
+def experts_taken(model: Any, inputs: dict[str, Any]) -> np.ndarray:
+    """Return (T, layers, k), the experts of each token of one row."""
+    taken: list[torch.Tensor] = []
+    routers = family_of(model.config.model_type).routers(model).values()
+    hooks = [router.register_forward_hook(lambda *call: taken.append(call[2][2])) for router in routers]
+    model.model.rope_deltas = None  # of the row before
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(taken, 1).numpy()
+
+
+@contextmanager
+def forced_experts(model: Any, experts_TLk: np.ndarray) -> Iterator[None]:
+    """Let a row's tokens take these experts; tokens after the last of them take what they would."""
+    routers = family_of(model.config.model_type).routers(model)
+
+    def forward_of(router: Any, forced: torch.Tensor) -> Any:
+        def forward(hidden_states: torch.Tensor) -> Any:
+            logits = F.linear(hidden_states.reshape(-1, router.hidden_dim).float(), router.weight.float())
+            experts = logits.topk(router.top_k).indices
+            experts[: len(forced)] = forced
+            # The softmax over the chosen experts' logits is that over all of them, renormalised.
+            return logits, logits.gather(1, experts).softmax(-1).to(hidden_states.dtype), experts
+
+        return forward
+
+    own = {layer: router.forward for layer, router in routers.items()}
+    for layer, router in routers.items():
+        router.forward = forward_of(router, torch.from_numpy(experts_TLk[:, layer].astype(np.int64)))
+    try:
+        yield
+    finally:
+        for layer, router in routers.items():
+            router.forward = own[layer]

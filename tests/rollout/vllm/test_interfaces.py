@@ -11,8 +11,10 @@ import warnings
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from safetensors import safe_open
+from transformers import AutoConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -21,15 +23,22 @@ with warnings.catch_warnings():
     from vllm import AsyncEngineArgs
     from vllm.config.multimodal import MMCacheType
     from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector, AuxRequestOutput
     from vllm.distributed.weight_transfer import ipc_engine, nccl_common, packed_tensor
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.models.glm4 import Glm4DecoderLayer
     from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+    from vllm.outputs import CompletionOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
+from rollout.config import ConfigError
+from rollout.engine import EngineError
+from rollout.families.glm4v import Glm4V
 from rollout.vllm import launch
-from rollout.vllm.launch import child_environment, engine_arguments
+from rollout.vllm.launch import check_replay, child_environment, engine_arguments, model_overrides
 from rollout.vllm.peers import Peer, Peers
+from rollout.vllm.requests import split_experts
 from rollout.vllm.weights_out import _IpcClient, init_infos, nccl_packing
 from tests.rollout.parity import INPUTS, ROLLOUT
 
@@ -160,3 +169,47 @@ def test_sleeping_waking_and_pausing_are_called_as_vllm_has_them():
     for method in ("resume_generation", "reset_prefix_cache", "reset_mm_cache", "reset_encoder_cache"):
         inspect.signature(getattr(AsyncLLM, method)).bind(None)
     inspect.signature(AsyncLLM.collective_rpc).bind(None, "receive_start", args=())
+
+
+# Routing replay
+
+
+def test_experts_are_asked_for_and_split_as_vllm_returns_them():
+    replaying = dataclasses.replace(ROLLOUT, routing_replay=True)
+    arguments = engine_arguments("m", replaying, INPUTS, cpu=False, backend="ipc", lora_rank=0, kv_cache_bytes=0)
+    assert arguments["enable_return_routed_experts"] is True
+    assert gpu_arguments()["enable_return_routed_experts"] is False
+    # Of a prompt of 4 and a response of 3 tokens vLLM's scheduler accepts the rows of all but the last.
+    request: Any = SimpleNamespace(request_id="r", num_tokens=7)
+    rows = np.arange(8 * 2 * 1, dtype=np.uint8).reshape(8, 2, 1)
+    connector = AuxOutputSchedulerConnector()
+    accepted = connector.take_output(request, {"r": AuxRequestOutput(token_start=0, rows=rows)})
+    completion = CompletionOutput(0, "", (1, 2, 3), None, None, routed_experts=accepted)
+    prompt_experts_TLk, experts_RLk = split_experts(completion, 4, 7)
+    np.testing.assert_array_equal(prompt_experts_TLk, rows[:4])
+    np.testing.assert_array_equal(experts_RLk, rows[4:6])
+    with pytest.raises(EngineError, match="experts of 6 tokens, not of 7"):
+        split_experts(completion, 4, 8)
+    assert split_experts(CompletionOutput(0, "", (1,), None, None), 4, 5) == (None, None)
+
+
+def test_replay_is_refused_where_vllm_cannot_return_experts():
+    replaying = dataclasses.replace(ROLLOUT, routing_replay=True)
+    dense, mixture = AutoConfig.for_model("qwen3_vl"), AutoConfig.for_model("qwen3_vl_moe")
+    check_replay(mixture, replaying, cpu=False)
+    check_replay(AutoConfig.for_model("qwen3_5_moe"), replaying, cpu=False)
+    with pytest.raises(ConfigError, match="qwen3_vl has no experts"):
+        check_replay(dense, replaying, cpu=False)
+    with pytest.raises(ConfigError, match="CPU build does not return experts"):
+        check_replay(mixture, replaying, cpu=True)
+    uncached = dataclasses.replace(ROLLOUT.vllm, engine_args={"enable_prefix_caching": False})
+    with pytest.raises(ConfigError, match=r"Set rollout\.vllm\.engine_args\.enable_prefix_caching=true"):
+        check_replay(mixture, dataclasses.replace(replaying, vllm=uncached), cpu=False)
+
+
+def test_glm_is_told_of_its_biases_whatever_else_is_overridden():
+    """Of a key that vLLM reads and transformers never writes; without it the biases are skipped in silence."""
+    assert model_overrides(Glm4V(), {}) == {"text_config": {"attention_bias": True}}
+    given = {"text_config": {"rope_theta": 5}, "x": 1}
+    assert model_overrides(Glm4V(), given) == {"text_config": {"attention_bias": True, "rope_theta": 5}, "x": 1}
+    assert "attention_bias" in inspect.getsource(Glm4DecoderLayer)
