@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,8 +23,9 @@ from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
 from rsgrpo.config.train import PlacementKind
 from rsgrpo.train import train
+from tests.material.tiny_families import save_family
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
-from tests.rollout.parity import INPUTS, ROLLOUT, assert_sampled_from, reference_model
+from tests.rollout.parity import INPUTS, ROLLOUT, assert_sampled_from, experts_taken, reference_model
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPUS, reason="needs CUDA")]
@@ -38,9 +40,12 @@ GPU_TOLERANCE = 2e-3
 
 
 @contextmanager
-def started(model_path: str, *, dtype: Dtype = "float32", colocated: bool = True, **vllm: Any) -> Iterator[Any]:
+def started(
+    model_path: str, *, dtype: Dtype = "float32", colocated: bool = True, routing_replay: bool = False, **vllm: Any
+) -> Iterator[Any]:
     """A small engine on the first GPU (tensor parallel: on the first ones)."""
-    rollout = dataclasses.replace(ROLLOUT, dtype=dtype, vllm=dataclasses.replace(ROLLOUT.vllm, **(SMALL | vllm)))
+    own = dataclasses.replace(ROLLOUT.vllm, **(SMALL | vllm))
+    rollout = dataclasses.replace(ROLLOUT, dtype=dtype, routing_replay=routing_replay, vllm=own)
     engine = build_engine(model_path, rollout, INPUTS, colocated=colocated, name="engine 0")
     try:
         yield engine
@@ -82,6 +87,23 @@ def test_logprobs_equal_those_of_transformers(attentive_model_path, prompts, opt
     with started(attentive_model_path, **options) as engine:
         assert engine.backend == "ipc"
         assert_same_logprobs(engine, reference_model(attentive_model_path), prompts, tolerance)
+
+
+def test_experts_come_with_the_tokens_that_took_them(tiny_model_path, tmp_path, prompts):
+    path = save_family("qwen3_vl_moe", tiny_model_path, tmp_path)
+    model = reference_model(path)
+    with started(path, routing_replay=True) as engine:
+        groups = list(engine.generate(prompts, SamplingParams(group_size=2, max_tokens=12)))
+    for group in groups:
+        encoded = engine.processor.encode(group.prompt)
+        for rollout in group.rollouts:
+            ids = torch.tensor([[*encoded.token_ids_T, *rollout.token_ids_T]])
+            family = engine.processor.family
+            inputs = family.whole_inputs(model, ids, encoded.pixel_values, encoded.image_grid_thw)
+            recorded = np.concatenate([group.prompt_experts_TLk, rollout.experts_RLk])
+            taken = experts_taken(model, inputs)[:-1]
+            # Rounding may give a token or two other experts.
+            assert (np.sort(recorded, -1) == np.sort(taken, -1)).all(-1).mean() > 0.97
 
 
 def test_weights_shared_by_ipc_are_used_and_all_caches_are_dropped(tiny_model_path, prompts):
