@@ -132,10 +132,9 @@ class TokenScores(NamedTuple):
 class StepTotals:
     """The weights and denominators of one optimiser step's loss: the same on every rank and in every micro-batch.
 
-    loss_weights_K: (K,) float32.
+    loss_weights_K: (K,) float32. response_tokens: all response tokens of the step.
     scope_tokens_K: (K,) float32, scope-k tokens in the whole step.
     active_K: (K,) bool, whether some in-scope token of term k has a non-zero advantage.
-    response_tokens: all response tokens of the step.
     """
 
     loss_weights_K: torch.Tensor

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import Cache
 
-from rollout.config import InputsConfig, RolloutConfig
+from rollout.config import ConfigError, InputsConfig, RolloutConfig
 from rollout.engine import Backend, EngineError, EngineOptions, check_sampling
 from rollout.families import Family, family_of
 from rollout.families.features import FeatureCache

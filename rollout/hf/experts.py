@@ -27,7 +27,7 @@ class ExpertRecorder:
         self._layers, self._num_layers = list(routers), num_layers
         self._heard: list[torch.Tensor] = []
         self._prompts: list[np.ndarray] = []
-        self._unassigned: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._unassigned: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._forwards: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for router in self._routers:
             router.register_forward_hook(self._hear)
@@ -37,7 +37,7 @@ class ExpertRecorder:
 
     def begin(self) -> None:
         """Forget the batch before."""
-        self._heard, self._forwards, self._prompts, self._unassigned = [], [], [], None
+        self._heard, self._forwards, self._prompts, self._unassigned = [], [], [], []
 
     def prefilled(self, is_token_PT: torch.Tensor) -> None:
         """Take the forward that was just made as that of prompts. is_token_PT: (P, T), False on padding."""
@@ -48,13 +48,14 @@ class ExpertRecorder:
     def decoded(self, is_token_BT: torch.Tensor) -> None:
         """Take the forward that was just made as that of rows, which `belongs_to` names. is_token_BT: as above."""
         if self._routers:
-            self._unassigned = (self._choices(is_token_BT), is_token_BT)
+            self._unassigned.append((self._choices(is_token_BT), is_token_BT))
 
     def belongs_to(self, rows_B: torch.Tensor) -> None:
-        """Name the rows of the last decoding forward, if there was one."""
-        if self._unassigned is not None:
-            self._forwards.append((*self._unassigned, rows_B))
-            self._unassigned = None
+        """Name the rows of the decoding forwards since the last call, side by side; there may be none."""
+        if self._unassigned:
+            parts = torch.split(rows_B, [len(is_token_BT) for _, is_token_BT in self._unassigned])
+            self._forwards += [(*forward, rows) for forward, rows in zip(self._unassigned, parts, strict=True)]
+            self._unassigned = []
 
     def prompts(self, num_prompts: int) -> Sequence[np.ndarray | None]:
         """Return (T, layers, k) of each prompt of the batch; None where nothing is recorded."""

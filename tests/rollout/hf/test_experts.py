@@ -41,8 +41,9 @@ def test_every_token_but_the_last_comes_with_its_experts(family, tiny_model_path
             assert_recorded(engine, model, group, rollout)
 
 
-def test_and_so_does_what_a_conversation_reads(tiny_model_path, tmp_path, page_images, prompts):
-    path = save_family("qwen3_vl_moe", tiny_model_path, tmp_path)
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_and_so_does_what_a_conversation_reads(family, tiny_model_path, tmp_path, page_images, prompts):
+    path = save_family(family, tiny_model_path, tmp_path)
     arguments = {"pages": list(page_images), "stop": ["e", "a", "1"]}
     turns = TurnsConfig(environment="tests.material.environments:Pages", arguments=arguments)
     engine, model = HFEngine(path, replace(ROLLOUT, turns=turns), INPUTS), reference_model(path)
