@@ -9,9 +9,10 @@ import pytest
 
 import rsgrpo.cluster.local
 from rsgrpo.cluster.engine_check import EnginesDiffer
-from rsgrpo.config.train import ClusterConfig, TrainConfig
+from rsgrpo.config.train import ClusterConfig, ModelConfig, TrainConfig
 from rsgrpo.errors import ConfigError
 from rsgrpo.train import train
+from tests.material.tiny_families import save_family
 from tests.material.training import steps_of, tiny_run, write_rows
 from tests.test_architecture import run_without
 
@@ -44,6 +45,15 @@ def test_rewards_run_in_the_process_of_the_caller_where_a_breakpoint_stops(confi
     train(config)
     assert len(steps_of(config)) == 2
     assert rewards_of_inline.processes == {os.getpid()}
+
+
+def test_a_mixture_learns_with_the_experts_that_its_engine_took(config, tiny_model_path, tmp_path):
+    path = save_family("qwen3_vl_moe", tiny_model_path, tmp_path / "mixture")
+    replaying = dataclasses.replace(config.rollout, dtype="bfloat16", routing_replay=True)
+    config = dataclasses.replace(config, model=ModelConfig(path=path), rollout=replaying)
+    train(config)
+    assert len(steps_of(config)) == 2
+    assert all(0 <= step["actor/routing_mismatch"] < 0.1 for step in steps_of(config))
 
 
 def test_a_run_needs_neither_ray_nor_vllm(config, tmp_path):
