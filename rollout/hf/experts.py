@@ -84,9 +84,9 @@ class ExpertRecorder:
 
     def _choices(self, is_token_BT: torch.Tensor) -> torch.Tensor:
         """Return what was heard since the last call, (B, T, layers with experts, k)."""
-        choices = torch.stack(self._heard, 1).unflatten(0, tuple(is_token_BT.shape))
+        choices = torch.stack(self._heard, 1)
         self._heard = []
-        return choices
+        return choices.reshape(*is_token_BT.shape, *choices.shape[1:])
 
     def _array(self, choices: torch.Tensor) -> np.ndarray:
         experts = np.zeros((*choices.shape[:2], self._num_layers, choices.shape[-1]), dtype=self._dtype)

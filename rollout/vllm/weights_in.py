@@ -151,7 +151,7 @@ def forget_kernels(model: Any) -> list[tuple[Any, Any]]:
     """
     if not current_platform.is_cpu():
         return []
-    methods = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
     kernels = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
     for method, _ in kernels:
         method.moe_kernel = None
