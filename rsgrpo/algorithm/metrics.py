@@ -36,7 +36,7 @@ def turn_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
         ),
         "rollout/turns_stopped_frac": float(np.mean([rollout.finish_reason == "stop" for rollout in rollouts])),
         "rollout/turns_limit_frac": float(np.mean([rollout.finish_reason == "turns" for rollout in rollouts])),
-        "rollout/turns_faulty_frac": float(np.mean([bool(o.fault) for o in read] or [0.0])),
+        "rollout/turns_faulty_frac": sum(bool(o.fault) for o in read) / max(1, len(read)),
         "rollout/observation_tokens_mean": sum(len(o.token_ids_S) for o in read) / len(rollouts),
         "rollout/observation_images_mean": sum(len(o.images) for o in read) / len(rollouts),
         **{

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
+from typing import Any
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_an_episode_that_was_pickled_between_two_turns_goes_on(made):
     turn = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
 
     def answer(environment):
-        reply = environment.step(turn)
+        reply: Any = environment.step(turn)
         return asyncio.run(reply) if inspect.isawaitable(reply) else reply
 
     answer(made)
