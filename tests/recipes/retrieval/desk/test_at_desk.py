@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -52,13 +53,14 @@ class Turns(Scripted):
             self.num_closed += 1
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    (tmp_path / "docs").mkdir()
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("at_desk")
+    (folder / "docs").mkdir()
     pages = ["tax offices and their harbours", "the tax rate is 16 percent", "rivers"]
-    write_pdf(tmp_path / "docs" / "report.pdf", pages)
-    ingested(tmp_path / "store", tmp_path / "docs")
-    return tmp_path / "store"
+    write_pdf(folder / "docs" / "report.pdf", pages)
+    ingested(folder / "store", folder / "docs")
+    return folder / "store"
 
 
 def opened(store: Path, model: Turns, k: int = 3) -> Library:
@@ -150,7 +152,7 @@ def test_a_follow_up_knows_what_was_asked_and_starts_with_an_empty_desk(store):
 
 def test_documents_that_are_added_are_found_by_the_next_search(store, tmp_path):
     model = Turns("<search>glaciers</search>", "<answer>none</answer>")
-    with closing(opened(store, model)) as library:
+    with closing(opened(shutil.copytree(store, tmp_path / "store"), model)) as library:
         assert asked(library)[-1].pages == ()
         write_pdf(tmp_path / "ice.pdf", ["glaciers melt"])
         library.add([tmp_path / "ice.pdf"])
