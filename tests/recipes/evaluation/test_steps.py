@@ -7,8 +7,10 @@ import json
 from PIL import Image
 
 from recipes.answers.predictions import Prediction, load_predictions
+from recipes.answers.questions import Question
 from recipes.evaluate import EvaluateConfig, evaluate
 from recipes.evaluation.extra import turns_of
+from recipes.evaluation.scoring import score_item
 from rewards.api import Span
 from rsgrpo import cli
 
@@ -19,6 +21,17 @@ def test_turns_are_cut_where_the_environment_answered():
     assert [turn.span for turn in (one, two, last)] == [Span(0, 5), Span(6, 9), Span(10, 15)]
     assert (one.facts["page"], one.observation, two.fault, last.fault) == ("a", "[1]", "limit", "")
     assert turns_of(Prediction("q", "text")) == ()
+
+
+def test_a_call_is_not_scored_as_an_answer():
+    steps = ({"at_char": 14, "call": "open", "fault": ""},)
+    question = Question("q", "how much?", answers=("7",))
+    unfinished = score_item(question, Prediction("q", "<open>7</open>", "turns", steps=steps))
+    assert unfinished.predicted["strict"] == ""
+    assert unfinished.parsed is not None
+    assert unfinished.parsed.errors == ("no <answer> block", "the answer is empty")
+    bare = score_item(question, Prediction("q", "<open>1</open>\n7", "stop", steps=steps))
+    assert bare.answer["strict"].em == 1.0
 
 
 def test_an_evaluation_asks_the_desk_and_scores_the_steps(tmp_path, tiny_model_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from rsgrpo.config.train import TrainConfig
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.records.rollouts import write_rollouts
 from rsgrpo.report.charts import build_charts, collect_curves, split_validation
+from rsgrpo.report.line_chart import line_chart
 from rsgrpo.report.model_card import method_of
 from rsgrpo.report.page import (
     Change,
@@ -275,3 +277,13 @@ def test_a_browser_draws_it_and_runs_nothing_hostile(tmp_path: Path, run_dir: Pa
     before, observation = tokens.split('<div class="observation miss">', 1)
     assert before.count("<span") == 1  # in its place: behind the first token
     assert re.search(r"</button> behind</div>\s*<span", observation)  # its image before the word, then the next token
+
+
+def test_names_of_curves_that_end_close_together_stand_below_one_another(tmp_path: Path) -> None:
+    series = {"high": [0.4, 0.5], "second": [0.1, 0.12], "third": [0.1, 0.11], "first": [0.1, 0.13]}
+    line_chart(tmp_path / "curves.svg", "scores", "step", [0, 1], series, unit="")
+    names = dict(re.findall(r'y="([\d.]+)" fill="#\w+">(\w+)<', (tmp_path / "curves.svg").read_text()))
+    rows = {name: float(row) for row, name in names.items()}
+    assert sorted(rows, key=rows.__getitem__) == ["high", "first", "second", "third"]
+    ordered = sorted(rows.values())
+    assert min(below - above for above, below in itertools.pairwise(ordered)) >= 13
