@@ -185,22 +185,17 @@ def test_foreign_choices_by_hand():
 def test_experts_that_do_not_fit_are_refused(path, page_images):
     learner = make_learner(path)
     [group] = with_experts(learner.encoder, make_groups(page_images, [0], num_samples=1))
-    (sample,) = group.samples
-    short = replace(group, samples=(replace(sample, experts_RLk=sample.experts_RLk[1:]),))
+    (sample,), prompt_experts = group.samples, group.prompt_experts_TLk
+    experts = sample.experts_RLk
+    assert experts is not None
+    assert prompt_experts is not None
     with pytest.raises(RsgrpoError, match="all but the last have experts"):
-        learner.logprobs([short])
+        learner.logprobs([replace(group, samples=(replace(sample, experts_RLk=experts[1:]),))])
     with pytest.raises(RsgrpoError, match=r"experts of 3 prompt tokens, but the prompt has \d+ here"):
-        learner.logprobs([replace(group, prompt_experts_TLk=group.prompt_experts_TLk[:3])])
+        learner.logprobs([replace(group, prompt_experts_TLk=prompt_experts[:3])])
+    fewer = (replace(sample, experts_RLk=experts[:, :2]),)
     with pytest.raises(RsgrpoError, match=r"2 experts per token in 2 layers, .* takes 2 of 8 in 3 layers"):
-        learner.logprobs(
-            [
-                replace(
-                    group,
-                    samples=(replace(sample, experts_RLk=sample.experts_RLk[:, :2]),),
-                    prompt_experts_TLk=group.prompt_experts_TLk[:, :2],
-                )
-            ]
-        )
+        learner.logprobs([replace(group, samples=fewer, prompt_experts_TLk=prompt_experts[:, :2])])
 
 
 def test_a_reference_takes_its_own_experts(path, page_images):
