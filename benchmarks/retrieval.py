@@ -4,13 +4,15 @@
 numpy scan of float32 in memory, with recall@10 against that scan; each in a process of its own, whose memory counts.
 Seconds of `vectors` are the process's CPU seconds: set OMP_NUM_THREADS=1, and other work on the machine matters little.
 `words` times the search by words on pages of 200 random words.
-`ingest DOCS` times rendering. `encode STORE` times a model by batch size against a plain loop that loads and encodes a
-page at a time with the same model; the vectors of every batch size are checked equal to those of the loop.
+`ingest DOCS` times rendering by one worker and by more, whose stores must be equal byte for byte.
+`encode STORE` times a model by batch size against a plain loop that loads and encodes a page at a time with the same
+model; the vectors of every batch size are checked equal to those of the loop.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import resource
@@ -186,20 +188,35 @@ def words(num_pages: int, num_queries: int) -> dict[str, Any]:
     return row | {"query_ms": round(1000 * searching / num_queries), "check_s": round(checking, 2)}
 
 
-def render(documents: Path, num_workers: int) -> dict[str, Any]:
-    """Time an ingest from nothing, by the clock and in CPU seconds of all its processes."""
-    with tempfile.TemporaryDirectory() as scratch, Console() as console:
-        before = cpu_seconds()
-        seconds, report = timed(
-            lambda: ingest(
-                [documents], Path(scratch, "store"), RenderSettings(), num_workers=num_workers, page_timeout_s=120,
-                console=console,
-            ),
-            time.perf_counter,
-        )  # fmt: skip
-        used = cpu_seconds() - before
-    rates = {"pages_per_s": report.num_pages / seconds, "pages_per_cpu_s": report.num_pages / used}
-    return {"workers": num_workers, "pages": report.num_pages} | {name: round(rate, 1) for name, rate in rates.items()}
+def render(documents: Path, workers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Time ingests from nothing, by the clock and in CPU seconds of all processes.
+
+    Raises:
+        RuntimeError: stores of different numbers of workers differ.
+    """
+    first: tuple[float, dict[str, bytes]] | None = None
+    for num_workers in workers:
+        with tempfile.TemporaryDirectory() as scratch, Console() as console:
+            store, before = Path(scratch, "store"), cpu_seconds()
+            seconds, report = timed(
+                lambda store=store, count=num_workers: ingest(  # type: ignore[misc]
+                    [documents], store, RenderSettings(), num_workers=count, page_timeout_s=120, console=console
+                ),
+                time.perf_counter,
+            )
+            used = cpu_seconds() - before
+            digests = {str(file.relative_to(store)): digest(file) for file in sorted(store.glob("pages/*/*/*"))}
+        first = first or (seconds, digests)
+        if digests != first[1]:
+            raise RuntimeError(f"{num_workers} workers make another store than {workers[0]}")
+        rates = {"pages_per_s": report.num_pages / seconds, "pages_per_cpu_s": report.num_pages / used}
+        row = {"workers": num_workers, "pages": report.num_pages} | {n: round(rate, 1) for n, rate in rates.items()}
+        yield row | {"ratio": round(first[0] / seconds, 2), "equal_files": len(digests)}
+
+
+def digest(file: Path) -> bytes:
+    """Return the digest of a file."""
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def cpu_seconds() -> float:
@@ -295,8 +312,8 @@ def main() -> None:
         for num_pages in options.pages:
             print(json.dumps(words(num_pages, options.queries)), flush=True)
     elif options.what == "ingest":
-        for num_workers in options.workers:
-            print(json.dumps(render(options.documents, num_workers)), flush=True)
+        for row in render(options.documents, options.workers):
+            print(json.dumps(row), flush=True)
     else:
         for row in encode(options):
             print(json.dumps(row), flush=True)

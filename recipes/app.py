@@ -27,6 +27,7 @@ from typing import Any, get_args
 from urllib.parse import quote
 
 from recipes.answers.options import Parser, add_options, chosen
+from recipes.retrieval.answers.adding import Report
 from recipes.retrieval.answers.desk_view import steps_html
 from recipes.retrieval.answers.generation import Setting
 from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, Library, LibrarySettings
@@ -53,6 +54,7 @@ from recipes.retrieval.command_line import (
     add_search_options,
     open_library,
 )
+from recipes.retrieval.search.found import FoundPage
 from recipes.serve.chat_request import RequestError
 from recipes.serve.door import Door
 from rsgrpo.errors import InputError, RsgrpoError, run_program
@@ -101,6 +103,7 @@ class Handlers:
     def __init__(self, library: Library, title: str, scratch: Path, visits: VisitSettings) -> None:
         self._library, self._title, self._scratch, self._visits = library, title, scratch, visits
         self._traces: deque[Path] = deque()
+        self.served = [str(library.pages_folder), str(library.uploads_folder)]
 
     def ask(self, question: str, k: float, setting: Any, follows: bool, history: History) -> Iterator[tuple[Any, ...]]:
         """Yield response, answer, pages, trace, the visit's history and its list, as they become known."""
@@ -126,8 +129,8 @@ class Handlers:
         answer = answer_html(last) + steps_html(last)
         yield last.text, answer, self._pages(last), trace, history, history_html(history)
 
-    def add(self, files: list[str] | None, taken: Room) -> tuple[Any, ...]:
-        """Add files to a visit that has added `taken`.
+    def add(self, files: list[str] | None, taken: Room, report: Report = lambda said: None) -> tuple[Any, ...]:
+        """Add files to a visit that has added `taken`; tell `report` how far that is.
 
         Returns:
             What became of the files, the heading, the list of documents, the choice of them, no files, and what the
@@ -137,7 +140,7 @@ class Handlers:
 
         visit = Quota("--max-visit", self._visits.max_visit_mb, self._visits.max_visit_pages, taken)
         try:
-            added = self._library.add([Path(file) for file in files or ()], visit)
+            added = self._library.add([Path(file) for file in files or ()], visit, report)
         except RsgrpoError as error:
             return faults_html([str(error)]), *self.overview(), gr.skip(), gr.skip()
         return added_html(added, self._library.num_pages), *self.overview(), None, taken + added.room
@@ -171,7 +174,16 @@ class Handlers:
         return f"<h2>{escape(self._title)}: {self._library.num_pages:,} pages</h2>"
 
     def _pages(self, progress: AnswerProgress) -> str:
-        return pages_html(progress, address, self._library.source_of)
+        return pages_html(progress, address, self._source)
+
+    def _source(self, page: FoundPage) -> str:
+        """Return the URL of a page's document, which is served from now on; "" if it is not linked."""
+        file = self._library.source_of(page)
+        if file is None:
+            return ""
+        if not any(file.is_relative_to(folder) for folder in self.served):
+            self.served.append(str(file))
+        return f"{address(str(file))}#page={page.number}"
 
     def _trace(self, asking: AnswerProgress) -> Path:
         """Write the trace of an answer to a file of its own, so that tabs do not share it; old ones are deleted."""
@@ -186,6 +198,9 @@ class Handlers:
 def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> Any:
     """Return the page, as gradio's Blocks; traces are written into `scratch`."""
     import gradio as gr
+
+    def add(files: list[str] | None, taken: Room, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+        return do.add(files, taken, lambda said: progress(None, desc=said))
 
     answers = library.reader is not None
     do = Handlers(library, options.store.resolve().name, scratch, chosen(VisitSettings, options))
@@ -237,8 +252,9 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
         ]
         stop_button.click(None, None, None, cancels=asking)
         one_at_a_time: dict[str, Any] = {"concurrency_id": "documents", "concurrency_limit": 1}
-        add_button.click(do.add, [files, taken], [added, *overview, files, taken], **one_at_a_time)
+        add_button.click(add, [files, taken], [added, *overview, files, taken], **one_at_a_time)
         remove_button.click(do.remove, chosen_documents, [removed, *overview], **one_at_a_time)
+    page.allowed_paths = do.served  # a list that grows with the documents that are linked to
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -300,7 +316,7 @@ def serve(library: Library, options: argparse.Namespace) -> None:
             _, url, _ = page.launch(
                 server_name=options.host,
                 server_port=options.port or None,
-                allowed_paths=[str(library.pages_folder), str(library.uploads_folder)],
+                allowed_paths=page.allowed_paths,
                 max_file_size=options.max_file_mb << 20,
                 theme=gr.themes.Default(font=fonts, font_mono=("ui-monospace", "monospace")),
                 css=CSS,

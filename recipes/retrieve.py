@@ -6,6 +6,7 @@ This is the command line; the work is done in `recipes.retrieval`.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -16,10 +17,15 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
 from recipes.answers.options import Parser, add_options, chosen
+from recipes.answers.reader import Reader
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, answer_all
-from recipes.retrieval.answers.highlight import evidence_boxes, highlighted
+from recipes.retrieval.answers.heat import heated
+from recipes.retrieval.answers.highlight import highlighted
+from recipes.retrieval.answers.told_boxes import marks_of
 from recipes.retrieval.command_line import (
     EXTRAS,
     KEPT,
@@ -42,6 +48,7 @@ from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.index import DTYPES, VectorIndex
+from recipes.retrieval.search.retriever import Retriever
 from recipes.retrieval.search.update import EncodeStream, encode_here, fill_index
 from recipes.retrieval.sync_command import add_sync_command
 from recipes.serve.documents_command import add_serve_command
@@ -165,12 +172,21 @@ def _add_search(command: argparse.ArgumentParser) -> None:
     add_search_options(command)
     add_sync(command)
     command.add_argument("--json", action="store_true", help="one JSON line per query")
+    _add_maps(command)
     command.set_defaults(run=_search)
+
+
+def _add_maps(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--similarity-maps", type=Path, metavar="FOLDER",
+        help="write the found pages with the places that are like the question (needs a late-interaction index)",
+    )  # fmt: skip
 
 
 def _search(options: argparse.Namespace) -> None:
     retriever = open_retriever(options)
     for query, found in zip(options.queries, retriever.search(options.queries, options.k), strict=True):
+        _write_maps(options, retriever, query, found)
         if options.json:
             pages = [asdict(page) | {"text": page.text[:500]} for page in found]
             print(json.dumps({"query": query, "pages": pages}, ensure_ascii=False))
@@ -186,6 +202,7 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
     add_sync(command)
     add_answerer(command)
     command.add_argument("--json", action="store_true", help="one JSON line")
+    _add_maps(command)
     command.add_argument(
         "--evidence-images", type=Path, metavar="FOLDER", help="write the cited pages with their evidence highlighted"
     )
@@ -193,14 +210,16 @@ def _add_ask(command: argparse.ArgumentParser) -> None:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    (pages,) = open_retriever(options).search([options.question], options.k, distinct=True)
+    retriever = open_retriever(options)
+    (pages,) = retriever.search([options.question], options.k, distinct=True)
+    _write_maps(options, retriever, options.question, pages)
     reader = open_reader(options, options.k)
     with closing(reader.answerer):
         asked = AskedQuestion("question", options.question, tuple(pages))
         (answered,) = answer_all([asked], options.setting, reader)
     failed = answered.line["finish_reason"] == "error"
     if options.evidence_images is not None:
-        _write_evidence(options, answered)
+        _write_evidence(options, answered, reader)
     if options.json:
         found = {"pages": [asdict(page) | {"text": page.text[:500]} for page in pages]}
         cited = {"cited": [{"document": page.document, "page": page.number} for page in answered.cited]}
@@ -219,15 +238,42 @@ def _ask(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_evidence(options: argparse.Namespace, answered: Answered) -> None:
+def _write_evidence(options: argparse.Namespace, answered: Answered, reader: Reader) -> None:
     """Write the cited pages with boxes around their evidence; of pages without boxes, the plain image."""
     options.evidence_images.mkdir(parents=True, exist_ok=True)
     documents = PageStore.open(options.store).documents()
     for source in cited_pages(answered):
-        boxes = evidence_boxes(source.page, source.text, documents)
+        boxes = () if answered.pasted else marks_of(source.page, source.text, documents, reader)
         file = options.evidence_images / f"{source.number}-{source.page.page_id}.png"
         highlighted(source.page, boxes).save(file)
         print(f"{file}: {len(boxes)} marks", file=sys.stderr)
+
+
+def _write_maps(options: argparse.Namespace, retriever: Retriever, query: str, found: Sequence[FoundPage]) -> None:
+    """Write found pages with their similarity maps, if asked to.
+
+    Raises:
+        InputError: no index of the search has them.
+    """
+    folder = options.similarity_maps
+    if folder is None:
+        return
+    if not retriever.has_late:
+        raise InputError(
+            "--similarity-maps needs a late-interaction index; make one with `index --kind late`, and name it with "
+            "--index, --with-index or --rerank-index"
+        )
+    maps = retriever.similarity_maps(query, [page.page_id for page in found])
+    folder.mkdir(parents=True, exist_ok=True)
+    for page in found:
+        if page.page_id not in maps:
+            print(f"{printable(page.place)}: the model's vectors have no places on the page", file=sys.stderr)
+            continue
+        file = folder / f"{hashlib.sha256(query.encode()).hexdigest()[:8]}-{page.rank}-{page.page_id}.png"
+        with Image.open(page.image, formats=("PNG", "JPEG")) as image:
+            heated(image, maps[page.page_id]).save(file)
+        rows, columns = maps[page.page_id].shape
+        print(f"{file}: {rows} x {columns} patches", file=sys.stderr)
 
 
 def table_lines(found: Sequence[FoundPage]) -> list[str]:

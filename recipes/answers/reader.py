@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from recipes.answers.questions import Question, to_prompt
 from recipes.answers.types import Answer, Answerer, Steps
 from rollout.types import ImageSource, Observation, Prompt
+
+
+def per_thousand(width: int, height: int) -> tuple[float, float]:
+    """Return the size of any page in the coordinates of a model that writes boxes from 0 to 1000."""
+    return 1000.0, 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +21,14 @@ class Reader:
 
     template: what a question is put into. system: the system message, "" for none.
     text_template: instead of `template`, for pages that are given as text; "" is `template`.
+    box_frame: takes a page's width and height in pixels; returns them in the coordinates of the model's boxes.
     """
 
     answerer: Answerer
     template: str
     system: str = ""
     text_template: str = ""
+    box_frame: Callable[[int, int], tuple[float, float]] = per_thousand
 
     def ask(self, question: str, pages: Sequence[ImageSource], *, name: str = "question") -> Answer:
         """Return the answer to one question. name: the prompt's id.

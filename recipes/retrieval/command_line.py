@@ -6,7 +6,9 @@ What runs models is imported when it is needed, because loading it takes half a 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
@@ -15,7 +17,7 @@ from recipes.answers.at_desk import MAX_IMAGES, desk_turns
 from recipes.answers.conversations import open_conversing
 from recipes.answers.options import add_options, chosen, option_of
 from recipes.answers.questions import named_prompt
-from recipes.answers.reader import Reader
+from recipes.answers.reader import Reader, per_thousand
 from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerSpec, EndpointConfig, pixel_limits
 from recipes.retrieval.answers.generation import Setting
 from recipes.retrieval.answers.library import Library, LibrarySettings
@@ -28,6 +30,7 @@ from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import Retriever, SearchSettings
 from recipes.retrieval.search.sync import bring_in_line
 from rollout.config import InputsConfig, TurnsConfig
+from rollout.inputs.images import smart_resize
 from rollout.keys import keys_of, named
 from rsgrpo.data.prompt_file import prompt_of_model
 from rsgrpo.data.prompts import read_template
@@ -40,6 +43,8 @@ MAX_K = 20
 KEPT = "finished work is kept; run the same command to resume"
 WITH_TEXT_PROMPT = ("evidence", "direct")
 """Prompts that have a form for pages as text, NAME_text; others show the texts in place of the images."""
+PIXEL_BOXES = {"qwen2_5_vl": 28}
+"""Kinds of models that write boxes in pixels of the page as they see it, with the factor of both sides."""
 ANSWER_OPTIONS = {
     "model.path": "--answer-model",
     "rollout.engine": "--engine",
@@ -213,7 +218,22 @@ def open_reader(options: argparse.Namespace, max_pages: int, turns: TurnsConfig 
     )  # fmt: skip
     has_text = prompt_name in WITH_TEXT_PROMPT
     text_template = read_template(named_prompt(f"{prompt_name}_text")) if has_text else ""
-    return Reader(open_conversing(spec), template, prompt.system, text_template)
+    frame = _box_frame(options.answer_model, min_pixels, max_pixels)
+    return Reader(open_conversing(spec), template, prompt.system, text_template, frame)
+
+
+def _box_frame(model: str, min_pixels: int, max_pixels: int) -> Callable[[int, int], tuple[float, float]]:
+    """Return the coordinates in which a model writes boxes: see `Reader`."""
+    file = Path(model) / "config.json"
+    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type", "") if file.is_file() else ""
+    if kind not in PIXEL_BOXES:
+        return per_thousand
+
+    def resized(width: int, height: int) -> tuple[float, float]:
+        rows, columns = smart_resize(height, width, PIXEL_BOXES[kind], min_pixels, max_pixels)
+        return columns, rows
+
+    return resized
 
 
 def add_desk(command: argparse.ArgumentParser) -> None:

@@ -19,7 +19,8 @@ from aiohttp import BodyPartReader, web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recipes.retrieval.answers.generation import Setting
-from recipes.retrieval.answers.library import AnswerProgress, Library
+from recipes.retrieval.answers.library import Library
+from recipes.retrieval.answers.progress import AnswerProgress
 from recipes.serve.chat_request import MIB, RequestError
 from recipes.serve.door import Door
 from recipes.serve.replies import errors_as_json, fault_of, without_paths

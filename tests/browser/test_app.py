@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.material import ROOT
@@ -27,6 +28,7 @@ from rollout.config import InputsConfig
 from rsgrpo.data.prompts import read_template
 from tests.material.http_stub import start_endpoint
 from tests.material.retrieval import write_image, write_pdf
+from tests.material.retrieval_models import save_late
 from tests.material.taught_model import save_taught
 from tests.recipes.test_app import ANSWER
 
@@ -186,11 +188,14 @@ def test_documents_are_added_and_asked_in_a_browser(chromium, running, tmp_path,
 
     write_image(tmp_path / "red.png", "red", 112, 56)
     write_pdf(tmp_path / "two.pdf", ["one", "two"])
+    watch = "setInterval(() => said.add(document.body.innerText.match(/\\d+ of \\d documents rendered/)?.[0]), 1)"
+    chromium.evaluate(f"() => {{ window.said = new Set(); {watch} }}")
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.4 <b>nothing else")
     add(chromium, *(tmp_path / name for name in ("red.png", "two.pdf", "broken.pdf")))
     chromium.get_by_text("2 added or changed; 3 pages in all").wait_for()
     assert "broken.pdf: the PDF is broken or has no pages" in chromium.locator("#added").inner_text()
     assert "3 pages" in chromium.locator("#heading").inner_text()
+    assert "1 of 3 documents rendered" in chromium.evaluate("[...said]")  # while the others were
 
     chromium.locator("#question textarea").fill("how many apples?")
     chromium.locator("#question textarea").press("Enter")
@@ -344,6 +349,12 @@ def test_evidence_is_marked_pages_are_leafed_through_and_documents_removed(
     mark, image = (chromium.locator(f"#page-1 {what}").bounding_box() for what in (".mark", "img"))
     assert image["y"] < mark["y"] < image["y"] + image["height"]
     assert 0 < mark["width"] < image["width"]
+    before = sheet.locator("img").bounding_box()["width"]
+    sheet.get_by_text("larger").click()
+    assert sheet.locator("img").bounding_box()["width"] > 2 * before
+    marked = chromium.locator("#page-1 .mark").bounding_box()["width"]
+    assert marked > 2 * mark["width"]  # it grows with the page
+    sheet.get_by_text("larger").click()
     link = sheet.get_by_text("document", exact=True)
     assert link.get_attribute("href").endswith("fruit.pdf#page=2")
     assert chromium.request.get(f"{url.rstrip('/')}{link.get_attribute('href').partition('#')[0]}").status == 200
@@ -365,6 +376,21 @@ def test_evidence_is_marked_pages_are_leafed_through_and_documents_removed(
     chromium.locator("#remove").click()
     chromium.get_by_text("removed 1 documents with 3 pages").wait_for()
     assert "0 pages" in chromium.locator("#heading").inner_text()
+
+
+def test_a_similarity_map_lies_over_its_page(chromium, running, store, tiny_model_path, tmp_path):
+    late = save_late(tiny_model_path, tmp_path / "late")
+    retrieve("index", str(store), "--model", late, "--kind", "late", "--index", str(tmp_path / "index"), *SMALL)
+    chromium.goto(running("--index", str(tmp_path / "index")))
+    ask(chromium, "amount", button="Search")
+    chromium.locator("#found figure button").first.click()
+    sheet, heat = chromium.locator("#page-1"), chromium.locator("#page-1 .heat")
+    assert heat.is_visible()
+    assert heat.bounding_box() == sheet.locator(".sheet").bounding_box()
+    assert heat.evaluate("e => [e.naturalWidth, e.naturalHeight]") == [2, 2]  # a pixel for each patch
+    sheet.get_by_text("like the question").click()
+    assert not heat.is_visible()
+    assert np.shape(trace_of(chromium)["pages"][0]["similarity_map"]) == (2, 2)
 
 
 def test_stop_ends_an_answer_and_the_next_question_is_answered(chromium, running, store, tiny_model_path):

@@ -87,10 +87,10 @@ def write_image(path: Path, colour: str = "red", width: int = 40, height: int = 
     Image.new("RGB", (width, height), colour).save(path)
 
 
-def ingested(store: Path, *roots: Path, checksum: bool = False, **settings: Any) -> IngestReport:
-    """Ingest roots into a store, in one worker and without a word. settings: fields of RenderSettings."""
+def ingested(store: Path, *roots: Path, checksum: bool = False, workers: int = 1, **settings: Any) -> IngestReport:
+    """Ingest roots into a store without a word. settings: fields of RenderSettings."""
     chosen = RenderSettings(**settings)
-    return ingest(roots, store, chosen, num_workers=1, page_timeout_s=60, console=QUIET, checksum=checksum)
+    return ingest(roots, store, chosen, num_workers=workers, page_timeout_s=60, console=QUIET, checksum=checksum)
 
 
 def rendered(file: Path, **settings: Any) -> tuple[list[RenderedPage], str]:

@@ -14,14 +14,19 @@ pytest.importorskip("sentence_transformers", reason="needs the retrieval extra")
 
 from recipes import app
 from recipes.answers.batch import result_line
+from recipes.answers.reader import Reader
 from recipes.answers.types import Answer
 from recipes.retrieval.answers.generation import Answered, AskedQuestion
-from recipes.retrieval.answers.library import AnswerProgress, Library, LibrarySettings
+from recipes.retrieval.answers.library import Library, LibrarySettings
 from recipes.retrieval.answers.page_view import answer_html, pages_html
+from recipes.retrieval.answers.progress import AnswerProgress
+from recipes.retrieval.answers.uploads import VisitSettings
 from recipes.retrieval.search.found import FoundPage
+from recipes.retrieval.search.retriever import SearchSettings
 from rollout.types import Prompt
 from rsgrpo.errors import InputError
-from tests.material.retrieval import QUIET, write_image
+from tests.material.answering import Scripted
+from tests.material.retrieval import QUIET, coloured_store, ingested, write_image, write_pdf
 
 ANSWER = (
     "<observe>o</observe><evidence>\n[1]: no relevant information\n[2]: seven <b>apples</b>\n</evidence>"
@@ -123,6 +128,26 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path):
         library(tmp_path)
     with pytest.raises(InputError, match="--max-pages must be >= 1, got 0"):
         LibrarySettings(max_pages=0)
+
+
+def test_a_follow_up_is_asked_together_with_the_questions_before_it(tmp_path):
+    pytest.importorskip("gradio", reason="needs the app extra")
+    prompts: list[Prompt] = []
+    answerer = Scripted(lambda prompt: prompts.append(prompt) or "<answer>seven</answer>")
+    store = coloured_store(tmp_path, "red")
+    write_pdf(tmp_path / "docs" / "apples.pdf", ["apples are red"])
+    ingested(store, tmp_path / "docs")
+    search, reader = SearchSettings(by="words"), Reader(answerer, "{images}\n{question}")
+    words = Library(store, store / "index", None, reader, LibrarySettings(), QUIET, search)
+    do = app.Handlers(words, "title", tmp_path, VisitSettings())
+    *_, (*_, history, shown) = do.ask("which apples?", 1, "multi_image", False, [])
+    assert history == [("which apples?", "seven")]
+    assert "<dt><b>which apples?</b></dt><dd>seven</dd>" in shown
+    *_, last = do.ask("apples, how many?", 1, "multi_image", True, history)
+    assert "Earlier question: which apples?\nIts answer: seven\nQuestion now: apples, how many?" in prompts[-1].text
+    *_, last = do.ask("apples, how many?", 1, "multi_image", False, history)
+    assert "which apples?" not in prompts[-1].text
+    assert last[-2][-1] == ("apples, how many?", "seven")
 
 
 @pytest.mark.parametrize(

@@ -83,5 +83,6 @@ def _page(number: int, page_id: str, score: float, pages: Mapping[str, Page]) ->
     if page is None:
         return FoundPage(number, score, page_id, "(no longer in the store)", 0, "", "")
     return FoundPage(
-        number, score, page_id, page.document, page.number, page.image, page.text, page.root, page.copies, page.label
-    )
+        number, score, page_id, page.document, page.number, page.image, page.text, page.root, page.copies, page.label,
+        width=page.width, height=page.height,
+    )  # fmt: skip

@@ -6,25 +6,28 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, TypeVar
+
+import numpy as np
 
 from recipes.answers.options import check_options
 from recipes.answers.reader import Reader
+from recipes.retrieval.answers.adding import Report, ReportingConsole
 from recipes.retrieval.answers.at_desk import LibraryShelf, look_up
 from recipes.retrieval.answers.evidence import cited_pages
 from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
-from recipes.retrieval.answers.highlight import Box, evidence_boxes
-from recipes.retrieval.answers.progress import AnswerProgress
-from recipes.retrieval.answers.uploads import Quota, Quotas, Room, room_of
+from recipes.retrieval.answers.highlight import Box
+from recipes.retrieval.answers.progress import AnswerProgress, trace_of
+from recipes.retrieval.answers.told_boxes import marks_of
+from recipes.retrieval.answers.turns import Turns
+from recipes.retrieval.answers.uploads import Quota, Quotas, Room, fitting, kept_name, sorted_out, taken_below
 from recipes.retrieval.desk.shelf import lent
 from recipes.retrieval.encoders.base import PageEncoder
 from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
-from recipes.retrieval.pages.documents import why_skipped
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import DocumentRow, Page, PageStore, StoreBusyError, shown, writing
@@ -38,7 +41,9 @@ from rollout.keys import key
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
 
+T = TypeVar("T")
 PAGE_TIMEOUT_S = 120.0
+WAIT_S = 5.0  # of a question for pages that another one is encoding
 MAX_QUESTION_CHARACTERS = 4_000
 LINKED = (".pdf", ".png", ".jpg", ".jpeg")  # kinds that are linked to
 NO_PAGES = "there are no pages yet: add documents first"
@@ -55,6 +60,7 @@ class LibrarySettings:
     max_added_mb: int = key(50_000, "room for all files that were added and their pages", ge=1)
     max_added_pages: int = key(200_000, "pages of all files that were added", ge=1)
     workers: int = key(os.cpu_count() or 1, "processes that render pages", ge=1)
+    link_originals: bool = key(False, "also link to PDFs and images in the folders that were ingested")
     no_sync: bool = key(False, "leave indexes that are behind the store as they are, and only say so")
 
     def __post_init__(self) -> None:
@@ -78,8 +84,9 @@ class Library:
     """A store with its indexes, its encoders and an answerer. Create it once: models stay loaded.
 
     Several threads may ask at once: searches take turns, because encoders do not support several callers, and so do
-    answers unless the answerer is concurrent (an endpoint). What other processes do to the store is noticed at the next
-    question.
+    answers unless the answerer is concurrent (an endpoint). While documents are added, rendered and encoded, questions
+    are answered from those that were there before. What other processes do to the store is noticed at the next
+    question, which encodes new pages; others wait for it, but not for long.
     """
 
     def __init__(
@@ -111,7 +118,10 @@ class Library:
         self._search, self._filters, self.at_desk = search, filters, at_desk
         self._retriever: Retriever | None = None
         self._seen: object = None
-        self._searching, self._lent = threading.RLock(), ExitStack()
+        self._lent = ExitStack()
+        self._changing = threading.RLock()  # documents and indexes
+        self._is_adding = False
+        self._searching = Turns()  # or encoding a few pages
         self._answering = nullcontext() if reader is None or reader.answerer.is_concurrent else threading.Lock()
         if (store / "pages.parquet").exists():
             self.refresh()
@@ -133,15 +143,17 @@ class Library:
         """Where copies of added documents are."""
         return (self._store / UPLOADS).absolute()
 
-    def source_of(self, page: FoundPage) -> str:
-        """Return the URL of an added PDF or image at a found page, relative to the page's server; "" for others.
+    def source_of(self, page: FoundPage) -> Path | None:
+        """Return the PDF or image of a found page, if it was added here or --link-originals allows others; else None.
 
         Other kinds are not linked, because a browser might run what is in them.
         """
-        file = self.uploads_folder / page.document
-        if page.root != str(self.uploads_folder.resolve()) or file.suffix.lower() not in LINKED or not file.exists():
-            return ""
-        return f"/gradio_api/file={quote(str(file))}#page={page.number}"
+        root = Path(page.root)
+        if not (self._settings.link_originals or root == self.uploads_folder.resolve()):
+            return None
+        file = (root if root.is_file() else root / page.document).resolve()
+        is_inside = file.is_relative_to(root.resolve())  # a link may lead elsewhere
+        return file if is_inside and file.suffix.lower() in LINKED and file.is_file() else None
 
     def image_of(self, page_id: str) -> Path | None:
         """Return the image of a page of the store; None if there is no such page."""
@@ -153,23 +165,34 @@ class Library:
     def refresh(self) -> None:
         """Follow what has happened to the store since the last call: update the indexes and open them again.
 
-        While another process writes to an index, the pages that it has already are searched, and `notes` says so.
+        While another thread adds documents, or does this for over WAIT_S, what was there before is searched. While
+        another process writes to an index, the pages that it has already are searched, and `notes` says so.
 
         Raises:
             InputError: the store cannot be read, or another encoder made an index.
         """
+        wait_s = -1 if self._retriever is None else 0 if self._is_adding else WAIT_S
+        if not self._changing.acquire(blocking=wait_s != 0, timeout=wait_s or -1):
+            return
+        try:
+            self._follow(self._console)
+        finally:
+            self._changing.release()
+
+    def _follow(self, console: Console) -> None:
+        if self._seen == (seen := self._state()) or not (self._store / "pages.parquet").exists():
+            return
+        if not self._settings.no_sync:
+            try:
+                bring_in_line(self._store, self._index, self.encoder, self._search, console, turn=self._searching)
+            except StoreBusyError as error:
+                console.warning(f"{error}; the indexes stay behind until then")
+            seen = self._state()
+        has_index = self._search.by == "words" or len(VectorIndex.open(self._index)) > 0
+        opened = self._opened() if has_index else None
         with self._searching:
-            if self._seen == (seen := self._state()) or not (self._store / "pages.parquet").exists():
-                return
-            if not self._settings.no_sync:
-                try:
-                    bring_in_line(self._store, self._index, self.encoder, self._search, self._console)
-                except StoreBusyError as error:
-                    self._console.warning(f"{error}; the indexes stay behind until then")
-                seen = self._state()
-            has_index = self._search.by == "words" or len(VectorIndex.open(self._index)) > 0
-            self._retriever = self._opened() if has_index else None
-            self._seen = seen if self._retriever is None or not self._retriever.lags or self._settings.no_sync else None
+            self._retriever = opened
+        self._seen = seen if opened is None or not opened.lags or self._settings.no_sync else None
 
     @property
     def notes(self) -> list[str]:
@@ -182,20 +205,20 @@ class Library:
             return []
         return [row for row in PageStore.open(self._store).documents() if not row.skipped]
 
-    def add(self, files: Sequence[Path], visit: Quota | None = None) -> Added:
+    def add(self, files: Sequence[Path], visit: Quota | None = None, report: Report = lambda said: None) -> Added:
         """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
 
         A file that cannot be added is refused by itself; one that has no page that can be rendered is not kept.
 
-        visit: what whoever adds them may add, beside what the store may hold.
+        visit: what whoever adds them may add, beside what the store may hold. report: is told how far the work is.
 
         Raises:
             InputError: there are no files or too many, none can be added, or the disk is full.
         """
-        limits = self._settings
-        with self._searching:
+        limits, console = self._settings, ReportingConsole(self._console, report)
+        with self._changing, self._added():
             quotas = Quotas(self._quota(), *([visit] if visit else []))
-            accepted, refused = _sorted_out(files, limits, quotas)
+            accepted, refused = sorted_out(files, limits.max_files, limits.max_file_mb, quotas)
             if not accepted:
                 raise InputError("; ".join(f"{name}: {reason}" for name, reason in refused))
             render = self._render_settings()
@@ -205,48 +228,41 @@ class Library:
             with writing(uploads):
                 uploads.mkdir(exist_ok=True)
                 for file in accepted:
-                    with replaced(uploads / _kept_name(file)) as unfinished:  # hidden: an ingest skips it
+                    with replaced(uploads / kept_name(file)) as unfinished:  # hidden: an ingest skips it
                         shutil.copyfile(file, unfinished)
             report = ingest(
                 [uploads], self._store, replace(render, **bounds), num_workers=limits.workers,
-                page_timeout_s=PAGE_TIMEOUT_S, console=self._console, prune=True,  # a file that cannot be read goes
+                page_timeout_s=PAGE_TIMEOUT_S, console=console, prune=True,  # a file that cannot be read goes
             )  # fmt: skip
-            names = {shown(_kept_name(file)) for file in accepted}
+            names = {shown(kept_name(file)) for file in accepted}
             faulty = [row for row in report.errors if row.document in names]
             refused += [(row.document, quotas.explained(row.error, bounds, render)) for row in faulty]
             lost = [f"{row.root}/{row.document}" for row in faulty if not row.num_pages]
-            room, beyond = self._fitting(names, quotas)
+            room, beyond = fitting(self._store, self.uploads_folder, names, quotas)
             refused += beyond.items()
             lost += [f"{shown(uploads.resolve())}/{name}" for name in beyond]
             if lost:
                 remove_documents(PageStore.open(self._store), lost)
-            self.refresh()
+            self._follow(console)
         return Added(len(accepted) - len(lost), tuple(refused), room)
 
     def _quota(self) -> Quota:
         """Return what added documents may take, and what they take now."""
-        taken = Room()
-        if (self._store / "pages.parquet").exists():
-            store, root = PageStore.open(self._store), shown(self.uploads_folder.resolve())
-            taken = sum((room_of(store, row) for row in store.documents() if row.root == root), taken)
+        taken = taken_below(self._store, self.uploads_folder)
         return Quota("--max-added", self._settings.max_added_mb, self._settings.max_added_pages, taken)
 
-    def _fitting(self, names: Container[str], quotas: Quotas) -> tuple[Room, dict[str, str]]:
-        """Return what the documents just added take that fit, and the names of the others with the reason."""
-        store, root = PageStore.open(self._store), shown(self.uploads_folder.resolve())
-        room, beyond = Room(), {}
-        for row in store.documents():
-            if row.root == root and row.document in names and row.num_pages:
-                own = room_of(store, row)
-                if reason := quotas.refusal(own, room):
-                    beyond[row.document] = reason
-                else:
-                    room += own
-        return room, beyond
+    @contextmanager
+    def _added(self) -> Iterator[None]:
+        """Let questions pass while documents are added."""
+        self._is_adding = True
+        try:
+            yield
+        finally:
+            self._is_adding = False
 
     def remove(self, documents: Sequence[str]) -> Removal:
         """Take documents out of the store and of the indexes; InputError if one is not there."""
-        with self._searching:
+        with self._changing:
             removal = remove_documents(PageStore.open(self._store), documents)
             self.refresh()
         return removal
@@ -273,9 +289,10 @@ class Library:
         if self.at_desk and self.reader is not None:
             yield from self._look_up(question, history, self.reader, start)
             return
-        found = self.found(question, k)
+        found, maps = self._searched(lambda retriever: _found_with_maps(retriever, question, k))
         seconds = {"retrieval": time.monotonic() - start}
-        progress = AnswerProgress(question, setting, tuple(found), "", None, seconds, notes=tuple(self.notes))
+        notes = tuple(self.notes)
+        progress = AnswerProgress(question, setting, tuple(found), "", None, seconds, notes=notes, maps=maps)
         yield progress
         if self.reader is None:
             return
@@ -314,7 +331,8 @@ class Library:
     def _boxes(self, answered: Answered) -> dict[str, tuple[Box, ...]]:
         documents = self.documents()
         cited = [] if answered.pasted else cited_pages(answered)
-        return {source.page.page_id: evidence_boxes(source.page, source.text, documents) for source in cited}
+        assert self.reader is not None
+        return {source.page.page_id: marks_of(source.page, source.text, documents, self.reader) for source in cited}
 
     def found(self, question: str, k: int) -> list[FoundPage]:
         """Return the distinct pages of a question, best first, over the documents of this moment.
@@ -322,15 +340,19 @@ class Library:
         Raises:
             InputError: there are no pages, or the question cannot be searched.
         """
-        with self._searching:
-            for is_last in (False, True):
-                self.refresh()
-                if self._retriever is None or not self.num_pages:
+        return self._searched(lambda retriever: retriever.search([question], k, distinct=True)[0])
+
+    def _searched(self, search: Callable[[Retriever], T]) -> T:
+        """Search the documents of this moment."""
+        for is_last in (False, True):
+            self.refresh()
+            with self._searching:
+                retriever = self._retriever
+                if retriever is None or not self.num_pages:
                     raise InputError(NO_PAGES)
                 try:
-                    (found,) = self._retriever.search([question], k, distinct=True)
-                    return found
-                except IndexFault:  # another process has replaced it between the two lines
+                    return search(retriever)
+                except IndexFault:  # another process has replaced it since it was opened
                     if is_last:
                         raise
                     self._seen = None
@@ -338,29 +360,7 @@ class Library:
 
     def trace(self, asking: AnswerProgress) -> dict[str, Any]:
         """Return everything about a question as JSON: the pages, the prompt and the answer, if there is one."""
-        answered, search = asking.answered, self._search
-        encoder = self.encoder.identity if self.encoder else None
-        numbers = {page.page_id: answered.index_of(page) for page in answered.sources} if answered else {}
-        cited = {page.page_id for page in answered.cited} if answered else set()
-        pages = [
-            asdict(page) | {"index": numbers.get(page.page_id), "cited": page.page_id in cited} for page in asking.pages
-        ]
-        return {
-            "question": asking.question,
-            "setting": asking.setting if asking.steps is None else "desk",
-            "store": str(self._store.absolute()),
-            "encoder": dict(encoder.description) | {"fingerprint": encoder.fingerprint} if encoder else None,
-            "by": search.by,
-            "notes": self.notes,
-            "backend": search.backend,
-            "reranker": search.reranker[0].identity.fingerprint if search.reranker else None,
-            "prompt_template": self.reader.template if self.reader else None,
-            "system": self.reader.system if self.reader else None,
-            "pages": pages,
-            "weights": list(answered.weights) if answered else [],
-            "result": answered.line if answered else None,
-            "seconds": {name: round(value, 4) for name, value in asking.seconds.items()},
-        }
+        return trace_of(asking, self._store, self.encoder, self._search, self.reader, self.notes)
 
     def lend_to_desk(self, k: int) -> None:
         """Let the page desk in this process search this library, until it is closed; k: pages that a search shows."""
@@ -396,38 +396,14 @@ def _stamp(file: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _found_with_maps(retriever: Retriever, question: str, k: int) -> tuple[list[FoundPage], dict[str, np.ndarray]]:
+    (found,) = retriever.search([question], k, distinct=True)
+    return found, retriever.similarity_maps(question, [page.page_id for page in found])
+
+
 def _with_history(question: str, history: Sequence[tuple[str, str]]) -> str:
     """Return a question preceded by the last ones with their answers."""
     if not history:
         return question
     earlier = [f"Earlier question: {asked}\nIts answer: {answer}" for asked, answer in history[-MAX_HISTORY:]]
     return "\n".join([*earlier, f"Question now: {question}"])
-
-
-def _sorted_out(
-    files: Sequence[Path], limits: LibrarySettings, quotas: Quotas
-) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Return the files that can be added, and the names of the others with the reason, before any is copied."""
-    if not 1 <= len(files) <= limits.max_files:
-        raise InputError(f"{len(files)} files were given; between 1 and --max-files {limits.max_files} can be added")
-    accepted: list[Path] = []
-    refused = []
-    room = Room()
-    for file in files:
-        num_bytes, name = file.stat().st_size, _kept_name(file)
-        if num_bytes > limits.max_file_mb << 20:
-            refused.append((name, f"it has {num_bytes >> 20:,} MiB, more than --max-file-mb {limits.max_file_mb}"))
-        elif name in map(_kept_name, accepted):
-            refused.append((name, "two of the files have this name; add one after the other, or rename one"))
-        elif reason := why_skipped(file):
-            refused.append((name, f"{reason}; add PDF, image, office, text, HTML, e-mail or e-book files"))
-        elif reason := quotas.refusal(Room(num_bytes), room):
-            refused.append((name, reason))
-        else:
-            accepted.append(file)
-            room += Room(num_bytes)
-    return accepted, refused
-
-
-def _kept_name(file: Path) -> str:
-    return file.name.lstrip(".") or "document"  # an ingest skips hidden files

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from recipes.retrieval.answers.evidence import cited_pages, faults_of
+from recipes.retrieval.answers.heat import heat_uri
 from recipes.retrieval.answers.highlight import Box
 from recipes.retrieval.answers.library import Added
 from recipes.retrieval.answers.progress import AnswerProgress
@@ -30,8 +31,13 @@ CSS = """
 [popover].full { position: fixed; inset: 0; margin: auto !important; padding: 1rem; border-radius: .5rem; }
 [popover].full { width: fit-content; height: fit-content; max-height: 98vh; overflow: auto; }
 [popover].full { color: var(--body-text-color); background: var(--body-background-fill); }
-[popover].full .sheet { position: relative; width: fit-content; margin-top: .5rem; }
-[popover].full img { min-width: min(36rem, 80vw); max-width: 90vw; max-height: 82vh; object-fit: contain; }
+[popover].full .sheet { position: relative; margin-top: .5rem; }
+[popover].full .sheet { width: min(90vw, 82vh * var(--ratio)); aspect-ratio: var(--ratio); }
+[popover].full:has(.larger:checked) .sheet { width: calc(2.5 * min(90vw, 82vh * var(--ratio))); }
+[popover].full img { width: 100%; height: 100%; object-fit: contain; }
+[popover].full .heat { position: absolute; inset: 0; object-fit: fill; background: none; image-rendering: pixelated; }
+[popover].full:not(:has(.similar:checked)) .heat { display: none; }
+[popover].full label { margin-right: .6rem; }
 [popover].full button { border: 1px solid #8888; border-radius: .3rem; padding: .1rem .6rem; margin-right: .3rem; }
 [popover].full a { text-decoration: underline; margin-right: .6rem; }
 [popover].full::backdrop { background: #000a; }
@@ -145,6 +151,8 @@ def _figure(page: FoundPage, address: Callable[[str], str], source: str, progres
     also = f'<br><span class="also">{escape("; ".join(others))}</span>' if others else ""
     zooms = "".join(_mark(box, "mark zoom") for box in progress.zooms.get(page.rank, ()))
     marks = "".join(map(_mark, progress.boxes.get(page.page_id, ()))) + zooms
+    if page.page_id in progress.maps:
+        marks += f'<img class="heat" alt="" src="{heat_uri(progress.maps[page.page_id])}">'
     image = f'<img src="{url}" alt="{place}" loading="lazy">'
     if progress.steps is not None:
         image = f'<span class="sheet">{image}{zooms}</span>'
@@ -156,8 +164,11 @@ def _figure(page: FoundPage, address: Callable[[str], str], source: str, progres
 
 
 def _popovers(page: FoundPage, address: Callable[[str], str], source: str, marks: str) -> str:
-    """Return a popover for a found page and one for each page near it, which open one another."""
-    numbers = {}
+    """Return a popover for a found page and one for each page near it, which open one another.
+
+    Check boxes enlarge the page and show where it is like the question; they need no script.
+    """
+    numbers, ratio = {}, page.width / page.height if page.height else 0.75
     for number in range(page.number - NEIGHBOURS, page.number + NEIGHBOURS + 1):
         image = page.image if number == page.number else _neighbour(page.image, number)
         if image:
@@ -171,12 +182,20 @@ def _popovers(page: FoundPage, address: Callable[[str], str], source: str, marks
         buttons += f'<button popovertarget="{name}" popovertargetaction="hide">close</button>'
         url, is_found = escape(address(image)), number == page.number
         place = escape(page.place if is_found else f"{page.document}, page {number}")
-        zoom = f'<a href="{url}" target="_blank" rel="noopener">full size</a>'
+        switches = _switch("larger", "larger")
+        if is_found and 'class="heat"' in marks:
+            switches += _switch("similar", "like the question", "checked")
+        whole = f'<a href="{url}" target="_blank" rel="noopener">full size</a>'
         parts.append(
-            f'<div popover class="full" id="{name}"><b>[{page.rank}] {place}</b><br>{buttons}{zoom}{link}'
-            f'<div class="sheet"><img src="{url}" alt="{place}" loading="lazy">{marks if is_found else ""}</div></div>'
+            f'<div popover class="full" id="{name}" style="--ratio:{ratio:.4f}"><b>[{page.rank}] {place}</b><br>'
+            f'{buttons}{switches}{whole}{link}<div class="sheet"><img src="{url}" alt="{place}" loading="lazy">'
+            f"{marks if is_found else ''}</div></div>"
         )
     return "".join(parts)
+
+
+def _switch(name: str, said: str, state: str = "") -> str:
+    return f'<label><input type="checkbox" class="{name}" {state}> {said}</label>'
 
 
 def _neighbour(image: str, number: int) -> str:

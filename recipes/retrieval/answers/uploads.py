@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipes.answers.options import check_options
+from recipes.retrieval.pages.documents import why_skipped
 from recipes.retrieval.pages.settings import RenderSettings
-from recipes.retrieval.pages.store import DocumentRow, PageStore
+from recipes.retrieval.pages.store import DocumentRow, PageStore, shown
 from rollout.keys import key
+from rsgrpo.errors import InputError
 
 MIB = 1 << 20
 
@@ -118,6 +120,62 @@ class Quotas:
                 option = f"--{name.replace('_', '-')} {bounds[name]}"
                 error = error.replace(option, f"the {bounds[name]:,} that {limit} leaves to each file")
         return error
+
+
+def sorted_out(
+    files: Sequence[Path], max_files: int, max_file_mb: int, quotas: Quotas
+) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Return the files that can be added, and the names of the others with the reason, before any is copied.
+
+    Raises:
+        InputError: there are no files, or too many.
+    """
+    if not 1 <= len(files) <= max_files:
+        raise InputError(f"{len(files)} files were given; between 1 and --max-files {max_files} can be added")
+    accepted: list[Path] = []
+    refused = []
+    room = Room()
+    for file in files:
+        num_bytes, name = file.stat().st_size, kept_name(file)
+        if num_bytes > max_file_mb << 20:
+            refused.append((name, f"it has {num_bytes >> 20:,} MiB, more than --max-file-mb {max_file_mb}"))
+        elif name in map(kept_name, accepted):
+            refused.append((name, "two of the files have this name; add one after the other, or rename one"))
+        elif reason := why_skipped(file):
+            refused.append((name, f"{reason}; add PDF, image, office, text, HTML, e-mail or e-book files"))
+        elif reason := quotas.refusal(Room(num_bytes), room):
+            refused.append((name, reason))
+        else:
+            accepted.append(file)
+            room += Room(num_bytes)
+    return accepted, refused
+
+
+def kept_name(file: Path) -> str:
+    """Return the name of a file that is added: not hidden."""
+    return file.name.lstrip(".") or "document"  # an ingest skips hidden files
+
+
+def taken_below(store: Path, root: Path) -> Room:
+    """Return what the documents below a root take; nothing without a store."""
+    if not (store / "pages.parquet").exists():
+        return Room()
+    opened, name = PageStore.open(store), shown(root.resolve())
+    return sum((room_of(opened, row) for row in opened.documents() if row.root == name), Room())
+
+
+def fitting(store: Path, root: Path, names: Container[str], quotas: Quotas) -> tuple[Room, dict[str, str]]:
+    """Return what the named documents below a root take that fit, and the names of the others with the reason."""
+    opened, name = PageStore.open(store), shown(root.resolve())
+    room, beyond = Room(), {}
+    for row in opened.documents():
+        if row.root == name and row.document in names and row.num_pages:
+            own = room_of(opened, row)
+            if reason := quotas.refusal(own, room):
+                beyond[row.document] = reason
+            else:
+                room += own
+    return room, beyond
 
 
 def _mib(num_bytes: int) -> str:

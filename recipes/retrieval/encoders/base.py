@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -191,6 +191,21 @@ class PageEncoder(Protocol):
 
     def encode_queries(self, queries: Sequence[str]) -> list[np.ndarray]:
         """Return one float32 array per query, of the same kind."""
+
+
+@runtime_checkable
+class PatchEncoder(Protocol):
+    """An encoder of several vectors per page that knows which patch of the page a vector is of."""
+
+    def similarity_map(self, query: str, page: Page, page_VD: np.ndarray) -> np.ndarray | None:
+        """Return (rows, columns) float32: the mean similarity of each patch of a page with the tokens of a query.
+
+        Args:
+            page_VD: the page's vectors, as `encode_pages` returns them.
+
+        Returns:
+            None if the model reads text, or its patches are not one grid.
+        """
 
 
 class ModelEncoder:

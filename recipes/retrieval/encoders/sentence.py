@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.multi_vector_encoder.interpretability import get_n_patches, real_query_token_slice
+from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from recipes.retrieval.encoders.base import (
@@ -26,6 +28,7 @@ from recipes.retrieval.encoders.base import (
     PageInput,
     unit_rows,
 )
+from recipes.retrieval.pages.store import Page
 
 POOLING_MODES = {"weighted_mean": "weightedmean", "mean": "mean", "last": "lasttoken", "cls": "cls"}
 
@@ -82,6 +85,33 @@ class LateEncoder(ModelEncoder):
         """Return (T, D) per query."""
         prefix = self.identity.query_prefix or ""
         return self._rows(self.model.encode_query, [prefix + query for query in queries], queries)
+
+    def similarity_map(self, query: str, page: Page, page_VD: np.ndarray) -> np.ndarray | None:
+        """Return where on a page a query is found; see `PatchEncoder`."""
+        image, text = self.identity.loader(page), (self.identity.query_prefix or "") + query
+        if isinstance(image, str):
+            return None
+        try:
+            columns, rows = get_n_patches(self.model, image.size)
+        except (NotImplementedError, ValueError):  # the tokens of some families are not in the order of a grid
+            return None
+        is_patch_V = self._patches(image)
+        if len(is_patch_V) != len(page_VD) or is_patch_V.sum() != rows * columns:
+            return None
+        (query_TD,) = self.encode_queries([query])
+        words_TD = query_TD[real_query_token_slice(self.model, text)]
+        similarities_PT = page_VD[is_patch_V] @ (words_TD if len(words_TD) else query_TD).T
+        return similarities_PT.mean(axis=1).reshape(rows, columns).astype(np.float32)
+
+    def _patches(self, image: PageInput) -> np.ndarray:
+        """Return (V,) which of a page's vectors are those of image tokens."""
+        features = self.model.preprocess([image], prompt=self.model.prompts.get("document"), task="document")
+        for module in self.model:
+            if isinstance(module, MultiVectorMask):
+                features = module(features, task="document")
+        image_token = self.model.tokenizer.convert_tokens_to_ids(self.model.processor.image_token)
+        is_kept_T = features["attention_mask"][0].bool()
+        return np.asarray((features["input_ids"][0] == image_token)[is_kept_T])
 
     def _rows(self, encode: Callable[..., Any], inputs: Sequence[Any], names: Sequence[str]) -> list[np.ndarray]:
         options = {"batch_size": self.identity.settings.batch_size, "show_progress_bar": False}

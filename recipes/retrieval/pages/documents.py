@@ -12,7 +12,8 @@ import os
 import re
 import resource
 import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -43,7 +44,7 @@ OFFICE = frozenset(
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
 KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
 POINTS_PER_INCH = 72
-FINISHED = "finished.jsonl"  # in the folder of a document that is being rendered: its pages so far
+FINISHED = "finished-{first:05d}.jsonl"  # pages so far, in the folder of a document that is rendered; of each part
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
 SCRATCH_PREFIX = ".rsgrpo-office-"
 _SAVED_AS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -114,18 +115,51 @@ def render(
         raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder.parent) as scratch:
         if kind == "image":
-            pages, error = _write(_image_pages(path, settings), folder, settings, on_page)
-            (folder / FINISHED).unlink(missing_ok=True)
-            return pages, error, ""
+            pages, faults = _write(_image_pages(path, settings), folder, settings, on_page)
+            return _whole(pages, faults, folder), "; ".join(faults), ""
         if kind == "pdf":
             source, hidden = path, HiddenParts()
         else:
             source, hidden = office_to_pdf(path, Path(scratch), settings)
         labels = labels_of(source, hidden)
-        finished = _finished_pages(folder) if kind == "pdf" else {}
-        pages, error = _write(_pdf_pages(source, settings, finished), folder, settings, on_page, finished)
-        (folder / FINISHED).unlink(missing_ok=True)
-        return [replace(page, label=labels.get(page.number, "")) for page in pages], error, hidden.note
+        finished = finished_pages(folder) if kind == "pdf" else {}
+        pages, faults = _write(_pdf_pages(source, settings, finished), folder, settings, on_page, finished)
+        labelled = [replace(page, label=labels.get(page.number, "")) for page in _whole(pages, faults, folder)]
+        return labelled, "; ".join(faults), hidden.note
+
+
+def render_some(
+    path: Path, folder: Path, settings: RenderSettings, numbers: range, on_page: Callable[[], None]
+) -> None:
+    """Write some pages of a PDF into a folder, where `render` finds those without faults; raises as `render`.
+
+    Args:
+        numbers: of the pages, from 1. Those that are finished are left alone.
+    """
+    finished = finished_pages(folder)
+    _write(_pdf_pages(path, settings, finished, numbers), folder, settings, on_page, finished, numbers.start)
+
+
+def num_pdf_pages(path: Path, settings: RenderSettings) -> int:
+    """Return how many pages a document has if it is a PDF that can be rendered, else 0."""
+    import pypdfium2
+
+    if path.stat().st_size > settings.max_file_mb << 20 or _kind(path) != "pdf":
+        return 0
+    try:
+        with pypdfium2.PdfDocument(path) as document:
+            return len(document) if len(document) <= settings.max_pages else 0
+    except pypdfium2.PdfiumError:
+        return 0
+
+
+def _whole(pages: list[RenderedPage], faults: Sequence[str], folder: Path) -> list[RenderedPage]:
+    """Return a document's pages, whose folder is then complete; DocumentError if there are none."""
+    if not pages:
+        raise DocumentError("; ".join(faults[:3]))
+    for file in _finished_files(folder):
+        file.unlink()
+    return pages
 
 
 def labels_of(pdf: Path, hidden: HiddenParts) -> dict[int, str]:
@@ -164,22 +198,25 @@ def _kind(path: Path) -> Literal["pdf", "image", "other"]:
     return "image" if has_known_format(os.fspath(path)) else "other"
 
 
-def _finished_pages(folder: Path) -> dict[int, RenderedPage]:
-    """Return the pages that a process which died has finished in this folder."""
+def finished_pages(folder: Path) -> dict[int, RenderedPage]:
+    """Return the pages that are finished in this folder, by this ingest or by one that was interrupted."""
     pages = {}
-    try:
-        for line in (folder / FINISHED).read_text().splitlines():
-            page = RenderedPage(**json.loads(line))
-            pages[page.number] = page
-    except (FileNotFoundError, ValueError):  # the last line may be cut off
-        return pages
+    for file in _finished_files(folder):
+        for line in file.read_text().splitlines():
+            with suppress(ValueError, TypeError):  # a line may be cut off
+                page = RenderedPage(**json.loads(line))
+                pages[page.number] = page
     return pages
 
 
+def _finished_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("finished*.jsonl"))
+
+
 def _pdf_pages(
-    path: Path, settings: RenderSettings, finished: Container[int]
+    path: Path, settings: RenderSettings, finished: Container[int], numbers: range | None = None
 ) -> Iterator[tuple[Image.Image, str] | str | None]:
-    """Yield each page's pixels and text, or what is wrong with it; None for one that is finished."""
+    """Yield the pixels and text of each page, or of some, or what is wrong with it; None for one that is finished."""
     import pypdfium2
 
     logging.getLogger("pypdfium2").setLevel(logging.ERROR)  # it warns that of every XFA form only the AcroForm is drawn
@@ -196,12 +233,12 @@ def _pdf_pages(
             raise DocumentError("the PDF has no pages")
         document.init_forms()  # otherwise form fields and their values are not drawn
         _refuse_pages(len(document), settings)
-        for index in range(len(document)):
-            if index + 1 in finished:
+        for number in numbers or range(1, len(document) + 1):
+            if number in finished:
                 yield None
                 continue
             try:
-                page = document[index]
+                page = document[number - 1]
                 width_points, height_points = page.get_size()
                 scale = _pdf_scale(width_points, height_points, settings)
                 text = page.get_textpage().get_text_bounded()
@@ -266,10 +303,17 @@ def _write(
     settings: RenderSettings,
     on_page: Callable[[], None],
     finished: Mapping[int, RenderedPage] = MappingProxyType({}),
-) -> tuple[list[RenderedPage], str]:
+    first: int = 1,
+) -> tuple[list[RenderedPage], list[str]]:
+    """Write pages, numbered from `first`; return those that are there, and what is wrong with others.
+
+    Raises:
+        DocumentError: the folder's images take more room than they may.
+    """
     suffix, options = _SAVED_AS[settings.image_format]
-    written, faults, num_bytes = [], [], 0
-    for number, page in enumerate(pages, start=1):
+    written, faults = [], []
+    num_images, num_bytes = len(finished), sum((folder / page.image).stat().st_size for page in finished.values())
+    for number, page in enumerate(pages, start=first):
         if page is None:
             written.append(finished[number])
             continue
@@ -285,22 +329,20 @@ def _write(
                 text = clean_text(text)
             name = f"{number:05d}{suffix}"
             image.save(folder / name, **options)
-            num_bytes += (folder / name).stat().st_size
+            num_bytes, num_images = num_bytes + (folder / name).stat().st_size, num_images + 1
             if num_bytes > settings.max_rendered_mb << 20:
                 raise DocumentError(
-                    f"its first {number:,} pages take {num_bytes >> 20:,} MiB, more than --max-rendered-mb "
+                    f"{num_images:,} of its pages take {num_bytes >> 20:,} MiB, more than --max-rendered-mb "
                     f"{settings.max_rendered_mb}; raise it"
                 )
             written.append(RenderedPage(number, name, image.width, image.height, text))
             if not fault:
-                with open(folder / FINISHED, "a", encoding="ascii") as file:
+                with open(folder / FINISHED.format(first=first), "a", encoding="ascii") as file:
                     file.write(json.dumps(asdict(written[-1])) + "\n")
         if fault:
             faults.append(f"page {number}: {fault}")
         on_page()
-    if not written:
-        raise DocumentError("; ".join(faults[:3]))
-    return written, "; ".join(faults)
+    return written, faults
 
 
 def clean_text(text: str) -> str:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
-from recipes.retrieval.pages.documents import is_office, limit_memory, render, why_skipped
+from recipes.retrieval.pages.documents import is_office, why_skipped
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import (
     DocumentRow,
@@ -23,12 +19,11 @@ from recipes.retrieval.pages.store import (
     StoreBusyError,
     StoreError,
     StoreWriteError,
-    content_writer,
     hash_file,
     shown,
     single_writer,
-    writing,
 )
+from recipes.retrieval.pages.tasks import RenderTask, split_of, work_on
 from recipes.retrieval.pages.workers import TaskResult, no_progress, run_tasks, too_long
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
@@ -37,7 +32,6 @@ log = logging.getLogger(__name__)
 
 COMMIT_EVERY_S = 60.0
 MOST_OF_MANY = 20  # losing more than half of a root's documents, and more than these, needs --prune
-MAX_WARNINGS = 3  # of libraries, kept per document
 _OF_THE_STORE = {kind.__name__: kind for kind in (StoreError, StoreBusyError, StoreWriteError)}
 """Errors of a worker that end the ingest."""
 
@@ -57,15 +51,6 @@ class IngestReport:
     num_pages: int
     errors: tuple[DocumentRow, ...]
     num_noted: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RenderTask:
-    """One file for a worker, and the store that receives its pages."""
-
-    path: bytes
-    store: str
-    settings: RenderSettings
 
 
 def ingest(
@@ -154,13 +139,14 @@ def _rendered(
     console: Console,
 ) -> Iterator[DocumentRow]:
     """Render documents in worker processes; yield the row of each as it is done."""
-    tasks = [RenderTask(row.path, os.fspath(store.folder.absolute()), settings) for row in waiting]
+    folder = os.fspath(store.folder.absolute())
+    tasks = [RenderTask(row.path, folder, settings, num_workers) for row in waiting]
     by_path = {row.path: row for row in waiting}
     with console.phase("documents", total=len(waiting)) as documents, console.phase("pages") as pages:
         results = run_tasks(
-            render_document, tasks, num_workers=min(num_workers, len(tasks)),
+            work_on, tasks, num_workers=num_workers,
             timeout_s=lambda task: _timeout_s(task.path, settings, page_timeout_s), on_alive=pages.advance,
-            total_s=document_timeout_s,
+            total_s=document_timeout_s, split=split_of,
         )  # fmt: skip
         for result in results:
             yield _row(by_path[result.task.path], result)
@@ -313,35 +299,3 @@ def _row(row: DocumentRow, result: TaskResult) -> DocumentRow:
         return replace(row, error=reason.encode("utf-8", "backslashreplace").decode())
     content, num_pages, fault, note = result.value
     return replace(row, content=content, num_pages=num_pages, error=fault, note=note)
-
-
-def render_document(task: RenderTask, alive: Callable[[], None]) -> tuple[str, int, str, str]:
-    """Hash and render one document, in a worker; pages that exist already are not rendered again.
-
-    Returns:
-        The content's hash, its number of pages, which pages could not be rendered, and what is on no page.
-    """
-    limit_memory()
-    store, path = PageStore(Path(task.store)), Path(os.fsdecode(task.path))
-    try:
-        content = hash_file(path)
-    except OSError as error:
-        raise DocumentError(f"the file cannot be read: {os.strerror(error.errno or 0)}") from error
-    if store.has_content(content):
-        record = store.record(content)
-        return content, len(record["pages"]), record["error"], record.get("note", "")
-    with writing(store.folder), content_writer(store.content_folder(content)) as folder:
-        try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # beyond it there is an error
-                pages, fault, note = render(path, folder, task.settings, alive)
-        except MemoryError as error:
-            raise DocumentError("it needs more memory than a document may take") from error
-        if hash_file(path) != content:
-            raise DocumentError("the file changed while it was read; run the same command again")
-        doubts = list(dict.fromkeys(str(warning.message) for warning in said))
-        note = "; ".join([*([note] if note else []), *doubts[:MAX_WARNINGS]])
-        record = {"pages": [asdict(page) for page in pages], "error": fault, "note": note}
-        (folder / "pages.json").write_text(json.dumps(record))
-    return content, len(pages), fault, note

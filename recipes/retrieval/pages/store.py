@@ -350,31 +350,6 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextmanager
-def content_writer(final: Path) -> Iterator[Path]:
-    """Yield a folder for one content's pages; it gets its name when the block ends without an error.
-
-    The folder of an earlier ingest that died is used again, with the pages that it has finished. Only one ingest works
-    on a store at a time, so that a folder of another parent process is not in use.
-    """
-    temporary = final.with_name(f".{final.name}.{os.getppid()}-{os.getpid()}")
-    if not temporary.exists():
-        for left in sorted(final.parent.glob(f".{final.name}.*")):
-            if not left.suffix.startswith(f".{os.getppid()}-"):
-                os.rename(left, temporary)
-                break
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        try:
-            os.rename(temporary, final)
-        except OSError:
-            if not final.exists():  # else two files with the same bytes were rendered side by side
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an error that names the fix."""
     try:

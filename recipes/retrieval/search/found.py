@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from recipes.retrieval.pages.store import Page, place_of
 from recipes.retrieval.search.exact import Hit
@@ -14,7 +14,7 @@ class FoundPage:
     """One page of an answer to a query.
 
     rank: from 1. number: of the page in its document. image: absolute path. root, copies, label: as in `Page`.
-    near: places of pages that were left out because they say the same.
+    near: places of pages that were left out because they say the same. width, height: of the image, in pixels.
     """
 
     rank: int
@@ -28,6 +28,8 @@ class FoundPage:
     copies: tuple[str, ...] = ()
     label: str = ""
     near: tuple[str, ...] = ()
+    width: int = 0
+    height: int = 0
 
     @property
     def place(self) -> str:
@@ -42,15 +44,5 @@ def found_pages(hits: Sequence[Hit], pages: Mapping[str, Page]) -> list[FoundPag
 
 
 def _found(rank: int, hit: Hit, page: Page) -> FoundPage:
-    return FoundPage(
-        rank,
-        hit.score,
-        hit.page_id,
-        page.document,
-        page.number,
-        page.image,
-        page.text,
-        page.root,
-        page.copies,
-        page.label,
-    )
+    same = {field.name: getattr(page, field.name) for field in fields(Page)}
+    return FoundPage(rank=rank, score=hit.score, **same)

@@ -34,6 +34,7 @@ from rsgrpo.errors import InputError
 FORMAT = 1
 DTYPES = ("float16", "float32")
 COMPACT_ABOVE = 0.5  # deleted share of a shard
+CANDIDATES = 100
 FAISS_MARGIN = 16  # candidates beyond 2k, so that rounding in FAISS does not lose a page that belongs
 _MANIFEST: dict[str, type | tuple[type, ...]] = {
     "fingerprint": str, "encoder": dict, "multi_vector": bool, "dtype": str, "dim": (int, type(None)),
@@ -158,24 +159,27 @@ class VectorIndex:
 
     # Searches
 
-    def searcher(self, backend: Backend = "exact", num_probes: int = 32) -> Search:
+    def searcher(self, backend: Backend = "exact", num_probes: int = 32, candidates: int = CANDIDATES) -> Search:
         """Return what finds pages by one back end: a scan of everything, or FAISS's candidates scored exactly.
 
         Args:
             num_probes: lists that are read per query (ivf).
+            candidates: pages of several vectors that are scored per query, at least; they are proposed by pooled ones.
 
         Raises:
             FaissError: there is no FAISS file of this index as it is now.
         """
         if backend == "exact":
             return self.search
-        propose = open_faiss(self.folder / f"faiss-{backend}.bin", self.state, len(self), num_probes)
+        file = self.folder / f"faiss-{backend}.bin"
+        propose = open_faiss(file, self.state, len(self), num_probes, multi_vector=self.multi_vector)
 
         def search(queries: Sequence[np.ndarray], k: int, keep: Keep = ALL) -> list[list[Hit]]:
             if keep != ALL:
                 return self.search(queries, k, keep)  # FAISS might propose none of the pages that are kept
             self._check(queries, k)
-            proposed = propose(queries, 2 * k + FAISS_MARGIN)
+            count = 2 * k + FAISS_MARGIN
+            proposed = propose(queries, max(count, candidates) if self.multi_vector else count)
             pairs = zip(queries, proposed, strict=True)
             return [rank_candidates(query, self._pages_at(numbers), k) for query, numbers in pairs]
 
@@ -204,19 +208,17 @@ class VectorIndex:
         """Write the FAISS file of a kind, unless only one that is older is to be replaced.
 
         Raises:
-            FaissError: the index has several vectors per page, or is empty.
+            FaissError: the index is empty.
             StoreError: another process writes to the index, or the disk is full.
         """
         file = self.folder / f"faiss-{kind}.bin"
         if only_if_older and state_of(file) == self.state:
             return file
-        if self.multi_vector:
-            raise FaissError("FAISS takes one vector per page; search this index exactly, or --rerank by it")
         with self.locked():
             if not len(self):
                 raise FaissError(f"{self.folder} is empty; index some pages first")
             with writing(self.folder):
-                write_faiss(file, kind, self.shards, self.state)
+                write_faiss(file, kind, self.shards, self.state, multi_vector=self.multi_vector)
         return file
 
     def vectors(self, page_ids: Iterable[str]) -> dict[str, np.ndarray]:

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
+
 from recipes.answers.options import check_options
-from recipes.retrieval.encoders.base import PageEncoder
+from recipes.retrieval.encoders.base import PageEncoder, PatchEncoder
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.distinct import distinct_pages
 from recipes.retrieval.search.exact import Hit
+from recipes.retrieval.search.faiss import state_of
 from recipes.retrieval.search.found import FoundPage, found_pages
 from recipes.retrieval.search.fusion import fuse, parse_weights
-from recipes.retrieval.search.index import Backend, VectorIndex
+from recipes.retrieval.search.index import CANDIDATES, Backend, VectorIndex
 from recipes.retrieval.search.keep import NO_FILTERS, Filters, Keep, contents_of
 from recipes.retrieval.search.update import Lag, lag_of
 from recipes.retrieval.search.words import WordIndex
@@ -36,7 +39,9 @@ class SearchSettings:
     by: By = key("vectors", "what finds pages: an index, the words of the text layer (BM25, no model), or both, fused")
     backend: Backend = key("exact", "scan the index, or take candidates from a FAISS file")
     num_probes: int = key(32, "lists read per query (ivf)", ge=1)
-    candidates: int = key(100, "number of pages to fuse or to rerank", ge=1)
+    candidates: int = key(
+        CANDIDATES, "number of pages to fuse, to rerank, or to score by late interaction (flat, ivf)", ge=1
+    )
     weights: str = key("", "weights of the fused searches, such as 1,0.5: indexes in order, then words; default: all 1")
     reranker: tuple[PageEncoder, Path] | None = None
     further: tuple[tuple[PageEncoder, Path], ...] = ()
@@ -74,7 +79,7 @@ class VectorSource:
         self.name, self.encoder = str(folder), encoder
         self.index = VectorIndex.open(folder)
         self.index.require(encoder.identity)
-        self._search = self.index.searcher(backend, search.num_probes)
+        self._search = self.index.searcher(backend, search.num_probes, search.candidates)
 
     def hits(self, queries: Sequence[str], k: int, keep: Keep) -> list[list[Hit]]:
         """Encode the queries and search; see `Source`."""
@@ -122,7 +127,9 @@ class Retriever:
             if encoder is None:
                 raise InputError("a search by vectors needs an encoder; name it, or use --by words")
             vectors.append(VectorSource(index, encoder, search, backend=search.backend))
-        vectors += [VectorSource(folder, second, search, backend="exact") for second, folder in search.further]
+        for second, folder in search.further:
+            has_file = search.backend != "exact" and state_of(folder / f"faiss-{search.backend}.bin")
+            vectors.append(VectorSource(folder, second, search, backend=search.backend if has_file else "exact"))
         self._sources: list[Source] = [*vectors]
         if search.by != "vectors":
             self._sources.append(WordSource(self.store))
@@ -132,6 +139,7 @@ class Retriever:
             second, folder = search.reranker
             self._reranker = VectorSource(folder, second, search, backend="exact")
         opened = [*vectors, *([self._reranker] if self._reranker else [])]
+        self._late = next((source for source in opened if source.index.multi_vector), None)
         self.lags: list[Lag] = [lag for source in opened if (lag := lag_of(self.store, source.index))]
         gone, contents = {lag.index: lag.surplus for lag in self.lags}, contents_of(self.store, filters)
         self._keeps = [Keep(contents, gone.get(source.name, frozenset())) for source in self._sources]
@@ -176,6 +184,26 @@ class Retriever:
         pages = self.store.find(hit.page_id for hits in found for hit in hits)
         results = [found_pages(hits, pages) for hits in found]
         return [distinct_pages(result, k) for result in results] if distinct else results
+
+    @property
+    def has_late(self) -> bool:
+        """Whether one of the indexes is of late interaction, so that similarities have places on the page."""
+        return self._late is not None
+
+    def similarity_maps(self, query: str, page_ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return page id -> (rows, columns) float32: where on the page the first late-interaction index finds a query.
+
+        Pages that this index lacks, and all pages without such an index, have no map; see `PatchEncoder`.
+        """
+        if self._late is None or not isinstance(self._late.encoder, PatchEncoder):
+            return {}
+        pages, vectors = self.store.find(page_ids), self._late.index.vectors(page_ids)
+        found = {
+            page_id: self._late.encoder.similarity_map(query, pages[page_id], vectors[page_id])
+            for page_id in page_ids
+            if page_id in pages and page_id in vectors
+        }
+        return {page_id: similarities for page_id, similarities in found.items() if similarities is not None}
 
     def _found(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         if len(self._sources) == 1:

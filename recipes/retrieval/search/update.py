@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 
@@ -90,19 +92,28 @@ def fill_index(
     return UpdateReport(len(missing), num_deleted, len(index))
 
 
-def encode_here(encoder: PageEncoder, pages: Iterable[Page], batch_pages: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield pages with their vectors, in order; a batch is loaded while the one before it is encoded."""
-    remaining = iter(pages)
+def encode_here(
+    encoder: PageEncoder, pages: Iterable[Page], batch_pages: int, *, turn: AbstractContextManager[Any] | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield pages with their vectors, in order; a batch is loaded while the one before it is encoded.
+
+    turn: entered while a batch is encoded.
+    """
+    turn, remaining = turn or nullcontext(), iter(pages)
     batches = iter(lambda: list(islice(remaining, batch_pages)), [])
     if not isinstance(encoder, ModelEncoder):
         for batch in batches:
-            yield from zip([page.page_id for page in batch], encoder.encode_pages(batch), strict=True)
+            with turn:
+                vectors = encoder.encode_pages(batch)
+            yield from zip([page.page_id for page in batch], vectors, strict=True)
         return
     with ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="pages") as pool:
         waiting: list[tuple[str, Future[PageInput]]] = []
         for batch in chain(batches, [[]]):  # the last turn encodes the last batch
             loading = [(page.page_id, pool.submit(encoder.identity.loader, page)) for page in batch]
             if waiting:
-                page_ids = [page_id for page_id, _ in waiting]
-                yield from zip(page_ids, encoder.encode_loaded([f.result() for _, f in waiting], page_ids), strict=True)
+                page_ids, inputs = [page_id for page_id, _ in waiting], [loaded.result() for _, loaded in waiting]
+                with turn:
+                    vectors = encoder.encode_loaded(inputs, page_ids)
+                yield from zip(page_ids, vectors, strict=True)
             waiting = loading

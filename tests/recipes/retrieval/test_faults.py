@@ -22,10 +22,10 @@ from PIL import Image
 
 from recipes import retrieve
 from recipes.retrieval.pages.documents import is_candidate
-from recipes.retrieval.pages.ingest import RenderTask, render_document
 from recipes.retrieval.pages.libreoffice import office_to_pdf
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, StoreError
+from recipes.retrieval.pages.tasks import RenderTask, render_document
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from rsgrpo.errors import RsgrpoError
 from tests.material import ROOT
@@ -158,8 +158,7 @@ def test_a_folder_that_cannot_be_read_takes_no_document_out(tmp_path, monkeypatc
     assert len(PageStore.open(store).page_ids()) == 3
 
 
-def test_a_file_that_changes_while_it_is_read_leaves_no_pages_under_the_old_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.retrieval.pages.ingest.limit_memory", lambda: None)
+def test_a_file_that_changes_while_it_is_read_leaves_no_pages_under_the_old_name(tmp_path):
     write_image(tmp_path / "a.png", "red")
     store = PageStore.create(tmp_path / "store", RenderSettings().pixels())
     task = RenderTask(os.fsencode(tmp_path / "a.png"), str(store.folder), RenderSettings())

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
 
 from recipes import retrieve
-from recipes.retrieval.pages.documents import FINISHED, labels_of, render
+from recipes.retrieval.pages.documents import labels_of, render
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.libreoffice import office_to_pdf
 from recipes.retrieval.pages.mail_and_books import UnreadableError, to_html
@@ -20,7 +20,7 @@ from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, hash_file
 from recipes.retrieval.pages.workers import no_progress
 from tests.material.office import write_book, write_mail, write_pptx, write_xlsx
-from tests.material.retrieval import QUIET, ingested, stop_python, write_image, write_pdf
+from tests.material.retrieval import QUIET, ingested, write_image, write_pdf
 
 
 def documents(store: Path) -> dict[str, str]:
@@ -167,14 +167,13 @@ def test_a_warning_of_a_library_becomes_a_note_of_its_file(tmp_path, monkeypatch
         warnings.warn("Truncated File Read", stacklevel=1)
         return render(*arguments)
 
-    monkeypatch.setattr("recipes.retrieval.pages.ingest.render", warning)
-    monkeypatch.setattr("recipes.retrieval.pages.ingest.limit_memory", lambda: None)
-    from recipes.retrieval.pages.ingest import RenderTask, render_document
+    monkeypatch.setattr("recipes.retrieval.pages.tasks.render", warning)
+    from recipes.retrieval.pages.tasks import RenderTask, render_document
 
     write_image(tmp_path / "a.png")
     PageStore.create(tmp_path / "store", RenderSettings().pixels())
     task = RenderTask(bytes(tmp_path / "a.png"), str(tmp_path / "store"), RenderSettings())
-    assert render_document(task, lambda: None)[3] == "Truncated File Read"
+    render_document(task, lambda: None)
     assert PageStore(tmp_path / "store").record(hash_file(tmp_path / "a.png"))["note"] == "Truncated File Read"
     assert not recwarn.list
 
@@ -194,26 +193,3 @@ def test_a_document_without_progress_is_not_read_again_within_the_same_limit(tmp
     again = run(none)
     assert (again.num_rendered, again.num_unchanged, [row.error for row in again.errors]) == (0, 0, [row.error])
     assert run(60).num_pages == 40
-
-
-def test_a_large_document_that_was_interrupted_continues_after_its_finished_pages(tmp_path):
-    write_pdf(tmp_path / "large.pdf", [f"page {number}" for number in range(60)], width=1_000, height=1_000)
-    store = tmp_path / "store"
-    command = ["-m", "recipes.retrieve", "ingest", tmp_path / "large.pdf", "--out", store, "--workers", "1"]
-
-    def progress() -> list[Path]:
-        return [file for file in store.glob(f"pages/*/.*/{FINISHED}") if file.read_bytes().count(b"\n") >= 5]
-
-    stop_python(command, lambda: bool(progress()))
-    (left,) = {file.parent for file in progress()}
-    with (left / FINISHED).open("a") as file:
-        file.write('{"number": 6')  # a line that was cut off
-    before = {name: (left / name).stat().st_mtime_ns for name in ("00001.png", "00004.png")}
-    ingested(store, tmp_path / "large.pdf")
-    (content,) = store.glob("pages/*/*")
-    assert {name: (content / name).stat().st_mtime_ns for name in before} == before
-    assert not (content / FINISHED).exists()
-    ingested(tmp_path / "other", tmp_path / "large.pdf")
-    (whole,) = (tmp_path / "other").glob("pages/*/*")
-    for file in whole.iterdir():
-        assert (content / file.name).read_bytes() == file.read_bytes()

@@ -21,12 +21,12 @@ from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import (
     PageStore,
     StoreError,
-    content_writer,
     hash_file,
     shown,
     single_writer,
     writing,
 )
+from recipes.retrieval.pages.tasks import content_writer
 from recipes.retrieval.pages.workers import run_tasks
 from rsgrpo.errors import RsgrpoError
 from tests.material.retrieval import ingested, rendered, stop_python, write_encrypted_pdf, write_image, write_pdf

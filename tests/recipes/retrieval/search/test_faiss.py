@@ -20,6 +20,8 @@ pytest.importorskip("faiss", reason="needs the retrieval extra")
 from recipes.retrieval.pages.store import StoreError
 from recipes.retrieval.search.faiss import FaissError, FaissKind
 from recipes.retrieval.search.index import VectorIndex
+from recipes.retrieval.search.keep import Keep
+from recipes.retrieval.search.pooled import GROUPS, best_pages, pooled
 from tests.recipes.retrieval.search.test_index import make, random_vectors
 
 BUILD = """
@@ -51,8 +53,50 @@ def test_faiss_finds_what_the_exact_search_finds(tmp_path):
     index.remove(["p0002"])
     with pytest.raises(FaissError, match="older than the index"):
         index.searcher("flat")
-    with pytest.raises(FaissError, match="one vector per page"):
-        make(tmp_path / "late", {"a": np.eye(2)}, multi=True).build_faiss("flat")
+
+
+# Pages of several vectors
+
+
+def test_a_page_is_pooled_in_runs_of_neighbours():
+    page_VD = np.repeat(np.eye(16, dtype=np.float32), 3, axis=0)
+    rows = pooled(np.concatenate([page_VD, np.eye(16)[:2]]), np.array([0, 48]))
+    np.testing.assert_allclose(rows[:16], np.eye(16))
+    assert rows[16:].argmax(axis=1).tolist() == [0] * 8 + [1] * 8  # fewer vectors than groups
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1)
+
+
+def test_pages_are_proposed_by_their_best_row_of_each_vector():
+    similarities = np.array([[0.9, 0.8, 0.7], [0.6, 0.5, 0.1]])
+    rows = np.array([[GROUPS, 1, 2], [0, 2 * GROUPS, -1]])  # pages 1, 0, 0 and 0, 2
+    # page 0: .8 + .6; page 1: .9 + .5, which the second vector proposed last; page 2: .7 + .5
+    assert best_pages(similarities, rows, 5).tolist() == [0, 1, 2]
+    assert best_pages(similarities, rows, 1).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_late_interaction_is_searched_by_pooled_vectors_and_scored_by_all(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    pages = {f"p{number:04d}": unit(np.repeat(rng.standard_normal((6, 16)), 4, axis=0)) for number in range(600)}
+    pages = {name: unit(page + 0.1 * rng.standard_normal(page.shape)) for name, page in pages.items()}
+    queries = [unit(pages[f"p{number:04d}"][::5] + 0.05 * rng.standard_normal((5, 16))) for number in range(0, 600, 40)]
+    index = make(tmp_path, pages, multi=True, shard=250)
+    index.build_faiss(kind)
+    wanted = index.search(queries, 10)
+    search = index.searcher(kind, num_probes=40, candidates=60)
+    assert [hits[0] for hits in search(queries, 10)] == [hits[0] for hits in wanted]  # exact scores
+    ids = [[{hit.page_id for hit in hits} for hits in run] for run in (search(queries, 10), wanted)]
+    assert np.mean([len(one & other) for one, other in zip(*ids, strict=True)]) > 9
+    assert index.searcher(kind, num_probes=10_000, candidates=600)(queries, 10) == wanted  # all are scored
+    kept = Keep(without=frozenset({wanted[0][0].page_id}))
+    assert search(queries[:1], 1, kept) == [wanted[0][1:2]]
+    index.remove([wanted[1][0].page_id])
+    with pytest.raises(FaissError, match="older than the index"):
+        index.searcher(kind)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def killed_build(folder: Path, kind: FaissKind, is_time: Callable[[], bool]) -> bool:

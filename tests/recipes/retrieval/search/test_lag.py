@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
 from recipes import retrieve
 from recipes.retrieval.answers.library import Library, LibrarySettings
 from recipes.retrieval.encoders.base import EncoderIdentity
+from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.store import Page, PageStore, single_writer
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.index import VectorIndex
 from recipes.retrieval.search.retriever import Retriever, SearchSettings, _in_their_places
-from recipes.retrieval.search.sync import update_index
+from recipes.retrieval.search.sync import SHARED_PAGES, update_index
 from recipes.retrieval.sync_command import watch
 from rsgrpo.errors import InputError
 from tests.material.retrieval import QUIET, coloured_store, ingested, write_image, write_pdf, write_vectors
@@ -237,6 +239,54 @@ def test_documents_are_added_and_removed_while_questions_are_asked(store, tmp_pa
     for asker in askers:
         asker.join()
     assert faults == []
+
+
+def test_whoever_adds_documents_is_told_how_far_that_is(store, tmp_path):
+    library = Library(store, store / "index", Colours(), None, LibrarySettings(workers=1), QUIET)
+    write_pdf(tmp_path / "red.pdf", ["one", "two"])
+    write_image(tmp_path / "white.png", "white", 56, 56)
+    said: list[str] = []
+    library.add([tmp_path / "red.pdf", tmp_path / "white.png"], report=said.append)
+    assert said[0] == "0 of 2 documents rendered, 1 pages"
+    assert "2 of 2 documents rendered, 3 pages" in said
+    assert said[-1] == "3 of 3 pages encoded"
+
+
+def test_a_question_waits_for_no_upload(store, tmp_path, monkeypatch):
+    """Neither while documents are rendered nor, beyond a few pages, while they are encoded."""
+    encoder, asked = Colours(), threading.Event()
+    library = Library(store, store / "index", encoder, None, LibrarySettings(workers=1), QUIET)
+
+    def ingesting(*arguments: Any, **settings: Any) -> Any:
+        assert asked.wait(60)  # rendering takes as long as the question
+        asked.clear()
+        return ingest(*arguments, **settings)
+
+    monkeypatch.setattr("recipes.retrieval.answers.library.ingest", ingesting)
+    write_pdf(tmp_path / "red.pdf", [str(number) for number in range(3 * SHARED_PAGES)])
+    order: list[str] = []
+    encode_pages, encode_queries = encoder.encode_pages, encoder.encode_queries
+
+    def slow_pages(pages: Any) -> Any:
+        order.append("pages")
+        if len(order) == 1:
+            question.start()
+            while library._searching.num_waiting < 2:  # the question is next
+                time.sleep(0.001)
+        return encode_pages(pages)
+
+    monkeypatch.setattr(encoder, "encode_pages", slow_pages)
+    monkeypatch.setattr(encoder, "encode_queries", lambda queries: order.append("question") or encode_queries(queries))
+    question = threading.Thread(target=first_pages, args=(library, "red"))
+    adding = threading.Thread(target=library.add, args=([tmp_path / "red.pdf"],))
+    adding.start()
+    assert first_pages(library, "blue") == ["blue.png", "red.png"]
+    order.clear()
+    asked.set()
+    adding.join()
+    question.join()
+    assert order == ["pages", "question", "pages", "pages"]
+    assert library.num_pages == 2 + 3 * SHARED_PAGES
 
 
 def test_watching_works_again_after_changes_that_have_settled(tmp_path):
