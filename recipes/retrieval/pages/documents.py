@@ -331,8 +331,9 @@ def _write(
             image.save(folder / name, **options)
             num_bytes, num_images = num_bytes + (folder / name).stat().st_size, num_images + 1
             if num_bytes > settings.max_rendered_mb << 20:
+                which = f"its first {number:,}" if number == num_images else f"{num_images:,} of its"
                 raise DocumentError(
-                    f"{num_images:,} of its pages take {num_bytes >> 20:,} MiB, more than --max-rendered-mb "
+                    f"{which} pages take {num_bytes >> 20:,} MiB, more than --max-rendered-mb "
                     f"{settings.max_rendered_mb}; raise it"
                 )
             written.append(RenderedPage(number, name, image.width, image.height, text))

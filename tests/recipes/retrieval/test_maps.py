@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,13 @@ from recipes.retrieval.answers.library import Library, LibrarySettings
 from recipes.retrieval.answers.page_view import pages_html
 from recipes.retrieval.answers.told_boxes import marks_of, told_boxes
 from recipes.retrieval.command_line import _box_frame
-from recipes.retrieval.encoders.base import EncoderSettings
+from recipes.retrieval.encoders.base import EncoderSettings, PageLoader
 from recipes.retrieval.encoders.sentence import LateEncoder
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.found import FoundPage
 from recipes.retrieval.search.sync import update_index
 from tests.material.retrieval import QUIET, coloured_store, write_image
-from tests.material.retrieval_models import save_bert, save_late
+from tests.material.retrieval_models import save_late
 
 SIZES = ["--min-pixels", "784", "--max-pixels", "12544", "--device", "cpu"]
 
@@ -87,18 +88,12 @@ def test_a_map_is_the_mean_over_the_words_of_the_question_alone(encoder, tmp_pat
     assert not np.allclose(found, (page_VD[patches] @ query_TD.T).mean(axis=1), atol=1e-4)  # nor the template's
 
 
-def test_there_is_no_map_where_vectors_have_no_places(encoder, tiny_model_path, tmp_path):
+def test_there_is_no_map_where_vectors_have_no_places(encoder, tmp_path, monkeypatch):
     page = picture(tmp_path, 56, 56)
     (page_VD,) = encoder.encode_pages([page])
     assert encoder.similarity_map("7", page, page_VD[:-1]) is None  # vectors that were pooled
-    from sentence_transformers import MultiVectorEncoder
-
-    MultiVectorEncoder(save_bert(tiny_model_path, tmp_path) and str(tmp_path / "plain"), device="cpu").save(
-        str(tmp_path / "words")
-    )
-    reads_text = LateEncoder(EncoderSettings(str(tmp_path / "words"), kind="late", device="cpu"))
-    page.text = "seven apples"
-    assert reads_text.similarity_map("7", page, reads_text.encode_pages([page])[0]) is None
+    monkeypatch.setattr(encoder, "identity", replace(encoder.identity, loader=PageLoader(as_text=True)))
+    assert encoder.similarity_map("7", page, page_VD) is None  # a model that reads text
 
 
 def test_a_map_is_drawn_over_its_page(tmp_path):
@@ -119,7 +114,8 @@ def test_search_and_the_page_show_where_the_question_is(encoder, late, tmp_path,
     assert capsys.readouterr().err.count("2 x 2 patches") == 2
     files = sorted((tmp_path / "maps").iterdir())
     assert [file.name.split("-")[1] for file in files] == ["1", "2"]
-    assert Image.open(files[0]).size == (56, 56)
+    with Image.open(files[0]) as drawn:
+        assert drawn.size == (56, 56)
     assert retrieve.main([*search, "--by", "words"]) == 2
     assert "--similarity-maps needs a late-interaction index" in capsys.readouterr().err
 

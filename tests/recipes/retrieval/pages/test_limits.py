@@ -55,7 +55,7 @@ def test_a_document_that_fills_the_disk_is_refused(tmp_path):
     out.mkdir()
     noise = [Image.effect_noise((700, 700), 90) for _ in range(4)]
     noise[0].save(source, save_all=True, append_images=noise[1:])
-    with pytest.raises(DocumentError, match=r"2 of its pages take 1 MiB, more than --max-rendered-mb 1; raise it"):
+    with pytest.raises(DocumentError, match=r"its first 2 pages take 1 MiB, more than --max-rendered-mb 1; raise it"):
         render(source, out, RenderSettings(max_rendered_mb=1))
 
 
