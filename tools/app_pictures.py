@@ -140,7 +140,7 @@ def take(tab: Tab, url: str, files: Sequence[Path], out: Path) -> None:
     tab.get_by_text("added or changed").wait_for()
     tab.locator("#documents button").first.click()
     tab.locator("#documents td", has_text=files[0].name).wait_for()
-    tab.get_by_text("Add documents").scroll_into_view_if_needed()
+    tab.locator("#remove").scroll_into_view_if_needed()
     tab.screenshot(path=out / "app_documents.png")
     tab.locator("#documents button").first.click()
     tab.evaluate("window.scrollTo(0, 0)")

@@ -133,11 +133,15 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path):
 def test_a_follow_up_is_asked_together_with_the_questions_before_it(tmp_path):
     pytest.importorskip("gradio", reason="needs the app extra")
     prompts: list[Prompt] = []
-    answerer = Scripted(lambda prompt: prompts.append(prompt) or "<answer>seven</answer>")
+
+    def reply(prompt: Prompt) -> str:
+        prompts.append(prompt)
+        return "<answer>seven</answer>"
+
     store = coloured_store(tmp_path, "red")
     write_pdf(tmp_path / "docs" / "apples.pdf", ["apples are red"])
     ingested(store, tmp_path / "docs")
-    search, reader = SearchSettings(by="words"), Reader(answerer, "{images}\n{question}")
+    search, reader = SearchSettings(by="words"), Reader(Scripted(reply), "{images}\n{question}")
     words = Library(store, store / "index", None, reader, LibrarySettings(), QUIET, search)
     do = app.Handlers(words, "title", tmp_path, VisitSettings())
     *_, (*_, history, shown) = do.ask("which apples?", 1, "multi_image", False, [])

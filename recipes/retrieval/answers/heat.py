@@ -1,4 +1,4 @@
-"""Similarity maps as pictures: red where a page is most like the question, clear where it is least."""
+"""Similarity maps as pictures: violet where a page is most like the question, clear where it is least."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-COLOUR = (214, 40, 40)
+COLOUR = (110, 0, 200)
 OPACITY = 170  # of the most similar patch, of 255
 
 
@@ -19,7 +19,7 @@ def heat(similarities_RC: np.ndarray) -> Image.Image:
     patches are all alike stays clear.
 
     >>> heat(np.array([[0.0, 0.5, 1.0]])).getpixel((1, 0))
-    (214, 40, 40, 85)
+    (110, 0, 200, 85)
     """
     low, high = float(similarities_RC.min()), float(similarities_RC.max())
     share_RC = (similarities_RC - low) / (high - low) if high > low else np.zeros_like(similarities_RC)

@@ -230,12 +230,12 @@ class Library:
                 for file in accepted:
                     with replaced(uploads / kept_name(file)) as unfinished:  # hidden: an ingest skips it
                         shutil.copyfile(file, unfinished)
-            report = ingest(
+            ingested = ingest(
                 [uploads], self._store, replace(render, **bounds), num_workers=limits.workers,
                 page_timeout_s=PAGE_TIMEOUT_S, console=console, prune=True,  # a file that cannot be read goes
             )  # fmt: skip
             names = {shown(kept_name(file)) for file in accepted}
-            faulty = [row for row in report.errors if row.document in names]
+            faulty = [row for row in ingested.errors if row.document in names]
             refused += [(row.document, quotas.explained(row.error, bounds, render)) for row in faulty]
             lost = [f"{row.root}/{row.document}" for row in faulty if not row.num_pages]
             room, beyond = fitting(self._store, self.uploads_folder, names, quotas)

@@ -275,8 +275,12 @@ def test_a_question_waits_for_no_upload(store, tmp_path, monkeypatch):
                 time.sleep(0.001)
         return encode_pages(pages)
 
+    def noted_queries(queries: Any) -> Any:
+        order.append("question")
+        return encode_queries(queries)
+
     monkeypatch.setattr(encoder, "encode_pages", slow_pages)
-    monkeypatch.setattr(encoder, "encode_queries", lambda queries: order.append("question") or encode_queries(queries))
+    monkeypatch.setattr(encoder, "encode_queries", noted_queries)
     question = threading.Thread(target=first_pages, args=(library, "red"))
     adding = threading.Thread(target=library.add, args=([tmp_path / "red.pdf"],))
     adding.start()
