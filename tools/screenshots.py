@@ -26,17 +26,20 @@ PAGES = (
     ("Taxes", "The tax rate of the year was 16 percent.", "Deferred taxes fell to 3.1 million.", "See note 12."),
     ("Harbours", "Traffic in Sines rose by 4 percent.", "Tax on harbour fees: none since 2019."),
     ("Outlook", "We expect a tax rate of 18 percent in 2024.", "No further offices are planned."),
+    ("Energy", "Wind gave 41 percent of the power used.", "A second site opens in Sines."),
+    ("People", "Half of the staff work on the coast.", "Training took 9,120 hours."),
+    ("Auditors", "We have examined the accounts.", "In our opinion they are complete."),
 )
 QUESTION = "What was the tax rate in 2023?"
 TURNS = (
-    "<think>I look for pages about taxes first.</think>\n<search>tax rate 2023</search>",
-    "<think>Page [1] is about the coming year; the other one has the taxes of the year.</think>\n<open>2</open>",
-    "<think>The line is small: a closer look.</think>\n<zoom>2 0 120 1000 420</zoom>",
-    "<evidence>\n[2]: The tax rate of the year was 16 percent.\n</evidence>\n<answer>16 percent</answer>",
+    "<think>I look for pages about taxes first.</think>\n<search>tax rate</search>",
+    "<think>Page [1] is about taxes, the others only mention them.</think>\n<open>1</open>",
+    "<think>The print is small: a closer look.</think>\n<zoom>1 0 220 1000 470</zoom>",
+    "<evidence>\n[1]: The tax rate of the year was 16 percent.\n</evidence>\n<answer>16 percent</answer>",
 )
 PIXELS = "200704"
 REPORT_HEIGHT = 1320
-VIEW = {"width": 1250, "height": 860}
+VIEW: Any = {"width": 1250, "height": 860}
 
 
 def write_pdf(path: Path, pages: Sequence[Sequence[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -12,6 +13,7 @@ from recipes.retrieval.desk.calls import without_call
 from rollout.types import Observation
 from rsgrpo.data.foreign import IMAGE_MARK
 
+_THINK = re.compile(r"</?think>")
 MAX_SAID = 600  # characters of a turn that are shown
 
 
@@ -30,6 +32,7 @@ def steps_html(progress: AnswerProgress) -> str:
 
 
 def _said(text: str) -> str:
+    text = _THINK.sub("", text).strip()
     shown = text if len(text) <= MAX_SAID else f"{text[:MAX_SAID]} ..."
     return f'<div class="said">{escape(shown)}</div>' if shown else ""
 

@@ -15,7 +15,7 @@ from recipes.retrieval.answers.highlight import Box
 from recipes.retrieval.answers.library import Added
 from recipes.retrieval.answers.progress import AnswerProgress
 from recipes.retrieval.pages.store import DocumentRow
-from recipes.retrieval.search.found import FoundPage
+from recipes.retrieval.search.found import FoundPage, shown_score
 
 CSS = """
 .pages { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .8rem; }
@@ -156,9 +156,10 @@ def _figure(page: FoundPage, address: Callable[[str], str], source: str, progres
     image = f'<img src="{url}" alt="{place}" loading="lazy">'
     if progress.steps is not None:
         image = f'<span class="sheet">{image}{zooms}</span>'
+    rank = f'<span class="rank">[{page.rank}]</span> {shown_score(page.score, 4)}'
     return (
         f'<figure class="{kind}" data-rank="{page.rank}"><button popovertarget="{name}">{image}</button>'
-        f'<figcaption><span class="rank">[{page.rank}]</span> {page.score:.4f}{badge}<br>{place}{also}</figcaption>'
+        f"<figcaption>{rank}{badge}<br>{place}{also}</figcaption>"
         f"{_popovers(page, address, source, marks)}</figure>"
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from recipes.retrieval.desk.calls import STOP, BadCall, Call, parse_call
 from recipes.retrieval.desk.shelf import Sheet, part, small, store_shelf
+from recipes.retrieval.search.found import shown_score
 from recipes.retrieval.search.retriever import By
 from rollout.turns.environment import Reply
 from rollout.types import ImageSource, Prompt
@@ -95,10 +96,7 @@ class Desk:
         except InputError as error:
             raise BadCall("search", f"This cannot be searched: {error}") from error
         numbers = [self._number_of(sheet) for sheet in found]
-        lines = [
-            f"[{number}] {_plain(sheet.place)} ({sheet.score:.2f})<image>"
-            for number, sheet in zip(numbers, found, strict=True)
-        ]
+        lines = [_line(number, sheet) for number, sheet in zip(numbers, found, strict=True)]
         facts = {"call": "search", "query": call.query, "numbers": numbers}
         facts |= {"pages": [sheet.page_id for sheet in found], "scores": [sheet.score for sheet in found]}
         images = tuple(small(sheet.image, self._thumbnail_side) for sheet in found)
@@ -136,6 +134,11 @@ def _named_pages(truth: Mapping[str, Any], column: str, folder: str) -> list[She
             "rollout.turns.arguments.store to a page store"
         )
     return [Sheet(name, "", os.path.join(folder, name)) for name in names]
+
+
+def _line(number: int, sheet: Sheet) -> str:
+    score = shown_score(sheet.score, 2)
+    return f"[{number}] {_plain(sheet.place)}{f' ({score})' if score else ''}<image>"
 
 
 def _plain(text: str) -> str:

@@ -37,6 +37,15 @@ class FoundPage:
         return place_of(self.document, self.number, self.label)
 
 
+def shown_score(score: float, decimals: int) -> str:
+    """Return a score with this many decimals; "" if they would all be 0, which says nothing of the page.
+
+    Words on half of a store's pages or more weigh next to nothing in BM25.
+    """
+    text = f"{score:.{decimals}f}"
+    return text if float(text) else ""
+
+
 def found_pages(hits: Sequence[Hit], pages: Mapping[str, Page]) -> list[FoundPage]:
     """Return hits with their pages; those of pages that are gone are left out."""
     present = [hit for hit in hits if hit.page_id in pages]

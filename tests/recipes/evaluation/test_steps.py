@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from PIL import Image
 
@@ -64,11 +65,14 @@ def test_an_evaluation_asks_the_desk_and_scores_the_steps(tmp_path, tiny_model_p
     steps = {name: score["value"] for name, score in scores["steps"].items()}
     assert steps == {"turns": 2.5, "calls": 1.5, "faults": 0.5, "images": 1.0, "opened": 1.0}
     assert {name: score["value"] for name, score in scores["read"].items()} == {"recall": 0.5, "precision": 0.5}
-    lines = [json.loads(line) for line in (tmp_path / "out/e/predictions.jsonl").read_text().splitlines()]
-    assert [line["num_image_tokens"] for line in lines] == [6, 6]  # two in the prompt and one opened, of 28 x 56 pixels
+    predicted: list[Any] = [json.loads(line) for line in (tmp_path / "out/e/predictions.jsonl").open()]
+    assert [line["num_image_tokens"] for line in predicted] == [
+        6,
+        6,
+    ]  # of three images
     tokens = {name: score["value"] for name, score in scores["tokens"].items()}
     assert tokens["image"] == 6
     for kind, keys in (("model", ["response"]), ("processed", ["prompt", "response", "observation"])):
-        assert tokens[kind] == sum(line[f"num_{key}_tokens"] for line in lines for key in keys) / 2
+        assert tokens[kind] == sum(line[f"num_{key}_tokens"] for line in predicted for key in keys) / 2
     assert scores["metric"]["found"]["value"] == 0.5
     assert "At the page desk" in (tmp_path / "out/e/results.md").read_text()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_search_open_zoom_and_answer(store):
     found = told(desk, "<think>taxes</think><search>tax rate</search>")
     assert found.text.startswith("[1] report.pdf, page 1 (")
     assert found.text.count("<image>") == len(found.images) == 2
-    assert "[2] report.pdf, page 3 (" in found.text
+    assert "[2] report.pdf, page 3<image>" in found.text
     assert max(sizes(found)[0]) == 50
     assert (found.facts["query"], found.facts["numbers"]) == ("tax rate", [1, 2])
     first, second = found.facts["pages"]
@@ -61,6 +62,13 @@ def test_search_open_zoom_and_answer(store):
     assert part.facts == {"call": "zoom", "number": 1, "page": first, "box": [0.0, 0.0, 0.5, 1.0]}
     assert sizes(part) == [((full[0] + 1) // 2, full[1])]
     assert desk.step("<answer>16 percent</answer>") is None
+
+
+def test_a_score_that_says_nothing_is_not_shown(store):
+    text = told(Desk(PROMPT, store=store, k=3), "<search>tax rate</search>").text
+    assert "page 3<image>" in text  # only "tax" is there, as on half of the pages
+    (rare,) = re.findall(r"page 1 \((.*)\)", text)
+    assert float(rare) > 0
 
 
 def test_a_page_keeps_its_number_over_searches(store):
