@@ -26,7 +26,13 @@ from recipes.answers.spec import AnswerModelConfig, AnswerRolloutConfig, AnswerS
 from recipes.evaluation.benchmarks import load_benchmark
 from recipes.evaluation.card import add_to_card
 from recipes.evaluation.extra import extra_scorers, unread_columns
-from recipes.evaluation.extraction import VERSION, ExtractorConfig, extract_answers
+from recipes.evaluation.extraction import (
+    INSTRUCTIONS,
+    JUDGE_INSTRUCTIONS,
+    ExtractorConfig,
+    extract_answers,
+    version_of,
+)
 from recipes.evaluation.official import PROTOCOLS
 from recipes.evaluation.one_turn import baselines, image_counter
 from recipes.evaluation.page import Policy, Results, as_json, as_markdown, as_page, worst_cases
@@ -110,6 +116,10 @@ class EvaluateConfig:
         require(
             not self.extractor.url or self.protocol != "",
             "extractor.url: extracted answers are scored by a protocol. Set protocol, such as protocol=mmlongbench.",
+        )
+        require(
+            bool(self.extractor.url) or self.protocol not in PROTOCOLS or not PROTOCOLS[self.protocol].is_judged,
+            f"protocol={self.protocol} scores the marks of another model. Set extractor.url to its server.",
         )
 
 
@@ -215,7 +225,8 @@ def beside(
         )
         predict(single, asked, folder / f"one_turn_{name}", console)
         predictions = load_predictions(folder / f"one_turn_{name}" / PREDICTIONS_FILE)
-        scorers = extra_scorers(config.protocol, config.metrics)
+        protocol = "" if config.extractor.url else config.protocol  # its answers are not read out
+        scorers = extra_scorers(protocol, config.metrics)
         bootstrap = {"num_samples": config.bootstrap_samples, "seed": config.seed}
         evaluation = evaluate_predictions(asked, predictions, **bootstrap, scorers=scorers)
         gain = compare_evaluations(trajectories, evaluation, num_permutations=config.permutations, **bootstrap)
@@ -232,8 +243,11 @@ def score(config: EvaluateConfig, questions: Sequence[Question], path: Path, fol
         nonlocal extracted_by
         predictions, extracted = placed(load_predictions(file), ids), None
         if config.extractor.url:
-            found = extract_answers(questions, predictions, config.extractor, folder / kept, console)
-            extracted, extracted_by = found.by_id, found.model
+            is_judge = PROTOCOLS[config.protocol].is_judged
+            kept_in = folder / (f"judged_{kept}" if is_judge else kept)
+            found = extract_answers(questions, predictions, config.extractor, kept_in, console, is_judge=is_judge)
+            instructions = JUDGE_INSTRUCTIONS if is_judge else INSTRUCTIONS
+            extracted, extracted_by = found.by_id, f"{found.model}, instructions {version_of(instructions)}"
         scorers = extra_scorers(config.protocol, config.metrics, extracted)
         return evaluate_predictions(questions, predictions, **bootstrap, scorers=scorers)
 
@@ -260,7 +274,7 @@ def protocol_facts(config: EvaluateConfig, path: Path, extracted_by: str = "") -
     chosen = PROTOCOLS.get(config.protocol)
     facts = [("protocol", f"{chosen.name} {chosen.version} ({chosen.source})")] if chosen else []
     how = "paper: first <answer>; else the last <answer> after the reasoning"
-    how += f"; protocol: {extracted_by}, instructions {VERSION}" if extracted_by else ""
+    how += f"; protocol: {extracted_by}" if extracted_by else ""
     facts.append(("extractor", how))
     settings = settings_of(path)
     if not settings:

@@ -1,6 +1,7 @@
-"""The extraction step of MMLongBench-Doc's protocol: another model reads the short answer out of each response.
+"""Another model between a response and its protocol: it reads out the short answer, or marks the answer.
 
-The instructions are our own words for what the benchmark asks of its extractor (arXiv 2407.01523).
+The instructions are our own words for what the benchmarks ask: MMLongBench-Doc of its extractor (arXiv 2407.01523),
+ViDoSeek of its judge (arXiv 2502.18017).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes.answers.batch import answer_batch, read_lines
+from recipes.answers.parsing import parse_lenient
 from recipes.answers.predictions import FAILED, Predictions
 from recipes.answers.questions import IMAGE_MARK, Question
 from recipes.answers.spec import EndpointConfig
@@ -37,7 +39,30 @@ Question: {question}
 
 Response: {response}
 """
-VERSION = hashlib.sha256(INSTRUCTIONS.encode()).hexdigest()[:8]
+JUDGE_INSTRUCTIONS = """Below are a question, its reference answers and the answer to be marked, from 1 to 5:
+
+5: right and complete, as any one of the reference answers is.
+4: right; it lacks a detail that was not asked for, or says more than needed.
+3: about the question, with a mistake or half of what was asked for.
+2: about the question, but wrong.
+1: not about the question, empty, or it declines to answer.
+
+The reference answers are right. How the answer is worded, how long it is and which unit it is given in do not matter.
+
+Write one line and nothing else:
+Extracted answer: the mark as one digit
+
+Question: {question}
+
+Reference answers: {golds}
+
+Answer: {response}
+"""
+
+
+def version_of(instructions: str) -> str:
+    """Return a short fingerprint of instructions."""
+    return hashlib.sha256(instructions.encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
@@ -64,9 +89,17 @@ class Extracted:
 
 
 def extract_answers(
-    questions: Sequence[Question], predictions: Predictions, config: ExtractorConfig, out: Path, console: Console
+    questions: Sequence[Question],
+    predictions: Predictions,
+    config: ExtractorConfig,
+    out: Path,
+    console: Console,
+    *,
+    is_judge: bool = False,
 ) -> Extracted:
     """Ask the extractor for the answer of every response; finished ones are kept in `out` and not asked again.
+
+    is_judge: ask for a mark of the answer instead.
 
     Raises:
         RsgrpoError: the endpoint is down, or answers are missing after all tries.
@@ -74,9 +107,7 @@ def extract_answers(
     from recipes.answers.endpoint import Endpoint
 
     prompts = [
-        Prompt(
-            question.id, INSTRUCTIONS.format(question=question.question, response=found.text).replace(IMAGE_MARK, "")
-        )
+        Prompt(question.id, _request(question, found.text, is_judge=is_judge))
         for question in questions
         if (found := predictions.by_id.get(question.id)) is not None and found.finish_reason != FAILED
     ]
@@ -94,8 +125,12 @@ def extract_answers(
     return Extracted({prompt.id: answer_in(lines[prompt.id]["raw"]) for prompt in prompts}, model)
 
 
-def _request(question: str, response: str) -> str:
-    return INSTRUCTIONS.format(question=question, response=response).replace(IMAGE_MARK, "")
+def _request(question: Question, response: str, *, is_judge: bool) -> str:
+    text = INSTRUCTIONS.format(question=question.question, response=response)
+    if is_judge:
+        answer, golds = parse_lenient(response).answer, " | ".join(question.answers)
+        text = JUDGE_INSTRUCTIONS.format(question=question.question, golds=golds, response=answer)
+    return text.replace(IMAGE_MARK, "")
 
 
 def answer_in(reply: str) -> str:

@@ -29,6 +29,7 @@ class Protocol:
     parts: EM, precision, recall and F1 of an answer, where the benchmark also scores answer and pages jointly.
     abstention: what an answer that abstains is read as; "" leaves it as written.
     reads: columns that choose the rule for a row, each in its spellings.
+    is_judged: what is scored is another model's mark, not the answer.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Protocol:
     parts: Callable[[str, Sequence[str], Columns], Parts] | None = None
     abstention: str = ""
     reads: tuple[tuple[str, ...], ...] = ()
+    is_judged: bool = False
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -245,6 +247,18 @@ def _must_be_equal(text: str) -> bool:
     )
 
 
+def vidoseek(mark: str, golds: Sequence[str], columns: Columns | None = None) -> float:
+    """ViDoSeek: an answer is right that another model marks with 4 or 5 of 5 (arXiv 2502.18017).
+
+    mark: its reply; the first number in it counts, and a reply without one is 0.
+
+    >>> vidoseek("4", []), vidoseek("3.5", []), vidoseek("cannot say", [])
+    (1.0, 0.0, 0.0)
+    """
+    found = re.search(r"\d+(?:\.\d+)?", mark)
+    return float(found is not None and 4 <= float(found[0]) <= 5)
+
+
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -272,5 +286,6 @@ PROTOCOLS: dict[str, Protocol] = {
             lambda prediction, golds, columns: slidevqa_parts(prediction, golds, columns).f1,
             parts=slidevqa_parts,
         ),
+        Protocol("vidoseek", "1", "arXiv 2502.18017; ViDoSeek, judged by another model", vidoseek, is_judged=True),
     )
 }

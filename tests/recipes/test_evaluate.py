@@ -250,7 +250,9 @@ def test_missing_pages_stop_a_prediction_before_it_starts(data):
 @pytest.mark.parametrize("recipe", cli.groups(EvaluateConfig, "evaluate")["recipe"])
 def test_every_evaluation_recipe_composes(recipe):
     config = cli.compose(EvaluateConfig, "evaluate", [f"recipe={recipe}"])
-    assert config.rollout.temperature == (1 if recipe == "evisrag_mini" else 0)  # it asks how the policy samples
+    assert config.rollout.temperature == (
+        1 if recipe in ("evisrag_mini", "desk_demo") else 0
+    )  # it asks how the policy samples
     assert folder_name(config)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from recipes.answers.spec import AnswerModelConfig
 from recipes.evaluate import EvaluateConfig, evaluate
-from recipes.evaluation.extraction import VERSION, ExtractorConfig, answer_in
+from recipes.evaluation.extraction import INSTRUCTIONS, ExtractorConfig, answer_in, version_of
 from rsgrpo.errors import ConfigError, InputError
 from rsgrpo.records.integrity import damage, write_sums
 
@@ -61,11 +61,27 @@ def test_a_protocol_scores_what_another_model_reads_out_of_the_responses(files, 
     stub = serve(extractor)
     evaluate(config_of(extractor=ExtractorConfig(stub.url)))
     assert results()["scores"]["protocol"]["mmlongbench"]["value"] == 1.0
-    assert f"protocol: served-model, instructions {VERSION}" in results()["extractor"]
+    assert f"protocol: served-model, instructions {version_of(INSTRUCTIONS)}" in results()["extractor"]
     assert results()["scores"]["paper"]["global"]["em"]["value"] == 0.0  # answers as written
     asked = len(stub.bodies)
     evaluate(config_of(extractor=ExtractorConfig(stub.url)))
     assert len(stub.bodies) == asked  # kept beside the results
+
+
+def judge(number: int, body: dict) -> str:
+    text = body["messages"][0]["content"][0]["text"]
+    assert "Reference answers: 16\n" in text or "Reference answers: Not answerable\n" in text
+    return "Extracted answer: 4" if "sixteen" in text else "3"
+
+
+def test_a_judge_marks_answers_for_vidoseek_and_one_is_needed(files, serve):
+    with pytest.raises(ConfigError, match=r"protocol=vidoseek scores the marks of another model\. Set extractor\.url"):
+        config_of(protocol="vidoseek")
+    evaluate(config_of(protocol="vidoseek", extractor=ExtractorConfig(serve(judge).url)))
+    assert results()["scores"]["protocol"]["vidoseek"]["value"] == 0.5
+    assert "protocol: served-model, instructions " in results()["extractor"]
+    assert version_of(INSTRUCTIONS) not in results()["extractor"]
+    assert Path("runs/evaluation/e/judged_extracted.jsonl").is_file()  # beside extracted.jsonl of another protocol
 
 
 def test_a_reply_is_an_answer_with_or_without_the_line_that_was_asked_for():

@@ -12,7 +12,7 @@ import doctest
 import pytest
 
 from recipes.evaluation import official, parts
-from recipes.evaluation.official import PROTOCOLS, anls, chartqapro, edit_distance, mmlongbench, relaxed
+from recipes.evaluation.official import PROTOCOLS, anls, chartqapro, edit_distance, mmlongbench, relaxed, vidoseek
 from recipes.evaluation.parts import (
     Parts,
     answer_parts,
@@ -174,5 +174,10 @@ def test_boxes_match_once_each():
 def test_every_protocol_names_its_source_and_gives_a_right_answer_one():
     for protocol in PROTOCOLS.values():
         assert "arXiv" in protocol.source
-        assert protocol.scorer("16", ["16"], {}) == 1.0
+        assert protocol.scorer("5" if protocol.is_judged else "16", ["16"], {}) == 1.0
         assert protocol.scorer("cat", ["16"], {}) == 0.0
+
+
+@pytest.mark.parametrize(("mark", "score"), [("4", 1), ("5 of 5", 1), ("Mark: 3", 0), ("10", 0), ("", 0), ("4.5", 1)])
+def test_a_judges_mark_of_four_or_five_is_right(mark, score):
+    assert vidoseek(mark, ["any"]) == score
