@@ -170,7 +170,7 @@ def test_observations_in_disorder_are_refused(tiny_model_path, page_images):
         learner.update([TrainGroup(group.prompt, (backwards,))], [1.0, 1.0])
 
 
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen3_vl", "qwen3_5"])
 def test_what_the_engine_sampled_is_what_the_learner_scores(model_type, tiny_model_path, page_images, tmp_path):
     path = tiny_model_path if model_type == "qwen2_5_vl" else save_family(model_type, tiny_model_path, tmp_path)
     arguments = {"pages": list(page_images), "stop": ["e", "a", "1"]}
