@@ -31,7 +31,7 @@ from tests.runs.chaos.injector import PLAN, Fault, read_events, write_event, wri
 SILENCE_S, RAY_SILENCE_S = 8.0, 10.0
 """Limits of the runs here; a user's are 300 and 45 seconds."""
 
-LEARNER_CPUS, HEAD_CPUS, SECOND_CPUS = 1.0, 1.6, 1.0
+LEARNER_CPUS, HEAD_CPUS, SECOND_CPUS = 1.4, 2, 1
 """Of two nodes the head has room for a learner, an engine and the rewards; so the other engine is on the second one."""
 
 STOPPED_S = 12.0
