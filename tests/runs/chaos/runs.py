@@ -40,6 +40,9 @@ STOPPED_S = 12.0
 ORPHAN_S = 75.0
 """Ray's agents notice after about a minute that the process they belong to is gone."""
 
+OF_A_RUN = ("ray::RolloutWorker", "ray::LearnerWorker", "ray::RewardWorker", "tests.runs.chaos.program")
+"""What a run has started in a cluster that it has joined; Ray's own processes there are the cluster's."""
+
 STARTUP_S = 150.0
 START_S = 400.0
 """The longest that workers may take to start, and that one start of the program may take to its end or next fault."""
@@ -184,7 +187,7 @@ def run_with(
             break
     outcome = outcome_of(folder)
     outcome.console = console.read_text()
-    outcome.orphan_s, outcome.orphans = wait_for_orphans(str(folder))
+    outcome.orphan_s, outcome.orphans = wait_for_orphans(str(folder), OF_A_RUN if config.cluster.address else ("",))
     return outcome
 
 
@@ -209,10 +212,14 @@ def _times(folder: Path, kind: str) -> list[float]:
     return [float(event["at"]) for event in read_events(folder) if kind in event]
 
 
-def wait_for_orphans(mark: str) -> tuple[float, list[str]]:
-    """Wait until no process is left whose environment holds `mark`; return for how long, and who is left in the end."""
+def wait_for_orphans(mark: str, titles: Sequence[str] = ("",)) -> tuple[float, list[str]]:
+    """Wait until no process is left whose environment holds `mark`, and its command line one of `titles`.
+
+    Returns:
+        For how long it waited, and who is left in the end.
+    """
     start = time.monotonic()
-    while (left := processes_with(mark)) and time.monotonic() - start < ORPHAN_S:
+    while (left := processes_with(mark, titles)) and time.monotonic() - start < ORPHAN_S:
         time.sleep(0.3)
     names = [process.name() for process in left]
     for process in left:
@@ -220,12 +227,14 @@ def wait_for_orphans(mark: str) -> tuple[float, list[str]]:
     return round(time.monotonic() - start, 1), names
 
 
-def processes_with(mark: str) -> list[psutil.Process]:
-    """Return the living processes that a run in folder `mark` has started, at whatever distance."""
+def processes_with(mark: str, titles: Sequence[str] = ("",)) -> list[psutil.Process]:
+    """Return the living processes that a run in folder `mark` has started, at whatever distance, with these titles."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get("RSGRPO_CHAOS") == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get("RSGRPO_CHAOS") != mark or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if any(title in " ".join(process.cmdline()) for title in titles):
                 found.append(process)
         except psutil.Error:
             continue
