@@ -196,6 +196,7 @@ def outcome_of(folder: Path) -> Outcome:
     outcome, never = Outcome(), float("inf")
     events = read_events(folder)
     ends, cuts = ([event["at"] for event in events if kind in event] for kind in ("end", "cut"))
+    code_at = {event["at"]: event["end"] for event in events if "end" in event}
     outcome.codes = [int(event["end"]) for event in events if "end" in event]
     again = _times(folder, "again")
     for index, at in enumerate(_times(folder, "fault")):
@@ -204,7 +205,7 @@ def outcome_of(folder: Path) -> Outcome:
         cut = min((cut for cut in cuts if cut >= at), default=never)
         first = min(passed, end)
         outcome.seconds.append(round(first - at, 1) if first < min(cut, never) else -1.0)
-        outcome.ended.append(end < passed and (end != ends[-1] or outcome.codes[-1] != 0))
+        outcome.ended.append(end < passed and code_at[end] != 0)
     return outcome
 
 
