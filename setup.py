@@ -67,6 +67,7 @@ setup(
             "accelerate>=1.10,<2",  # transformers' Trainer, which trains retrievers, needs it; peft brings any version
             "pytrec-eval-terrier>=0.5.10,<0.6",
         ],
+        "video": ["av>=12,<19"],
         "app": ["gradio>=6.31,<7"],
         "ocr": ["pytesseract>=0.3.13,<0.4"],
         "demo": ["scikit-learn>=1.5,<2", "easy-vqa>=1,<2"],

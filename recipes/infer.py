@@ -167,7 +167,8 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
 def run_batch(options: argparse.Namespace, reader: Reader) -> None:
     """Answer a file of questions."""
     out = options.out or Path(options.batch.replace(":", ".").rstrip("/")).with_suffix(".answers.jsonl")
-    questions = read_questions(options.batch, image_dir=options.image_dir)
+    inputs = InputsConfig(**inputs_of(options))
+    questions = read_questions(options.batch, image_dir=options.image_dir, inputs=inputs)
     prompts = [to_prompt(question, reader.template, reader.system) for question in questions]
     with Console(sys.stderr) as console:
         summary = answer_batch(prompts, reader.answerer, out, share_equal=options.temperature == 0, console=console)
@@ -281,7 +282,8 @@ def show(options: argparse.Namespace, template: str, system: str) -> int:
 
     require_model("model.path", options.model, MADE_BY)
     if options.batch:
-        question = read_questions(options.batch, image_dir=options.image_dir)[0]
+        inputs = InputsConfig(**inputs_of(options))
+        question = read_questions(options.batch, image_dir=options.image_dir, inputs=inputs)[0]
     elif options.question:
         question = Question("question", options.question, tuple(options.image))
     else:

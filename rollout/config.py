@@ -39,6 +39,9 @@ class InputsConfig:
     min_pixels: int = key(262_144, "Smallest area of an image after the resize, in pixels.", ge=1)
     max_pixels: int = key(1_568_000, "Largest area of an image after the resize, in pixels.", ge=1)
     max_images: int = key(5, "Maximum number of images per prompt; 0 allows text only.", ge=0)
+    max_videos: int = key(0, "Maximum number of videos per prompt.", ge=0)
+    max_frames: int = key(16, "Most frames that are taken of a video; they have the limits of images.", ge=2)
+    video_fps: float = key(2.0, "Frames per second that are taken of a video, up to max_frames.", gt=0)
     max_prompt_tokens: int = key(15_000, "Longest prompt in tokens, vision tokens included.", ge=1)
 
     def __post_init__(self) -> None:
@@ -47,6 +50,11 @@ class InputsConfig:
             self.min_pixels <= self.max_pixels,
             f"inputs.min_pixels must be <= inputs.max_pixels ({self.max_pixels}), got {self.min_pixels}",
         )
+
+    @property
+    def most_images(self) -> int:
+        """Images whose pixels a prompt may have at most, two frames of a video counted as one."""
+        return self.max_images + self.max_videos * -(-self.max_frames // 2)
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,14 @@ class Prompt:
     """One question over page images.
 
     id: unique and stable in its data set; it seeds sampling.
-    text: the user message with one `<image>` at the position of each image.
-    images: one per `<image>` in `text`.
+    text: the user message with one `<image>` at the position of each image, and one `<video>` at that of each video.
+    images: one per `<image>` in `text` and, in the place of each `<video>`, its frames.
     truth: gold columns of the row, passed unchanged to the rewards.
     question: the bare question, for judges and reports.
     system: the system message; "" leaves it to the chat template.
     history: earlier turns, (user message, the model's answer); their images come first in `images`.
     num_tokens: length of the rendered prompt, where its row was checked; 0 is not known yet.
+    videos: of each `<video>` in `text`, the seconds from the video's start at which its frames were taken.
     """
 
     id: str
@@ -49,6 +50,12 @@ class Prompt:
     system: str = ""
     history: tuple[tuple[str, str], ...] = ()
     num_tokens: int = field(default=0, compare=False)
+    videos: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def num_pages(self) -> int:
+        """Images that are no frames of a video."""
+        return len(self.images) - sum(map(len, self.videos))
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ HOMES = {
     "aiohttp": [f"recipes/serve/{name}.py" for name in ("door", "replies", "server", "documents")],
     "sklearn": ["recipes/demo/*.py"],
     "gradio": ["recipes/app.py"],
+    "av": ["rollout/inputs/videos.py"],
     "pytesseract": ["recipes/retrieval/pages/ocr.py"],
 }
 

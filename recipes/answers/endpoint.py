@@ -260,6 +260,8 @@ class Endpoint:
             PromptError: a page cannot be read, or there are too many.
         """
         inputs, sampling = self._inputs, self._sampling
+        if prompt.videos:
+            raise PromptError("videos cannot be sent to an endpoint. Give a model folder, or frames as images.")
         if len(prompt.images) > inputs.max_images:
             raise PromptError(f"the prompt has {len(prompt.images)} images, inputs.max_images is {inputs.max_images}")
         pages = iter([page_url(source, inputs.min_pixels, inputs.max_pixels) for source in prompt.images])

@@ -19,17 +19,20 @@ import yaml
 from recipes.answers.harness_files import question_rows
 from recipes.answers.parsing import is_irrelevant, says_insufficient
 from rewards.evisrag import parse_gold
+from rollout.config import InputsConfig
+from rollout.inputs.videos import VIDEO_MARK
 from rollout.keys import nearest
 from rollout.types import ImageReference, ImageSource, Prompt
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.data.faults import is_shared
 from rsgrpo.data.foreign import IMAGE_KEYS as IMAGE_KEYS
 from rsgrpo.data.foreign import IMAGE_MARK as IMAGE_MARK
+from rsgrpo.data.foreign import VIDEO_KEYS, in_our_columns
 from rsgrpo.data.foreign import first_of as first_of
-from rsgrpo.data.foreign import in_our_columns
 from rsgrpo.data.prompt_file import PROMPT_FILE, prompt_of_model
 from rsgrpo.data.prompts import render_template
 from rsgrpo.data.rows import MAX_LISTED_ROWS, ImageFolder, Row, find_images, image_entries, read_rows
+from rsgrpo.data.videos import Video, in_order, read_video, require_marks, video_entries
 from rsgrpo.errors import InputError, listed
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ class Question:
     answers: accepted answers, in no order; empty where the row has no gold.
     is_sufficient: whether the pages settle the question; what the row says, else whether its gold answer abstains.
     evidence: one gold text per page; None where the row has none.
+    videos: of each `<video>` in the message, what the model sees of it.
     columns: what else the row has that a scoring rule or an environment reads (RULE_COLUMNS).
     """
 
@@ -63,6 +67,7 @@ class Question:
     is_sufficient: bool = True
     evidence: tuple[str, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[Video, ...] = ()
 
     @property
     def relevant_pages(self) -> frozenset[int] | None:
@@ -79,11 +84,15 @@ class Question:
         return None if index is None else frozenset({int(index) + 1})
 
 
-def read_questions(source: str, *, image_dir: str = "", need_answers: bool = False) -> list[Question]:
+def read_questions(
+    source: str, *, image_dir: str = "", need_answers: bool = False, inputs: InputsConfig | None = None
+) -> list[Question]:
     """Read a data source (`rsgrpo.data.rows.read_rows`) in EVisRAG's training or test layout, or a mixture.
 
     Columns: id or qid; question, query or prompt; image or images; and, optional, answer or answers (a text, a list, or
-    text with <evidence> and <answer>), is_sufficient, evidence (one text per page).
+    text with <evidence> and <answer>), is_sufficient, evidence (one text per page), video or videos.
+
+    inputs: limits of videos; None refuses rows that have one.
 
     A .tsv is a table of VLMEvalKit's questions.
 
@@ -98,7 +107,7 @@ def read_questions(source: str, *, image_dir: str = "", need_answers: bool = Fal
     questions, faults = [], []
     for row in rows:
         try:
-            questions.append(_question(row, images, need_answers=need_answers))
+            questions.append(_question(row, images, need_answers=need_answers, inputs=inputs or InputsConfig()))
         except ValueError as error:
             faults.append(f"{row.place}: {error}")
     if faults:
@@ -120,7 +129,8 @@ def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
     Raises:
         InputError: there is no text, or the marks do not match the images.
     """
-    text = render_template(template, question.question, len(question.images)) if template else question.prompt
+    num_images, num_videos = len(question.images), len(question.videos)
+    text = render_template(template, question.question, num_images, num_videos) if template else question.prompt
     if not (question.question if template else text).strip():
         lacks = "no question" if template else "no message of its own (column prompt); choose a prompt template"
         raise InputError(f"question {question.id}: the row has {lacks}")
@@ -129,12 +139,15 @@ def to_prompt(question: Question, template: str, system: str = "") -> Prompt:
             f"question {question.id}: the message has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for "
             f"{len(question.images)} images; a template shows them by {{images}}"
         )
+    if why := require_marks(text, num_videos):
+        raise InputError(f"question {question.id}: the message has {why}; a template shows them by {{videos}}")
     truth: dict[str, Any] = {**question.columns, "is_sufficient": question.is_sufficient}
     if question.answers:
         truth["answers"] = list(question.answers)
     if question.evidence is not None:
         truth["evidence"] = list(question.evidence)
-    return Prompt(question.id, text, question.images, truth, question.question, system)
+    images, times = in_order(text, question.images, question.videos)
+    return Prompt(question.id, text, images, truth, question.question, system, videos=times)
 
 
 def prompt_hash(prompt: Prompt) -> str:
@@ -147,6 +160,8 @@ def prompt_hash(prompt: Prompt) -> str:
         digest.update("\0".join(("", *turn)).encode(errors="surrogatepass"))
     for source in prompt.images:
         digest.update(b"\0" + (hashlib.sha256(source).digest() if isinstance(source, bytes) else _file_name(source)))
+    if prompt.videos:
+        digest.update(repr(prompt.videos).encode())
     return digest.hexdigest()[:16]
 
 
@@ -202,7 +217,7 @@ def warn_of_other_prompt(prompt: PromptConfig, model: str) -> None:
         )
 
 
-def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
+def _question(row: Row, folder: ImageFolder, *, need_answers: bool, inputs: InputsConfig) -> Question:
     if row.fault:
         raise ValueError(row.fault)
     columns = in_our_columns(_last_turn(row.columns), texts=("prompt", *QUESTION_KEYS))
@@ -210,10 +225,13 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
     own = columns.get("prompt")
     question = first_of(columns, QUESTION_KEYS)
     if question is None and isinstance(own, str):
-        question = own.replace(IMAGE_MARK, "").strip()
+        question = own.replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"no question: it needs question, query or prompt; it has {', '.join(columns)}")
     images = tuple(folder.resolve(entry) for entry in image_entries(first_of(columns, IMAGE_KEYS)))
+    clips = video_entries(first_of(columns, VIDEO_KEYS))
+    if len(clips) > inputs.max_videos:
+        raise ValueError(f"the row has {len(clips)} videos, but inputs.max_videos is {inputs.max_videos}. Raise it")
     answers, evidence = _gold(first_of(columns, ANSWER_KEYS), columns.get("evidence"))
     if need_answers and not answers:
         raise ValueError(f"no gold answer: it needs answer or answers; it has {', '.join(columns)}")
@@ -229,6 +247,7 @@ def _question(row: Row, folder: ImageFolder, *, need_answers: bool) -> Question:
         is_sufficient=_flag(columns["is_sufficient"]) if columns.get("is_sufficient") is not None else not abstains,
         evidence=evidence,
         columns={name: columns[name] for name in RULE_COLUMNS if columns.get(name) is not None},
+        videos=tuple(read_video(entry, folder, inputs) for entry in clips),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +49,7 @@ class Family:
         engine_config: part of the model's config -> keys that vLLM reads there and transformers does not write.
         no_mask: decoder arguments that keep transformers from building a mask for an attention that needs none.
         template_options: arguments of the chat template.
+        reads_videos: rows may have videos. stamps_frames: each temporal patch follows its time, written as text.
         layer_kinds: of the decoder's layers, as `layer_types` of the configuration names them, that are supported.
     """
 
@@ -65,6 +67,8 @@ class Family:
     no_mask: ClassVar[dict[str, Any]] = {}
     template_options: ClassVar[dict[str, Any]] = {}
     layer_kinds: ClassVar[frozenset[str]] = frozenset({"full_attention"})
+    reads_videos: ClassVar[bool] = False
+    stamps_frames: ClassVar[bool] = False
 
     # --- inputs
 
@@ -97,6 +101,12 @@ class Family:
         patches = image_processor(images=images, do_resize=False, return_tensors="pt")
         return patches["pixel_values"], patches["image_grid_thw"]
 
+    def video_pixels(self, video_processor: Any, frames: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the patches of a video's resized frames, all of one size, and its (1, 3) grid."""
+        pixels = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])
+        patches = video_processor(videos=[pixels], do_resize=False, do_sample_frames=False, return_tensors="pt")
+        return patches["pixel_values_videos"], patches["video_grid_thw"]
+
     def requested_grid(self, item: Mapping[str, Any]) -> torch.Tensor:
         """Return the (3,) grid of an image as vLLM has prepared it."""
         grid: torch.Tensor = item["image_grid_thw"].data
@@ -112,18 +122,42 @@ class Family:
         token_ids_BT: torch.Tensor,
         image_grid_thw: torch.Tensor | None,
         is_token_BT: torch.Tensor | None = None,
+        video_steps: Sequence[float] = (),
     ) -> torch.Tensor:
         """Return the (3, B, T) positions of prompts; a response continues from their maximum + 1.
 
         is_token_BT: False on padding; None: nothing is padded.
+        video_steps: the seconds that each video's temporal patches lie apart, over all prompts.
         """
         positions: torch.Tensor = model.model.get_rope_index(
             token_ids_BT,
-            mm_token_type_ids=(token_ids_BT == model.config.image_token_id).int(),
-            image_grid_thw=image_grid_thw,
             attention_mask=None if is_token_BT is None else is_token_BT.long(),
+            **self._vision_inputs(model, token_ids_BT, image_grid_thw, bool(video_steps)),
         )[0]
         return positions
+
+    def vision_kinds(self, model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return, in the shape of `token_ids`, 1 for a token of an image, 2 for one of a video and 0 for the others."""
+        kinds = (token_ids == model.config.image_token_id).int()
+        return kinds + 2 * (token_ids == model.config.video_token_id).int() if self.reads_videos else kinds
+
+    def is_video(self, model: Any, token_ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """Return which of the grids, in the order of the tokens, are videos': (images and videos,) bool."""
+        kinds = self.vision_kinds(model, token_ids)
+        ends = (grid.prod(1) // model.config.vision_config.spatial_merge_size**2).cumsum(0)
+        found: torch.Tensor = kinds[kinds > 0][ends.to(kinds.device) - 1] == 2
+        return found
+
+    def _vision_inputs(
+        self, model: Any, token_ids_BT: torch.Tensor, grid: torch.Tensor | None, has_videos: bool
+    ) -> dict[str, Any]:
+        """Return what transformers wants to know of the images and videos of some rows."""
+        kinds = self.vision_kinds(model, token_ids_BT)
+        if grid is None or not has_videos:
+            return {"mm_token_type_ids": kinds, "image_grid_thw": grid}
+        videos = self.is_video(model, token_ids_BT, grid).to(grid.device)
+        found: dict[str, Any] = {"mm_token_type_ids": kinds, "video_grid_thw": grid[videos]}
+        return found | {"image_grid_thw": None if videos.all() else grid[~videos]}
 
     def decoder_positions(self, positions_3BT: torch.Tensor) -> torch.Tensor:
         """Return positions as the decoder takes them; one that knows no M-RoPE takes one axis of three equal ones."""
@@ -214,24 +248,33 @@ class Family:
         return {index: layer.mlp.gate for index, layer in enumerate(layers) if hasattr(layer.mlp, "experts")}
 
     def whole_inputs(
-        self, model: Any, token_ids_BT: torch.Tensor, pixel_values: torch.Tensor | None, grid: torch.Tensor | None
+        self,
+        model: Any,
+        token_ids_BT: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        grid: torch.Tensor | None,
+        video_steps: Sequence[float] = (),
     ) -> dict[str, Any]:
         """Return the arguments of transformers' own forward, tower and all."""
-        return {
-            "input_ids": token_ids_BT,
-            "pixel_values": pixel_values,
-            "image_grid_thw": grid,
-            "mm_token_type_ids": (token_ids_BT == model.config.image_token_id).int(),
+        found = {"input_ids": token_ids_BT, **self._vision_inputs(model, token_ids_BT, grid, bool(video_steps))}
+        if pixel_values is None or grid is None or not video_steps:
+            return found | {"pixel_values": pixel_values}
+        videos = self.is_video(model, token_ids_BT, grid).tolist()
+        patches = torch.split(pixel_values, grid.prod(1).tolist())
+        parts = {
+            name: [part for part, is_video in zip(patches, videos, strict=True) if is_video == wanted]
+            for name, wanted in (("pixel_values", False), ("pixel_values_videos", True))
         }
+        return found | {name: torch.cat(some) if some else None for name, some in parts.items()}
 
     def language_inputs(self, model: Any, token_ids_BT: torch.Tensor, features: torch.Tensor | None) -> dict[str, Any]:
         """Return the decoder's keyword arguments for some rows: embeddings, and what the family adds.
 
-        features: (image tokens of all rows, F); None without images. Here they replace the image tokens' embeddings.
+        features: (vision tokens of all rows, F); None without images. Here they replace the vision tokens' embeddings.
         """
         embeds_BTH = model.get_input_embeddings()(token_ids_BT)
         if features is not None:
-            is_image_BT1 = (token_ids_BT == model.config.image_token_id)[..., None]
+            is_image_BT1 = (self.vision_kinds(model, token_ids_BT) > 0)[..., None]
             embeds_BTH = embeds_BTH.masked_scatter(is_image_BT1, features.to(embeds_BTH.dtype))
         return {"inputs_embeds": embeds_BTH}
 

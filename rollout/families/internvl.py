@@ -80,6 +80,7 @@ class InternVL(Family):
         token_ids_BT: torch.Tensor,
         image_grid_thw: torch.Tensor | None,
         is_token_BT: torch.Tensor | None = None,
+        video_steps: Sequence[float] = (),
     ) -> torch.Tensor:
         """Return the same positions in all three axes: 0, 1, 2 and so on from a row's first token."""
         is_token = torch.ones_like(token_ids_BT) if is_token_BT is None else is_token_BT.long()
@@ -131,7 +132,12 @@ class InternVL(Family):
         return super().attend_by(model, attention)
 
     def whole_inputs(
-        self, model: Any, token_ids_BT: torch.Tensor, pixel_values: torch.Tensor | None, grid: torch.Tensor | None
+        self,
+        model: Any,
+        token_ids_BT: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        grid: torch.Tensor | None,
+        video_steps: Sequence[float] = (),
     ) -> dict[str, Any]:
         return {"input_ids": token_ids_BT, "pixel_values": pixel_values}
 

@@ -20,6 +20,7 @@ class Qwen35(Qwen2VL):
     """The adapter of transformers' `qwen3_5`."""
 
     model_type = "qwen3_5"
+    stamps_frames = True
     no_mask: ClassVar[dict[str, Any]] = {"attention_mask": {"full_attention": None, "linear_attention": None}}
     layer_kinds = frozenset({"full_attention", "linear_attention"})
     template_options: ClassVar[dict[str, Any]] = {"enable_thinking": False}

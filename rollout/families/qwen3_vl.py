@@ -16,6 +16,8 @@ class Qwen3VL(Family):
     """
 
     model_type = "qwen3_vl"
+    reads_videos = True
+    stamps_frames = True
 
     def image_features(self, model: Any, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         output = self._run_tower(model, pixel_values, image_grid_thw)
@@ -25,7 +27,7 @@ class Qwen3VL(Family):
         embeds_BTH = model.get_input_embeddings()(token_ids_BT)
         if features is None:
             return {"inputs_embeds": embeds_BTH}
-        is_image_BT = token_ids_BT == model.config.image_token_id
+        is_image_BT = self.vision_kinds(model, token_ids_BT) > 0
         merged, *deeper = torch.split(features.to(embeds_BTH.dtype), embeds_BTH.shape[-1], -1)
         return {
             "inputs_embeds": embeds_BTH.masked_scatter(is_image_BT[..., None], merged),

@@ -332,8 +332,9 @@ class HFEngine:
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Return the (3, B, T) positions of rows, from 0, and the decoder's other inputs."""
         grids = [each.image_grid_thw for each in inputs if each.image_grid_thw is not None]
+        steps = [step for each in inputs for step in each.video_steps]
         positions_3BT = self._family.position_ids(
-            self._model, token_ids_BT, torch.cat(grids) if grids else None, is_token_BT
+            self._model, token_ids_BT, torch.cat(grids) if grids else None, is_token_BT, steps
         )
         features = [feature for each in inputs for feature in self._image_features(each)]
         decoder_inputs = self._family.language_inputs(

@@ -19,9 +19,11 @@ from rollout.errors import InputError, RsgrpoError, one_line
 from rollout.families import FAMILIES, Family
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import fresh_text, token_spans
+from rollout.inputs.video_reader import VideoReader
+from rollout.inputs.videos import IMAGE_MARK as IMAGE_MARK
+from rollout.inputs.videos import VIDEO_MARK, marked_pieces, shown
 from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout, RolloutGroup
 
-IMAGE_MARK = "<image>"
 _ANY_TURN = "any-turn-of-the-assistant"
 
 log = logging.getLogger(__name__)
@@ -36,15 +38,18 @@ class PromptInputs:
     """One prompt as a model takes it.
 
     token_ids_T: each image placeholder expanded to one per merged vision token.
-    pixel_values: (patches of all images, patch_dim) float32, normalised; None without images.
-    image_grid_thw: (images, 3) int64, patches in time, height, width; None without images.
-    image_hashes: sha256 of each image's resized pixels, for caches.
+    pixel_values: (patches of all images and videos, patch_dim) float32, normalised, in the order of the text; None
+        without images.
+    image_grid_thw: (images and videos, 3) int64, patches in time, height, width; None without images.
+    image_hashes: sha256 of each image's resized pixels, for caches; of a video, of all its frames'.
+    video_steps: the seconds that each video's temporal patches lie apart.
     """
 
     token_ids_T: list[int]
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
     image_hashes: tuple[str, ...]
+    video_steps: tuple[float, ...] = ()
 
 
 class InputProcessor:
@@ -53,7 +58,7 @@ class InputProcessor:
     Attributes:
         tokenizer, image_processor, family, model_type: of the model folder.
         eos_token_id: end-of-text of a response. pad_token_id: the same if the folder names none.
-        image_token_id: placeholder of one merged vision token.
+        image_token_id: placeholder of one merged vision token. video_token_id: the same of a video; None: none is read.
         banned_token_ids: vision tokens, which must never be sampled.
     """
 
@@ -80,6 +85,10 @@ class InputProcessor:
         self.model_type: str = config.model_type
         self.family = FAMILIES.get(config.model_type, Family)()  # vLLM also samples families that cannot be trained
         vocabulary = self.tokenizer.get_vocab()
+        start, end, *_ = (vocabulary.get(token, -1) for token in self.family.vision_tokens)
+        video_token_id = getattr(config, "video_token_id", None)
+        self._videos = VideoReader(model_path, options, self.family, video_token_id, self.token_ids, (start, end))
+        self.video_token_id = self._videos.token_id
         ends_by = self.family.end_token
         self._end_token = ends_by if ends_by in vocabulary else str(self.tokenizer.eos_token)
         self.eos_token_id: int = vocabulary[self._end_token]
@@ -107,9 +116,8 @@ class InputProcessor:
             PromptError: `<image>` marks and images differ in number, or the text contains a control token.
         """
         asked = [*(message for message, _ in prompt.history), prompt.text]
-        num_marks = sum(text.count(IMAGE_MARK) for text in asked)
-        if num_marks != len(prompt.images):
-            raise PromptError(f"the text has {num_marks} {IMAGE_MARK} marks for {len(prompt.images)} images")
+        list(shown(prompt))  # marks differ
+        has_videos = bool(prompt.videos)
         for text in asked:
             self._refuse_control_tokens(text, "the prompt text")
         self._refuse_control_tokens(prompt.system, "the system message")
@@ -117,9 +125,9 @@ class InputProcessor:
         for text, (_, answer) in zip(asked, prompt.history, strict=False):
             self._refuse_control_tokens(answer, "an earlier answer")
             said = [{"type": "text", "text": answer}]
-            messages += [{"role": "user", "content": _content(text.split(IMAGE_MARK))}]
+            messages += [{"role": "user", "content": _content(text, has_videos)}]
             messages += [{"role": "assistant", "content": said}]
-        messages.append({"role": "user", "content": _content(prompt.text.split(IMAGE_MARK))})
+        messages.append({"role": "user", "content": _content(prompt.text, has_videos)})
         if prompt.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
         return self._through_template(messages)
@@ -132,6 +140,8 @@ class InputProcessor:
         """
         token_ids_T = self._expanded_ids(prompt)
         self.check_length(len(token_ids_T))
+        if prompt.videos:
+            return self._with_videos(token_ids_T, prompt)
         return self._with_pixels(token_ids_T, self.load_images(prompt))
 
     def render_observation(self, text: str, num_images: int, *, has_ended: bool) -> str:
@@ -142,15 +152,14 @@ class InputProcessor:
         Raises:
             PromptError: `<image>` marks and images differ in number, or the text contains a control token.
         """
-        pieces = text.split(IMAGE_MARK)
-        if len(pieces) - 1 != num_images:
-            raise PromptError(f"the text has {len(pieces) - 1} {IMAGE_MARK} marks for {num_images} images")
+        if text.count(IMAGE_MARK) != num_images:
+            raise PromptError(f"the text has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for {num_images} images")
         self._refuse_control_tokens(text, "the observation")
         asked, answered = [{"type": "text", "text": "?"}], [{"type": "text", "text": _ANY_TURN}]
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": asked},
             {"role": "assistant", "content": answered},
-            {"role": "user", "content": _content(pieces)},
+            {"role": "user", "content": _content(text)},
         ]
         _, found, behind = self._through_template(messages).partition(_ANY_TURN)
         end = self._end_token
@@ -195,6 +204,23 @@ class InputProcessor:
             image_hashes=tuple(pixel_hash(image) for image in images),
         )
 
+    def _with_videos(self, token_ids_T: list[int], prompt: Prompt) -> PromptInputs:
+        """Return the pixels of images and videos, each prepared alone, in the order of the text."""
+        images = self.load_images(prompt)
+        pixels, grids, hashes, steps = [], [], [], []
+        for where, times in shown(prompt):
+            if times:
+                patches, grid, step = self._videos.pixels(images[where], times)
+                steps.append(step)
+            else:
+                patches, grid = self.family.pixels(
+                    self.image_processor, images[where], self.inputs.min_pixels, self.inputs.max_pixels
+                )
+            pixels.append(patches)
+            grids.append(grid)
+            hashes.append("+".join(map(pixel_hash, images[where])) + "+" * bool(times))
+        return PromptInputs(token_ids_T, torch.cat(pixels), torch.cat(grids), tuple(map(_short, hashes)), tuple(steps))
+
     def _through_template(self, messages: list[dict[str, Any]]) -> str:
         options = self.family.template_options
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
@@ -203,7 +229,9 @@ class InputProcessor:
         """Return (tokens of the prompt, image tokens among them, features made from its pixels)."""
         encoded = self.encode(prompt)
         num_features = self.family.num_features(self.image_processor, encoded.image_grid_thw)
-        return len(encoded.token_ids_T), encoded.token_ids_T.count(self.image_token_id), num_features
+        vision_ids = (self.image_token_id, self.video_token_id)
+        num_vision = len([token for token in encoded.token_ids_T if token in vision_ids])
+        return len(encoded.token_ids_T), num_vision, num_features
 
     def count_tokens(self, prompt: Prompt) -> int:
         """Return the length of `encode(prompt).token_ids_T`, from image headers alone.
@@ -214,8 +242,16 @@ class InputProcessor:
         return len(self._expanded_ids(prompt))
 
     def page_tokens(self, prompt: Prompt) -> list[int]:
-        """Return the vision tokens of each image, from their headers; raises as `count_tokens`."""
-        return [self._num_vision_tokens(source) for source in prompt.images]
+        """Return the vision tokens of each image, from their headers; raises as `count_tokens`.
+
+        Those of a temporal patch are the first of its frames'.
+        """
+        tokens = [self._num_vision_tokens(source) for source in prompt.images]
+        for where, times in shown(prompt):
+            for index in range(len(times)):
+                if index % self._videos.temporal_patch:
+                    tokens[where.start + index] = 0
+        return tokens
 
     def load_images(self, prompt: Prompt) -> list[Image.Image]:
         """Return the prompt's images decoded, in RGB and resized: exactly the pixels that `encode` normalises.
@@ -290,13 +326,42 @@ class InputProcessor:
     def _expanded_ids(self, prompt: Prompt) -> list[int]:
         """Tokenise the rendered prompt and repeat each placeholder once per merged vision token of its image."""
         self._refuse_too_many_images(prompt)
+        self._videos.require(prompt, self.inputs, self.model_type)
         ids = self.token_ids(self.render(prompt))
-        if ids.count(self.image_token_id) != len(prompt.images):
+        if ids.count(self.image_token_id) != prompt.num_pages:
             raise InputsError(
                 f"the chat template made {ids.count(self.image_token_id)} image placeholders (token "
-                f"{self.image_token_id}) for {len(prompt.images)} images. Fix it to make one per image."
+                f"{self.image_token_id}) for {prompt.num_pages} images. Fix it to make one per image."
             )
-        return self._expanded(ids, prompt.images)
+        if not prompt.videos:
+            return self._expanded(ids, prompt.images)
+        if self.video_token_id is None or ids.count(self.video_token_id) != len(prompt.videos):
+            raise InputsError(
+                f"the chat template made {ids.count(self.video_token_id or -1)} video placeholders (token "
+                f"{self.video_token_id}) for {len(prompt.videos)} videos. Fix it to make one per video."
+            )
+        self._videos.require_marks(ids)
+        return self._expanded_videos(ids, prompt)
+
+    def _expanded_videos(self, ids: Sequence[int], prompt: Prompt) -> list[int]:
+        """Repeat the placeholders of images and videos, in the order of the text."""
+        placeholders = iter(shown(prompt))
+        expanded: list[int] = []
+        is_behind_video = False
+        for token_id in ids:
+            if is_behind_video:  # its closing mark, which `tokens` has written
+                is_behind_video = False
+            elif token_id in (self.image_token_id, self.video_token_id):
+                where, times = next(placeholders)
+                count = self._num_vision_tokens(prompt.images[where.start])
+                if times:
+                    expanded[-1:] = self._videos.tokens(count, times)
+                    is_behind_video = True
+                else:
+                    expanded += [token_id] * count
+            else:
+                expanded.append(token_id)
+        return expanded
 
     def _expanded(self, ids: Sequence[int], images: Sequence[ImageSource]) -> list[int]:
         """Repeat each placeholder once per merged vision token of its image, between the family's wrapper."""
@@ -344,9 +409,9 @@ class InputProcessor:
         return ids
 
     def _refuse_too_many_images(self, prompt: Prompt) -> None:
-        if len(prompt.images) > self.inputs.max_images:
+        if prompt.num_pages > self.inputs.max_images:
             raise PromptError(
-                f"the prompt has {len(prompt.images)} images, but inputs.max_images is {self.inputs.max_images}. "
+                f"the prompt has {prompt.num_pages} images, but inputs.max_images is {self.inputs.max_images}. "
                 "Raise it or leave pages out."
             )
 
@@ -360,7 +425,7 @@ class InputProcessor:
 
     def as_plain_text(self, text: str) -> str:
         """Return a text without control tokens and image marks."""
-        for token in [*self._forbidden_in_text, IMAGE_MARK]:
+        for token in [*self._forbidden_in_text, IMAGE_MARK, VIDEO_MARK]:
             text = text.replace(token, f"{token[:1]} {token[1:]}")
         return text
 
@@ -387,18 +452,26 @@ def require_same_tokens(teacher: str, student: str) -> None:
         )
 
 
-def _content(pieces: Sequence[str]) -> list[dict[str, str]]:
-    """Return a message's content: pieces of text with one image between each two of them."""
+def _content(text: str, has_videos: bool = False) -> list[dict[str, str]]:
+    """Return a message's content: pieces of text, and an image or a video for each mark between them."""
+    kinds = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
     content: list[dict[str, str]] = []
-    for index, piece in enumerate(pieces):
-        content += [{"type": "image"}] if index else []
-        content += [{"type": "text", "text": piece}] if piece else []
+    for index, piece in enumerate(marked_pieces(text, has_videos=has_videos)):
+        if index % 2:
+            content.append({"type": kinds[piece]})
+        elif piece:
+            content.append({"type": "text", "text": piece})
     return content
 
 
 def pixel_hash(image: Image.Image) -> str:
     """Return the sha256 of an image's size and pixels."""
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
+
+
+def _short(hashes: str) -> str:
+    """Return one hash for those of a video's frames."""
+    return hashlib.sha256(hashes.encode()).hexdigest() if "+" in hashes else hashes
 
 
 @contextmanager

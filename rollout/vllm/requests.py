@@ -24,6 +24,8 @@ def build_request(
     Raises:
         PromptError: the prompt cannot be sampled.
     """
+    if prompt.videos:
+        raise PromptError("videos are not sampled with vLLM. Set rollout=hf, or give frames as images.")
     num_tokens = processor.count_tokens(prompt)
     processor.check_length(num_tokens)
     if num_tokens + max_tokens > max_model_len:

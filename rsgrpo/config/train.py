@@ -21,7 +21,7 @@ from rsgrpo.config.learner import LoraConfig as LoraConfig
 from rsgrpo.config.learner import ModelConfig as ModelConfig
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-COLUMNS = {name: name for name in ("prompt", "answer", "image", "question", "id")}
+COLUMNS = {name: name for name in ("prompt", "answer", "image", "question", "id", "video")}
 PlacementKind = Literal["colocated", "disaggregated"]
 CPUS = {"rollout": 0.25, "learner": 0.25, "reward": 0.1}
 

@@ -13,6 +13,7 @@ import PIL
 
 from rollout.inputs.images import PromptError, bytes_of, check_decodes
 from rollout.inputs.packed import PackedImage
+from rollout.inputs.videos import VideoFrame
 from rollout.types import ImageSource
 
 CHECKED_FILE = ".checked_images"
@@ -73,6 +74,8 @@ def _digest(source: ImageSource) -> str:
         file, place = (source, "") if isinstance(source, str) else (source.file, f"{source.group}/{source.row}")
         found = os.stat(file)
         what = f"{os.path.abspath(file)}{place}\0{found.st_size}\0{found.st_mtime_ns}".encode(errors="surrogateescape")
+    elif isinstance(source, VideoFrame):
+        what = f"{os.path.abspath(source.file)}\0{source.changed_ns}\0{source.times[source.index]}".encode()
     else:
         what = bytes_of(source)
     return hashlib.blake2b(what, digest_size=_DIGEST_BYTES, key=PIL.__version__.encode()).hexdigest()

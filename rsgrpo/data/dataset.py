@@ -119,7 +119,10 @@ def about_images(rows: Sequence[Row], data: DataConfig) -> str:
 
 def _has_images(row: Row, data: DataConfig) -> bool:
     try:
-        return bool(image_entries(as_ours(row.columns, data).get(data.columns["image"])))
+        columns = as_ours(row.columns, data)
+        return any(
+            image_entries(columns.get(name)) for name in (data.columns["image"], data.columns["video"], "videos")
+        )
     except ValueError:  # a bad row, which is reported as such
         return True
 

@@ -13,12 +13,16 @@ OVERLONG = "over-long prompt"
 BROKEN = "broken row"
 NO_IMAGE = "missing image"
 MARKS = "<image> marks differ from images"
+VIDEO_MARKS = "<video> marks differ from videos"
+TOO_MANY_VIDEOS = "too many videos"
 EMPTY_PROMPT = "empty prompt"
 TOO_MANY_IMAGES = "too many images"
 MAX_LISTED_ROWS = 20
 CAUSES = {
     NO_IMAGE: "Set data.image_dir to the folder that the paths start from.",
     MARKS: "A template shows the images by {images}, {image_marks} or {numbered_marks}; a row's own prompt by <image>.",
+    VIDEO_MARKS: "A template shows the videos by {videos}; a row's own prompt by <video>.",
+    TOO_MANY_VIDEOS: "Raise inputs.max_videos.",
     EMPTY_PROMPT: "Name the rows' columns in data.columns, or choose a prompt that fits them.",
     TOO_MANY_IMAGES: "Raise inputs.max_images.",
     OVERLONG: "Raise inputs.max_prompt_tokens, or lower inputs.max_pixels.",

@@ -11,10 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rollout.inputs.videos import IMAGE_MARK as IMAGE_MARK
+from rollout.inputs.videos import VIDEO_MARK
 from rsgrpo.data.rows import image_entries
+from rsgrpo.data.videos import video_entries
 
-IMAGE_MARK = "<image>"
 IMAGE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos")
 TRAINERS = ("verl", "easyr1", "trl", "swift", "llamafactory")
 GOLD_KEYS = ("solution", "ground_truth", "answer", "answers")
 
@@ -45,11 +48,13 @@ def how_to_convert(columns: Mapping[str, Any]) -> str:
     )
 
 
-def in_our_columns(columns: Mapping[str, Any], *, texts: Sequence[str], image: str = "images") -> Mapping[str, Any]:
+def in_our_columns(
+    columns: Mapping[str, Any], *, texts: Sequence[str], image: str = "images", video: str = "videos"
+) -> Mapping[str, Any]:
     """Return a row of verl, EasyR1, TRL or ms-swift in our columns, its system message as `system`.
 
     texts: columns of which a row of ours has one as text; such a row, and one of no known trainer, comes back as it is.
-    image: what the column with the images is to be called.
+    image, video: what the columns with the images and with the videos are to be called.
 
     Raises:
         ValueError: the row is like that trainer's and lacks something.
@@ -58,7 +63,8 @@ def in_our_columns(columns: Mapping[str, Any], *, texts: Sequence[str], image: s
     if trainer in ("", "llamafactory") or any(isinstance(columns.get(name), str) for name in texts):
         return columns
     found = from_trainer(columns, trainer)
-    return {image if name == "images" else name: value for name, value in found.items()}
+    renamed = {"images": image, "videos": video}
+    return {renamed.get(name, name): value for name, value in found.items()}
 
 
 def first_of(columns: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -124,15 +130,19 @@ def _from_messages(turns: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the prompt must be a list of messages, got {turns!r:.60}")
     found: dict[str, list[str]] = {}
     parts: list[Any] = []
+    clips: list[Any] = []
     for turn in turns:
         text, images = _text_of([turn])
         found.setdefault(str(turn.get("role")), []).append(text)
         parts += images
+        clips += _videos_of(turn)
     if len(found.get("user", [])) != 1 or len(found.get("assistant", [])) > 1:
         roles = ", ".join(str(turn.get("role")) for turn in turns)
         raise ValueError(f"a row must be one question, but its messages are of {roles}")
     images = [part for part in parts if part is not None] or image_entries(first_of(columns, IMAGE_KEYS))
     row = {**_others(columns), "prompt": _marked(found["user"][0], len(images)), "images": images}
+    if videos := clips or video_entries(first_of(columns, VIDEO_KEYS)):
+        row["videos"] = videos
     if "system" in found:
         row["system"] = found["system"][0]
     return row | ({"response": found["assistant"][0]} if "assistant" in found else {})
@@ -150,9 +160,18 @@ def _text_of(turns: Any) -> tuple[str, list[Any]]:
                 address = part.get("image_url")
                 images.append(part.get("image") or (address.get("url") if isinstance(address, Mapping) else address))
                 texts.append(IMAGE_MARK)
+            elif part.get("type") == "video":
+                texts.append(VIDEO_MARK)
             else:
                 texts.append(str(part.get("text") or ""))
     return "".join(texts), images
+
+
+def _videos_of(turn: Mapping[str, Any]) -> list[Any]:
+    """Return the videos among a message's parts, those that a column has left out."""
+    content = turn.get("content")
+    parts = content if isinstance(content, list | tuple) else ()
+    return [part for part in parts if part.get("type") == "video" and part.get("video") is not None]
 
 
 def _marked(text: str, num_images: int) -> str:

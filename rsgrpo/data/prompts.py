@@ -13,17 +13,29 @@ from rewards.api import RewardError
 from rewards.truth import GoldError, load_gold_reader
 from rollout.config import InputsConfig
 from rollout.inputs.images import PromptError
+from rollout.inputs.videos import VIDEO_MARK
 from rollout.types import ImageSource, Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
-from rsgrpo.data.faults import BROKEN, EMPTY_PROMPT, MARKS, NO_IMAGE, OVERLONG, TOO_MANY_IMAGES, BadRow
-from rsgrpo.data.foreign import IMAGE_MARK, how_to_convert, in_our_columns
+from rsgrpo.data.faults import (
+    BROKEN,
+    EMPTY_PROMPT,
+    MARKS,
+    NO_IMAGE,
+    OVERLONG,
+    TOO_MANY_IMAGES,
+    TOO_MANY_VIDEOS,
+    VIDEO_MARKS,
+    BadRow,
+)
+from rsgrpo.data.foreign import IMAGE_MARK, first_of, how_to_convert, in_our_columns
 from rsgrpo.data.rows import ImageFolder, Row, image_entries
 from rsgrpo.data.turns import TURNS, BrokenTurns, has_turns, images_of, read_turns
+from rsgrpo.data.videos import Video, in_order, read_video, require_marks, video_entries
 from rsgrpo.errors import InputError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_PLACEHOLDERS = ("question", "images", "image_marks", "numbered_marks")
+_PLACEHOLDERS = ("question", "images", "image_marks", "numbered_marks", "videos")
 
 
 class RowFault(Exception):
@@ -56,11 +68,11 @@ def read_template(prompt: PromptConfig) -> str:
     return template
 
 
-def render_template(template: str, question: str, num_images: int) -> str:
+def render_template(template: str, question: str, num_images: int, num_videos: int = 0) -> str:
     r"""Fill a template.
 
     {images} becomes one numbered line per image, {numbered_marks} the same without line breaks and colons,
-    {image_marks} the images and nothing else.
+    {image_marks} the images and nothing else, {videos} the videos, one per line.
 
     >>> render_template("{images}\n{question}", "what amount?", 2)
     '[1]: <image>\n[2]: <image>\nwhat amount?'
@@ -70,6 +82,7 @@ def render_template(template: str, question: str, num_images: int) -> str:
         "question": question,
         "images": "\n".join(f"[{number}]: {IMAGE_MARK}" for number in numbers),
         "image_marks": IMAGE_MARK * num_images,
+        "videos": "\n".join([VIDEO_MARK] * num_videos),
         "numbered_marks": "".join(f"[{number}]{IMAGE_MARK}" for number in numbers),
     }
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
@@ -82,7 +95,9 @@ def as_ours(columns: Mapping[str, Any], data: DataConfig) -> Mapping[str, Any]:
         ValueError: it is like the row of another trainer and lacks something.
     """
     names = data.columns
-    found = in_our_columns(columns, texts=(names["prompt"], names["question"]), image=names["image"])
+    found = in_our_columns(
+        columns, texts=(names["prompt"], names["question"]), image=names["image"], video=names["video"]
+    )
     renamed = {"prompt": names["prompt"], "answer": names["answer"], "id": names["id"]}
     return columns if found is columns else {renamed.get(name, name): value for name, value in found.items()}
 
@@ -116,6 +131,7 @@ class RowChecker:
     ) -> None:
         self.checked = checked or CheckedImages()
         self._data, self._images, self._processor = data, images, processor
+        self._video_columns = (data.columns["video"], "videos")
         self._template, self._system = read_template(prompt), prompt.system
         try:
             self._read_gold = load_gold_reader(data.gold)
@@ -140,22 +156,25 @@ class RowChecker:
             return BadRow(row.place, row_id, why.reason, why.detail)
 
     def _prompt(self, row_id: str, columns: Mapping[str, Any], system: str) -> Prompt:
-        images = self._row_images(columns)
-        text, question = self._texts(columns, len(images))
-        used = (self._data.columns["prompt"], self._data.columns["answer"], self._data.columns["image"])
+        images, videos = self._row_images(columns), self._row_videos(columns)
+        text, question = self._texts(columns, len(images), len(videos))
+        used = [*(self._data.columns[name] for name in ("prompt", "answer", "image")), *self._video_columns]
         others = {name: value for name, value in columns.items() if name not in used}
         turns = self._turns(others)
         answer = columns.get(self._data.columns["answer"])
         truth = others if turns and answer is None else self._read_gold(answer, others, len(images))
         if turns:
             truth = {**truth, TURNS: turns}
-        prompt = Prompt(row_id, text, images, truth, question, system)
         num_marks = text.count(IMAGE_MARK)
         if num_marks != len(images):
             raise RowFault(
                 MARKS, f"{num_marks} <image> marks for {len(images)} images{self._why_marks_differ(num_marks)}"
             )
-        for source in (*images, *images_of(turns)):
+        if why := require_marks(text, len(videos)):
+            raise RowFault(VIDEO_MARKS, why)
+        seen, times = in_order(text, images, videos)
+        prompt = Prompt(row_id, text, seen, truth, question, system, videos=times)
+        for source in (*seen, *images_of(turns)):
             if isinstance(source, str) and not os.path.isfile(source):
                 what = "is a folder, not an image" if os.path.isdir(source) else "does not exist; see data.image_dir"
                 raise RowFault(NO_IMAGE, f"image {source} {what}")
@@ -192,6 +211,16 @@ class RowChecker:
         except (ValueError, PromptError) as error:
             raise RowFault("unreadable image", str(error)) from error
 
+    def _row_videos(self, columns: Mapping[str, Any]) -> list[Video]:
+        entries = video_entries(first_of(columns, self._video_columns))
+        inputs = self._processor.inputs
+        if len(entries) > inputs.max_videos:
+            raise RowFault(TOO_MANY_VIDEOS, f"{len(entries)} videos, inputs.max_videos is {inputs.max_videos}")
+        try:
+            return [read_video(entry, self._images, inputs) for entry in entries]
+        except (ValueError, PromptError) as error:
+            raise RowFault("unreadable video", str(error)) from error
+
     def _why_marks_differ(self, num_marks: int) -> str:
         if not self._template:
             return ""
@@ -199,15 +228,17 @@ class RowChecker:
             return "; the prompt template does not show them: write {images} into it"
         return "; the question itself has marks, and the template adds its own"
 
-    def _texts(self, columns: Mapping[str, Any], num_images: int) -> tuple[str, str]:
+    def _texts(self, columns: Mapping[str, Any], num_images: int, num_videos: int) -> tuple[str, str]:
         """Return the user message and the bare question."""
         data = self._data
         own, question = columns.get(data.columns["prompt"]), columns.get(data.columns["question"])
         if own is not None and not isinstance(own, str):
             got = f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}"
             raise RowFault(EMPTY_PROMPT, got + how_to_convert(columns))
-        question = (own or "").replace(IMAGE_MARK, "").strip() if question is None else str(question)
-        text = render_template(self._template, question, num_images) if self._template else (own or "")
+        if question is None:
+            question = (own or "").replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
+        question = str(question)
+        text = render_template(self._template, question, num_images, num_videos) if self._template else (own or "")
         if not text.replace(IMAGE_MARK, "").strip() or (self._template and not question):
             has = ", ".join(columns) + how_to_convert(columns)
             column = data.columns["question"] if self._template else data.columns["prompt"]

@@ -67,7 +67,9 @@ def rollout_group(run: Path, stored_G: list[StoredRollout], system: str) -> Roll
     """Return a stored group as it was sampled. system: the run's system message, which is not stored."""
     first = stored_G[0]
     images = tuple(str(run / image) for image in first.images)
-    prompt = Prompt(first.prompt_id, first.prompt_text, images, first.truth, first.question, system)
+    prompt = Prompt(
+        first.prompt_id, first.prompt_text, images, first.truth, first.question, system, videos=first.videos
+    )
     return RolloutGroup(
         prompt,
         tuple(

@@ -168,7 +168,7 @@ class Learner:
             folder = FeatureFolder(Path(learner.feature_cache), fingerprint, int(learner.feature_cache_gb * 2**30))
         return PromptStore(
             self.encoder,
-            lambda tokens_T, grid: family.position_ids(hf, tokens_T[None], grid)[:, 0],
+            lambda tokens_T, grid, steps: family.position_ids(hf, tokens_T[None], grid, video_steps=steps)[:, 0],
             self._count_features,
             self.policy.encode_images if self.policy.frozen_tower else None,
             FeatureCache(learner.vision_cache_mb << 20),
@@ -309,7 +309,7 @@ class Learner:
     def _count_features(self, token_ids_T: torch.Tensor, image_grid_thw: torch.Tensor | None) -> tuple[int, int]:
         """Return how many image tokens there are, and how many features the images become."""
         num_features = self.policy.family.num_features(self.encoder.image_processor, image_grid_thw)
-        return int((token_ids_T == self.policy.hf.config.image_token_id).sum()), num_features
+        return int((self.policy.family.vision_kinds(self.policy.hf, token_ids_T) > 0).sum()), num_features
 
     def gather_weights(
         self, *, every_rank: bool = False, dtype: torch.dtype = torch.float32

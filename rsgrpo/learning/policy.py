@@ -77,13 +77,14 @@ class PlainRow:
     """One prompt with one response, as transformers' own forward takes it.
 
     token_ids_T: (T,) int64. scored_N: (N,) int64, where in it the tokens lie that are scored.
-    pixel_values, image_grid_thw: None without images.
+    pixel_values, image_grid_thw: None without images. video_steps: as in `PromptInputs`.
     """
 
     token_ids_T: torch.Tensor
     scored_N: torch.Tensor
     pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
+    video_steps: tuple[float, ...] = ()
 
 
 class Policy(nn.Module):
@@ -161,7 +162,9 @@ class Policy(nn.Module):
             config._attn_implementation = "sdpa"
         try:
             output = self.hf.model(
-                **self.family.whole_inputs(self.hf, row.token_ids_T[None], row.pixel_values, row.image_grid_thw),
+                **self.family.whole_inputs(
+                    self.hf, row.token_ids_T[None], row.pixel_values, row.image_grid_thw, row.video_steps
+                ),
                 use_cache=False,
             )
         finally:

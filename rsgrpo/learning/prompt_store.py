@@ -27,7 +27,7 @@ Prepared = tuple[PromptInputs, torch.Tensor, list[torch.Tensor | None]]
 """What a thread makes of a prompt: its inputs, (3, T) positions, and the features of each image found on disk."""
 
 Item = Prompt | ResponseRow
-Key = tuple[str, str | bytes, str, tuple[ImageSource, ...]]
+Key = tuple[str, str | bytes, str, tuple[ImageSource, ...], tuple[tuple[float, ...], ...]]
 
 
 class PromptEncoder(Protocol):
@@ -55,7 +55,7 @@ class PromptStore:
 
     Args:
         encoder: renders and decodes.
-        position_ids: (token_ids_T, image_grid_thw) -> (3, T).
+        position_ids: (token_ids_T, image_grid_thw, video_steps) -> (3, T).
         count_features: (token_ids_T, image_grid_thw) -> (image tokens among them, features that the images become).
         encode_images: (pixel_values, image_grid_thw) of one image -> (merged tokens, F); None with a trained tower.
         features, folder: of a frozen tower, across steps in memory and across runs on disk.
@@ -65,7 +65,7 @@ class PromptStore:
     def __init__(
         self,
         encoder: PromptEncoder,
-        position_ids: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        position_ids: Callable[[torch.Tensor, torch.Tensor | None, Sequence[float]], torch.Tensor],
         count_features: Callable[[torch.Tensor, torch.Tensor | None], tuple[int, int]],
         encode_images: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         features: FeatureCache,
@@ -179,7 +179,8 @@ class PromptStore:
             inputs = self._encoder.encode(item) if isinstance(item, Prompt) else self._row_inputs(item)
         except PromptError as error:
             raise RsgrpoError(f"{name}: {error}") from error
-        positions_3T = self._position_ids(torch.tensor(inputs.token_ids_T), inputs.image_grid_thw)
+        tokens_T = torch.tensor(inputs.token_ids_T)
+        positions_3T = self._position_ids(tokens_T, inputs.image_grid_thw, inputs.video_steps)
         folder = self._folder
         on_disk = [
             None if folder is None or image_hash in self._features else folder.get(image_hash)
@@ -252,5 +253,5 @@ class PromptStore:
 def _key(item: Item) -> Key:
     """Return what an encoding depends on, and a prompt's id or a response's name."""
     if isinstance(item, ResponseRow):
-        return item.name, item.token_ids_R.tobytes(), "", item.images
-    return item.id, item.system, item.text, tuple(item.images)
+        return item.name, item.token_ids_R.tobytes(), "", item.images, ()
+    return item.id, item.system, item.text, tuple(item.images), item.videos

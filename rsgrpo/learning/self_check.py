@@ -89,6 +89,7 @@ def _plain_row(
         scored_N=torch.from_numpy(len(inputs.token_ids_T) + own_T).to(device),
         pixel_values=torch.cat(pixels).to(device) if pixels else None,
         image_grid_thw=torch.cat(grids).to(device) if grids else None,
+        video_steps=tuple(step for part in (inputs, *read) for step in part.video_steps),
     )
 
 

@@ -157,7 +157,7 @@ def learner_vision_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
         groups * rollout.group_size * rollout.max_observation_images,
         config.learner.max_tokens_per_micro_batch // max(1, int(sizes.image_tokens(pixels))),
     )
-    images = config.inputs.max_images * groups + read
+    images = config.inputs.most_images * groups + read
     patches = sizes.image_patches(pixels)
     features = images * sizes.image_tokens(pixels) * sizes.hidden_size * width
     block = patches * sizes.vision_activation_bytes(width)
@@ -179,7 +179,7 @@ def engine_memory(config: PlanConfig, sizes: ModelSizes) -> Memory:
         packed = sizes.body_params if rollout.vllm.engine_args.get("quantization") == "bitsandbytes" else 0
         weights = (2 * (all_params - packed) + FOUR_BITS * packed) / degree / GIB
         # vLLM measures the images of one prompt through the tower, each worker all of it, before it sizes its cache.
-        images = config.inputs.max_images + rollout.max_observation_images
+        images = config.inputs.most_images + rollout.max_observation_images
         patches = images * sizes.image_patches(config.inputs.max_pixels)
         vision = patches * sizes.vision_activation_bytes(2) / GIB
         left = rollout.vllm.gpu_memory_utilization * device_of(config).memory_gib - weights - vision - WORKSPACE_GIB

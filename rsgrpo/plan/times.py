@@ -58,7 +58,7 @@ def phases(config: PlanConfig, sizes: ModelSizes) -> list[Phase]:
     prompt_tokens, response_tokens = mean_lengths(config)
     read = group * config.plan.observation_fill * rollout.max_observation_images
     image_flops = sizes.image_flops(config.plan.prompt_fill * config.inputs.max_pixels)
-    vision = prompts * (config.inputs.max_images + read) * image_flops
+    vision = prompts * (config.inputs.most_images + read) * image_flops
     forward = prompts * sizes.group_flops(prompt_tokens, response_tokens, group, mean_observation_tokens(config))
     rate = device.flops * config.plan.mfu
     learner_rate = learner.num_ranks * rate

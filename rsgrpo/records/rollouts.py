@@ -70,7 +70,7 @@ SCHEMA = pa.schema(
     | {"images": pa.list_(_TEXT), "truth": _TEXT, "token_ids": _INTS, "token_starts": _INTS, "token_ends": _INTS}
     | {"rollout_logprobs": pa.list_(pa.float32())}
     | {"rewards": pa.list_(_REWARD), "monitors": pa.list_(_MONITOR), "terms": pa.list_(_TERM)}
-    | {"observations": pa.list_(_OBSERVATION)}
+    | {"observations": pa.list_(_OBSERVATION), "videos": pa.list_(pa.list_(pa.float64()))}
 )
 
 
@@ -108,7 +108,7 @@ class StoredRollout:
     images: paths to join to the run folder: absolute ones, or relative ones of images that were given as bytes.
     truth: gold columns, parsed back from JSON. monitors: name -> value, None where it did not apply.
     terms: loss term -> runs of its scope, outside of which it teaches nothing; empty where nothing was trained.
-    observations: what it read between its turns, with images as `images` has them.
+    observations: what it read between its turns, with images as `images` has them. videos: as `Prompt.videos`.
     """
 
     step: int
@@ -133,6 +133,7 @@ class StoredRollout:
     monitors: dict[str, float | None]
     terms: dict[str, tuple[TokenRun, ...]]
     observations: tuple[Observation, ...] = ()
+    videos: tuple[tuple[float, ...], ...] = ()
 
     def scope_KT(self) -> np.ndarray:
         """Return (K, T) bool, the tokens that each loss term may teach."""
@@ -264,6 +265,7 @@ def _group_rows(
         "question": prompt.question,
         "prompt_text": prompt.text,
         "images": [_store_image(run_dir, image) for image in prompt.images],
+        "videos": [list(times) for times in prompt.videos],
         "truth": json.dumps(dict(prompt.truth), ensure_ascii=False, default=str),
     }
     for g, rollout in enumerate(scored.group.rollouts):
@@ -350,6 +352,7 @@ def _from_row(row: dict[str, Any]) -> StoredRollout:
         monitors={cell["name"]: cell["value"] for cell in row["monitors"]},
         terms={cell["name"]: tuple(TokenRun(**run) for run in cell["runs"]) for cell in row["terms"]},
         observations=tuple(map(_observation, row["observations"] or ())),  # absent in files of older releases
+        videos=tuple(map(tuple, row["videos"] or ())),
     )
 
 
