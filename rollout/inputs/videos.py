@@ -173,7 +173,7 @@ def _pyav() -> Any:
         import av
     except ModuleNotFoundError as error:
         raise PromptError(
-            'video files are decoded by PyAV, which is not installed. Install the extra: `pip install -e ".[video]"`. A '
-            "list of frames, each an image, needs no decoder."
+            "video files are decoded by PyAV, which is not installed. Install the extra "
+            '(`pip install -e ".[video]"`), or give a list of frames, each an image.'
         ) from error
     return av
