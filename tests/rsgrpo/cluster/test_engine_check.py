@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from rollout.hf.engine import HFEngine
 from rollout.types import Prompt
 from rsgrpo.cluster.engine_check import (
     EnginesDiffer,
+    _agreement,
     blanked,
     choose_prompts,
     compare_turns,
@@ -114,6 +116,21 @@ def test_tolerances_follow_the_precision():
     assert tolerance_of(dataclasses.replace(exact, rollout=RolloutConfig(dtype="bfloat16"))) == 0.3
     assert tolerance_of(dataclasses.replace(exact, gate=dataclasses.replace(exact.gate, tolerance=0.01))) == 0.01
     assert issubclass(EnginesDiffer, RsgrpoError)
+
+
+@pytest.mark.parametrize(
+    ("differences", "tolerance", "holds"),
+    [
+        ([0.02] * 31 + [0.8], 0.3, [True, True]),  # one unlikely token, as bfloat16 rounds
+        ([0.02] * 31 + [0.95], 0.3, [True, False]),
+        ([0.12] * 32, 0.3, [False, True]),  # every token a little: not rounding
+        ([0.0] * 31 + [2e-4], 1e-4, [False]),
+    ],
+)
+def test_bfloat16_may_move_a_token_but_not_the_mean(differences, tolerance, holds):
+    theirs_T = np.linspace(-3, -0.1, 32)
+    checks = _agreement("engine 0", theirs_T + np.array(differences), theirs_T, tolerance)
+    assert [check.holds for check in checks] == holds
 
 
 @pytest.fixture(scope="module")
