@@ -30,7 +30,7 @@ from rollout.turns.episode import begin_episodes
 from rollout.types import Observation, Prompt, RolloutGroup, SamplingParams
 from rollout.vllm.launch import TOWER, environment, max_model_len, model_overrides, prepare, start_timeout_s
 from rollout.vllm.loop import BackgroundLoop
-from rollout.vllm.requests import build_request, sampling_params, to_group
+from rollout.vllm.requests import build_request, is_broken_off, prompts_at_once, sampling_params, to_group
 from rollout.vllm.turns import Conversations
 from rollout.vllm.wire import HeldChecksum, buckets
 
@@ -79,6 +79,7 @@ class VllmEngine:
         self._longest_answer_s = 2 * rollout.turns.timeout_s if self._make_environment else 0.0
         self._can_sleep = rollout.vllm.sleep_level > 0 and self.backend != "gloo"
         self._max_model_len = max_model_len(rollout, inputs)
+        self._prompt_pixels = inputs.max_images * inputs.max_pixels
         self._broken = ""
         self._received: set[str] | None = None
         self._adapter: Any = None
@@ -168,8 +169,7 @@ class VllmEngine:
     async def _sample_all(
         self, prompts: Sequence[Prompt], sampling: SamplingParams, finished: queue.SimpleQueue[RolloutGroup]
     ) -> None:
-        # Twice as many groups as fit at once keep the engine full, and bound the images held in memory.
-        room = asyncio.Semaphore(max(2, 2 * self._config.max_num_seqs // sampling.group_size))
+        room = asyncio.Semaphore(prompts_at_once(self._config.max_num_seqs, sampling.group_size, self._prompt_pixels))
 
         async def sample(prompt: Prompt) -> None:
             async with room:
@@ -211,6 +211,8 @@ class VllmEngine:
                 return await conversations.group(episodes, request, num_tokens)
             params = sampling_params(self.processor, prompt, sampling, streams=listen is not None)
             output = await self._finished(prompt, request, params, listen)
+            if listen is None and is_broken_off(output):  # such as an image that both sides' caches disagree about
+                output = await self._finished(prompt, request, params)
         except PromptError as error:
             return RolloutGroup(prompt, (), error=str(error))
         except (VLLMClientError, EngineGenerateError) as error:

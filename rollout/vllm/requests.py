@@ -13,6 +13,26 @@ from rollout.inputs.images import PromptError
 from rollout.inputs.processor import InputProcessor, pixel_hash
 from rollout.types import Prompt, RolloutGroup, SamplingParams
 
+PIXELS_HELD_BYTES = 8 << 30
+"""Images of prompts that wait or are sampled, as pixels, in an engine's process at once."""
+_BYTES_PER_PIXEL = 9  # 3 as an image, and 3 as bytes and 3 as patches on their way
+
+
+def prompts_at_once(max_num_seqs: int, group_size: int, prompt_pixels: int) -> int:
+    """Return how many prompts an engine works on: twice as many as fit, so that it is always full.
+
+    Fewer where their images would take too much memory: a validation of single responses admits hundreds of prompts.
+
+    prompt_pixels: of all images of the largest prompt.
+    """
+    held = PIXELS_HELD_BYTES // max(1, _BYTES_PER_PIXEL * prompt_pixels)
+    return max(2, min(2 * max_num_seqs // group_size, held))
+
+
+def is_broken_off(output: Any) -> bool:
+    """Return whether vLLM ended some response by an error of its own, not at a limit and not at a stop."""
+    return any(completion.finish_reason not in ("stop", "length") for completion in output.outputs)
+
 
 def build_request(
     processor: InputProcessor, prompt: Prompt, max_tokens: int, max_model_len: int

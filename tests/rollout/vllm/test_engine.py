@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from rollout.build import build_engine
 from rollout.config import ConfigError, RolloutConfig, VllmConfig
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.launch import response_cache_bytes
-from rollout.vllm.requests import build_request
+from rollout.vllm.requests import build_request, prompts_at_once
 from rsgrpo.cluster.engine_check import blanked, table
 from tests.material.gate import OneEngine, failures, one_learner, run_gate
 from tests.rollout.engine_laws import EngineLaws
@@ -171,6 +172,33 @@ def test_the_gate_catches_other_pixels_of_the_same_and_of_another_size(
     assert {"prompt tokens, image tokens", "image features of the engine"} <= failures(
         run_gate(OneEngine(engine), smaller, prompts)
     )
+
+
+def test_a_request_that_vllm_breaks_off_is_made_once_more(engine, prompts, monkeypatch):
+    finished, asked = engine._finished, []
+
+    async def breaks_off(prompt, *rest):
+        asked.append(prompt.id)
+        if asked.count(prompt.id) <= (1 if prompt is prompts[0] else 2):
+            return SimpleNamespace(
+                outputs=[SimpleNamespace(finish_reason="error")], prompt_token_ids=range(counts[prompt.id])
+            )
+        return await finished(prompt, *rest)
+
+    counts = {prompt.id: engine.processor.count_tokens(prompt) for prompt in prompts}
+    monkeypatch.setattr(engine, "_finished", breaks_off)
+    sampling = SamplingParams(group_size=2, max_tokens=4)
+    groups = {group.prompt.id: group for group in engine.generate(prompts[:2], sampling)}
+    assert len(groups[prompts[0].id].rollouts) == 2
+    assert groups[prompts[1].id].error == "vLLM ended a rollout by error"
+    assert len(asked) == 4
+
+
+def test_prompts_whose_pages_would_fill_the_memory_wait():
+    assert prompts_at_once(256, 8, 5 * 1_568_000) == 64  # training: twice as many groups as fit
+    assert prompts_at_once(256, 1, 5 * 1_568_000) == 121  # validation: 70 MB of pixels each
+    assert prompts_at_once(256, 1, 784) == 512
+    assert prompts_at_once(1, 8, 784) == prompts_at_once(256, 1, 10**10) == 2
 
 
 # ---- what ends before it starts --------------------------------------------------------------------------------------
