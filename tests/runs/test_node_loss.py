@@ -23,7 +23,7 @@ from rsgrpo.records.tracking import read_metrics
 from tests.material import ROOT
 from tests.material.training import tiny_run, write_rewards, write_rows
 
-WAIT_S = 240.0
+WAIT_S, MIN_STEPS = 240.0, 20
 GOOD = "<evidence>\n[1]: 7\n[2]: no relevant information\n</evidence>\n<think>page 1</think>\n<answer>7</answer>"
 
 
@@ -71,12 +71,13 @@ def lose_a_node_and_take_it_back(
         wait_for(run_folder, run, lambda row: row["step"] >= fewer["step"] + 2)
         cluster.add_node(**node)
         again = wait_for(run_folder, run, lambda row: row["rollout/engines"] == num_engines)
-        wait_for(run_folder, run, lambda row: row["step"] >= again["step"] + 2)
+        wait_for(run_folder, run, lambda row: row["step"] >= max(MIN_STEPS, again["step"] + 2))
         run.send_signal(signal.SIGTERM)
         run.wait(timeout=120)
     assert run.returncode == 0, console.read_text()
     assert "Traceback" not in console.read_text()
     rows = read_metrics(run_folder)
+    assert len(rows) >= MIN_STEPS
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert rows[-1]["rollout/engine_restarts"] >= num_engines - fewer["rollout/engines"]
     return rows
