@@ -76,12 +76,14 @@ class TrainGroup:
 class PrefixLayout:
     """Where prompts and responses lie in a padding-free row: for each group its prompt, then its responses.
 
-    prompt_lengths: tokens of each group's prompt.
+    prompt_lengths: tokens of each group's prompt in this row.
     response_lengths: for each group, tokens of each response.
+    whole_lengths: tokens of each whole prompt where several ranks share the row; empty where it is all here.
     """
 
     prompt_lengths: tuple[int, ...]
     response_lengths: tuple[tuple[int, ...], ...]
+    whole_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +94,7 @@ class MicroBatch:
     token_ids_T: (T,) int64. position_ids_3T: (3, T) int64, time, height, width of M-RoPE.
     features: (image tokens of the row, F) of a frozen tower; None without images or with a trained tower.
     pixel_values, image_grid_thw: of all images in row order for a trained tower; else None.
+    taken_F: (features of these images,) bool, which of them are the row's image tokens; None: all.
     head_index_N: (N,) int64, the row position whose hidden state predicts each response token.
     targets_N: (N,) int64. sample_index_N: (N,) int64, which response of the micro-batch a token belongs to.
     scope_KN: (K, N) bool. advantages_KN: (K, N) float32.
@@ -113,6 +116,7 @@ class MicroBatch:
     ref_logprobs_N: torch.Tensor | None = None
     old_logprobs_N: torch.Tensor | None = None
     experts_TLk: torch.Tensor | None = None  # (T, layers, k) int16; -1 lets the policy choose, None everywhere
+    taken_F: torch.Tensor | None = None
 
 
 class TokenScores(NamedTuple):

@@ -199,6 +199,12 @@ class LearnerConfig:
         "weights are gathered within nodes and only gradients cross between them.",
         ge=1,
     )
+    context_parallel: int = key(
+        1,
+        "Neighbouring ranks that share one row: each computes a part of every prompt and some of its responses, for "
+        "prompts that do not fit one device; 1 is off.",
+        ge=1,
+    )
     device: DeviceKind = key("auto", "Device of the learner; auto uses CUDA where there is any.")
     precision: Dtype = key("bfloat16", "Precision of the computation; master weights and reductions stay float32.")
     num_threads: int = key(
@@ -248,6 +254,11 @@ class LearnerConfig:
             self.num_ranks % self.replicas == 0,
             f"learner.num_ranks={self.num_ranks} cannot be split into learner.replicas={self.replicas} equal parts. "
             "Set it to a divisor, such as the number of nodes.",
+        )
+        require(
+            self.num_ranks % self.context_parallel == 0,
+            f"learner.num_ranks={self.num_ranks} cannot be split into teams of learner.context_parallel="
+            f"{self.context_parallel} ranks. Set it to a divisor, or to 1.",
         )
         require(
             not (self.compile and self.gradient_checkpointing == "attention"),

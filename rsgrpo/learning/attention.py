@@ -7,7 +7,7 @@ mask over the whole row exists.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -26,16 +26,34 @@ SDPA = "rsgrpo_prefix_sdpa"
 VARLEN = "rsgrpo_prefix_varlen"
 
 
+Segment = tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
+"""Keys and values that a segment of a row attends to, (1, kv_heads, S, head_dim), and options of torch's kernel."""
+
+
 class PrefixRow:
     """A layout prepared for one device: made once per forward and shared by all layers.
 
-    split_lengths: lengths of prompts and responses in row order.
+    split_lengths: lengths of the row's segments, prompts and responses, in row order.
+    masked: of each segment that a mask is built for, the tokens of its prefix and its own.
     """
 
     def __init__(self, layout: PrefixLayout, device: torch.device, dtype: torch.dtype) -> None:
         self.layout, self.device, self._dtype = layout, device, dtype
         self.groups = list(zip(layout.prompt_lengths, layout.response_lengths, strict=True))
         self.split_lengths = [length for prompt, responses in self.groups for length in (prompt, *responses)]
+        self.masked = [(prompt, length) for prompt, responses in self.groups for length in (*responses, 0)]
+
+    def segments(self, key: torch.Tensor, value: torch.Tensor) -> Iterator[Segment]:
+        """Yield what each segment of the row attends to, in row order."""
+        # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
+        keys, values = (torch.split(tensor, self.split_lengths, 2) for tensor in (key, value))
+        rest = iter(zip(keys, values, strict=True))
+        for prompt_length, lengths in self.groups:
+            prompt = next(rest)
+            yield *prompt, {"is_causal": True}
+            for length in lengths:
+                seen_keys, seen_values = (torch.cat(pair, 2) for pair in zip(prompt, next(rest), strict=True))
+                yield seen_keys, seen_values, {"attn_mask": self.response_mask(prompt_length, length)}
 
     def response_mask(self, prompt_length: int, response_length: int) -> Any:
         """Return what lets query i of a response see its prompt and its own first i + 1 tokens.
@@ -50,8 +68,8 @@ class PrefixRow:
 
     @cached_property
     def _additive_mask(self) -> tuple[torch.Tensor, int]:
-        longest_prompt = max(prompt for prompt, _ in self.groups)
-        longest_response = max(max(responses, default=0) for _, responses in self.groups)
+        longest_prompt = max(prefix for prefix, _ in self.masked)
+        longest_response = max(length for _, length in self.masked)
         shape = (longest_response, longest_prompt + longest_response)
         blocked = torch.ones(shape, dtype=torch.bool).triu(longest_prompt + 1)
         return torch.zeros(shape, dtype=self._dtype).masked_fill_(blocked, float("-inf")), longest_prompt
@@ -62,6 +80,22 @@ class PrefixRow:
 
         The keys of a response are its prompt's and its own, so the row's keys are gathered G times per prompt.
         """
+        positions = self.key_positions()
+        key_lengths = [len(piece) for piece in positions]
+        return (
+            _bounds(self.split_lengths, self.device),
+            _bounds(key_lengths, self.device),
+            torch.cat(positions).to(self.device),
+            max(self.split_lengths),
+            max(key_lengths),
+        )
+
+    def source(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values that `key_positions` counts in."""
+        return key, value
+
+    def key_positions(self) -> list[torch.Tensor]:
+        """Return where in `source` the keys of each segment lie."""
         positions: list[torch.Tensor] = []
         start = 0
         for prompt_length, lengths in self.groups:
@@ -71,14 +105,7 @@ class PrefixRow:
             for length in lengths:
                 positions.append(torch.cat([prompt, torch.arange(start, start + length)]))
                 start += length
-        key_lengths = [len(piece) for piece in positions]
-        return (
-            _bounds(self.split_lengths, self.device),
-            _bounds(key_lengths, self.device),
-            torch.cat(positions).to(self.device),
-            max(self.split_lengths),
-            max(key_lengths),
-        )
+        return positions
 
 
 def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
@@ -144,25 +171,11 @@ def _segments(
     dropout: float,
 ) -> torch.Tensor:
     options: dict[str, Any] = {"scale": scale, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
-    # One split each, so that backward writes every gradient once instead of one row-long tensor per slice.
-    queries, keys, values = (torch.split(tensor, prefix_row.split_lengths, 2) for tensor in (query, key, value))
-    outputs: list[torch.Tensor] = []
-    for prompt_length, lengths in prefix_row.groups:
-        prompt = len(outputs)
-        outputs.append(
-            F.scaled_dot_product_attention(queries[prompt], keys[prompt], values[prompt], is_causal=True, **options)
-        )
-        for length in lengths:
-            own = len(outputs)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    queries[own],
-                    torch.cat([keys[prompt], keys[own]], 2),
-                    torch.cat([values[prompt], values[own]], 2),
-                    attn_mask=prefix_row.response_mask(prompt_length, length),
-                    **options,
-                )
-            )
+    outputs = []
+    for own, (keys, values, how) in zip(
+        torch.split(query, prefix_row.split_lengths, 2), prefix_row.segments(key, value), strict=True
+    ):
+        outputs.append(F.scaled_dot_product_attention(own, keys, values, **how, **options) if own.shape[2] else own)
     return torch.cat(outputs, 2).transpose(1, 2)
 
 
@@ -178,6 +191,7 @@ def prefix_varlen(
     from flash_attn import flash_attn_varlen_func
 
     query_bounds, key_bounds, key_positions, longest_query, longest_key = prefix_row.varlen
+    key, value = prefix_row.source(key, value)
     output = flash_attn_varlen_func(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1).index_select(0, key_positions),

@@ -24,6 +24,7 @@ from rollout.types import Prompt
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
 from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.attention import choose_attention
+from rsgrpo.learning.context import make_team
 from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
 from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
 from rsgrpo.learning.fsdp import (
@@ -149,6 +150,7 @@ class Learner:
             logits_chunk_tokens=learner.logits_chunk_tokens,
             frozen_tower=frozen_tower,
             compute_dtype=dtype,
+            team=make_team(learner.context_parallel),
         )
         if trainable:
             recompute(policy, learner.gradient_checkpointing)
@@ -174,6 +176,8 @@ class Learner:
             FeatureCache(learner.vision_cache_mb << 20),
             folder,
             ahead=learner.encode_ahead,
+            team=self.policy.team,
+            image_token_id=hf.config.image_token_id,
         )
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
@@ -297,7 +301,7 @@ class Learner:
         """Return, of each prompt as the policy takes it, (tokens, image tokens among them, image features)."""
         counts = []
         for prompt in prompts:
-            encoded = self._passes.prompts.encode(prompt)
+            encoded = self._passes.prompts.encode(prompt, whole=True)
             if encoded.features:
                 num_features = sum(len(features) for features in encoded.features)
             else:

@@ -50,7 +50,10 @@ class Unit:
 
 
 Packing = list[list[list[Unit]]]
-"""For each rank its micro-batches, each a list of units; the same number on every rank, empty ones at the end."""
+"""For each rank, or each team of ranks that share rows, its micro-batches, each a list of units.
+
+The same number on every rank, empty ones at the end.
+"""
 
 
 def pack(
@@ -164,6 +167,9 @@ class EncodedPrompt:
     token_ids_T: (T,) int64. position_ids_3T: (3, T) int64.
     features: (image tokens, F) of each image, of a frozen tower; empty without images or with a trained tower.
     pixel_values, image_grid_thw: for a trained tower; None without images or with a frozen one.
+    taken_F: (features of its images,) bool, which of a trained tower's are its image tokens; None: all.
+    whole: of what it is a rank's share, (tokens, position of a response's first token); None: it is all of a prompt.
+    index_L: (L,) int64, where in the whole its tokens lie; None: it is all of a prompt.
     """
 
     token_ids_T: torch.Tensor
@@ -171,6 +177,18 @@ class EncodedPrompt:
     features: tuple[torch.Tensor, ...] = ()
     pixel_values: torch.Tensor | None = None
     image_grid_thw: torch.Tensor | None = None
+    taken_F: torch.Tensor | None = None
+    whole: tuple[int, int] | None = None
+    index_L: torch.Tensor | None = None
+
+    @property
+    def next_position(self) -> int:
+        """The position of the first token behind it."""
+        return self.whole[1] if self.whole else int(self.position_ids_3T.max()) + 1
+
+    def own(self, of_prompt_T: np.ndarray | None) -> np.ndarray | None:
+        """Return what a rank's share needs of an array over the whole prompt's tokens."""
+        return of_prompt_T if of_prompt_T is None or self.index_L is None else of_prompt_T[self.index_L.numpy()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,7 +227,7 @@ def build_micro_batch(
         positions.append(prompt.position_ids_3T)
         last_of_prompt = row + len(prompt.token_ids_T) - 1
         row = last_of_prompt + 1
-        first_position = int(prompt.position_ids_3T.max()) + 1
+        first_position = prompt.next_position
         for sample in responses:
             response = next(rest) or _without_observations(sample)
             parts.append(response.row)
@@ -219,16 +237,21 @@ def build_micro_batch(
             row += len(response.row.token_ids_T)
     lengths = [len(sample.token_ids_T) for sample in samples]
     choices: list[np.ndarray | None] = []
-    for (_, responses), experts in zip(groups, prompt_experts or (), strict=prompt_experts is not None):
-        choices += [experts, *(sample.experts_RLk for sample in responses)]
+    for (prompt, responses), experts in zip(groups, prompt_experts or (), strict=prompt_experts is not None):
+        choices += [prompt.own(experts), *(sample.experts_RLk for sample in responses)]
     advantages_KN = np.concatenate([sample.advantages_KT for sample in samples], 1)
     return MicroBatch(
-        layout=_layout([len(part.token_ids_T) for part in parts], [len(responses) for _, responses in groups]),
+        layout=_layout(
+            [prompt for prompt, _ in groups],
+            [len(part.token_ids_T) for part in parts],
+            [len(responses) for _, responses in groups],
+        ),
         token_ids_T=torch.cat([part.token_ids_T for part in parts]),
         position_ids_3T=torch.cat(positions, 1),
         features=_cat([features for part in parts for features in part.features]),
         pixel_values=_cat([part.pixel_values for part in parts]),
         image_grid_thw=_cat([part.image_grid_thw for part in parts]),
+        taken_F=_cat([part.taken_F for part in parts]),
         head_index_N=torch.cat(head_index),
         targets_N=torch.cat([torch.tensor(sample.token_ids_T) for sample in samples]),
         sample_index_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
@@ -258,11 +281,15 @@ def _experts(choices: Sequence[np.ndarray | None], lengths: Sequence[int]) -> to
     return torch.from_numpy(row)
 
 
-def _layout(lengths: Sequence[int], num_responses: Sequence[int]) -> PrefixLayout:
+def _layout(prompts: Sequence[EncodedPrompt], lengths: Sequence[int], num_responses: Sequence[int]) -> PrefixLayout:
     """Return where prompts and responses lie, from their lengths in row order."""
     rest = iter(lengths)
     pieces = [(next(rest), tuple(next(rest) for _ in range(number))) for number in num_responses]
-    return PrefixLayout(tuple(prompt for prompt, _ in pieces), tuple(responses for _, responses in pieces))
+    return PrefixLayout(
+        tuple(prompt for prompt, _ in pieces),
+        tuple(responses for _, responses in pieces),
+        tuple(prompt.whole[0] for prompt in prompts if prompt.whole),
+    )
 
 
 def _cat(pieces: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

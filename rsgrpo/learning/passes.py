@@ -1,12 +1,14 @@
 """Passes over a step's groups: pack them, run every micro-batch, and total the metrics over ranks.
 
-Every rank makes the same packing and runs the same number of micro-batches, so that FSDP's collectives match.
+Every rank makes the same packing and runs the same number of micro-batches, so that FSDP's collectives match. The ranks
+of a team run the same micro-batches at the same time, each its share of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,9 @@ class Passes:
         balance_coef: float = 0.0,
     ) -> None:
         self.policy, self.prompts, self.device = policy, prompts, device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.world_size = dist.get_world_size()
+        self.num_teams = self.world_size // policy.team.size
+        self.my_team = dist.get_rank() // policy.team.size
         self._max_tokens = max_tokens
         self._filler_token_id = filler_token_id
         self._banned_token_ids = banned_token_ids
@@ -67,20 +71,20 @@ class Passes:
         self._counted: dict[str, float] = {}
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
-        """Start to encode this rank's share of the prompts that a later pass will need, and return at once.
+        """Start to encode this team's share of the prompts that a later pass will need, and return at once.
 
-        Every rank gets the same prompts. Later a group stays on the rank that has its images, where that keeps the
+        Every rank gets the same prompts. Later a group stays with the team that has its images, where that keeps the
         work balanced.
         """
-        shares: list[list[Prompt]] = [[] for _ in range(self.world_size)]
-        loads = [0] * self.world_size
-        lengths = self.prompts.count_tokens(prompts, unreadable=0) if self.world_size > 1 else [0] * len(prompts)
+        shares: list[list[Prompt]] = [[] for _ in range(self.num_teams)]
+        loads = [0] * self.num_teams
+        lengths = self.prompts.count_tokens(prompts, unreadable=0) if self.num_teams > 1 else [0] * len(prompts)
         for length, prompt in sorted(zip(lengths, prompts, strict=True), key=lambda pair: -pair[0]):
-            rank = loads.index(min(loads))
-            shares[rank].append(prompt)
-            loads[rank] += length
-            self._homes[prompt.id] = rank
-        self.prompts.prefetch(shares[self.rank])
+            team = loads.index(min(loads))
+            shares[team].append(prompt)
+            loads[team] += length
+            self._homes[prompt.id] = team
+        self.prompts.prefetch(shares[self.my_team])
 
     def pack(self, groups: Sequence[TrainGroup], chunks: Sequence[Sequence[int]]) -> list[Packing]:
         """Pack each chunk of group indices for one optimiser step; start to encode this rank's prompts. Collective.
@@ -98,14 +102,14 @@ class Passes:
                     f"prompt has {length} here. Give engine and learner the same inputs.* settings"
                 )
         homes: list[int | None] = []
-        if self.world_size > 1:  # rank 0's knowledge of who has which prompt: all ranks must pack alike
+        if self.num_teams > 1:  # rank 0's knowledge of who has which prompt: all ranks must pack alike
             homes = [self._homes.get(prompt.id) for prompt in prompts]
             dist.broadcast_object_list(homes, 0)
         samples = [[row_length(sample) for sample in group.samples] for group in groups]
         packings = [
             pack(
                 {index: (lengths[index], samples[index]) for index in chunk},
-                num_ranks=self.world_size,
+                num_ranks=self.num_teams,
                 max_tokens=self._max_tokens,
                 cost_model=self._cost_model,
                 homes=homes,
@@ -113,9 +117,10 @@ class Passes:
             for chunk in chunks
         ]
         needed: list[Item] = []
-        for unit in (unit for packing in packings for units in packing[self.rank] for unit in units):
-            group = groups[unit.group]
-            needed += [group.prompt, *(row for row in _response_rows(group, unit) if row is not None)]
+        for units in (units for packing in packings for units in packing[self.my_team]):
+            for unit in self._own(groups, units):
+                group = groups[unit.group]
+                needed += [group.prompt, *(row for row in _response_rows(group, unit) if row is not None)]
         self.prompts.start(needed)
         return packings
 
@@ -136,13 +141,13 @@ class Passes:
         """
         self.policy.train(learn)
         shares: list[dict[str, torch.Tensor]] = []
-        all_units = [unit for rank in packing for units in rank for unit in units]
+        all_units = [unit for team in packing for units in team for unit in units]
         num_samples = sum(len(unit.samples) for unit in all_units)
         num_tokens = sum(len(groups[unit.group].samples[s].token_ids_T) for unit in all_units for s in unit.samples)
         with torch.set_grad_enabled(learn):
-            for units, batch in self._micro_batches(groups, packing, old, replays=True):
+            for keys, batch in self._micro_batches(groups, packing, old, replays=True):
                 scores = self.policy(batch, temperature, entropy_gradient)
-                if units:
+                if keys:
                     output = loss_of(scores, batch)
                     loss = output.loss
                     shares.append(output.metrics | self.policy.routing.metrics(batch, num_tokens))
@@ -165,10 +170,9 @@ class Passes:
         logprobs: Logprobs = {}
         with torch.no_grad():
             for packing in packings:
-                for units, batch in self._micro_batches(groups, packing, None, replays=replays):
+                for keys, batch in self._micro_batches(groups, packing, None, replays=replays):
                     logprobs_N = self.policy(batch, temperature, False).logprobs_N
-                    if units:
-                        keys = [(unit.group, sample) for unit in units for sample in unit.samples]
+                    if keys:
                         lengths = [len(groups[group].samples[sample].token_ids_T) for group, sample in keys]
                         pieces = torch.split(logprobs_N.float().cpu(), lengths)
                         logprobs |= {key: piece.numpy().copy() for key, piece in zip(keys, pieces, strict=True)}
@@ -180,29 +184,45 @@ class Passes:
 
     def _micro_batches(
         self, groups: Sequence[TrainGroup], packing: Packing, old: Logprobs | None, *, replays: bool
-    ) -> Iterator[tuple[list[Unit], MicroBatch]]:
-        for units in packing[self.rank]:
-            rows = []
+    ) -> Iterator[tuple[list[tuple[int, int]], MicroBatch]]:
+        """Yield this rank's share of every micro-batch of its team, with the (group, sample) of its responses.
+
+        Without responses of its own it scores a token that teaches nothing, which keeps it in step with the others.
+        """
+        nothing = filler_sample(self._filler_token_id, num_terms=groups[0].samples[0].scope_KT.shape[0])
+        for units in packing[self.my_team]:
+            rows: list[tuple[EncodedPrompt, list[Sample]]] = []
             encoded: list[EncodedResponse | None] = []
-            for unit in units:
+            own = self._own(groups, units)
+            for unit in own:
                 group = groups[unit.group]
                 rows.append((self.prompts.get(group.prompt), [group.samples[sample] for sample in unit.samples]))
                 encoded += [None if row is None else self._encoded(row) for row in _response_rows(group, unit)]
-            before = None if old is None else [old[unit.group, s] for unit in units for s in unit.samples]
-            experts = [groups[unit.group].prompt_experts_TLk for unit in units] if replays else None
-            batch = build_micro_batch(rows, before, encoded, experts) if units else self._filler(groups)
-            yield units, move(batch, self.device)
+            keys = [(unit.group, sample) for unit in own for sample in unit.samples]
+            before = [old[key] for key in keys] if old is not None and keys else None
+            experts = [groups[unit.group].prompt_experts_TLk for unit in own] if replays and own else None
+            if not rows:
+                rows = [(self._filler_prompt(), [])]
+            if not keys:
+                rows[0][1].append(nothing)
+            batch = build_micro_batch(rows, before, encoded if keys else None, experts)
+            yield keys, move(batch, self.device)
+
+    def _own(self, groups: Sequence[TrainGroup], units: Sequence[Unit]) -> list[Unit]:
+        """Return the units of a micro-batch with this rank's responses of them: all where it shares no rows."""
+        team = self.policy.team
+        if team.size == 1:
+            return list(units)
+        ranks = iter(team.deal([row_length(groups[unit.group].samples[s]) for unit in units for s in unit.samples]))
+        return [replace(unit, samples=tuple(s for s in unit.samples if next(ranks) == team.rank)) for unit in units]
 
     def _encoded(self, row: ResponseRow) -> EncodedResponse:
         return EncodedResponse(self.prompts.get(row), torch.from_numpy(row.own_T))
 
-    def _filler(self, groups: Sequence[TrainGroup]) -> MicroBatch:
-        """Return a row of two tokens that teaches nothing: it keeps this rank in step with the others."""
-        num_terms = groups[0].samples[0].scope_KT.shape[0]
-        token = np.array([self._filler_token_id])
-        prompt = EncodedPrompt(torch.from_numpy(token), torch.zeros(3, 1, dtype=torch.int64))
-        sample = Sample(token, np.zeros((num_terms, 1), dtype=bool), np.zeros((num_terms, 1), dtype=np.float32))
-        return build_micro_batch([(prompt, [sample])])
+    def _filler_prompt(self) -> EncodedPrompt:
+        token_ids_T = torch.tensor([self._filler_token_id])
+        whole = None if self.policy.team.size == 1 else (1, 1)  # the last token of a prompt is on every rank
+        return EncodedPrompt(token_ids_T, torch.zeros(3, 1, dtype=torch.int64), whole=whole)
 
     def work(self) -> dict[str, float]:
         """Return what encoding prompts has cost all ranks since the last call. Collective."""
@@ -237,6 +257,12 @@ def _response_rows(group: TrainGroup, unit: Unit) -> list[ResponseRow | None]:
 
 def _name(group: TrainGroup, sample: int) -> str:
     return f"group {group.prompt.id}, sample {sample}"
+
+
+def filler_sample(token_id: int, *, num_terms: int) -> Sample:
+    """Return a response of one token that no loss term may teach."""
+    shape = (num_terms, 1)
+    return Sample(np.array([token_id]), np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.float32))
 
 
 def check_groups(groups: Sequence[TrainGroup], banned_token_ids: Sequence[int]) -> None:

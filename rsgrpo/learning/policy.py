@@ -21,9 +21,10 @@ from rollout.families import Family, family_of
 from rsgrpo.config.learner import LoraConfig, ModelConfig, parse_checkpointing
 from rsgrpo.errors import InputError
 from rsgrpo.learning.attention import PrefixRow
+from rsgrpo.learning.context import ALONE, Team, TeamRow, refuse_recurrent
 from rsgrpo.learning.layers.forked_state import fork_states
 from rsgrpo.learning.layers.routing import Routing
-from rsgrpo.types import MicroBatch, TokenScores
+from rsgrpo.types import MicroBatch, PrefixLayout, TokenScores
 
 _AS_LOADED: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
 
@@ -97,6 +98,7 @@ class Policy(nn.Module):
         logits_chunk_tokens: response tokens whose logits are in memory at once.
         frozen_tower: rows come with features instead of pixels.
         compute_dtype: dtype in which the layers compute.
+        team: the ranks that share rows with this one.
 
     Attributes:
         routing: what the routers of a mixture of experts did in the last forward of a micro-batch.
@@ -113,6 +115,7 @@ class Policy(nn.Module):
         logits_chunk_tokens: int,
         frozen_tower: bool,
         compute_dtype: torch.dtype,
+        team: Team = ALONE,
     ) -> None:
         super().__init__()
         self.hf = model
@@ -120,12 +123,13 @@ class Policy(nn.Module):
         self.attention = attention
         self.logits_chunk_tokens = logits_chunk_tokens
         self.frozen_tower = frozen_tower
-        self.compute_dtype = compute_dtype
+        self.compute_dtype, self.team = compute_dtype, team
         self.is_empty = next(model.parameters()).is_meta
         banned_V = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
         banned_V[list(banned_token_ids)] = True
         self.register_buffer("banned_V", banned_V, persistent=False)
         self.family.attend_by(model, attention)
+        refuse_recurrent(team, len(self.family.recurrent_layers(model)))
         fork_states(self.family.recurrent_layers(model))
         self.routing = Routing(self.family.routers(model))
         if frozen_tower:
@@ -149,9 +153,14 @@ class Policy(nn.Module):
                 **family.no_mask,
                 position_ids=family.decoder_positions(batch.position_ids_3T[:, None]),
                 use_cache=False,
-                prefix_row=PrefixRow(batch.layout, embeds.device, embeds.dtype),
+                prefix_row=self._row(batch.layout, embeds),
             ).last_hidden_state[0]
         return self._head(hidden_TH[batch.head_index_N], batch.targets_N, temperature, entropy_gradient)
+
+    def _row(self, layout: PrefixLayout, embeds: torch.Tensor) -> PrefixRow:
+        if layout.whole_lengths:
+            return TeamRow(layout, self.team, embeds.device, embeds.dtype)
+        return PrefixRow(layout, embeds.device, embeds.dtype)
 
     def _plain(self, row: PlainRow, temperature: float, entropy_gradient: bool) -> TokenScores:
         """Run transformers' forward, vision tower and all, with its own attention."""
@@ -181,7 +190,8 @@ class Policy(nn.Module):
         if self.frozen_tower:
             return batch.features
         if batch.pixel_values is not None and batch.image_grid_thw is not None:
-            return self.family.image_features(self.hf, batch.pixel_values, batch.image_grid_thw)
+            features = self.family.image_features(self.hf, batch.pixel_values, batch.image_grid_thw)
+            return features if batch.taken_F is None else features[batch.taken_F]
         pixels, grid = self.family.blank_image(self.hf, batch.token_ids_T.device)
         return self.family.image_features(self.hf, pixels, grid)[:0]
 

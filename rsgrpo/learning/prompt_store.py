@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from rollout.families.features import FeatureCache
 from rollout.inputs.images import PromptError
 from rollout.inputs.processor import PromptInputs
 from rollout.types import ImageSource, Prompt
+from rsgrpo.learning.context import ALONE, PromptCut, Team, cut_prompt
 from rsgrpo.learning.feature_cache import FeatureFolder
 from rsgrpo.learning.packing import EncodedPrompt
 from rsgrpo.learning.response_rows import ResponseRow
@@ -58,6 +60,8 @@ class PromptStore:
         position_ids: (token_ids_T, image_grid_thw, video_steps) -> (3, T).
         count_features: (token_ids_T, image_grid_thw) -> (image tokens among them, features that the images become).
         encode_images: (pixel_values, image_grid_thw) of one image -> (merged tokens, F); None with a trained tower.
+        team: ranks that share rows: this one is given its share of each prompt.
+        image_token_id: of the policy's tokens.
         features, folder: of a frozen tower, across steps in memory and across runs on disk.
         ahead: prompts whose pixels may wait in memory.
     """
@@ -72,9 +76,11 @@ class PromptStore:
         folder: FeatureFolder | None = None,
         *,
         ahead: int,
+        team: Team = ALONE,
+        image_token_id: int = -1,
     ) -> None:
         self._encoder, self._position_ids, self._encode_images = encoder, position_ids, encode_images
-        self._count_features = count_features
+        self._count_features, self._team, self._image_token_id = count_features, team, image_token_id
         self._features, self._folder, self._ahead = features, folder, ahead
         self._wait_s = 0.0
         self._num_prompts = self._num_images = self._num_read = 0
@@ -83,7 +89,7 @@ class PromptStore:
         self._most_begun = ahead
         self._waiting: dict[Key, Item] = {}  # in the order of need
         self._encoded: dict[Key, EncodedPrompt] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a thread that samples ahead prefetches while a pass runs
         self._images: dict[ImageSource, Future[PromptInputs]] = {}  # of observations, the latest last
 
     def count_tokens(self, prompts: Sequence[Prompt], *, unreadable: int | None = None) -> list[int]:
@@ -96,10 +102,11 @@ class PromptStore:
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:
         """Start to encode the first `ahead` of the prompts that a later pass will need, and return at once."""
-        for prompt in prompts[: self._ahead]:
-            future = self._begun.pop(_key(prompt), None)
-            self._begun[_key(prompt)] = future or self._submit(prompt)
-        self._cancel_unneeded(())
+        with self._lock:
+            for prompt in prompts[: self._ahead]:
+                future = self._begun.pop(_key(prompt), None)
+                self._begun[_key(prompt)] = future or self._submit(prompt)
+            self._cancel_unneeded(())
 
     def start(self, items: Sequence[Item]) -> None:
         """Start a pass: encode prompts and responses in this order, which is that of their use.
@@ -107,30 +114,33 @@ class PromptStore:
         What the last pass encoded is kept for those that recur (reference logprobs, then the update).
         """
         needed = {_key(item): item for item in items}
+        self._encoded = {key: done for key, done in self._encoded.items() if key in needed}
         with self._lock:
             self._images.clear()
-        self._encoded = {key: done for key, done in self._encoded.items() if key in needed}
-        self._cancel_unneeded(needed)
-        self._most_begun = self._ahead + sum(key not in needed for key in self._begun)
-        self._waiting = {key: item for key, item in needed.items() if key not in self._encoded}
-        self._fill()
+            self._cancel_unneeded(needed)
+            self._most_begun = self._ahead + sum(key not in needed for key in self._begun)
+            self._waiting = {key: item for key, item in needed.items() if key not in self._encoded}
+            self._fill()
 
     def get(self, item: Item) -> EncodedPrompt:
         """Return a prompt or a response of the pass, waiting until it is encoded."""
         key = _key(item)
         if key not in self._encoded:
-            self._waiting.pop(key, None)
-            future = self._begun.pop(key, None) or self._submit(item)
+            with self._lock:
+                self._waiting.pop(key, None)
+                future = self._begun.pop(key, None) or self._submit(item)
             since = time.perf_counter()
             prepared = future.result()
             self._wait_s += time.perf_counter() - since
-            self._fill()
-            self._encoded[key] = self._finish(*prepared)
+            with self._lock:
+                self._fill()
+            self._encoded[key] = self._finish(*prepared, cut=self._cut(item, prepared[0]))
         return self._encoded[key]
 
-    def encode(self, item: Item) -> EncodedPrompt:
-        """Encode one prompt or response at once, outside any pass."""
-        return self._finish(*self._prepare(item))
+    def encode(self, item: Item, *, whole: bool = False) -> EncodedPrompt:
+        """Encode one prompt or response at once, outside any pass. whole: not this rank's share alone."""
+        prepared = self._prepare(item)
+        return self._finish(*prepared, cut=None if whole else self._cut(item, prepared[0]))
 
     def counts(self) -> dict[str, float]:
         """Return totals so far, under their metric names."""
@@ -224,30 +234,62 @@ class PromptStore:
                 future.set_exception(error)
         return future.result()
 
+    def _cut(self, item: Item, inputs: PromptInputs) -> PromptCut | None:
+        """Return what this rank takes of an item: all of a response. None where it shares no rows."""
+        if self._team.size == 1:
+            return None
+        tokens_T, grid = torch.tensor(inputs.token_ids_T), inputs.image_grid_thw
+        per_image = [] if grid is None else [self._count_features(tokens_T, each[None])[1] for each in grid]
+        if isinstance(item, Prompt):
+            return cut_prompt(tokens_T == self._image_token_id, per_image, self._team)
+        taken_F = torch.ones(sum(per_image), dtype=torch.bool)
+        return PromptCut(torch.arange(len(tokens_T)), list(range(len(per_image))), taken_F)
+
     def _finish(
-        self, inputs: PromptInputs, positions_3T: torch.Tensor, on_disk: Sequence[torch.Tensor | None]
+        self,
+        inputs: PromptInputs,
+        positions_3T: torch.Tensor,
+        on_disk: Sequence[torch.Tensor | None],
+        *,
+        cut: PromptCut | None,
     ) -> EncodedPrompt:
         tokens_T, pixels, grid = torch.tensor(inputs.token_ids_T), inputs.pixel_values, inputs.image_grid_thw
-        if pixels is None or grid is None:
-            return EncodedPrompt(tokens_T, positions_3T)
-        if self._encode_images is None:
-            return EncodedPrompt(tokens_T, positions_3T, pixel_values=pixels, image_grid_thw=grid)
-        pieces = []
-        # One image at a time: its features then do not depend on what it happened to be batched with.
+        encoded = EncodedPrompt(tokens_T, positions_3T)
+        images = list(range(len(inputs.image_hashes)))
+        if cut is not None:
+            images = cut.images
+            whole = len(tokens_T), encoded.next_position
+            encoded = EncodedPrompt(
+                tokens_T[cut.index_L], positions_3T[:, cut.index_L], whole=whole, index_L=cut.index_L
+            )
+        if pixels is None or grid is None or not images:
+            return encoded
         patches = torch.split(pixels, grid.prod(1).tolist())
-        for image_hash, image, image_grid, found in zip(inputs.image_hashes, patches, grid, on_disk, strict=True):
-            features = self._features.get(image_hash)
+        if self._encode_images is None:
+            if cut is not None:
+                pixels, grid = torch.cat([patches[image] for image in images]), grid[images]
+            taken_F = None if cut is None else cut.taken_F
+            return replace(encoded, pixel_values=pixels, image_grid_thw=grid, taken_F=taken_F)
+        # One image at a time: its features then do not depend on what it happened to be batched with.
+        pieces = [self._image_features(inputs.image_hashes[i], patches[i], grid[i], on_disk[i]) for i in images]
+        return replace(encoded, features=tuple(pieces) if cut is None else (torch.cat(pieces)[cut.taken_F],))
+
+    def _image_features(
+        self, image_hash: str, patches: torch.Tensor, image_grid: torch.Tensor, found: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return one image's features: from memory, as found on disk, or from the tower."""
+        assert self._encode_images is not None
+        features = self._features.get(image_hash)
+        if features is None:
+            features = found
+            self._num_read += found is not None
             if features is None:
-                features = found
-                self._num_read += found is not None
-                if features is None:
-                    features = self._encode_images(image, image_grid[None]).cpu()
-                    self._num_images += 1
-                    if self._folder is not None:
-                        self._pool.submit(self._folder.put, image_hash, features)
-                self._features.put(image_hash, features)
-            pieces.append(features)
-        return EncodedPrompt(tokens_T, positions_3T, features=tuple(pieces))
+                features = self._encode_images(patches, image_grid[None]).cpu()
+                self._num_images += 1
+                if self._folder is not None:
+                    self._pool.submit(self._folder.put, image_hash, features)
+            self._features.put(image_hash, features)
+        return features
 
 
 def _key(item: Item) -> Key:

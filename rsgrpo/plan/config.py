@@ -46,6 +46,9 @@ class Assumptions:
     )
     kept_by_filter: float = key(0.6, "Share of sampled groups that algorithm.filter keeps.", gt=0, le=1)
     disk_gb_per_s: float = key(2.0, "Rate at which a checkpoint is written.", gt=0)
+    link_gb_per_s: float = key(
+        100.0, "Rate at which a rank is sent the keys of others with learner.context_parallel.", gt=0
+    )
     sync_gb_per_s: float = key(20.0, "Rate at which weights go from learner to engines.", gt=0)
 
     def __post_init__(self) -> None:

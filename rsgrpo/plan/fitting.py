@@ -25,6 +25,7 @@ _COSTS = {
     "learner.gradient_checkpointing": 1.0,
     "learner.max_tokens_per_micro_batch": 1.5,
     "learner.logits_chunk_tokens": 0.5,
+    "learner.context_parallel": 3.0,  # each rank waits for the keys of others in every layer
     "learner.offload": 4.0,  # slower
     "model.lora.rank": 8.0,  # learns something else
     "inputs.max_images": 12.0,  # sees less
@@ -51,6 +52,11 @@ def shortages(config: PlanConfig, sizes: ModelSizes) -> list[str]:
                 f"engine: its KV cache of {cached / GIB:.2f} GiB does not hold one response of full length "
                 f"({longest / GIB:.2f} GiB). Raise rollout.vllm.gpu_memory_utilization or tensor_parallel_size"
             )
+    if config.learner.context_parallel > 1 and sizes.recurrent:
+        found.append(
+            f"learner.context_parallel={config.learner.context_parallel}: {sizes.recurrent.num_layers} layers of this "
+            "model carry a recurrent state, which cannot be spread over ranks. Set it to 1"
+        )
     have, used = num_gpus(config), num_devices(config)
     if have and used > have:
         found.append(
@@ -75,6 +81,7 @@ def hints(config: PlanConfig) -> str:
         "learner.gradient_checkpointing=full": config.learner.gradient_checkpointing != "full",
         "a smaller rollout.vllm.gpu_memory_utilization": vllm,
         "rollout.vllm.sleep_level=1": vllm and not config.rollout.vllm.sleep_level,
+        "learner.context_parallel=2": config.learner.context_parallel == 1 < config.learner.num_ranks,
         "learner.offload=true": not config.learner.offload and config.learner.device != "cpu",
         "adapters (model.lora.rank=64)": not config.model.lora.rank and config.model.freeze_vision,
     }
@@ -142,7 +149,11 @@ def _candidates(config: PlanConfig) -> Iterator[Overrides]:
         [{}, {"learner.gradient_checkpointing": "full"}],
         [{}, *([{"learner.offload": True}] if on_gpu else [])],
         [{}, *([{"model.lora.rank": 64}] if config.model.freeze_vision else [])],
-        [{}, *({"inputs.max_images": count} | _shorter(config, count) for count in range(1, inputs.max_images))],
+        [
+            {},
+            *({"learner.context_parallel": size} for size in (2, 4, 8) if size > learner.context_parallel and on_gpu),
+            *({"inputs.max_images": count} | _shorter(config, count) for count in range(1, inputs.max_images)),
+        ],
     ]
     for combination in itertools.product(*choices):
         merged = {key: value for changes in combination for key, value in changes.items()}

@@ -93,7 +93,7 @@ def learner_moments(config: TrainConfig, sizes: ModelSizes) -> dict[str, dict[st
     trained, frozen = trainable_params(config, sizes), bool(config.model.lora.rank)
     root = sizes.language_params - sizes.body_params
     head = sizes.vocab_size * sizes.hidden_size
-    tokens = learner.max_tokens_per_micro_batch
+    tokens = tokens_per_rank(config)
     kept, one_layer = kept_activations(config, sizes), tokens * sizes.layer_activation_bytes(width)
     copied = 4 * sizes.layer_params / shard_ranks(config) if learner.offload else 0
     is_cast = learner.num_ranks > 1 or width == 2
@@ -106,6 +106,7 @@ def learner_moments(config: TrainConfig, sizes: ModelSizes) -> dict[str, dict[st
             "gradients in flight": 0 if frozen else width * (head + sizes.layer_params) + 4 * sizes.layer_params,
             "activations": kept + (one_layer if learner.recomputed_share else 0),
             "their gradients": tokens * sizes.layer_gradient_bytes(width),
+            "keys of other ranks": shared_keys_bytes(config, sizes),
             "vision": vision,
         },
         "head": {
@@ -124,10 +125,33 @@ def learner_moments(config: TrainConfig, sizes: ModelSizes) -> dict[str, dict[st
 def kept_activations(config: TrainConfig, sizes: ModelSizes) -> float:
     """Return the bytes that all decoder layers keep between forward and backward."""
     learner, width = config.learner, value_bytes(config)
-    tokens, recomputed = learner.max_tokens_per_micro_batch, learner.recomputed_share
+    tokens, recomputed = tokens_per_rank(config), learner.recomputed_share
     copies = 2 if learner.gradient_checkpointing == "attention" else 1
     inputs = recomputed * copies * width * sizes.hidden_size
     return tokens * sizes.num_layers * (inputs + (1 - recomputed) * sizes.layer_activation_bytes(width))
+
+
+def tokens_per_rank(config: TrainConfig) -> int:
+    """Return the tokens of the longest row that one rank holds: all, or a team's share of it.
+
+    Responses are dealt out whole, so a rank may have most of one more than its share.
+    """
+    tokens, size = config.learner.max_tokens_per_micro_batch, config.learner.context_parallel
+    longest = config.rollout.max_response_tokens + config.rollout.max_observation_tokens
+    return min(tokens, math.ceil((tokens + (size - 1) * longest) / size))
+
+
+def shared_keys_bytes(config: TrainConfig, sizes: ModelSizes) -> float:
+    """Return what a layer's backward pass holds of a prompt's keys and values that a team has gathered.
+
+    Each response of a rank has a copy, the rank's own slices one together and the last token one; all their gradients
+    are added up in one more, beside what was gathered.
+    """
+    learner = config.learner
+    if learner.context_parallel == 1:
+        return 0.0
+    copies = math.ceil(config.rollout.group_size / learner.context_parallel) + 2
+    return (copies + 2) * value_bytes(config) * 2 * sizes.kv_width * config.inputs.max_prompt_tokens
 
 
 def shard_ranks(config: TrainConfig) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from rsgrpo.plan.config import PlanConfig, device_of
-from rsgrpo.plan.memory import GIB, engine_memory, reference_sizes, trainable_params
+from rsgrpo.plan.memory import GIB, engine_memory, reference_sizes, trainable_params, value_bytes
 from rsgrpo.plan.model_sizes import ModelSizes
 
 
@@ -72,11 +72,23 @@ def phases(config: PlanConfig, sizes: ModelSizes) -> list[Phase]:
     tower = vision * (1 if config.model.freeze_vision else 3 + (learner.recomputed_share > 0))
     work = passes * forward + tower
     found.append(Phase("learn", work, work / learner_rate))
+    if learner.context_parallel > 1:
+        found.append(Phase("learn: keys of other ranks", 0.0, exchange_seconds(config, sizes)))
     sent = 2 * (sizes.language_params + (0 if config.model.freeze_vision else sizes.vision_params))
     found.append(Phase("weight sync", 0.0, sent / (config.plan.sync_gb_per_s * 1e9)))
     written = checkpoint_bytes(config, sizes) / config.checkpoint.every
     found.append(Phase("checkpoint (its share)", 0.0, written / (config.plan.disk_gb_per_s * 1e9)))
     return found
+
+
+def exchange_seconds(config: PlanConfig, sizes: ModelSizes) -> float:
+    """Return how long teams exchange keys, values and their gradients: forward, recomputed and backward."""
+    learner = config.learner
+    passes = 2 + learner.recomputed_share
+    per_prompt = mean_lengths(config)[0] * sizes.kv_bytes_per_token * value_bytes(config) / 2
+    received = (1 - 1 / learner.context_parallel) * passes * per_prompt
+    prompts_per_team = config.algorithm.prompts_per_step * learner.context_parallel / learner.num_ranks
+    return prompts_per_team * received / (config.plan.link_gb_per_s * 1e9)
 
 
 def checkpoint_bytes(config: PlanConfig, sizes: ModelSizes) -> float:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rsgrpo.config.train import LearnerConfig, LoraConfig
 from rsgrpo.learning.attention import SDPA
+from rsgrpo.learning.context import ALONE, Team, make_team
 from rsgrpo.learning.fsdp import compute_dtype, make_mesh, shard
 from rsgrpo.learning.optimizer import Optimizer
 from rsgrpo.learning.policy import Policy, add_lora, recompute, shrink
@@ -75,12 +76,18 @@ class Watch(TorchDispatchMode):
         return output
 
 
-def row(prompt_tokens: int, response_lengths: tuple[int, ...]) -> MicroBatch:
-    """Return a row of text."""
-    total, responses = prompt_tokens + sum(response_lengths), sum(response_lengths)
+def row(prompt_tokens: int, response_lengths: tuple[int, ...], team: Team = ALONE) -> MicroBatch:
+    """Return a row of text, or a rank's share of one."""
+    own, held, whole = response_lengths, prompt_tokens, ()
+    if team.size > 1:
+        dealt = team.deal(response_lengths)
+        own = tuple(length for length, rank in zip(response_lengths, dealt, strict=True) if rank == team.rank) or (1,)
+        held = sum(length for _, length in team.slices(prompt_tokens, team.rank)) + 1
+        whole = (prompt_tokens,)
+    total, responses = held + sum(own), sum(own)
     zeros_N = torch.zeros(responses, dtype=torch.int64)
     return MicroBatch(
-        PrefixLayout((prompt_tokens,), (response_lengths,)),
+        PrefixLayout((held,), (own,), whole),
         token_ids_T=torch.zeros(total, dtype=torch.int64),
         position_ids_3T=torch.zeros(3, total, dtype=torch.int64),
         features=None,
@@ -121,6 +128,7 @@ def watch_step(
             logits_chunk_tokens=learner.logits_chunk_tokens,
             frozen_tower=True,
             compute_dtype=compute_dtype(learner.precision),
+            team=make_team(learner.context_parallel),
         )
         recompute(policy, learner.gradient_checkpointing)
         shrink(policy, model, [True, True])
@@ -133,12 +141,12 @@ def watch_step(
             for tensor in itertools.chain(policy.parameters(), policy.buffers()):
                 watch.note(tensor)
             with watch:
-                _learn(policy, row(1, (1,)))
+                _learn(policy, row(1, (1,), policy.team))
                 optimizer.adamw.step()
                 optimizer.adamw.zero_grad(set_to_none=True)
-                _learn(policy, row(1, (1,)))
+                _learn(policy, row(1, (1,), policy.team))
                 for prompt_tokens, response_lengths in rows:
-                    _learn(policy, row(prompt_tokens, response_lengths))
+                    _learn(policy, row(prompt_tokens, response_lengths, policy.team))
     return watch
 
 

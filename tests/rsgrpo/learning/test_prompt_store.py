@@ -93,6 +93,32 @@ def test_a_training_step_lets_the_learner_decode_while_the_engine_samples(tiny_m
     cluster.close()
 
 
+def test_a_thread_that_samples_ahead_may_prefetch_while_a_pass_takes_its_prompts(tiny_model_path, groups):
+    learner = make_learner(tiny_model_path, self_check=False, encode_ahead=2)
+    store, prompts = learner._passes.prompts, prompts_of(groups)
+    learner.prefetch(prompts[:2])
+    learner_thread = threading.Thread(target=store.get, args=(prompts[0],))
+
+    class Begun(dict[Any, Any]):
+        """Lets the learner's thread take a prompt between the moment it is found unneeded and that it is cancelled."""
+
+        def __iter__(self) -> Any:
+            found = list(super().__iter__())
+            if learner_thread.ident is None:
+                learner_thread.start()
+                learner_thread.join(0.3)  # it waits for the lock, or is done
+            return iter(found)
+
+    store._begun = Begun(store._begun)
+    learner.prefetch(prompts[2:])
+    learner_thread.join()
+    assert set(dict.keys(store._begun)) == {("p2", *_rest(prompts[2])), ("p3", *_rest(prompts[3]))}
+
+
+def _rest(prompt: Prompt) -> tuple[str, str, tuple[Any, ...]]:
+    return prompt.system, prompt.text, tuple(prompt.images)
+
+
 def test_what_was_prefetched_changes_nothing(tiny_model_path, groups):
     plain, early = make_learner(tiny_model_path), make_learner(tiny_model_path, encode_ahead=2)
     early.prefetch([*prompts_of(groups)[::-1], Prompt("dropped by the filter", "no images")])

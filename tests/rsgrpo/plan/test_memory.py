@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import resources
 from typing import Any
@@ -32,6 +33,7 @@ def seven_b(num_layers: int) -> dict[str, Any]:
         (16, 3, (512, (64,) * 4), 0, [], "end"),
         (8, 2, (4_096, (4096,)), 0, ["learner.logits_chunk_tokens=4096"], "head"),
         (1, 3, (20_480, (3072,) * 4), 64, [], "layer"),
+        (8, 3, (81_920, (3072,) * 8), 0, ["learner.context_parallel=4"], "layer"),
     ],
 )
 def test_a_step_needs_what_is_planned_within_a_tenth(num_ranks, num_layers, row, lora_rank, overrides, moment):
@@ -47,6 +49,7 @@ def test_a_step_needs_what_is_planned_within_a_tenth(num_ranks, num_layers, row,
             f"learner.max_tokens_per_micro_batch={prompt + sum(responses)}",
             f"inputs.max_prompt_tokens={prompt}",
             f"rollout.max_response_tokens={responses[0]}",
+            f"rollout.group_size={len(responses)}",
             f"model.lora.rank={lora_rank}",
             *overrides,
         ],
@@ -72,3 +75,16 @@ def test_every_rank_makes_the_same_collectives_whatever_its_rows_hold():
     assert first.collectives == last.collectives
     # Two all-gathers of each layer, one of the rest; a reduction of each; of four micro-batches.
     assert len(first.collectives) == 4 * (2 * 2 + 1 + 2 + 1)
+
+
+def test_the_ranks_of_a_team_make_the_same_collectives_and_hold_a_share_of_the_row():
+    values = {key: value for key, value in seven_b(2).items() if key != "model_type"}
+    config = cli.compose(PlanConfig, "config", ["recipe=evisrag_7b", "learner.num_ranks=8"])
+    team = dataclasses.replace(config.learner, context_parallel=4)
+    rows = [(40_000, (512,) * 8), (30_001, (700,))]
+    first, last = (watch_step(values, team, rows, rank=rank) for rank in (0, 7))
+    assert first.collectives == last.collectives
+    # Beside those of FSDP each layer gathers keys and values, again when it is recomputed, and sums their gradients.
+    assert len(first.collectives) == 4 * (2 * 2 + 1 + 2 + 1) + 2 * (2 * 3)
+    alone = watch_step(values, config.learner, rows)
+    assert first.peak < 0.5 * alone.peak

@@ -217,6 +217,39 @@ def test_what_does_not_fit_is_given_overrides_with_which_it_fits(overrides, keys
     assert "One step" not in text
 
 
+FIFTY_PAGES = (
+    "recipe=evisrag_7b",
+    "inputs.max_images=50",
+    "inputs.max_prompt_tokens=102000",
+    "learner.max_tokens_per_micro_batch=114288",
+    "cluster.gpus_per_node=8",
+)
+
+
+def test_prompts_of_fifty_pages_are_given_teams_of_ranks_that_share_their_rows():
+    config = planned(*FIFTY_PAGES)
+    assert shortages(config, SEVEN_B)
+    found = fitting_overrides(config, SEVEN_B)
+    assert found == {"learner.context_parallel": 2}
+    team = planned(*FIFTY_PAGES, "learner.context_parallel=2")
+    assert shortages(team, SEVEN_B) == []
+    one, two = (learner_moments(each, SEVEN_B)["layer"] for each in (config, team))
+    assert two["activations"] / one["activations"] == pytest.approx((114_288 + 1_536) / 2 / 114_288)
+    # Four responses of a rank, its slices and the last token; a sum and what was gathered: of 2 x 512 values a token.
+    assert two["keys of other ranks"] == pytest.approx((4 + 2 + 2) * 2 * 2 * 512 * 102_000 / GIB)
+    assert one["keys of other ranks"] == 0
+    # 28 layers of 2 KiB a token, forward, recomputed and backward, half of it from the other rank, at 100 GB/s.
+    [exchange] = [phase for phase in phases(team, SEVEN_B) if phase.name == "learn: keys of other ranks"]
+    assert exchange.seconds == pytest.approx(32 * 2 / 8 * 3 / 2 * 0.73 * 102_000 * 28 * 2048 / 100e9)
+
+
+def test_teams_are_refused_where_layers_carry_a_state():
+    sizes = sizes_of(planned("recipe=qwen3_5_9b").model.path)[0]
+    assert shortages(planned("recipe=qwen3_5_9b"), sizes) == []
+    [refused] = shortages(planned("recipe=qwen3_5_9b", "learner.context_parallel=2"), sizes)
+    assert "layers of this model carry a recurrent state" in refused
+
+
 def test_hints_name_only_what_is_not_set_already():
     config = planned("recipe=evisrag_7b_lora", "plan.gpu_memory_gib=12", "learner.offload=true")
     (warning,) = [text for text in shortages(config, SEVEN_B) if "Try" in text]
