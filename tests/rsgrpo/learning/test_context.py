@@ -31,6 +31,7 @@ from tests.material.tiny_families import TINY, save_family
 
 WEIGHTS = [1.0, 2.0]
 CPU = torch.device("cpu")
+TWO_ULPS = 2.4e-7  # of a norm's weight, which is near 1
 CASES: dict[str, dict[str, Any]] = {
     "several micro-batches": {"counts": [2, 0, 5, 1], "max_tokens_per_micro_batch": 120},
     "a rank without responses": {"counts": [3, 0], "num_samples": 1, "max_tokens_per_micro_batch": 70},
@@ -104,14 +105,17 @@ def on_ranks(world_size: int, cases: dict[str, Any], images: list[str], folder: 
 
 def require_equal(ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
     for each in ranks:
-        assert learnt(each["metrics"]) == pytest.approx(learnt(one["metrics"]), rel=1e-5, abs=1e-6)
+        found, expected = learnt(each["metrics"]), learnt(one["metrics"])
+        found.pop("actor/expert_load_max", None)  # of the tokens that one forward sees, here a share of the row
+        expected.pop("actor/expert_load_max", None)
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert each["counted"] == one["counted"]
-        for group, expected in zip(each["logprobs"], one["logprobs"], strict=True):
-            for logprobs_T, expected_T in zip(group, expected, strict=True):
+        for group, wanted in zip(each["logprobs"], one["logprobs"], strict=True):
+            for logprobs_T, expected_T in zip(group, wanted, strict=True):
                 np.testing.assert_allclose(logprobs_T, expected_T, atol=1e-5)
     for name, start in one["before"].items():
         step, gap = one["after"][name] - start, one["after"][name] - ranks[0]["after"][name]
-        assert gap.norm() <= 1e-5 * step.norm() + 1e-8, name
+        assert gap.norm() <= 1e-5 * step.norm() + TWO_ULPS, name
 
 
 @pytest.fixture(scope="module")
