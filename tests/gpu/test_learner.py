@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rsgrpo.learning.attention import PrefixRow, prefix_sdpa, prefix_varlen
@@ -88,3 +91,30 @@ def test_updates_follow_those_of_the_processor(options, tiny_model_path, page_im
         tolerance = 1e-3 if options == {"precision": "float32"} or "offload" in options else 0.1
         assert got["actor/grad_norm"] == pytest.approx(wanted["actor/grad_norm"], rel=tolerance)
         assert got["actor/entropy"] == pytest.approx(wanted["actor/entropy"], rel=tolerance)
+
+
+def team_main(rank: int, port: int, path: str, images: list[str], folder: Path) -> None:
+    torch.cuda.set_device(rank)
+    init_distributed(rank, 2, "127.0.0.1", port, "cuda")
+    options: dict[str, Any] = {"device": "cuda", "precision": "bfloat16", "num_ranks": 2, "context_parallel": 2}
+    made = make_learner(path, rank=rank, world_size=2, **options)
+    groups = make_groups(images, [2, 0, 5, 1])
+    metrics = made.update(groups, [1.0, 2.0])
+    torch.save((metrics["actor/grad_norm"], made.logprobs(groups)), folder / f"{rank}.pt")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_a_row(tiny_model_path, page_images, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    spawn(team_main, (port, tiny_model_path, page_images, tmp_path), nprocs=2)
+    one = make_learner(tiny_model_path, device="cuda", precision="bfloat16")
+    groups = make_groups(page_images, [2, 0, 5, 1])
+    norm = one.update(groups, [1.0, 2.0])["actor/grad_norm"]
+    expected = one.logprobs(groups)
+    for rank in range(2):
+        found, logprobs = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found == pytest.approx(norm, rel=0.02)
+        for mine, theirs in zip(logprobs, expected, strict=True):
+            assert all(abs(a - b).mean() < 0.05 for a, b in zip(mine, theirs, strict=True))
