@@ -67,7 +67,8 @@ def make_team(size: int) -> Team:
     """Return the team of `size` neighbouring ranks that this one belongs to. Collective."""
     if size == 1:
         return ALONE
-    group, _ = dist.new_subgroups(size)
+    untyped: Any = dist
+    group, _ = untyped.new_subgroups(size)
     return Team(dist.get_rank() % size, size, group)
 
 
@@ -116,7 +117,7 @@ class _Gather(torch.autograd.Function):
         ctx.team = team
         found = mine.new_empty(team.size * mine.shape[0], *mine.shape[1:])
         _all_gather(found, mine.contiguous(), group=team.group)
-        return found.unflatten(0, (team.size, -1))
+        return found.view(team.size, *mine.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

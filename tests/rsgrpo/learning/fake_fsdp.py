@@ -78,7 +78,8 @@ class Watch(TorchDispatchMode):
 
 def row(prompt_tokens: int, response_lengths: tuple[int, ...], team: Team = ALONE) -> MicroBatch:
     """Return a row of text, or a rank's share of one."""
-    own, held, whole = response_lengths, prompt_tokens, ()
+    own, held = response_lengths, prompt_tokens
+    whole: tuple[int, ...] = ()
     if team.size > 1:
         dealt = team.deal(response_lengths)
         own = tuple(length for length, rank in zip(response_lengths, dealt, strict=True) if rank == team.rank) or (1,)

@@ -196,6 +196,14 @@ def test_each_kernel_attends_over_a_team_as_over_one_row(kernel, size, monkeypat
     query, key, value = (torch.randn(1, heads, total, 8, generator=generator) for heads in (4, 2, 2))
     expected = prefix_sdpa(query, key, value, PrefixRow(PrefixLayout(prompts, responses), CPU, torch.float32))
     given: list[torch.Tensor] = []
+
+    def gather(own: torch.Tensor, team: Team) -> torch.Tensor:
+        if len(given) == size:
+            return torch.stack(given)
+        given.append(own)
+        return torch.stack([own] * size)
+
+    monkeypatch.setattr(_Gather, "apply", gather)
     for asked in (False, True):
         for rank in range(size):
             team = Team(rank, size)
@@ -210,12 +218,6 @@ def test_each_kernel_attends_over_a_team_as_over_one_row(kernel, size, monkeypat
                     at += length
             layout = PrefixLayout((0,) * len(prompts), tuple(own), prompts)
             mine = [tensor[:, :, torch.cat(index)] for tensor in (query, key, value)]
-            if not asked:
-                monkeypatch.setattr(
-                    _Gather, "apply", lambda slices, _: given.append(slices) or torch.stack([slices] * size)
-                )
-                kernel(*mine, TeamRow(layout, team, CPU, torch.float32))
-            else:
-                monkeypatch.setattr(_Gather, "apply", lambda *_: torch.stack(given))
-                found = kernel(*mine, TeamRow(layout, team, CPU, torch.float32))
+            found = kernel(*mine, TeamRow(layout, team, CPU, torch.float32))
+            if asked:
                 torch.testing.assert_close(found, expected[:, torch.cat(index)], atol=1e-6, rtol=1e-5)

@@ -223,6 +223,8 @@ FIFTY_PAGES = (
     "inputs.max_prompt_tokens=102000",
     "learner.max_tokens_per_micro_batch=114288",
     "cluster.gpus_per_node=8",
+    "rollout.num_workers=2",
+    "rollout.vllm.tensor_parallel_size=4",  # for the cache and the images of one such prompt
 )
 
 
