@@ -23,11 +23,10 @@ if TYPE_CHECKING:  # a command line is checked before torch is loaded
 class ScoredGroup:
     """A group with what every reward said of every rollout.
 
-    reward_names_K: order of the K axis.
     scores_GK: one number per rollout and reward (mean over keys if it gave several); None: did not apply.
     credits_GK: the credits behind each score; empty where the reward did not apply. A plain score is one credit with
         key "" on the reward's scope; its span is None where a marker is missing and the policy is `void`.
-    missed_GK: True where a scope marker was missing, whatever the policy made of it.
+    reward_names_K: order of the K axis. missed_GK: True where a scope marker was missing, whatever the policy.
     monitors_GM: one number (or None) per rollout and monitor, in the order of `monitor_names_M`.
     num_errors_K: exceptions of each reward that were skipped on request.
     """
@@ -76,8 +75,7 @@ class TrainGroup:
 class PrefixLayout:
     """Where prompts and responses lie in a padding-free row: for each group its prompt, then its responses.
 
-    prompt_lengths: tokens of each group's prompt in this row.
-    response_lengths: for each group, tokens of each response.
+    prompt_lengths, response_lengths: tokens of each group's prompt in this row, and of each of its responses.
     whole_lengths: tokens of each whole prompt where several ranks share the row; empty where it is all here.
     """
 
@@ -94,7 +92,6 @@ class MicroBatch:
     token_ids_T: (T,) int64. position_ids_3T: (3, T) int64, time, height, width of M-RoPE.
     features: (image tokens of the row, F) of a frozen tower; None without images or with a trained tower.
     pixel_values, image_grid_thw: of all images in row order for a trained tower; else None.
-    taken_F: (features of these images,) bool, which of them are the row's image tokens; None: all.
     head_index_N: (N,) int64, the row position whose hidden state predicts each response token.
     targets_N: (N,) int64. sample_index_N: (N,) int64, which response of the micro-batch a token belongs to.
     scope_KN: (K, N) bool. advantages_KN: (K, N) float32.
@@ -116,7 +113,7 @@ class MicroBatch:
     ref_logprobs_N: torch.Tensor | None = None
     old_logprobs_N: torch.Tensor | None = None
     experts_TLk: torch.Tensor | None = None  # (T, layers, k) int16; -1 lets the policy choose, None everywhere
-    taken_F: torch.Tensor | None = None
+    taken_F: torch.Tensor | None = None  # bool, which features of the images are the row's image tokens; None: all
 
 
 class TokenScores(NamedTuple):
@@ -151,8 +148,7 @@ class StepTotals:
 class LossOutput:
     """Loss of one micro-batch: a share of the step's loss, so that shares of micro-batches and ranks add up.
 
-    loss: scalar with gradient.
-    metrics: detached scalars, already divided by the step's totals where they are means, so that they add up too.
+    loss: scalar with gradient. metrics: detached scalars; means are divided by the step's totals, so they add up.
     """
 
     loss: torch.Tensor
