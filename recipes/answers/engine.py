@@ -13,6 +13,7 @@ from recipes.answers.types import Answer, Answerer
 from rollout.keys import require
 from rollout.types import ImageSource, Observation, Prompt, RolloutGroup, SamplingParams
 from rsgrpo.config.checks import require_model
+from rsgrpo.data.foreign import IMAGE_MARK
 from rsgrpo.errors import InputError, RsgrpoError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class LocalAnswerer:
     def image_tokens(self, images: Sequence[ImageSource]) -> int:
         """Return what `CountsImages` says; the engine is started."""
         processor: InputProcessor = self._engine.processor  # type: ignore[attr-defined]  # all of ours have one
-        return sum(processor.page_tokens(Prompt("images", "", tuple(images))))
+        return sum(processor.page_tokens(Prompt("images", IMAGE_MARK * len(images), tuple(images))))
 
     def close(self) -> None:
         """Release the engine."""
@@ -149,5 +150,5 @@ class LocalAnswerer:
             logprobs=tuple(rollout.logprobs_T),
             observations=rollout.observations if self._spec.rollout.turns.environment else None,
             num_observation_tokens=len(read) if self._spec.rollout.turns.environment else None,
-            num_image_tokens=self.image_tokens(group.prompt.images) + num_read_of_images,
+            num_image_tokens=sum(processor.page_tokens(group.prompt)) + num_read_of_images,
         )

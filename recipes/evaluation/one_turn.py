@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from recipes.answers.predictions import Prediction
-from recipes.answers.questions import Question, to_prompt
+from recipes.answers.questions import IMAGE_MARK, Question, to_prompt
 from recipes.answers.spec import AnswerSpec
 from recipes.evaluation.extra import GIVEN_PAGES
 from rollout.config import TurnsConfig
@@ -49,7 +49,7 @@ def image_counter(spec: AnswerSpec) -> CountTokens:
     processor = InputProcessor(
         model.path, spec.inputs, revision=model.revision, trust_remote_code=model.trust_remote_code
     )
-    return lambda image: processor.page_tokens(Prompt("image", "", (image,)))[0]
+    return lambda image: processor.page_tokens(Prompt("image", IMAGE_MARK, (image,)))[0]
 
 
 def baselines(

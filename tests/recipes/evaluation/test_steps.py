@@ -65,7 +65,9 @@ def test_an_evaluation_asks_the_desk_and_scores_the_steps(tmp_path, tiny_model_p
     steps = {name: score["value"] for name, score in scores["steps"].items()}
     assert steps == {"turns": 2.5, "calls": 1.5, "faults": 0.5, "images": 1.0, "opened": 1.0}
     assert {name: score["value"] for name, score in scores["read"].items()} == {"recall": 0.5, "precision": 0.5}
-    predicted: list[Any] = [json.loads(line) for line in (tmp_path / "out/e/predictions.jsonl").open()]
+    predicted: list[Any] = [
+        json.loads(line) for line in (tmp_path / "out/e/predictions.jsonl").read_text().splitlines()
+    ]
     assert [line["num_image_tokens"] for line in predicted] == [
         6,
         6,
