@@ -129,7 +129,7 @@ class Handlers:
         answer = answer_html(last) + steps_html(last)
         yield last.text, answer, self._pages(last), trace, history, history_html(history)
 
-    def add(self, files: list[str] | None, taken: Room, report: Report = lambda said: None) -> tuple[Any, ...]:
+    def add(self, files: list[str] | None, taken: Room, report: Report = lambda said, share: None) -> tuple[Any, ...]:
         """Add files to a visit that has added `taken`; tell `report` how far that is.
 
         Returns:
@@ -200,7 +200,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
     import gradio as gr
 
     def add(files: list[str] | None, taken: Room, progress: Any = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
-        return do.add(files, taken, lambda said: progress(None, desc=said))
+        return do.add(files, taken, lambda said, share: progress(share, desc=said))
 
     answers = library.reader is not None
     do = Handlers(library, options.store.resolve().name, scratch, chosen(VisitSettings, options))

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from rsgrpo.records.console import Bar, Console
 
-Report = Callable[[str], None]
-"""Takes what is being done, in words."""
+Report = Callable[[str, float], None]
+"""Takes what is being done, in words, and which share of it is done."""
 WORDS = {
     "documents": "{} documents rendered",
     "pages": "{} pages",
@@ -46,7 +46,8 @@ class ReportingConsole(Console):
     def _advanced(self, name: str, count: int) -> None:
         done, total = self._running[name]
         self._running[name] = (done + count, total)
-        self._report(", ".join(_said(*entry) for entry in self._running.items()))
+        shares = [done / total for done, total in self._running.values() if total]
+        self._report(", ".join(_said(*entry) for entry in self._running.items()), shares[0] if shares else 0.0)
 
 
 class _ReportedBar(Bar):

@@ -205,7 +205,9 @@ class Library:
             return []
         return [row for row in PageStore.open(self._store).documents() if not row.skipped]
 
-    def add(self, files: Sequence[Path], visit: Quota | None = None, report: Report = lambda said: None) -> Added:
+    def add(
+        self, files: Sequence[Path], visit: Quota | None = None, report: Report = lambda said, share: None
+    ) -> Added:
         """Copy files into the store, render them and encode their pages; a file of the same name is replaced.
 
         A file that cannot be added is refused by itself; one that has no page that can be rendered is not kept.

@@ -245,11 +245,11 @@ def test_whoever_adds_documents_is_told_how_far_that_is(store, tmp_path):
     library = Library(store, store / "index", Colours(), None, LibrarySettings(workers=1), QUIET)
     write_pdf(tmp_path / "red.pdf", ["one", "two"])
     write_image(tmp_path / "white.png", "white", 56, 56)
-    said: list[str] = []
-    library.add([tmp_path / "red.pdf", tmp_path / "white.png"], report=said.append)
-    assert said[0] == "0 of 2 documents rendered, 1 pages"
-    assert "2 of 2 documents rendered, 3 pages" in said
-    assert said[-1] == "3 of 3 pages encoded"
+    said: list[tuple[str, float]] = []
+    library.add([tmp_path / "red.pdf", tmp_path / "white.png"], report=lambda *state: said.append(state))
+    assert said[0] == ("0 of 2 documents rendered, 1 pages", 0.0)
+    assert ("2 of 2 documents rendered, 3 pages", 1.0) in said
+    assert said[-1] == ("3 of 3 pages encoded", 1.0)
 
 
 def test_a_question_waits_for_no_upload(store, tmp_path, monkeypatch):
