@@ -123,7 +123,7 @@ def _add_index(command: argparse.ArgumentParser) -> None:
         default=2_048,
         help="pages per shard, and the most encoded again after a crash",
     )
-    command.add_argument("--index-dtype", choices=DTYPES, default="float16")
+    command.add_argument("--index-dtype", choices=DTYPES, default="float16", help="precision of the vectors on disk")
     command.add_argument(
         "--workers", type=int, default=0, help="models in parallel on Ray; 0: one model, in this process"
     )

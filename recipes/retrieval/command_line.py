@@ -164,7 +164,7 @@ def add_answerer(command: argparse.ArgumentParser) -> None:
     """Add who answers and how."""
     who = command.add_argument_group("who answers")
     who.add_argument("--answer-model", default="", help="model folder or hub id; with --endpoint, the server's name")
-    who.add_argument("--engine", choices=("hf", "vllm", "fake"), default="hf")
+    who.add_argument("--engine", choices=("hf", "vllm", "fake"), default="hf", help="what runs the model")
     who.add_argument("--endpoint", default="", metavar="URL", help="OpenAI-compatible server, such as .../v1")
     who.add_argument("--max-tries", type=int, default=6, help="requests per answer before the endpoint counts as down")
     endpoint = keys_of(EndpointConfig)

@@ -223,6 +223,21 @@ def test_clear_errors_for_what_cannot_be_ingested(tmp_path, docs, capsys):
         RenderSettings(dpi=5)
 
 
+@pytest.mark.parametrize(
+    ("command", "defaults"),
+    [
+        ("ingest", ["(default: 150)", "(default: 10000)", "(default: 120.0)"]),
+        ("search", ["(default: 5)", "(default: 100)", "(default: vectors)", "(default: image)"]),
+        ("ask", ["(default: hf)", "(default: multi_image)"]),
+    ],
+)
+def test_help_names_the_defaults(command, defaults, capsys):
+    with pytest.raises(SystemExit):
+        retrieve.main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert [default for default in defaults if default not in said] == []
+
+
 def test_two_writers_exclude_each_other(tmp_path, docs):
     write_image(docs / "a.png")
     run(docs, tmp_path / "store")
