@@ -177,7 +177,7 @@ class Learner:
             folder,
             ahead=learner.encode_ahead,
             team=self.policy.team,
-            image_token_id=hf.config.image_token_id,
+            is_vision=lambda tokens_T: family.vision_kinds(hf, tokens_T) > 0,
         )
 
     def prefetch(self, prompts: Sequence[Prompt]) -> None:

@@ -61,7 +61,7 @@ class PromptStore:
         count_features: (token_ids_T, image_grid_thw) -> (image tokens among them, features that the images become).
         encode_images: (pixel_values, image_grid_thw) of one image -> (merged tokens, F); None with a trained tower.
         team: ranks that share rows: this one is given its share of each prompt.
-        image_token_id: of the policy's tokens.
+        is_vision: (token_ids_T) -> (T,) bool, which tokens stand for features of images; read by a team alone.
         features, folder: of a frozen tower, across steps in memory and across runs on disk.
         ahead: prompts whose pixels may wait in memory.
     """
@@ -77,10 +77,10 @@ class PromptStore:
         *,
         ahead: int,
         team: Team = ALONE,
-        image_token_id: int = -1,
+        is_vision: Callable[[torch.Tensor], torch.Tensor] = torch.zeros_like,
     ) -> None:
         self._encoder, self._position_ids, self._encode_images = encoder, position_ids, encode_images
-        self._count_features, self._team, self._image_token_id = count_features, team, image_token_id
+        self._count_features, self._team, self._is_vision = count_features, team, is_vision
         self._features, self._folder, self._ahead = features, folder, ahead
         self._wait_s = 0.0
         self._num_prompts = self._num_images = self._num_read = 0
@@ -241,7 +241,7 @@ class PromptStore:
         tokens_T, grid = torch.tensor(inputs.token_ids_T), inputs.image_grid_thw
         per_image = [] if grid is None else [self._count_features(tokens_T, each[None])[1] for each in grid]
         if isinstance(item, Prompt):
-            return cut_prompt(tokens_T == self._image_token_id, per_image, self._team)
+            return cut_prompt(self._is_vision(tokens_T), per_image, self._team)
         taken_F = torch.ones(sum(per_image), dtype=torch.bool)
         return PromptCut(torch.arange(len(tokens_T)), list(range(len(per_image))), taken_F)
 
