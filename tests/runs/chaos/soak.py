@@ -67,7 +67,8 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
     run = place / "runs" / "run"
     command = command_of(config_of(material, place / "runs", steps=steps), place)
     variables = {**os.environ, "RSGRPO_CHAOS": str(place), "PYTHONPATH": f"{material}{os.pathsep}{ROOT}"}
-    if export_hash(run):
+    verdict = place / "equal.txt"
+    if verdict.exists():
         print(f"{place} is a soak that has ended; nothing was tried. --fresh repeats it")
         return 0
     while not export_hash(run):
@@ -102,7 +103,8 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
     assert left == [], left
     assert different == [], different[:5]
     assert export_hash(run) == export_hash(wanted)
-    print(f"equal to the undisturbed run: {steps} steps, export {export_hash(run)}")
+    verdict.write_text(f"equal to the undisturbed run: {steps} steps, export {export_hash(run)}\n")
+    print(verdict.read_text(), end="")
     return len(struck)
 
 
