@@ -45,11 +45,11 @@ def num_steps(run: Path) -> int:
 
 
 def strike(role: str, kind: signal.Signals, driver: psutil.Process, mark: str) -> bool:
-    """Send a signal to the process of a role; return whether there is one. Only a driver is not stopped for good."""
+    """Send a signal to the process of a role; return whether there is one."""
     title = VICTIMS[role]
     found = [process for process in processes_with(mark) if title and " ".join(process.cmdline()).find(title) >= 0]
     if role == "driver":
-        found, kind = [driver], signal.SIGKILL
+        found = [driver]
     if not found:
         return False
     found[0].send_signal(kind)
@@ -85,6 +85,7 @@ def soak(folder: Path, steps: int, every_s: float, seed: int) -> int:
                 if time.monotonic() < next_at or not moves:
                     continue
                 role, kind = draw.choice(list(VICTIMS)), draw.choice((signal.SIGKILL, signal.SIGSTOP))
+                kind = signal.SIGKILL if role == "driver" else kind  # nobody would continue it
                 if strike(role, kind, psutil.Process(process.pid), str(place)):
                     struck.append(f"{kind.name} {role}")
                     with diary.open("a") as file:
