@@ -212,6 +212,11 @@ def read(path: Path) -> Taught:
     return replace(Taught(**found), seconds=tuple(found["seconds"]), scores=tuple(found["scores"]))
 
 
+def mean_score(run: Taught) -> float:
+    """Return a run's mean score."""
+    return run.area
+
+
 def table(runs: Sequence[Taught]) -> str:
     """Return the scores at equal CPU seconds, and the seconds to equal scores, as markdown."""
     by_arm = {arm: sorted((run for run in runs if run.arm == arm), key=lambda run: run.seed) for arm in ARMS}
@@ -229,7 +234,7 @@ def table(runs: Sequence[Taught]) -> str:
     lines += [
         line(f"{second:g} s: sampled F1", lambda run, at=second: run.at(at), ".3f") for second in (0.0, *MEASURED_AT)
     ]
-    lines += [line("mean over the run", lambda run: run.area, ".3f")]
+    lines += [line("mean over the run", mean_score, ".3f")]
     lines += [line(f"seconds to {score:g}", partial(Taught.until, score=score), ".1f") for score in REACHED]
     rates = ", ".join(f"{arm} {found[0].rate:g} ({found[0].steps} steps)" for arm, found in by_arm.items())
     return "\n".join([*lines, "", f"Learning rates: {rates}. Seeds: {', '.join(str(r.seed) for r in by_arm['sft'])}."])

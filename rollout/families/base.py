@@ -138,8 +138,10 @@ class Family:
 
     def vision_kinds(self, model: Any, token_ids: torch.Tensor) -> torch.Tensor:
         """Return, in the shape of `token_ids`, 1 for a token of an image, 2 for one of a video and 0 for the others."""
-        kinds = (token_ids == model.config.image_token_id).int()
-        return kinds + 2 * (token_ids == model.config.video_token_id).int() if self.reads_videos else kinds
+        kinds: torch.Tensor = (token_ids == model.config.image_token_id).int()
+        if self.reads_videos:
+            kinds = kinds + 2 * (token_ids == model.config.video_token_id).int()
+        return kinds
 
     def is_video(self, model: Any, token_ids: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """Return which of the grids, in the order of the tokens, are videos': (images and videos,) bool."""
