@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 MAX_RESTARTS = 3
 """Consecutive deaths of reward workers tolerated; a group that is scored resets the count."""
 ANSWER_TIMEOUT_S = 60.0
+REMIND_S = 300.0
+"""How long no group is finished before the log says what is being scored."""
 
 
 class RewardPool:
@@ -137,6 +140,7 @@ class ScoringBatch:
     def __init__(self, pool: RewardPool) -> None:
         self._pool = pool
         self._calls: dict[Any, tuple[int, Any, RolloutGroup]] = {}
+        self._quiet_since = time.monotonic()
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -148,15 +152,34 @@ class ScoringBatch:
     def add(self, group: RolloutGroup) -> None:
         """Begin to score a group."""
         call, index, actor = self._pool.submit(group)
+        if not self._calls:
+            self._quiet_since = time.monotonic()
         self._calls[call] = (index, actor, group)
 
     def scored(self, timeout_s: float) -> Iterator[ScoredGroup]:
         """Yield the groups that are finished within `timeout_s`; those of a worker that died are scored again."""
         calls = self.calls()
+        self._remind()
         for call in ray.wait(calls, num_returns=len(calls), timeout=timeout_s)[0] if calls else ():
+            self._quiet_since = time.monotonic()
             index, actor, group = self._calls.pop(call)
             found = self._pool.result(call, index, actor, group)
             if found is None:
                 self.add(group)
             else:
                 yield from found
+
+    def _remind(self) -> None:
+        """Say what is being scored where nothing has been finished for long: a reward may never return."""
+        quiet_s = time.monotonic() - self._quiet_since
+        if self._calls and quiet_s > REMIND_S:
+            index, _, group = next(iter(self._calls.values()))
+            log.warning(
+                "no group has been scored for %.0f s: reward worker %d has the responses to prompt %r, and %d more "
+                "groups wait. A reward without a time limit may never return: set reward_timeouts_s.NAME",
+                quiet_s,
+                index,
+                group.prompt.id,
+                len(self._calls) - 1,
+            )
+            self._quiet_since = time.monotonic()

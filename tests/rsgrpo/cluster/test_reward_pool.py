@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 
 from rollout.types import Prompt, RolloutGroup
 from rollout.workers.worker import WorkerError
+from rsgrpo.cluster import reward_pool
 from rsgrpo.cluster.deadline import Deadline
 from rsgrpo.cluster.reward_pool import MAX_RESTARTS, RewardPool
 from rsgrpo.errors import RsgrpoError
@@ -28,8 +30,6 @@ class Scripted:
 
     def build(self) -> None:
         if (self.folder / "build hangs").exists():
-            import time
-
             time.sleep(600)
 
     def score(self, groups: list[RolloutGroup]) -> list[ScoredGroup]:
@@ -39,6 +39,8 @@ class Scripted:
             if mark.read_text() == "once":
                 mark.unlink()
             os._exit(1)
+        while (self.folder / f"{group.prompt.id} hangs").exists():
+            time.sleep(0.01)
         if (self.folder / f"{group.prompt.id} fails").exists():
             raise ValueError("no such page")
         return [ScoredGroup(RolloutGroup(Prompt(group.prompt.id, ""), ()), (), (), (), ())]
@@ -117,3 +119,19 @@ def test_a_worker_that_never_loads_its_rewards_is_named(pool, tmp_path):
     pool._workers = [pool._start(0)]
     with pytest.raises(RsgrpoError, match=r"startup_timeout_s=0.1 s: reward worker 0 had not finished loading the rew"):
         pool.wait(Deadline(0.1))
+
+
+def test_a_reward_that_does_not_return_is_named_in_the_log(pool, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(reward_pool, "REMIND_S", -1.0)
+    stuck = tmp_path / "p1 hangs"
+    stuck.touch()
+    batch = pool.batch()
+    for group in GROUPS[:2]:
+        batch.add(group)
+    ray.wait(batch.calls()[:1])
+    assert [one.group for one in batch.scored(timeout_s=0)] == GROUPS[:1]
+    assert list(batch.scored(timeout_s=0)) == []
+    assert "reward worker 1 has the responses to prompt 'p1', and 0 more groups wait" in caplog.text
+    stuck.unlink()
+    assert [one.group for one in batch.scored(timeout_s=60)] == GROUPS[1:2]
+    assert not batch
