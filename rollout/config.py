@@ -82,6 +82,11 @@ class VllmConfig:
     sync_bucket_mib: int = key(1536, "Weights in flight at once; with shared GPUs at least the largest tensor.", ge=1)
     sync_timeout_s: float = key(300.0, "Time limit for each phase of a weight sync.", gt=0)
     verify_every: int = key(10, "Compare weight checksums after every n-th sync; 0 never compares.", ge=0)
+    in_flight: bool = key(
+        False,
+        "With algorithm.max_staleness > 0: weights change while responses are sampled, which go on with the new ones; "
+        "a response knows which of its tokens came from which.",
+    )
     stall_timeout_s: float = key(300.0, "A busy engine without a new token for this long has failed.", gt=0)
 
     def __post_init__(self) -> None:

@@ -110,10 +110,11 @@ class Rollout:
         end-of-text between two turns holds the line break.
     finish_reason: "stop" at end-of-text or where the environment ended the episode, "length" at the limit of tokens,
         "turns" at the limit of turns.
-    weights_version: version of the weights that sampled it.
+    weights_version: version of the weights that sampled it, the oldest of several.
     observations: what an environment wrote behind each turn, in order.
     experts_RLk: (R - 1, layers, k) uint8 or uint16, the experts that all tokens but the last took in each decoder
         layer, those of observations in their places; None: not recorded.
+    version_ends: where weights changed in the middle, (version, tokens sampled by its end) in order; else empty.
     """
 
     token_ids_T: Sequence[int]
@@ -124,6 +125,7 @@ class Rollout:
     weights_version: int
     observations: tuple[Observation, ...] = ()
     experts_RLk: np.ndarray | None = field(default=None, compare=False, repr=False)
+    version_ends: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

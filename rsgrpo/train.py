@@ -85,7 +85,8 @@ def take_step(run: Run, step: int) -> None:
 
     # The engines sample with the new weights from here on.
     with run.timed("sync"):
-        run.batches.settle()
+        if not run.config.changes_weights_in_flight:
+            run.batches.settle()
         run.cluster.sync_weights(step)
 
     metrics |= (

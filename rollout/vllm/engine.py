@@ -336,17 +336,20 @@ class VllmEngine:
         return held
 
     def _begin(self) -> None:
-        """Wait until running requests have ended; later ones then wait for `_commit`."""
-        self._run(self._llm.pause_generation(mode="wait", clear_cache=False))
+        """Wait until running requests have ended, or stop them where they are; later ones then wait for `_commit`."""
+        mode = "keep" if self._config.in_flight else "wait"
+        self._run(self._llm.pause_generation(mode=mode, clear_cache=False))
         self._received = set()
 
     def _commit(self, version: int) -> None:
         self._run(self._llm.update_weight_version(str(version)))
-        # Three caches: keys and values, preprocessed images (the engine's copy must match ours), image features.
-        if not self._run(self._llm.reset_prefix_cache()):
+        # Three caches: keys and values, preprocessed images (the engine's copy must match ours), image features. What
+        # was stopped computes its keys and values again, under the new weights; its images stay, the tower is frozen.
+        if not self._run(self._llm.reset_prefix_cache(reset_running_requests=self._config.in_flight)):
             raise EngineError("vLLM did not reset its prefix cache: requests are still running")
-        self._run(self._llm.reset_mm_cache())
-        self._run(self._llm.reset_encoder_cache())
+        if not self._config.in_flight:
+            self._run(self._llm.reset_mm_cache())
+            self._run(self._llm.reset_encoder_cache())
         self._received = None
         self.weights_version = version
         self._run(self._llm.resume_generation())

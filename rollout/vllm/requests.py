@@ -109,7 +109,7 @@ def to_group(
         token_ids_T, logprobs_T = tuple(completion.token_ids), tuple(completion.logprobs.logprobs)
         rollout = processor.rollout(token_ids_T, logprobs_T, oldest_version(completion))
         _, experts_RLk = split_experts(completion, num_tokens, num_tokens + len(token_ids_T))
-        rollouts.append(replace(rollout, experts_RLk=experts_RLk))
+        rollouts.append(replace(rollout, experts_RLk=experts_RLk, version_ends=version_ends(completion)))
     prompt_experts_TLk, _ = split_experts(completion, num_tokens, num_tokens + len(token_ids_T))
     if not sampling.temperature:
         rollouts *= sampling.group_size
@@ -136,6 +136,12 @@ def split_experts(
         )
     # Copies: siblings do not keep each other's prompt in memory.
     return experts[:num_prompt_tokens].copy(), experts[num_prompt_tokens:].copy()
+
+
+def version_ends(completion: Any) -> tuple[tuple[int, int], ...]:
+    """Return `Rollout.version_ends` of a completion."""
+    spans = [(int(span.version), int(span.end)) for span in completion.weight_versions]
+    return tuple(spans) if len(spans) > 1 else ()
 
 
 def oldest_version(completion: Any) -> int:

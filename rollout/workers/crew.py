@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Crew:
     """Rollout workers with their supervision.
 
     workers: those that work. num_workers: all, including those whose node is gone. num_restarts: of workers so far.
+    changing: held by the thread that replaces workers or changes their weights.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Crew:
         self.num_restarts = 0
         self._supervision = supervision
         self._failures_in_a_row = 0
+        self.changing = threading.RLock()  # who replaces workers, or changes their weights, while others sample
         self._away: dict[int, tuple[WorkerHandle, Any] | None] = {}  # index -> once its node is back: worker, its ping
 
     def replace(self, lost: Sequence[WorkerHandle], error: WorkerError) -> list[WorkerHandle]:

@@ -117,8 +117,9 @@ class RolloutPool(Crew):
             running.remove(work)
         except WorkerError as error:
             running.remove(work)
-            if work.worker in self.workers:  # else another of its shares has told already
-                self.replace([work.worker], error)
+            with self.changing:
+                if work.worker in self.workers:  # else another of its shares has told already
+                    self.replace([work.worker], error)
             if work.left:
                 again.append((list(work.left.values()), work.sampling))
         return None

@@ -14,12 +14,14 @@ def rollout_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
     """Return lengths, truncation and weight versions of a batch (`rollout/*`)."""
     rollouts = [rollout for group in scored for rollout in group.group.rollouts]
     lengths = np.array([len(rollout.token_ids_T) for rollout in rollouts])
+    mixed = np.mean([bool(rollout.version_ends) for rollout in rollouts])
     return {
         "rollout/num_tokens_mean": float(lengths.mean()),
         "rollout/num_tokens_max": float(lengths.max()),
         "rollout/num_prompt_tokens_mean": float(np.mean([group.group.num_prompt_tokens for group in scored])),
         "rollout/truncated_frac": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         "rollout/oldest_weights_version": float(min(rollout.weights_version for rollout in rollouts)),
+        **({"rollout/mixed_weights_frac": float(mixed)} if mixed else {}),
     }
 
 

@@ -286,18 +286,19 @@ class RayCluster:
         Raises:
             WorkerError: it failed, and restarting the engines did not help.
         """
-        self.learner.version = version
-        self.rollouts.take_back()
-        if self._resting:
-            self._release_memory()  # what the update left cached is room that the engines need
-            self.rollouts.wake("weights")
-        try:
-            self._send_weights(self.rollouts.workers)
-        except WorkerError as error:
-            self.rollouts.replace(self.rollouts.workers, error)  # any of them may have half of the weights
-        if self._resting:
-            self.rollouts.wake("kv_cache")
-        self._resting = False
+        with self.rollouts.changing:
+            self.learner.version = version
+            self.rollouts.take_back()
+            if self._resting:
+                self._release_memory()  # what the update left cached is room that the engines need
+                self.rollouts.wake("weights")
+            try:
+                self._send_weights(self.rollouts.workers)
+            except WorkerError as error:
+                self.rollouts.replace(self.rollouts.workers, error)  # any of them may have half of the weights
+            if self._resting:
+                self.rollouts.wake("kv_cache")
+            self._resting = False
 
     def check_engines(self, prompts: Sequence[Prompt], version: int) -> None:
         """Compare every engine with the learner on `prompts`.

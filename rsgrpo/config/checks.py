@@ -35,6 +35,7 @@ def validate(config: TrainConfig) -> None:
     _check_sampling(config)
     _check_sleep(config)
     _check_videos(config)
+    _check_in_flight(config)
     _check_cpus(config)
     _check_inline(config)
     _check_checkpoint_metric(config)
@@ -231,6 +232,19 @@ def _check_inline(config: TrainConfig | SftConfig) -> None:
         "cluster.kind=inline samples in this process, but rollout.engine=vllm needs processes of its own. Set "
         "rollout.engine=hf, or set cluster.kind=ray.",
     )
+
+
+def _check_in_flight(config: TrainConfig) -> None:
+    if not config.changes_weights_in_flight:
+        return
+    for holds, why in (
+        (config.algorithm.max_staleness > 0, "algorithm.max_staleness=0 samples nothing while weights change"),
+        (config.model.freeze_vision, "model.freeze_vision=false makes the features of images in use stale"),
+        (not config.model.lora.rank, "model.lora.rank > 0 takes the adapter away that running requests use"),
+        (not config.rollout.turns.environment, "rollout.turns.environment samples turn by turn"),
+        (not config.rollout.routing_replay, "rollout.routing_replay=true records the experts of one version"),
+    ):
+        require(holds, f"rollout.vllm.in_flight=true cannot be used here: {why}. Set rollout.vllm.in_flight=false.")
 
 
 def _check_sleep(config: TrainConfig) -> None:

@@ -268,6 +268,11 @@ class TrainConfig(RunConfig):
         """
         return self.algorithm.distill_coef > 0 or (self.algorithm.kl_coef > 0 and self.model.lora.rank == 0)
 
+    @property
+    def changes_weights_in_flight(self) -> bool:
+        """Whether engines are given new weights while they sample, instead of between batches."""
+        return self.rollout.engine == "vllm" and self.rollout.vllm.in_flight
+
 
 @dataclass(frozen=True)
 class SftConfig(RunConfig):

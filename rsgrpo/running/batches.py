@@ -217,6 +217,9 @@ class _Filling:
 Batch = tuple[list[ScoredGroup], dict[str, float]]
 """The groups of a step and what `Collector.collect` tells about them."""
 
+Before = tuple[list[Prompt], Any]
+"""What a batch begins with: `Collector.returned` and the position of the stream."""
+
 
 def resumed(state: Mapping[str, Any]) -> tuple[list[Prompt], dict[int, Batch]]:
     """Return `Collector.returned` and `Lookahead.ready` from a checkpoint's state, or from one of an older release.
@@ -233,12 +236,15 @@ class Lookahead:
     """Collects the groups of a step when they are needed, or steps ahead, while something else runs.
 
     ready: by step, batches that were collected ahead of time and not yet taken; part of a checkpoint.
+    position: where the stream of prompts is.
     """
 
     collector: Collector
     num_groups: int
     ready: dict[int, Batch] = field(default_factory=dict)
-    _running: list[tuple[int, Future[Batch]]] = field(default_factory=list)
+    position: Callable[[], Any] = lambda: None
+    _running: list[tuple[int, Future[tuple[Batch, Before]]]] = field(default_factory=list)
+    _before: Before | None = None  # the batch that is being collected
     _last: int = 0
     _broke: SourceBroke | None = None
     _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="sampling"))
@@ -250,6 +256,8 @@ class Lookahead:
             SourceBroke: as `Collector.collect`, now or while `start` collected.
         """
         self._last = max(self._last, step)
+        while self._running and self._running[0][0] <= step and self._broke is None:
+            self._settle_first()
         if step in self.ready:
             return self.ready.pop(step)
         if self._broke is not None:
@@ -257,10 +265,12 @@ class Lookahead:
         return self.collector.collect(self.num_groups, step)
 
     def start(self, last_step: int) -> None:
-        """Begin to collect, in order, the batches up to that of `last_step`; `settle` must follow."""
+        """Begin to collect, in order, the batches up to that of `last_step`; `settle` or `take` must follow."""
         first = max([self._last, *self.ready]) + 1
+        if not self._running:
+            self._before = self._now()
         for step in range(first, last_step + 1):
-            self._running.append((step, self._thread.submit(self.collector.collect, self.num_groups, step)))
+            self._running.append((step, self._thread.submit(self._collect, step)))
         self._last = max(self._last, last_step)
 
     def settle(self) -> None:
@@ -268,13 +278,29 @@ class Lookahead:
 
         The end of the stream is raised by `take`, so that the steps that have a batch can be finished and saved first.
         """
-        running, self._running = self._running, []
-        for step, batch in running:
-            error = batch.exception()
-            if isinstance(error, SourceBroke):
-                self._broke = error
-                return
-            self.ready[step] = batch.result()
+        while self._running:
+            self._settle_first()
+
+    def boundary(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold now. A batch that is being collected is collected again by who resumes."""
+        while self._running and self._running[0][1].done():
+            self._settle_first()
+        before = self._before if self._running and self._before is not None else self._now()
+        return {"stream": before[1], "returned": before[0], "ready": dict(self.ready)}
+
+    def _collect(self, step: int) -> tuple[Batch, Before]:
+        return self.collector.collect(self.num_groups, step), self._now()
+
+    def _now(self) -> Before:
+        return list(self.collector.returned), self.position()
+
+    def _settle_first(self) -> None:
+        step, batch = self._running.pop(0)
+        error = batch.exception()
+        if isinstance(error, SourceBroke):
+            self._broke, self._running = error, []
+            return
+        self.ready[step], self._before = batch.result()
 
 
 def _histogram(values: Sequence[float], num_bins: int = 8, width: int = 40) -> list[str]:

@@ -90,7 +90,7 @@ class Run:
             config.algorithm.filter,
             returned,
         )
-        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready)
+        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready, self.stream.state)
         self.score = parts.resumed.score if parts.resumed else None
         self.times: dict[str, float] = {}
         self._started, self._checked, self._leaving, self.recoveries = parts.started, False, ExitStack(), 0
@@ -259,6 +259,7 @@ class Run:
         if not every or self.config.rollout.engine == "fake" or (self._checked and self.step % every):
             return
         self._checked = True
+        self.batches.settle()  # the engines are asked by one thread at a time
         prompts = choose_prompts((self.train_prompts[i] for i in range(len(self.train_prompts))), CHECKED_PROMPTS)
         with self.timed("gate"):
             self.cluster.check_engines(prompts, self.step)
@@ -277,6 +278,7 @@ class Run:
         step = self.step
         if self.validated or not self.validates_at(step):
             return
+        self.batches.settle()  # the engines are asked by one thread at a time
         modes = validation_modes(self.config.validation, self.config.rollout.max_response_tokens, self.config.seed)
         with self.timed("validate"):
             metrics, scored_by_mode = validate_policy(self.val_prompts, modes, self.cluster.sample_and_score)
@@ -332,12 +334,7 @@ class Run:
     def _mark_boundary(self, step: int, *, validated: bool) -> None:
         """Remember what a checkpoint of this step must hold: from here on the driver moves to the next step."""
         self.step, self.validated = step, validated
-        self._boundary = {
-            "validated": validated,
-            "stream": self.stream.state(),
-            "returned": list(self.collector.returned),
-            "ready": dict(self.batches.ready),
-        }
+        self._boundary = {"validated": validated, **self.batches.boundary()}
 
 
 def run_folder(config: TrainConfig) -> Path:

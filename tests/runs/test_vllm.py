@@ -145,6 +145,19 @@ def test_an_engine_killed_and_one_stalled_in_mid_step_are_replaced_and_the_run_g
     assert [row["rollout/oldest_weights_version"] for row in rows] == [0, 0, 1]
 
 
+@pytest.mark.slow  # an engine, four steps of long responses: half a minute
+def test_weights_that_change_in_flight_keep_a_run_within_its_staleness(ray_cluster, config):
+    vllm = dataclasses.replace(ROLLOUT.vllm, in_flight=True)
+    long = dataclasses.replace(ROLLOUT, max_response_tokens=200, vllm=vllm)
+    algorithm = dataclasses.replace(config.algorithm, max_staleness=2, importance_cap=2.0)
+    train(dataclasses.replace(config, rollout=long, algorithm=algorithm, total_steps=4))
+    rows = steps_of(config)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["rollout/oldest_weights_version"] >= max(0, row["step"] - 3) for row in rows)
+    assert all(row["rollout/engine_restarts"] == 0 for row in rows)
+    assert rows[-1]["actor/mismatch_max"] < 10
+
+
 PAGE_BREAKER = """
 from pathlib import Path
 

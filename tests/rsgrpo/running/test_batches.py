@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Generator
 
 import pytest
@@ -222,6 +223,32 @@ def test_batches_are_collected_the_given_number_of_steps_ahead_and_in_order(stal
             ahead = Lookahead(plain_collector(stream), 2, dict(ahead.ready))
     assert learned == [str(n) for n in range(2 * last)]
     assert stream.taken == 2 * last
+
+
+def test_a_batch_that_is_being_collected_is_collected_again_by_who_resumes():
+    stream, go_on, begun = Stream(), threading.Event(), threading.Event()
+    sample = engine(lambda p: [1.0, 0.0])
+
+    def waiting(*arguments):
+        for group in sample(*arguments):
+            begun.set()
+            assert go_on.wait(30)
+            yield group
+
+    go_on.set()
+    collector = Collector(waiting, stream.next, whole, SamplingParams(), FilterConfig())
+    ahead = Lookahead(collector, 2, position=lambda: stream.taken)
+    assert ids(ahead.take(1)[0]) == ["0", "1"]
+    go_on.clear()
+    begun.clear()
+    ahead.start(3)
+    assert begun.wait(30)
+    assert ahead.boundary() == {"stream": 2, "returned": [], "ready": {}}
+    go_on.set()
+    assert ids(ahead.take(2)[0]) == ["2", "3"]  # waits for it, and for no other
+    ahead.settle()
+    boundary = ahead.boundary()
+    assert (boundary["stream"], list(boundary["ready"])) == (6, [3])
 
 
 def test_steps_that_have_a_batch_are_finished_before_the_end_of_the_stream_is_raised():
