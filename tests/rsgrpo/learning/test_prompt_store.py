@@ -112,11 +112,7 @@ def test_a_thread_that_samples_ahead_may_prefetch_while_a_pass_takes_its_prompts
     store._begun = Begun(store._begun)
     learner.prefetch(prompts[2:])
     learner_thread.join()
-    assert set(dict.keys(store._begun)) == {("p2", *_rest(prompts[2])), ("p3", *_rest(prompts[3]))}
-
-
-def _rest(prompt: Prompt) -> tuple[str, str, tuple[Any, ...]]:
-    return prompt.system, prompt.text, tuple(prompt.images)
+    assert {key[0] for key in dict.keys(store._begun)} == {"p2", "p3"}
 
 
 def test_what_was_prefetched_changes_nothing(tiny_model_path, groups):

@@ -87,4 +87,4 @@ def test_the_ranks_of_a_team_make_the_same_collectives_and_hold_a_share_of_the_r
     # Beside those of FSDP each layer gathers keys and values, again when it is recomputed, and sums their gradients.
     assert len(first.collectives) == 4 * (2 * 2 + 1 + 2 + 1) + 2 * (2 * 3)
     alone = watch_step(values, config.learner, rows)
-    assert first.peak < 0.5 * alone.peak
+    assert first.peak < 0.6 * alone.peak  # what does not depend on the row is a third of it
