@@ -232,7 +232,7 @@ def table(runs: Sequence[Taught]) -> str:
         return f"| {what} | {means} | {interval(pairs) if np.isfinite(pairs).all() else 'not all reach it'} |"
 
     lines += [
-        line(f"{second:g} s: sampled F1", lambda run, at=second: run.at(at), ".3f") for second in (0.0, *MEASURED_AT)
+        line(f"{second:g} s: sampled F1", partial(Taught.at, seconds=second), ".3f") for second in (0.0, *MEASURED_AT)
     ]
     lines += [line("mean over the run", mean_score, ".3f")]
     lines += [line(f"seconds to {score:g}", partial(Taught.until, score=score), ".1f") for score in REACHED]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -210,7 +210,8 @@ def count_sizes(config: Mapping[str, Any]) -> ModelSizes:
         model = build(settings)
     text, tower, shape = settings.get_text_config(), family.vision_tower(model), family.tower_shape(model)
     layers: list[Any] = list(family.decoder_layers(model))
-    blocks, routers = family.vision_blocks(model), cast("list[Any]", list(family.routers(model).values()))
+    blocks = family.vision_blocks(model)
+    routers: list[Any] = list(family.routers(model).values())
     attention = next(layer.self_attn for layer in layers if hasattr(layer, "self_attn"))
     vision_mlp = [layer for name, layer in _linear_layers(blocks[0]) if name.split(".")[0] == "mlp"]
     vision_params = _count(tower.parameters())

@@ -57,8 +57,8 @@ def gradients(learner: Learner, groups: Sequence[TrainGroup], rows: Sequence[Pla
     batches: list[Any]
     if rows is None:
         [packing] = passes.pack(groups, [range(len(groups))])
-        made = list(passes._micro_batches(groups, packing, None))
-        order = [(unit.group, sample) for units, _ in made for unit in units for sample in unit.samples]
+        made = list(passes._micro_batches(groups, packing, None, replays=False))
+        order = [key for keys, _ in made for key in keys]
         batches = [batch for _, batch in made]
     else:
         order, batches = [(g, s) for g, group in enumerate(groups) for s in range(len(group.samples))], list(rows)

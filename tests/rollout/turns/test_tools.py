@@ -99,7 +99,7 @@ def test_an_episode_that_was_pickled_between_two_turns_goes_on(made):
 
     def answer(environment):
         reply: Any = environment.step(turn)
-        return asyncio.run(reply) if inspect.isawaitable(reply) else reply
+        return asyncio.run(reply) if inspect.iscoroutine(reply) else reply
 
     answer(made)
     thawed = pickle.loads(pickle.dumps(made))
