@@ -283,7 +283,7 @@ def test_cached_gpu_memory_is_given_back_before_a_call_returns(call, tiny_model_
 
 def test_the_self_check_finds_a_forward_that_differs(tiny_model_path, groups, monkeypatch):
     learner = make_learner(tiny_model_path)
-    wrong = lambda model, tokens_BT, grid: torch.arange(tokens_BT.shape[1]).expand(3, 1, -1) * 2  # noqa: E731
+    wrong = lambda model, tokens_BT, *_, **__: torch.arange(tokens_BT.shape[1]).expand(3, 1, -1) * 2  # noqa: E731
     monkeypatch.setattr(learner.policy.family, "position_ids", wrong)
     with pytest.raises(RsgrpoError, match=r"shared-prefix logprobs differ from the plain forward's by"):
         learner.update(groups, WEIGHTS)
