@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import quote
 
-from recipes.answers.options import Parser, add_options, chosen
+from recipes.answers.options import Parser, add_options, chosen, port
 from recipes.retrieval.answers.adding import Report
 from recipes.retrieval.answers.desk_view import steps_html
 from recipes.retrieval.answers.generation import Setting
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(max_tries=3)  # someone is waiting
     page = top.add_argument_group("the page")
     page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: only this machine")
-    page.add_argument("--port", type=int, default=7860, help="0: any free port")
+    page.add_argument("--port", type=port, default=7860, help="0: any free port")
     page.add_argument(
         "--allow-host",
         action="append",

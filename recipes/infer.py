@@ -138,7 +138,7 @@ def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bo
             return
         try:
             if text.startswith("/images"):
-                session.images = tuple(checked_images(text.split()[1:]))
+                session.images = tuple(checked_images(text.split()[1:], hint=""))
             elif text == "/json":
                 out.write(f"{json.dumps(last, ensure_ascii=False, indent=2)}\n")
             elif text.startswith("/"):
@@ -149,7 +149,9 @@ def converse(session: Session, lines: IO[str], out: IO[str], *, prompts_user: bo
             out.write(as_named(f"error: {error}\n", OPTIONS))
 
 
-def checked_images(paths: Sequence[str]) -> Sequence[str]:
+def checked_images(
+    paths: Sequence[str], hint: str = " (on the command line, put the question before --image)"
+) -> Sequence[str]:
     """Return the paths.
 
     Raises:
@@ -160,7 +162,7 @@ def checked_images(paths: Sequence[str]) -> Sequence[str]:
         raise InputError(f"{folders[0]} is a folder. Name the images in it, such as {folders[0]}/*.png")
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
-        raise InputError(f"no such image: {', '.join(missing)} (on the command line, put the question before --image)")
+        raise InputError(f"no such image: {', '.join(missing)}{hint}")
     return paths
 
 

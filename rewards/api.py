@@ -264,11 +264,11 @@ def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Rewa
     shipped = sorted(key for key, value in vars(module).items() if _is_marked(value))
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, shipped or list(vars(module)), n=3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = f"; did you mean {' or '.join(near)}? " if near else ". "
         rewards_there = (
             f"Its rewards are {', '.join(shipped)}." if shipped else "No function there is marked by @reward."
         )
-        raise RewardError(f"'{module_name}' has no '{name}'; {hint}{rewards_there}")
+        raise RewardError(f"'{module_name}' has no '{name}'{hint}{rewards_there}")
     function = getattr(module, name)
     if not _is_marked(function):
         if adapter := adapter_for(function):

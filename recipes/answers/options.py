@@ -16,6 +16,13 @@ def option_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def port(text: str) -> int:
+    """Read the number of a port; 0 asks for a free one."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def add_options(command: Any, settings: type) -> None:
     """Add an option for each key of `settings`."""
     for name, about in keys_of(settings).items():

@@ -46,7 +46,8 @@ def run_unpack(options: dict[str, Any], console: Console) -> int:
 
 
 VALIDATE_OPTIONS = {f"inputs.{name}": option_of(name) for name in keys_of(InputsConfig)} | {
-    "data.image_dir": "--image-dir"
+    "data.image_dir": "--image-dir",
+    "data.gold": "--gold",
 }
 
 
@@ -196,6 +197,8 @@ def add_file_commands(commands: Any) -> None:
     prompt_help = "a name in conf/prompt or a file (default: the rows' own prompts, else evidence)"
     check.add_argument("--prompt", default="", help=prompt_help)
     check.add_argument("--image-dir", default="", help="folder that relative image paths start from")
+    gold_help = "module:function that reads a row's gold answer, or rewards.gold:plain for plain ones"
+    check.add_argument("--gold", default="", help=f"{gold_help} (default: the recipe's, else blocks of EVisRAG)")
     check.add_argument("--model", default="", help="folder or hub id of the model whose tokenizer counts tokens")
     for name, about in keys_of(InputsConfig).items():
         text = f"{about.help} Default: the recipe's, else {about.shown_default}."

@@ -77,6 +77,7 @@ def check_rows(
     *,
     prompt: str = "",
     image_dir: str = "",
+    gold: str = "",
     model: str = "",
     run: RunConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -85,6 +86,7 @@ def check_rows(
 
     purpose: "grpo" (gold evidence and answer), "sft" (whole responses), "test" (questions with accepted answers).
     prompt: a name in conf/prompt or a file; "" takes the rows' own messages, or "evidence" if the first has none.
+    gold: module:function that reads a row's gold; "" takes the run's, else that of EVisRAG's blocks.
     model: folder or hub id of the model whose tokenizer counts tokens; "" skips that check.
     run: takes the prompt and the columns of the rows from a run's configuration.
 
@@ -96,11 +98,12 @@ def check_rows(
         rows = [_renamed(row) for row in rows]
     first: Mapping[str, Any] = next((row.columns for row in rows if not row.fault), {})
     if run is None:
-        data = DataConfig(image_dir=image_dir, gold="rewards.evisrag:read_gold")
+        data = DataConfig(image_dir=image_dir, gold=gold or "rewards.evisrag:read_gold")
         has_own = bool(first.get("prompt")) or trainer_of(first) == "easyr1"
         template = named_prompt(prompt or ("raw" if has_own else "evidence"))
     else:
         template, data = named_prompt(prompt) if prompt else run.prompt, run.data
+        data = replace(data, gold=gold or data.gold)
     good, bad = sort_rows(rows, data, template, _counter(model, inputs), folder=folder, progress=progress)
     if purpose == "sft":
         places = {row.columns.get("id") or f"row-{row.number}": row.place for row in rows}

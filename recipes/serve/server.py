@@ -23,6 +23,7 @@ from typing import Any
 from aiohttp import web
 
 from recipes.answers.batch import result_line, step_line
+from recipes.answers.options import port
 from recipes.answers.questions import named_prompt
 from recipes.answers.types import Answer, Answerer, Resampling
 from recipes.infer import add_answerer_options, add_desk_options, answerer_of, default_prompt
@@ -297,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--allow-host", action="append", default=[], help="a further name under which clients may call this server"
     )
-    where.add_argument("--port", type=int, default=8000)
+    where.add_argument("--port", type=port, default=8000)
     where.add_argument("--allow-folder", type=Path, action="append", default=[], help="files in it may be read")
     where.add_argument("--max-request-mib", type=int, default=64, help="largest request")
     where.add_argument("--max-image-mib", type=int, default=20, help="largest image, compressed")

@@ -338,7 +338,7 @@ class InputProcessor:
         if self.video_token_id is None or ids.count(self.video_token_id) != len(prompt.videos):
             raise InputsError(
                 f"the chat template made {ids.count(self.video_token_id or -1)} video placeholders (token "
-                f"{self.video_token_id}) for {len(prompt.videos)} videos. Fix it to make one per video."
+                f"{self.video_token_id}) for {len(prompt.videos)} videos. Take a model whose template reads videos."
             )
         self._videos.require_marks(ids)
         return self._expanded_videos(ids, prompt)

@@ -129,7 +129,7 @@ def test_lmms_eval_gets_from_the_server_what_we_get_from_the_model(tmp_path, tin
     found = list(Path(tmp_path / "out").glob("**/*_samples_rsgrpo_rows.jsonl"))
     assert len(found) == 1, (done.stdout + done.stderr)[-3000:]  # it exits with 0 after an error of its own
     [samples] = found
-    theirs = {name: one.text.strip() for name, one in load_predictions(samples).by_id.items()}
+    theirs = {f"q{place}": one.text.strip() for place, one in load_predictions(samples).by_id.items()}
     ours = subprocess.run(
         [sys.executable, "-m", "recipes.infer", "--batch", str(tmp_path / "rows.jsonl"), "--prompt", "direct",
          "--model", str(tiny_model_path), "--max-tokens", "12", "--min-pixels", pixels[0], "--max-pixels", pixels[1],
