@@ -53,7 +53,7 @@ RAY_PROBE = """
 import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 probe = ray.remote(num_cpus=0.1)(lambda: 6 * 7)
 assert ray.get(probe.remote(), timeout=60) == 42
 ray.shutdown()
