@@ -190,6 +190,19 @@ def _held(path: Path, holder: dict[str, Any]) -> str:
     )
 
 
+Stamp = tuple[int, int, int] | None
+"""(inode, bytes, time of change) of a file; None without it."""
+
+
+def stamp(path: str | os.PathLike[str]) -> Stamp:
+    """Return what changes with a file's content."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def sync(path: str | os.PathLike[str]) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

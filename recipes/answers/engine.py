@@ -124,8 +124,12 @@ class LocalAnswerer:
 
     def image_tokens(self, images: Sequence[ImageSource]) -> int:
         """Return what `CountsImages` says; the engine is started."""
+        return sum(self._processor.page_tokens(Prompt("images", IMAGE_MARK * len(images), tuple(images))))
+
+    @property
+    def _processor(self) -> InputProcessor:
         processor: InputProcessor = self._engine.processor  # type: ignore[attr-defined]  # all of ours have one
-        return sum(processor.page_tokens(Prompt("images", IMAGE_MARK * len(images), tuple(images))))
+        return processor
 
     def close(self) -> None:
         """Release the engine."""
@@ -136,9 +140,8 @@ class LocalAnswerer:
         if group.error is not None:
             return Answer(group.prompt, "", "error", group.error)
         rollout = group.rollouts[0]
-        processor: InputProcessor = self._engine.processor  # type: ignore[attr-defined]
         read = [token_id for observation in rollout.observations for token_id in observation.token_ids_S]
-        num_read_of_images = read.count(processor.image_token_id)
+        num_read_of_images = read.count(self._processor.image_token_id)
         return Answer(
             group.prompt,
             rollout.text,
@@ -150,5 +153,5 @@ class LocalAnswerer:
             logprobs=tuple(rollout.logprobs_T),
             observations=rollout.observations if self._spec.rollout.turns.environment else None,
             num_observation_tokens=len(read) if self._spec.rollout.turns.environment else None,
-            num_image_tokens=sum(processor.page_tokens(group.prompt)) + num_read_of_images,
+            num_image_tokens=sum(self._processor.page_tokens(group.prompt)) + num_read_of_images,
         )

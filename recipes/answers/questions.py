@@ -170,10 +170,13 @@ def _file_name(source: str | ImageReference) -> bytes:
 
 
 def fingerprint_of(questions: Sequence[Question]) -> str:
-    """Return a short fingerprint of a benchmark: ids, questions, accepted answers, number of pages and rule columns."""
+    """Return a short fingerprint of a benchmark: ids, questions, accepted answers, pages, rule columns and videos."""
     digest = hashlib.sha256()
     for one in questions:
-        facts = (one.id, one.question, one.answers, one.is_sufficient, len(one.images), one.evidence, dict(one.columns))
+        facts: tuple[object, ...] = (
+            *(one.id, one.question, one.answers, one.is_sufficient, len(one.images), one.evidence, dict(one.columns)),
+            *(video.times for video in one.videos),
+        )
         digest.update(repr(facts).encode(errors="surrogatepass"))
     return digest.hexdigest()[:16]
 

@@ -36,7 +36,7 @@ from recipes.retrieval.search.index import IndexFault, VectorIndex
 from recipes.retrieval.search.keep import NO_FILTERS, Filters
 from recipes.retrieval.search.retriever import EXACT, Retriever, SearchSettings
 from recipes.retrieval.search.sync import bring_in_line
-from rollout.files import replaced
+from rollout.files import replaced, stamp
 from rollout.keys import key
 from rsgrpo.errors import InputError
 from rsgrpo.records.console import Console
@@ -380,7 +380,7 @@ class Library:
         folders = [self._index, *(folder for _, folder in self._search.further)]
         folders += [self._search.reranker[1]] if self._search.reranker else []
         files = [self._store / "pages.parquet", *(folder / "manifest.json" for folder in folders)]
-        return tuple(_stamp(file) for file in files)
+        return tuple(map(stamp, files))
 
     def _opened(self) -> Retriever:
         return Retriever(self._store, self._index, self.encoder, self._search, self._filters)
@@ -388,14 +388,6 @@ class Library:
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}
         return RenderSettings(**kept, max_pages=self._settings.max_pages, max_file_mb=self._settings.max_file_mb)
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    try:
-        status = file.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _found_with_maps(retriever: Retriever, question: str, k: int) -> tuple[list[FoundPage], dict[str, np.ndarray]]:

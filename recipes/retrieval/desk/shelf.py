@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +24,9 @@ from recipes.retrieval.encoders.choice import load_encoder
 from recipes.retrieval.search.origin import FILE as ENCODER_FILE
 from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import By, Retriever, SearchSettings
+from rollout.files import Stamp, stamp
 from rollout.inputs.images import decode, thumbnail
 
-Stamp = tuple[int, int, int] | None
-"""(inode, bytes, time of change) of a file; None without it."""
 CACHED_SEARCHES, CACHED_THUMBNAILS, CACHED_CROPS = 16_384, 4_096, 128
 
 
@@ -98,12 +96,12 @@ def store_shelf(store: str, index: str, by: By, k: int) -> Shelf:
     folder = Path(index) if index else Path(store) / "index"
     files = (Path(store) / "pages.parquet", folder / "manifest.json")
     with _OPENING:
-        return _opened(store, folder, by, k, tuple(map(_stamp, files)))
+        return _opened(store, folder, by, k, tuple(map(stamp, files)))
 
 
 @functools.lru_cache(8)
 def _opened(store: str, folder: Path, by: By, k: int, _: tuple[Stamp, ...]) -> StoreShelf:
-    encoder = None if by == "words" else _encoder(folder, _stamp(folder / ENCODER_FILE))
+    encoder = None if by == "words" else _encoder(folder, stamp(folder / ENCODER_FILE))
     return StoreShelf(Retriever(Path(store), folder, encoder, SearchSettings(by=by)), k)
 
 
@@ -112,18 +110,9 @@ def _encoder(folder: Path, _: Stamp) -> PageEncoder:
     return load_encoder(recall(folder, EncoderSettings("")))
 
 
-def _stamp(file: str | Path) -> Stamp:
-    """Return what changes with a file's content; None without the file."""
-    try:
-        status = os.stat(file)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def small(image: str, max_side: int) -> bytes:
     """Return a page's thumbnail as PNG; PromptError if it cannot be read."""
-    return _small(image, max_side, _stamp(image))
+    return _small(image, max_side, stamp(image))
 
 
 @functools.lru_cache(CACHED_THUMBNAILS)
@@ -137,7 +126,7 @@ def part(image: str, box: Box) -> bytes:
     Raises:
         PromptError: the page cannot be read.
     """
-    return _part(image, box, _stamp(image))
+    return _part(image, box, stamp(image))
 
 
 @functools.lru_cache(CACHED_CROPS)
