@@ -69,16 +69,6 @@ def token_spans(
     return text, tuple(spans_T)
 
 
-def fresh_text(told: str, text: str, *, is_whole: bool = False) -> str:
-    """Return the next piece of a growing response of which `told` was already sent, "" for nothing yet.
-
-    An incomplete character waits for its other bytes, or for the end of the response (`is_whole`): with told "a" and
-    text "ab\N{REPLACEMENT CHARACTER}" the result is "" at first.
-    """
-    waits = text.endswith("\N{REPLACEMENT CHARACTER}") and not is_whole
-    return text[len(told) :] if text.startswith(told) and not waits else ""
-
-
 def _require_byte_level(tokenizer: PreTrainedTokenizerBase) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(backend, "decoder", None)

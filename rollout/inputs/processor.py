@@ -17,8 +17,9 @@ from rollout.config import InputsConfig
 from rollout.engine import EngineOptions
 from rollout.errors import InputError, RsgrpoError, one_line
 from rollout.families import FAMILIES, Family
+from rollout.inputs.growing import pieces
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
-from rollout.inputs.offsets import fresh_text, token_spans
+from rollout.inputs.offsets import token_spans
 from rollout.inputs.video_reader import VideoReader
 from rollout.inputs.videos import IMAGE_MARK as IMAGE_MARK
 from rollout.inputs.videos import VIDEO_MARK, marked_pieces, shown
@@ -278,35 +279,8 @@ class InputProcessor:
     def pieces(
         self, updates: Iterable[Sequence[int] | Observation | RolloutGroup]
     ) -> Generator[str | Observation | RolloutGroup]:
-        """Turn a growing response into the pieces of text that a listener has not heard yet, then its group.
-
-        The pieces together are the group's text; an observation comes between the turns that it separates.
-
-        updates: the token ids of the turn so far, whenever there are more; observations; then the finished group.
-        """
-        turn: Sequence[int] = ()
-        heard, is_first = "", True
-        for update in updates:
-            if isinstance(update, RolloutGroup):
-                rollout = update.rollouts[0] if update.rollouts else None
-                start = rollout.observations[-1].at_char + 1 if rollout and not is_first else 0
-                if rollout and (piece := fresh_text(heard, rollout.text[start:], is_whole=True)):
-                    yield piece
-                yield update
-                return
-            if isinstance(update, Observation):
-                if piece := fresh_text(heard, self.decode(turn)[0], is_whole=True):
-                    yield piece
-                yield update
-                if update.token_ids_S:
-                    yield "\n"
-                    turn, heard, is_first = (), "", False
-                continue
-            turn = update
-            text, _ = self.decode(turn)
-            if piece := fresh_text(heard, text):
-                yield piece
-                heard = text
+        """Turn a growing response into the pieces of text that a listener has not heard yet; see `growing.pieces`."""
+        return pieces(updates, lambda token_ids_T: self.decode(token_ids_T)[0])
 
     def rollout(self, token_ids_T: Sequence[int], logprobs_T: Sequence[float], weights_version: int) -> Rollout:
         """Return a sampled response with its text; it was cut at the limit unless end-of-text is its last token."""
@@ -433,23 +407,6 @@ class InputProcessor:
         for token in self._forbidden_in_text:
             if token in text:
                 raise PromptError(f"{where} contains the control token {token!r}. Remove it; <image> marks an image.")
-
-
-def require_same_tokens(teacher: str, student: str) -> None:
-    """Check that every token of one model folder has the same number in another, and ends a response there too.
-
-    Raises:
-        InputsError: a token differs.
-    """
-    taught, own = (AutoTokenizer.from_pretrained(folder) for folder in (teacher, student))
-    known = taught.get_vocab()
-    differing = [token for token, number in own.get_vocab().items() if known.get(token) != number]
-    if differing or taught.eos_token != own.eos_token:
-        what = f"{len(differing):,} tokens differ, such as {min(differing)!r}" if differing else "they end differently"
-        raise InputsError(
-            f"model.teacher={teacher} cannot judge the responses of {student} token by token: {what}. Take a teacher "
-            "of the same tokenizer."
-        )
 
 
 def _content(text: str, has_videos: bool = False) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from rollout.config import Dtype, InputsConfig
 from rollout.families.features import FeatureCache
 from rollout.files import replaced
 from rollout.inputs.images import with_bytes
-from rollout.inputs.processor import InputProcessor, require_same_tokens
+from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
 from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
@@ -48,6 +48,7 @@ from rsgrpo.learning.policy import (
     empty_model,
     load_model,
     recompute,
+    require_same_tokens,
     scale_adapters,
     shrink_frozen,
 )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from rollout.families import Family, family_of
 from rsgrpo.config.learner import LoraConfig, ModelConfig, parse_checkpointing
@@ -46,6 +46,23 @@ def load_model(config: ModelConfig) -> Any:
 def frozen_model(config: ModelConfig) -> ModelConfig:
     """Return the frozen model of a run: the teacher where there is one, else what the policy starts from."""
     return replace(config, path=config.teacher, revision="", lora=LoraConfig()) if config.teacher else config
+
+
+def require_same_tokens(teacher: str, student: str) -> None:
+    """Check that every token of one model folder has the same number in another, and ends a response there too.
+
+    Raises:
+        InputError: a token differs.
+    """
+    taught, own = (AutoTokenizer.from_pretrained(folder) for folder in (teacher, student))
+    known = taught.get_vocab()
+    differing = [token for token, number in own.get_vocab().items() if known.get(token) != number]
+    if differing or taught.eos_token != own.eos_token:
+        what = f"{len(differing):,} tokens differ, such as {min(differing)!r}" if differing else "they end differently"
+        raise InputError(
+            f"model.teacher={teacher} cannot judge the responses of {student} token by token: {what}. Take a teacher "
+            "of the same tokenizer."
+        )
 
 
 def empty_model(config: ModelConfig) -> Any:

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.demo.model import train_tokenizer
-from rollout.inputs.offsets import OffsetsError, fresh_text, token_spans
+from rollout.inputs.growing import fresh_text
+from rollout.inputs.offsets import OffsetsError, token_spans
 
 CORPUS = [
     "<observe>page 1 shows a code</observe>\n<evidence>\n[1]: code 4 amount 7\n[2]: no relevant information\n"
