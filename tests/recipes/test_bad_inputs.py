@@ -11,6 +11,7 @@ import pytest
 
 from recipes import evaluate, infer, prepare
 from recipes.evaluate import EvaluateConfig
+from recipes.serve import server
 from recipes.synthesize import commands as synthesize
 from rsgrpo.config.train import PromptConfig
 from rsgrpo.errors import InputError, RsgrpoError
@@ -191,3 +192,10 @@ def test_a_prediction_file_that_cannot_be_read_is_named_with_its_line(text, here
     (here / "preds.jsonl").write_text(text)
     with pytest.raises(InputError, match=r"line 1 of preds\.jsonl"):
         evaluate.evaluate(EvaluateConfig(benchmark="rows.jsonl", predictions="preds.jsonl", prompt=PROMPT))
+
+
+@pytest.mark.parametrize("given", ["99999", "-1", "http"])
+def test_a_port_that_is_none_is_refused_before_anything_starts(given, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        server.main(["--model", "m", "--port", given])
+    assert f"a port is a number from 0 to 65535, got '{given}'" in says(capsys)

@@ -130,6 +130,13 @@ def test_a_broken_line_is_one_of_the_rows_that_cannot_be_used(pages, capsys):
     assert "2 of 3 rows cannot be used (2 x broken row)" in out
 
 
+def test_the_flag_that_is_named_for_plain_answers_is_one_that_works(pages, capsys):
+    source = write_rows(pages / "plain.jsonl", [{"id": "q1", "prompt": "what colour?", "answer": "red"}])
+    assert run("validate", source) == 1
+    assert "for rows with plain answers, set --gold rewards.gold:plain" in capsys.readouterr().out
+    assert run("validate", source, "--gold", "rewards.gold:plain") == 0
+
+
 def test_rows_for_sft_need_the_whole_response_and_the_columns_of_training(pages, capsys):
     rows = [{"id": name, "prompt": PROMPT, "answer": text, "image": ["a.png", "b.png"]}
             for name, text in (("short", GOLD), ("whole", WHOLE))]  # fmt: skip
