@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ablation_tables import ARMS, RATES, SCORES, STEPS, TUNED_ON, TUNING_SEEDS, read_runs, tables, tuned_rate
-from benchmarks.ablations import RESULTS, Planned, plan, sweep
+from benchmarks.ablations.sweep import RESULTS, Planned, plan, sweep
+from benchmarks.ablations.tables import (
+    ARMS,
+    RATES,
+    SCORES,
+    STEPS,
+    TUNED_ON,
+    TUNING_SEEDS,
+    read_runs,
+    tables,
+    tuned_rate,
+)
 from rsgrpo import cli
 from rsgrpo.config.train import TrainConfig
 

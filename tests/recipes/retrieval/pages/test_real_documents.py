@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.retrieval_outline import outline, write_judgments
+from benchmarks.retrieval.outline import outline, write_judgments
 from recipes import retrieve
 from recipes.retrieval.pages.store import PageStore, hash_file
 from tests.material.retrieval import stop_python, write_pdf

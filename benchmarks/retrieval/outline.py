@@ -1,4 +1,4 @@
-"""Outline titles of a real manual as queries, MiniLM on its text layer: `python -m benchmarks.retrieval_outline`.
+"""Outline titles of a real manual as queries, MiniLM on its text layer: `python -m benchmarks.retrieval.outline`.
 
 `python tools/fetch_test_documents.py` fetches the manual and the model; another PDF with an outline serves as well.
 Runs the commands that a user would: ingest, index, run, evaluate.

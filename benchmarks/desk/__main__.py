@@ -29,7 +29,7 @@ from rsgrpo.report.line_chart import line_chart
 FULL_SIZE = 112 * 56  # pixels of a page of the demo, as its file has it
 SPLITS = ("sft", "train", "val")
 WINDOW = 5  # steps per point of a drawn curve
-RESULTS = Path(__file__).parent / "desk_runs"
+RESULTS = Path(__file__).parent / "runs"
 KEPT = ("reward/", "monitor/", "rollout/turns", "rollout/num_tokens_mean", "actor/entropy", "actor/grad_norm", "val/")
 """The metrics of a run that its json holds."""
 CURVES = (
@@ -163,7 +163,9 @@ def draw(results: Path, out: Path) -> None:
 
 def main() -> None:
     """Run what is missing; print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.desk", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of warm start and training")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="policies to run")
     parser.add_argument("--folder", type=Path, default=Path("desk-trial"), help="where everything is")

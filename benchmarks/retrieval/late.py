@@ -1,4 +1,4 @@
-"""First-stage late interaction at scale: `python -m benchmarks.retrieval_late --pages 100000`.
+"""First-stage late interaction at scale: `python -m benchmarks.retrieval.late --pages 100000`.
 
 Times the exact MaxSim scan of an index on disk, and FAISS over pooled vectors whose candidates are scored by all of
 their vectors, with recall@10 of the second against the first. Each runs in a process of its own, whose memory counts;
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.retrieval import SYNTHETIC, ids_of, peak_mb, timed
+from benchmarks.retrieval.scale import SYNTHETIC, ids_of, peak_mb, timed
 from recipes.retrieval.search.index import Backend, VectorIndex
 
 CENTRES = 20_000

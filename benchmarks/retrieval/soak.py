@@ -1,7 +1,7 @@
 """Ask a store for hours in minutes: several users ask while documents come and go; every answer is checked.
 
-    python -m benchmarks.soak                     # the page (recipes.app), by its own queue: 1,000 questions, 4 users
-    python -m benchmarks.soak --over serve        # the same over HTTP (recipes.retrieve serve)
+    python -m benchmarks.retrieval.soak                     # the page (recipes.app), by its queue: 1,000 questions, 4 users
+    python -m benchmarks.retrieval.soak --over serve        # the same over HTTP (recipes.retrieve serve)
 
 The server is a process of its own, whose resident set counts, with MiniLM loaded (tools/fetch_test_documents.py) and a
 hybrid search. The answerer is scripted: it answers with the digest of the first page that it was given, so that what
@@ -318,7 +318,7 @@ def make_store(folder: Path) -> None:
 
 def main() -> None:
     """Run the command line."""
-    top = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.partition("\n")[0])
+    top = argparse.ArgumentParser(prog="python -m benchmarks.retrieval.soak", description=__doc__.partition("\n")[0])
     top.add_argument("--over", choices=("app", "serve"), default="app")
     top.add_argument("--questions", type=int, default=1_000)
     top.add_argument("--users", type=int, default=4)

@@ -1,4 +1,4 @@
-"""Pairs of pages and their content in words: `python -m benchmarks.retrieval_forms --pages forms`.
+"""Pairs of pages and their content in words: `python -m benchmarks.retrieval.forms --pages forms`.
 
 forms: a page shows two scanned digits, a code and an amount; its query says them. 100 held-out pages, one for each
 content. easy_vqa: a page shows two images of the package easy-vqa side by side, each of one coloured shape; 100

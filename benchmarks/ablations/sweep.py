@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation_tables import (
+from benchmarks.ablations.tables import (
     ARMS,
     LEVELS,
     RATES,
@@ -39,7 +39,7 @@ from benchmarks.ablation_tables import (
 from rollout.files import write_text
 from rsgrpo.config.train import TrainConfig
 
-RESULTS = Path(__file__).parent / "credit_runs"
+RESULTS = Path(__file__).parent / "runs"
 EXPORTED = "preprocessor_config.json"  # the file that an export writes last
 KEPT = ("reward/", "monitor/", "actor/entropy", "actor/grad_norm", "actor/skipped", "rollout/num_tokens_mean", "val/")
 """The metrics of a run that its json holds; of rewards and monitors the means."""
@@ -173,7 +173,9 @@ def sweep(wanted: Iterable[Planned], folder: Path, results: Path) -> None:
 
 def main() -> None:
     """Run what is missing; print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS), help="of the demo's questions")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="rules to run")
     parser.add_argument("--seeds", type=int, default=8, help="fresh seeds of every arm and level, from 1")
@@ -185,7 +187,3 @@ def main() -> None:
     if not arguments.table:
         sweep(plan(arguments.levels, arguments.arms, arguments.seeds), arguments.folder.absolute(), results)
     print("\n\n".join(tables(read_runs(results))))
-
-
-if __name__ == "__main__":
-    main()

@@ -282,7 +282,9 @@ def vectors_of(encoded: Iterator[tuple[str, np.ndarray]]) -> np.ndarray:
 
 def main() -> None:
     """Print one JSON line per measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="what", required=True)
     searching = commands.add_parser("vectors")
     searching.add_argument("--pages", type=int, nargs="+", default=[10_000, 100_000])
@@ -317,7 +319,3 @@ def main() -> None:
     else:
         for row in encode(options):
             print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Vectors, late interaction, words, and fusions on questions of a person: `python -m benchmarks.retrieval_hybrid`.
+"""Vectors, late interaction, words, and fusions on questions of a person: `python -m benchmarks.retrieval.hybrid`.
 
-Two sets, each over documents of its own: 115 questions about the gnuplot manual (`retrieval_questions.tsv`), and 139
-about the manuals of Bash and R (`retrieval_questions_shell.tsv`). A line is the page where the section begins that
+Two sets, each over documents of its own: 115 questions about the gnuplot manual (`questions_gnuplot.tsv`), and 139
+about the manuals of Bash and R (`questions_shell.tsv`). A line is the page where the section begins that
 answers, and the question. They were written from the tables of contents, before any search was run.
 
 `tools/fetch_test_documents.py` fetches the manuals and MiniLM, which reads the text layer: as one vector per page, and
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.retrieval_outline import write_judgments
+from benchmarks.retrieval.outline import write_judgments
 from recipes import retrieve
 from recipes.retrieval.evaluation.scores import evaluate_run, read_qrels, read_run, resolve_qrels
 from recipes.retrieval.pages.store import PageStore
@@ -49,10 +49,10 @@ class QuestionSet:
 
 
 SETS = (
-    QuestionSet("gnuplot", HERE / "retrieval_questions.tsv", (MANUAL,), f"{MANUAL.name}#"),
+    QuestionSet("gnuplot", HERE / "questions_gnuplot.tsv", (MANUAL,), f"{MANUAL.name}#"),
     QuestionSet(
         "bash and R",
-        HERE / "retrieval_questions_shell.tsv",
+        HERE / "questions_shell.tsv",
         tuple(MANUALS / name for names in FURTHER.values() for name in names),
     ),
 )

@@ -1,0 +1,1 @@
+"""The trial of credit rules; `python -m benchmarks.ablations` runs what is missing of it."""

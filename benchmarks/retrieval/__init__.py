@@ -1,0 +1,1 @@
+"""Benchmarks of visual retrieval; `python -m benchmarks.retrieval` times searches, ingest and encoders."""
