@@ -1,7 +1,7 @@
 """Ask a store for hours in minutes: several users ask while documents come and go; every answer is checked.
 
-    python -m benchmarks.retrieval.soak                  # the page (recipes.app), by its queue: 1,000 questions, 4 users
-    python -m benchmarks.retrieval.soak --over serve     # the same over HTTP (recipes.retrieve serve)
+    python -m benchmarks.retrieval.soak                 # the page (recipes.app), by its queue: 1,000 questions, 4 users
+    python -m benchmarks.retrieval.soak --over serve    # the same over HTTP (recipes.retrieve serve)
 
 The server is a process of its own, whose resident set counts, with MiniLM loaded (tools/fetch_test_documents.py) and a
 hybrid search. The answerer is scripted: it answers with the digest of the first page that it was given, so that what
