@@ -7,7 +7,6 @@ exists.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import functools
 import importlib.util
@@ -27,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from recipes.answers.options import Parser
 from recipes.demo.evisrag_layout import BENCHMARKS, PROMPT_FILE, TEST_FILE, TRAIN, TRAIN_FILES
 from recipes.evaluation.intervals import Difference
 from recipes.evaluation.page import signed
@@ -263,7 +263,7 @@ def run_stages(engine: str, seed: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    top = argparse.ArgumentParser(prog="python -m recipes.evisrag_mini", description=__doc__.split("\n")[0])
+    top = Parser(prog="python -m recipes.evisrag_mini", description=__doc__.split("\n")[0])
     top.add_argument("--engine", choices=["vllm", "hf"], default="vllm", help="evaluates, infers and serves")
     top.add_argument("--seed", type=int, default=0, help="of SFT and RL; the data's is that of `recipes.prepare demo`")
     options = top.parse_args(argv)

@@ -17,7 +17,7 @@ from typing import IO, Any, get_args
 from recipes.answers.at_desk import MAX_IMAGES, desk_turns
 from recipes.answers.batch import answer_batch, result_line
 from recipes.answers.conversations import open_conversing
-from recipes.answers.options import option_of
+from recipes.answers.options import Parser, option_of
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.reader import Reader
 from recipes.answers.spec import (
@@ -189,9 +189,7 @@ def run_batch(options: argparse.Namespace, reader: Reader) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m recipes.infer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = Parser(prog="python -m recipes.infer", description=__doc__)
     top.add_argument(
         "question", nargs="?", help="one question; without it and without --batch, questions are read line by line"
     )
@@ -253,8 +251,6 @@ def add_answerer_options(top: argparse.ArgumentParser) -> None:
         default = about.default
         if name in ("min_pixels", "max_pixels"):
             text, default = f"{text} Default: what an exported model was trained with, else {default:,}.", None
-        elif default != "":
-            text = f"{text} Default: %(default)s."
         kind, choices = type(about.default), about.one_of or None
         groups[section].add_argument(option, type=kind, choices=choices, default=default, help=text)
     groups["rollout"].add_argument("--seed", type=int, default=0, help="Seed of the sampling.")

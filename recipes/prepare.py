@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.answers.options import add_options, option_of
+from recipes.answers.options import Parser, add_options, option_of
 from recipes.demo.desk_make import DeskSettings, write_desk_data, write_desk_model
 from recipes.demo.desk_rows import DeskJob
 from recipes.demo.forms import FormJob
@@ -153,7 +153,7 @@ def write_demo_data(settings: DemoSettings, folder: Path, console: Console) -> d
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    top = argparse.ArgumentParser(prog="python -m recipes.prepare", description=__doc__.split("\n")[0])
+    top = Parser(prog="python -m recipes.prepare", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     demo = add_command(commands, "demo", run_demo, "handwritten form pages and a small model")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for data/ and model/")

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_ingest(command: argparse.ArgumentParser) -> None:
     command.description = "Render documents into a store. Run it again to add, update and remove what has changed."
     command.add_argument("documents", nargs="+", type=Path, metavar="DOCS", help="folders (recursively) or files")
-    command.add_argument("--out", type=Path, required=True, metavar="STORE")
+    command.add_argument("--out", type=Path, required=True, metavar="STORE", help="folder of the pages")
     add_options(command, RenderSettings)
     command.add_argument("--page-timeout-s", type=float, default=120.0, help="a document without progress is abandoned")
     command.add_argument("--document-timeout-s", type=float, default=3600.0, help="limit of a document as a whole")
@@ -168,7 +168,7 @@ def _stream_on_ray(options: argparse.Namespace) -> tuple[EncoderIdentity, Encode
 def _add_search(command: argparse.ArgumentParser) -> None:
     command.description = "Find the pages for a question: a table, or JSON lines."
     add_encoder(command)
-    command.add_argument("queries", nargs="+", metavar="QUERY")
+    command.add_argument("queries", nargs="+", metavar="QUERY", help="a question")
     add_search_options(command)
     add_sync(command)
     command.add_argument("--json", action="store_true", help="one JSON line per query")
@@ -197,7 +197,7 @@ def _search(options: argparse.Namespace) -> None:
 def _add_ask(command: argparse.ArgumentParser) -> None:
     command.description = "Answer a question from the pages that it finds, and cite document and page."
     add_encoder(command)
-    command.add_argument("question")
+    command.add_argument("question", metavar="QUESTION", help="about any pages of the store")
     add_search_options(command)
     add_sync(command)
     add_answerer(command)

@@ -47,6 +47,9 @@ FILE is a .jsonl with one response per line:
   num_tokens, truncated, question, images, id   if the reward reads them
 or the stored rollouts of a run: a .parquet file, its folder, or the run's folder.
 
+A reward in a file rewards.py of yours needs Python's -P, or Python runs that file in the place of this program:
+  python -P -m rewards rewards:mine responses.jsonl
+
 examples:
   python -m rewards rewards.evisrag:accuracy responses.jsonl --limit 3
   python -m rewards rewards.evisrag:overlong runs/demo --args '{"max_tokens": 512, "buffer_tokens": 128}' --summary
@@ -164,7 +167,8 @@ async def try_reward(function: Reward, response: Response, policy: str, timeout_
         return Trial()
     missed = None in spans
     if missed and isinstance(value, float) and policy == "error":
-        return Trial(missed=True, error="a scope marker is missing, and --policy is 'error'")
+        text = "a scope marker is missing, and --policy is 'error'"
+        return Trial(missed=True, error=text, kind=text)
     if missed and isinstance(value, float) and policy == "widen":
         spans = [Span(0, len(response.text))]
     return Trial(value, tuple(span for span in spans if span is not None), missed)
@@ -315,8 +319,9 @@ def summarise(target: str, trials: Sequence[Trial], policy: str) -> str:
         lines.append(f"  score           mean {mean:.4f}, {spread}{min(scores):g} to {max(scores):g}")
     lines.append(f"  missed marker   {num_missed}" + (f" ({policy}: {POLICIES[policy]})" if num_missed else ""))
     lines.append(f"  errors          {sum(bool(trial.error) for trial in trials)}")
-    kinds = Counter(trial.kind or trial.error for trial in trials if trial.error)
-    lines += [f"    {count} x {kind}" for kind, count in kinds.most_common()]
+    kinds = Counter(trial.kind for trial in trials if trial.error)
+    first = {trial.kind: trial.error for trial in reversed(trials)}
+    lines += [f"    {count} x {' '.join(first[kind].split())}" for kind, count in kinds.most_common()]
     return "\n".join(lines)
 
 

@@ -268,6 +268,11 @@ def load_reward(target: str, arguments: Mapping[str, Any] | None = None) -> Rewa
         rewards_there = (
             f"Its rewards are {', '.join(shipped)}." if shipped else "No function there is marked by @reward."
         )
+        if module_name in PACKAGES and module.__name__ == module_name:
+            rewards_there = (
+                f"This is rsgrpo's own package, and {os.getcwd()} has no {module_name}.py of yours. Start from its "
+                "folder, as `python -P -m ...`."
+            )
         raise RewardError(f"'{module_name}' has no '{name}'{hint}{rewards_there}")
     function = getattr(module, name)
     if not _is_marked(function):

@@ -41,7 +41,8 @@ def open_answerer(spec: AnswerSpec) -> Answerer:
 
         return Endpoint(spec.endpoint, spec.sampling(), spec.inputs)
     path = spec.model.path
-    require(path != "", "model.path is empty: name a model folder or hub id, or an endpoint (endpoint.url)")
+    why = "the fake engine has no weights, but the tokenizer of a model: " if spec.rollout.engine == "fake" else ""
+    require(path != "", f"model.path is empty: {why}name a model folder or hub id, or an endpoint (endpoint.url)")
     require_model("model.path", path, MADE_BY)
     return LocalAnswerer(spec)
 

@@ -45,8 +45,8 @@ class DefaultsFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds "(default: ...)" to the help of an option, unless it is off, empty, or said already."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, "", False, True, argparse.SUPPRESS) and action.default != []
-        if not shown or not action.option_strings or "default" in (action.help or ""):
+        is_off = action.default is None or isinstance(action.default, bool) or action.default in ("", argparse.SUPPRESS)
+        if is_off or action.default == [] or not action.option_strings or "default" in (action.help or "").lower():
             return action.help
         return f"{action.help or ''} (default: %(default)s)"
 

@@ -15,6 +15,8 @@ from rsgrpo.records.secrets import masked_address
 MADE_BY = {
     "demo/": "make demo",
     "runs/demo/": "make demo",
+    "desk/": "make desk-demo",
+    "runs/desk_demo/": "make desk-demo",
     "evisrag-mini/": "make evisrag-mini",
     "runs/": "python -m rsgrpo.train recipe=RECIPE name=NAME",
 }

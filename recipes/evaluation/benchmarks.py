@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 
 from recipes.answers.questions import Question, read_questions
-from rollout.keys import nearest
+from recipes.answers.spec import MADE_BY
+from rollout.keys import nearest, require
+from rsgrpo.config.checks import how_to_get
 from rsgrpo.data.hub_folder import published_folder
 from rsgrpo.errors import ConfigError, InputError
 
@@ -63,6 +65,7 @@ def find_benchmark(name: str, folder: str, topk: int) -> Path:
     if known is None:
         if Path(name).is_dir():
             return _file_of(Path(name), topk)
+        require(not name.startswith(tuple(MADE_BY)), how_to_get("benchmark", name, MADE_BY))
         if _HUB_ID.fullmatch(name) and not Path(name).parent.is_dir():
             return _file_of(_fetched(name, folder), topk)
         raise ConfigError(

@@ -5,13 +5,13 @@ Results that were scored or predicted differently do not stand in one table unle
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.answers.options import Parser
 from recipes.evaluation.intervals import Estimate
 from recipes.evaluation.page import percent
 from rollout.errors import run_program
@@ -96,7 +96,7 @@ def _shown(found: Estimate | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    top = argparse.ArgumentParser(prog="python -m recipes.evaluation.table", description=__doc__.split("\n")[0])
+    top = Parser(prog="python -m recipes.evaluation.table", description=__doc__.split("\n")[0])
     top.add_argument("results", metavar="FOLDER", type=Path, nargs="+", help="that recipes.evaluate wrote")
     top.add_argument("--scores", default="", help="names in results.json, separated by commas")
     top.add_argument("--mixed", action="store_true", help="allow different protocols and settings, and show them")

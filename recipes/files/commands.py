@@ -177,8 +177,7 @@ def run_mini(options: dict[str, Any], console: Console) -> None:
 
 def add_command(commands: Any, name: str, run: Run, meaning: str) -> argparse.ArgumentParser:
     """Add a command and return its parser."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    command: argparse.ArgumentParser = commands.add_parser(name, help=meaning, formatter_class=formatter)
+    command: argparse.ArgumentParser = commands.add_parser(name, help=meaning)
     command.set_defaults(run=run)
     return command
 

@@ -34,7 +34,7 @@ def add_serve_command(command: argparse.ArgumentParser) -> None:
     listening = "0.0.0.0 lets other machines in; set RSGRPO_SERVE_TOKEN for a bearer token"
     where.add_argument("--host", default="127.0.0.1", help=listening)
     where.add_argument("--allow-host", action="append", default=[], help="a further name that clients may call it by")
-    where.add_argument("--port", type=port, default=8001)
+    where.add_argument("--port", type=port, default=8001, help="0: any free port")
     where.add_argument("--max-connections", type=int, default=256, help="further ones are closed at once")
     where.add_argument("--max-requests", type=int, default=32, help="waiting ones included; further ones get 429")
     where.add_argument("--max-upload-mb", type=int, default=1_024, help="of all files of an upload")

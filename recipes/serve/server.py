@@ -23,7 +23,7 @@ from typing import Any
 from aiohttp import web
 
 from recipes.answers.batch import result_line, step_line
-from recipes.answers.options import port
+from recipes.answers.options import Parser, port
 from recipes.answers.questions import named_prompt
 from recipes.answers.types import Answer, Answerer, Resampling
 from recipes.infer import add_answerer_options, add_desk_options, answerer_of, default_prompt
@@ -290,7 +290,7 @@ def _fault(piece: Piece) -> RequestError | None:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    top = argparse.ArgumentParser(prog="python -m recipes.serve", description=__doc__.split("\n")[0])
+    top = Parser(prog="python -m recipes.serve", description=__doc__.split("\n")[0])
     where = top.add_argument_group("where to listen, and what to accept")
     where.add_argument(
         "--host", default="127.0.0.1", help=f"0.0.0.0 lets other machines in; set {TOKEN_VARIABLE} for a bearer token"
@@ -298,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
     where.add_argument(
         "--allow-host", action="append", default=[], help="a further name under which clients may call this server"
     )
-    where.add_argument("--port", type=port, default=8000)
+    where.add_argument("--port", type=port, default=8000, help="0: any free port")
     where.add_argument("--allow-folder", type=Path, action="append", default=[], help="files in it may be read")
     where.add_argument("--max-request-mib", type=int, default=64, help="largest request")
     where.add_argument("--max-image-mib", type=int, default=20, help="largest image, compressed")

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from recipes.answers.at_desk import MAX_IMAGES, desk_turns
 from recipes.answers.batch import rewrite
+from recipes.answers.options import Parser
 from recipes.answers.parsing import parse_strict
 from recipes.answers.questions import Question, named_prompt, read_questions, to_prompt
 from recipes.answers.types import Answerer
@@ -121,7 +122,7 @@ def write_rows(questions: Sequence[Question], kept: Mapping[str, str], config: S
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    top = argparse.ArgumentParser(prog="python -m recipes.synthesize", description=__doc__.split("\n")[0])
+    top = Parser(prog="python -m recipes.synthesize", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_trajectories(
         commands.add_parser("trajectories", help="observe, evidence, think and answer for questions with answers")

@@ -19,6 +19,7 @@ from rollout.types import Prompt
 from rsgrpo.config.train import DataConfig, PromptConfig
 from rsgrpo.data.checked_images import CheckedImages
 from rsgrpo.data.faults import OVERLONG, BadRow, counted, explained
+from rsgrpo.data.foreign import trainer_of
 from rsgrpo.data.prompts import RowChecker, TokenCounter, as_ours
 from rsgrpo.data.rows import Row, find_images, image_entries, read_rows
 from rsgrpo.errors import InputError
@@ -110,6 +111,8 @@ def about_images(rows: Sequence[Row], data: DataConfig) -> str:
         return f"{len(without)} of {len(rows)} rows have no image and are used as text ({without[0].place} first)"
     if any(column in row.columns for row in rows):
         return "no row has an image: all are used as text"
+    if trainer_of(without[0].columns) == "llamafactory":
+        return ""  # each of these rows is told how to convert it
     has = ", ".join(without[0].columns)
     return (
         f"no row has a column {column!r}, so all are used as text; they have {has}. Name the images' column as "

@@ -16,6 +16,7 @@ MARKS = "<image> marks differ from images"
 VIDEO_MARKS = "<video> marks differ from videos"
 TOO_MANY_VIDEOS = "too many videos"
 EMPTY_PROMPT = "empty prompt"
+FOREIGN = "row for another trainer"
 TOO_MANY_IMAGES = "too many images"
 MAX_LISTED_ROWS = 20
 CAUSES = {

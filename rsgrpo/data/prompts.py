@@ -20,6 +20,7 @@ from rsgrpo.data.checked_images import CheckedImages
 from rsgrpo.data.faults import (
     BROKEN,
     EMPTY_PROMPT,
+    FOREIGN,
     MARKS,
     NO_IMAGE,
     OVERLONG,
@@ -232,15 +233,16 @@ class RowChecker:
         """Return the user message and the bare question."""
         data = self._data
         own, question = columns.get(data.columns["prompt"]), columns.get(data.columns["question"])
+        convert = how_to_convert(columns)
+        kind = FOREIGN if convert else EMPTY_PROMPT
         if own is not None and not isinstance(own, str):
             got = f"column {data.columns['prompt']!r} must be text, got {type(own).__name__}"
-            raise RowFault(EMPTY_PROMPT, got + how_to_convert(columns))
+            raise RowFault(kind, got + convert)
         if question is None:
             question = (own or "").replace(IMAGE_MARK, "").replace(VIDEO_MARK, "").strip()
         question = str(question)
         text = render_template(self._template, question, num_images, num_videos) if self._template else (own or "")
         if not text.replace(IMAGE_MARK, "").strip() or (self._template and not question):
-            has = ", ".join(columns) + how_to_convert(columns)
-            column = data.columns["question"] if self._template else data.columns["prompt"]
-            raise RowFault(EMPTY_PROMPT, f"column {column!r} is missing or empty; the row has {has}")
+            column, has = data.columns["question" if self._template else "prompt"], ", ".join(columns)
+            raise RowFault(kind, f"column {column!r} is missing or empty; the row has {has}{convert}")
         return text, question

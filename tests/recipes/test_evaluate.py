@@ -88,6 +88,7 @@ def test_a_benchmark_is_found_by_name_folder_and_file(data, tmp_path):
         ("SlideVQA", 0, "topk must be >= 1"),
         ("DocVQA", 3, r"openbmb/EVisRAG-Test-DocVQA is not on this machine[\s\S]*benchmark_dir"),
         ("none/of/this.jsonl", 3, "neither an existing file or folder"),
+        ("desk/data/val.jsonl", 0, r"benchmark=desk/data/val\.jsonl: there is no .* Run `make desk-demo` once"),
     ],
 )
 def test_a_benchmark_that_is_not_there_says_what_is(data, name, topk, complaint):

@@ -106,6 +106,7 @@ def test_one_question_streams_to_the_terminal(serve, page, capsys):
     [
         (["q", "--image", "none.png"], "no such image: none.png"),
         (["q"], "--model is empty"),
+        (["q", "--engine", "fake"], "--model is empty: the fake engine has no weights, but the tokenizer of a model"),
         (["q", "--model", "none/of/this"], "there is no such file or folder"),
         (["q", "--model", "runs/demo/exprt"], "Run `make demo`"),
         (["q", "--model", "runs/gone"], "there is no such file or folder"),

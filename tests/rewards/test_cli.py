@@ -161,7 +161,7 @@ def test_the_same_error_over_many_rows_is_shown_once_and_counted(capsys, workdir
     status, out, _ = run(capsys, "cli_rewards:fails", file)
     assert status == 1
     assert out.count("ERROR KeyError") == 1
-    assert "  errors          5\n    5 x KeyError at cli_rewards.py:" in out
+    assert "  errors          5\n    5 x KeyError: 'no such thing' (cli_rewards.py:" in out
 
 
 def test_a_reward_may_leave_the_program_or_hang_and_is_told_so(capsys, workdir):

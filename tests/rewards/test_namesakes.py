@@ -67,6 +67,11 @@ def test_a_reward_in_a_file_named_rewards_is_found(folder):
         load_reward("rewards:mime")
 
 
+def test_a_file_named_rewards_that_is_elsewhere_is_asked_for(folder):
+    with pytest.raises(RewardError, match=r"'rewards' has no 'mine'\. This is rsgrpo's own package: .* -P -m"):
+        load_reward("rewards:mine")
+
+
 def test_a_reward_in_a_folder_named_rewards_is_found(folder):
     Path("rewards").mkdir()
     Path("rewards/other.py").write_text(MINE.replace("0.25", "0.5"))

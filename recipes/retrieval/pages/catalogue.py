@@ -72,7 +72,7 @@ def add_catalogue(commands: Any) -> None:
     """Add the commands."""
     listing = commands.add_parser("list", help="list the documents of a store, and the files that were not taken")
     listing.description = "List the documents of a store with their pages, roots, notes and errors."
-    listing.add_argument("store", type=Path, metavar="STORE")
+    listing.add_argument("store", type=Path, metavar="STORE", help="folder that ingest made")
     which = listing.add_mutually_exclusive_group()
     which.add_argument("--skipped", action="store_true", help="files that are not read, and why")
     which.add_argument("--errors", action="store_true", help="documents without pages, or without some of them")
@@ -81,7 +81,7 @@ def add_catalogue(commands: Any) -> None:
     listing.set_defaults(run=_list)
     remove = commands.add_parser("remove", help="take documents, folders or roots out of a store")
     remove.description = "Take documents out of a store; the files themselves are left alone, except uploaded copies."
-    remove.add_argument("store", type=Path, metavar="STORE")
+    remove.add_argument("store", type=Path, metavar="STORE", help="folder that ingest made")
     remove.add_argument("names", nargs="+", metavar="NAME", help="a document, a folder or a root, even if it is gone")
     remove.set_defaults(run=_remove)
 

@@ -11,6 +11,7 @@ import pytest
 
 from recipes import prepare
 from recipes.answers.questions import read_questions
+from recipes.files.row_check import check_rows
 from rollout.config import InputsConfig
 from rollout.inputs.processor import InputProcessor
 from rsgrpo.config.train import DataConfig, PromptConfig
@@ -133,6 +134,10 @@ def test_a_run_that_is_given_rows_of_llamafactory_names_the_command(page, tiny_m
     processor = InputProcessor(tiny_model_path, InputsConfig(784, 12544))
     with pytest.raises(InputError, match=r"recipes\.prepare convert FILE --from llamafactory --out rows\.jsonl"):
         load_prompts("theirs.jsonl", DataConfig(), PromptConfig(), processor)
+    Path("theirs.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    report = "\n".join(check_rows("theirs.jsonl", "grpo", InputsConfig(784, 12544)).lines())
+    assert "2 of 2 rows cannot be used (2 x row for another trainer)" in report
+    assert "data.columns" not in report
 
 
 @pytest.mark.parametrize(
