@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from rollout.errors import leave_at_once
 from rsgrpo.errors import RsgrpoError
 
 STARTS = 3
-"""Attempts to start Ray, which gives a node 30 s: too little on a machine that is busy for a moment."""
+"""Attempts to start Ray that may fail, whatever the reason."""
+GCS_WAIT = "RAY_gcs_server_port_wait_time_s"
+"""Ray's variable for the seconds that its head may take to come up."""
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +30,19 @@ _abandoned = False
 """Whether this process has lost its Ray, which it cannot start a second time."""
 
 
-def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_driver: bool = True) -> bool:
+def connect_ray(
+    address: str,
+    *,
+    num_cpus: int,
+    object_store_bytes: int,
+    log_to_driver: bool = True,
+    startup_timeout_s: float = 120.0,
+) -> bool:
     """Join the Ray cluster at `address`, or start one for this process if it is "".
 
     Args:
         num_cpus, object_store_bytes: of a Ray that is started here.
+        startup_timeout_s: how long such a Ray may take on a busy machine; its own limits are 30 s.
 
     Returns:
         Whether this call connected; False in a process that was connected already, such as a notebook or a sweep.
@@ -49,12 +60,14 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
     # "local": without an address Ray would join a cluster of this machine, if there is one, and refuse these settings.
     own = {"address": "local", "num_cpus": num_cpus, "include_dashboard": False}
     own |= {"object_store_memory": object_store_bytes}
-    settings = {"address": address, "namespace": "rsgrpo"} if address else own
+    settings = {"address": address} if address else own  # without a name the namespace is this run's own
     # Ray puts the current folder first on the path of every worker.
     first = {"worker_process_setup_hook": "rsgrpo.come_first"} if namesakes(Path.cwd()) else None
-    for tries_left in reversed(range(1 if address else STARTS)):
+    late_at, tries = time.monotonic() + startup_timeout_s, 0
+    while True:
+        tries += 1
         try:
-            with _without_remains(), kept_handlers():
+            with patient(0 if address else startup_timeout_s), kept_handlers():
                 ray.init(configure_logging=False, log_to_driver=log_to_driver, runtime_env=first, **settings)
             break
         except Exception as error:  # Ray has no class of its own for this
@@ -63,16 +76,22 @@ def connect_ray(address: str, *, num_cpus: int, object_store_bytes: int, log_to_
                 message = f"cannot join the Ray cluster at {address} ({reason}). Run `ray start` on every node first."
             else:
                 message = f"Ray failed to start ({reason}). Run `python -m rsgrpo.doctor` to find out why."
-            if not tries_left:
+            is_slow = "timed out" in reason.lower() and time.monotonic() < late_at
+            if address or (tries >= STARTS and not is_slow):
                 raise RsgrpoError(message) from error
             log.warning("Ray failed to start (%s); trying again", reason)
     return True
 
 
 @contextlib.contextmanager
-def _without_remains() -> Iterator[None]:
-    """End the processes that a start of Ray which failed has left behind."""
-    before = set(psutil.Process().children(recursive=True))
+def patient(timeout_s: float) -> Iterator[None]:
+    """Give the head of a Ray that is started here `timeout_s` to come up; end what a start that fails leaves behind.
+
+    The other limit, 30 s until the node is known to its head, is fixed: who starts Ray tries again.
+    """
+    before, given = set(psutil.Process().children(recursive=True)), os.environ.get(GCS_WAIT)
+    if timeout_s and given is None:
+        os.environ[GCS_WAIT] = str(max(30, int(timeout_s)))
     try:
         yield
     except BaseException:
@@ -80,6 +99,9 @@ def _without_remains() -> Iterator[None]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         raise
+    finally:
+        if given is None:
+            os.environ.pop(GCS_WAIT, None)
 
 
 def abandon_ray(*, owned: bool) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rollout.config import InputsConfig, RolloutConfig
 from rsgrpo.config.train import (
@@ -80,3 +84,13 @@ def write_rewards(folder: Path) -> None:
 def steps_of(config: TrainConfig) -> list[dict]:
     """Rows of training steps."""
     return [row for row in read_metrics(Path(config.output_dir) / config.name) if "actor/loss" in row]
+
+
+def write_recipe(folder: Path, config: TrainConfig) -> list[str]:
+    """Write a configuration as a recipe of this folder; return the command that trains with it there."""
+    recipe = folder / "conf" / "recipe" / "mine.yaml"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("# @package _global_\n" + yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
+    names = ("accuracy", "evidence", "well_formed", "no_early_index", "think_differs")  # of the default recipe
+    command = [sys.executable, "-m", "rsgrpo.train", "--config-dir", str(folder / "conf"), "recipe=mine"]
+    return [*command, *(f"~rewards.{name}" for name in names)]

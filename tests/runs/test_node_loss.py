@@ -2,80 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from ray.cluster_utils import Cluster
 
 from rollout.config import RolloutConfig
 from rsgrpo.config.train import ClusterConfig
 from rsgrpo.records.tracking import read_metrics
-from tests.material import ROOT
-from tests.material.training import tiny_run, write_rewards, write_rows
+from tests.material.training import tiny_run, write_recipe, write_rewards, write_rows
+from tests.rsgrpo.cluster.nodes import RayNodes, program, wait_for_row
 
-WAIT_S, MIN_STEPS = 240.0, 20
+MIN_STEPS = 20
 GOOD = "<evidence>\n[1]: 7\n[2]: no relevant information\n</evidence>\n<think>page 1</think>\n<answer>7</answer>"
+STORE: dict[str, Any] = {"object_store_memory": 150 << 20}
 
 
 @pytest.fixture
-def cluster() -> Iterator[Callable[..., Cluster]]:
+def cluster() -> Iterator[Callable[..., RayNodes]]:
     """Starts a cluster of one node with the given resources; more can join it."""
     started = []
 
-    def start(**node: Any) -> Cluster:
-        started.append(Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False}))
+    def start(**node: Any) -> RayNodes:
+        started.append(RayNodes(**node))
         return started[0]
 
     yield start
     started[0].shutdown()
 
 
-def wait_for(folder: Path, run: subprocess.Popen, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Return the newest line of a run's metrics once it fulfils a condition."""
-    end = time.monotonic() + WAIT_S
-    while time.monotonic() < end and run.poll() is None:
-        rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-        if rows and holds(rows[-1]):
-            return rows[-1]
-        time.sleep(0.2)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    pytest.fail(f"the run did not get there; it wrote {(folder.parent.parent / 'console.log').read_text()}")
-
-
 def lose_a_node_and_take_it_back(
-    cluster: Cluster, node: dict[str, Any], command: list[str], folder: Path, run_folder: Path, num_engines: int
+    cluster: RayNodes, node: dict[str, Any], command: list[str], folder: Path, num_engines: int
 ) -> list[dict[str, Any]]:
     """Start a run, remove and return a node while it trains, end the run by SIGTERM; return its metrics."""
-    second = cluster.add_node(**node)
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "RAY_ADDRESS": cluster.address}
-    console = folder / "console.log"
-    with (
-        open(console, "w") as output,
-        subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT) as run,
-    ):
-        seen = wait_for(run_folder, run, lambda row: row["step"] >= 2)
+    second, run_folder = cluster.add_node(**node), folder / "runs" / "run"
+    with program(command, folder, cluster.address) as run:
+        seen = wait_for_row(run_folder, run, lambda row: row["step"] >= 2)
         assert seen["rollout/engines"] == num_engines
         cluster.remove_node(second, allow_graceful=False)
-        fewer = wait_for(run_folder, run, lambda row: row["rollout/engines"] < num_engines)
-        wait_for(run_folder, run, lambda row: row["step"] >= fewer["step"] + 2)
+        fewer = wait_for_row(run_folder, run, lambda row: row["rollout/engines"] < num_engines)
+        wait_for_row(run_folder, run, lambda row: row["step"] >= fewer["step"] + 2)
         cluster.add_node(**node)
-        again = wait_for(run_folder, run, lambda row: row["rollout/engines"] == num_engines)
-        wait_for(run_folder, run, lambda row: row["step"] >= max(MIN_STEPS, again["step"] + 2))
+        again = wait_for_row(run_folder, run, lambda row: row["rollout/engines"] == num_engines)
+        wait_for_row(run_folder, run, lambda row: row["step"] >= max(MIN_STEPS, again["step"] + 2))
         run.send_signal(signal.SIGTERM)
-        run.wait(timeout=120)
-    assert run.returncode == 0, console.read_text()
-    assert "Traceback" not in console.read_text()
+        run.wait()
+    console = (folder / "console.log").read_text()
+    assert run.returncode == 0, console
+    assert "Traceback" not in console
     rows = read_metrics(run_folder)
     assert len(rows) >= MIN_STEPS
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
@@ -112,10 +90,7 @@ def test_the_evisrag_recipe_on_two_nodes_of_eight_counted_gpus(
         "checkpoint.keep_best=0", "checkpoint.export=false", "guards.rules={}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "rsgrpo.train", "recipe=evisrag_7b", *settings]
-    store = {"object_store_memory": 150 << 20}
-    rows = lose_a_node_and_take_it_back(
-        cluster(**head, **store), node | store, command, tmp_path, tmp_path / "runs" / "run", num_engines
-    )
+    rows = lose_a_node_and_take_it_back(cluster(**head, **STORE), node | STORE, command, tmp_path, num_engines)
     assert sum(row["rollout/groups_filtered"] for row in rows) > 0
     assert all(row["rollout/prompt_errors"] == 0 for row in rows)
 
@@ -123,7 +98,6 @@ def test_the_evisrag_recipe_on_two_nodes_of_eight_counted_gpus(
 @pytest.mark.slow
 def test_a_run_with_the_embedded_engine_on_two_nodes(cluster, tmp_path, page_images, tiny_model_path):
     write_rewards(tmp_path)
-    store = {"object_store_memory": 150 << 20}
     # The learner fits on the head only, and leaves room for one engine there.
     config = tiny_run(
         Path("runs"),
@@ -135,17 +109,6 @@ def test_a_run_with_the_embedded_engine_on_two_nodes(cluster, tmp_path, page_ima
             address="auto", placement="disaggregated", cpus={"rollout": 0.4, "learner": 1.5, "reward": 0.1}
         ),
     )
-    recipe = tmp_path / "conf" / "recipe" / "mine.yaml"
-    recipe.parent.mkdir(parents=True)
-    recipe.write_text("# @package _global_\n" + yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config)))))
-    names = ("accuracy", "evidence", "well_formed", "no_early_index", "think_differs")
-    command = [sys.executable, "-m", "rsgrpo.train", "--config-dir", str(tmp_path / "conf"), "recipe=mine"]
-    rows = lose_a_node_and_take_it_back(
-        cluster(num_cpus=2, **store),
-        {"num_cpus": 1, **store},
-        [*command, *(f"~rewards.{name}" for name in names)],
-        tmp_path,
-        tmp_path / "runs" / "run",
-        2,
-    )
+    command = write_recipe(tmp_path, config)
+    rows = lose_a_node_and_take_it_back(cluster(num_cpus=2, **STORE), {"num_cpus": 1, **STORE}, command, tmp_path, 2)
     assert [row["rollout/oldest_weights_version"] for row in rows] == [row["step"] - 1 for row in rows]

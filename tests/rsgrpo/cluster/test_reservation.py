@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from rsgrpo.cluster.reservation import Reservation
+from tests.rsgrpo.cluster.nodes import RayNodes
 from tests.rsgrpo.config.test_placement import KINDS, layout
 
 OWN_RAY = """
@@ -28,7 +28,7 @@ NODE: dict[str, Any] = {"num_cpus": 64, "num_gpus": 8, "object_store_memory": 80
 @pytest.fixture
 def nodes(request) -> Iterator[int]:
     """A Ray cluster of nodes with 8 GPUs each; their number is the test's parameter."""
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    cluster = RayNodes(**NODE)
     for _ in range(request.param - 1):
         cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
