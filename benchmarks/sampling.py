@@ -1,4 +1,4 @@
-"""Busy share of engines and steps per hour with a group filter: rounds with a barrier, beside streaming; in one run.
+"""Busy share of engines and steps per hour with a group filter, in one run: rounds, streaming, steps that overlap.
 
 Scripted engines in Ray actors sleep instead of decoding: a group takes as long as the longest of 8 responses of
 log-normal length, an engine samples `--slots` groups at once, and the filter keeps 60% of the groups.
@@ -14,7 +14,8 @@ import heapq
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -26,10 +27,12 @@ from rollout.types import Prompt, Rollout, RolloutGroup, SamplingParams
 from rollout.workers.pool import RolloutPool
 from rollout.workers.worker import WorkerHandle
 from rsgrpo.config.train import FilterConfig
-from rsgrpo.running.batches import Collector, derive_seed
+from rsgrpo.running.batches import Collector, SampleToLearn, derive_seed
+from rsgrpo.running.continuous import Continuous
 from rsgrpo.types import ScoredGroup
 
 GROUP_SIZE, KEPT, SPREAD = 8, 0.6, 0.6
+TOKEN = Rollout([1], [0.0], "x", [(0, 1)], "stop", 0)
 
 
 def seconds_of(prompt_id: str, seed: int, unit_s: float) -> float:
@@ -65,8 +68,7 @@ class SleepingEngine:
             except TimeoutError:
                 pass
             self._busy_s += time.monotonic() - started
-        rollouts = (Rollout([1], [0.0], "x", [(0, 1)], "stop", 0),) * 2
-        return None if is_over else RolloutGroup(replace(prompt, images=()), rollouts)
+        return None if is_over else RolloutGroup(replace(prompt, images=()), (TOKEN,) * 2)
 
     async def abandon(self, ticket: int) -> None:
         """End the work of this ticket and of all smaller ones."""
@@ -88,22 +90,31 @@ def score(group: RolloutGroup, seed: int) -> ScoredGroup:
     return ScoredGroup(group, ("accuracy",), [[score] for score in scores], credits, [[False], [False]])
 
 
-def least_seconds(num_slots: int, num_groups: int, unit_s: float, *, by_arrival: bool, num_steps: int = 50) -> float:
-    """Return the mean seconds of a step without any delay of ours: a prompt is always there for a slot that is free.
+class InstantEngines:
+    """`num_slots` slots in virtual time, without any delay of ours: a prompt is there for every slot that is free.
 
-    A step has its groups once the first `num_groups` kept ones in the order of their prompts are done; `by_arrival`
-    takes the first ones to arrive instead, which are the short ones.
+    seconds: that have passed. work_s: what the groups of a step took, by the ids of their prompts.
     """
-    total = 0.0
-    for step in range(num_steps):
-        free, kept = [0.0] * num_slots, []
-        for number in range(4 * num_groups):
-            end = heapq.heappop(free) + seconds_of(str(number), step, unit_s)
-            heapq.heappush(free, end)
-            if random.Random(f"kept/{step}/{number}").random() < KEPT:
-                kept.append(end)
-        total += max((sorted(kept) if by_arrival else kept)[:num_groups])
-    return total / num_steps
+
+    def __init__(self, num_slots: int, unit_s: float) -> None:
+        self._num_slots, self._unit_s = num_slots, unit_s
+        self.seconds = 0.0
+        self.work_s: dict[str, float] = {}
+
+    def sample(
+        self, expected: Sequence[Prompt], next_share: NextShare
+    ) -> Generator[ScoredGroup | RolloutGroup, None, None]:
+        """Yield groups as they are done."""
+        running: list[tuple[float, str]] = []
+        while True:
+            while len(running) < self._num_slots and (share := next_share()) is not None:
+                [prompt], sampling = share
+                self.work_s[prompt.id] = seconds_of(prompt.id, sampling.seed, self._unit_s)
+                heapq.heappush(running, (self.seconds + self.work_s[prompt.id], prompt.id))
+            if not running:
+                return
+            self.seconds, prompt_id = heapq.heappop(running)
+            yield score(RolloutGroup(Prompt(prompt_id, "?"), (TOKEN,) * 2), 0)
 
 
 class Stream:
@@ -130,14 +141,8 @@ def rounds(pool: RolloutPool, stream: Stream, num_groups: int, step: int, surplu
     return kept - num_groups
 
 
-def streaming(pool: RolloutPool, stream: Stream, num_groups: int, oversample: float) -> Collector:
+def collector_of(sample: SampleToLearn, stream: Stream, oversample: float) -> Collector:
     """Return the collector of a run, on these engines."""
-
-    def sample(expected: Sequence[Prompt], next_share: NextShare) -> Generator[ScoredGroup | RolloutGroup]:
-        for group in pool.stream(next_share):
-            if group is not None:
-                yield score(group, 0)
-
     return Collector(
         sample,
         stream.next,
@@ -145,6 +150,59 @@ def streaming(pool: RolloutPool, stream: Stream, num_groups: int, oversample: fl
         SamplingParams(group_size=GROUP_SIZE),
         FilterConfig(enabled=True, low=0.01, high=0.99, oversample=oversample),
     )
+
+
+def sample_on(pool: RolloutPool) -> SampleToLearn:
+    """Return what samples and scores shares on these engines."""
+
+    def sample(expected: Sequence[Prompt], next_share: NextShare) -> Generator[ScoredGroup | RolloutGroup, None, None]:
+        with closing(pool.stream(next_share)) as groups:  # type: ignore[type-var]
+            for group in groups:
+                if group is not None:
+                    yield score(group, 0)
+
+    return sample
+
+
+def in_flight(collector: Collector, num_groups: int, num_steps: int) -> None:
+    """Collect steps as `rsgrpo.train` does with max_staleness=1 and weights that change in flight; learning is free."""
+    batches = Continuous(collector, num_groups)
+    for step in range(1, num_steps + 1):
+        batches.take(step)
+        batches.start(min(step + 1, num_steps))
+        # Here the learner would take its step and send the weights.
+        batches.start(min(step + 2, num_steps))
+
+
+def least_seconds(num_slots: int, options: argparse.Namespace) -> tuple[float, float]:
+    """Return the seconds of a step on instant engines, with a step's groups in order; and those of their work alone."""
+    engines, stream = InstantEngines(num_slots, options.unit), Stream()
+    collector = collector_of(engines.sample, stream, options.oversample)
+    work_s = 0.0
+    for step in range(1, options.steps + 1):
+        collector.collect(options.prompts, step)
+        used = stream.taken - len(collector.returned)
+        work_s += sum(engines.work_s.pop(str(number)) for number in range(used) if str(number) in engines.work_s)
+    return engines.seconds / options.steps, work_s / num_slots / options.steps
+
+
+def measure(options: argparse.Namespace, actors: Sequence[Any]) -> Iterator[tuple[str, float]]:
+    """Yield the name of each way to sample once its steps are done."""
+    everything = 10**9
+    shared = RolloutPool([WorkerHandle(index, actor, everything) for index, actor in enumerate(actors)])
+    room = (options.slots + 1) * GROUP_SIZE
+    single = RolloutPool([WorkerHandle(i, actor, GROUP_SIZE, max_sequences=room) for i, actor in enumerate(actors)])
+    started, stream, surplus = time.monotonic(), Stream(), 0
+    for step in range(1, options.steps + 1):
+        surplus = rounds(shared, stream, options.prompts, step, surplus)
+    yield "rounds", time.monotonic() - started
+    started, collector = time.monotonic(), collector_of(sample_on(single), Stream(), options.oversample)
+    for step in range(1, options.steps + 1):
+        collector.collect(options.prompts, step)
+    yield "streaming", time.monotonic() - started
+    started, collector = time.monotonic(), collector_of(sample_on(single), Stream(), options.oversample)
+    in_flight(collector, options.prompts, options.steps)
+    yield "in flight, max_staleness=1", time.monotonic() - started
 
 
 def main() -> None:
@@ -162,31 +220,18 @@ def main() -> None:
     actors = [engine.remote(options.slots, options.unit) for _ in range(options.engines)]
     ray.get([actor.busy_s.remote() for actor in actors])
     num_slots = options.engines * options.slots
-    everything = 10**9
-    shared = RolloutPool([WorkerHandle(index, actor, everything) for index, actor in enumerate(actors)])
-    room = (options.slots + 1) * GROUP_SIZE
-    single = RolloutPool([WorkerHandle(i, actor, GROUP_SIZE, max_sequences=room) for i, actor in enumerate(actors)])
     print(f"{options.engines} engines of {options.slots} groups, {options.prompts} groups a step, 60% kept\n")
     print("| sampling | s per step | steps per hour | ratio | busy |\n|---|---|---|---|---|")
-    per_step: list[float] = []
-    for name in ("rounds", "streaming"):
-        stream, surplus = Stream(), 0
-        collector = streaming(single, stream, options.prompts, options.oversample)
-        started = time.monotonic()
-        for step in range(options.steps):
-            if name == "rounds":
-                surplus = rounds(shared, stream, options.prompts, step, surplus)
-            else:
-                collector.collect(options.prompts, step)
-        seconds = time.monotonic() - started
+    first_s = 0.0
+    for name, seconds in measure(options, actors):
         busy = sum(ray.get([actor.busy_s.remote() for actor in actors])) / (seconds * num_slots)
-        per_step.append(seconds / options.steps)
-        rate, ratio = 3600 / per_step[-1], per_step[0] / per_step[-1]
-        print(f"| {name} | {per_step[-1]:.2f} | {rate:,.0f} | {ratio:.2f} | {busy:.0%} |", flush=True)
+        per_step = seconds / options.steps
+        first_s = first_s or per_step
+        ratio = first_s / per_step
+        print(f"| {name} | {per_step:.2f} | {3600 / per_step:,.0f} | {ratio:.2f} | {busy:.0%} |", flush=True)
     ray.shutdown()
-    for name, by_arrival in (("least, in order", False), ("least, by arrival", True)):
-        seconds = least_seconds(num_slots, options.prompts, options.unit, by_arrival=by_arrival)
-        print(f"| {name} | {seconds:.2f} | {3600 / seconds:,.0f} | {per_step[0] / seconds:.2f} | |")
+    for name, seconds in zip(("least, streaming", "least, in flight"), least_seconds(num_slots, options), strict=True):
+        print(f"| {name} | {seconds:.2f} | {3600 / seconds:,.0f} | {first_s / seconds:.2f} | |")
 
 
 if __name__ == "__main__":

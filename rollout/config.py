@@ -85,7 +85,7 @@ class VllmConfig:
     in_flight: bool = key(
         False,
         "With algorithm.max_staleness > 0: weights change while responses are sampled, which go on with the new ones; "
-        "a response knows which of its tokens came from which.",
+        "a response knows which of its tokens came from which, and the next step's prompts fill the tail of a step.",
     )
     stall_timeout_s: float = key(300.0, "A busy engine without a new token for this long has failed.", gt=0)
 

@@ -88,6 +88,8 @@ def take_step(run: Run, step: int) -> None:
         if not run.config.changes_weights_in_flight:
             run.batches.settle()
         run.cluster.sync_weights(step)
+    if run.config.changes_weights_in_flight:  # one more step may begin before the last one's tail is over
+        run.batches.start(min(step + 1 + algorithm.max_staleness, run.total_steps))
 
     metrics |= (
         run.cluster.engine_metrics()

@@ -62,7 +62,7 @@ class Crew:
         self.timeout_s = timeout_s
         self.num_restarts = 0
         self._supervision = supervision
-        self._failures_in_a_row = 0
+        self._failures_in_a_row = self._restarts_of_last_step = 0
         self.changing = threading.RLock()  # who replaces workers, or changes their weights, while others sample
         self._away: dict[int, tuple[WorkerHandle, Any] | None] = {}  # index -> once its node is back: worker, its ping
 
@@ -88,6 +88,12 @@ class Crew:
                     return lost
             except WorkerError as again:
                 error = again
+
+    def step_ended(self) -> None:
+        """Forget earlier failures if this step had none; where one batch of work goes over into the next."""
+        if self.num_restarts == self._restarts_of_last_step:
+            self._failures_in_a_row = 0
+        self._restarts_of_last_step = self.num_restarts
 
     def _give_up(self, lost: Sequence[WorkerHandle], error: WorkerError) -> Supervision:
         """Stop lost workers; raise `error` if a restart cannot help. Losing a node is not a failure of an engine."""

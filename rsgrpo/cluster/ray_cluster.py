@@ -73,6 +73,7 @@ class RayCluster:
             cluster.address,
             num_cpus=cluster.num_cpus or os.cpu_count() or 1,
             object_store_bytes=cluster.object_store_mb << 20,
+            startup_timeout_s=cluster.startup_timeout_s,
         )
         self._watch = Watch(
             self._workers,
@@ -299,6 +300,8 @@ class RayCluster:
             if self._resting:
                 self.rollouts.wake("kv_cache")
             self._resting = False
+            if self.config.changes_weights_in_flight:
+                self.rollouts.step_ended()
 
     def check_engines(self, prompts: Sequence[Prompt], version: int) -> None:
         """Compare every engine with the learner on `prompts`.

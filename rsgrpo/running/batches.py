@@ -69,7 +69,8 @@ class Collector:
             SourceBroke: the stream has no more prompts.
             RsgrpoError: `filter.max_tries` times as many prompts did not fill the step; shows the histogram of scores.
         """
-        filling = _Filling(self, num_groups, derive_seed(self.sampling.seed, "train", step, 0))
+        filling = Filling(self, num_groups, step)
+        filling.take(num_groups)
         with closing(self.sample(list(filling.prompts), filling.next_share)) as groups:
             for group in groups:
                 filling.arrived(group)
@@ -89,16 +90,16 @@ class Collector:
         return self.filter.low < group_mean(group, self.filter.weights) < self.filter.high
 
 
-class _Filling:
+class Filling:
     """One step while it is filled: its prompts in order, what became of them, and what is to be sampled next.
 
     prompts: taken so far. num_used: the first prompts, all of which have an outcome that counts. kept: groups of these.
     broke: why no more prompts can be taken.
     """
 
-    def __init__(self, collector: Collector, num_groups: int, seed: int) -> None:
-        self._collector, self._num_groups, self._seed = collector, num_groups, seed
-        self._limit = num_groups * collector.filter.max_tries
+    def __init__(self, collector: Collector, num_groups: int, step: int) -> None:
+        self._collector, self._num_groups = collector, num_groups
+        self._seed = derive_seed(collector.sampling.seed, "train", step, 0)
         self._returned = deque(collector.returned)
         self.prompts: list[Prompt] = []
         self.num_used = 0
@@ -112,7 +113,11 @@ class _Filling:
         self._in_flight: dict[str, int] = {}
         self._outcomes: dict[int, ScoredGroup | RolloutGroup] = {}  # of prompts behind one that is still in flight
         self._num_kept = 0
-        self._take(num_groups)
+
+    @property
+    def _num_wanted(self) -> int:
+        """Groups to sample for."""
+        return self._num_groups
 
     @property
     def unused(self) -> list[Prompt]:
@@ -129,9 +134,9 @@ class _Filling:
         if not self._planned and self._num_missing() > 0 and self.broke is None:
             # Always as many: what is sampled together must not depend on what has arrived.
             num_prompts = math.ceil(self._num_groups / 4) if self._collector.filter.enabled else 1
-            num_prompts = min(num_prompts, self._limit - len(self.prompts))
+            limit = self._num_wanted * self._collector.filter.max_tries
             try:
-                self._take(num_prompts)
+                self.take(min(num_prompts, limit - len(self.prompts)))
             except SourceBroke as error:
                 self.broke = error
         if not self._planned or self._num_missing() <= 0:
@@ -150,6 +155,10 @@ class _Filling:
         prompt = group.group.prompt if isinstance(group, ScoredGroup) else group.prompt
         self._outcomes[self._in_flight.pop(prompt.id)] = group
         self._num_kept += isinstance(group, ScoredGroup) and self._collector.is_kept(group)
+        self._use()
+
+    def _use(self) -> None:
+        """Go on to the first prompt that is still in flight."""
         while not self.is_full and self.num_used in self._outcomes:
             outcome = self._outcomes.pop(self.num_used)
             self.num_used += 1
@@ -190,9 +199,9 @@ class _Filling:
     def _num_missing(self) -> int:
         """Return the prompts to be sampled beside those in flight: what the step lacks, and with a filter some more."""
         spare = math.ceil(self._collector.filter.oversample * self._num_groups) if self._collector.filter.enabled else 0
-        return self._num_groups - self._num_kept + spare - len(self._in_flight)
+        return self._num_wanted - self._num_kept + spare - len(self._in_flight)
 
-    def _take(self, num_prompts: int) -> None:
+    def take(self, num_prompts: int) -> None:
         """Take prompts and plan their shares, so that none holds a prompt twice.
 
         A prompt that comes again (a data set smaller than a step wraps around) begins a part with another seed.

@@ -35,8 +35,9 @@ from rsgrpo.records.secrets import masked
 from rsgrpo.records.tracking import Tracker, read_metrics
 from rsgrpo.report.model_card import write_model_card
 from rsgrpo.report.page import write_report
-from rsgrpo.running.batches import Collector, CutPrompts, Lookahead, resumed
+from rsgrpo.running.batches import Collector, CutPrompts, resumed
 from rsgrpo.running.checkpoint import Checkpoint, CheckpointFolder
+from rsgrpo.running.continuous import batches_for
 from rsgrpo.running.guards import GuardBroken, Guards
 from rsgrpo.running.prompts import RunPrompts, load_run_prompts
 from rsgrpo.running.settings import Settings, about_changes, changed_settings, write_settings
@@ -82,19 +83,14 @@ class Run:
         self.total_steps = steps_of(config, len(self.train_prompts))
         self.guards = Guards(config.guards, read_metrics(self.folder))
         returned, ready = resumed(parts.state)
-        self.collector = Collector(
-            self.cluster.sample_to_learn,
-            self.stream.next,
-            cut_prompts(config),
-            train_sampling(config),
-            config.algorithm.filter,
-            returned,
-        )
-        self.batches = Lookahead(self.collector, config.algorithm.prompts_per_step, ready, self.stream.state)
+        take, sampling, kept = self.stream.next, train_sampling(config), config.algorithm.filter
+        self.collector = Collector(self.cluster.sample_to_learn, take, cut_prompts(config), sampling, kept, returned)
+        step = parts.resumed.step if parts.resumed else 0
+        self.batches = batches_for(config, self.collector, ready, self.stream.state, num_done=step)
         self.score = parts.resumed.score if parts.resumed else None
         self.times: dict[str, float] = {}
         self._started, self._checked, self._leaving, self.recoveries = parts.started, False, ExitStack(), 0
-        self._mark_boundary(parts.resumed.step if parts.resumed else 0, validated=parts.state.get("validated", False))
+        self._mark_boundary(step, validated=parts.state.get("validated", False))
         self.cluster.sync_weights(self.step)
 
     @classmethod

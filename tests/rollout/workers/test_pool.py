@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,6 +21,7 @@ from rollout.workers import pool as pool_module
 from rollout.workers.crew import Supervision
 from rollout.workers.pool import RolloutPool
 from rollout.workers.worker import WorkerError, WorkerHandle
+from tests.rsgrpo.cluster.nodes import RayNodes
 
 NODE: dict[str, Any] = {"num_cpus": 2, "object_store_memory": 80 << 20}
 PROMPTS = [Prompt(f"p{n}", "?") for n in range(6)]
@@ -67,8 +67,8 @@ class Scripted:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+def nodes() -> Iterator[RayNodes]:
+    cluster = RayNodes(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
     yield cluster
     ray.shutdown()
@@ -131,6 +131,21 @@ def test_an_engine_that_fails_in_any_call_is_restarted_and_called_again(nodes, t
     (tmp_path / "1 wake").write_text(kind)
     with pytest.raises(WorkerError, match=r"rollout worker 1 .* in wake(.|\n)*consecutive failure 3"):
         pool.wake("weights")
+    pool.close()
+
+
+def test_failures_are_forgotten_after_a_step_without_one(nodes, tmp_path):
+    pool, _ = start_pool(tmp_path, max_restarts=1)
+    pool.start(60)
+    fails = tmp_path / "0 sleep"
+    for ends in (2, 1):  # a step with the failure, one without; and then a step with the failure alone
+        fails.write_text("broken")
+        pool.sleep()
+        for _ in range(ends):
+            pool.step_ended()
+    fails.write_text("broken")
+    with pytest.raises(WorkerError, match="consecutive failure 2"):
+        pool.sleep()
     pool.close()
 
 
