@@ -140,7 +140,7 @@ def test_who_resumes_from_a_boundary_loses_no_prompt():
     resumed_stream = Stream()
     resumed_stream.taken = state["stream"]
     collector = Collector(engine(odd_pass), resumed_stream.next, singly, SamplingParams(), ODD, state["returned"])
-    resumed = Continuous(collector, 4, state["ready"])
+    resumed = Continuous(collector, 4, state["ready"], num_done=1)
     assert [id for step in (2, 3) for id in ids(resumed.take(step)[0])] == [str(n) for n in range(9, 24, 2)]
 
 
