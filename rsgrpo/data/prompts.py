@@ -213,11 +213,11 @@ class RowChecker:
             raise RowFault("unreadable image", str(error)) from error
 
     def _row_videos(self, columns: Mapping[str, Any]) -> list[Video]:
-        entries = video_entries(first_of(columns, self._video_columns))
         inputs = self._processor.inputs
-        if len(entries) > inputs.max_videos:
-            raise RowFault(TOO_MANY_VIDEOS, f"{len(entries)} videos, inputs.max_videos is {inputs.max_videos}")
         try:
+            entries = video_entries(first_of(columns, self._video_columns))
+            if len(entries) > inputs.max_videos:
+                raise RowFault(TOO_MANY_VIDEOS, f"{len(entries)} videos, inputs.max_videos is {inputs.max_videos}")
             return [read_video(entry, self._images, inputs) for entry in entries]
         except (ValueError, PromptError) as error:
             raise RowFault("unreadable video", str(error)) from error

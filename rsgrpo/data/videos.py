@@ -11,6 +11,8 @@ from rollout.inputs.videos import IMAGE_MARK, VIDEO_MARK, frames_of_file, frames
 from rollout.types import ImageSource
 from rsgrpo.data.rows import ImageFolder
 
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
 
 @dataclass(frozen=True, slots=True)
 class Video:
@@ -24,10 +26,20 @@ def video_entries(value: Any) -> list[Any]:
     """Return the entries of a video column: a list of them, one alone, or nothing.
 
     A list of texts is a list of files; the frames of one video are a list inside it.
+
+    Raises:
+        ValueError: it is a list of images, so that it is not known whether they are one video and when they were taken.
     """
     if value is None:
         return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    if not isinstance(value, list | tuple):
+        return [value]
+    if value and all(isinstance(entry, str) and entry.lower().endswith(IMAGE_ENDINGS) for entry in value):
+        raise ValueError(
+            f"{len(value)} image files without times: not a video, nor a list of videos. For one video of these "
+            'frames write [{"video": [...], "fps": 2}], or [[...]], which are inputs.video_fps frames in a second.'
+        )
+    return list(value)
 
 
 def read_video(entry: Any, folder: ImageFolder, inputs: InputsConfig) -> Video:
@@ -48,6 +60,8 @@ def read_video(entry: Any, folder: ImageFolder, inputs: InputsConfig) -> Video:
     source = folder.resolve(entry) if isinstance(entry, str) and entry else None
     if not isinstance(source, str):
         raise ValueError(f"a video must be the path of a file or a list of frames, got {entry!r:.80}")
+    if source.lower().endswith(IMAGE_ENDINGS):
+        raise ValueError(f"{entry} is an image, not a video. The frames of a video are a list inside the list: [[...]]")
     return Video(*frames_of_file(source, inputs))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from rollout.keys import check, key
+from rollout.errors import ConfigError
+from rollout.keys import check, key, keys_of, nearest
 from rsgrpo.config.train import ClusterConfig, TrainConfig
 
 
@@ -52,6 +53,12 @@ class Assumptions:
     sync_gb_per_s: float = key(20.0, "Rate at which weights go from learner to engines.", gt=0)
 
     def __post_init__(self) -> None:
+        if self.gpu not in DEVICES:
+            known, near = keys_of(type(self))["gpu"].bounds, nearest(str(self.gpu), DEVICES) or "."
+            raise ConfigError(
+                f"plan.gpu must be {known}; got {self.gpu!r}{near} For another GPU, name the one nearest in speed and "
+                "set plan.gpu_memory_gib, for example plan.gpu=l40s plan.gpu_memory_gib=48."
+            )
         check(self, "plan")
 
 

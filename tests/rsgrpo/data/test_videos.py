@@ -118,17 +118,21 @@ def test_frames_of_a_file_are_those_of_their_times(folder, clip, processor):
     [
         ([FRAMES, FRAMES, FRAMES], r"too many videos.*3 videos, inputs.max_videos is 2"),
         ("missing.mp4", r"unreadable video.*missing.mp4 cannot be read"),
-        ("page.png", r"unreadable video.*page.png"),
+        ("page.png", r"unreadable video.*page.png is an image, not a video"),
+        (
+            FRAMES[:3],
+            r"unreadable video.*3 image files without times: .* write \[\{\"video\": \[\.\.\.\], \"fps\": 2\}\]",
+        ),
         ([[]], r"a video needs at least one frame"),
         ([{"video": FRAMES, "fps": 0}], r"fps of a video must be a number above 0"),
         (7, r"must be the path of a file or a list of frames, got 7"),
         ([["f0.png", "gone.png"]], r"missing image.*gone.png does not exist"),
         ([["f0.png", "page.png"]], r"must have one size|marks"),
     ],
-    ids=["many", "missing", "picture", "empty", "fps", "kind", "frame", "sizes"],
+    ids=["many", "missing", "picture", "flat", "empty", "fps", "kind", "frame", "sizes"],
 )
 def test_a_video_that_cannot_be_used_is_a_bad_row(video, message, folder, processor):
-    if video == "page.png" or video == "missing.mp4":
+    if video == "missing.mp4":
         pytest.importorskip("av")
     rows = [{"prompt": "<video>" * (len(video) if isinstance(video, list) else 1) + "what?", "video": video}]
     with pytest.raises(RsgrpoError, match=f"(?s){message}"):

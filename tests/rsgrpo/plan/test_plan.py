@@ -284,3 +284,5 @@ def test_learning_takes_four_forwards_with_recomputation_and_three_without():
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(ConfigError, match=r"plan.gpu must be one of h100, .*'h1000'; did you mean h100"):
         planned("recipe=evisrag_7b", "plan.gpu=h1000")
+    with pytest.raises(ConfigError, match=r"'a6000'; did you mean \S+\? For another GPU, .* set plan.gpu_memory_gib"):
+        planned("recipe=evisrag_7b", "plan.gpu=a6000")
