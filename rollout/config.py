@@ -27,7 +27,7 @@ DECIDED = {
     "gpu_memory_utilization": "rollout.vllm.gpu_memory_utilization",
     "kv_cache_memory_bytes": "rollout.vllm.kv_cache_gib",
     "enable_sleep_mode": "rollout.vllm.sleep_level",
-    "limit_mm_per_prompt": "inputs.max_images",
+    "limit_mm_per_prompt": "inputs.max_images and inputs.max_videos",
     "mm_processor_kwargs": "inputs.min_pixels and inputs.max_pixels",
 }
 

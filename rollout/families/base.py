@@ -108,8 +108,8 @@ class Family:
         return patches["pixel_values_videos"], patches["video_grid_thw"]
 
     def requested_grid(self, item: Mapping[str, Any]) -> torch.Tensor:
-        """Return the (3,) grid of an image as vLLM has prepared it."""
-        grid: torch.Tensor = item["image_grid_thw"].data
+        """Return the (3,) grid of an image or a video as vLLM has prepared it."""
+        grid: torch.Tensor = item["image_grid_thw" if "image_grid_thw" in item else "video_grid_thw"].data
         return grid
 
     def num_features(self, image_processor: Any, image_grid_thw: torch.Tensor | None) -> int:

@@ -52,7 +52,7 @@ class Qwen2VL(Family):
                     piece = torch.arange(len(list(run))).expand(3, -1)
                 else:
                     frames, height, width = next(grids)
-                    times = (torch.arange(frames) * (next(intervals) if kind == 2 else 1)).long()
+                    times = (torch.arange(frames, dtype=torch.float64) * (next(intervals) if kind == 2 else 1)).long()
                     sides = torch.arange(height // merge), torch.arange(width // merge)
                     piece = torch.cartesian_prod(times, *sides).T
                 pieces.append(piece + start)
@@ -84,7 +84,8 @@ class Qwen25VL(Qwen2VL):
     model_type = "qwen2_5_vl"
 
     def time_intervals(self, model: Any, video_steps: Sequence[float]) -> list[float]:
-        return [model.config.vision_config.tokens_per_second * step for step in video_steps]
+        seconds = torch.tensor(video_steps, dtype=torch.float32).tolist()  # as processors hand them on
+        return [model.config.vision_config.tokens_per_second * step for step in seconds]
 
     def attend_by(self, model: Any, attention: str) -> Any:
         tower: Any = self.vision_tower(model)

@@ -18,6 +18,7 @@ from rollout.engine import EngineOptions
 from rollout.errors import InputError, RsgrpoError, one_line
 from rollout.families import FAMILIES, Family
 from rollout.inputs.growing import pieces
+from rollout.inputs.hub_model import require_reachable
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import token_spans
 from rollout.inputs.video_reader import VideoReader
@@ -68,6 +69,7 @@ class InputProcessor:
     ) -> None:
         options: dict[str, Any] = EngineOptions(revision=revision, trust_remote_code=trust_remote_code).source
         self.inputs = inputs
+        require_reachable(model_path, revision)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path, **options)
         load_image_processor: Callable[..., Any] = AutoImageProcessor.from_pretrained
         self.image_processor = load_image_processor(model_path, **options)
@@ -226,6 +228,11 @@ class InputProcessor:
         options = self.family.template_options
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
+    @property
+    def video_processor(self) -> Any:
+        """The folder's video processor; raises InputError where it has none."""
+        return self._videos.processor
+
     def count_vision(self, prompt: Prompt) -> tuple[int, int, int]:
         """Return (tokens of the prompt, image tokens among them, features made from its pixels)."""
         encoded = self.encode(prompt)
@@ -297,8 +304,21 @@ class InputProcessor:
         self._refuse_control_tokens(text, "the response")
         return [*self.token_ids(text), self.eos_token_id]
 
+    def placeholder_ids(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt with one placeholder for each image and each video, as vLLM takes them.
+
+        Raises:
+            PromptError: as `count_tokens`.
+        """
+        return self._videos.unmarked(self._rendered_ids(prompt))
+
     def _expanded_ids(self, prompt: Prompt) -> list[int]:
         """Tokenise the rendered prompt and repeat each placeholder once per merged vision token of its image."""
+        ids = self._rendered_ids(prompt)
+        return self._expanded_videos(ids, prompt) if prompt.videos else self._expanded(ids, prompt.images)
+
+    def _rendered_ids(self, prompt: Prompt) -> list[int]:
+        """Tokenise the rendered prompt, which has one placeholder for each image and each video."""
         self._refuse_too_many_images(prompt)
         self._videos.require(prompt, self.inputs, self.model_type)
         ids = self.token_ids(self.render(prompt))
@@ -308,14 +328,14 @@ class InputProcessor:
                 f"{self.image_token_id}) for {prompt.num_pages} images. Fix it to make one per image."
             )
         if not prompt.videos:
-            return self._expanded(ids, prompt.images)
+            return ids
         if self.video_token_id is None or ids.count(self.video_token_id) != len(prompt.videos):
             raise InputsError(
                 f"the chat template made {ids.count(self.video_token_id or -1)} video placeholders (token "
                 f"{self.video_token_id}) for {len(prompt.videos)} videos. Take a model whose template reads videos."
             )
         self._videos.require_marks(ids)
-        return self._expanded_videos(ids, prompt)
+        return ids
 
     def _expanded_videos(self, ids: Sequence[int], prompt: Prompt) -> list[int]:
         """Repeat the placeholders of images and videos, in the order of the text."""

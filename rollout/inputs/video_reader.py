@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,11 +56,14 @@ class VideoReader:
             )
         if (most := max(map(len, prompt.videos), default=0)) > inputs.max_frames:
             raise PromptError(f"a video has {most} frames, but inputs.max_frames is {inputs.max_frames}. Raise it.")
+        for times in prompt.videos:
+            if any(later <= earlier for earlier, later in itertools.pairwise(times)):
+                raise PromptError(f"the times of a video's frames must increase, got {times} s")
 
     @property
     def temporal_patch(self) -> int:
         """Frames that one temporal patch holds."""
-        return int(self._processor.temporal_patch_size)
+        return int(self.processor.temporal_patch_size)
 
     def tokens(self, per_frame: int, times: Sequence[float]) -> list[int]:
         """Return what replaces a video and the marks around it.
@@ -77,6 +81,15 @@ class VideoReader:
             tokens += [*self._encode(f"<{seconds:.1f} seconds>"), start, *seen, end]
         return tokens
 
+    def unmarked(self, ids: Sequence[int]) -> list[int]:
+        """Return a rendered prompt without the marks around its videos, if its family writes them around each patch."""
+        if not self._family.stamps_frames:
+            return list(ids)
+        around = {
+            at for index, token_id in enumerate(ids) if token_id == self.token_id for at in (index - 1, index + 1)
+        }
+        return [token_id for index, token_id in enumerate(ids) if index not in around]
+
     def require_marks(self, ids: Sequence[int]) -> None:
         """Raise InputError unless each video's placeholder in a rendered prompt stands between its marks."""
         start, end = self._marks
@@ -90,16 +103,12 @@ class VideoReader:
         Raises:
             PromptError: the resized frames differ in size.
         """
-        sizes = sorted({f"{frame.width} x {frame.height}" for frame in frames})
-        if len(sizes) > 1:
-            raise PromptError(
-                f"the frames of a video must have one size after the resize, got {', '.join(sizes)} pixels"
-            )
-        pixels, grid = self._family.video_pixels(self._processor, frames)
+        require_one_size(frames)
+        pixels, grid = self._family.video_pixels(self.processor, frames)
         return pixels, grid, self.temporal_patch * step_of(times)
 
     @property
-    def _processor(self) -> Any:
+    def processor(self) -> Any:
         """The folder's video processor.
 
         Raises:
@@ -117,3 +126,10 @@ class VideoReader:
             if getattr(self._loaded, "cap_pixels_per_frame", 0) is None:
                 self._loaded.cap_pixels_per_frame = False  # of a resize that is not done there
         return self._loaded
+
+
+def require_one_size(frames: Sequence[Image.Image]) -> None:
+    """Raise PromptError if the resized frames of a video differ in size."""
+    sizes = sorted({f"{frame.width} x {frame.height}" for frame in frames})
+    if len(sizes) > 1:
+        raise PromptError(f"the frames of a video must have one size after the resize, got {', '.join(sizes)} pixels")

@@ -32,6 +32,7 @@ from rollout.vllm.launch import TOWER, environment, max_model_len, model_overrid
 from rollout.vllm.loop import BackgroundLoop
 from rollout.vllm.requests import build_request, is_broken_off, prompts_at_once, sampling_params, to_group
 from rollout.vllm.turns import Conversations
+from rollout.vllm.vision import vision_arguments
 from rollout.vllm.wire import HeldChecksum, buckets
 
 Result = TypeVar("Result")
@@ -65,9 +66,7 @@ class VllmEngine:
         arguments, variables, self.backend = prepare(model_path, rollout, inputs, chosen)
         self.name = chosen.name
         self.processor = processor = InputProcessor(model_path, inputs, **chosen.source)
-        # Images arrive resized; the limits tell vLLM how many tokens an image may have when it profiles memory.
-        limits = processor.family.limits(processor.image_processor, inputs.min_pixels, inputs.max_pixels)
-        arguments["mm_processor_kwargs"] = {"do_resize": False, **limits}
+        arguments |= vision_arguments(processor, arguments)
         if arguments.get("sleep_preserve_parameter_names") == [TOWER]:
             arguments["sleep_preserve_parameter_names"] = list(processor.family.engine_tower)
         arguments["hf_overrides"] = model_overrides(processor.family, arguments.get("hf_overrides", {}))
@@ -79,7 +78,7 @@ class VllmEngine:
         self._longest_answer_s = 2 * rollout.turns.timeout_s if self._make_environment else 0.0
         self._can_sleep = rollout.vllm.sleep_level > 0 and self.backend != "gloo"
         self._max_model_len = max_model_len(rollout, inputs)
-        self._prompt_pixels = inputs.max_images * inputs.max_pixels
+        self._prompt_pixels = (inputs.max_images + inputs.max_videos * inputs.max_frames) * inputs.max_pixels
         self._broken = ""
         self._received: set[str] | None = None
         self._adapter: Any = None
@@ -138,17 +137,19 @@ class VllmEngine:
             yield from self.processor.pieces(received(work))
 
     def count_vision(self, prompts: Sequence[Prompt]) -> list[tuple[int, int, int]]:
-        """Return (tokens, image tokens among them, image features) of each prompt as vLLM rendered it."""
+        """Return (tokens, vision tokens among them, vision features) of each prompt as vLLM rendered it."""
         counts = []
         for prompt in prompts:
             request, _ = build_request(self.processor, prompt, 1, self._max_model_len)
             with self._update("count_vision"):
                 (rendered,) = self._run(self._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))
             token_ids_T = list(rendered["prompt_token_ids"])
-            items = rendered["mm_kwargs"]["image"] if prompt.images else []
+            items = [item for kind in rendered["mm_kwargs"].values() for item in kind] if prompt.images else []
             grids = torch.stack([self.processor.family.requested_grid(item) for item in items]) if items else None
             num_features = self.processor.family.num_features(self.processor.image_processor, grids)
-            counts.append((len(token_ids_T), token_ids_T.count(self.processor.image_token_id), num_features))
+            vision_ids = (self.processor.image_token_id, self.processor.video_token_id)
+            num_vision = len([token for token in token_ids_T if token in vision_ids])
+            counts.append((len(token_ids_T), num_vision, num_features))
         return counts
 
     def stats(self) -> dict[str, float]:

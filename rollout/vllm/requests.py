@@ -10,8 +10,9 @@ import numpy as np
 
 from rollout.engine import EngineError
 from rollout.inputs.images import PromptError
-from rollout.inputs.processor import InputProcessor, pixel_hash
+from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt, RolloutGroup, SamplingParams
+from rollout.vllm.vision import media
 
 PIXELS_HELD_BYTES = 8 << 30
 """Images of prompts that wait or are sampled, as pixels, in an engine's process at once."""
@@ -37,15 +38,13 @@ def is_broken_off(output: Any) -> bool:
 def build_request(
     processor: InputProcessor, prompt: Prompt, max_tokens: int, max_model_len: int
 ) -> tuple[dict[str, Any], int]:
-    """Return vLLM's form of a prompt, with one placeholder per image, and its length with all vision tokens.
+    """Return vLLM's form of a prompt, one placeholder per image or video, and its length with all vision tokens.
 
     max_tokens: that may follow, of the policy and of an environment.
 
     Raises:
         PromptError: the prompt cannot be sampled.
     """
-    if prompt.videos:
-        raise PromptError("videos are not sampled with vLLM. Set rollout=hf, or give frames as images.")
     num_tokens = processor.count_tokens(prompt)
     processor.check_length(num_tokens)
     if num_tokens + max_tokens > max_model_len:
@@ -53,12 +52,9 @@ def build_request(
             f"{num_tokens:,} prompt tokens and {max_tokens:,} for the response exceed the engine's {max_model_len:,}. "
             "Raise rollout.vllm.engine_args.max_model_len or lower rollout.max_response_tokens."
         )
-    request: dict[str, Any] = {"prompt_token_ids": processor.token_ids(processor.render(prompt))}
+    request: dict[str, Any] = {"prompt_token_ids": processor.placeholder_ids(prompt)}
     if prompt.images:
-        images = processor.load_images(prompt)
-        # Keyed by content, a page is preprocessed and encoded once, even if several prompts contain it.
-        hashes = [pixel_hash(image) for image in images]
-        request |= {"multi_modal_data": {"image": images}, "multi_modal_uuids": {"image": hashes}}
+        request |= media(prompt, processor.load_images(prompt))
     return request, num_tokens
 
 

@@ -128,8 +128,7 @@ def continued(
     following: dict[str, Any] = {**request, "prompt_token_ids": ids}
     if sources:
         images = processor.resized_images(sources)
-        data = request.get("multi_modal_data", {"image": []})["image"]
-        uuids = request.get("multi_modal_uuids", {"image": []})["image"]
-        following["multi_modal_data"] = {"image": [*data, *images]}
-        following["multi_modal_uuids"] = {"image": [*uuids, *map(pixel_hash, images)]}
+        for key, added in (("multi_modal_data", images), ("multi_modal_uuids", map(pixel_hash, images))):
+            before = request.get(key, {})
+            following[key] = {**before, "image": [*before.get("image", ()), *added]}
     return following

@@ -34,7 +34,6 @@ def validate(config: TrainConfig) -> None:
     _check_reward_names(config)
     _check_sampling(config)
     _check_sleep(config)
-    _check_videos(config)
     _check_in_flight(config)
     _check_cpus(config)
     _check_inline(config)
@@ -61,7 +60,6 @@ def validate_sft(config: SftConfig) -> None:
     """Refuse a supervised run that cannot work; raises as `validate`."""
     _check_run(config, {"max_response_tokens": config.max_response_tokens})
     _check_inline(config)
-    _check_videos(config)
     _check_kept_weights(config)
 
 
@@ -111,14 +109,6 @@ def require_inputs(config: RunConfig) -> None:
     require_found("data.train", config.data.train, config.made_by)
     if config.data.val:
         require_found("data.val", config.data.val, config.made_by)
-
-
-def _check_videos(config: TrainConfig | SftConfig) -> None:
-    require(
-        not config.inputs.max_videos or config.rollout.engine != "vllm",
-        f"inputs.max_videos={config.inputs.max_videos}: vLLM does not sample from videos here. Set rollout=hf, or "
-        "inputs.max_videos=0 and give frames as images.",
-    )
 
 
 def _check_run(config: RunConfig, response: Mapping[str, int]) -> None:

@@ -17,7 +17,9 @@ from rollout.inputs.processor import InputProcessor
 from rollout.types import Observation, Prompt, SamplingParams
 from tests.material.environments import conversation
 
-INPUTS = InputsConfig(min_pixels=784, max_pixels=784 * 16, max_images=3, max_prompt_tokens=400)
+INPUTS = InputsConfig(
+    min_pixels=784, max_pixels=784 * 16, max_images=3, max_videos=2, max_frames=12, max_prompt_tokens=400
+)
 ROLLOUT = RolloutConfig(
     engine="vllm",
     max_response_tokens=48,
@@ -44,7 +46,8 @@ def reference_logits(model, processor: InputProcessor, prompt: Prompt, response)
     """(T, V) logits of each response token by one forward of the whole sequence, vision tokens banned."""
     encoded = processor.encode(prompt)
     ids = torch.tensor([[*encoded.token_ids_T, *response]])
-    inputs = processor.family.whole_inputs(model, ids, encoded.pixel_values, encoded.image_grid_thw)
+    vision = encoded.pixel_values, encoded.image_grid_thw, encoded.video_steps
+    inputs = processor.family.whole_inputs(model, ids, *vision)
     model.model.rope_deltas = None  # of the prompt before
     with torch.no_grad():
         logits = model(**inputs, use_cache=False).logits[0]

@@ -1,4 +1,4 @@
-"""Whole programs over rows with videos, images and text: supervised steps, RL with the embedded engine, inference."""
+"""Whole programs over rows with videos, images and text: supervised steps, RL and inference with both engines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from recipes import infer
 from recipes.sft import sft
-from rollout.config import InputsConfig
+from rollout.config import InputsConfig, VllmConfig
 from rsgrpo.config.train import ClusterConfig, DataConfig, SftConfig, TrainConfig
 from rsgrpo.records.rollouts import read_rollouts, rollout_files
 from rsgrpo.train import train
@@ -43,7 +43,25 @@ def test_rl_trains_on_rows_of_every_kind_and_keeps_their_videos(config):
     train(config)  # with the engine check and the self-check
     steps = steps_of(config)
     assert len(steps) == 2
-    assert all(step["rollout/prompt_errors"] == 0 for step in steps if "rollout/prompt_errors" in step)
+    assert [step["rollout/groups_sampled"] for step in steps] == [4, 4]
+    assert_stored(config)
+
+
+def test_rl_with_vllm_trains_on_the_same_rows(config):
+    """A frozen tower and four rows a step; every row's tokens are counted, and the gate compares the two videos."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    vllm = VllmConfig(kv_cache_gib=0.0625, engine_args={"max_num_seqs": 16, "mm_processor_cache_gb": 0.25})
+    rollout = dataclasses.replace(config.rollout, engine="vllm", vllm=vllm)
+    cluster = ClusterConfig(num_cpus=2, cpus={"rollout": 0.4, "learner": 0.4, "reward": 0.1})
+    train(dataclasses.replace(config, rollout=rollout, cluster=cluster))
+    steps = steps_of(config)
+    assert [step["rollout/groups_sampled"] for step in steps] == [4, 4]
+    assert all(step["actor/mismatch_max"] < 1e-4 for step in steps)
+    assert [step["rollout/oldest_weights_version"] for step in steps] == [0, 1]
+    assert_stored(config)
+
+
+def assert_stored(config: TrainConfig) -> None:
     [file, *_] = rollout_files(Path(config.output_dir) / config.name).values()
     stored = {row.prompt_id: (len(row.images), row.videos) for row in read_rollouts(file)}
     assert stored == {
@@ -63,10 +81,27 @@ def test_supervised_steps_and_inference_read_them(config, tmp_path):
     export = tmp_path / "runs" / "sft" / "export"
     assert (export / "model.safetensors").exists()
     out = tmp_path / "answers.jsonl"
+    assert_answered(infer_with("hf", config, str(export), out))
+
+
+def test_inference_with_vllm_reads_them(config, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    answers = {
+        engine: infer_with(engine, config, config.model.path, tmp_path / f"{engine}.jsonl") for engine in ("hf", "vllm")
+    }
+    assert_answered(answers["vllm"])
+    assert [line["text"] for line in answers["vllm"]] == [line["text"] for line in answers["hf"]]
+
+
+def infer_with(engine: str, config: TrainConfig, model: str, out: Path) -> list[dict[str, Any]]:
     limits = ["--min-pixels", "784", "--max-pixels", "784", "--max-videos", "1", "--max-tokens", "8", "--prompt", "raw"]
-    assert infer.main(["--batch", config.data.train, "--model", str(export), "--out", str(out), *limits]) == 0
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {line["id"] for line in lines if line["finish_reason"] != "error"} == {"r0", "r1", "r2", "r3"}
+    command = ["--batch", config.data.train, "--model", model, "--out", str(out), "--engine", engine, *limits]
+    assert infer.main(command) == 0
+    return sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda line: line["id"])
+
+
+def assert_answered(lines: list[dict[str, Any]]) -> None:
+    assert [line["id"] for line in lines if line["finish_reason"] != "error"] == ["r0", "r1", "r2", "r3"]
 
 
 def as_written(answer: Any, columns: Any, num_images: int) -> dict[str, Any]:

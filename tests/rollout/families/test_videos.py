@@ -129,6 +129,19 @@ def test_positions_of_text_go_on_after_a_videos_last_moment(tiny_model_path):
     assert positions[:, first + 3 :].tolist() == [[first + 2 * interval + 1 + index for index in range(behind)]] * 3
 
 
+def test_positions_in_time_are_counted_in_float32_seconds_as_vllm_does(tiny_model_path):
+    processor = InputProcessor(tiny_model_path, dataclasses.replace(INPUTS, max_pixels=28 * 28, max_frames=12))
+    policy = make_policy(tiny_model_path, processor)
+    times = tuple(0.35 * index for index in range(12))
+    inputs = processor.encode(Prompt("p", "<video>b", (*CLIP, *CLIP, *SHORT), videos=(times,)))
+    positions = policy.family.position_ids(policy.hf, torch.tensor(inputs.token_ids_T)[None], inputs.image_grid_thw,
+                                           video_steps=inputs.video_steps)[0, 0]  # fmt: skip
+    first = inputs.token_ids_T.index(processor.video_token_id)
+    assert policy.hf.config.vision_config.tokens_per_second == 4
+    # 0.7 in float32 is 0.69999999: 5 x 4 x 0.7 falls below 14.
+    assert (positions[first : first + 6] - first).tolist() == [0, 2, 5, 8, 11, 13]
+
+
 def test_tokens_are_those_of_transformers_processor(path, processor):
     """Its pixels too. Of Qwen3-VL's marks around a whole video, which published processors leave out, it keeps both."""
     theirs = AutoProcessor.from_pretrained(path)

@@ -436,9 +436,3 @@ def test_only_what_varies_between_the_jobs_of_a_sweep_names_them():
     assert cli.varying(settings, ["recipe=demo", "seed=1,2", "learner.lr=1e-5", "rollout=vllm", "-m"]) == ["seed=1"]
     assert cli.varying(settings, ["seed=range(1,3)", "learner.lr=choice(1e-5)"]) == ["seed=1", "learner.lr=1e-5"]
     assert cli.varying(settings, ["--multirun"]) == settings
-
-
-def test_videos_with_vllm_are_refused_before_anything_starts():
-    said = message_of("rollout=vllm", "inputs.max_videos=1")
-    assert said.startswith("inputs.max_videos=1: vLLM does not sample from videos here. Set rollout=hf")
-    validate(train_config("inputs.max_videos=1"))
