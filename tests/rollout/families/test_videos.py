@@ -136,7 +136,7 @@ def test_positions_in_time_are_counted_in_float32_seconds_as_vllm_does(tiny_mode
     inputs = processor.encode(Prompt("p", "<video>b", (*CLIP, *CLIP, *SHORT), videos=(times,)))
     positions = policy.family.position_ids(policy.hf, torch.tensor(inputs.token_ids_T)[None], inputs.image_grid_thw,
                                            video_steps=inputs.video_steps)[0, 0]  # fmt: skip
-    first = inputs.token_ids_T.index(processor.video_token_id)
+    first = inputs.token_ids_T.index(processor.tokenizer.get_vocab()["<|video_pad|>"])
     assert policy.hf.config.vision_config.tokens_per_second == 4
     # 0.7 in float32 is 0.69999999: 5 x 4 x 0.7 falls below 14.
     assert (positions[first : first + 6] - first).tolist() == [0, 2, 5, 8, 11, 13]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,8 @@ def test_other_families_read_them_by_their_own_rule(family, tiny_model_path, tmp
     """In bfloat16, the only type of vLLM's CPU kernels for recurrent layers, as near as that is."""
     path = save_family(family, tiny_model_path, tmp_path)
     recurrent = family.startswith("qwen3_5")
-    engine = build_engine(path, dataclasses.replace(ROLLOUT, dtype="bfloat16") if recurrent else ROLLOUT, INPUTS)
+    rollout = dataclasses.replace(ROLLOUT, dtype="bfloat16") if recurrent else ROLLOUT
+    engine: Any = build_engine(path, rollout, INPUTS)
     try:
         model = reference_model(path)
         assert_same_inputs(engine)
