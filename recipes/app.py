@@ -233,7 +233,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
                 pages = gr.HTML(elem_id="found")
         with gr.Accordion("Add documents", open=not library.num_pages):
             files = gr.File(
-                label="PDF, images, office, text, HTML, e-mail, e-books", file_count="multiple", elem_id="files"
+                label="PDF, DjVu, images, office, text, HTML, e-mail, e-books", file_count="multiple", elem_id="files"
             )
             add_button = gr.Button("Add", elem_id="add")
             added = gr.HTML(elem_id="added")

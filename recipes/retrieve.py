@@ -189,9 +189,11 @@ def _search(options: argparse.Namespace) -> None:
         _write_maps(options, retriever, query, found)
         if options.json:
             pages = [asdict(page) | {"text": page.text[:500]} for page in found]
-            print(json.dumps({"query": query, "pages": pages}, ensure_ascii=False))
+            reason = {} if found else {"why": retriever.why_none}
+            print(json.dumps({"query": query, "pages": pages} | reason, ensure_ascii=False))
         else:
-            print(printable("\n".join([query, *(table_lines(found) if found else ["  (no pages)"])])))
+            why = f": {retriever.why_none}" if retriever.why_none else ""
+            print(printable("\n".join([query, *(table_lines(found) if found else [f"  (no pages{why})"])])))
 
 
 def _add_ask(command: argparse.ArgumentParser) -> None:
@@ -213,6 +215,8 @@ def _ask(options: argparse.Namespace) -> int:
     retriever = open_retriever(options)
     (pages,) = retriever.search([options.question], options.k, distinct=True)
     _write_maps(options, retriever, options.question, pages)
+    if not pages and retriever.why_none:
+        raise InputError(f"no page was found: {retriever.why_none}")
     reader = open_reader(options, options.k)
     with closing(reader.answerer):
         asked = AskedQuestion("question", options.question, tuple(pages))

@@ -230,6 +230,9 @@ def document_tools() -> Iterator[Finding]:
         "install it (Debian: libreoffice-writer, libreoffice-calc, libreoffice-impress), or ingest PDFs and images only"
     )
     yield _optional("LibreOffice", soffice or "", needs, fix)
+    programs = [shutil.which(program) for program in ("ddjvu", "djvused", "djvutxt")]
+    found = programs[0] if all(programs) else ""
+    yield _optional("DjVuLibre", found or "", "ingest reads .djvu files with it", "install it (Debian: djvulibre-bin)")
     fix = 'install the program (Debian: tesseract-ocr) and `pip install -e ".[ocr]"`'
     yield _optional("Tesseract", shutil.which("tesseract") or "", "ingest --ocr reads scans with it", fix)
     packages = {"faiss": ("faiss-cpu", "index --faiss", "retrieval"), "gradio": ("gradio", "recipes.app", "app")}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,53 @@ def test_a_wrong_command_line_is_one_line(arguments, says, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert says in shown
     assert shown.count("\n") == 1
+
+
+@pytest.fixture
+def open_loops() -> Iterator[None]:
+    """Drop the event loops that gradio leaves open, here, so that no later test is charged with them."""
+    yield
+    asyncio.set_event_loop(None)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of gradio's
+def test_originals_are_linked_and_served_only_where_that_is_asked_for(open_loops, tmp_path):
+    gradio = pytest.importorskip("gradio", reason="needs the app extra")
+    from fastapi.testclient import TestClient
+
+    docs, store = tmp_path / "docs", tmp_path / "store"
+    docs.mkdir()
+    write_pdf(docs / "apples.pdf", ["apples are red"])
+    write_pdf(docs / "apples.docx", ["apples in a letter"])  # its bytes are a PDF's, but a browser goes by the name
+    write_pdf(tmp_path / "secret.pdf", ["apples are secret"])
+    (docs / "link.pdf").symlink_to(tmp_path / "secret.pdf")
+    ingested(store, docs)
+    write_pdf(tmp_path / "pears.pdf", ["pears are green apples"])
+
+    def page_of(*asked: str) -> tuple[str, dict[str, int]]:
+        """Return the pages of a question as HTML, and what the server says to requests for four files."""
+        options = app.parser().parse_args([str(store), "--by", "words", "--workers", "1", *asked])
+        library = app.open_library(options, QUIET)
+        library.add([tmp_path / "pears.pdf"])
+        page = app.build_page(library, options, tmp_path)
+        do = next(fn.fn.__self__ for fn in page.fns.values() if fn.name == "ask")
+        with TestClient(gradio.routes.App.create_app(page)) as client:
+            *_, (_, _, html, *_) = do.ask("apples", 5, "multi_image", False, [])
+            files = [
+                docs / "apples.pdf",
+                docs / "apples.docx",
+                tmp_path / "secret.pdf",
+                store / "uploads" / "pears.pdf",
+            ]
+            return html, {file.name: client.get(app.address(str(file))).status_code for file in files}
+
+    html, served = page_of()
+    assert re.findall(r"file=[^\"]*?([\w.]+)#page=1", html) == ["pears.pdf"]
+    assert served == {"apples.pdf": 403, "apples.docx": 403, "secret.pdf": 403, "pears.pdf": 200}
+    html, served = page_of("--link-originals")
+    assert sorted(re.findall(r"file=[^\"]*?([\w.]+)#page=1", html)) == ["apples.pdf", "pears.pdf"]
+    assert served == {"apples.pdf": 200, "apples.docx": 403, "secret.pdf": 403, "pears.pdf": 200}
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def test_programs_that_documents_need_are_looked_for(tmp_path: Path, monkeypatch
     findings = {finding.what: finding for finding in doctor.document_tools()}
     assert (findings["LibreOffice"].status, findings["LibreOffice"].found) == ("ok", str(tmp_path / "soffice"))
     assert findings["Tesseract"].status == "warn"
+    assert (findings["DjVuLibre"].status, findings["DjVuLibre"].fix) == ("warn", "install it (Debian: djvulibre-bin)")
+    for name in ("ddjvu", "djvused", "djvutxt"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    assert "ok" in [finding.status for finding in doctor.document_tools() if finding.what == "DjVuLibre"]
     assert "ingest --ocr" in findings["Tesseract"].found
     assert "tesseract-ocr" in findings["Tesseract"].fix
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -31,6 +31,7 @@ from rsgrpo.data.prompts import render_template
 from rsgrpo.errors import InputError, RsgrpoError
 
 Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
+MAX_HISTORY = 3  # earlier questions that a follow-up is asked with
 MAX_SIDE = 20_000  # pixels of a pasted image
 _IMAGE_PLACES = re.compile(r"\{(?:images|image_marks|numbered_marks)\}")
 
@@ -144,6 +145,14 @@ def text_prompt(asked: AskedQuestion, reader: Reader) -> Prompt:
     first, *others = (render_template(part, asked.question, 0) for part in _IMAGE_PLACES.split(template))
     text = f"{first}{texts}{''.join(others)}" if others else f"{texts}\n\n{first}"
     return Prompt(asked.id, text, (), {"is_sufficient": True}, asked.question, reader.system)
+
+
+def with_history(question: str, history: Sequence[tuple[str, str]]) -> str:
+    """Return a question preceded by the last ones with their answers."""
+    if not history:
+        return question
+    earlier = [f"Earlier question: {asked}\nIts answer: {answer}" for asked, answer in history[-MAX_HISTORY:]]
+    return "\n".join([*earlier, f"Question now: {question}"])
 
 
 def short(question: str) -> str:

@@ -19,7 +19,7 @@ from recipes.answers.reader import Reader
 from recipes.retrieval.answers.adding import Report, ReportingConsole
 from recipes.retrieval.answers.at_desk import LibraryShelf, look_up
 from recipes.retrieval.answers.evidence import cited_pages
-from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream
+from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream, with_history
 from recipes.retrieval.answers.highlight import Box
 from recipes.retrieval.answers.progress import AnswerProgress, trace_of
 from recipes.retrieval.answers.told_boxes import marks_of
@@ -31,7 +31,7 @@ from recipes.retrieval.pages.catalogue import UPLOADS, Removal, remove_documents
 from recipes.retrieval.pages.ingest import ingest
 from recipes.retrieval.pages.settings import RenderSettings
 from recipes.retrieval.pages.store import DocumentRow, Page, PageStore, StoreBusyError, shown, writing
-from recipes.retrieval.search.found import FoundPage
+from recipes.retrieval.search.found import NO_PAGES, FoundPage, why_nothing
 from recipes.retrieval.search.index import IndexFault, VectorIndex
 from recipes.retrieval.search.keep import NO_FILTERS, Filters
 from recipes.retrieval.search.retriever import EXACT, Retriever, SearchSettings
@@ -46,8 +46,6 @@ PAGE_TIMEOUT_S = 120.0
 WAIT_S = 5.0  # of a question for pages that another one is encoding
 MAX_QUESTION_CHARACTERS = 4_000
 LINKED = (".pdf", ".png", ".jpg", ".jpeg")  # kinds that are linked to
-NO_PAGES = "there are no pages yet: add documents first"
-MAX_HISTORY = 3  # earlier questions that a follow-up is asked with
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,9 @@ class LibrarySettings:
     max_added_mb: int = key(50_000, "room for all files that were added and their pages", ge=1)
     max_added_pages: int = key(200_000, "pages of all files that were added", ge=1)
     workers: int = key(os.cpu_count() or 1, "processes that render pages", ge=1)
-    link_originals: bool = key(False, "also link to PDFs and images in the folders that were ingested")
+    link_originals: bool = key(
+        False, "link found pages to their PDF or image in the folders that were ingested, too, and serve those files"
+    )
     no_sync: bool = key(False, "leave indexes that are behind the store as they are, and only say so")
 
     def __post_init__(self) -> None:
@@ -199,6 +199,10 @@ class Library:
         """What the user should know of the indexes."""
         return [str(lag) for lag in self._retriever.lags] if self._retriever else []
 
+    @property
+    def _why_nothing(self) -> str:
+        return why_nothing(PageStore.open(self._store)) if (self._store / "pages.parquet").exists() else NO_PAGES
+
     def documents(self) -> list[DocumentRow]:
         """Return the catalogue without files that are not read; empty without a store."""
         if not (self._store / "pages.parquet").exists():
@@ -278,7 +282,7 @@ class Library:
             history: earlier questions and answers of this conversation, which the question may refer to.
 
         Raises:
-            InputError: the question is empty or too long, or there is no page.
+            InputError: the question is empty or too long, or there is no page; says why.
             RsgrpoError: the answerer fails.
         """
         if not question.strip():
@@ -291,14 +295,16 @@ class Library:
         if self.at_desk and self.reader is not None:
             yield from self._look_up(question, history, self.reader, start)
             return
-        found, maps = self._searched(lambda retriever: _found_with_maps(retriever, question, k))
+        found, maps, why_none = self._searched(lambda retriever: _found_with_maps(retriever, question, k))
         seconds = {"retrieval": time.monotonic() - start}
-        notes = tuple(self.notes)
+        notes = (*self.notes, *filter(None, [why_none]))
         progress = AnswerProgress(question, setting, tuple(found), "", None, seconds, notes=notes, maps=maps)
         yield progress
         if self.reader is None:
             return
-        asked = AskedQuestion("question", _with_history(question, history), progress.pages)
+        if why_none:
+            raise InputError(why_none)
+        asked = AskedQuestion("question", with_history(question, history), progress.pages)
         with self._answering:
             for piece in answer_stream(asked, setting, self.reader):
                 if isinstance(piece, str):
@@ -316,8 +322,8 @@ class Library:
         """Yield the progress of a reader that looks up its pages: after each piece of text, and after each step."""
         self.refresh()
         if not self.num_pages:
-            raise InputError(NO_PAGES)
-        with self._answering, closing(look_up(_with_history(question, history), reader, self._pages)) as visit:
+            raise InputError(self._why_nothing)
+        with self._answering, closing(look_up(with_history(question, history), reader, self._pages)) as visit:
             seconds: dict[str, float] = {}
             for progress in visit:
                 if progress.text:
@@ -351,7 +357,7 @@ class Library:
             with self._searching:
                 retriever = self._retriever
                 if retriever is None or not self.num_pages:
-                    raise InputError(NO_PAGES)
+                    raise InputError(self._why_nothing)
                 try:
                     return search(retriever)
                 except IndexFault:  # another process has replaced it since it was opened
@@ -390,14 +396,8 @@ class Library:
         return RenderSettings(**kept, max_pages=self._settings.max_pages, max_file_mb=self._settings.max_file_mb)
 
 
-def _found_with_maps(retriever: Retriever, question: str, k: int) -> tuple[list[FoundPage], dict[str, np.ndarray]]:
+def _found_with_maps(retriever: Retriever, question: str, k: int) -> tuple[list[FoundPage], dict[str, np.ndarray], str]:
+    """Return the pages, their similarity maps, and why there are none."""
     (found,) = retriever.search([question], k, distinct=True)
-    return found, retriever.similarity_maps(question, [page.page_id for page in found])
-
-
-def _with_history(question: str, history: Sequence[tuple[str, str]]) -> str:
-    """Return a question preceded by the last ones with their answers."""
-    if not history:
-        return question
-    earlier = [f"Earlier question: {asked}\nIts answer: {answer}" for asked, answer in history[-MAX_HISTORY:]]
-    return "\n".join([*earlier, f"Question now: {question}"])
+    maps = retriever.similarity_maps(question, [page.page_id for page in found])
+    return found, maps, "" if found else retriever.why_none

@@ -26,6 +26,7 @@ from recipes.retrieval.search.origin import recall
 from recipes.retrieval.search.retriever import By, Retriever, SearchSettings
 from rollout.files import Stamp, stamp
 from rollout.inputs.images import decode, thumbnail
+from rsgrpo.errors import InputError
 
 CACHED_SEARCHES, CACHED_THUMBNAILS, CACHED_CROPS = 16_384, 4_096, 128
 
@@ -89,7 +90,7 @@ def store_shelf(store: str, index: str, by: By, k: int) -> Shelf:
     index: the folder; "" is the store's own. It is searched by the encoder that made it.
 
     Raises:
-        InputError: there is no such store or index, or its encoder cannot be loaded.
+        InputError: there is no such store or index, its encoder cannot be loaded, or no page can be found; says why.
     """
     if (shelf := _LENT.get((store, index, by, k))) is not None:
         return shelf
@@ -102,7 +103,10 @@ def store_shelf(store: str, index: str, by: By, k: int) -> Shelf:
 @functools.lru_cache(8)
 def _opened(store: str, folder: Path, by: By, k: int, _: tuple[Stamp, ...]) -> StoreShelf:
     encoder = None if by == "words" else _encoder(folder, stamp(folder / ENCODER_FILE))
-    return StoreShelf(Retriever(Path(store), folder, encoder, SearchSettings(by=by)), k)
+    retriever = Retriever(Path(store), folder, encoder, SearchSettings(by=by))
+    if not retriever.num_pages:  # every search would only say that no page was found
+        raise InputError(f"the page desk cannot search {store}: {retriever.why_none}")
+    return StoreShelf(retriever, k)
 
 
 @functools.lru_cache(2)

@@ -48,7 +48,7 @@ def add_evaluation(commands: Any) -> None:
     fuse.add_argument("run_files", type=Path, nargs="+", metavar="RUN", help="of the same queries, searched in any way")
     fuse.add_argument("--out", type=Path, required=True, metavar="RUN", help="TREC run file to write")
     fuse.add_argument("-k", type=int, default=100, help="number of pages; each run should have at least as many")
-    fuse.add_argument("--weights", default="", help="one per run, such as 1,0.5; default: all 1")
+    fuse.add_argument("--weights", default="", help="one per run, such as 4,1; default: all 1")
     fuse.add_argument(
         "--learn-from", type=Path, metavar="QRELS", help="choose the weights with the best nDCG@10 on these judgments"
     )
@@ -111,7 +111,7 @@ def _fuse(options: argparse.Namespace) -> None:
         raise InputError(f"k must be >= 1, got {options.k}")
     runs = [scores.read_run(file) for file in options.run_files]
     names = [str(file) for file in options.run_files]
-    weights = parse_weights(options.weights, names)
+    weights = parse_weights(options.weights, names, [1.0] * len(names))
     if options.learn_from is not None:
         qrels = _qrels(options.learn_from, PageStore.open(options.store) if options.store else None)
         judged = [{query: hits for query, hits in run.items() if query in qrels} for run in runs]

@@ -1,10 +1,13 @@
-"""What a process gives up before it reads a stranger's document. Linux only; elsewhere nothing happens."""
+"""What a process gives up before it reads a stranger's document. What needs Linux does nothing elsewhere."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import resource
 import signal
+import subprocess
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,3 +55,35 @@ def _leave_network() -> bool:
     (own / "uid_map").write_text(f"{user} {user} 1")
     (own / "gid_map").write_text(f"{group} {group} 1")
     return True
+
+
+def bound(*, memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
+    """Limit a program that is about to start: it ends with its parent, and each of its processes has bounds.
+
+    cpu_s: also where it outlives everyone who could stop it. file_bytes: of a file that it writes.
+    """
+    die_with_parent()
+    limits = {
+        resource.RLIMIT_AS: memory_bytes,
+        resource.RLIMIT_CPU: cpu_s,
+        resource.RLIMIT_FSIZE: file_bytes,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, limit in limits.items():
+        _, hard = resource.getrlimit(kind)
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+
+@functools.cache
+def alone() -> tuple[str, ...]:
+    """Return the words before a command that runs it without a network and ends all it has started; () where refused.
+
+    In a PID namespace of its own every process ends with the first one, which ends with the one that started it.
+    """
+    words = ("unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child", "--")
+    try:
+        allowed = subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        allowed = False
+    return words if allowed else ()

@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from recipes.retrieval.pages.djvu import SUFFIXES as DJVU
+from recipes.retrieval.pages.djvu import DjvuDocument, is_djvu
 from recipes.retrieval.pages.libreoffice import office_to_pdf
 from recipes.retrieval.pages.ocr import read_text
 from recipes.retrieval.pages.office_parts import HiddenParts
@@ -42,7 +44,7 @@ OFFICE = frozenset(
     ).split()
 )
 IMAGES = frozenset(".png .jpg .jpeg .tif .tiff .webp .bmp .gif .jp2 .ppm .pgm".split())  # noqa: SIM905
-KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES
+KNOWN = frozenset({".pdf"}) | OFFICE | IMAGES | DJVU
 POINTS_PER_INCH = 72
 FINISHED = "finished-{first:05d}.jsonl"  # pages so far, in the folder of a document that is rendered; of each part
 MEMORY_LIMIT_BYTES = 8 << 30  # address space of one worker
@@ -76,10 +78,10 @@ def is_candidate(path: Path) -> bool:
 
 def why_skipped(path: Path) -> str:
     """Return why a file is not a document that can be read; "" if it may be one."""
-    if path.suffix.lower() in KNOWN or _kind(path) in ("pdf", "image"):
+    if path.suffix.lower() in KNOWN or _kind(path) != "other":
         return ""
     named = f"{path.suffix.lower()} files are not read" if path.suffix else "a file without an extension is not read"
-    return f"{named}, and its content is neither a PDF nor an image"
+    return f"{named}, and its content is neither a PDF, an image nor DjVu"
 
 
 def is_office(path: Path) -> bool:
@@ -112,11 +114,15 @@ def render(
         raise DocumentError(f"{size}, more than --max-file-mb {settings.max_file_mb}; raise it")
     kind = _kind(path)
     if kind == "other" and path.suffix.lower() not in OFFICE:
-        raise DocumentError(f"the content is neither a PDF nor an image, despite the extension {path.suffix!r}")
+        raise DocumentError(f"the content is neither a PDF, an image nor DjVu, despite the extension {path.suffix!r}")
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder.parent) as scratch:
         if kind == "image":
             pages, faults = _write(_image_pages(path, settings), folder, settings, on_page)
             return _whole(pages, faults, folder), "; ".join(faults), ""
+        if kind == "djvu":
+            djvu, finished = DjvuDocument(path, Path(scratch)), finished_pages(folder)
+            pages, faults = _write(_djvu_pages(djvu, settings, finished), folder, settings, on_page, finished)
+            return _labelled(_whole(pages, faults, folder), djvu.labels), "; ".join(faults), ""
         if kind == "pdf":
             source, hidden = path, HiddenParts()
         else:
@@ -124,8 +130,7 @@ def render(
         labels = labels_of(source, hidden)
         finished = finished_pages(folder) if kind == "pdf" else {}
         pages, faults = _write(_pdf_pages(source, settings, finished), folder, settings, on_page, finished)
-        labelled = [replace(page, label=labels.get(page.number, "")) for page in _whole(pages, faults, folder)]
-        return labelled, "; ".join(faults), hidden.note
+        return _labelled(_whole(pages, faults, folder), labels), "; ".join(faults), hidden.note
 
 
 def render_some(
@@ -162,6 +167,10 @@ def _whole(pages: list[RenderedPage], faults: Sequence[str], folder: Path) -> li
     return pages
 
 
+def _labelled(pages: Iterable[RenderedPage], labels: Mapping[int, str]) -> list[RenderedPage]:
+    return [replace(page, label=labels.get(page.number, "")) for page in pages]
+
+
 def labels_of(pdf: Path, hidden: HiddenParts) -> dict[int, str]:
     """Return page number -> what the document calls that page, where that differs from its number.
 
@@ -186,13 +195,15 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _kind(path: Path) -> Literal["pdf", "image", "other"]:
+def _kind(path: Path) -> Literal["pdf", "image", "djvu", "other"]:
     """Say what the bytes are. Only in a file with the extension of a PDF may other bytes precede the PDF."""
     try:
         with open(path, "rb") as file:
             start = file.read(1024)
         if start.startswith(b"%PDF-") or (b"%PDF-" in start and path.suffix.lower() == ".pdf"):
             return "pdf"
+        if is_djvu(start):
+            return "djvu"
     except OSError:
         return "other"
     return "image" if has_known_format(os.fspath(path)) else "other"
@@ -248,6 +259,24 @@ def _pdf_pages(
             except MemoryError:
                 result = "it needs more memory than a page may use"
             yield result
+
+
+def _djvu_pages(
+    document: DjvuDocument, settings: RenderSettings, finished: Container[int]
+) -> Iterator[tuple[Image.Image, str] | str | None]:
+    """Yield the pixels and text of each page, or what is wrong with it; None for one that is finished."""
+    _refuse_pages(document.num_pages, settings)
+    for number in range(1, document.num_pages + 1):
+        if number in finished:
+            yield None
+            continue
+        try:
+            width_points, height_points = document.size(number)
+            scale = _pdf_scale(width_points, height_points, settings)
+            image = document.draw(number, max(1, round(width_points * scale)), max(1, round(height_points * scale)))
+            yield image, document.text(number)
+        except DocumentError as error:
+            yield str(error)
 
 
 def _pdf_scale(width_points: float, height_points: float, settings: RenderSettings) -> float:

@@ -6,14 +6,13 @@ import codecs
 import csv
 import functools
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import zipfile
 from pathlib import Path
 
-from recipes.retrieval.pages.confined import die_with_parent
+from recipes.retrieval.pages.confined import alone, bound
 from recipes.retrieval.pages.mail_and_books import READ_HERE, UnreadableError, to_html
 from recipes.retrieval.pages.office_parts import HiddenParts, hidden_parts, is_locked
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
@@ -23,35 +22,6 @@ _TEXT_SAMPLE_BYTES = 1 << 16
 _CSV_UTF8, _CSV_LATIN1 = 76, 1  # LibreOffice's numbers
 _CSV_QUOTE = ord('"')
 OFFICE_MEMORY_BYTES = 16 << 30  # address space of each of LibreOffice's processes
-
-
-def _limit_office(settings: RenderSettings) -> None:
-    """Limit a LibreOffice that is about to start: it ends with its worker, and each of its processes has bounds."""
-    die_with_parent()
-    limits = {
-        resource.RLIMIT_AS: OFFICE_MEMORY_BYTES,
-        resource.RLIMIT_CPU: settings.office_timeout_s * 2,  # also where it outlives everyone who could stop it
-        resource.RLIMIT_FSIZE: settings.max_unpacked_mb << 20,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, limit in limits.items():
-        _, hard = resource.getrlimit(kind)
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
-
-
-@functools.cache
-def alone() -> tuple[str, ...]:
-    """Return the words before a command that runs it without a network and ends all it has started; () where refused.
-
-    In a PID namespace of its own every process ends with the first one, which ends with the one that started it.
-    """
-    words = ("unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child", "--")
-    try:
-        allowed = subprocess.run([*words, "true"], capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        allowed = False
-    return words if allowed else ()
 
 
 def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[Path, HiddenParts]:
@@ -92,9 +62,13 @@ def office_to_pdf(path: Path, scratch: Path, settings: RenderSettings) -> tuple[
         "--norestore",
     ]
     command += [*_import_filter(source), "--convert-to", "pdf", "--outdir", str(scratch), str(source)]
+    limits = functools.partial(
+        bound, memory_bytes=OFFICE_MEMORY_BYTES, cpu_s=settings.office_timeout_s * 2,
+        file_bytes=settings.max_unpacked_mb << 20,
+    )  # fmt: skip
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
-        preexec_fn=functools.partial(_limit_office, settings), process_group=0,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=limits,
+        process_group=0,
     ) as process:  # fmt: skip
         try:
             out, err = process.communicate(timeout=settings.office_timeout_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from recipes.retrieval.pages.store import Page, place_of
+from recipes.retrieval.pages.store import Page, PageStore, place_of
 from recipes.retrieval.search.exact import Hit
 
 
@@ -44,6 +44,31 @@ def shown_score(score: float, decimals: int) -> str:
     """
     text = f"{score:.{decimals}f}"
     return text if float(text) else ""
+
+
+NO_PAGES = "there are no pages yet: add documents first"
+
+
+def why_nothing(store: PageStore) -> str:
+    """Return why no page of a store can be found by searches that are all empty, with the remedy."""
+    num_pages = len(store.page_ids())
+    if not num_pages:
+        return NO_PAGES
+    if not store.page_ids(with_text=True):
+        return (
+            f"none of the {num_pages:,} pages has text, so no words can be found: ingest into a new store with --ocr, "
+            "or search the images by an index (`recipes.retrieve index`, --by vectors)"
+        )
+    return f"none of the {num_pages:,} pages is in the index yet: run `recipes.retrieve sync {store.folder}`"
+
+
+def why_no_words(store: PageStore) -> str:
+    """Return why a search by words alone has found nothing, although pages have text."""
+    num_pages, num_texts = len(store.page_ids()), len(store.page_ids(with_text=True))
+    blank = (
+        f"; {num_pages - num_texts:,} others have no text (ingest --ocr reads scans)" if num_texts < num_pages else ""
+    )
+    return f"none of the {num_texts:,} pages with text has any of these words{blank}"
 
 
 def found_pages(hits: Sequence[Hit], pages: Mapping[str, Page]) -> list[FoundPage]:

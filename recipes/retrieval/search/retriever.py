@@ -15,8 +15,8 @@ from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.distinct import distinct_pages
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.faiss import state_of
-from recipes.retrieval.search.found import FoundPage, found_pages
-from recipes.retrieval.search.fusion import fuse, parse_weights
+from recipes.retrieval.search.found import FoundPage, found_pages, why_no_words, why_nothing
+from recipes.retrieval.search.fusion import fuse, parse_weights, usual_weights
 from recipes.retrieval.search.index import CANDIDATES, Backend, VectorIndex
 from recipes.retrieval.search.keep import NO_FILTERS, Filters, Keep, contents_of
 from recipes.retrieval.search.update import Lag, lag_of
@@ -42,7 +42,10 @@ class SearchSettings:
     candidates: int = key(
         CANDIDATES, "number of pages to fuse, to rerank, or to score by late interaction (flat, ivf)", ge=1
     )
-    weights: str = key("", "weights of the fused searches, such as 1,0.5: indexes in order, then words; default: all 1")
+    weights: str = key(
+        "", "weights of the fused searches, such as 1,0.5: indexes in order, then words; default: 4 for late "
+        "interaction, else 1",
+    )  # fmt: skip
     reranker: tuple[PageEncoder, Path] | None = None
     further: tuple[tuple[PageEncoder, Path], ...] = ()
 
@@ -80,6 +83,11 @@ class VectorSource:
         self.index = VectorIndex.open(folder)
         self.index.require(encoder.identity)
         self._search = self.index.searcher(backend, search.num_probes, search.candidates)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its pages have several vectors each."""
+        return self.index.multi_vector
 
     def hits(self, queries: Sequence[str], k: int, keep: Keep) -> list[list[Hit]]:
         """Encode the queries and search; see `Source`."""
@@ -133,13 +141,14 @@ class Retriever:
         self._sources: list[Source] = [*vectors]
         if search.by != "vectors":
             self._sources.append(WordSource(self.store))
-        self._weights = parse_weights(search.weights, [source.name for source in self._sources])
+        usual = usual_weights([isinstance(source, VectorSource) and source.is_late for source in self._sources])
+        self._weights = parse_weights(search.weights, [source.name for source in self._sources], usual)
         self._reranker = None
         if search.reranker is not None:
             second, folder = search.reranker
             self._reranker = VectorSource(folder, second, search, backend="exact")
         opened = [*vectors, *([self._reranker] if self._reranker else [])]
-        self._late = next((source for source in opened if source.index.multi_vector), None)
+        self._late = next((source for source in opened if source.is_late), None)
         self.lags: list[Lag] = [lag for source in opened if (lag := lag_of(self.store, source.index))]
         gone, contents = {lag.index: lag.surplus for lag in self.lags}, contents_of(self.store, filters)
         self._keeps = [Keep(contents, gone.get(source.name, frozenset())) for source in self._sources]
@@ -148,6 +157,13 @@ class Retriever:
     def num_pages(self) -> int:
         """How many pages can be found, at most."""
         return max(len(source.index) for source in self._sources)
+
+    @property
+    def why_none(self) -> str:
+        """Why a query has found nothing, with the remedy; "" where only the filters can be the reason."""
+        if not self.num_pages:
+            return why_nothing(self.store)
+        return why_no_words(self.store) if self._by_words_alone and self._keeps[0].contents is None else ""
 
     @property
     def tag(self) -> str:
@@ -204,6 +220,10 @@ class Retriever:
             if page_id in pages and page_id in vectors
         }
         return {page_id: similarities for page_id, similarities in found.items() if similarities is not None}
+
+    @property
+    def _by_words_alone(self) -> bool:
+        return len(self._sources) == 1 and isinstance(self._sources[0], WordSource)
 
     def _found(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         if len(self._sources) == 1:

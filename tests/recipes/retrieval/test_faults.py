@@ -110,9 +110,9 @@ def test_a_folder_of_oddities_gives_its_good_pages_and_an_error_row_for_each_oth
         "bomb.png", "large.png", "strip.png", "program.png", "cycle.pdf", "\\xe9[b]\\x1b[31m\\x0a.pdf"
     }  # fmt: skip
     assert errors["strip.png"].startswith("page 1: 50000 x 200 pixels, one side is more than 200 times")
-    assert errors["program.png"].startswith("the content is neither a PDF nor an image")
+    assert errors["program.png"].startswith("the content is neither a PDF, an image nor DjVu")
     assert {row.document: row.skipped for row in store.documents() if row.skipped} == {
-        "note": "a file without an extension is not read, and its content is neither a PDF nor an image",
+        "note": "a file without an extension is not read, and its content is neither a PDF, an image nor DjVu",
         "pipe.pdf": "not a regular file (a pipe, a device)",
         "round": "a link to a folder is not followed; name its target",
         "self.png": "the link leads nowhere",

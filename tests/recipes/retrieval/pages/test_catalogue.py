@@ -86,7 +86,7 @@ def test_what_is_not_read_is_listed_with_its_reason(tmp_path, capsys):
     assert retrieve.main(["list", str(store), "--skipped"]) == 0
     shown = capsys.readouterr().out
     for said in (
-        "data.json  [not read: .json files are not read, and its content is neither a PDF nor an image]",
+        "data.json  [not read: .json files are not read, and its content is neither a PDF, an image nor DjVu]",
         ".git  [not read: a hidden folder is not read]",
         ".hidden.pdf  [not read: a hidden file is not read]",
         "2 documents, 1 pages; 1 with errors; 3 files not read",

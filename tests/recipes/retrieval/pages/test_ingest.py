@@ -173,7 +173,7 @@ def test_faulty_files_become_error_rows_and_the_rest_is_rendered(tmp_path, docs)
     assert "encrypted" in wrong["locked.pdf"]
     assert wrong["zero.pdf"] == wrong["broken.pdf"] == "the PDF is broken or has no pages"
     assert "0 bytes" in wrong["empty.png"]
-    assert "neither a PDF nor an image" in wrong["text.png"]
+    assert "neither a PDF, an image nor DjVu" in wrong["text.png"]
     store = PageStore.open(tmp_path / "store")
     assert sorted((page.document, page.number) for page in store.pages()) == [
         ("good.pdf", 1), ("good.pdf", 2), ("image.pdf", 1)

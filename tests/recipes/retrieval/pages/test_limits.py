@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recipes.retrieval.pages.confined import leave_network
+from recipes.retrieval.pages.confined import alone, leave_network
 from recipes.retrieval.pages.documents import render
-from recipes.retrieval.pages.libreoffice import _refuse_bomb, alone
+from recipes.retrieval.pages.libreoffice import _refuse_bomb
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, StoreError
 from recipes.retrieval.pages.workers import run_tasks

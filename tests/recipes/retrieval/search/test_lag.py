@@ -87,6 +87,24 @@ def test_a_rerank_index_that_is_behind_drops_no_page(store):
     assert names(retriever.search(["blue"], 2)[0]) == ["blue.png", "red.png"]
 
 
+def test_of_searches_that_disagree_late_interaction_weighs_more_unless_weights_are_given(tmp_path):
+    class Opposite(Colours):
+        def encode_queries(self, queries: Any) -> list[np.ndarray]:
+            return [-vector for vector in super().encode_queries(queries)]
+
+    store, late = coloured_store(tmp_path, "red", "lime"), Colours("late", multi_vector=True)
+    update_index(PageStore.open(store), store / "index", Opposite(), QUIET)
+    update_index(PageStore.open(store), store / "late", late, QUIET)
+
+    def found(query: str, weights: str = "") -> list[str]:
+        search = SearchSettings(weights=weights, further=((late, store / "late"),))
+        return names(Retriever(store, store / "index", Opposite(), search).search([query], 2)[0])
+
+    for query, other in (("red", "lime"), ("lime", "red")):
+        assert found(query) == [f"{query}.png", f"{other}.png"]
+        assert found(query, "1,0.5") == [f"{other}.png", f"{query}.png"]
+
+
 def coloured_pages(store: Path) -> dict[str, str]:
     return {page.document: page.page_id for page in PageStore.open(store).pages()}
 

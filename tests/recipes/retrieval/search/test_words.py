@@ -14,6 +14,9 @@ import pytest
 pytest.importorskip("pypdfium2", reason="needs the retrieval extra")
 
 from recipes import retrieve
+from recipes.retrieval.answers.library import Library, LibrarySettings
+from recipes.retrieval.answers.page_view import pages_html
+from recipes.retrieval.desk.shelf import store_shelf
 from recipes.retrieval.evaluation.scores import resolve_qrels
 from recipes.retrieval.pages.store import PageStore, StoreError
 from recipes.retrieval.search.distinct import distinct_pages
@@ -25,7 +28,7 @@ from recipes.retrieval.search.retriever import Retriever, SearchSettings
 from recipes.retrieval.search.shards import Shard
 from recipes.retrieval.search.words import WordIndex, spaced
 from rsgrpo.errors import InputError
-from tests.material.retrieval import ingested, write_image, write_pdf, write_vectors
+from tests.material.retrieval import QUIET, ingested, write_image, write_pdf, write_vectors
 
 TEXTS = ["the ibex climbs", "the cow and the cow graze", "the page of ibexes and cows", "nothing to see"]
 
@@ -51,6 +54,35 @@ def test_words_find_their_pages_whatever_their_endings(store):
     assert found(store, "unicorn") == []
     assert found(store, 'ibex" OR NOT (') == [1, 3]  # no syntax of SQLite's
     assert found(store, "the", 1) == [2]  # on most pages, but there is nothing else
+
+
+def test_a_search_that_finds_nothing_says_why(store, tmp_path, capsys):
+    scans = tmp_path / "scans"
+    write_image(tmp_path / "scan.png")
+    ingested(scans, tmp_path / "scan.png")
+    by_words = ["ibex", "--by", "words"]
+    nothing = "none of the 1 pages has text, so no words can be found: ingest into a new store with --ocr, or"
+    assert retrieve.main(["search", str(scans), *by_words]) == 0
+    assert f"(no pages: {nothing}" in capsys.readouterr().out
+    assert retrieve.main(["search", str(scans), *by_words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["pages"] == []
+    assert answer["why"].startswith(nothing)
+    assert retrieve.main(["ask", str(scans), *by_words, "--engine", "fake", "--script", "{}"]) == 2
+    assert f"no page was found: {nothing}" in capsys.readouterr().err
+    with pytest.raises(InputError, match=f"the page desk cannot search .*: {nothing}"):
+        store_shelf(str(scans), "", "words", 3)
+    nobody = Library(scans, scans / "index", None, None, LibrarySettings(), QUIET, SearchSettings(by="words"))
+    with pytest.raises(InputError, match=nothing):
+        next(nobody.ask("ibex", 3, "multi_image"))
+    assert retrieve.main(["search", str(store), "unicorn", "--by", "words"]) == 0
+    why = "(no pages: none of the 4 pages with text has any of these words; 1 others have no text"
+    assert why in capsys.readouterr().out
+    some = Library(store, store / "index", None, None, LibrarySettings(), QUIET, SearchSettings(by="words"))
+    (shown,) = some.ask("unicorn", 3, "multi_image")
+    assert why.removeprefix("(no pages: ") in pages_html(shown, str)
+    assert retrieve.main(["search", str(store), "ibex", "--by", "words", "--type", "png"]) == 0
+    assert capsys.readouterr().out.endswith("(no pages)\n")
 
 
 def test_scores_are_those_of_bm25(store):
@@ -108,12 +140,13 @@ def test_fusion_is_by_reciprocal_ranks():
     one, other = [Hit("a", 5.0), Hit("b", 4.0)], [Hit("b", 0.1), Hit("c", 0.0)]
     fused = fuse([one, other], [1.0, 0.5], 3)
     assert [hit.page_id for hit in fused] == ["b", "a", "c"]
-    assert [hit.score for hit in fused] == [round(1 / 62 + 0.5 / 61, 6), round(1 / 61, 6), round(0.5 / 62, 6)]
-    assert fuse([one, []], [1.0, 1.0], 1) == [Hit("a", round(1 / 61, 6))]
-    assert parse_weights("", ["x", "y"]) == [1.0, 1.0]
+    assert [hit.score for hit in fused] == [round(1 / 6 + 0.5 / 5, 6), round(1 / 5, 6), round(0.5 / 6, 6)]
+    assert fuse([one, []], [1.0, 1.0], 1) == [Hit("a", 0.2)]
+    assert fuse([one, []], [1.0, 1.0], 1, constant=60) == [Hit("a", round(1 / 61, 6))]
+    assert parse_weights("", ["x", "y"], [1.0, 4.0]) == [1.0, 4.0]
     for wrong in ("1", "1,x", "0,0", "1,-1"):
         with pytest.raises(InputError, match="weight"):
-            parse_weights(wrong, ["x", "y"])
+            parse_weights(wrong, ["x", "y"], [1.0, 1.0])
 
 
 def test_weights_are_learnt_and_even_ones_win_ties():
