@@ -28,7 +28,7 @@ from recipes.retrieval.evaluation.visrag_sets import write_visrag_set
 from recipes.retrieval.pages.store import PageStore
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.found import found_pages
-from recipes.retrieval.search.fusion import fuse_runs, learn_weights, parse_weights
+from recipes.retrieval.search.fusion import FUSED, fuse_runs, learn_weights, parse_weights
 from rollout.files import write_bytes, write_text
 from rsgrpo.errors import InputError
 
@@ -122,7 +122,7 @@ def _fuse(options: argparse.Namespace) -> None:
         weights, best = learn_weights(len(runs), quality)
         print(f"weights {','.join(f'{weight:g}' for weight in weights)}: nDCG@10 {best:.4f} on {options.learn_from}")
     run = fuse_runs(runs, weights, options.k)
-    scores.write_run(options.out, run, tag="fused")
+    scores.write_run(options.out, run, tag=FUSED)
     print(f"{len(run)} queries of {len(runs)} runs, up to {options.k} pages each: {options.out}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from recipes.retrieval.pages.store import Page
 from recipes.retrieval.search.exact import Hit, rank
+from recipes.retrieval.search.fusion import FUSED, FUSED_MARK
 from rollout.files import read_jsonl, write_text
 from rsgrpo.errors import InputError
 
@@ -105,7 +106,8 @@ def merge_runs(files: Sequence[Path], k: int) -> tuple[dict[str, list[Hit]], str
     A page that is in several stores counts once, with its best score.
 
     Raises:
-        InputError: k < 1, or runs have different tags: different encoders made them, and scores are not comparable.
+        InputError: k < 1, or scores are not comparable: runs have different tags, because different encoders made them,
+            or several of them are fused, and a score tells the ranks in one store.
     """
     if k < 1:
         raise InputError(f"k must be >= 1, got {k}")
@@ -120,7 +122,13 @@ def merge_runs(files: Sequence[Path], k: int) -> tuple[dict[str, list[Hit]], str
     if len(tags) > 1:
         shown = ", ".join(f"{tag} in {file}" for tag, file in tags.items())
         raise InputError(f"the runs have different tags ({shown}); merge only runs that one encoder made")
-    return {query: rank(scores, scores.values(), k) for query, scores in best.items()}, next(iter(tags), "empty")
+    tag = next(iter(tags), "empty")
+    if len(files) > 1 and (FUSED_MARK in tag or tag == FUSED):
+        raise InputError(
+            f"the runs are of a fused search ({tag}), whose scores tell the ranks in one store only; merge the runs of "
+            "each search over all stores, then `fuse` the merged ones"
+        )
+    return {query: rank(scores, scores.values(), k) for query, scores in best.items()}, tag
 
 
 def write_run(file: Path, run: Run, tag: str) -> None:

@@ -18,6 +18,7 @@ from recipes.retrieval.search.exact import Hit, rank
 from rsgrpo.errors import InputError
 
 CONSTANT = 4.0
+FUSED, FUSED_MARK = "fused", "+"  # tag of a fused run, or what is between the tags of its searches
 LATE_WEIGHT = 4.0  # of late interaction, where every other search weighs 1
 STEPS = 10  # of a weight from 0 to 1, when weights are learnt
 

@@ -16,7 +16,7 @@ from recipes.retrieval.search.distinct import distinct_pages
 from recipes.retrieval.search.exact import Hit
 from recipes.retrieval.search.faiss import state_of
 from recipes.retrieval.search.found import FoundPage, found_pages, why_no_words, why_nothing
-from recipes.retrieval.search.fusion import fuse, parse_weights, usual_weights
+from recipes.retrieval.search.fusion import FUSED_MARK, fuse, parse_weights, usual_weights
 from recipes.retrieval.search.index import CANDIDATES, Backend, VectorIndex
 from recipes.retrieval.search.keep import NO_FILTERS, Filters, Keep, contents_of
 from recipes.retrieval.search.update import Lag, lag_of
@@ -170,7 +170,7 @@ class Retriever:
         """Return a name of this way of searching for run files: scores of equal names compare."""
         tags = [source.encoder.identity.fingerprint[:8] for source in self._sources if isinstance(source, VectorSource)]
         tags += ["words"] * (len(tags) < len(self._sources))
-        return "+".join(tags)
+        return FUSED_MARK.join(tags)
 
     def hits(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """Return the ids and scores of the k best pages of each query.

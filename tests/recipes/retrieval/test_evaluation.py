@@ -218,6 +218,11 @@ def test_runs_of_several_stores_merge_by_score(tmp_path, capsys):
     capsys.readouterr()
     assert retrieve.main(command) == 2
     assert "different tags (t in" in capsys.readouterr().err
+    for fused in ("1a2b+words", "fused"):  # a score of 1/5 for the first page, whatever store it is from
+        for run in runs:
+            write_run(run, {"q1": [Hit("c", 0.2)]}, fused)
+        assert retrieve.main(command) == 2
+        assert "merge the runs of each search over all stores, then `fuse` the merged ones" in capsys.readouterr().err
     assert retrieve.main([*command, "-k", "0"]) == 2
     assert "k must be >= 1, got 0" in capsys.readouterr().err
 
