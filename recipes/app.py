@@ -29,8 +29,8 @@ from urllib.parse import quote
 from recipes.answers.options import Parser, add_options, chosen, port
 from recipes.retrieval.answers.adding import Report
 from recipes.retrieval.answers.desk_view import steps_html
-from recipes.retrieval.answers.generation import Setting
-from recipes.retrieval.answers.library import MAX_QUESTION_CHARACTERS, Library, LibrarySettings
+from recipes.retrieval.answers.generation import MAX_QUESTION_CHARACTERS, Setting
+from recipes.retrieval.answers.library import Library, LibrarySettings
 from recipes.retrieval.answers.page_view import (
     CSS,
     MAX_LISTED,

@@ -14,7 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from rewards.api import Response, RewardError, import_user_module, reward
+from rewards.api import Response, RewardError, reward
+from rewards.loading import import_user_module
 
 
 @reward

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from rewards.api import RewardError, import_user_module
+from rewards.api import RewardError
+from rewards.loading import import_user_module
 
 GoldReader = Callable[[Any, Mapping[str, Any], int], Mapping[str, Any]]
 """(answer column, the row's other columns, number of its images) -> the row's whole truth."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rsgrpo.running.stopping import leave_on_signals
@@ -18,12 +17,12 @@ if __name__ == "__main__":
 
 import numpy as np
 
-from rewards.namesakes import namesakes
 from rsgrpo import cli
 from rsgrpo.algorithm.advantages import Rule, credit_groups, term_names, term_weights
 from rsgrpo.algorithm.metrics import rollout_metrics, scope_metrics, score_metrics, turn_metrics
 from rsgrpo.config.checks import require_inputs, validate
 from rsgrpo.config.train import TrainConfig
+from rsgrpo.records.summary import next_commands
 from rsgrpo.types import TrainGroup
 
 if TYPE_CHECKING:
@@ -115,25 +114,6 @@ def with_ref_logprobs(
             ),
         )
         for group, logprobs_G in zip(groups, ref_logprobs_PG, strict=True)
-    ]
-
-
-def next_commands(folder: Path, arguments: Sequence[str], reward: str) -> list[tuple[str, str]]:
-    """Return three commands worth trying after a run; `arguments` started it, `reward` is a target of it."""
-    kept = [argument for argument in arguments if not argument.startswith(("name=", "algorithm="))]
-    again = " ".join(kept) or "recipe=..."
-    program = f"python {'-P ' * bool(namesakes(Path.cwd()))}-m rewards"  # -P: a rewards.py here is not run in its place
-    other = "rs_grpo" if "algorithm=grpo" in arguments else "grpo"
-    return [
-        (
-            "what a reward says about the last rollouts",
-            f"{program} {reward} {folder} --limit 4",
-        ),
-        ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
-        (
-            f"the same run with algorithm={other}",
-            f"python -m rsgrpo.train {again} name={folder.name}-{other} algorithm={other}",
-        ),
     ]
 
 

@@ -48,7 +48,7 @@ HOMES = {
     "bitsandbytes": ["rsgrpo/learning/layers/four_bits.py"],
     "faiss": ["recipes/retrieval/search/faiss.py"],
     "sentence_transformers": ["recipes/retrieval/encoders/sentence.py", "recipes/retrieval/training/loop.py"],
-    "openai": ["recipes/answers/endpoint.py"],
+    "openai": ["recipes/answers/endpoint/*.py"],
     "aiohttp": [f"recipes/serve/{name}.py" for name in ("door", "replies", "server", "documents")],
     "sklearn": ["recipes/demo/*.py"],
     "gradio": ["recipes/app.py"],

@@ -37,7 +37,7 @@ def open_answerer(spec: AnswerSpec) -> Answerer:
         RsgrpoError: the endpoint does not answer, or there is no such model.
     """
     if spec.endpoint.url:
-        from recipes.answers.endpoint import Endpoint
+        from recipes.answers.endpoint.client import Endpoint
 
         return Endpoint(spec.endpoint, spec.sampling(), spec.inputs)
     path = spec.model.path

@@ -104,7 +104,7 @@ def extract_answers(
     Raises:
         RsgrpoError: the endpoint is down, or answers are missing after all tries.
     """
-    from recipes.answers.endpoint import Endpoint
+    from recipes.answers.endpoint.client import Endpoint
 
     prompts = [
         Prompt(question.id, _request(question, found.text, is_judge=is_judge))

@@ -40,7 +40,7 @@ class ShowsAtOnce(Protocol):
 def image_counter(spec: AnswerSpec) -> CountTokens:
     """Return what counts the tokens of an image as the answerer of these settings takes it; no weights are loaded."""
     if spec.endpoint.url:
-        from recipes.answers.endpoint import sent_tokens
+        from recipes.answers.endpoint.sent import sent_tokens
 
         return lambda image: sent_tokens(image, spec.inputs)
     from rollout.inputs.processor import InputProcessor

@@ -13,7 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from rewards.api import RewardError, import_user_module
+from rewards.api import RewardError
+from rewards.loading import import_user_module
 from rsgrpo.errors import InputError
 from rsgrpo.types import ScoredGroup
 

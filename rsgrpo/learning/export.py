@@ -18,7 +18,7 @@ from transformers import AutoProcessor
 
 from rollout.config import InputsConfig
 from rollout.families import family_of
-from rsgrpo.config.train import ModelConfig
+from rsgrpo.config.learner import LoraConfig, ModelConfig
 from rsgrpo.learning.fsdp import whole
 from rsgrpo.learning.layers.four_bits import FourBitLinear
 from rsgrpo.learning.policy import Policy, hub_options
@@ -61,6 +61,18 @@ def adapter_weights(policy: Policy, dtype: torch.dtype = torch.float32) -> Itera
     for name, parameter in policy.hf.named_parameters():
         if ".lora_" in name:
             yield f"base_model.model.{name.replace('.default.', '.')}", _full(parameter, dtype)
+
+
+def adapter_config(lora: LoraConfig) -> dict[str, Any]:
+    """Return peft's adapter_config of adapters."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "target_modules": list(lora.targets),
+        "bias": "none",
+    }
 
 
 def _full(parameter: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -6,7 +6,6 @@ Every rank is given the same full list of groups. Ray, hydra and engines are not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ import torch.distributed as dist
 
 from rollout.config import Dtype, InputsConfig
 from rollout.families.features import FeatureCache
-from rollout.files import replaced
-from rollout.inputs.images import with_bytes
 from rollout.inputs.processor import InputProcessor
 from rollout.types import Prompt
 from rsgrpo.algorithm.loss import SurrogateConfig, policy_loss, step_totals, supervised_loss
 from rsgrpo.config.train import AlgorithmConfig, LearnerConfig, ModelConfig
 from rsgrpo.learning.attention import choose_attention
 from rsgrpo.learning.context import make_team
-from rsgrpo.learning.export import adapter_weights, export_folder, full_weights
+from rsgrpo.learning.export import adapter_config, adapter_weights, export_folder, full_weights
 from rsgrpo.learning.feature_cache import FeatureFolder, tower_fingerprint
 from rsgrpo.learning.fsdp import (
     compute_dtype,
@@ -39,7 +36,7 @@ from rsgrpo.learning.fsdp import (
     share_of_cores,
 )
 from rsgrpo.learning.layers.four_bits import pack_base, require_packing
-from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer
+from rsgrpo.learning.optimizer import NonFiniteSteps, Optimizer, merge_updates
 from rsgrpo.learning.packing import Packing
 from rsgrpo.learning.passes import LossOf, Passes
 from rsgrpo.learning.policy import (
@@ -48,13 +45,14 @@ from rsgrpo.learning.policy import (
     empty_model,
     load_model,
     recompute,
+    refuse_trained_tower,
     require_same_tokens,
     scale_adapters,
     shrink_frozen,
 )
 from rsgrpo.learning.prompt_store import PromptEncoder, PromptStore
 from rsgrpo.learning.self_check import check_policy
-from rsgrpo.learning.state import Saver, load_state
+from rsgrpo.learning.state import Saver, keep_groups, load_state
 from rsgrpo.types import RsgrpoError, TrainGroup
 
 __all__ = ["Learner", "init_distributed"]
@@ -303,11 +301,9 @@ class Learner:
         counts = []
         for prompt in prompts:
             encoded = self._passes.prompts.encode(prompt, whole=True)
+            num_image_tokens, num_features = self._count_features(encoded.token_ids_T, encoded.image_grid_thw)
             if encoded.features:
-                num_features = sum(len(features) for features in encoded.features)
-            else:
-                _, num_features = self._count_features(encoded.token_ids_T, encoded.image_grid_thw)
-            num_image_tokens, _ = self._count_features(encoded.token_ids_T, None)
+                num_features = sum(map(len, encoded.features))
             counts.append((len(encoded.token_ids_T), num_image_tokens, num_features))
         return counts
 
@@ -336,17 +332,7 @@ class Learner:
 
     def adapter_config(self) -> dict[str, Any] | None:
         """Return peft's adapter_config of what `gather_adapter` yields; None without adapters."""
-        lora = self.model_config.lora
-        if not lora.rank:
-            return None
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": lora.rank,
-            "lora_alpha": lora.alpha,
-            "target_modules": list(lora.targets),
-            "bias": "none",
-        }
+        return adapter_config(self.model_config.lora) if self.model_config.lora.rank else None
 
     def save(self, folder: str | Path) -> None:
         """Write trained weights, optimiser, counters and random state, to load onto any number of ranks. Collective.
@@ -402,41 +388,10 @@ class Learner:
                 raise
             path = Path(self.debug_dir) / f"bad_batch_{self._trainer().step}.pt"
             if self.rank == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replaced(path) as unfinished:
-                    kept = [replace(group, prompt=with_bytes(group.prompt)) for group in groups]
-                    torch.save({"groups": kept}, unfinished)
+                keep_groups(groups, path)
             raise NonFiniteSteps(f"{error}; the batch is in {path}") from error
 
     def _self_check(self, groups: Sequence[TrainGroup]) -> None:
         if self._unchecked:
             check_policy(self.policy, self._passes.prompts, self.encoder, groups, self.device)
             self._unchecked = False
-
-
-def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_tower: bool) -> None:
-    """Raise RsgrpoError for what a trained tower rules out: adapters, and features kept on disk."""
-    if frozen_tower:
-        return
-    if model.lora.rank:
-        raise RsgrpoError(
-            f"model.lora.rank={model.lora.rank} trains adapters on the language model only. "
-            "Set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
-        )
-    if learner.feature_cache:
-        raise RsgrpoError(
-            f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
-            "model.freeze_vision=false trains it. Set learner.feature_cache='' or model.freeze_vision=true"
-        )
-
-
-def merge_updates(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Combine the metrics of a batch's optimiser steps: skipped ones are counted, maxima kept, the rest averaged."""
-    merged = {}
-    for key in sorted({key for result in results for key in result}):
-        values = [result[key] for result in results if key in result]
-        if key in ("actor/skipped", "actor/bad_steps"):
-            merged[key] = sum(values)
-        else:
-            merged[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
-    return merged

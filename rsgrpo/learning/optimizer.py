@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -118,3 +118,15 @@ class Optimizer:
         self.bad_steps = 0
         self.updates += 1
         return {"actor/lr": lr, "actor/grad_norm": norm_value, "actor/skipped": 0.0}
+
+
+def merge_updates(results: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Combine the metrics of a batch's optimiser steps: skipped ones are counted, maxima kept, the rest averaged."""
+    merged = {}
+    for key in sorted({key for result in results for key in result}):
+        values = [result[key] for result in results if key in result]
+        if key in ("actor/skipped", "actor/bad_steps"):
+            merged[key] = sum(values)
+        else:
+            merged[key] = max(values) if key.endswith("_max") else sum(values) / len(values)
+    return merged

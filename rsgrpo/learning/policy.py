@@ -18,13 +18,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
 from rollout.families import Family, family_of
-from rsgrpo.config.learner import LoraConfig, ModelConfig, parse_checkpointing
+from rsgrpo.config.learner import LearnerConfig, LoraConfig, ModelConfig, parse_checkpointing
 from rsgrpo.errors import InputError
 from rsgrpo.learning.attention import PrefixRow
 from rsgrpo.learning.context import ALONE, Team, TeamRow, refuse_recurrent
 from rsgrpo.learning.layers.forked_state import fork_states
 from rsgrpo.learning.layers.routing import Routing
-from rsgrpo.types import MicroBatch, PrefixLayout, TokenScores
+from rsgrpo.types import MicroBatch, PrefixLayout, RsgrpoError, TokenScores
 
 _AS_LOADED: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
 
@@ -46,6 +46,22 @@ def load_model(config: ModelConfig) -> Any:
 def frozen_model(config: ModelConfig) -> ModelConfig:
     """Return the frozen model of a run: the teacher where there is one, else what the policy starts from."""
     return replace(config, path=config.teacher, revision="", lora=LoraConfig()) if config.teacher else config
+
+
+def refuse_trained_tower(model: ModelConfig, learner: LearnerConfig, *, frozen_tower: bool) -> None:
+    """Raise RsgrpoError for what a trained tower rules out: adapters, and features kept on disk."""
+    if frozen_tower:
+        return
+    if model.lora.rank:
+        raise RsgrpoError(
+            f"model.lora.rank={model.lora.rank} trains adapters on the language model only. "
+            "Set model.freeze_vision=true, or model.lora.rank=0 to train the tower too"
+        )
+    if learner.feature_cache:
+        raise RsgrpoError(
+            f"learner.feature_cache={learner.feature_cache} keeps features of a frozen tower, and "
+            "model.freeze_vision=false trains it. Set learner.feature_cache='' or model.freeze_vision=true"
+        )
 
 
 def require_same_tokens(teacher: str, student: str) -> None:

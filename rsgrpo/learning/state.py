@@ -11,9 +11,10 @@ import logging
 import pickle
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,9 +33,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
+from rollout.files import replaced
+from rollout.inputs.images import with_bytes
 from rsgrpo.errors import RsgrpoError
 from rsgrpo.learning.optimizer import Optimizer
 from rsgrpo.learning.policy import Policy
+from rsgrpo.types import TrainGroup
 
 logger = logging.getLogger(__name__)
 
@@ -283,3 +287,10 @@ def _random_state() -> dict[str, torch.Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def keep_groups(groups: Sequence[TrainGroup], path: Path) -> None:
+    """Write groups with the bytes of their images, to look at them later."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as unfinished:
+        torch.save({"groups": [replace(group, prompt=with_bytes(group.prompt)) for group in groups]}, unfinished)

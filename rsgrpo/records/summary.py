@@ -1,12 +1,14 @@
-"""What a run is worth in a few lines: scores before and after, what never moved, and what failed on the way."""
+"""What a run is worth in a few lines: scores, what never moved, what failed on the way, and what to try next."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from rewards.namesakes import namesakes
 from rsgrpo.records.run_log import LOG_FILE
 
 _COUNTS = ("/num_prompts", "/num_tokens", "/prompt_errors")
@@ -61,3 +63,22 @@ def warnings(rows: Rows, rewards: Sequence[str]) -> list[str]:
         if applied and name not in applied and name not in failed
     ]
     return found
+
+
+def next_commands(folder: Path, arguments: Sequence[str], reward: str) -> list[tuple[str, str]]:
+    """Return three commands worth trying after a run; `arguments` started it, `reward` is a target of it."""
+    kept = [argument for argument in arguments if not argument.startswith(("name=", "algorithm="))]
+    again = " ".join(kept) or "recipe=..."
+    program = f"python {'-P ' * bool(namesakes(Path.cwd()))}-m rewards"  # -P: a rewards.py here is not run in its place
+    other = "rs_grpo" if "algorithm=grpo" in arguments else "grpo"
+    return [
+        (
+            "what a reward says about the last rollouts",
+            f"{program} {reward} {folder} --limit 4",
+        ),
+        ("the report at another step", f"python -m rsgrpo.report {folder} --step 1"),
+        (
+            f"the same run with algorithm={other}",
+            f"python -m rsgrpo.train {again} name={folder.name}-{other} algorithm={other}",
+        ),
+    ]

@@ -114,48 +114,9 @@ class Run:
             InputError: data, model, rewards or cluster cannot work, or another process holds the run's folder.
             CheckpointError: no checkpoint of the run is undamaged.
         """
-        started, folder = time.monotonic(), run_folder(config)
         settings = masked(settings or dataclasses.asdict(config))
-        require_login(config.export)
-        rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
-        if ":" in config.algorithm.advantage:
-            load_advantage(config.algorithm.advantage)
         with ExitStack() as leaving:
-            named = (*rewards.rewards, *rewards.monitors)
-            console = Console(rewards={reward.name: reward.function for reward in named})
-            leaving.callback(console.close)
-            stop = StopSignals()
-            leaving.callback(stop.close)
-            prompts = load_run_prompts(config, console)
-            total_steps = steps_of(config, len(prompts.train))
-            leaving.enter_context(only_writer(folder))
-            checkpoints, newest = checkpoint_to_resume(config)
-            state = newest.driver_state() if newest else {}
-            console.info(f"Starting the workers. The run is in {folder}.")
-            with console.phase("starting workers"):
-                cluster = start_cluster(config, total_steps=total_steps, run_dir=folder, check_stop=stop.check)
-            stop.listen()
-            leaving.callback(lambda: cluster.close(hurry=stop.requested is not None))
-            if newest:
-                cluster.learner.load(newest.learner_folder)
-                prompts.stream.load_state(state["stream"])
-                for warning in about_changes(changed_settings(folder, settings)):
-                    console.warning(warning)
-                console.info(f"Resuming from step {newest.step} of {total_steps} ({newest.folder}).")
-            write_settings(folder, settings)
-            log_file = log_to_folder(folder)
-            leaving.callback(stop_logging, log_file)
-            tracker = Tracker(
-                folder,
-                config.tracking,
-                settings,
-                name=config.name,
-                resume_step=newest.step if newest else None,
-                state=state.get("tracker"),
-            )
-            leaving.callback(tracker.close)
-            parts = RunParts(console, stop, prompts, checkpoints, cluster, tracker, log_file, newest, state, started)
-            run = cls(config, parts, settings, line_every=line_every)
+            run = cls(config, start(config, settings, start_cluster, leaving), settings, line_every=line_every)
             run._leaving = leaving.pop_all()
             return run
 
@@ -331,6 +292,43 @@ class Run:
         """Remember what a checkpoint of this step must hold: from here on the driver moves to the next step."""
         self.step, self.validated = step, validated
         self._boundary = {"validated": validated, **self.batches.boundary()}
+
+
+def start(config: TrainConfig, settings: Settings, start_cluster: StartCluster, leaving: ExitStack) -> RunParts:
+    """Start what a run works with; `leaving` ends each part. Arguments and errors are those of `Run.open`."""
+    started, folder = time.monotonic(), run_folder(config)
+    require_login(config.export)
+    rewards = RewardSet.from_config(config)  # a reward that cannot be loaded ends the run before anything starts
+    if ":" in config.algorithm.advantage:
+        load_advantage(config.algorithm.advantage)
+    named = (*rewards.rewards, *rewards.monitors)
+    console = Console(rewards={reward.name: reward.function for reward in named})
+    leaving.callback(console.close)
+    stop = StopSignals()
+    leaving.callback(stop.close)
+    prompts = load_run_prompts(config, console)
+    total_steps = steps_of(config, len(prompts.train))
+    leaving.enter_context(only_writer(folder))
+    checkpoints, newest = checkpoint_to_resume(config)
+    state = newest.driver_state() if newest else {}
+    console.info(f"Starting the workers. The run is in {folder}.")
+    with console.phase("starting workers"):
+        cluster = start_cluster(config, total_steps=total_steps, run_dir=folder, check_stop=stop.check)
+    stop.listen()
+    leaving.callback(lambda: cluster.close(hurry=stop.requested is not None))
+    if newest:
+        cluster.learner.load(newest.learner_folder)
+        prompts.stream.load_state(state["stream"])
+        for warning in about_changes(changed_settings(folder, settings)):
+            console.warning(warning)
+        console.info(f"Resuming from step {newest.step} of {total_steps} ({newest.folder}).")
+    write_settings(folder, settings)
+    log_file = log_to_folder(folder)
+    leaving.callback(stop_logging, log_file)
+    resume_step, kept = newest.step if newest else None, state.get("tracker")
+    tracker = Tracker(folder, config.tracking, settings, name=config.name, resume_step=resume_step, state=kept)
+    leaving.callback(tracker.close)
+    return RunParts(console, stop, prompts, checkpoints, cluster, tracker, log_file, newest, state, started)
 
 
 def run_folder(config: TrainConfig) -> Path:

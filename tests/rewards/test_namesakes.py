@@ -12,7 +12,7 @@ import rsgrpo
 from rewards import namesakes
 from rewards.api import Response, RewardError, load_reward
 from rsgrpo import doctor
-from rsgrpo.train import next_commands
+from rsgrpo.records.summary import next_commands
 from tests.material import ROOT
 
 MINE = """
@@ -68,7 +68,7 @@ def test_a_reward_in_a_file_named_rewards_is_found(folder):
 
 
 def test_a_file_named_rewards_that_is_elsewhere_is_asked_for(folder):
-    with pytest.raises(RewardError, match=r"'rewards' has no 'mine'\. This is rsgrpo's own package: .* -P -m"):
+    with pytest.raises(RewardError, match=r"'rewards' has no 'mine'\. This is rsgrpo's own package, and .* -P -m"):
         load_reward("rewards:mine")
 
 

@@ -33,7 +33,18 @@ from rsgrpo.errors import InputError, RsgrpoError
 Setting = Literal["multi_image", "horizontal", "vertical", "weighted", "text"]
 MAX_HISTORY = 3  # earlier questions that a follow-up is asked with
 MAX_SIDE = 20_000  # pixels of a pasted image
+MAX_QUESTION_CHARACTERS = 4_000
 _IMAGE_PLACES = re.compile(r"\{(?:images|image_marks|numbered_marks)\}")
+
+
+def check_question(question: str) -> None:
+    """Raise InputError for a question that is empty, too long, or not whole characters."""
+    if not question.strip():
+        raise InputError("the question is empty")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
+    if question != question.encode(errors="ignore").decode():
+        raise InputError("the question contains half a character (a lone surrogate); type it again")
 
 
 @dataclass(frozen=True, slots=True)

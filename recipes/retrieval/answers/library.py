@@ -19,7 +19,14 @@ from recipes.answers.reader import Reader
 from recipes.retrieval.answers.adding import Report, ReportingConsole
 from recipes.retrieval.answers.at_desk import LibraryShelf, look_up
 from recipes.retrieval.answers.evidence import cited_pages
-from recipes.retrieval.answers.generation import Answered, AskedQuestion, Setting, answer_stream, with_history
+from recipes.retrieval.answers.generation import (
+    Answered,
+    AskedQuestion,
+    Setting,
+    answer_stream,
+    check_question,
+    with_history,
+)
 from recipes.retrieval.answers.highlight import Box
 from recipes.retrieval.answers.progress import AnswerProgress, trace_of
 from recipes.retrieval.answers.told_boxes import marks_of
@@ -44,7 +51,6 @@ from rsgrpo.records.console import Console
 T = TypeVar("T")
 PAGE_TIMEOUT_S = 120.0
 WAIT_S = 5.0  # of a question for pages that another one is encoding
-MAX_QUESTION_CHARACTERS = 4_000
 LINKED = (".pdf", ".png", ".jpg", ".jpeg")  # kinds that are linked to
 
 
@@ -285,12 +291,7 @@ class Library:
             InputError: the question is empty or too long, or there is no page; says why.
             RsgrpoError: the answerer fails.
         """
-        if not question.strip():
-            raise InputError("the question is empty")
-        if len(question) > MAX_QUESTION_CHARACTERS:
-            raise InputError(f"the question has {len(question):,} characters, more than {MAX_QUESTION_CHARACTERS:,}")
-        if question != question.encode(errors="ignore").decode():
-            raise InputError("the question contains half a character (a lone surrogate); type it again")
+        check_question(question)
         start = time.monotonic()
         if self.at_desk and self.reader is not None:
             yield from self._look_up(question, history, self.reader, start)

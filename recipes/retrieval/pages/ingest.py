@@ -88,10 +88,7 @@ def ingest(
         named = [_named_from_outside(row, known, out) for row in found.values()]
         wanted, skipped = ([row for row in named if bool(row.skipped) is is_skipped] for is_skipped in (False, True))
         if not wanted and len(rows) == len(before):
-            raise InputError(
-                f"no documents in {', '.join(shown(root) for root in roots)} ({len(skipped)} files of other kinds); "
-                "name a folder with PDF, image, office, text or HTML files"
-            )
+            raise _no_documents(roots, skipped)
         if not prune:
             _refuse_to_empty([row for key, row in before.items() if key not in rows], wanted)
         documents_before = {key for key, row in before.items() if not row.skipped}
@@ -106,15 +103,11 @@ def ingest(
                 console.warning(f"{row.document}: {row.error}; not tried again: the file and the limit are the same")
         num_known = len(errors)
         num_stuck = sum(not row.num_pages for row in errors)
-        committed = time.monotonic()
-        for row in _rendered(waiting, store, settings, num_workers, page_timeout_s, document_timeout_s, console):
-            rows[row.path] = row
+        rendered = _rendered(waiting, store, settings, num_workers, page_timeout_s, document_timeout_s, console)
+        for row in _committed(rendered, rows, store):
             if row.error:
                 errors.append(row)
                 console.warning(f"{row.document}: {row.error}")
-            if time.monotonic() - committed > COMMIT_EVERY_S:
-                store.commit(rows.values())
-                committed = time.monotonic()
         if rows != before or waiting or not store.is_complete():  # else readers need not look again
             store.commit(rows.values())
         store.collect_garbage()
@@ -127,6 +120,19 @@ def ingest(
         num_pages=len(store.page_ids()),
         errors=tuple(errors),
     )
+
+
+def _committed(
+    rendered: Iterable[DocumentRow], rows: dict[bytes, DocumentRow], store: PageStore
+) -> Iterator[DocumentRow]:
+    """Pass rows on and put them into `rows`, which are committed again and again until all are there."""
+    committed = time.monotonic()
+    for row in rendered:
+        rows[row.path] = row
+        yield row
+        if time.monotonic() - committed > COMMIT_EVERY_S:
+            store.commit(rows.values())
+            committed = time.monotonic()
 
 
 def _rendered(
@@ -180,6 +186,13 @@ def _compared(
         else:
             waiting.append(row)
     return kept, waiting
+
+
+def _no_documents(roots: Iterable[Path], skipped: Sequence[DocumentRow]) -> InputError:
+    return InputError(
+        f"no documents in {', '.join(shown(root) for root in roots)} ({len(skipped)} files of other kinds); "
+        "name a folder with PDF, image, office, text or HTML files"
+    )
 
 
 def _refuse_to_empty(before: Iterable[DocumentRow], wanted: Iterable[DocumentRow]) -> None:

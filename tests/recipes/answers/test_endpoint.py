@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from recipes.answers.endpoint import Endpoint, EndpointError
+from recipes.answers.endpoint.client import Endpoint, EndpointError
 from recipes.answers.spec import EndpointConfig
 from rollout.types import Prompt
 from rsgrpo.errors import RsgrpoError

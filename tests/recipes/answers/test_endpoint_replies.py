@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes.answers.endpoint import Endpoint, EndpointError
+from recipes.answers.endpoint.client import Endpoint, EndpointError
 from recipes.answers.spec import EndpointConfig
 from recipes.answers.types import Answer
 from rollout.config import InputsConfig
@@ -163,7 +163,7 @@ def test_our_own_server_is_refused_where_it_would_put_our_prompt_into_its_own():
 @pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reply_that_is_too_long_or_compressed_is_refused_and_not_asked_for_again(monkeypatch, status, stream):
-    monkeypatch.setattr("recipes.answers.endpoint.MAX_REPLY_BYTES", 1 << 20)
+    monkeypatch.setattr("recipes.answers.endpoint.replies.MAX_REPLY_BYTES", 1 << 20)
     long = json.dumps(completion(message={"content": "x" * (2 << 20)})).encode()
     answer, num_requests = ask(send(long, status), stream=stream)
     assert "the reply is longer than 1 MiB" in str(answer.error)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from recipes.answers.endpoint import Endpoint
+from recipes.answers.endpoint.client import Endpoint
 from recipes.answers.engine import LocalAnswerer
 from recipes.answers.spec import AnswerModelConfig, AnswerSpec, EndpointConfig
 from recipes.answers.types import Answer

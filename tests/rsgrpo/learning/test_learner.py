@@ -14,8 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rsgrpo.config.train import AlgorithmConfig, LoraConfig
 from rsgrpo.learning.fsdp import give_back
-from rsgrpo.learning.learner import merge_updates
-from rsgrpo.learning.optimizer import lr_factor
+from rsgrpo.learning.optimizer import lr_factor, merge_updates
 from rsgrpo.learning.passes import check_groups
 from rsgrpo.types import RsgrpoError, Sample, TrainGroup
 from tests.laws.test_01_micro_batches_and_ranks import difference, weights_of

@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -51,70 +51,77 @@ def config_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
         yield lambda overrides=overrides: attempt(overrides)  # type: ignore[misc]
 
 
-def reward_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
-    """What a reward may return or raise; scores that are taken must be finite numbers and spans inside the text."""
+class NoFloat:
+    """What cannot be turned into a number."""
+
+    def __float__(self) -> float:
+        raise ValueError("not today")
+
+
+def odd_scores() -> tuple[Any, ...]:
+    """Return numbers and other things that a reward may return."""
     import numpy as np
     import torch
 
-    from rewards.api import Credit, Response, Span, reward
-    from rollout.types import Prompt, Rollout, RolloutGroup
-    from rsgrpo.algorithm.scoring import NamedReward, RewardFailed, RewardSet
-
-    class Odd:
-        def __float__(self) -> float:
-            raise ValueError("not today")
-
-    text = "<think>so</think><answer>7</answer>"
-    group = RolloutGroup(
-        Prompt("p", "?"),
-        (Rollout([1] * len(text), [0.0] * len(text), text, [(i, i + 1) for i in range(len(text))], "stop", 0),),
+    plain: tuple[Any, ...] = (
+        0,
+        1.0,
+        -2.5,
+        True,
+        None,
+        math.nan,
+        math.inf,
+        -math.inf,
+        10**400,
+        "1",
+        "",
+        b"1",
+        [],
+        {},
+        1j,
+        NoFloat(),
     )
+    arrays = (np.float32(0.5), np.float64("nan"), np.array(1.0), np.array([1.0, 2.0]), np.int64(3))
+    tensors = (torch.tensor(0.5), torch.tensor([1.0, 2.0]), torch.tensor(float("nan")))
+    return (*plain, object, *arrays, *tensors)
 
-    def score() -> Any:
-        arrays = (np.float32(0.5), np.float64("nan"), np.array(1.0), np.array([1.0, 2.0]), np.int64(3))
-        tensors = (torch.tensor(0.5), torch.tensor([1.0, 2.0]), torch.tensor(float("nan")))
-        plain: tuple[Any, ...] = (
-            0,
-            1.0,
-            -2.5,
-            True,
-            None,
-            math.nan,
-            math.inf,
-            -math.inf,
-            10**400,
-            "1",
-            "",
-            b"1",
-            [],
-            {},
-            1j,
-            Odd(),
-        )
-        return draw.choice((*plain, object, *arrays, *tensors))
+
+def odd_value(draw: random.Random, scores: Sequence[Any]) -> Any:
+    """Return or raise what a reward may: a score, credits in several containers, an error, a generator."""
+    from rewards.api import Credit, Span
 
     def credit() -> Any:
         span = draw.choice(SPANS)
         name: Any = draw.choice(("a", "b", "", None, 3))
-        return Credit(name, score(), None if span is None else Span(*span))
+        return Credit(name, draw.choice(scores), None if span is None else Span(*span))
 
-    def value() -> Any:
-        kind = draw.random()
-        if kind < 0.4:
-            return score()
-        if kind < 0.8:
-            return draw.choice((list, tuple, iter))([credit() for _ in range(draw.randint(0, 3))])
-        if kind < 0.9:
-            raise draw.choice((ValueError, KeyError, RecursionError, SystemExit, MemoryError, StopIteration))("raised")
-        return (each for each in [score()])
+    kind = draw.random()
+    if kind < 0.4:
+        return draw.choice(scores)
+    if kind < 0.8:
+        return draw.choice((list, tuple, iter))([credit() for _ in range(draw.randint(0, 3))])
+    if kind < 0.9:
+        raise draw.choice((ValueError, KeyError, RecursionError, SystemExit, MemoryError, StopIteration))("raised")
+    return (each for each in [draw.choice(scores)])
+
+
+def reward_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
+    """What a reward may return or raise; scores that are taken must be finite numbers and spans inside the text."""
+    from rewards.api import Response, reward
+    from rollout.types import Prompt, Rollout, RolloutGroup
+    from rsgrpo.algorithm.scoring import NamedReward, RewardFailed, RewardSet
+
+    text, scores = "<think>so</think><answer>7</answer>", odd_scores()
+    spans = [(i, i + 1) for i in range(len(text))]
+    rollout = Rollout([1] * len(text), [0.0] * len(text), text, spans, "stop", 0)
+    group = RolloutGroup(Prompt("p", "?"), (rollout,))
 
     def attempt(seed: int) -> str:
-        nonlocal draw
-        draw = random.Random(seed)
+        own = random.Random(seed)
 
         @reward
         def hostile(response: Response) -> Any:
-            return value()
+            return odd_value(own, scores)
 
         try:
             (scored,) = RewardSet((NamedReward("hostile", hostile),), skip_errors=False).score([group])
@@ -132,46 +139,44 @@ def reward_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
         yield lambda seed=seed: attempt(seed)  # type: ignore[misc]
 
 
+def odd_reply(own: random.Random) -> tuple[bool, tuple[int, dict[str, str], bytes]]:
+    """Return whether a reply is asked for as a stream, and its status, headers and content."""
+    choice = {"message": {"content": "yes", "role": "assistant"}, "finish_reason": "stop"}
+    event = {"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]}
+    stream = own.random() < 0.4
+    reply: Any = event if stream else {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    for _ in range(own.choice((0, 1, 1, 2))):
+        exchange(reply, own)
+    if own.random() < 0.05:
+        reply = own.choice(VALUES)
+    written = json.dumps(reply).encode()
+    if stream:
+        end = own.choice((b"data: [DONE]\n\n", b"", b"data: {\n\n", b": ping\n\n"))
+        written = b"data: " + written + b"\n\n" + end
+    headers = {"Content-Type": "text/event-stream" if stream else own.choice(("application/json", "text/html", ""))}
+    if own.random() < 0.4:
+        written = mutated(written, own)
+    if own.random() < 0.1:
+        written, headers["Content-Encoding"] = gzip.compress(written), own.choice(("gzip", "br", "deflate"))
+    return stream, (own.choice((200,) * 12 + (204, 302, 400, 401, 404, 429, 500, 599)), headers, written)
+
+
 def reply_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
     """What an endpoint may reply: other JSON, damaged bytes, other status codes and headers, streamed or not."""
-    from recipes.answers.endpoint import Endpoint, EndpointError
+    from recipes.answers.endpoint.client import Endpoint, EndpointError
     from recipes.answers.spec import EndpointConfig
     from recipes.answers.types import Answer
     from rollout.config import InputsConfig
     from rollout.types import Prompt, SamplingParams
     from tests.material.http_stub import QuietHandler, serving
 
-    now: dict[str, Any] = {}
+    now: tuple[int, dict[str, str], bytes]
 
     class Handler(QuietHandler):
         def do_POST(self) -> None:
             self.body()
-            self.send(now["status"], now["headers"], now["content"])
-
-    def change(seed: int) -> bool:
-        """Choose the next reply; return whether it is asked for as a stream."""
-        own = random.Random(seed)
-        choice = {"message": {"content": "yes", "role": "assistant"}, "finish_reason": "stop"}
-        event = {"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]}
-        stream = own.random() < 0.4
-        reply: Any = event if stream else {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
-        for _ in range(own.choice((0, 1, 1, 2))):
-            exchange(reply, own)
-        if own.random() < 0.05:
-            reply = own.choice(VALUES)
-        written = json.dumps(reply).encode()
-        if stream:
-            written = (
-                b"data: " + written + b"\n\n" + own.choice((b"data: [DONE]\n\n", b"", b"data: {\n\n", b": ping\n\n"))
-            )
-        headers = {"Content-Type": "text/event-stream" if stream else own.choice(("application/json", "text/html", ""))}
-        if own.random() < 0.4:
-            written = mutated(written, own)
-        if own.random() < 0.1:
-            written, headers["Content-Encoding"] = gzip.compress(written), own.choice(("gzip", "br", "deflate"))
-        status = own.choice((200,) * 12 + (204, 302, 400, 401, 404, 429, 500, 599))
-        now.update(status=status, headers=headers, content=written)
-        return stream
+            status, headers, content = now
+            self.send(status, headers, content)
 
     with ExitStack() as stack:
         url = stack.enter_context(serving(Handler))
@@ -181,8 +186,9 @@ def reply_attempts(draw: random.Random) -> Iterator[Callable[[], str]]:
         prompt = Prompt("q", "why?")
 
         def attempt(seed: int) -> str:
+            nonlocal now
+            stream, now = odd_reply(random.Random(seed))
             try:
-                stream = change(seed)
                 *_, output = endpoint.stream(prompt) if stream else endpoint.answer([prompt])
             except EndpointError as error:
                 return "a message of several lines" if "\n" in str(error) else "endpoint is down"

@@ -1,15 +1,9 @@
-"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming, on the `openai` client.
-
-Pages are sent as training sees them: decoded, resized, as PNG.
-"""
+"""Ask any OpenAI-compatible endpoint: concurrent requests, retries with backoff, streaming, on the `openai` client."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import copy
-import importlib
-import io
 import json
 import logging
 import os
@@ -18,18 +12,18 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
 import openai
-from PIL import Image
 
-from recipes.answers.questions import IMAGE_MARK
+from recipes.answers.endpoint.replies import OTHER_FORM, ReplyRefused, bound, broken_off, detail, pieces, read
+from recipes.answers.endpoint.sent import messages_of, sent_tokens
 from recipes.answers.spec import EndpointConfig
 from recipes.answers.types import Answer
 from rollout.config import InputsConfig
-from rollout.inputs.images import PromptError, decode, read_size, smart_resize
+from rollout.inputs.images import PromptError
 from rollout.types import ImageSource, Prompt, SamplingParams
 from rsgrpo.errors import InputError, RsgrpoError
 
@@ -39,46 +33,10 @@ CONNECT_TIMEOUT_S = 10.0
 MAX_DELAY_S = 60.0
 RETRIED = (408, 409, 425, 429)  # and every 5xx
 HOPELESS = (401, 403, 404)
-MAX_REPLY_BYTES = 16 << 20
-PATCH = 28  # sides of merged vision tokens of the Qwen2-VL family; a server does not resize such images again
-_OTHER_FORM = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)  # not a chat completion
 
 
 class EndpointError(RsgrpoError):
     """The endpoint is down, refuses the key or does not know the model: nothing more can be asked."""
-
-
-# Of whichever httpx the package brings: the class that its default client derives from.
-_HTTPX: Any = importlib.import_module(openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0])
-
-
-class ReplyRefused(Exception):
-    """A reply that is too long, or compressed and so of unknown length."""
-
-
-class _Bounded(_HTTPX.AsyncByteStream):
-    """The bytes of a reply, up to `MAX_REPLY_BYTES`."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        num_bytes = 0
-        async for piece in self._stream:
-            num_bytes += len(piece)
-            if num_bytes > MAX_REPLY_BYTES:
-                raise ReplyRefused(f"the reply is longer than {MAX_REPLY_BYTES >> 20} MiB")
-            yield piece
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-async def _bound(response: Any) -> None:
-    """Limit what is read of a reply; a kilobyte of a compressed one may unpack to gigabytes."""
-    if (encoding := response.headers.get("content-encoding", "identity")) != "identity":
-        raise ReplyRefused(f"the reply is compressed ({encoding}), which was not asked for")
-    response.stream = _Bounded(response.stream)
 
 
 class Endpoint:
@@ -109,7 +67,7 @@ class Endpoint:
                 timeout=openai.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
                 max_retries=0,  # they are counted, paced and stopped here
                 default_headers={"Accept-Encoding": "identity"},
-                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_bound]}),
+                http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [bound]}),
             )
         except Exception as error:  # httpx.InvalidURL, of whichever httpx the package brings
             raise EndpointError(f"endpoint.url={config.shown} is not a valid URL: {error}") from error
@@ -197,7 +155,7 @@ class Endpoint:
             reply = await self._until_answered(lambda: listing(extra_headers=self._headers))
             entries = json.loads(reply.content)["data"]
             models = [entry["id"] for entry in entries]
-        except (PromptError, *_OTHER_FORM) as error:
+        except (PromptError, *OTHER_FORM) as error:
             raise EndpointError(
                 f"endpoint {config.shown} does not list its models ({error}); name the model: endpoint.model"
             ) from error
@@ -217,8 +175,8 @@ class Endpoint:
                 tell(Answer(prompt, "", "error", str(error)))
                 return
         try:
-            text, reason, (num_prompt, num_response) = _read(content)
-        except _OTHER_FORM as error:
+            text, reason, (num_prompt, num_response) = read(content)
+        except OTHER_FORM as error:
             said = f"{type(error).__name__}: {error}; it begins {content[:80]!r}"
             tell(Answer(prompt, "", "error", f"the reply is not a chat completion: {said}"))
         else:
@@ -242,40 +200,25 @@ class Endpoint:
                 return
             try:
                 async with asyncio.timeout(self._config.timeout_s):
-                    async for piece, reason in _pieces(reply):
+                    async for piece, reason in pieces(reply):
                         finish_reason = reason or finish_reason
                         if piece:
                             text += piece
                             tell(piece)
             except Exception as error:  # of openai, httpx or json; the text so far is kept
-                fault = _broken_off(error, self._config.timeout_s)
+                fault = broken_off(error, self._config.timeout_s)
                 tell(Answer(prompt, text, "error", f"the answer broke off: {fault}"))
             else:
                 tell(Answer(prompt, text, finish_reason))
 
     def _body(self, prompt: Prompt) -> dict[str, Any]:
-        """Return the request: text and pages in the order of the prompt's marks.
-
-        Raises:
-            PromptError: a page cannot be read, or there are too many.
-        """
-        inputs, sampling = self._inputs, self._sampling
-        if prompt.videos:
-            raise PromptError("videos cannot be sent to an endpoint. Give a model folder, or frames as images.")
-        if len(prompt.images) > inputs.max_images:
-            raise PromptError(f"the prompt has {len(prompt.images)} images, inputs.max_images is {inputs.max_images}")
-        pages = iter([page_url(source, inputs.min_pixels, inputs.max_pixels) for source in prompt.images])
-        messages: list[dict[str, Any]] = []
-        for asked, answered in prompt.history:
-            messages += [{"role": "user", "content": _parts(asked, pages)}, {"role": "assistant", "content": answered}]
-        messages.append({"role": "user", "content": _parts(prompt.text, pages)})
-        if prompt.system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+        """Return the request; PromptError as `messages_of`."""
+        sampling = self._sampling
         # The seed differs by prompt, so that tries under other ids are other draws; greedy needs none.
         seed = sampling.seed + (zlib.crc32(prompt.id.encode()) if sampling.temperature else 0)
         return {
             "model": self.name,
-            "messages": messages,
+            "messages": messages_of(prompt, self._inputs),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
@@ -302,7 +245,7 @@ class Endpoint:
                 self._last_success = time.monotonic()
                 return reply
             except openai.APIStatusError as error:
-                fault = f"HTTP {error.status_code}: {_detail(error)}"
+                fault = f"HTTP {error.status_code}: {detail(error)}"
                 self._refuse_for_good(error, fault)
                 given = error.response.headers.get("retry-after", "")
                 wait_s = float(given) if given.isdigit() else delay_s
@@ -310,7 +253,7 @@ class Endpoint:
                 refused = error if isinstance(error, ReplyRefused) else error.__cause__
                 if isinstance(refused, ReplyRefused):
                     raise PromptError(str(refused)) from error
-                fault = _broken_off(error, config.timeout_s)
+                fault = broken_off(error, config.timeout_s)
             if attempt < config.max_tries:
                 log.info("try %d of %d failed, next in %.1f s: %s", attempt, config.max_tries, wait_s, fault)
                 await asyncio.sleep(min(wait_s, MAX_DELAY_S) * random.uniform(1.0, 1.2))
@@ -341,100 +284,3 @@ class Endpoint:
             turn = max(self._next_turn, time.monotonic())
             self._next_turn = turn + 60 / self._config.requests_per_minute
             await asyncio.sleep(turn - time.monotonic())
-
-
-def _parts(text: str, pages: Iterator[str]) -> list[dict[str, Any]]:
-    """Return a message's text and pages in the order of its marks."""
-    content: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(IMAGE_MARK)):
-        if number:
-            content.append({"type": "image_url", "image_url": {"url": next(pages)}})
-        if piece:
-            content.append({"type": "text", "text": piece})
-    return content
-
-
-def sent_tokens(source: ImageSource, inputs: InputsConfig) -> int:
-    """Return one token per 28 x 28 pixels of an image as it is sent, which some servers count otherwise.
-
-    Raises:
-        PromptError: it cannot be read.
-    """
-    height, width = smart_resize(*read_size(source), PATCH, inputs.min_pixels, inputs.max_pixels)
-    return height * width // PATCH**2
-
-
-def page_url(source: ImageSource, min_pixels: int, max_pixels: int) -> str:
-    """Return a page as a data URL: decoded and resized as for training, as PNG.
-
-    Raises:
-        PromptError: it cannot be read.
-    """
-    image = decode(source)
-    height, width = smart_resize(image.height, image.width, PATCH, min_pixels, max_pixels)
-    buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _read(content: bytes) -> tuple[str, str, tuple[int | None, ...]]:
-    """Return text, finish reason, and prompt and response tokens of a chat completion.
-
-    Raises:
-        One of _OTHER_FORM: it is something else.
-    """
-    reply = json.loads(content)
-    choice, usage = reply["choices"][0], reply.get("usage")
-    counts = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
-    tokens = tuple(count if isinstance(count, int) else None for count in counts)
-    return _text(choice["message"].get("content")), _text(choice.get("finish_reason")), tokens
-
-
-async def _pieces(reply: Any) -> AsyncIterator[tuple[str, str]]:
-    """Yield (text, finish reason) of a streamed answer; from a server that does not stream, all at once.
-
-    Raises:
-        Exception: the server reports a failure, falls silent before the end, or sends something else.
-    """
-    if "text/event-stream" not in reply.headers.get("content-type", ""):
-        text, reason, _ = _read(await reply.read())
-        yield text, reason
-        return
-    is_finished = False
-    async for event in await reply.parse():
-        for choice in (event.choices if "choices" in event.model_fields_set else None) or ():
-            delta, reason = getattr(choice, "delta", None), _text(choice.finish_reason)
-            is_finished = is_finished or bool(reason)
-            yield _text(delta.content if delta is not None else None), reason
-    if not is_finished:
-        raise EOFError("the stream ended before the answer did")
-
-
-def _text(value: Any) -> str:
-    """Return a text of a reply, "" for none; what is not valid Unicode cannot be written anywhere and is replaced.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if not isinstance(value, str | None):
-        raise TypeError(f"a text was expected, got {value!r:.80}")
-    return (value or "").encode(errors="replace").decode()
-
-
-def _detail(error: openai.APIStatusError) -> str:
-    """Return what the server says is wrong, in one line."""
-    said: Any = error.body
-    if isinstance(said, dict):
-        said = said.get("message") or said.get("detail") or said
-    return " ".join(str(said or "").split())[:300] or "no reason given"
-
-
-def _broken_off(error: Exception, timeout_s: float) -> str:
-    """Return in one line why a reply did not come, or did not come to its end."""
-    if isinstance(error, TimeoutError):
-        return f"not finished within {timeout_s:g} s"
-    if isinstance(error, openai.APIConnectionError):
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    elif isinstance(error, openai.APIError):  # an event of the stream says that the server failed
-        return error.body if isinstance(error.body, str) else error.message
-    return f"{type(error).__name__}: {error}"
