@@ -227,7 +227,8 @@ class Crew:
         return self._wait_for_all([worker.actor.ping.remote() for worker in self.workers], "answering a ping")
 
     def close(self) -> None:
-        """Stop all workers; calling it twice is allowed."""
+        """Stop all workers; calling it twice is allowed. Whoever still samples is told so by an error."""
+        self._supervision = None  # a thread that samples ahead must start none of them again
         self._stop(self.workers)
 
     def _stop(self, workers: Sequence[WorkerHandle]) -> None:

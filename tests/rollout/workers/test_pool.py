@@ -149,6 +149,15 @@ def test_failures_are_forgotten_after_a_step_without_one(nodes, tmp_path):
     pool.close()
 
 
+def test_a_closed_pool_starts_nothing_again(nodes, tmp_path):
+    pool, _ = start_pool(tmp_path)
+    pool.start(60)
+    pool.close()
+    with pytest.raises(WorkerError, match="died in sampling"):
+        list(pool.generate(PROMPTS, SAMPLING))
+    assert pool.num_restarts == 0
+
+
 def test_counts_and_memory_are_those_of_the_workers_that_answer(nodes, tmp_path, monkeypatch):
     monkeypatch.setattr(pool_module, "ANSWER_TIMEOUT_S", 2.0)
     pool, _ = start_pool(tmp_path)
