@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from recipes.demo.items import DemoFamily
-from recipes.demo.model import CHAT_TEMPLATE, build_model, image_processor, save_model_folder
+from recipes.demo.model import CHAT_TEMPLATE, build_model, image_processor, save_model_folder, text_ids, vision_ids
 
 _PATCH = 16  # pixels; a page of 28 x 56 becomes one of 32 x 64, again two image tokens
 
@@ -56,9 +56,7 @@ def build_demo_model(family: DemoFamily, tokenizer: PreTrainedTokenizerFast, see
             "max_position_embeddings": 4096,
             "rope_parameters": rope,
             "initializer_range": 0.04,
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
+            **text_ids(ids),
             **text,
         },
         vision_config={
@@ -72,10 +70,7 @@ def build_demo_model(family: DemoFamily, tokenizer: PreTrainedTokenizerFast, see
             "initializer_range": 0.04,
             **_VISION[family],
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **vision_ids(ids),
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)

@@ -5,8 +5,9 @@ The classes are transformers' own, so everything that works on this folder works
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -82,6 +83,18 @@ def train_tokenizer(corpus: Iterable[str], vocab_size: int = 512) -> PreTrainedT
     return fast
 
 
+def text_ids(ids: Mapping[str, int]) -> dict[str, int]:
+    """Return what a language model's configuration says of its special tokens; ids: the tokenizer's vocabulary."""
+    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
+    return {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
+
+
+def vision_ids(ids: Mapping[str, int]) -> dict[str, Any]:
+    """Return what a model's configuration says of the tokens around pages."""
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    return {f"{name}_token_id": ids[f"<|{token}|>"] for name, token in names.items()}
+
+
 def build_model(
     tokenizer: PreTrainedTokenizerFast,
     *,
@@ -97,7 +110,6 @@ def build_model(
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Return a float32 Qwen2.5-VL with random weights; the defaults have 1.7 M parameters."""
     ids = tokenizer.get_vocab()
-    end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     pairs = hidden_size // num_heads // 2
     side = 3 * pairs // 8  # Qwen2.5-VL splits 64 pairs into 16 (time), 24 (height), 24 (width)
     config = Qwen2_5_VLConfig(
@@ -116,9 +128,7 @@ def build_model(
                 "rope_theta": 10_000.0,
             },
             "tie_word_embeddings": False,
-            "bos_token_id": pad,
-            "eos_token_id": end,
-            "pad_token_id": pad,
+            **text_ids(ids),
             "initializer_range": init_std,
         },
         vision_config={
@@ -130,16 +140,13 @@ def build_model(
             "fullatt_block_indexes": [vision_depth - 1],
             "initializer_range": init_std,
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
+        **vision_ids(ids),
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
-    model.generation_config.eos_token_id = end
-    model.generation_config.pad_token_id = pad
+    model.generation_config.eos_token_id = ids["<|im_end|>"]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
     return model
 
 

@@ -20,8 +20,6 @@ from recipes.retrieval.search.sync import bring_in_line
 from rsgrpo.errors import InputError, RsgrpoError
 from rsgrpo.records.console import Console
 
-LIMITS = ("max_pages", "max_file_mb", "max_unpacked_mb", "office_timeout_s")  # a store keeps the other settings
-
 
 def add_sync_command(command: argparse.ArgumentParser) -> None:
     """Add the command's options."""

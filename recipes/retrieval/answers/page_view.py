@@ -151,7 +151,8 @@ def _figure(page: FoundPage, address: Callable[[str], str], source: str, progres
     also = f'<br><span class="also">{escape("; ".join(others))}</span>' if others else ""
     zooms = "".join(_mark(box, "mark zoom") for box in progress.zooms.get(page.rank, ()))
     marks = "".join(map(_mark, progress.boxes.get(page.page_id, ()))) + zooms
-    if page.page_id in progress.maps:
+    has_map = page.page_id in progress.maps
+    if has_map:
         marks += f'<img class="heat" alt="" src="{heat_uri(progress.maps[page.page_id])}">'
     image = f'<img src="{url}" alt="{place}" loading="lazy">'
     if progress.steps is not None:
@@ -160,11 +161,11 @@ def _figure(page: FoundPage, address: Callable[[str], str], source: str, progres
     return (
         f'<figure class="{kind}" data-rank="{page.rank}"><button popovertarget="{name}">{image}</button>'
         f"<figcaption>{rank}{badge}<br>{place}{also}</figcaption>"
-        f"{_popovers(page, address, source, marks)}</figure>"
+        f"{_popovers(page, address, source, marks, has_map=has_map)}</figure>"
     )
 
 
-def _popovers(page: FoundPage, address: Callable[[str], str], source: str, marks: str) -> str:
+def _popovers(page: FoundPage, address: Callable[[str], str], source: str, marks: str, *, has_map: bool) -> str:
     """Return a popover for a found page and one for each page near it, which open one another.
 
     Check boxes enlarge the page and show where it is like the question; they need no script.
@@ -184,7 +185,7 @@ def _popovers(page: FoundPage, address: Callable[[str], str], source: str, marks
         url, is_found = escape(address(image)), number == page.number
         place = escape(page.place if is_found else f"{page.document}, page {number}")
         switches = _switch("larger", "larger")
-        if is_found and 'class="heat"' in marks:
+        if is_found and has_map:
             switches += _switch("similar", "like the question", "checked")
         whole = f'<a href="{url}" target="_blank" rel="noopener">full size</a>'
         parts.append(

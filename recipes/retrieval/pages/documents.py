@@ -71,11 +71,6 @@ class RenderedPage:
     label: str = ""
 
 
-def is_candidate(path: Path) -> bool:
-    """Say whether a file may be a document: by its extension, else by its first bytes."""
-    return not why_skipped(path)
-
-
 def why_skipped(path: Path) -> str:
     """Return why a file is not a document that can be read; "" if it may be one."""
     if path.suffix.lower() in KNOWN or _kind(path) != "other":

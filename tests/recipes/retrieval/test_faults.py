@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from recipes import retrieve
-from recipes.retrieval.pages.documents import is_candidate
+from recipes.retrieval.pages.documents import why_skipped
 from recipes.retrieval.pages.libreoffice import office_to_pdf
 from recipes.retrieval.pages.settings import DocumentError, RenderSettings
 from recipes.retrieval.pages.store import PageStore, StoreError
@@ -128,7 +128,7 @@ def test_only_a_file_that_calls_itself_a_pdf_may_begin_with_something_else(tmp_p
     for name in ("a.pdf", "a.bin"):
         (tmp_path / name).write_bytes(b"junk\n%PDF-1.4")
     (tmp_path / "b.bin").write_bytes(b"%PDF-1.4")
-    assert [is_candidate(tmp_path / name) for name in ("a.pdf", "a.bin", "b.bin")] == [True, False, True]
+    assert [why_skipped(tmp_path / name) == "" for name in ("a.pdf", "a.bin", "b.bin")] == [True, False, True]
 
 
 def test_what_is_not_a_folder_of_documents_is_refused(tmp_path, capsys):
