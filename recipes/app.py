@@ -109,17 +109,20 @@ class Handlers:
         """Yield response, answer, pages, trace, the visit's history and its list, as they become known."""
         import gradio as gr
 
-        same = gr.skip()
-        yield "", "", "", gr.DownloadButton(interactive=False), same, same
+        # gradio (6.31) keeps what it shows, for the whole visit, each time that an output is skipped and then set: only
+        # the button and the history, which are never set to a value, may be skipped. It sends what has changed.
+        same, text, pages, asked = gr.skip(), "", "", history_html(history)
+        yield text, "", pages, gr.DownloadButton(interactive=False), same, asked
         last: AnswerProgress | None = None
         try:
             for asking in self._library.ask(question, int(k), setting, history if follows else ()):
-                pages = same if last is not None and last.steps == asking.steps else self._pages(asking)
+                if last is None or last.steps != asking.steps:
+                    pages = self._pages(asking)
                 said = writing_html(asking.text) if asking.steps is None else steps_html(asking)
-                yield asking.text, said, pages, same, same, same
-                last = asking
+                text, last = asking.text, asking
+                yield text, said, pages, same, same, asked
         except RsgrpoError as error:
-            yield same, faults_html([str(error)]), same, same, same, same
+            yield text, faults_html([str(error)]), pages, same, same, asked
             return
         assert last is not None, "a question always has pages"
         if last.answered is not None:

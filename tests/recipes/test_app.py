@@ -227,6 +227,33 @@ def test_originals_are_linked_and_served_only_where_that_is_asked_for(open_loops
     assert served == {"apples.pdf": 200, "apples.docx": 403, "secret.pdf": 403, "pears.pdf": 200}
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # of gradio's
+def test_a_visit_keeps_nothing_of_the_questions_that_it_has_asked(open_loops, tmp_path):
+    pytest.importorskip("gradio", reason="needs the app extra")
+    from gradio.state_holder import SessionState
+
+    write_pdf(tmp_path / "apples.pdf", ["apples are red"])
+    ingested(tmp_path / "store", tmp_path / "apples.pdf")
+    options = app.parser().parse_args([str(tmp_path / "store"), "--by", "words"])
+    reader = Reader(Scripted(lambda prompt: "<answer>red</answer>"), "{images}\n{question}")
+    found_by = SearchSettings(by="words")
+    answers = Library(tmp_path / "store", tmp_path / "index", None, reader, LibrarySettings(), QUIET, found_by)
+    page = app.build_page(answers, options, tmp_path)
+    ask = next(fn for fn in page.fns.values() if fn.name == "ask")
+    visit = SessionState(page)
+
+    async def asked(question: str) -> tuple[int, int]:
+        """Ask as the page does; return how many components and values the visit has."""
+        step: dict[str, Any] = {"is_generating": True, "iterator": None}
+        while step["is_generating"]:
+            inputs = [question, 3, "multi_image", False, None]
+            step = await page.process_api(ask, inputs, visit, iterator=step["iterator"], session_hash="visit")
+        return len(visit.blocks_config.blocks), len(visit.config_values)
+
+    once, *more = [asyncio.run(asked(question)) for question in ("apples?", "pears?", "apples?", "apples?")]
+    assert more == [once] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "host", "status"),
     [
