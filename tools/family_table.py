@@ -17,7 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "howto" / "model_family.md"
 BEGIN, END = "<!-- table: python tools/family_table.py -->", "<!-- end of table -->"
-SUITE = ("tests/rollout/families/test_families.py", "tests/laws/test_06_engine_equals_learner.py")
+SUITE = (
+    "tests/rollout/families/test_families.py",
+    "tests/rollout/families/test_videos.py",
+    "tests/laws/test_06_engine_equals_learner.py",
+)
 LAWS = {
     "test_shared_equals_plain": "shared row",
     "test_lora_gradients_equal_those_of_separate_rows": "LoRA",
@@ -30,6 +34,7 @@ LAWS = {
     "test_the_plan_counts_the_parameters_of_the_folder": "plan",
     "test_an_image_becomes_as_many_tokens_as_transformers_processor_makes_of_it": "resize",
     "test_a_prompt_may_hold_no_token_of_an_image_or_of_a_turn": "tokens",
+    "test_a_shared_row_equals_transformers_own_forward_of_each_response": "videos",
 }
 
 

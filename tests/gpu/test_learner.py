@@ -16,6 +16,7 @@ from rsgrpo.learning.attention import PrefixRow, prefix_sdpa, prefix_varlen
 from rsgrpo.learning.fsdp import init_distributed
 from rsgrpo.types import PrefixLayout
 from tests.material.learner import make_groups, make_learner
+from tests.material.tiny_families import save_family
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,6 +92,18 @@ def test_updates_follow_those_of_the_processor(options, tiny_model_path, page_im
         tolerance = 1e-3 if options == {"precision": "float32"} or "offload" in options else 0.1
         assert got["actor/grad_norm"] == pytest.approx(wanted["actor/grad_norm"], rel=tolerance)
         assert got["actor/entropy"] == pytest.approx(wanted["actor/entropy"], rel=tolerance)
+
+
+def test_forked_states_agree_with_the_processor(tiny_model_path, page_images, tmp_path):
+    """By flash-linear-attention's kernels where they are installed; on the processor by transformers' own."""
+    path = save_family("qwen3_5", tiny_model_path, tmp_path)
+    groups = make_groups(page_images, [2, 0, 3])
+    expected, found = make_learner(path), make_learner(path, device="cuda")
+    for _ in range(2):
+        wanted, got = expected.update(groups, [1.0, 2.0]), found.update(groups, [1.0, 2.0])
+        assert got["actor/grad_norm"] == pytest.approx(wanted["actor/grad_norm"], rel=1e-2)
+    for mine, theirs in zip(found.logprobs(groups), expected.logprobs(groups), strict=True):
+        assert all(abs(a - b).max() < 2e-2 for a, b in zip(mine, theirs, strict=True))
 
 
 def team_main(rank: int, port: int, path: str, images: list[str], folder: Path) -> None:

@@ -25,6 +25,7 @@ from rsgrpo.config.train import PlacementKind
 from rsgrpo.train import train
 from tests.material.tiny_families import save_family
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
+from tests.rollout.families.test_videos import PROMPTS as VIDEO_ROWS
 from tests.rollout.parity import INPUTS, ROLLOUT, assert_sampled_from, experts_taken, reference_model
 
 GPUS = torch.cuda.device_count()
@@ -87,6 +88,15 @@ def test_logprobs_equal_those_of_transformers(attentive_model_path, prompts, opt
     with started(attentive_model_path, **options) as engine:
         assert engine.backend == "ipc"
         assert_same_logprobs(engine, reference_model(attentive_model_path), prompts, tolerance)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_rows_with_videos_are_read_alike(family, attentive_model_path, tiny_model_path, tmp_path):
+    own = family == "qwen2_5_vl"  # the others' image and video processors normalise differently
+    path = attentive_model_path if own else save_family(family, tiny_model_path, tmp_path)
+    with started(path) as engine:
+        assert engine.count_vision(VIDEO_ROWS) == [engine.processor.count_vision(prompt) for prompt in VIDEO_ROWS]
+        assert_same_logprobs(engine, reference_model(path), VIDEO_ROWS, GPU_TOLERANCE)
 
 
 def test_experts_come_with_the_tokens_that_took_them(tiny_model_path, tmp_path, prompts):

@@ -23,6 +23,7 @@ from rsgrpo.config.train import DataConfig, LoraConfig
 from rsgrpo.data.dataset import load_prompts
 from rsgrpo.records.rollouts import read_rollouts, rollout_files
 from rsgrpo.train import train
+from tests.material.tiny_families import save_family
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
 
 ROLLOUT = RolloutConfig(
@@ -90,6 +91,20 @@ def test_two_ranks_train_with_two_engines_on_policy_and_groups_share_their_promp
     (length,) = lengths
     assert length > 100
     assert second["rollout/prefix_cache_hit_rate"] == pytest.approx(3 / 4 * ((length - 1) // 32 * 32) / length)
+
+
+@pytest.mark.slow  # an engine each: a minute
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of GLM's processor
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "internvl", "glm4v", "qwen3_vl_moe"])
+def test_models_of_other_families_are_trained(ray_cluster, config, family, tiny_model_path, tmp_path):
+    """The gate compares the engine with the learner at the start, and each step the log-probabilities of all tokens."""
+    rollout = dataclasses.replace(ROLLOUT, dtype="bfloat16") if family == "qwen3_5" else ROLLOUT
+    model = dataclasses.replace(config.model, path=save_family(family, tiny_model_path, tmp_path / family))
+    train(dataclasses.replace(config, model=model, rollout=rollout))
+    steps = steps_of(config)
+    assert [step["rollout/oldest_weights_version"] for step in steps] == [0, 1]
+    assert all(step["actor/mismatch_max"] < (1 if family == "qwen3_5" else 1e-4) for step in steps)
+    assert all(step["actor/grad_norm"] > 0 for step in steps)
 
 
 BREAKER = """

@@ -96,6 +96,7 @@ def test_inference_with_vllm_reads_them(config, tmp_path):
 def infer_with(engine: str, config: TrainConfig, model: str, out: Path) -> list[dict[str, Any]]:
     limits = ["--min-pixels", "784", "--max-pixels", "784", "--max-videos", "1", "--max-tokens", "8", "--prompt", "raw"]
     command = ["--batch", config.data.train, "--model", model, "--out", str(out), "--engine", engine, *limits]
+    command += ["--max-prompt-tokens", "400"]
     assert infer.main(command) == 0
     return sorted((json.loads(line) for line in out.read_text().splitlines()), key=lambda line: line["id"])
 

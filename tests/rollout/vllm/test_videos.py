@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from rollout.build import build_engine
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.requests import build_request
+from rollout.vllm.turns import continued
 from tests.material.gate import OneEngine, failures, one_learner, run_gate
 from tests.material.tiny_families import save_family
 from tests.rollout.families.test_videos import CLIP, PAGE, PROMPTS, SHORT, TIMES
@@ -26,15 +27,18 @@ LONG = Prompt("long", "<video> when?", (*CLIP, *CLIP, *SHORT), videos=(tuple(0.3
 ROWS = [*PROMPTS, UNEVEN, LONG]
 
 
-def rendered(engine, prompt):
-    request, _ = build_request(engine.processor, prompt, max_tokens=8, max_model_len=400)
+def requested(engine, prompt):
+    return build_request(engine.processor, prompt, max_tokens=8, max_model_len=400)[0]
+
+
+def rendered(engine, request):
     return engine._run(engine._llm.renderer.render_cmpl_async([request], skip_mm_cache=True))[0]
 
 
 def assert_same_inputs(engine):
     """Tokens and pixels are ours, and nothing is resized or left out."""
     for prompt in ROWS:
-        ours, theirs = engine.processor.encode(prompt), rendered(engine, prompt)
+        ours, theirs = engine.processor.encode(prompt), rendered(engine, requested(engine, prompt))
         assert list(theirs["prompt_token_ids"]) == ours.token_ids_T
         clips = theirs["mm_kwargs"].get("video", []) if prompt.videos else []
         assert len(clips) == len(prompt.videos)
@@ -80,6 +84,14 @@ def test_frames_of_several_sizes_and_times_that_stand_still_are_refused_alone(en
     assert "must have one size after the resize" in groups["sizes"].error
     assert "the times of a video's frames must increase" in groups["still"].error
     assert len(groups["uneven"].rollouts) == 2
+
+
+def test_a_conversation_about_a_video_goes_on_about_a_page(engine):
+    processor, prompt, said = engine.processor, PROMPTS[3], [20, 21, 22]
+    answer = processor.encode_observation("look: <image>", [PAGE], has_ended=False)
+    request = continued(processor, requested(engine, prompt), said, answer, [PAGE])
+    tokens = [*processor.encode(prompt).token_ids_T, *said, *answer.token_ids_T]
+    assert list(rendered(engine, request)["prompt_token_ids"]) == tokens
 
 
 def test_the_gate_finds_engine_and_learner_equal(engine, attentive_model_path):
