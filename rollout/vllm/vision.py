@@ -35,6 +35,8 @@ def vision_arguments(processor: InputProcessor, arguments: Mapping[str, Any]) ->
     # Of the two frames of a patch in time; where a limit is that of one frame, the images' holds as well.
     size = {"shortest_edge": inputs.min_pixels, "longest_edge": 2 * inputs.max_pixels}
     processing["videos_kwargs"] = {"do_resize": False, "do_sample_frames": False, "size": size}
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):  # of a resize; unset, transformers warns
+        processing["videos_kwargs"]["cap_pixels_per_frame"] = False
     if normalisation(image_processor) != normalisation(processor.video_processor):
         found["mm_device_do_normalize"] = False  # vLLM would normalise videos on the device as if they were images
     found["limit_mm_per_prompt"] = {**arguments["limit_mm_per_prompt"], "video": inputs.max_videos}

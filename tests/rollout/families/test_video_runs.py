@@ -90,7 +90,7 @@ def test_inference_with_vllm_reads_them(config, tmp_path):
         engine: infer_with(engine, config, config.model.path, tmp_path / f"{engine}.jsonl") for engine in ("hf", "vllm")
     }
     assert_answered(answers["vllm"])
-    assert [line["text"] for line in answers["vllm"]] == [line["text"] for line in answers["hf"]]
+    assert [line["raw"] for line in answers["vllm"]] == [line["raw"] for line in answers["hf"]]
 
 
 def infer_with(engine: str, config: TrainConfig, model: str, out: Path) -> list[dict[str, Any]]:
