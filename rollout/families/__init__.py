@@ -24,6 +24,6 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise InputError(
             f"model.path is a {model_type!r} model; supported families are {', '.join(FAMILIES)}. Set model.path to a "
-            "model of one of them; docs/howto/model_family.md shows how to add a family."
+            "model of one of them; the documentation has a page on how to add a model family."
         )
     return FAMILIES[model_type]()

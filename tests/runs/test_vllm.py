@@ -95,7 +95,7 @@ def test_two_ranks_train_with_two_engines_on_policy_and_groups_share_their_promp
 
 @pytest.mark.slow  # an engine each: a minute
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # of GLM's processor
-@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "internvl", "glm4v", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5", "internvl", "glm4v"])
 def test_models_of_other_families_are_trained(ray_cluster, config, family, tiny_model_path, tmp_path):
     """The gate compares the engine with the learner at the start, and each step the log-probabilities of all tokens."""
     rollout = dataclasses.replace(ROLLOUT, dtype="bfloat16") if family == "qwen3_5" else ROLLOUT

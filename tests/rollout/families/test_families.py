@@ -107,9 +107,7 @@ def test_an_unknown_family_is_refused_with_the_list():
 
 def test_a_learner_refuses_an_unknown_family_before_weights_load(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')  # a folder without weights
-    with pytest.raises(
-        InputError, match=r"'llava' model; supported families are .* docs/howto/model_family\.md shows how"
-    ):
+    with pytest.raises(InputError, match=r"'llava' model; supported families are .* a page on how to add"):
         load_model(ModelConfig(path=str(tmp_path)))
 
 
