@@ -65,9 +65,8 @@ def why_nothing(store: PageStore) -> str:
 def why_no_words(store: PageStore) -> str:
     """Return why a search by words alone has found nothing, although pages have text."""
     num_pages, num_texts = len(store.page_ids()), len(store.page_ids(with_text=True))
-    blank = (
-        f"; {num_pages - num_texts:,} others have no text (ingest --ocr reads scans)" if num_texts < num_pages else ""
-    )
+    num_blank = num_pages - num_texts
+    blank = f"; pages without text: {num_blank:,} (ingest --ocr reads scans)" if num_blank else ""
     return f"none of the {num_texts:,} pages with text has any of these words{blank}"
 
 

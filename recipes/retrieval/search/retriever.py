@@ -160,10 +160,14 @@ class Retriever:
 
     @property
     def why_none(self) -> str:
-        """Why a query has found nothing, with the remedy; "" where only the filters can be the reason."""
+        """Why a query has found nothing, with the remedy; "" where that is not known."""
         if not self.num_pages:
             return why_nothing(self.store)
-        return why_no_words(self.store) if self._by_words_alone and self._keeps[0].contents is None else ""
+        if not self._by_words_alone:
+            return ""
+        if self._keeps[0].contents is not None:
+            return "no page of the documents that pass the filters has any of these words"
+        return why_no_words(self.store)
 
     @property
     def tag(self) -> str:

@@ -76,13 +76,14 @@ def test_a_search_that_finds_nothing_says_why(store, tmp_path, capsys):
     with pytest.raises(InputError, match=nothing):
         next(nobody.ask("ibex", 3, "multi_image"))
     assert retrieve.main(["search", str(store), "unicorn", "--by", "words"]) == 0
-    why = "(no pages: none of the 4 pages with text has any of these words; 1 others have no text"
+    why = "(no pages: none of the 4 pages with text has any of these words; pages without text: 1 (ingest"
     assert why in capsys.readouterr().out
     some = Library(store, store / "index", None, None, LibrarySettings(), QUIET, SearchSettings(by="words"))
     (shown,) = some.ask("unicorn", 3, "multi_image")
     assert why.removeprefix("(no pages: ") in pages_html(shown, str)
     assert retrieve.main(["search", str(store), "ibex", "--by", "words", "--type", "png"]) == 0
-    assert capsys.readouterr().out.endswith("(no pages)\n")
+    why = "(no pages: no page of the documents that pass the filters has any of these words)\n"
+    assert capsys.readouterr().out.endswith(why)
 
 
 def test_scores_are_those_of_bm25(store):
