@@ -23,6 +23,7 @@ from rollout.vllm.peers import local_peer
 from rollout.vllm.weights_out import build_sender
 from rsgrpo.config.train import PlacementKind
 from rsgrpo.train import train
+from tests.material.learner import make_learner
 from tests.material.tiny_families import save_family
 from tests.material.training import steps_of, tiny_run, write_rewards, write_rows
 from tests.rollout.families.test_videos import PROMPTS as VIDEO_ROWS
@@ -100,9 +101,10 @@ def test_rows_with_videos_are_read_alike(family, attentive_model_path, tiny_mode
 
 
 def test_experts_come_with_the_tokens_that_took_them(tiny_model_path, tmp_path, prompts):
-    path = save_family("qwen3_vl_moe", tiny_model_path, tmp_path)
+    path = save_family("qwen3_vl_moe", tiny_model_path, tmp_path / "model")
     model = reference_model(path)
-    with started(path, routing_replay=True) as engine:
+    make_learner(path).export(tmp_path / "export", torch.float32)  # vLLM reads the layout of published checkpoints
+    with started(str(tmp_path / "export"), routing_replay=True) as engine:
         groups = list(engine.generate(prompts, SamplingParams(group_size=2, max_tokens=12)))
     for group in groups:
         encoded = engine.processor.encode(group.prompt)
