@@ -36,7 +36,7 @@ def show_inputs(prompt: Prompt, processor: InputProcessor, folder: Path | None =
     )
     if folder is not None and pages:
         lines.append(f"pages written to {folder}")
-    return [*lines, "", _readable(processor.render(prompt))]
+    return [*lines, "", _readable(processor.template.prompt(prompt))]
 
 
 def _readable(rendered: str) -> str:

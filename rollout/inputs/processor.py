@@ -15,24 +15,19 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from rollout.config import InputsConfig
 from rollout.engine import EngineOptions
-from rollout.errors import InputError, RsgrpoError, one_line
+from rollout.errors import RsgrpoError, one_line
 from rollout.families import FAMILIES, Family
 from rollout.inputs.growing import pieces
 from rollout.inputs.hub_model import require_reachable
 from rollout.inputs.images import PromptError, decode, name_of, read_size, smart_resize
 from rollout.inputs.offsets import token_spans
+from rollout.inputs.template import ChatTemplate, InputsError
 from rollout.inputs.video_reader import VideoReader
 from rollout.inputs.videos import IMAGE_MARK as IMAGE_MARK
-from rollout.inputs.videos import VIDEO_MARK, marked_pieces, shown
+from rollout.inputs.videos import shown
 from rollout.types import FinishReason, ImageSource, Observation, Prompt, Rollout, RolloutGroup
 
-_ANY_TURN = "any-turn-of-the-assistant"
-
 log = logging.getLogger(__name__)
-
-
-class InputsError(InputError):
-    """The model folder cannot turn prompts into inputs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +53,7 @@ class InputProcessor:
     """Renders prompts and decodes responses for one model folder. Create one per process; it is thread-safe.
 
     Attributes:
-        tokenizer, image_processor, family, model_type: of the model folder.
+        tokenizer, image_processor, family, model_type: of the model folder. template: its chat template.
         eos_token_id: end-of-text of a response. pad_token_id: the same if the folder names none.
         image_token_id: placeholder of one merged vision token. video_token_id: the same of a video; None: none is read.
         banned_token_ids: vision tokens, which must never be sampled.
@@ -93,8 +88,8 @@ class InputProcessor:
         self._videos = VideoReader(model_path, options, self.family, video_token_id, self.token_ids, (start, end))
         self.video_token_id = self._videos.token_id
         ends_by = self.family.end_token
-        self._end_token = ends_by if ends_by in vocabulary else str(self.tokenizer.eos_token)
-        self.eos_token_id: int = vocabulary[self._end_token]
+        end_token = ends_by if ends_by in vocabulary else str(self.tokenizer.eos_token)
+        self.eos_token_id: int = vocabulary[end_token]
         pad = self.tokenizer.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
         self._factor = self.family.resize_unit(self.image_processor)
@@ -107,39 +102,14 @@ class InputProcessor:
         image_token = str(self.tokenizer.convert_ids_to_tokens(image_token_id))
         vision_tokens = [t for t in dict.fromkeys([image_token, *self.family.vision_tokens]) if t in vocabulary]
         self.banned_token_ids: list[int] = sorted(vocabulary[token] for token in vision_tokens)
-        turn_tokens = [*self.family.turn_tokens, self._end_token, self.tokenizer.eos_token, self.tokenizer.pad_token]
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._forbidden_in_text = [token for token in [*vision_tokens, *turn_tokens] if token in special]
+        self.template = ChatTemplate(self.tokenizer, self.family, end_token, vision_tokens)
         self.token_ids("fix the tokenizer's padding state, which threads must not change")
-
-    def render(self, prompt: Prompt) -> str:
-        """Return the prompt through the chat template, ready for the response, with one placeholder per image.
-
-        Raises:
-            PromptError: `<image>` marks and images differ in number, or the text contains a control token.
-        """
-        asked = [*(message for message, _ in prompt.history), prompt.text]
-        list(shown(prompt))  # marks differ
-        has_videos = bool(prompt.videos)
-        for text in asked:
-            self._refuse_control_tokens(text, "the prompt text")
-        self._refuse_control_tokens(prompt.system, "the system message")
-        messages: list[dict[str, Any]] = []
-        for text, (_, answer) in zip(asked, prompt.history, strict=False):
-            self._refuse_control_tokens(answer, "an earlier answer")
-            said = [{"type": "text", "text": answer}]
-            messages += [{"role": "user", "content": _content(text, has_videos)}]
-            messages += [{"role": "assistant", "content": said}]
-        messages.append({"role": "user", "content": _content(prompt.text, has_videos)})
-        if prompt.system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-        return self._through_template(messages)
 
     def encode(self, prompt: Prompt) -> PromptInputs:
         """Return tokens and pixels of a prompt; if possible it is refused before any pixel is decoded.
 
         Raises:
-            PromptError: as `render`; too many images, an unreadable one, or more tokens than the limit.
+            PromptError: as `template.prompt`; too many images, an unreadable one, or more tokens than the limit.
         """
         token_ids_T = self._expanded_ids(prompt)
         self.check_length(len(token_ids_T))
@@ -147,44 +117,18 @@ class InputProcessor:
             return self._with_videos(token_ids_T, prompt)
         return self._with_pixels(token_ids_T, self.load_images(prompt))
 
-    def render_observation(self, text: str, num_images: int, *, has_ended: bool) -> str:
-        """Return what a model reads between two of its turns: the end of the first one, a user message, a new turn.
-
-        has_ended: the first turn ends with end-of-text, which is then left out here.
-
-        Raises:
-            PromptError: `<image>` marks and images differ in number, or the text contains a control token.
-        """
-        if text.count(IMAGE_MARK) != num_images:
-            raise PromptError(f"the text has {text.count(IMAGE_MARK)} {IMAGE_MARK} marks for {num_images} images")
-        self._refuse_control_tokens(text, "the observation")
-        asked, answered = [{"type": "text", "text": "?"}], [{"type": "text", "text": _ANY_TURN}]
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": answered},
-            {"role": "user", "content": _content(text)},
-        ]
-        _, found, behind = self._through_template(messages).partition(_ANY_TURN)
-        end = self._end_token
-        if not found or not behind.startswith(end):
-            raise InputsError(
-                f"the chat template does not end a turn of the assistant by {end!r}: conversations of several turns "
-                "cannot be sampled. Fix the template or the tokenizer's eos_token."
-            )
-        return behind.removeprefix(end) if has_ended else behind
-
     def encode_observation(self, text: str, images: Sequence[ImageSource], *, has_ended: bool) -> PromptInputs:
-        """Return tokens and pixels of `render_observation`.
+        """Return tokens and pixels of `template.observation`.
 
         Raises:
-            PromptError: as `render_observation`; an image that cannot be read.
+            PromptError: as `template.observation`; an image that cannot be read.
         """
         token_ids_T = self.observation_ids(text, images, has_ended=has_ended)
         return self._with_pixels(token_ids_T, self.resized_images(images))
 
     def observation_ids(self, text: str, images: Sequence[ImageSource], *, has_ended: bool) -> list[int]:
         """Return the tokens of `encode_observation`, from image headers alone; raises as it does."""
-        ids = self.token_ids(self.render_observation(text, len(images), has_ended=has_ended))
+        ids = self.token_ids(self.template.observation(text, len(images), has_ended=has_ended))
         return self._expanded(ids, images)
 
     def encode_images(self, images: Sequence[ImageSource]) -> PromptInputs:
@@ -223,10 +167,6 @@ class InputProcessor:
             grids.append(grid)
             hashes.append("+".join(map(pixel_hash, images[where])) + "+" * bool(times))
         return PromptInputs(token_ids_T, torch.cat(pixels), torch.cat(grids), tuple(map(_short, hashes)), tuple(steps))
-
-    def _through_template(self, messages: list[dict[str, Any]]) -> str:
-        options = self.family.template_options
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
 
     @property
     def video_processor(self) -> Any:
@@ -301,7 +241,7 @@ class InputProcessor:
         Raises:
             PromptError: the text contains a control token.
         """
-        self._refuse_control_tokens(text, "the response")
+        self.template.refuse_control_tokens(text, "the response")
         return [*self.token_ids(text), self.eos_token_id]
 
     def placeholder_ids(self, prompt: Prompt) -> list[int]:
@@ -321,7 +261,7 @@ class InputProcessor:
         """Tokenise the rendered prompt, which has one placeholder for each image and each video."""
         self._refuse_too_many_images(prompt)
         self._videos.require(prompt, self.inputs, self.model_type)
-        ids = self.token_ids(self.render(prompt))
+        ids = self.token_ids(self.template.prompt(prompt))
         if ids.count(self.image_token_id) != prompt.num_pages:
             raise InputsError(
                 f"the chat template made {ids.count(self.image_token_id)} image placeholders (token "
@@ -416,29 +356,6 @@ class InputProcessor:
                 f"the prompt has {num_tokens:,} tokens, but inputs.max_prompt_tokens is "
                 f"{self.inputs.max_prompt_tokens:,}. Raise it, lower inputs.max_pixels or leave pages out."
             )
-
-    def as_plain_text(self, text: str) -> str:
-        """Return a text without control tokens and image marks."""
-        for token in [*self._forbidden_in_text, IMAGE_MARK, VIDEO_MARK]:
-            text = text.replace(token, f"{token[:1]} {token[1:]}")
-        return text
-
-    def _refuse_control_tokens(self, text: str, where: str) -> None:
-        for token in self._forbidden_in_text:
-            if token in text:
-                raise PromptError(f"{where} contains the control token {token!r}. Remove it; <image> marks an image.")
-
-
-def _content(text: str, has_videos: bool = False) -> list[dict[str, str]]:
-    """Return a message's content: pieces of text, and an image or a video for each mark between them."""
-    kinds = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
-    content: list[dict[str, str]] = []
-    for index, piece in enumerate(marked_pieces(text, has_videos=has_videos)):
-        if index % 2:
-            content.append({"type": kinds[piece]})
-        elif piece:
-            content.append({"type": "text", "text": piece})
-    return content
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -136,7 +136,7 @@ class Episode:
         """Return a reply as the policy reads it, within the limits of the episode."""
         try:
             if reply.fault == EXCEPTION:  # its text may quote anything
-                reply = replace(reply, text=self._processor.as_plain_text(reply.text))
+                reply = replace(reply, text=self._processor.template.as_plain_text(reply.text))
             if len(reply.text) > self._tokens_left * _CHARACTERS_PER_TOKEN:  # tokenizing it would take minutes
                 raise _TooMuch(f"the result has {len(reply.text)} characters, but {self._tokens_left} tokens are left.")
             if len(reply.images) > self._images_left:
@@ -146,7 +146,7 @@ class Episode:
                 raise _TooMuch(f"the result has {len(inputs.token_ids_T)} tokens, but {self._tokens_left} are left.")
         except (PromptError, _TooMuch) as error:
             fault = LIMIT if isinstance(error, _TooMuch) else UNREADABLE
-            text = self._processor.as_plain_text(f"It cannot be shown: {one_line(error)}")
+            text = self._processor.template.as_plain_text(f"It cannot be shown: {one_line(error)}")
             reply = Reply(text, facts=reply.facts, fault=fault)
             inputs = self._inputs(reply, has_ended)
             if len(inputs.token_ids_T) > self._tokens_left:  # not even this: the episode is over

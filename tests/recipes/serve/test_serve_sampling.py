@@ -144,7 +144,7 @@ def test_earlier_turns_are_rendered_as_the_chat_template_says_and_sent_on_to_end
     page = write_page(tmp_path)
     history = (("<image>what is it?", "a page"),)
     prompt = Prompt("p", "and <image>?", (page, page), system="brief", history=history)
-    rendered = InputProcessor(tiny_model_path, InputsConfig(784, 3136)).render(prompt)
+    rendered = InputProcessor(tiny_model_path, InputsConfig(784, 3136)).template.prompt(prompt)
     places = [rendered.index(text) for text in ("brief", "what is it?", "a page", "and ")]
     assert places == sorted(places)
     assert rendered.count("<|image_pad|>") == 2

@@ -73,7 +73,7 @@ def test_an_image_becomes_as_many_tokens_as_transformers_processor_makes_of_it(h
     )
     gradient = np.add.outer(np.linspace(0, 120, height), np.linspace(0, 130, width)).astype(np.uint8)
     image = Image.fromarray(gradient).convert("RGB")
-    text = processor.render(Prompt("p", "a <image> b", ("p.png",)))
+    text = processor.template.prompt(Prompt("p", "a <image> b", ("p.png",)))
     expected = theirs(text=[text], images=[image], images_kwargs=limits, return_tensors="pt")
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -90,13 +90,13 @@ def test_a_prompt_may_hold_no_token_of_an_image_or_of_a_turn(processor):
     for token in (*family.vision_tokens, *family.turn_tokens):
         if token in processor.tokenizer.get_vocab():
             with pytest.raises(PromptError, match="control token"):
-                processor.render(Prompt("p", f"a {token} b"))
+                processor.template.prompt(Prompt("p", f"a {token} b"))
     banned = processor.tokenizer.convert_ids_to_tokens(processor.banned_token_ids)
     assert set(family.wrapper) <= set(banned)
     ends_by = processor.tokenizer.convert_ids_to_tokens(processor.eos_token_id)
     assert ends_by == (family.end_token or processor.tokenizer.eos_token)
     assert processor.eos_token_id not in processor.banned_token_ids
-    talk = processor.render_observation("<image> more", 1, has_ended=False)
+    talk = processor.template.observation("<image> more", 1, has_ended=False)
     assert talk.startswith(ends_by)
 
 

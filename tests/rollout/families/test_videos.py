@@ -154,8 +154,8 @@ def test_tokens_are_those_of_transformers_processor(path, processor):
         width=frames[0].shape[1],
     )
     expected = theirs(
-        text=[processor.render(PROMPTS[3])], videos=[np.stack(frames)], do_resize=False, do_sample_frames=False,
-        video_metadata=[metadata], return_tensors="pt",
+        text=[processor.template.prompt(PROMPTS[3])], videos=[np.stack(frames)],
+        do_resize=False, do_sample_frames=False, video_metadata=[metadata], return_tensors="pt",
     )  # fmt: skip
     ours = processor.encode(PROMPTS[3])
     tokens = expected["input_ids"][0].tolist()

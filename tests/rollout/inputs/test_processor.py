@@ -20,7 +20,8 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize 
 
 from rollout.config import ConfigError, InputsConfig
 from rollout.inputs.images import PromptError, check_decodes, decode, file_of, local_source, read_size, smart_resize
-from rollout.inputs.processor import InputProcessor, InputsError
+from rollout.inputs.processor import InputProcessor
+from rollout.inputs.template import InputsError
 from rollout.types import Prompt
 
 SMALL = InputsConfig(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
@@ -142,7 +143,7 @@ def test_tokens_equal_those_of_the_folders_own_processor(tiny_model_path, page_i
     if system:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
     rendered = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert processor.render(prompt) == rendered
+    assert processor.template.prompt(prompt) == rendered
     assert ("You are a helpful assistant." in rendered) == bool(template and not system)
     theirs = reference(
         text=rendered,

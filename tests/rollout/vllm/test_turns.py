@@ -60,7 +60,7 @@ def test_images_of_observations_become_one_placeholder_each(alive, page_images):
     processor = alive.processor
     inputs = processor.encode_observation("a <image> b <image>", page_images[:2], has_ended=True)
     ids = processor.collapsed(inputs)
-    assert ids == processor.token_ids(processor.render_observation("a <image> b <image>", 2, has_ended=True))
+    assert ids == processor.token_ids(processor.template.observation("a <image> b <image>", 2, has_ended=True))
     assert len(ids) < len(inputs.token_ids_T)
 
 
