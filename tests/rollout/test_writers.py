@@ -41,6 +41,7 @@ ELSEWHERE = {
     "recipes/retrieval/encoders/visrag_ret.py": "a script that users copy",
     "recipes/retrieval/evaluation/visrag_sets.py": "images of an unpacked benchmark, made again by repeating",
     "recipes/retrieval/pages/confined.py": "files of the kernel",
+    "recipes/retrieval/pages/djvu.py": "output of programs, in the scratch folder of a conversion",
     "recipes/retrieval/pages/tasks.py": "into the unfinished folder of a document",
     "recipes/retrieval/pages/mail_and_books.py": "into the scratch folder of a conversion",
     "recipes/retrieval/pages/store.py": "the lock file, which has no content that counts",

@@ -7,23 +7,11 @@ from functools import partial
 
 import pytest
 
-from rollout.build import build_engine
 from rollout.config import InputsConfig, TurnsConfig
 from rollout.types import Prompt, SamplingParams
 from rollout.vllm.launch import max_model_len
 from tests.material.environments import Pages, Slow
-from tests.rollout.parity import INPUTS, ROLLOUT, assert_conversations, assert_heard, reference_model
-
-
-@pytest.fixture(scope="module")
-def alive(engine, attentive_model_path):
-    """The shared engine, or another where the transfer tests have killed it."""
-    if not engine._broken:
-        yield engine
-        return
-    another = build_engine(attentive_model_path, ROLLOUT, INPUTS, name="engine 1")
-    yield another
-    another.close()
+from tests.rollout.parity import ROLLOUT, assert_conversations, assert_heard, reference_model
 
 
 @pytest.fixture

@@ -49,17 +49,17 @@ def assert_same_inputs(engine):
     assert engine.count_vision(ROWS) == [engine.processor.count_vision(prompt) for prompt in ROWS]
 
 
-def test_every_kind_of_row_is_sampled_from_transformers_distribution(engine, attentive_model_path):
+def test_every_kind_of_row_is_sampled_from_transformers_distribution(alive, attentive_model_path):
     model = reference_model(attentive_model_path)
-    assert_same_inputs(engine)
-    groups = list(engine.generate(ROWS, SamplingParams(group_size=3, temperature=0.7, max_tokens=16, seed=2)))
+    assert_same_inputs(alive)
+    groups = list(alive.generate(ROWS, SamplingParams(group_size=3, temperature=0.7, max_tokens=16, seed=2)))
     assert {group.prompt.id for group in groups} == {prompt.id for prompt in ROWS}
     for group in groups:
         assert len({tuple(rollout.token_ids_T) for rollout in group.rollouts}) == 3
-        assert_sampled_from(model, engine, group, 0.7)
+        assert_sampled_from(model, alive, group, 0.7)
 
 
-def test_order_and_times_of_frames_are_part_of_what_is_cached(engine, attentive_model_path):
+def test_order_and_times_of_frames_are_part_of_what_is_cached(alive, attentive_model_path):
     """The same frames, backwards or at other times, are another video, though every frame was seen before."""
     model = reference_model(attentive_model_path)
     later = tuple(4 * second for second in TIMES)
@@ -69,35 +69,35 @@ def test_order_and_times_of_frames_are_part_of_what_is_cached(engine, attentive_
     ]
     found = {}
     for prompt in prompts:
-        (group,) = engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=4))
-        assert_sampled_from(model, engine, group)
+        (group,) = alive.generate([prompt], SamplingParams(temperature=0.0, max_tokens=4))
+        assert_sampled_from(model, alive, group)
         found[prompt.id] = group.rollouts[0]
     for one, other in itertools.combinations(found.values(), 2):
         assert (list(one.token_ids_T), list(one.logprobs_T)) != (list(other.token_ids_T), list(other.logprobs_T))
 
 
-def test_frames_of_several_sizes_and_times_that_stand_still_are_refused_alone(engine):
+def test_frames_of_several_sizes_and_times_that_stand_still_are_refused_alone(alive):
     bad = [
         Prompt("sizes", "<video>", (CLIP[0], PAGE), videos=((0.0, 1.0),)),
         Prompt("still", "<video>", SHORT, videos=((1.0, 1.0),)),
     ]
-    groups = {g.prompt.id: g for g in engine.generate([*bad, UNEVEN], SamplingParams(group_size=2, max_tokens=2))}
+    groups = {g.prompt.id: g for g in alive.generate([*bad, UNEVEN], SamplingParams(group_size=2, max_tokens=2))}
     assert "must have one size after the resize" in groups["sizes"].error
     assert "the times of a video's frames must increase" in groups["still"].error
     assert len(groups["uneven"].rollouts) == 2
 
 
-def test_a_conversation_about_a_video_goes_on_about_a_page(engine):
-    processor, prompt, said = engine.processor, PROMPTS[3], [20, 21, 22]
+def test_a_conversation_about_a_video_goes_on_about_a_page(alive):
+    processor, prompt, said = alive.processor, PROMPTS[3], [20, 21, 22]
     answer = processor.encode_observation("look: <image>", [PAGE], has_ended=False)
-    request = continued(processor, requested(engine, prompt), said, answer, [PAGE])
+    request = continued(processor, requested(alive, prompt), said, answer, [PAGE])
     tokens = [*processor.encode(prompt).token_ids_T, *said, *answer.token_ids_T]
-    assert list(rendered(engine, request)["prompt_token_ids"]) == tokens
+    assert list(rendered(alive, request)["prompt_token_ids"]) == tokens
 
 
-def test_the_gate_finds_engine_and_learner_equal(engine, attentive_model_path):
+def test_the_gate_finds_engine_and_learner_equal(alive, attentive_model_path):
     learner = one_learner(attentive_model_path, INPUTS)
-    assert failures(run_gate(OneEngine(engine), learner, [PROMPTS[0], UNEVEN])) == set()
+    assert failures(run_gate(OneEngine(alive), learner, [PROMPTS[0], UNEVEN])) == set()
 
 
 @pytest.mark.slow  # an engine each
