@@ -64,6 +64,7 @@ MAX_WAITING = 16  # questions and uploads
 MAX_AT_ONCE = 8  # questions; searches take turns, and so do answers of an engine in this process
 PASSWORD_VARIABLE = "RSGRPO_APP_PASSWORD"
 KEPT_UPLOADS_S = (600, 3600)  # every ten minutes, uploads older than an hour that were never added are deleted
+TAKEN = "PDF, DjVu, images, office, text, HTML, e-mail, e-books"
 MAX_TRACES = 64  # kept for download
 MAX_SHOWN_HISTORY = 50  # questions of a visit
 
@@ -235,9 +236,7 @@ def build_page(library: Library, options: argparse.Namespace, scratch: Path) -> 
             with gr.Column(scale=3):
                 pages = gr.HTML(elem_id="found")
         with gr.Accordion("Add documents", open=not library.num_pages):
-            files = gr.File(
-                label="PDF, DjVu, images, office, text, HTML, e-mail, e-books", file_count="multiple", elem_id="files"
-            )
+            files = gr.File(label=TAKEN, file_count="multiple", elem_id="files")
             add_button = gr.Button("Add", elem_id="add")
             added = gr.HTML(elem_id="added")
         with gr.Accordion("Documents", open=False, elem_id="documents"):

@@ -244,7 +244,7 @@ def test_the_answer_of_a_real_model_streams_into_the_page(chromium, running, sto
 
 def test_without_an_answerer_the_page_finds_pages_and_says_so(chromium, running, store, tiny_model_path):
     chromium.goto(running())  # no option at all: the index knows its model
-    assert "There is no answer model" in chromium.locator("#nobody").inner_text()
+    assert "No answer model" in chromium.locator("#nobody").inner_text()
     ask(chromium, "red", button="Search")
     chromium.locator("#found figure").nth(1).wait_for()
     trace = trace_of(chromium)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from recipes.answers.options import check_options
 from recipes.answers.reader import Reader
 from recipes.retrieval.answers.adding import Report, ReportingConsole
@@ -129,7 +127,7 @@ class Library:
         self._is_adding = False
         self._searching = Turns()  # or encoding a few pages
         self._answering = nullcontext() if reader is None or reader.answerer.is_concurrent else threading.Lock()
-        if (store / "pages.parquet").exists():
+        if self._has_pages:
             self.refresh()
         elif store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
             raise InputError(f"{store} is neither a page store nor an empty folder; choose another one")
@@ -138,6 +136,11 @@ class Library:
     def num_pages(self) -> int:
         """How many pages can be found."""
         return self._retriever.num_pages if self._retriever else 0
+
+    @property
+    def _has_pages(self) -> bool:
+        """Whether the store has ever been committed, so that it can be opened."""
+        return (self._store / "pages.parquet").exists()
 
     @property
     def pages_folder(self) -> Path:
@@ -163,7 +166,7 @@ class Library:
 
     def image_of(self, page_id: str) -> Path | None:
         """Return the image of a page of the store; None if there is no such page."""
-        if not (self._store / "pages.parquet").exists():
+        if not self._has_pages:
             return None
         page = PageStore.open(self._store).find([page_id]).get(page_id)
         return None if page is None else Path(page.image)
@@ -186,7 +189,7 @@ class Library:
             self._changing.release()
 
     def _follow(self, console: Console) -> None:
-        if self._seen == (seen := self._state()) or not (self._store / "pages.parquet").exists():
+        if self._seen == (seen := self._state()) or not self._has_pages:
             return
         if not self._settings.no_sync:
             try:
@@ -207,11 +210,11 @@ class Library:
 
     @property
     def _why_nothing(self) -> str:
-        return why_nothing(PageStore.open(self._store)) if (self._store / "pages.parquet").exists() else NO_PAGES
+        return why_nothing(PageStore.open(self._store)) if self._has_pages else NO_PAGES
 
     def documents(self) -> list[DocumentRow]:
         """Return the catalogue without files that are not read; empty without a store."""
-        if not (self._store / "pages.parquet").exists():
+        if not self._has_pages:
             return []
         return [row for row in PageStore.open(self._store).documents() if not row.skipped]
 
@@ -296,7 +299,7 @@ class Library:
         if self.at_desk and self.reader is not None:
             yield from self._look_up(question, history, self.reader, start)
             return
-        found, maps, why_none = self._searched(lambda retriever: _found_with_maps(retriever, question, k))
+        found, maps, why_none = self._searched(lambda retriever: retriever.search_with_maps(question, k))
         seconds = {"retrieval": time.monotonic() - start}
         notes = (*self.notes, *filter(None, [why_none]))
         progress = AnswerProgress(question, setting, tuple(found), "", None, seconds, notes=notes, maps=maps)
@@ -395,10 +398,3 @@ class Library:
     def _render_settings(self) -> RenderSettings:
         kept = PageStore(self._store).settings() if (self._store / "store.json").exists() else {}
         return RenderSettings(**kept, max_pages=self._settings.max_pages, max_file_mb=self._settings.max_file_mb)
-
-
-def _found_with_maps(retriever: Retriever, question: str, k: int) -> tuple[list[FoundPage], dict[str, np.ndarray], str]:
-    """Return the pages, their similarity maps, and why there are none."""
-    (found,) = retriever.search([question], k, distinct=True)
-    maps = retriever.similarity_maps(question, [page.page_id for page in found])
-    return found, maps, "" if found else retriever.why_none

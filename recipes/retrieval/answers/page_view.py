@@ -63,7 +63,7 @@ CSS = """
 .documents { max-height: 22rem; overflow: auto; overflow-wrap: anywhere; }
 .documents td { padding: .1rem .5rem; vertical-align: top; }
 """
-NO_ANSWERER = "There is no answer model, so pages are found but not read. Start with --answer-model or --endpoint."
+NO_ANSWERER = "No answer model: pages are found but not read. Start with --answer-model or --endpoint."
 NEIGHBOURS = 2  # pages before and after a found one that can be leafed through
 MAX_LISTED = 500  # documents
 MAX_WRITING = 600  # last characters of an answer that is being written

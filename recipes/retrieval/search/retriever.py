@@ -210,6 +210,12 @@ class Retriever:
         """Whether one of the indexes is of late interaction, so that similarities have places on the page."""
         return self._late is not None
 
+    def search_with_maps(self, query: str, k: int) -> tuple[list[FoundPage], dict[str, np.ndarray], str]:
+        """Return the distinct pages of a query, their `similarity_maps`, and why none was found."""
+        (found,) = self.search([query], k, distinct=True)
+        maps = self.similarity_maps(query, [page.page_id for page in found])
+        return found, maps, "" if found else self.why_none
+
     def similarity_maps(self, query: str, page_ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Return page id -> (rows, columns) float32: where on the page the first late-interaction index finds a query.
 
