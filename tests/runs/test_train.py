@@ -373,6 +373,7 @@ def kill_learner(driver_pid: int) -> None:
     assert killed.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_learner_that_dies_for_good_ends_the_program_at_once_and_says_which(config, tmp_path):
     config = variant(config, total_steps=50, cluster=dataclasses.replace(config.cluster, max_recoveries=0))
     with start(as_command(config, tmp_path / "a"), tmp_path) as process:

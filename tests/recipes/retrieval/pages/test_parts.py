@@ -133,7 +133,7 @@ def test_pages_are_shared_only_where_there_are_enough_of_them(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_large_document_that_was_interrupted_continues_after_its_finished_pages(tmp_path, workers):
-    write_pdf(tmp_path / "large.pdf", [f"page {number}" for number in range(48)], width=500, height=500)
+    write_pdf(tmp_path / "large.pdf", [f"page {number}" for number in range(48)], width=1_000, height=1_000)
     store = tmp_path / "store"
     command = ["-m", "recipes.retrieve", "ingest", tmp_path / "large.pdf", "--out", store, "--workers", str(workers)]
 
